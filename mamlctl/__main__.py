@@ -1,0 +1,5 @@
+"""python -m mamlctl is mamlctl."""
+
+from mamlctl.cli import main
+
+main()

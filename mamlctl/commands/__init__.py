@@ -1,0 +1,1 @@
+"""The commands as functions: settings in, result out; nothing printed."""

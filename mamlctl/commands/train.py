@@ -1,0 +1,201 @@
+"""`train`: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mamlctl
+from mamlctl.commands.data import complete, image_shape, open_streams
+from mamlctl.commands.stopping import StopRequests
+from mamlctl.config import TrainConfig
+from mamlctl.data.episodes import TaskStream
+from mamlctl.data.images import PackedImages
+from mamlctl.engine.devices import device_problems, device_words, open_device
+from mamlctl.engine.step import build
+from mamlctl.engine.trainer import Trainer
+from mamlctl.errors import DivergedError, SettingsError
+from mamlctl.records import Notice, OnEvent, RunStarted, TrainResult
+from mamlctl.runs import RunFolder, new_run, open_run, run_name
+
+
+def train(
+    config: TrainConfig,
+    *,
+    out: Path | None,
+    offline: bool,
+    time_limit_s: float | None,
+    command: str,
+    on_event: OnEvent,
+) -> TrainResult:
+    """Train from the beginning into a new run folder (`out`, or one under runs/).
+
+    Raises SettingsError, DataError or MamlctlError before the folder is made, DivergedError after.
+    """
+    started = time.monotonic()
+    config = complete(config)
+    device = _open_device(config)
+    streams, packed = open_streams(config, ("train", "val"), device, offline=offline, on_event=on_event)
+    path = out or Path("runs") / run_name(config)
+    with new_run(path, config, command=command, environment=environment(config, packed, device)) as run:
+        return _run(run, streams, packed, device, started, time_limit_s, on_event, resume=False)
+
+
+def resume(
+    path: Path,
+    *,
+    device: str | None,
+    data_root: str | None,
+    offline: bool,
+    time_limit_s: float | None,
+    on_event: OnEvent,
+) -> TrainResult:
+    """Go on with a run from its last checkpoint, as if nothing had happened.
+
+    `device`, `data_root`: instead of the run's own. Raises what `train` does; MamlctlError for a damaged run.
+    """
+    started = time.monotonic()
+    run = open_run(path)
+    with run.writing():
+        run.config = replace(
+            run.config, device=device or run.config.device, data_root=data_root or run.config.data_root
+        )
+        torch_device = _open_device(run.config)
+        streams, packed = open_streams(
+            run.config, ("train", "val"), torch_device, offline=offline, on_event=on_event
+        )
+        return _run(run, streams, packed, torch_device, started, time_limit_s, on_event, resume=True)
+
+
+def _open_device(config: TrainConfig) -> torch.device:
+    if problems := device_problems(config.device, config.precision):
+        raise SettingsError(problems)
+    return open_device(config.device, config.precision)
+
+
+def _run(
+    run: RunFolder,
+    streams: Mapping[str, TaskStream],
+    packed: PackedImages,
+    device: torch.device,
+    started: float,
+    time_limit_s: float | None,
+    on_event: OnEvent,
+    *,
+    resume: bool,
+) -> TrainResult:
+    config = run.config
+    net, state = build(config, image_shape(packed), device)
+    with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
+        trainer = Trainer(
+            config, net, state, streams, run, device=device, on_event=on_event, stop_reason=stop.reason
+        )
+        if resume:
+            trainer.resume()
+            if trainer.position.validated == config.epochs:
+                on_event(Notice(f"{run.path} is finished already"))
+        on_event(_run_started(run, trainer, device))
+        run.set_status("running", step=trainer.position.step)
+        status, reason = "interrupted", "left at once"
+        try:
+            reason = trainer.train()
+            status = "interrupted" if reason else "finished"
+        except DivergedError as error:
+            status, reason = "diverged", error.message
+            raise
+        finally:
+            run.set_status(status, step=trainer.position.step, reason=reason)
+    best_epoch, best_accuracy, best_ci95 = trainer.position.top[0] if trainer.position.top else (None,) * 3
+    return TrainResult(
+        run=str(run.path),
+        status=status,
+        reason=reason,
+        step=trainer.position.step,
+        total_steps=config.total_steps,
+        best_val_accuracy=best_accuracy,
+        best_val_ci95=best_ci95,
+        best_epoch=None if best_epoch is None else int(best_epoch),
+        val_tasks=config.val_tasks,
+        bn=config.bn,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunStarted:
+    config = run.config
+    return RunStarted(
+        run=str(run.path),
+        dataset=config.dataset,
+        algo=config.algo,
+        improvements=config.improvements,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+        meta_batch_size=config.meta_batch_size,
+        inner_steps=config.inner_steps,
+        epochs=config.epochs,
+        steps_per_epoch=config.steps_per_epoch,
+        first_step=trainer.position.step,
+        parameters=sum(tensor.numel() for tensor in trainer.meta_step.learnable.values()),
+        device=device_words(device),
+        bn=config.bn,
+        val_tasks=config.val_tasks,
+    )
+
+
+def environment(config: TrainConfig, packed: PackedImages, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to run the same again: versions, machine, code, data, seeds."""
+    return {
+        "mamlctl": mamlctl.__version__,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device_words(device),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "dataset_digest": packed.digest,
+        "seeds": {
+            "init": config.init_seed,
+            "train": config.train_seed,
+            "split": config.split_seed,
+            "eval": config.eval_seed,
+        },
+        "executable": sys.executable,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and dirt of the checkout that this package runs from; None in an installed wheel."""
+    root = Path(mamlctl.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, dirt = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+            )
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirt.stdout.strip())}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

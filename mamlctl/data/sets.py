@@ -1,0 +1,136 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.config import nearest
+from mamlctl.data import glyphs, omniglot
+from mamlctl.data.images import PackedImages
+from mamlctl.errors import SettingsError
+from mamlctl.records import OnEvent
+
+
+class Fetch(Protocol):
+    """Get, verify and pack a data set; `source` takes the place of the download."""
+
+    def __call__(
+        self, root: Path, *, source: Sequence[Path] | None, offline: bool, force: bool, on_event: OnEvent
+    ) -> PackedImages: ...
+
+
+class OpenPack(Protocol):
+    """All images of a data set, shrunk by filter `resize`."""
+
+    def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages: ...
+
+
+class SplitClasses(Protocol):
+    """Class numbers of train, val and test."""
+
+    def __call__(self, packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]: ...
+
+
+class IsHere(Protocol):
+    """Whether `open_pack` needs no `fetch` before it."""
+
+    def __call__(self, root: Path) -> bool: ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What can be asked of a data set."""
+
+    name: str
+    summary: str
+    licence: str
+    image_shape_CHW: tuple[int, int, int]
+    split_schemes: tuple[str, ...]  # the first is the default
+    resizes: tuple[str, ...]  # the first is the default
+    rotations: str  # the default
+    fetch: Fetch
+    open_pack: OpenPack
+    split_classes: SplitClasses
+    is_here: IsHere
+
+
+DATA_SETS = {
+    "omniglot": DataSet(
+        name="omniglot",
+        summary="1,623 handwritten characters of 50 alphabets, 20 drawings each",
+        licence="MIT (Brenden Lake)",
+        image_shape_CHW=(1, omniglot.SMALL, omniglot.SMALL),
+        split_schemes=omniglot.SPLIT_SCHEMES,
+        resizes=omniglot.RESIZES,
+        rotations="augment",
+        fetch=omniglot.fetch,
+        open_pack=omniglot.open_pack,
+        split_classes=omniglot.split_classes,
+        is_here=omniglot.is_here,
+    ),
+    "glyphs": DataSet(
+        name="glyphs",
+        summary="400 invented characters, 20 drawings each, drawn by code: nothing to download",
+        licence="MIT (mamlctl)",
+        image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
+        split_schemes=glyphs.SPLIT_SCHEMES,
+        resizes=glyphs.RESIZES,
+        rotations="augment",
+        fetch=glyphs.fetch,
+        open_pack=glyphs.open_pack,
+        split_classes=glyphs.split_classes,
+        is_here=glyphs.is_here,
+    ),
+}
+
+
+def find(name: str) -> DataSet:
+    """The data set `name`. Raises SettingsError, with the nearest name, if there is none."""
+    if name not in DATA_SETS:
+        raise SettingsError([_unknown(f"unknown data set {name!r}", name, list(DATA_SETS))])
+    return DATA_SETS[name]
+
+
+def choice_problems(name: str, *, split_scheme: str | None, resize: str | None) -> list[tuple[str, str]]:
+    """What of these the data set `name` does not have: (fact, way out) pairs. None means its default."""
+    if name not in DATA_SETS:
+        return [_unknown(f"unknown data set {name!r}", name, list(DATA_SETS))]
+    problems = []
+    for flag, value, known in (
+        ("--split-scheme", split_scheme, DATA_SETS[name].split_schemes),
+        ("--resize", resize, DATA_SETS[name].resizes),
+    ):
+        if value is not None and value not in known:
+            problems.append(_unknown(f"{name} has no {flag} {value!r}", value, known))
+    return problems
+
+
+def _unknown(fact: str, word: str, known: Sequence[str]) -> tuple[str, str]:
+    return fact, nearest(word, known, otherwise=f"use {' or '.join(known)}")
+
+
+def open_data_set(
+    name: str,
+    *,
+    root: Path,
+    split_scheme: str | None = None,
+    resize: str | None = None,
+    split_seed: int = 0,
+    on_event: OnEvent,
+) -> tuple[PackedImages, dict[str, NDArray[np.int64]]]:
+    """All images and the classes of each split; None means the data set's default.
+
+    Raises SettingsError for a choice that it does not have, DataError if it is absent or damaged.
+    """
+    problems = choice_problems(name, split_scheme=split_scheme, resize=resize)
+    if problems:
+        raise SettingsError(problems)
+    data_set = DATA_SETS[name]
+    packed = data_set.open_pack(root, resize or data_set.resizes[0], on_event=on_event)
+    return packed, data_set.split_classes(packed, split_scheme or data_set.split_schemes[0], split_seed)

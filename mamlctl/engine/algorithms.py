@@ -1,0 +1,39 @@
+"""The algorithms: one entry each, and no other place knows their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mamlctl.config import IMPROVEMENTS, nearest
+from mamlctl.engine.outer import Measured, unrolled
+from mamlctl.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How an algorithm gets its meta-gradient, and the settings that make it what it is."""
+
+    summary: str
+    outer: Callable[..., Measured]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "maml": Algorithm("Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", unrolled),
+    "fomaml": Algorithm("MAML in first order", unrolled, {"first_order": True}),
+    "maml++": Algorithm(
+        "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
+        unrolled,
+        dict.fromkeys(IMPROVEMENTS, True),
+    ),
+}
+
+
+def algorithm_defaults(name: str) -> Mapping[str, Any]:
+    """The settings that `--algo name` implies. Raises SettingsError for an unknown name."""
+    if name not in ALGORITHMS:
+        hint = nearest(name, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
+        raise SettingsError([(f"unknown algorithm '{name}'", hint)])
+    return ALGORITHMS[name].defaults

@@ -1,0 +1,84 @@
+"""Checkpoints: tensors and plain numbers, loaded without running code, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlctl.engine.inner import MetaState
+from mamlctl.errors import MamlctlError
+from mamlctl.runs import replacing
+
+FORMAT = 1
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` (nested dicts, lists, numbers, words, tensors) with format and digest, in one move."""
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, "digest": _digest(content), "content": dict(content)}, file)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save` wrote. Raises MamlctlError if the file is absent, damaged or of another format."""
+    if not path.is_file():
+        raise MamlctlError(
+            f"there is no checkpoint {path}", hint="train until the first epoch ends, or name another run"
+        )
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise _damaged(path, f"cannot be read ({reason[:100]})") from error
+    if not isinstance(stored, dict) or "format" not in stored:
+        raise _damaged(path, "is not a checkpoint of mamlctl")
+    if stored["format"] != FORMAT:
+        raise _damaged(path, f"has format {stored['format']}, but this mamlctl reads format {FORMAT}")
+    if stored["digest"] != _digest(stored["content"]):
+        raise _damaged(path, "does not have the content it was written with: its digest differs")
+    content: dict[str, Any] = stored["content"]
+    return content
+
+
+def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Copy stored tensors into a state, in place. Raises MamlctlError unless names and shapes agree."""
+    own = state.stored()
+    if set(own) != set(stored):
+        odd = sorted(set(own) ^ set(stored))[0]
+        raise _damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
+            shapes = f"{list(stored[name].shape)}, but the settings need {list(tensor.shape)}"
+            raise _damaged(path, f"does not fit the run's settings: '{name}' has shape {shapes}")
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
+def _damaged(path: Path, what: str) -> MamlctlError:
+    return MamlctlError(f"checkpoint {path} {what}", hint="use another checkpoint of the run, or train again")
+
+
+def _digest(content: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, content)
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, item: Any) -> None:
+    if isinstance(item, Mapping):
+        for key in item:
+            digest.update(repr(key).encode())
+            _feed(digest, item[key])
+    elif isinstance(item, list | tuple):
+        for part in item:
+            _feed(digest, part)
+    elif isinstance(item, Tensor):
+        digest.update(f"{item.dtype}{list(item.shape)}".encode())
+        digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    else:
+        digest.update(repr(item).encode())

@@ -1,0 +1,58 @@
+"""Which device and which arithmetic a run gets."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+
+import torch
+
+from mamlctl.config import Problem
+
+DTYPES = {"float64": torch.float64}  # type of weights and images; float32 for every other precision
+COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs
+
+
+def device_problems(name: str, precision: str) -> list[Problem]:
+    """Why this machine cannot give `name` or `precision`; empty if it can."""
+    kind, _, index = name.partition(":")
+    if name != "auto" and (
+        kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
+    ):
+        return [(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")]
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= found:
+        return [
+            (f"--device is {name}, but this machine has {found} CUDA devices", "use --device cpu or auto")
+        ]
+    if precision == "tf32" and (kind == "cpu" or not found):
+        return [("--precision tf32 has no effect on a CPU", "use float32 or bf16")]
+    return []
+
+
+def open_device(name: str, precision: str) -> torch.device:
+    """The device to compute on, its matrix arithmetic set. Call `device_problems` first."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return device
+
+
+def device_words(device: torch.device) -> str:
+    """The device by its product name, for people and for environment.json."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated by torch on a CUDA device, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS

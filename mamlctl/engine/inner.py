@@ -1,0 +1,114 @@
+"""The inner loop: a task's own training on its support set, all tasks of a meta-batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mamlctl.engine.nets import Net, cross_entropy
+from mamlctl.engine.norms import NormPass, Params, Statistics
+
+
+@dataclass
+class MetaState:
+    """All that meta-training changes. Keys are the checkpoint's and the display's."""
+
+    slow: Params  # the initialisation: no task axis
+    norm: Params  # batch-norm weights and biases, _RC
+    rates: Params  # inner learning rate of every slow tensor, _I with LSLR (learnt), _1 without (fixed)
+    running: Params = field(default_factory=dict)  # batch-norm statistics, _RC; moved, not learnt
+    rates_learnt: bool = False
+
+    def learnable(self) -> dict[str, Tensor]:
+        """Every tensor that the outer optimiser moves, under one flat name."""
+        rates = {f"rate.{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
+        return self.slow | self.norm | rates
+
+    def frozen(self) -> MetaState:
+        """The same tensors without their gradients, so that evaluation builds no graph through them."""
+        slow, norm, rates, running = (
+            {name: tensor.detach() for name, tensor in part.items()}
+            for part in (self.slow, self.norm, self.rates, self.running)
+        )
+        return MetaState(slow, norm, rates, running, self.rates_learnt)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint holds, sharing its memory but no gradient."""
+        state = self.frozen()
+        rates = {f"rate.{name}": rate for name, rate in state.rates.items()}
+        running = {f"running.{name}": tensor for name, tensor in state.running.items()}
+        return state.slow | state.norm | rates | running
+
+
+@dataclass(frozen=True)
+class InnerPoint:
+    """Where a task stands after some inner steps."""
+
+    steps: int
+    fast: Params  # every tensor leads with T
+    support_loss_T: Tensor | None  # of the step that led here; None at the start
+    norm: NormPass | None  # of that step's support pass
+
+
+def start(slow: Mapping[str, Tensor], tasks: int) -> Params:
+    """Every task's copy of the initialisation, without copying; ready to be differentiated."""
+    fast = {name: weight.expand(tasks, *weight.shape) for name, weight in slow.items()}
+    # In evaluation the slow weights want no gradient, but the inner loop still does.
+    return {
+        name: weight if weight.requires_grad else weight.requires_grad_() for name, weight in fast.items()
+    }
+
+
+def adapt(
+    net: Net,
+    state: MetaState,
+    x_TECHW: Tensor,
+    y_TE: Tensor,
+    *,
+    steps: int,
+    first_order: bool,
+    statistics: Statistics = Statistics.OWN,
+) -> Iterator[InnerPoint]:
+    """Yield the fast weights before the first and after each of `steps` gradient steps on the support set.
+
+    Section 2.2 of arXiv:1703.03400. First order: the gradients count as constants, so that only the
+    identity path and the rates are differentiated. A step beyond the last learnt rate reuses it.
+    """
+    fast = start(state.slow, x_TECHW.shape[0])
+    yield InnerPoint(0, fast, None, None)
+    own = (
+        Statistics.RUNNING if statistics is Statistics.RUNNING else Statistics.OWN
+    )  # a support set's are its own
+    for step in range(steps):
+        norm = NormPass(state.norm, state.running, step, own)
+        loss_T = cross_entropy(net(fast, x_TECHW, norm), y_TE)
+        # Tasks share no fast weight, so the gradient of the summed loss is every task's own gradient.
+        grads = torch.autograd.grad(loss_T.sum(), list(fast.values()), create_graph=not first_order)
+        fast = {
+            name: weight - state.rates[name][min(step, len(state.rates[name]) - 1)] * grad
+            for (name, weight), grad in zip(fast.items(), grads, strict=True)
+        }
+        yield InnerPoint(step + 1, fast, loss_T.detach(), norm)
+
+
+def query_logits(
+    net: Net,
+    state: MetaState,
+    point: InnerPoint,
+    support_x_TECHW: Tensor,
+    query_x_TECHW: Tensor,
+    statistics: Statistics = Statistics.OWN,
+) -> tuple[Tensor, NormPass]:
+    """Scores of the query set -> logits_TEN, with the norm row of the step that led to `point`."""
+    row = max(point.steps - 1, 0)
+    if statistics is not Statistics.SUPPORT:
+        norm = NormPass(state.norm, state.running, row, statistics)
+        return net(point.fast, query_x_TECHW, norm), norm
+    # The support set goes along, so that every layer's statistics are those of the same weights.
+    support = support_x_TECHW.shape[1]
+    norm = NormPass(state.norm, state.running, row, statistics, support_examples=support)
+    both = torch.cat([support_x_TECHW, query_x_TECHW], dim=1)
+    return net(point.fast, both, norm)[:, support:], norm

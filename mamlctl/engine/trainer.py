@@ -1,0 +1,253 @@
+"""The outer loop: meta-steps, reports, validation, checkpoints, and a clean way out at every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlctl.config import TrainConfig
+from mamlctl.data.episodes import TaskStream
+from mamlctl.engine import checkpoints
+from mamlctl.engine.devices import memory_bytes
+from mamlctl.engine.evaluator import Stopped, evaluate
+from mamlctl.engine.inner import MetaState
+from mamlctl.engine.nets import Net
+from mamlctl.engine.norms import Statistics
+from mamlctl.engine.outer import Measured
+from mamlctl.engine.step import MetaStep, what_is_not_finite
+from mamlctl.errors import DivergedError
+from mamlctl.records import MetaStepDone, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.runs import RunFolder
+from mamlctl.stats import mean_ci95
+
+KEPT = (
+    5  # best checkpoints kept: those of the published code's ensemble (experiment_builder.py, top_n_models=5)
+)
+
+
+@dataclass
+class Period:
+    """Sums since the last report, on the device; in checkpoints, so that a resumed run reports the same."""
+
+    sums: Tensor  # query losses after 0..I steps, query accuracies after 0..I, support loss, meta-loss
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, inner_steps: int, device: torch.device) -> Period:
+        """Nothing measured yet."""
+        zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64, device=device)
+        return cls(zeros, zeros.clone())
+
+    def add_no_sync(self, measured: Measured) -> None:
+        """Add one meta-step; what it did not measure counts for nothing."""
+        values = [*measured.query_losses.values(), *measured.query_accuracies.values()]
+        steps = list(measured.query_losses)
+        offset = (len(self.sums) - 2) // 2
+        where = [*steps, *(offset + step for step in steps), 2 * offset, 2 * offset + 1]
+        values += [measured.support_losses_I.mean(), measured.meta_loss]
+        self.sums[where] += torch.stack([value.double() for value in values])
+        self.counts[where] += 1
+
+    def means(self) -> list[float]:
+        """Means of all sums; the one host sync of a report period."""
+        means: list[float] = (self.sums / self.counts).tolist()
+        return means
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the tensors, all that a resume needs."""
+
+    step: int = 0  # meta-steps done
+    validated: int = 0  # epochs validated
+    top: list[list[float]] = field(default_factory=list)  # best first: epoch, validation accuracy, half width
+
+
+class Trainer:
+    """Runs meta-steps from a position to the end, or until asked to stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        net: Net,
+        state: MetaState,
+        streams: Mapping[str, TaskStream],
+        run: RunFolder,
+        *,
+        device: torch.device,
+        on_event: OnEvent,
+        stop_reason: Callable[[], str],
+    ) -> None:
+        """`stop_reason`: empty to go on; asked between meta-steps and between chunks of validation tasks."""
+        self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
+        self.device, self.on_event, self.stop_reason = device, on_event, stop_reason
+        self.meta_step = MetaStep(config, net, state)
+        self.position = Position()
+        self.period = Period.empty(config.inner_steps, device)
+        self._latest: Measured | None = None
+        self._reported_at = time.perf_counter()
+        self._tasks_since = 0
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a resume starts from."""
+        return self.run.checkpoints / "last.pt"
+
+    def train(self) -> str:
+        """Go on to the end; return why it stopped before, or "". Raises DivergedError."""
+        config, position = self.config, self.position
+        self._reported_at, self._tasks_since = time.perf_counter(), 0
+        if position.step == 0:
+            self.save()  # so that a divergence in the first epoch leaves something good behind
+        while True:
+            if position.step // config.steps_per_epoch > position.validated:
+                try:
+                    self._validate()
+                except Stopped:
+                    self.save()
+                    return self.stop_reason()
+            if position.step == config.total_steps:
+                return ""
+            if reason := self.stop_reason():
+                self._check(position.step)  # a CUDA device has not been asked since the last report
+                self.save()
+                return reason
+            self._step()
+
+    def _step(self) -> None:
+        config, position = self.config, self.position
+        epoch = position.step // config.steps_per_epoch
+        step = position.step + 1
+        reports = step == 1 or step % config.report_every == 0 or step % config.steps_per_epoch == 0
+        episodes = self.streams["train"].episodes(
+            position.step * config.meta_batch_size, config.meta_batch_size
+        )
+        measured = self.meta_step.measure(episodes, epoch, measure_all=reports)
+        self._latest = measured
+        # On a CPU looking is free, so a bad step never moves the weights; CUDA is asked once a report.
+        if reports or self.device.type == "cpu":
+            self._check(step)
+        self.meta_step.apply(measured, epoch)
+        self.period.add_no_sync(measured)
+        self._tasks_since += config.meta_batch_size
+        position.step = step
+        self.on_event(MetaStepDone(step, epoch))
+        if reports:
+            self._report(epoch)
+
+    def _check(self, step: int) -> None:
+        what = what_is_not_finite(self._latest) if self._latest else None
+        if what:
+            raise DivergedError(
+                f"training diverged at meta-step {step}: {what}",
+                hint="lower --inner-lr or --meta-lr, or bound the meta-gradient with --clip-value 10; "
+                f"the last good checkpoint is {self.last}",
+            )
+
+    def _report(self, epoch: int) -> None:
+        steps = self.config.inner_steps
+        means = self.period.means()  # the only sync of the period on a CUDA device
+        now = time.perf_counter()
+        losses, accuracies = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
+        weights, first_order, meta_lr = self.meta_step.schedule(epoch)
+        learnt = self.state.rates.items() if self.state.rates_learnt else ()
+        report = TrainReport(
+            step=self.position.step,
+            epoch=epoch,
+            support_loss=means[-2],
+            query_losses=tuple(losses),
+            query_accuracies=tuple(accuracies),
+            query_accuracy=accuracies[-1],
+            meta_loss=means[-1],
+            msl_weights=weights,
+            meta_lr=meta_lr,
+            first_order=first_order,
+            tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
+            memory_bytes=memory_bytes(self.device),
+            rates={name: tuple(rate.tolist()) for name, rate in learnt},
+        )
+        self.period = Period.empty(steps, self.device)
+        self._reported_at, self._tasks_since = now, 0
+        self.run.append_metrics(
+            {key: value for key, value in vars(report).items() if key != "rates" or value}
+        )
+        self.on_event(report)
+
+    def _validate(self) -> None:
+        config, position = self.config, self.position
+        self.save()  # validation may take long, and the epoch's work should outlive a crash in it
+        scores = evaluate(
+            self.net,
+            [self.state],
+            self.streams["val"],
+            tasks=config.val_tasks,
+            inner_steps=config.eval_inner_steps or config.inner_steps,
+            statistics=Statistics(config.bn),
+            on_progress=lambda done: self.on_event(Progress("validating", done, config.val_tasks)),
+            should_stop=lambda: bool(self.stop_reason()),
+        ).single[0]
+        position.validated += 1
+        accuracy, ci95 = mean_ci95(scores[:, -1])
+        self._keep_best(position.validated, accuracy, ci95)
+        best_epoch, best_accuracy, best_ci95 = position.top[0]
+        done = ValidationDone(
+            step=position.step,
+            epoch=position.validated,
+            val_accuracy=accuracy,
+            val_ci95=ci95,
+            val_per_step=tuple(scores.mean(0).tolist()),
+            val_tasks=config.val_tasks,
+            bn=config.bn,
+            best_val_accuracy=best_accuracy,
+            best_val_ci95=best_ci95,
+            best_epoch=int(best_epoch),
+        )
+        self.run.append_metrics(vars(done))
+        self.save()
+        self.on_event(done)
+        # The time that validation took is no training time.
+        self._reported_at, self._tasks_since = time.perf_counter(), 0
+
+    def _keep_best(self, epoch: int, accuracy: float, ci95: float) -> None:
+        top = self.position.top
+        top.append([float(epoch), accuracy, ci95])
+        top.sort(key=lambda entry: (-entry[1], entry[0]))  # of equals, the earlier
+        del top[KEPT:]
+        content = {"stored": self.state.stored(), "epoch": epoch, "val_accuracy": accuracy, "val_ci95": ci95}
+        kept = {epoch_file(self.run, int(entry[0])) for entry in top}
+        if epoch_file(self.run, epoch) in kept:
+            checkpoints.save(epoch_file(self.run, epoch), content)
+        if top[0][0] == epoch:
+            checkpoints.save(self.run.checkpoints / "best.pt", content)
+        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
+            path.unlink()
+
+    def save(self) -> None:
+        """Write `last.pt`: everything that a resume needs."""
+        content: dict[str, Any] = {
+            "stored": self.state.stored(),
+            "adam": self.meta_step.adam.state_dict(),
+            "period": vars(self.period),
+            "position": vars(self.position),
+        }
+        checkpoints.save(self.last, content)
+
+    def resume(self) -> None:
+        """Go back to where `last.pt` was written. Raises MamlctlError if it is not whole."""
+        content = checkpoints.load(self.last, self.device)
+        checkpoints.restore(self.state, content["stored"], self.last)
+        self.meta_step.adam.load_state_dict(content["adam"])
+        self.period = Period(**content["period"])
+        self.position = Position(**content["position"])
+        self.run.rewind_metrics(self.position.step, self.position.validated)
+
+
+def epoch_file(run: RunFolder, epoch: int) -> Path:
+    """The checkpoint of an epoch, counted from 1."""
+    return run.checkpoints / f"epoch-{epoch:04d}.pt"

@@ -1,0 +1,56 @@
+"""What can go wrong in a way that the user can act on, and the number the process then ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The process's exit codes; the two signals follow the shell's 128 + number."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    DATA = 3
+    DIVERGED = 4
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class MamlctlError(Exception):
+    """A failure the user can act on: printed as two lines, never as a traceback."""
+
+    exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class DataError(MamlctlError):
+    """A data set that is missing, damaged or not what it should be."""
+
+    exit_code = ExitCode.DATA
+
+
+class DivergedError(MamlctlError):
+    """A loss or a gradient stopped being finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class SettingsError(MamlctlError):
+    """Settings that are wrong alone or do not fit together; all of them at once."""
+
+    exit_code = ExitCode.USAGE
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        """`problems`: (fact, way out) pairs, at least one."""
+        (message, hint), *more = problems
+        if more:
+            lines = [f"  {fact} ({way})" if way else f"  {fact}" for fact, way in problems]
+            message, hint = f"{len(problems)} settings are wrong\n" + "\n".join(lines), ""
+        super().__init__(message, hint=hint)
+        self.problems = tuple(problems)

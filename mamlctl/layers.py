@@ -1,0 +1,146 @@
+"""Where settings come from: presets, files, `--set` and flags, laid over each other, each with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mamlctl.config import FIELDS, NEEDS, Problem, TrainConfig, check, flag, nearest
+from mamlctl.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and, for each field, the layer that its value came from."""
+
+    config: TrainConfig
+    sources: Mapping[str, str]
+
+
+def resolve(
+    layers: Sequence[tuple[str, Mapping[str, Any]]], algorithm_defaults: Callable[[str], Mapping[str, Any]]
+) -> Resolved:
+    """Lay `layers` (name, values), weakest first, over the defaults of the dataclass and of the algorithm.
+
+    Raises SettingsError with every problem found: unknown keys, wrong types, limits, rules between fields.
+    """
+    problems: list[Problem] = []
+    algo = next((values["algo"] for _, values in reversed(layers) if "algo" in values), TrainConfig.algo)
+    try:
+        stack = [(f"algorithm {algo}", algorithm_defaults(str(algo))), *layers]
+    except SettingsError as error:
+        problems += error.problems
+        stack = list(layers)
+    merged = OmegaConf.structured(TrainConfig)
+    sources = dict.fromkeys(FIELDS, "default")
+    for source, values in stack:
+        for key, value in values.items():
+            problem = _problem_of_value(source, str(key), value)
+            if problem:
+                problems.append(problem)
+            else:
+                merged = OmegaConf.merge(merged, {key: value})
+                sources[key] = source
+    config = TrainConfig(**{str(key): value for key, value in merged.items()})
+    config = _without_inert(config, sources)
+    problems += check(config)
+    if problems:
+        raise SettingsError(problems)
+    return Resolved(config, sources)
+
+
+def _problem_of_value(source: str, key: str, value: Any) -> Problem | None:
+    if key not in FIELDS:
+        place = "" if source == "--set" else f" in {source}"
+        return f"unknown setting '{key}'{place}", nearest(
+            key, FIELDS, otherwise="--print-config shows them all"
+        )
+    try:
+        OmegaConf.merge(OmegaConf.structured(TrainConfig), {key: value})
+    except OmegaConfBaseException:
+        wanted = str(FIELDS[key].type).replace(" | None", "")
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[
+            wanted
+        ]
+        return f"{key} is {value!r}, which is not {wanted}", f"set {flag(key)} to {wanted}"
+    return None
+
+
+def _without_inert(config: TrainConfig, sources: dict[str, str]) -> TrainConfig:
+    """Drop what a preset or file says of a switch that a stronger layer turned off; flags are refused."""
+    inert = [
+        name
+        for name, switch in NEEDS.items()
+        if not getattr(config, switch) and sources[name] not in {"flag", "--set"}
+    ]
+    sources.update(dict.fromkeys(inert, "default"))
+    nothing: dict[str, Any] = dict.fromkeys(inert)
+    return replace(config, **nothing)
+
+
+def presets_folder() -> Path:
+    """Where presets lie: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """All presets, as `--preset` takes them."""
+    folder = presets_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The values of a preset. Raises SettingsError for an unknown name."""
+    if name not in (names := preset_names()):
+        raise SettingsError(
+            [(f"unknown preset '{name}'", nearest(name, names, otherwise=f"one of {', '.join(names)}"))]
+        )
+    return load_file(presets_folder() / f"{name}.yaml")
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The flat mapping in a YAML file. Raises SettingsError when it is not one."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            [(f"{path} cannot be read: {error}", "give --config a YAML file of settings")]
+        ) from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise SettingsError(
+            [(f"{path} is not YAML: {_first_line(error)}", "one 'name: value' a line")]
+        ) from error
+    if not isinstance(values, dict):
+        raise SettingsError([(f"{path} holds no settings", "write one 'name: value' a line")])
+    return {str(key): value for key, value in values.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
+    """`--set key=value` pairs as values. Raises SettingsError for a pair without `=`."""
+    wrong = [(f"--set {pair} has no '='", "write --set key=value") for pair in pairs if "=" not in pair]
+    if wrong:
+        raise SettingsError(wrong)
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        try:
+            values.update(OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=True))  # type: ignore[arg-type]
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise SettingsError([(f"--set {pair}: {_first_line(error)}", "write --set key=value")]) from error
+    return {str(key): value for key, value in values.items()}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The settings as a file that `--config` takes."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

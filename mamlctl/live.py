@@ -1,0 +1,312 @@
+"""The live view: a state that events advance, and a pure drawing of it for any width and height."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mamlctl import cells, words
+from mamlctl.cells import DIM
+from mamlctl.records import (
+    Event,
+    MetaStepDone,
+    Notice,
+    Progress,
+    RunStarted,
+    TrainReport,
+    ValidationDone,
+)
+
+HISTORY = 40  # reports that a sparkline remembers: more cells than that say nothing more at a glance
+MAX_WIDTH = 140  # beyond it, a row's label and its number are too far apart for the eye
+SMALL = 14  # lines: below it, only the bars and the chart without its title
+LABEL = 16  # cells for the name of a bar: 'epoch 1000/1000' and a space
+RATES_LABEL = 20
+
+NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
+ACCENT, BAD, GOOD = "cyan", "bold red", "green"
+# Ends of a colour scale of medium lightness, readable on black and on white.
+COLD, WARM = (90, 130, 190), (0, 175, 135)
+HEAT = (215, 120, 30)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work under way, and when it began."""
+
+    progress: Progress
+    since: float
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """All that a frame shows; times are seconds of one monotonic clock."""
+
+    now: float
+    started: float = 0.0
+    run: RunStarted | None = None
+    step: int = 0
+    epoch: int = 0
+    reports: tuple[TrainReport, ...] = ()  # the latest ones, oldest first
+    validations: tuple[ValidationDone, ...] = ()
+    work: tuple[Work, ...] = ()
+    validation_s: float = 0.0  # how long the last validation took
+
+
+def advance(state: LiveState, event: Event, now: float) -> LiveState:
+    """The state after an event."""
+    match event:
+        case Notice():
+            return state  # printed above the frame, not in it
+        case Progress():
+            return _worked(state, event, now)
+        case RunStarted():
+            fresh = LiveState(now, now, event, event.first_step)
+            return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
+        case MetaStepDone():
+            return replace(state, now=now, step=event.step, epoch=event.epoch, work=())
+        case TrainReport():
+            return replace(state, now=now, reports=(*state.reports, event)[-HISTORY:], work=())
+        case ValidationDone():
+            took = now - state.work[-1].since if state.work else state.validation_s
+            return replace(
+                state,
+                now=now,
+                validations=(*state.validations, event)[-HISTORY:],
+                work=(),
+                validation_s=took,
+            )
+
+
+def _worked(state: LiveState, event: Progress, now: float) -> LiveState:
+    begun = [work.progress.what for work in state.work]
+    if event.what in begun:
+        work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
+    else:
+        # It began when the event before came, since the first word of it comes after its first part.
+        work = (*state.work, Work(event, state.now))
+    return replace(state, now=now, work=work)
+
+
+def render(state: LiveState, width: int, height: int) -> RenderableType:
+    """One frame: never wider than `width`, never higher than `height`."""
+    width = min(width, MAX_WIDTH)
+    lines = _frame(state, width, height)[:height]
+    for line in lines:
+        line.no_wrap = True
+        line.truncate(width, overflow="ellipsis")
+    return Group(*lines)
+
+
+def _frame(state: LiveState, width: int, height: int) -> list[Text]:
+    run = state.run
+    if run is None:
+        return [_work_bar(work, state.now, width) for work in state.work][-height:]
+    head, bars = _header(run, width), _bars(state, run, width)
+    if not state.reports:
+        return [*head, *bars, Text(" the first report comes after the first meta-step", DIM)]
+    report = state.reports[-1]
+    if height < SMALL:
+        steps = words.chosen(len(report.query_losses), height - 4)
+        return [*head[:1], *bars[:2], *_chart(state.reports, run, width, steps)[1:]]
+    numbers, validation = _numbers(state, run, report, width), _validation(state, run, width)
+    losses = len(report.query_losses)
+    room = height - len(head) - len(bars) - len(numbers) - len(validation) - 2
+    chart = _chart(state.reports, run, width, words.chosen(losses, min(losses, room)))
+    rates = _rates(report, width, room - losses)
+    sections = [head, bars + numbers, chart, validation, rates]
+    spare = room - losses - len(rates)
+    return _spaced([section for section in sections if section], spare)
+
+
+def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
+    """The sections below each other, with an empty line between them where there are enough spare lines."""
+    gap = [Text("")] if spare >= len(sections) - 1 else []
+    return reduce(lambda above, below: [*above, *gap, *below], sections)
+
+
+def _header(run: RunStarted, width: int) -> list[Text]:
+    algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
+    task = Text(f"{words.safe(run.dataset)} {run.ways}-way {run.shots}-shot", "bold")
+    machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
+    # Half of the line stays for the run's name, however long the device's words are.
+    machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
+    name = Text(" " + words.middle(words.safe(run.run), width - machine.cell_len - 4))
+    return [cells.both_ends(algo, task, width), cells.both_ends(name, machine, width)]
+
+
+def _bars(state: LiveState, run: RunStarted, width: int) -> list[Text]:
+    total = run.epochs * run.steps_per_epoch
+    in_epoch = state.step - state.epoch * run.steps_per_epoch
+    pace = _seconds_per_step(state, run)
+    epoch_left = None if pace is None else pace * (run.steps_per_epoch - in_epoch)
+    validations_left = run.epochs - state.step // run.steps_per_epoch
+    run_left = None if pace is None else pace * (total - state.step) + validations_left * state.validation_s
+    label = f"epoch {min(state.epoch + 1, run.epochs)}/{run.epochs}"
+    epoch = _bar_line(
+        label, in_epoch / run.steps_per_epoch, f"{in_epoch:,}/{run.steps_per_epoch:,}", epoch_left, width
+    )
+    whole = _bar_line("run", state.step / total, f"{state.step:,}/{total:,}", run_left, width)
+    # The third line stays when nothing is under way, so that the rest does not jump.
+    other = _work_bar(state.work[-1], state.now, width) if state.work else Text("")
+    return [epoch, whole, other]
+
+
+def _seconds_per_step(state: LiveState, run: RunStarted) -> float | None:
+    """Median of the last five reports, since the first one holds the warm-up."""
+    speeds = [report.tasks_per_second for report in state.reports[-5:] if report.tasks_per_second > 0]
+    return run.meta_batch_size / statistics.median(speeds) if speeds else None
+
+
+def _work_bar(work: Work, now: float, width: int) -> Text:
+    what, done, total = work.progress.what, work.progress.done, work.progress.total
+    left = (now - work.since) / done * (total - done) if done and total else None
+    return _bar_line(what, done / total if total else 0.0, words.amount(what, done, total), left, width)
+
+
+def _bar_line(label: str, share: float, count: str, left: float | None, width: int) -> Text:
+    share = min(max(share, 0.0), 1.0)
+    tail = f"{count:>15}  {words.clock(left) + ' left':>13}" if share < 1 else f"{count:>15}  {'done':>13}"
+    length = max(width - LABEL - len(tail) - 4, 4)
+    full = int(share * length)
+    half = "╸" if share * length - full >= 0.5 else ""
+    name = Text(label)
+    name.truncate(LABEL, overflow="ellipsis", pad=True)
+    # The rest of the bar is a thinner line, so that it can be told apart without colour.
+    rest = "─" * (length - full - len(half))
+    return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (rest, DIM), " ", tail)
+
+
+def _numbers(state: LiveState, run: RunStarted, report: TrainReport, width: int) -> list[Text]:
+    per_step = run.meta_batch_size / report.tasks_per_second if report.tasks_per_second > 0 else math.nan
+    rows = [
+        [
+            ("support loss", words.loss(report.support_loss)),
+            ("meta-loss", words.loss(report.meta_loss)),
+            ("meta lr", f"{report.meta_lr:.3g}"),
+            ("", "first order" if report.first_order else "second order"),
+        ],
+        [
+            ("tasks/s", f"{report.tasks_per_second:.1f}"),
+            ("meta-step", words.duration(per_step)),
+            ("memory", words.size(report.memory_bytes)),
+            ("elapsed", words.clock(state.now - state.started)),
+        ],
+    ]
+    return [_columns(row, width) for row in rows]
+
+
+def _columns(row: list[tuple[str, str]], width: int) -> Text:
+    """Labels and values in columns that stay where they are while the numbers move."""
+    line = Text(" ")
+    for (label, value), column in zip(row, (22, 20, 19, 16), strict=True):
+        cell = Text.assemble(
+            (f"{label} " if label else "", DIM), (value, BAD if value in NOT_FINITE else "bold")
+        )
+        cell.truncate(column + max(width - 80, 0) // 6, pad=True)
+        line.append_text(cell)
+    return line
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cells that the chart's three drawn columns get."""
+
+    loss: int
+    accuracy: int
+    recent: int
+
+    @classmethod
+    def of(cls, width: int) -> Columns:
+        """What 40 cells of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
+        room = max(width - 40, 0)
+        recent = min(HISTORY, room * 3 // 10)
+        accuracy = (room - recent) * 2 // 5
+        return cls(room - recent - accuracy, accuracy, recent)
+
+
+def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
+    columns = Columns.of(width)
+    chance = f"┊ chance: {words.loss(math.log(run.ways))}, {words.percent(1 / run.ways)}"
+    heads = (
+        f" {'step':>4}  {'weight':<6}  {'query loss':<{columns.loss + 10}}  "
+        f"{'accuracy':<{columns.accuracy + 8}}  {'loss history'[: columns.recent]}"
+    )
+    rows = [_chart_row(reports, run, columns, step) for step in steps]
+    return [cells.rule("Per-step losses", chance, width), Text(heads, DIM), *rows]
+
+
+def _chart_row(reports: Sequence[TrainReport], run: RunStarted, columns: Columns, step: int) -> Text:
+    report = reports[-1]
+    loss, accuracy = report.query_losses[step], report.query_accuracies[step]
+    # The loss of guessing is always on the scale, so that the bars do not jump while they shrink.
+    chance = math.log(run.ways)
+    scale = max([chance, *filter(math.isfinite, report.query_losses)])
+    colour = cells.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
+    line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
+    line.append(f"{words.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
+    line.append_text(cells.bar(loss / scale, columns.loss, chance / scale, colour))
+    line.append(f"  {words.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
+    line.append_text(cells.bar(accuracy, columns.accuracy, 1 / run.ways, colour))
+    history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
+    return line.append("  ").append(cells.spark(history[max(len(history) - columns.recent, 0) :]), colour)
+
+
+def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
+    """How much the query loss after this step counts; a dash where it does not."""
+    weight = report.msl_weights[step - 1] if 1 <= step <= len(report.msl_weights) else 0.0
+    if not weight > 0:
+        return [("     –", DIM)]
+    return [(cells.block(weight), ACCENT), (f" {weight:.2f}", "")]
+
+
+def _validation(state: LiveState, run: RunStarted, width: int) -> list[Text]:
+    rule = cells.rule("Validation", f"{run.val_tasks:,} tasks · bn {run.bn} · 95 % interval", width)
+    if not state.validations:
+        return [rule, Text(" none yet: it comes after every epoch", DIM)]
+    last = state.validations[-1]
+    line = Text.assemble(
+        (" last ", DIM),
+        (words.interval(last.val_accuracy, last.val_ci95), "bold"),
+        (f" epoch {last.epoch}   ", DIM),
+        ("best ", DIM),
+        (words.interval(last.best_val_accuracy, last.best_val_ci95), f"bold {GOOD}"),
+        (f" epoch {last.best_epoch}", DIM),
+    )
+    room = width - line.cell_len - 4
+    line.append("   ").append(cells.spark([v.val_accuracy for v in state.validations][-max(room, 1) :]), GOOD)
+    return [rule, line]
+
+
+def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
+    """Learnt inner learning rates, layer by step; nothing where fewer than three tensors would fit."""
+    names = list(report.rates)
+    if len(names) >= room:
+        # Biases go first: the weights hold nearly all of what is learnt.
+        names = [name for name in names if not name.endswith(".bias")]
+    rows = words.chosen(len(names), min(len(names), room - 1))
+    if not names or len(rows) < min(3, len(names)):
+        return []
+    inner_steps = len(report.rates[names[0]])
+    columns = words.chosen(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
+    cell = min((width - RATES_LABEL - 2) // len(columns), 14)
+    finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
+    low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
+    heads = "".join(f" step {column + 1}".rjust(cell, "─") for column in columns)
+    title = "Inner rates (LSLR)"
+    lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
+    for row in rows:
+        line = Text(" ")
+        line.append_text(Text(words.middle(names[row], RATES_LABEL - 1).ljust(RATES_LABEL)))
+        for column in columns:
+            rate = report.rates[names[row]][column]
+            share = (rate - low) / span if math.isfinite(rate) else 0.0
+            line.append(f"{cells.block(share)} {rate:.4f}".rjust(cell), cells.between(COLD, HEAT, share))
+        lines.append(line)
+    return lines

@@ -1,0 +1,145 @@
+"""What travels up from the engine to whoever shows or stores it: plain numbers, never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One line worth telling, such as a data set being fetched."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A long piece of work outside training: `done` of `total` units (bytes, images, tasks)."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Everything a display wants to know before the first meta-step."""
+
+    run: str
+    dataset: str
+    algo: str
+    improvements: tuple[str, ...]  # the MAML++ letters that are on, in the paper's order
+    ways: int
+    shots: int
+    queries: int
+    meta_batch_size: int
+    inner_steps: int
+    epochs: int
+    steps_per_epoch: int
+    first_step: int  # meta-steps done before this start; 0 unless resumed
+    parameters: int  # meta-learnt numbers, all kinds
+    device: str
+    bn: str
+    val_tasks: int
+
+
+@dataclass(frozen=True)
+class MetaStepDone:
+    """A meta-step was launched; carries no measurement, so that it costs no host sync."""
+
+    step: int  # counted from 1
+    epoch: int  # counted from 0
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """Means over the meta-steps since the last report, over tasks.
+
+    Without MSL the query losses after fewer than all inner steps are measured on the report's own
+    meta-step only, since training does not need them.
+    """
+
+    step: int
+    epoch: int
+    support_loss: float  # mean over the inner steps, before each
+    query_losses: tuple[float, ...]  # index = inner steps taken; [0] is before adaptation
+    query_accuracies: tuple[float, ...]  # 0..1, same index
+    query_accuracy: float  # after the last inner step, 0..1
+    meta_loss: float
+    msl_weights: tuple[float, ...]  # weight of the query loss after inner step 1..I
+    meta_lr: float
+    first_order: bool
+    tasks_per_second: float
+    memory_bytes: int  # peak on the CUDA device; resident set of the process on a CPU
+    rates: Mapping[
+        str, tuple[float, ...]
+    ]  # inner learning rates: tensor -> one per inner step; empty if fixed
+
+
+@dataclass(frozen=True)
+class ValidationDone:
+    """Accuracy on the fixed validation tasks after an epoch."""
+
+    step: int
+    epoch: int  # epochs completed, counted from 1
+    val_accuracy: float
+    val_ci95: float
+    val_per_step: tuple[float, ...]
+    val_tasks: int
+    bn: str
+    best_val_accuracy: float
+    best_val_ci95: float
+    best_epoch: int
+
+
+Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended."""
+
+    run: str
+    status: str  # finished | interrupted
+    reason: str  # "", "time limit", "SIGINT", "SIGTERM"
+    step: int
+    total_steps: int
+    best_val_accuracy: float | None
+    best_val_ci95: float | None
+    best_epoch: int | None
+    val_tasks: int
+    bn: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One model, or one ensemble, on one list of tasks."""
+
+    model: str  # "best", "last" or "ensemble-<k>"
+    accuracy: float
+    ci95: float  # half width over tasks
+    tasks: int
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    inner_steps: int
+    bn: str
+    epochs: tuple[int, ...]  # the epoch of every checkpoint used
+    per_step: tuple[float, ...]  # accuracy after 0, 1 ... inner_steps
+    per_step_ci95: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `eval` found, and where it wrote it."""
+
+    run: str
+    dataset: str
+    algo: str
+    folder: str
+    seconds: float
+    rows: tuple[EvalRow, ...]

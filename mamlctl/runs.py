@@ -1,0 +1,172 @@
+"""The run folder: created once, written by one process, every file replaced in one move."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mamlctl.config import TrainConfig
+from mamlctl.errors import MamlctlError, SettingsError
+from mamlctl.layers import load_file, resolve, to_yaml
+
+CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when the block ends well, and leaves nothing when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one move."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold (NaN, infinity) as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one move; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+
+
+class RunFolder:
+    """One run's files. Opened by `new_run` or `open_run`."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path, self.config = path, config
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one writer for the block. Raises MamlctlError if another process is."""
+        with (self.path / "lock").open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                message = f"run folder {self.path} is in use by process {self.status().get('pid')}"
+                raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
+            yield
+
+    def status(self) -> dict[str, Any]:
+        """What `set_status` last wrote; empty before."""
+        try:
+            status = json.loads((self.path / STATUS).read_text())
+        except (OSError, ValueError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def set_status(self, state: str, **details: Any) -> None:
+        """running, finished, interrupted or diverged, with the step and whatever else tells how it stands."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_json(self.path / STATUS, {"status": state, **details, "pid": os.getpid(), "time": now})
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Add one object to metrics.jsonl, flushed, so that a reader may follow."""
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The objects of metrics.jsonl; a last line cut off by a crash does not count."""
+        entries = []
+        try:
+            lines = (self.path / METRICS).read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+        return entries
+
+    def rewind_metrics(self, step: int, validated_epochs: int) -> None:
+        """Drop what was reported after the checkpoint that a resumed run starts from."""
+        kept = [
+            entry
+            for entry in self.metrics()
+            if entry["step"] <= step and ("val_accuracy" not in entry or entry["epoch"] <= validated_epochs)
+        ]
+        write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+@contextmanager
+def new_run(
+    path: Path, config: TrainConfig, *, command: str, environment: Mapping[str, Any]
+) -> Iterator[RunFolder]:
+    """A new run folder, this process its one writer. Raises MamlctlError if something is there already."""
+    if path.exists() and not path.is_dir():
+        raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
+    taken = path.is_dir() and any(path.iterdir())
+    run = RunFolder(path, config)
+    if taken and not (path / CONFIG).is_file():
+        raise MamlctlError(f"{path} is not empty", hint="choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    with run.writing():
+        if taken:
+            hint = f"mamlctl train --resume {path}, or choose another --out"
+            raise MamlctlError(f"{path} already holds a run", hint=hint)
+        write_text(path / CONFIG, to_yaml(config))
+        write_text(path / "command.txt", command + "\n")
+        write_json(path / "environment.json", environment)
+        yield run
+
+
+def open_run(path: Path) -> RunFolder:
+    """A run folder that is there, not locked. Raises MamlctlError if it is none, or damaged."""
+    if not path.is_dir():
+        raise MamlctlError(
+            f"there is no run folder {path}", hint="name the folder that 'mamlctl train' printed"
+        )
+    if not (path / CONFIG).is_file():
+        raise MamlctlError(
+            f"{path} is not a run folder: it has no {CONFIG}",
+            hint="name the folder that 'mamlctl train' printed",
+        )
+    try:
+        # The stored settings are complete, so no algorithm's defaults are asked for.
+        config = resolve([(str(path / CONFIG), load_file(path / CONFIG))], lambda name: {}).config
+    except SettingsError as error:
+        raise MamlctlError(
+            f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"
+        ) from error
+    return RunFolder(path, config)
+
+
+def run_name(config: TrainConfig) -> str:
+    """A folder name that tells the run, and when it started."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}-s{config.seed}-{now}"

@@ -1,0 +1,88 @@
+"""Numbers as people read them; accuracies are 0..1 inside and percent only from here on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+# A file's name may hold escape codes, and a terminal would obey them.
+CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
+
+
+def safe(text: str) -> str:
+    """The text without control characters other than line end and tab."""
+    return text.translate(CONTROLS)
+
+
+def percent(accuracy: float, digits: int = 1) -> str:
+    """0.9312 -> '93.1 %'."""
+    return f"{100 * accuracy:.{digits}f} %"
+
+
+def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
+    """0.9312, 0.006 -> '93.12 ± 0.60 %'; '± ?' where one task gives no width, none if not known."""
+    if ci95 is None:
+        return percent(accuracy, digits)
+    half = f"{100 * ci95:.{digits}f}" if math.isfinite(ci95) else "?"
+    return f"{100 * accuracy:.{digits}f} ± {half} %"
+
+
+def loss(value: float) -> str:
+    """Four decimals, at most nine characters even when the loss explodes."""
+    return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"
+
+
+def clock(seconds: float | None) -> str:
+    """'1:12', '2:13:40' or '3 d 04 h'; '-:--' while nobody knows."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, rest = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24:02} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """'26.4 ms', '2.41 s', '72 s' below two minutes, then as a clock."""
+    if not math.isfinite(seconds):
+        return "-"
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else clock(seconds)
+
+
+def size(count: int) -> str:
+    """1288490188 -> '1.2 GiB'."""
+    amount, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def amount(what: str, done: int, total: int) -> str:
+    """How far a piece of work is: bytes for a download, else a count; an unknown total (0) is left out."""
+    words = size if what.startswith("download") else "{:,}".format
+    return f"{words(done)}/{words(total)}" if total else words(done)
+
+
+def middle(text: str, width: int) -> str:
+    """Shortened in its middle: of a run's name, both the beginning and the end tell something."""
+    if len(text) <= width:
+        return text
+    head = max(width - 1, 0) // 2
+    tail = max(width - 1 - head, 0)
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def chosen(count: int, room: int) -> Sequence[int]:
+    """At most `room` of the indices 0..count-1, evenly spread, the first and the last among them."""
+    if count <= room:
+        return range(count)
+    if room < 2:
+        return [count - 1][:room]
+    return [round(place * (count - 1) / (room - 1)) for place in range(room)]

@@ -1,0 +1,42 @@
+"""Prepared data, made once a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamlctl.data import glyphs, omniglot
+
+# These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def ignore(event):
+    """An `on_event` that no test looks at."""
+
+
+@pytest.fixture(scope="session")
+def omniglot_zips():
+    """The folder with the two real archives."""
+    folder = SHARED / "omniglot"
+    if not (folder / "images_background.zip").is_file():
+        pytest.skip("real Omniglot is not in ../shared/data/omniglot")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def omniglot_root(omniglot_zips, tmp_path_factory):
+    """A data root with real Omniglot, fetched from the local archives."""
+    root = tmp_path_factory.mktemp("omniglot-root")
+    omniglot.fetch(root, source=[omniglot_zips], offline=True, force=False, on_event=ignore)
+    return root
+
+
+@pytest.fixture(scope="session")
+def glyphs_root(tmp_path_factory):
+    """A data root with the embedded set."""
+    root = tmp_path_factory.mktemp("glyphs-root")
+    glyphs.open_pack(root, on_event=ignore)
+    return root

@@ -1,0 +1,166 @@
+"""Settings: precedence, every problem at once, what is derived, and the presets that ship."""
+
+import pytest
+
+from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, check, derive
+from mamlctl.engine.algorithms import algorithm_defaults
+from mamlctl.errors import SettingsError
+from mamlctl.layers import load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
+
+
+def resolved(*layers):
+    return resolve(layers, algorithm_defaults)
+
+
+def problems_of(*layers):
+    with pytest.raises(SettingsError) as caught:
+        resolved(*layers)
+    return [fact for fact, _ in caught.value.problems]
+
+
+def test_stronger_layers_win_and_say_so():
+    found = resolved(
+        ("preset p", {"algo": "maml++", "ways": 7, "shots": 2, "queries": 3}),
+        ("f.yaml", {"shots": 3, "queries": 4}),
+        ("--set", {"queries": 5}),
+        ("flag", {"lslr": False}),
+    )
+    config = found.config
+    assert (config.ways, config.shots, config.queries, config.lslr, config.msl) == (7, 3, 5, False, True)
+    wanted = {"ways": "preset p", "shots": "f.yaml", "queries": "--set", "lslr": "flag"}
+    assert {name: found.sources[name] for name in wanted} == wanted
+    assert found.sources["msl"] == "algorithm maml++"
+    assert found.sources["filters"] == "default"
+
+
+def test_the_algorithm_may_come_from_any_layer():
+    config = resolved(("preset p", {"algo": "maml++"}), ("flag", {"algo": "fomaml"})).config
+    assert config.first_order
+    assert config.improvements == ()
+
+
+def test_all_problems_are_told_at_once():
+    facts = problems_of(
+        ("f.yaml", {"wyas": 5, "shots": "many"}), ("flag", {"queries": 0, "algo": "mamal", "da_epochs": 3})
+    )
+    assert any("unknown setting 'wyas' in f.yaml" in fact for fact in facts)
+    assert any("shots is 'many'" in fact for fact in facts)
+    assert any("--queries is 0" in fact for fact in facts)
+    assert any("unknown algorithm 'mamal'" in fact for fact in facts)
+    assert any("--da-epochs has no effect without --da" in fact for fact in facts)
+    assert len(facts) == 5
+
+
+def test_unknown_names_come_with_the_nearest_one():
+    with pytest.raises(SettingsError) as caught:
+        resolved(("--set", {"inner_step": 3}))
+    assert caught.value.hint == "did you mean 'inner_steps'?"
+    with pytest.raises(SettingsError, match="unknown preset") as caught:
+        load_preset("omniglot-20w1s-mamlpp")
+    assert "omniglot-20w1s-maml" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "fact"),
+    [
+        ({"msl": True, "inner_steps": 1}, "--msl weighs several inner steps, but --inner-steps is 1"),
+        ({"da": True, "first_order": True}, "--da has no effect with --first-order"),
+        ({"clip_value": 1.0, "clip_norm": 1.0}, "both given"),
+        ({"ca": True, "min_meta_lr": 1.0}, "is above --meta-lr"),
+        ({"da": True, "da_epochs": 101}, "is more than --epochs 100"),
+        ({"ways": 1}, "--ways is 1, but the least is 2"),
+        ({"inner_lr": 0.0}, "must be above 0"),
+        ({"inner_lr": float("nan")}, "not a finite number"),
+        ({"adam_beta1": 1.0}, "must be below 1"),
+        ({"bn": "transduktive"}, "can only be one of transductive, running, support"),
+        ({"msl_epochs": 5}, "--msl-epochs has no effect without --msl"),
+        ({"min_meta_lr": 1e-5}, "--min-meta-lr has no effect without --ca"),
+    ],
+)
+def test_rules_between_settings(settings, fact):
+    facts = [found for found, _ in check(TrainConfig(**settings))]
+    assert len(facts) == 1
+    assert fact in facts[0]
+
+
+def test_what_a_preset_says_of_a_switch_that_a_flag_turns_off_is_dropped():
+    config = resolved(("preset p", {"algo": "maml++", "msl_epochs": 9}), ("flag", {"msl": False})).config
+    assert config.msl_epochs is None
+    problems_of(("preset p", {"algo": "maml++"}), ("flag", {"msl": False, "msl_epochs": 9}))
+
+
+def test_short_runs_keep_the_shape_of_the_published_schedules():
+    on = dict.fromkeys(IMPROVEMENTS, True)
+    assert derive(TrainConfig(epochs=100, **on), {}).msl_epochs == 10
+    assert derive(TrainConfig(epochs=150, **on), {}).da_epochs == 50
+    short = derive(TrainConfig(epochs=3, meta_lr=0.01, seed=4, inner_steps=7, **on), {"resize": "box"})
+    assert (short.msl_epochs, short.da_epochs, short.min_meta_lr) == (1, 1, pytest.approx(1e-4))
+    assert (short.init_seed, short.train_seed, short.eval_inner_steps, short.resize) == (4, 4, 7, "box")
+    plain = derive(TrainConfig(), {"resize": "box"})
+    assert (plain.msl_epochs, plain.da_epochs, plain.min_meta_lr) == (None, None, None)
+
+
+def test_a_written_configuration_reads_back_the_same(tmp_path):
+    config = derive(TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True)), {"resize": "box"})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert resolve([("file", load_file(tmp_path / "config.yaml"))], lambda name: {}).config == config
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: }", "- 1", "7", "ways: ${nothing}", "\x00"])
+def test_files_that_are_no_settings_are_refused(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError):
+        load_file(path)
+    with pytest.raises(SettingsError):
+        load_file(tmp_path / "absent.yaml")
+
+
+def test_set_pairs_have_yaml_types():
+    assert parse_sets(["ways=7", "inner_lr=1e-2", "msl=false", "clip_norm=null"]) == {
+        "ways": 7,
+        "inner_lr": 0.01,
+        "msl": False,
+        "clip_norm": None,
+    }
+    with pytest.raises(SettingsError, match="has no '='"):
+        parse_sets(["ways"])
+    with pytest.raises(SettingsError):
+        parse_sets(["ways=[1"])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_is_what_its_name_says(name):
+    config = resolved((f"preset {name}", load_preset(name))).config
+    if name == "demo":
+        assert config.dataset == "glyphs"
+        return
+    folder, _, row = name.rpartition("/")
+    assert row == f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}"
+    assert config.total_steps == (75_000 if folder == "paper" else 50_000)
+
+
+def test_the_presets_that_people_ask_for_are_there():
+    rows = [f"omniglot-{w}w{s}s-{a}" for w in (5, 20) for s in (1, 5) for a in ("maml", "maml++")]
+    assert {f"{folder}{row}" for row in rows for folder in ("", "paper/", "official/")} < set(preset_names())
+
+
+def test_official_presets_are_the_published_codes_settings():
+    config = resolved(("preset", load_preset("official/omniglot-20w1s-maml++"))).config
+    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr", "ca"), "its annealing of derivatives is off"
+    assert (config.msl_epochs, config.min_meta_lr, config.meta_batch_size) == (10, 1e-5, 8)
+    assert (config.ink, config.resize, config.rotations) == (0, "nearest", "augment")
+    assert resolved(("preset", load_preset("official/omniglot-5w1s-maml"))).config.improvements == ("ca",)
+
+
+def test_every_setting_has_words_and_a_panel():
+    for item in FIELDS.values():
+        assert item.metadata["help"].endswith("."), item.name
+        assert item.metadata["panel"] in {
+            "Episode",
+            "Inner loop",
+            "Meta-optimiser",
+            "MAML++",
+            "Hardware",
+            "Output",
+        }

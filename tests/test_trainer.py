@@ -1,0 +1,219 @@
+"""A run stopped anywhere and resumed is, to the bit, the run that nobody stopped."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from engine_cases import small_config
+
+from mamlctl.data.episodes import TaskStream
+from mamlctl.data.images import pack
+from mamlctl.engine import checkpoints
+from mamlctl.engine.evaluator import evaluate
+from mamlctl.engine.norms import Statistics
+from mamlctl.engine.step import build
+from mamlctl.engine.trainer import KEPT, Trainer
+from mamlctl.errors import DivergedError, MamlctlError
+from mamlctl.records import MetaStepDone, TrainReport, ValidationDone
+from mamlctl.runs import new_run, open_run
+
+CPU = torch.device("cpu")
+CLASSES, IMAGES = 12, 6
+TIMES = {"tasks_per_second", "memory_bytes"}  # what no two runs share
+
+
+def patterns():
+    """Classes of random patterns with noise, 16x16."""
+    generator = np.random.default_rng(0)
+    pattern = generator.integers(0, 256, (CLASSES, 1, 1, 16, 16))
+    images = (pattern + generator.integers(-60, 60, (CLASSES, IMAGES, 1, 16, 16))).clip(0, 255)
+    return pack(images.reshape(-1, 1, 16, 16).astype(np.uint8), np.full(CLASSES, IMAGES), ("c",) * CLASSES)
+
+
+def config_of(**settings):
+    defaults = {"algo": "maml++", "epochs": 3, "steps_per_epoch": 4, "report_every": 3, "val_tasks": 10}
+    return small_config(**defaults | {"queries": 1} | settings)
+
+
+def trainer_of(run, config, *, stop_at=None, events=None):
+    """`stop_at`: the number of the question to `stop_reason` that is answered with a stop."""
+    packed = patterns()
+    net, state = build(config, (1, 16, 16), CPU)
+    common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
+    streams = {
+        split: TaskStream(packed, classes, split=split, seed=0, device=CPU, dtype=torch.float64, **common)
+        for split, classes in (("train", np.arange(8)), ("val", np.arange(8, 12)))
+    }
+    asked = itertools.count()
+
+    def stop_reason():
+        return "asked" if stop_at is not None and next(asked) >= stop_at else ""
+
+    kept = events if events is not None else []
+    return Trainer(
+        config, net, state, streams, run, device=CPU, on_event=kept.append, stop_reason=stop_reason
+    )
+
+
+def make_run(path, config):
+    with new_run(path, config, command="test", environment={}) as run:
+        return run
+
+
+def comparable(run):
+    """All metrics but times, and every tensor and number of the last checkpoint."""
+    metrics = [{key: value for key, value in entry.items() if key not in TIMES} for entry in run.metrics()]
+    return metrics, checkpoints._digest(checkpoints.load(run.checkpoints / "last.pt"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody stopped."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "run", config_of())
+    assert trainer_of(run, run.config).train() == ""
+    return run
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [4], [5], [2, 2], [3, 0, 4], [1] * 40])
+def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
+    """`stops` after so many questions; questions come before steps and inside validation."""
+    run = make_run(tmp_path / "run", config_of())
+    trainer = trainer_of(run, run.config, stop_at=stops[0])
+    reason = trainer.train()
+    assert reason == "asked"
+    for stop_at in [*stops[1:], None]:
+        trainer = trainer_of(run, run.config, stop_at=stop_at)
+        trainer.resume()
+        reason = trainer.train()
+        if not reason:
+            break
+    assert reason == ""
+    assert comparable(run) == comparable(whole)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(
+        path.name for path in whole.checkpoints.iterdir()
+    )
+
+
+def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):
+    run = make_run(tmp_path / "run", config_of())
+    trainer_of(run, run.config, stop_at=2).train()
+    run.append_metrics({"step": 9, "epoch": 2, "val_accuracy": 0.9})
+    trainer = trainer_of(run, run.config)
+    trainer.resume()
+    trainer.train()
+    assert comparable(run) == comparable(whole)
+
+
+def test_metrics_have_what_readers_count_on(whole):
+    metrics = whole.metrics()
+    reports = [entry for entry in metrics if "val_accuracy" not in entry]
+    validations = [entry for entry in metrics if "val_accuracy" in entry]
+    assert [entry["step"] for entry in reports] == [1, 3, 4, 6, 8, 9, 12]
+    assert [entry["epoch"] for entry in validations] == [1, 2, 3]
+    wanted = {"step", "epoch", "support_loss", "query_losses", "query_accuracy", "meta_lr", "first_order"}
+    for entry in reports:
+        assert wanted | {"tasks_per_second"} <= entry.keys()
+        assert len(entry["query_losses"]) == 4, "index = inner steps taken, 0 before adaptation"
+        assert entry["query_accuracies"][-1] == entry["query_accuracy"]
+    assert [entry["first_order"] for entry in reports] == [True] * 3 + [False] * 4
+    assert all(entry["val_ci95"] >= 0 for entry in validations)
+
+
+def test_a_report_is_the_mean_of_its_meta_steps(tmp_path):
+    every, third = (
+        config_of(report_every=number, da=False, epochs=1, steps_per_epoch=6) for number in (1, 3)
+    )
+    runs = [make_run(tmp_path / name, config) for name, config in (("every", every), ("third", third))]
+    for run in runs:
+        trainer_of(run, run.config).train()
+    single, mean = ([entry for entry in run.metrics() if "support_loss" in entry] for run in runs)
+    assert [entry["step"] for entry in mean] == [1, 3, 6]
+    for name in ("support_loss", "meta_loss", "query_accuracy"):
+        assert mean[2][name] == pytest.approx(np.mean([entry[name] for entry in single[3:6]]))
+
+
+def test_the_five_best_and_the_best_are_kept(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=8, steps_per_epoch=1, inner_steps=2))
+    events = []
+    trainer = trainer_of(run, run.config, events=events)
+    trainer.train()
+    accuracy = {event.epoch: event.val_accuracy for event in events if isinstance(event, ValidationDone)}
+    best = sorted(accuracy, key=lambda epoch: (-accuracy[epoch], epoch))[:KEPT]
+    names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt"}
+    assert {path.name for path in run.checkpoints.iterdir()} == names
+    assert checkpoints.load(run.checkpoints / "best.pt")["epoch"] == best[0]
+
+
+def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
+    content = checkpoints.load(whole.checkpoints / "best.pt")
+    trainer = trainer_of(whole, whole.config)
+    checkpoints.restore(trainer.state, content["stored"], whole.checkpoints / "best.pt")
+    scores = evaluate(
+        trainer.net,
+        [trainer.state],
+        trainer.streams["val"],
+        tasks=10,
+        inner_steps=3,
+        statistics=Statistics.OWN,
+    )
+    assert scores.single[0][:, -1].mean() == pytest.approx(content["val_accuracy"], abs=1e-12)
+    assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one is that one"
+
+
+def test_every_meta_step_is_announced_and_reports_come_on_time(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=1))
+    events = []
+    trainer_of(run, run.config, events=events).train()
+    assert [event.step for event in events if isinstance(event, MetaStepDone)] == [1, 2, 3, 4]
+    reports = [event for event in events if isinstance(event, TrainReport)]
+    assert [event.step for event in reports] == [1, 3, 4]
+    assert list(reports[0].rates) == [f"conv{block}.weight" for block in range(1, 5)] + [
+        "linear.weight",
+        "linear.bias",
+    ]
+    assert all(len(rates) == 3 for rates in reports[0].rates.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_path):
+    config = config_of(inner_lr=1e200, first_order=True, da=False, inner_steps=3)
+    run = make_run(tmp_path / "run", config)
+    trainer = trainer_of(run, config)
+    with pytest.raises(
+        DivergedError, match=r"diverged at meta-step 1: the support loss after \d inner steps is"
+    ):
+        trainer.train()
+    stored = checkpoints.load(run.checkpoints / "last.pt")["stored"]
+    assert all(bool(tensor.isfinite().all()) for tensor in stored.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.state.stored().values())
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "format", "foreign", "garbage", "shape"])
+def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
+    source = (whole.checkpoints / "last.pt").read_bytes()
+    path = tmp_path / "last.pt"
+    if harm == "truncate":
+        path.write_bytes(source[: len(source) // 2])
+    elif harm == "garbage":
+        path.write_bytes(b"<html>quota exceeded</html>")
+    elif harm == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        stored = torch.load(whole.checkpoints / "last.pt", weights_only=True)
+        if harm == "format":
+            stored["format"] = 99
+        elif harm == "flip":
+            stored["content"]["stored"]["conv1.weight"][0] += 1e-9
+        torch.save(stored, path)
+    if harm == "shape":
+        _, state = build(config_of(filters=5), (1, 16, 16), CPU)
+        with pytest.raises(MamlctlError, match="does not fit the run's settings"):
+            checkpoints.restore(state, checkpoints.load(path)["stored"], path)
+        return
+    with pytest.raises(MamlctlError, match=r"checkpoint .*last.pt") as caught:
+        checkpoints.load(path)
+    assert caught.value.hint
+
+
+def test_the_run_folder_opens_with_its_settings(whole):
+    assert open_run(whole.path).config == whole.config
