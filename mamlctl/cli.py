@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import Field, asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +20,7 @@ from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, TrainConfig, flag
 from mamlctl.display import open_display, show_error, show_eval_result, show_train_result, write_json
 from mamlctl.errors import ExitCode, MamlctlError, SettingsError
 from mamlctl.layers import Resolved, load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
+from mamlctl.options import with_settings
 
 EPILOG = {
     "train": "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",
@@ -48,61 +48,6 @@ DataRoot = Annotated[
         help="Folder of prepared data sets. Default: the platform's cache folder.", rich_help_panel=HARDWARE
     ),
 ]
-
-
-def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
-    """Give a command one option per field of a settings class; those given reach it as the dict `given`."""
-    hints = get_type_hints(config_type)
-    options = []
-    for item in fields(config_type):
-        option = typer.Option(
-            help=_words_of(item), rich_help_panel=item.metadata["panel"], show_default=False
-        )
-        kind = hints[item.name]
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-        options.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    names = [item.name for item in fields(config_type)]
-
-    def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
-        own = get_type_hints(function, include_extras=True)
-        signature = inspect.signature(function)
-        others = [
-            parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in signature.parameters.values()
-            if parameter.name != "given"
-        ]
-        # Help shows panels in the order of their first option, and those of the settings come first.
-        others.sort(key=lambda parameter: _panel_of(parameter) is not None)
-        without_panel = sum(_panel_of(parameter) is None for parameter in others)
-
-        @functools.wraps(function)
-        def command(**values: Any) -> ExitCode:
-            given = {name: value for name in names if (value := values.pop(name)) is not None}
-            return function(given=given, **values)
-
-        parameters = [*others[:without_panel], *options, *others[without_panel:]]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command
-
-    return decorate
-
-
-def _words_of(item: Field[Any]) -> str:
-    """Help of a setting: its words, what it can be, and its default unless that is "off" or told in words."""
-    parts = [item.metadata["help"]]
-    if item.metadata["choices"]:
-        parts.append(f"One of {', '.join(map(str, item.metadata['choices']))}.")
-    if item.default is not None and item.default is not False:
-        parts.append(f"Default: {item.default}.")
-    return " ".join(parts)
-
-
-def _panel_of(parameter: inspect.Parameter) -> str | None:
-    """The help panel that a command's own option asks for; none for an argument or a general option."""
-    return next((getattr(note, "rich_help_panel", None) for note in parameter.annotation.__metadata__), None)
 
 
 def _print_version(asked: bool) -> None:
@@ -156,32 +101,30 @@ def train(
     quiet: Quiet = False,
 ) -> ExitCode:
     """Meta-train. The improvements of MAML++ are flags on any unrolled algorithm; maml++ has all six on."""
+    sets = set_ or []
     if resume is None:
-        resolved = _resolve(given, preset, config, set_ or [])
+        resolved = _resolve(given, preset, config, sets)
         if print_config:
             return _print_config(resolved)
     from mamlctl.commands import train as command
     from mamlctl.commands.stopping import parse_duration
 
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
+    line = shlex.join(["mamlctl", *sys.argv[1:]])
     with open_display(Console(stderr=True), quiet=quiet) as display:
         if resume is not None:
-            _check_resume(resume, given | parse_sets(set_ or []), out, preset, config)
+            without_effect = {"--preset": preset, "--config": config, "--print-config": print_config or None}
+            moved = _moved(resume, given | parse_sets(sets), out, without_effect)
             result = command.resume(
-                resume,
-                device=given.get("device"),
-                data_root=given.get("data_root"),
-                offline=offline,
-                time_limit_s=time_limit_s,
-                on_event=display,
+                resume, moved, offline=offline, time_limit_s=time_limit_s, command=line, on_event=display
             )
         else:
             result = command.train(
                 resolved.config,
-                out=out,
+                out=out and out.expanduser(),
                 offline=offline,
                 time_limit_s=time_limit_s,
-                command=shlex.join(["mamlctl", *sys.argv[1:]]),
+                command=line,
                 on_event=display,
             )
     if json:
@@ -192,31 +135,34 @@ def train(
 
 
 def _resolve(given: Mapping[str, Any], preset: str | None, config: Path | None, sets: list[str]) -> Resolved:
-    from mamlctl.engine.algorithms import algorithm_defaults
+    from mamlctl.engine.algorithms import algorithm_defaults, algorithm_problems
 
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
         layers.append((f"preset {preset}", load_preset(preset)))
     if config is not None:
         layers.append((str(config), load_file(config)))
-    return resolve([*layers, ("--set", parse_sets(sets)), ("flag", given)], algorithm_defaults)
+    layers += [("--set", parse_sets(sets)), ("flag", given)]
+    return resolve(layers, algorithm_defaults, algorithm_problems)
 
 
 def _print_config(resolved: Resolved) -> ExitCode:
     """The settings as a file that --config takes, the origin of each as its comment."""
-    lines = to_yaml(resolved.config).splitlines()
-    width = max(map(len, lines)) + 2
+    from mamlctl.commands.data import complete
+
+    lines = to_yaml(resolved.config, complete(resolved.config)).splitlines()
+    width = max(len(line.partition("  #")[0]) for line in lines) + 2
     for line in lines:
-        source = resolved.sources[line.split(":", 1)[0]]
-        typer.echo(f"{line:<{width}}# {source}")
+        value, _, derived = line.partition("  # ")
+        typer.echo(f"{value:<{width}}# {derived or resolved.sources[line.partition(':')[0]]}")
     return ExitCode.OK
 
 
-def _check_resume(
-    run: Path, given: Mapping[str, Any], out: Path | None, preset: str | None, config: Path | None
-) -> None:
-    """A resumed run keeps its settings: refuse what would change them. Raises SettingsError."""
-    from mamlctl.runs import open_run
+def _moved(
+    run: Path, given: Mapping[str, Any], out: Path | None, without_effect: Mapping[str, object]
+) -> dict[str, Any]:
+    """What a resumed run may change of its settings. Raises SettingsError for whatever else is given."""
+    from mamlctl.runs import MOVABLE, open_run
 
     stored = asdict(open_run(run).config)
     problems = [
@@ -225,17 +171,18 @@ def _check_resume(
             "leave it out, or start a new run",
         )
         for name, value in given.items()
-        if name not in {"device", "data_root"} and stored.get(name) != value
+        if name not in MOVABLE and stored.get(name) != value
     ]
-    if out is not None and out.resolve() != run.resolve():
-        problems.append((f"--out is {out}, but --resume goes on in {run}", "leave --out out"))
-    for name, value in (("--preset", preset), ("--config", config)):
+    if out is not None and out.expanduser().resolve() != run.resolve():
+        problems.append((f"--out is {out}, but --resume goes on in {run}", "leave out --out"))
+    for name, value in without_effect.items():
         if value is not None:
             problems.append(
                 (f"{name} has no effect with --resume, which keeps the run's settings", "leave it out")
             )
     if problems:
         raise SettingsError(problems)
+    return {name: value for name, value in given.items() if name in MOVABLE}
 
 
 @app.command("eval", epilog=EPILOG["eval"])
@@ -317,8 +264,11 @@ def _comes_later(name: str) -> SettingsError:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    # Training handles SIGTERM itself; elsewhere it should clean up as any exception does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except MamlctlError as error:
         show_error(Console(stderr=True), error)
         code = error.exit_code
@@ -335,9 +285,17 @@ def main() -> None:
         # The reader left; point stdout elsewhere, so that Python's last flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.FAILED
+    except OSError as error:
+        # Files that cannot be read or written are the machine's state, which the user can mend.
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "make room, or choose a place that can be written"
+        show_error(Console(stderr=True), MamlctlError(f"{where}{error.strerror or error}", hint=hint))
+        code = ExitCode.FAILED
     sys.exit(code or 0)
 
 
 def _help_command() -> str:
-    command = next((word for word in sys.argv[1:2] if not word.startswith("-")), "")
-    return " ".join(filter(None, ["mamlctl", command, "--help"]))
+    known = {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    return " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in known), "--help"])

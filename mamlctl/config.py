@@ -14,6 +14,10 @@ from typing import Any
 
 Problem = tuple[str, str]  # the fact, the way out
 
+SEEDS = 2**63  # seeds are below it: half of a 64-bit word, which every generator here takes
+LARGEST = 1e38  # float32 holds no larger number
+MOST_TASKS = 100_001  # per meta-step: beyond this a slip of the finger is likelier than a wish
+
 EPISODE, INNER, OUTER = "Episode", "Inner loop", "Meta-optimiser"
 MAMLPP, HARDWARE, OUTPUT = "MAML++", "Hardware", "Output"
 
@@ -37,7 +41,7 @@ def setting(
 class TrainConfig:
     """All that decides a training run. `None` means: derived, by `derive` or by the data set."""
 
-    dataset: str = setting("omniglot", EPISODE, "Data set to draw tasks from.")
+    dataset: str = setting("omniglot", EPISODE, "Data set to draw tasks from: omniglot or glyphs.")
     ways: int = setting(5, EPISODE, "Classes per task.", least=2)
     shots: int = setting(1, EPISODE, "Support examples per class.", least=1)
     queries: int = setting(1, EPISODE, "Query examples per class.", least=1)
@@ -59,7 +63,7 @@ class TrainConfig:
         "Filter that shrinks the originals (omniglot: bilinear, bicubic, lanczos, box, nearest).",
     )
 
-    algo: str = setting("maml++", INNER, "Algorithm.")
+    algo: str = setting("maml++", INNER, "Algorithm: maml, fomaml or maml++.")
     net: str = setting("conv4", INNER, "Network.", choices=("conv4",))
     filters: int = setting(64, INNER, "Filters of every convolution.", least=1)
     inner_steps: int = setting(5, INNER, "Gradient steps on the support set in training.", least=1)
@@ -69,7 +73,9 @@ class TrainConfig:
         "The same in evaluation; later steps reuse the last step's rates and norms. Default: as in training.",
         least=1,
     )
-    inner_lr: float = setting(0.1, INNER, "Inner learning rate; with --lslr its starting value.", above=0)
+    inner_lr: float = setting(
+        0.1, INNER, "Inner learning rate; with --lslr its starting value.", above=0, below=LARGEST
+    )
     first_order: bool = setting(False, INNER, "Do not differentiate the inner gradients.")
     bn: str = setting(
         "transductive",
@@ -78,8 +84,8 @@ class TrainConfig:
         choices=("transductive", "running", "support"),
     )
 
-    meta_lr: float = setting(0.001, OUTER, "Meta learning rate (Adam).", above=0)
-    meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", least=1)
+    meta_lr: float = setting(0.001, OUTER, "Meta learning rate (Adam).", above=0, below=LARGEST)
+    meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", least=1, below=MOST_TASKS)
     epochs: int = setting(
         100,
         OUTER,
@@ -156,11 +162,15 @@ class TrainConfig:
         HARDWARE,
         "Folder of prepared data sets. Default: the platform's cache folder.",
     )
-    seed: int = setting(0, HARDWARE, "Seed of initial weights and of training tasks.", least=0)
-    init_seed: int | None = setting(None, HARDWARE, "Seed of the initial weights alone.", least=0)
-    train_seed: int | None = setting(None, HARDWARE, "Seed of the training tasks alone.", least=0)
-    split_seed: int = setting(0, HARDWARE, "Seed of the class split.", least=0)
-    eval_seed: int = setting(0, HARDWARE, "Seed of the validation and test tasks.", least=0)
+    seed: int = setting(0, HARDWARE, "Seed of initial weights and of training tasks.", least=0, below=SEEDS)
+    init_seed: int | None = setting(
+        None, HARDWARE, "Seed of the initial weights alone.", least=0, below=SEEDS
+    )
+    train_seed: int | None = setting(
+        None, HARDWARE, "Seed of the training tasks alone.", least=0, below=SEEDS
+    )
+    split_seed: int = setting(0, HARDWARE, "Seed of the class split.", least=0, below=SEEDS)
+    eval_seed: int = setting(0, HARDWARE, "Seed of the validation and test tasks.", least=0, below=SEEDS)
 
     report_every: int = setting(5, OUTPUT, "Meta-steps between reports.", least=1)
 
@@ -187,7 +197,9 @@ class EvalConfig:
         "Query examples per class. Default: as in training.",
         least=1,
     )
-    eval_seed: int | None = setting(None, EPISODE, "Seed of the task list. Default: the run's.", least=0)
+    eval_seed: int | None = setting(
+        None, EPISODE, "Seed of the task list. Default: the run's.", least=0, below=SEEDS
+    )
     inner_steps: int | None = setting(
         None,
         INNER,

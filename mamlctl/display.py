@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from mamlctl.records import (
     TrainResult,
     ValidationDone,
 )
+from mamlctl.runs import finite
 
 REFRESH_PER_SECOND = 8  # looks fluent; one frame takes 3 to 4 ms of one core
 PROGRESS_EVERY_S = 5.0  # so that a log tells that something goes on without being filled by it
@@ -284,16 +284,8 @@ def _say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, wi
 
 def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:
     """One document on one line; a number that is not finite becomes null, which JSON has a word for."""
-    stream.write(json.dumps(_finite(document), allow_nan=False) + "\n")
+    stream.write(json.dumps(finite(document), allow_nan=False) + "\n")
     stream.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(console: Console, *parts: str | tuple[str, str]) -> None:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mamlctl.config import FIELDS, NEEDS, Problem, TrainConfig, check, flag, nearest
+from mamlctl.config import FIELDS, NEEDS, Problem, TrainConfig, check, nearest
 from mamlctl.errors import SettingsError
 
 
@@ -24,7 +24,9 @@ class Resolved:
 
 
 def resolve(
-    layers: Sequence[tuple[str, Mapping[str, Any]]], algorithm_defaults: Callable[[str], Mapping[str, Any]]
+    layers: Sequence[tuple[str, Mapping[str, Any]]],
+    algorithm_defaults: Callable[[str], Mapping[str, Any]],
+    more_problems: Callable[[TrainConfig], list[Problem]] = lambda config: [],
 ) -> Resolved:
     """Lay `layers` (name, values), weakest first, over the defaults of the dataclass and of the algorithm.
 
@@ -50,6 +52,7 @@ def resolve(
     config = TrainConfig(**{str(key): value for key, value in merged.items()})
     config = _without_inert(config, sources)
     problems += check(config)
+    problems += more_problems(config)
     if problems:
         raise SettingsError(problems)
     return Resolved(config, sources)
@@ -68,7 +71,7 @@ def _problem_of_value(source: str, key: str, value: Any) -> Problem | None:
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[
             wanted
         ]
-        return f"{key} is {value!r}, which is not {wanted}", f"set {flag(key)} to {wanted}"
+        return f"{key} is {value!r} in {source}, which is not {wanted}", f"make it {wanted}"
     return None
 
 
@@ -141,6 +144,16 @@ def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The settings as a file that `--config` takes."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: TrainConfig, completed: TrainConfig) -> str:
+    """The settings as a file that `--config` takes; what is left open carries its present value as a comment.
+
+    An open value stays open, so that a seed or a number of epochs laid over the file has its effect.
+    """
+    lines = OmegaConf.to_yaml(OmegaConf.structured(config)).splitlines()
+    return "".join(line + _derived_note(line, completed) + "\n" for line in lines)
+
+
+def _derived_note(line: str, completed: TrainConfig) -> str:
+    name, _, value = line.partition(": ")
+    derived = getattr(completed, name) if value == "null" else None
+    return "" if derived is None else f"  # derived: {derived}"

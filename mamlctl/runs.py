@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import itertools
 import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mamlctl.config import TrainConfig
+from mamlctl.config import FIELDS, TrainConfig
 from mamlctl.errors import MamlctlError, SettingsError
 from mamlctl.layers import load_file, resolve, to_yaml
 
+MOVABLE = (
+    "device",
+    "data_root",
+    "report_every",
+)  # settings that a resumed run may change: no result depends on them
 CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
 
 
@@ -66,6 +74,12 @@ class RunFolder:
         self.path, self.config = path, config
 
     @property
+    def owner(self) -> str:
+        """What this run's checkpoints carry: a digest of the settings that make it the run it is."""
+        own = asdict(self.config) | dict.fromkeys(MOVABLE)
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+    @property
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
@@ -77,17 +91,22 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                message = f"run folder {self.path} is in use by process {self.status().get('pid')}"
+                file.seek(0)
+                writer = file.read(32).decode(errors="replace") or "another process"
+                message = f"run folder {self.path} is in use by {writer}"
                 raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()}".encode())
+            file.flush()
             yield
 
     def status(self) -> dict[str, Any]:
         """What `set_status` last wrote; empty before."""
-        try:
-            status = json.loads((self.path / STATUS).read_text())
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        return _read_object(self.path / STATUS)
+
+    def environment(self) -> dict[str, Any]:
+        """What environment.json told at the start; empty if it is not there or damaged."""
+        return _read_object(self.path / "environment.json")
 
     def set_status(self, state: str, **details: Any) -> None:
         """running, finished, interrupted or diverged, with the step and whatever else tells how it stands."""
@@ -103,14 +122,16 @@ class RunFolder:
         """The objects of metrics.jsonl; a last line cut off by a crash does not count."""
         entries = []
         try:
-            lines = (self.path / METRICS).read_text().splitlines()
+            lines = (self.path / METRICS).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         for line in lines:
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 break
+            if isinstance(entry, dict) and "step" in entry:
+                entries.append(entry)
         return entries
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
@@ -123,14 +144,23 @@ class RunFolder:
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def new_run(
-    path: Path, config: TrainConfig, *, command: str, environment: Mapping[str, Any]
+    path: Path, config: TrainConfig, completed: TrainConfig, *, command: str, environment: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
     """A new run folder, this process its one writer. Raises MamlctlError if something is there already."""
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
-    taken = path.is_dir() and any(path.iterdir())
+    # A lock alone is what a start leaves that was killed before it wrote its settings.
+    taken = path.is_dir() and any(entry.name != "lock" for entry in path.iterdir())
     run = RunFolder(path, config)
     if taken and not (path / CONFIG).is_file():
         raise MamlctlError(f"{path} is not empty", hint="choose another --out")
@@ -139,7 +169,7 @@ def new_run(
         if taken:
             hint = f"mamlctl train --resume {path}, or choose another --out"
             raise MamlctlError(f"{path} already holds a run", hint=hint)
-        write_text(path / CONFIG, to_yaml(config))
+        write_text(path / CONFIG, to_yaml(config, completed))
         write_text(path / "command.txt", command + "\n")
         write_json(path / "environment.json", environment)
         yield run
@@ -157,8 +187,11 @@ def open_run(path: Path) -> RunFolder:
             hint="name the folder that 'mamlctl train' printed",
         )
     try:
-        # The stored settings are complete, so no algorithm's defaults are asked for.
-        config = resolve([(str(path / CONFIG), load_file(path / CONFIG))], lambda name: {}).config
+        stored = load_file(path / CONFIG)
+        if missing := FIELDS.keys() - stored.keys():
+            raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
+        # Every setting is there, so no algorithm's defaults are asked for.
+        config = resolve([(str(path / CONFIG), stored)], lambda name: {}).config
     except SettingsError as error:
         raise MamlctlError(
             f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"
@@ -166,7 +199,12 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path, config)
 
 
-def run_name(config: TrainConfig) -> str:
-    """A folder name that tells the run, and when it started."""
+def default_run_path(config: TrainConfig) -> Path:
+    """A folder under runs/ that is not there yet; its name tells the run, and when it started."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    name = f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    paths = (
+        Path("runs") / (name + suffix)
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    )
+    return next(path for path in paths if not path.exists())

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from mamlctl.data.episodes import Episodes
 
 from mamlctl.config import TrainConfig, derive
+from mamlctl.data.episodes import Episodes
 from mamlctl.engine.algorithms import algorithm_defaults
 from mamlctl.engine.step import build
 

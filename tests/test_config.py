@@ -3,7 +3,7 @@
 import pytest
 
 from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, check, derive
-from mamlctl.engine.algorithms import algorithm_defaults
+from mamlctl.engine.algorithms import algorithm_defaults, algorithm_problems
 from mamlctl.errors import SettingsError
 from mamlctl.layers import load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
 
@@ -72,6 +72,9 @@ def test_unknown_names_come_with_the_nearest_one():
         ({"inner_lr": 0.0}, "must be above 0"),
         ({"inner_lr": float("nan")}, "not a finite number"),
         ({"adam_beta1": 1.0}, "must be below 1"),
+        ({"meta_lr": 1e39}, "must be below 1e+38"),
+        ({"seed": 2**64}, "must be below"),
+        ({"meta_batch_size": 10**8}, "must be below 100001"),
         ({"bn": "transduktive"}, "can only be one of transductive, running, support"),
         ({"msl_epochs": 5}, "--msl-epochs has no effect without --msl"),
         ({"min_meta_lr": 1e-5}, "--min-meta-lr has no effect without --ca"),
@@ -101,9 +104,31 @@ def test_short_runs_keep_the_shape_of_the_published_schedules():
 
 
 def test_a_written_configuration_reads_back_the_same(tmp_path):
-    config = derive(TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True)), {"resize": "box"})
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
+    completed = derive(config, {"resize": "box"})
+    text = to_yaml(config, completed)
+    assert "msl_epochs: null  # derived: 10\n" in text
+    (tmp_path / "config.yaml").write_text(text)
     assert resolve([("file", load_file(tmp_path / "config.yaml"))], lambda name: {}).config == config
+
+
+def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):
+    config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
+    (tmp_path / "config.yaml").write_text(to_yaml(config, derive(config, {})))
+    again = resolved(("file", load_file(tmp_path / "config.yaml")), ("flag", {"seed": 3, "epochs": 20}))
+    completed = derive(again.config, {})
+    assert (completed.init_seed, completed.train_seed, completed.msl_epochs, completed.da_epochs) == (
+        3,
+        3,
+        2,
+        7,
+    )
+
+
+def test_fomaml_cannot_be_made_second_order():
+    facts = [fact for fact, _ in algorithm_problems(TrainConfig(algo="fomaml", first_order=False))]
+    assert facts == ["--first-order is False, but --algo fomaml means True"]
+    assert not algorithm_problems(TrainConfig(algo="maml", first_order=True))
 
 
 @pytest.mark.parametrize("text", ["a: [1\nb: }", "- 1", "7", "ways: ${nothing}", "\x00"])

@@ -13,6 +13,7 @@ import pytest
 
 import mamlctl
 from mamlctl.cli import main
+from mamlctl.data.images import load_pack, pack, save_pack
 
 QUICK = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3
@@ -193,6 +194,7 @@ def test_print_config_shows_values_and_origins(cli, tmp_path):
     assert lines["dataset"].split() == ["glyphs", "#", "preset", "demo"]
     assert lines["msl"].split() == ["true", "#", "algorithm", "maml++"]
     assert lines["lslr"].split() == ["false", "#", "flag"]
+    assert lines["init_seed"].split() == ["null", "#", "derived:", "0"]
     (tmp_path / "again.yaml").write_text(out)
     code, again, _ = cli("train", "--config", tmp_path / "again.yaml", "--print-config")
     assert code == 0
@@ -235,6 +237,9 @@ BAD = [
     ("train --dataset glyphs --ways x", 2, "--ways", "mamlctl train --help"),
     ("train --dataset glyphs --wyas 3", 2, "--wyas", "mamlctl train --help"),
     ("train --config nowhere.yaml", 2, "nowhere.yaml cannot be read", "YAML"),
+    ("train --dataset glyphs --algo fomaml --no-first-order", 2, "--first-order is False", "another --algo"),
+    ("train --dataset glyphs --meta-batch-size 100000000", 2, "must be below", "less than"),
+    ("train --dataset glyphs --seed 18446744073709551616", 2, "must be below", "less than"),
     ("train --resume nowhere", 1, "no run folder nowhere", "mamlctl train"),
     ("eval nowhere", 1, "no run folder nowhere", "mamlctl train"),
     ("trian", 2, "trian", "mamlctl"),
@@ -282,6 +287,12 @@ def test_an_existing_run_is_not_overwritten_and_keeps_its_settings(cli, trained)
     code, _, err = cli("train", "--resume", trained, "--ways", "4")
     assert code == 2
     assert_two_lines(err, "--ways is 4, but the run to resume has 3", "start a new run")
+    code, _, err = cli("train", "--resume", trained, "--set", "device=cuda:9")
+    assert code == 2
+    assert_two_lines(err, "cuda:9", "--device cpu")
+    code, _, err = cli("train", "--resume", trained, "--print-config")
+    assert code == 2
+    assert_two_lines(err, "--print-config has no effect with --resume", "leave it out")
 
 
 def test_resuming_a_finished_run_does_nothing_and_says_so(cli, trained):
@@ -313,14 +324,16 @@ def test_divergence_is_exit_4_and_says_where(cli, tmp_path):
 
 
 def start(run, root, *words):
-    """A long run in a process of its own, once its first report is there."""
+    """A long run in a process of its own, once its first report is there; its stderr is a file beside it."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
-    process = subprocess.Popen(
-        [*program(), "train", *map(str, long)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
+    # A file never fills as a pipe does that nobody reads.
+    with run.with_suffix(".err").open("wb") as told:
+        process = subprocess.Popen(
+            [*program(), "train", *map(str, long)], stderr=told, stdout=subprocess.PIPE
+        )
+    deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, run.with_suffix(".err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return process
@@ -334,9 +347,9 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
     assert busy[0] == 1
     assert_two_lines(busy[2], f"is in use by process {process.pid}", "wait for it")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == code
-    assert b"Traceback" not in err
+    assert "Traceback" not in run.with_suffix(".err").read_text()
     assert f"mamlctl train --resume {run}".encode() in out
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", number.name)
@@ -350,14 +363,89 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
     run = tmp_path / "run"
-    # One meta-step of many tasks takes long, so that the first request cannot be met before the second.
-    process = start(run, glyphs_root, "--meta-batch-size", "600", "--filters", "16")
+    # One meta-step of many tasks takes seconds, so that the first request cannot be met before the second.
+    process = start(run, glyphs_root, "--meta-batch-size", "500", "--filters", "16")
+    before = (run / "checkpoints" / "last.pt").read_bytes()
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 130
-    assert json.loads((run / "status.json").read_text())["status"] == "interrupted"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "left at once")
+    assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_eval_changes_no_file_of_the_training(cli, trained):
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in trained.rglob("*")
+            if path.is_file() and "eval" not in path.parts
+        }
+
+    before = contents()
+    for bn in ("transductive", "running"):
+        assert cli("eval", trained, "--tasks", "4", "--bn", bn)[0] == 0
+    assert contents() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(cli, trained, tmp_path):
+    other = tmp_path / "other"
+    assert cli("train", *QUICK_WORDS, "--seed", "9", "--out", other, "--quiet")[0] == 0
+    (other / "checkpoints" / "last.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
+    code, _, err = cli("eval", other)
+    assert code == 1
+    assert_two_lines(err, "was written by a run of other settings", "another checkpoint")
+
+
+def test_weights_alone_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    (copy / "checkpoints" / "last.pt").write_bytes((copy / "checkpoints" / "best.pt").read_bytes())
+    for words in (("eval", copy), ("train", "--resume", copy)):
+        code, _, err = cli(*words)
+        assert code == 1
+        assert_two_lines(err, "last.pt ", "another checkpoint")
+
+
+def test_other_data_are_refused_by_resume_and_told_by_eval(cli, trained, tmp_path, glyphs_root):
+    changed = load_pack(next(glyphs_root.glob("glyphs/*.npy")), "glyphs")
+    reversed_ = pack(changed.images_MCHW[::-1].copy(), changed.counts, changed.names)
+    save_pack(tmp_path / "glyphs" / next(glyphs_root.glob("glyphs/*.npy")).name, reversed_)
+    code, _, err = cli("train", "--resume", trained, data_root=tmp_path)
+    assert code == 3
+    assert_two_lines(err, "but the run began with", "--data-root")
+    code, _, err = cli("eval", trained, "--tasks", "4", data_root=tmp_path)
+    assert code == 0
+    assert "not those of the training" in err
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(cli, trained, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    (copy / "checkpoints" / "last.pt").unlink()
+    code, _, err = cli("train", "--resume", copy, "--report-every", "1")
+    assert code == 0
+    assert "no checkpoint yet" in err
+    lasts = [(path / "checkpoints" / "epoch-0002.pt").read_bytes() for path in (copy, trained)]
+    assert lasts[0] == lasts[1], "the same settings give the same weights, however often they report"
+
+
+@pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_two_lines(cli, out):
+    code, _, err = cli("train", *QUICK_WORDS, "--out", out)
+    assert code == 1
+    assert_two_lines(err, "error: ", "can be written")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
+    words = [*program(), "eval", trained, "--tasks", "4", "--quiet", "--data-root", glyphs_root]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*map(str, words)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert_two_lines(done.stderr, "No space left", "make room")
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback(trained):

@@ -13,7 +13,7 @@ from mamlctl.runs import new_run, open_run, replacing, write_json
 
 
 def make_run(path):
-    return new_run(path, TrainConfig(), command="mamlctl train", environment={"python": "3"})
+    return new_run(path, TrainConfig(), TrainConfig(), command="mamlctl train", environment={"python": "3"})
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -63,8 +63,7 @@ def test_a_run_has_one_writer_even_across_processes(tmp_path):
         "except MamlctlError as error: print(error.message)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "run")]
-    with make_run(tmp_path / "run") as run:
-        run.set_status("running", step=1)
+    with make_run(tmp_path / "run"):
         told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
         assert f"is in use by process {os.getpid()}" in told
         with pytest.raises(MamlctlError, match="is in use"), make_run(tmp_path / "run"):
@@ -80,6 +79,24 @@ def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
     (tmp_path / "config.yaml").write_text("ways: [")
     with pytest.raises(MamlctlError, match="is damaged"):
         open_run(tmp_path)
+    for text in ("", "ways: 5\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(MamlctlError, match="settings are missing"):
+            open_run(tmp_path)
+
+
+def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("process 1")
+    with make_run(tmp_path / "run") as run:
+        assert (run.path / "config.yaml").is_file()
+
+
+def test_foreign_lines_in_metrics_are_passed_over(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    (run.path / "metrics.jsonl").write_bytes(b'[1]\n{"step": 1, "epoch": 0}\n\xff\xfe\n')
+    assert [entry["step"] for entry in run.metrics()] == [1]
 
 
 def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):

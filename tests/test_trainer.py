@@ -57,14 +57,14 @@ def trainer_of(run, config, *, stop_at=None, events=None):
 
 
 def make_run(path, config):
-    with new_run(path, config, command="test", environment={}) as run:
+    with new_run(path, config, config, command="test", environment={}) as run:
         return run
 
 
 def comparable(run):
     """All metrics but times, and every tensor and number of the last checkpoint."""
     metrics = [{key: value for key, value in entry.items() if key not in TIMES} for entry in run.metrics()]
-    return metrics, checkpoints._digest(checkpoints.load(run.checkpoints / "last.pt"))
+    return metrics, checkpoints._digest(checkpoints.load(run.checkpoints / "last.pt", owner=run.owner))
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +142,11 @@ def test_the_five_best_and_the_best_are_kept(tmp_path):
     best = sorted(accuracy, key=lambda epoch: (-accuracy[epoch], epoch))[:KEPT]
     names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt"}
     assert {path.name for path in run.checkpoints.iterdir()} == names
-    assert checkpoints.load(run.checkpoints / "best.pt")["epoch"] == best[0]
+    assert checkpoints.load(run.checkpoints / "best.pt", owner=run.owner)["epoch"] == best[0]
 
 
 def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
-    content = checkpoints.load(whole.checkpoints / "best.pt")
+    content = checkpoints.load(whole.checkpoints / "best.pt", owner=whole.owner)
     trainer = trainer_of(whole, whole.config)
     checkpoints.restore(trainer.state, content["stored"], whole.checkpoints / "best.pt")
     scores = evaluate(
@@ -183,12 +183,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_pat
         DivergedError, match=r"diverged at meta-step 1: the support loss after \d inner steps is"
     ):
         trainer.train()
-    stored = checkpoints.load(run.checkpoints / "last.pt")["stored"]
+    stored = checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["stored"]
     assert all(bool(tensor.isfinite().all()) for tensor in stored.values())
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.state.stored().values())
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "format", "foreign", "garbage", "shape"])
+def test_scores_that_are_not_finite_are_divergence_and_no_accuracy(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=1, steps_per_epoch=1, meta_lr=1e200))
+    with pytest.raises(DivergedError, match="class scores in tasks 0 to 7 are not finite"):
+        trainer_of(run, run.config).train()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["last.pt"]
+    assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 0
+
+
+def test_a_time_limit_lets_every_start_move_on(tmp_path):
+    run = make_run(tmp_path / "run", config_of())
+    starts = 0
+    reason = "time limit"
+    while reason:
+        trainer = trainer_of(run, run.config)
+        trainer.stop_reason = lambda: "time limit"
+        if starts:
+            trainer.resume()
+        reason, starts = trainer.train(), starts + 1
+    assert starts == 12 + 3, "one meta-step or validation each, and the last one finds the end"
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "format", "foreign", "garbage", "shape", "owner"])
 def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
     source = (whole.checkpoints / "last.pt").read_bytes()
     path = tmp_path / "last.pt"
@@ -208,10 +229,10 @@ def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
     if harm == "shape":
         _, state = build(config_of(filters=5), (1, 16, 16), CPU)
         with pytest.raises(MamlctlError, match="does not fit the run's settings"):
-            checkpoints.restore(state, checkpoints.load(path)["stored"], path)
+            checkpoints.restore(state, checkpoints.load(path, owner=whole.owner)["stored"], path)
         return
     with pytest.raises(MamlctlError, match=r"checkpoint .*last.pt") as caught:
-        checkpoints.load(path)
+        checkpoints.load(path, owner="another" if harm == "owner" else whole.owner)
     assert caught.value.hint
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mamlctl.commands.data import image_shape, open_streams
+from mamlctl.commands.data import complete, image_shape, open_streams
 from mamlctl.config import EvalConfig, TrainConfig, limit_problems
 from mamlctl.data.images import PackedImages
 from mamlctl.engine import checkpoints
@@ -35,19 +35,29 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     """
     started = time.monotonic()
     run = open_run(path)
-    config = _judged(run.config, settings)
-    if problems := limit_problems(settings) + device_problems(config.device, config.precision):
+    config = complete(_judged(run.config, settings))
+    if problems := limit_problems(settings) + device_problems(config.device, "float32"):
         raise SettingsError(problems)
     device = open_device(config.device, config.precision)
+    if config.precision == "tf32" and device.type == "cpu":
+        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
     files, epochs = _checkpoint_files(run, on_event)
     streams, packed = open_streams(config, (settings.split,), device, offline=offline, on_event=on_event)
     stream = streams[settings.split]
+    if packed.digest != run.environment().get("dataset_digest", packed.digest):
+        on_event(Notice("these data are not those of the training: classes may have moved between splits"))
     states = []
     for file in files:
         net, state = build(config, image_shape(packed), device)
-        checkpoints.restore(state, checkpoints.load(file, device)["stored"], file)
+        checkpoints.restore(state, checkpoints.load(file, owner=run.owner, device=device)["stored"], file)
         states.append(state)
     steps = settings.inner_steps or config.eval_inner_steps or config.inner_steps
+    protocol = _protocol(config, packed, settings, steps)
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    folder = run.path / "eval" / f"{settings.split}-{digest}"
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # before the work, so that a folder that cannot be written loses none
     scores = evaluate(
         net,
         states,
@@ -57,10 +67,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         statistics=Statistics(config.bn),
         on_progress=lambda done: on_event(Progress("testing", done, settings.tasks)),
     )
-    protocol = _protocol(config, packed, settings, steps)
     rows = _rows(config, settings, scores, states, epochs, steps)
-    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
-    folder = run.path / "eval" / f"{settings.split}-{digest}"
     seconds = time.monotonic() - started
     document = {"format": 1, "results": [asdict(row) for row in rows], "protocol": protocol}
     write_json(folder / "summary.json", document | {"device": device_words(device), "seconds": seconds})
@@ -77,7 +84,10 @@ def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
 def _checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
     """The best checkpoints, best first, and their epochs; before any validation, the last one."""
     last = run.checkpoints / "last.pt"
-    top = checkpoints.load(last)["position"]["top"]
+    content = checkpoints.load(last, owner=run.owner)
+    if "position" not in content:
+        raise checkpoints.damaged(last, "does not tell which epochs were best")
+    top = content["position"]["top"]
     if not top:
         on_event(Notice(f"{run.path} has not been validated yet: its last checkpoint is judged"))
         return [last], []

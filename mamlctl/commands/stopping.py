@@ -31,11 +31,14 @@ class StopRequests:
         """`started`: time.monotonic() from which the limit counts."""
         self._on_event = on_event
         self._deadline = None if time_limit_s is None else started + time_limit_s
-        self._signal = ""
+        self._signal, self._told = "", False
         self._previous: dict[signal.Signals, object] = {}
 
     def reason(self) -> str:
         """Why to stop: "", "SIGINT", "SIGTERM" or "time limit"."""
+        if self._signal and not self._told:
+            self._told = True
+            self._on_event(Notice(f"{self._signal}: saving; Ctrl-C leaves at once, unsaved"))
         if self._signal:
             return self._signal
         return "time limit" if self._deadline is not None and time.monotonic() >= self._deadline else ""

@@ -23,9 +23,9 @@ from mamlctl.data.images import PackedImages
 from mamlctl.engine.devices import device_problems, device_words, open_device
 from mamlctl.engine.step import build
 from mamlctl.engine.trainer import Trainer
-from mamlctl.errors import DivergedError, SettingsError
+from mamlctl.errors import DataError, DivergedError, SettingsError
 from mamlctl.records import Notice, OnEvent, RunStarted, TrainResult
-from mamlctl.runs import RunFolder, new_run, open_run, run_name
+from mamlctl.runs import RunFolder, default_run_path, new_run, open_run
 
 
 def train(
@@ -42,38 +42,46 @@ def train(
     Raises SettingsError, DataError or MamlctlError before the folder is made, DivergedError after.
     """
     started = time.monotonic()
-    config = complete(config)
-    device = _open_device(config)
-    streams, packed = open_streams(config, ("train", "val"), device, offline=offline, on_event=on_event)
-    path = out or Path("runs") / run_name(config)
-    with new_run(path, config, command=command, environment=environment(config, packed, device)) as run:
-        return _run(run, streams, packed, device, started, time_limit_s, on_event, resume=False)
+    completed = complete(config)
+    device = _open_device(completed)
+    streams, packed = open_streams(completed, ("train", "val"), device, offline=offline, on_event=on_event)
+    path = out or default_run_path(config)
+    facts = environment(completed, packed, device)
+    with new_run(path, config, completed, command=command, environment=facts) as run:
+        return _run(run, completed, streams, packed, device, started, time_limit_s, on_event, resume=False)
 
 
 def resume(
     path: Path,
+    moved: Mapping[str, Any],
     *,
-    device: str | None,
-    data_root: str | None,
     offline: bool,
     time_limit_s: float | None,
+    command: str,
     on_event: OnEvent,
 ) -> TrainResult:
     """Go on with a run from its last checkpoint, as if nothing had happened.
 
-    `device`, `data_root`: instead of the run's own. Raises what `train` does; MamlctlError for a damaged run.
+    `moved`: values of runs.MOVABLE settings instead of the run's own. Raises what `train` does; MamlctlError
+    for a damaged run, DataError if the data are no longer those of the run.
     """
     started = time.monotonic()
     run = open_run(path)
     with run.writing():
-        run.config = replace(
-            run.config, device=device or run.config.device, data_root=data_root or run.config.data_root
-        )
-        torch_device = _open_device(run.config)
+        run.config = replace(run.config, **moved)
+        completed = complete(run.config)
+        device = _open_device(completed)
         streams, packed = open_streams(
-            run.config, ("train", "val"), torch_device, offline=offline, on_event=on_event
+            completed, ("train", "val"), device, offline=offline, on_event=on_event
         )
-        return _run(run, streams, packed, torch_device, started, time_limit_s, on_event, resume=True)
+        trained_on = run.environment().get("dataset_digest", packed.digest)
+        if trained_on != packed.digest:
+            found = f"{run.config.dataset} has digest {packed.digest:.12}"
+            message = f"{found}, but the run began with {trained_on:.12}"
+            raise DataError(message, hint="resume with the --data-root, and the Pillow, that it began with")
+        with (run.path / "command.txt").open("a") as file:
+            file.write(command + "\n")
+        return _run(run, completed, streams, packed, device, started, time_limit_s, on_event, resume=True)
 
 
 def _open_device(config: TrainConfig) -> torch.device:
@@ -84,6 +92,7 @@ def _open_device(config: TrainConfig) -> torch.device:
 
 def _run(
     run: RunFolder,
+    config: TrainConfig,
     streams: Mapping[str, TaskStream],
     packed: PackedImages,
     device: torch.device,
@@ -93,24 +102,28 @@ def _run(
     *,
     resume: bool,
 ) -> TrainResult:
-    config = run.config
     net, state = build(config, image_shape(packed), device)
     with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
         trainer = Trainer(
             config, net, state, streams, run, device=device, on_event=on_event, stop_reason=stop.reason
         )
-        if resume:
+        if resume and not trainer.last.exists():
+            on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
+        elif resume:
             trainer.resume()
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is finished already"))
         on_event(_run_started(run, trainer, device))
         run.set_status("running", step=trainer.position.step)
-        status, reason = "interrupted", "left at once"
+        status, reason = "failed", "a bug or the machine: see the error"
         try:
             reason = trainer.train()
             status = "interrupted" if reason else "finished"
         except DivergedError as error:
             status, reason = "diverged", error.message
+            raise
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "left at once"
             raise
         finally:
             run.set_status(status, step=trainer.position.step, reason=reason)
@@ -131,7 +144,7 @@ def _run(
 
 
 def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunStarted:
-    config = run.config
+    config = trainer.config
     return RunStarted(
         run=str(run.path),
         dataset=config.dataset,

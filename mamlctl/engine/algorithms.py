@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mamlctl.config import IMPROVEMENTS, nearest
+from mamlctl.config import IMPROVEMENTS, Problem, TrainConfig, flag, nearest
 from mamlctl.engine.outer import Measured, unrolled
 from mamlctl.errors import SettingsError
 
@@ -18,17 +18,31 @@ class Algorithm:
     summary: str
     outer: Callable[..., Measured]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
 
 
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm("Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", unrolled),
-    "fomaml": Algorithm("MAML in first order", unrolled, {"first_order": True}),
+    "fomaml": Algorithm("MAML in first order", unrolled, {"first_order": True}, fixed={"first_order": True}),
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
         unrolled,
         dict.fromkeys(IMPROVEMENTS, True),
     ),
 }
+
+
+def algorithm_problems(config: TrainConfig) -> list[Problem]:
+    """Settings that would make the algorithm another one than its name says."""
+    fixed = ALGORITHMS[config.algo].fixed.items() if config.algo in ALGORITHMS else ()
+    return [
+        (
+            f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}",
+            "use another --algo",
+        )
+        for name, wanted in fixed
+        if getattr(config, name) != wanted
+    ]
 
 
 def algorithm_defaults(name: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,29 +19,33 @@ from mamlctl.runs import replacing
 FORMAT = 1
 
 
-def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` (nested dicts, lists, numbers, words, tensors) with format and digest, in one move."""
+def save(path: Path, content: Mapping[str, Any], *, owner: str) -> None:
+    """Write `content` (dicts, lists, numbers, words, tensors) with format, owner and digest, in one move."""
+    stored = {"format": FORMAT, "owner": owner, "digest": _digest(content), "content": dict(content)}
+    # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
+    whole = io.BytesIO()
+    torch.save(stored, whole)
     with replacing(path) as file:
-        torch.save({"format": FORMAT, "digest": _digest(content), "content": dict(content)}, file)
+        file.write(whole.getbuffer())
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises MamlctlError if the file is absent, damaged or of another format."""
+def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save` wrote. Raises MamlctlError if it is absent, damaged, of another format or another run."""
     if not path.is_file():
-        raise MamlctlError(
-            f"there is no checkpoint {path}", hint="train until the first epoch ends, or name another run"
-        )
+        raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _damaged(path, f"cannot be read ({reason[:100]})") from error
-    if not isinstance(stored, dict) or "format" not in stored:
-        raise _damaged(path, "is not a checkpoint of mamlctl")
+        raise damaged(path, f"cannot be read ({reason[:100]})") from error
+    if not isinstance(stored, dict) or not {"format", "owner", "digest", "content"} <= stored.keys():
+        raise damaged(path, "is not a checkpoint of mamlctl")
     if stored["format"] != FORMAT:
-        raise _damaged(path, f"has format {stored['format']}, but this mamlctl reads format {FORMAT}")
+        raise damaged(path, f"has format {stored['format']}, but this mamlctl reads format {FORMAT}")
     if stored["digest"] != _digest(stored["content"]):
-        raise _damaged(path, "does not have the content it was written with: its digest differs")
+        raise damaged(path, "does not have the content it was written with: its digest differs")
+    if stored["owner"] != owner:
+        raise damaged(path, "was written by a run of other settings")
     content: dict[str, Any] = stored["content"]
     return content
 
@@ -50,16 +55,17 @@ def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
     own = state.stored()
     if set(own) != set(stored):
         odd = sorted(set(own) ^ set(stored))[0]
-        raise _damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
+        raise damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
     for name, tensor in own.items():
         if tensor.shape != stored[name].shape:
             shapes = f"{list(stored[name].shape)}, but the settings need {list(tensor.shape)}"
-            raise _damaged(path, f"does not fit the run's settings: '{name}' has shape {shapes}")
+            raise damaged(path, f"does not fit the run's settings: '{name}' has shape {shapes}")
     for name, tensor in own.items():
         tensor.copy_(stored[name])
 
 
-def _damaged(path: Path, what: str) -> MamlctlError:
+def damaged(path: Path, what: str) -> MamlctlError:
+    """The error that a checkpoint is not what it should be."""
     return MamlctlError(f"checkpoint {path} {what}", hint="use another checkpoint of the run, or train again")
 
 

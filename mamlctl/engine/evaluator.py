@@ -13,6 +13,7 @@ from mamlctl.data.episodes import Episodes, TaskStream
 from mamlctl.engine.inner import MetaState, adapt, query_logits
 from mamlctl.engine.nets import Net
 from mamlctl.engine.norms import Statistics
+from mamlctl.errors import DivergedError
 
 # Tasks adapted side by side: 8 of 20-way fill two cores, and their activations stay under half a gigabyte.
 CHUNK = 8
@@ -44,7 +45,8 @@ def evaluate(
     """Adapt every model to tasks 0 .. tasks-1 of the stream and judge it on their query sets.
 
     The ensemble averages raw class scores over models, as the published code does. Nothing stored changes.
-    Raises Stopped when `should_stop` says so between two chunks.
+    Raises Stopped when `should_stop` says so between two chunks, DivergedError when a class score is not
+    finite: the largest of NaNs is no prediction.
     """
     states = [state.frozen() for state in states]
     single: list[list[torch.Tensor]] = [[] for _ in states]
@@ -58,9 +60,14 @@ def evaluate(
             logits_ITEN = adapted_logits(net, state, episodes, inner_steps=inner_steps, statistics=statistics)
             scores.append(_right_TI(logits_ITEN, episodes))
             per_model.append(logits_ITEN)
+            if not bool(logits_ITEN.isfinite().all()):
+                raise DivergedError(
+                    f"class scores in tasks {first} to {first + len(logits_ITEN[0]) - 1} are not finite",
+                    hint="the model has diverged: start a new run with a lower --meta-lr or --inner-lr",
+                )
         ensemble.append(_right_TI(torch.stack(per_model).mean(0), episodes))
         on_progress(first + len(episodes.query_y_TE))
-    joined = [torch.cat(scores).double().cpu().numpy() for scores in (*single, ensemble)]
+    joined = [torch.cat(scores).cpu().numpy() for scores in (*single, ensemble)]
     return Scores(joined[:-1], joined[-1])
 
 
@@ -86,4 +93,4 @@ def adapted_logits(
 
 def _right_TI(logits_ITEN: torch.Tensor, episodes: Episodes) -> torch.Tensor:
     right_ITE = logits_ITEN.argmax(-1).eq(episodes.query_y_TE)
-    return right_ITE.float().mean(-1).T
+    return right_ITE.double().mean(-1).T

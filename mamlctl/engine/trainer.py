@@ -15,7 +15,7 @@ from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import TaskStream
 from mamlctl.engine import checkpoints
 from mamlctl.engine.devices import memory_bytes
-from mamlctl.engine.evaluator import Stopped, evaluate
+from mamlctl.engine.evaluator import CHUNK, Stopped, evaluate
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.nets import Net
 from mamlctl.engine.norms import Statistics
@@ -91,6 +91,7 @@ class Trainer:
         self.position = Position()
         self.period = Period.empty(config.inner_steps, device)
         self._latest: Measured | None = None
+        self._moved = False  # whether this process did any meta-step or validation
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
 
@@ -111,14 +112,20 @@ class Trainer:
                     self._validate()
                 except Stopped:
                     self.save()
-                    return self.stop_reason()
-            if position.step == config.total_steps:
+                    return self._stop()
+            if position.step >= config.total_steps:
                 return ""
-            if reason := self.stop_reason():
+            if reason := self._stop():
                 self._check(position.step)  # a CUDA device has not been asked since the last report
                 self.save()
                 return reason
             self._step()
+            self._moved = True
+
+    def _stop(self) -> str:
+        """Why to stop, or "". A time limit waits for one step or validation, so that resuming leads on."""
+        reason = self.stop_reason()
+        return "" if reason == "time limit" and not self._moved else reason
 
     def _step(self) -> None:
         config, position = self.config, self.position
@@ -144,9 +151,10 @@ class Trainer:
     def _check(self, step: int) -> None:
         what = what_is_not_finite(self._latest) if self._latest else None
         if what:
+            clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
             raise DivergedError(
                 f"training diverged at meta-step {step}: {what}",
-                hint="lower --inner-lr or --meta-lr, or bound the meta-gradient with --clip-value 10; "
+                hint=f"start anew with a lower --inner-lr or --meta-lr{clip}; "
                 f"the last good checkpoint is {self.last}",
             )
 
@@ -181,7 +189,6 @@ class Trainer:
 
     def _validate(self) -> None:
         config, position = self.config, self.position
-        self.save()  # validation may take long, and the epoch's work should outlive a crash in it
         scores = evaluate(
             self.net,
             [self.state],
@@ -189,10 +196,11 @@ class Trainer:
             tasks=config.val_tasks,
             inner_steps=config.eval_inner_steps or config.inner_steps,
             statistics=Statistics(config.bn),
-            on_progress=lambda done: self.on_event(Progress("validating", done, config.val_tasks)),
-            should_stop=lambda: bool(self.stop_reason()),
+            on_progress=self._validated_some,
+            should_stop=lambda: bool(self._stop()),
         ).single[0]
         position.validated += 1
+        self._moved = True
         accuracy, ci95 = mean_ci95(scores[:, -1])
         self._keep_best(position.validated, accuracy, ci95)
         best_epoch, best_accuracy, best_ci95 = position.top[0]
@@ -210,9 +218,19 @@ class Trainer:
         )
         self.run.append_metrics(vars(done))
         self.save()
+        # Only now: until `last.pt` names the new ones, a reader may still look for the old.
+        kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}
+        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
+            path.unlink()
         self.on_event(done)
         # The time that validation took is no training time.
         self._reported_at, self._tasks_since = time.perf_counter(), 0
+
+    def _validated_some(self, done: int) -> None:
+        if done <= CHUNK:
+            # The epoch's work should outlive a crash in the rest of validation; its scores are finite.
+            self.save()
+        self.on_event(Progress("validating", done, self.config.val_tasks))
 
     def _keep_best(self, epoch: int, accuracy: float, ci95: float) -> None:
         top = self.position.top
@@ -220,13 +238,10 @@ class Trainer:
         top.sort(key=lambda entry: (-entry[1], entry[0]))  # of equals, the earlier
         del top[KEPT:]
         content = {"stored": self.state.stored(), "epoch": epoch, "val_accuracy": accuracy, "val_ci95": ci95}
-        kept = {epoch_file(self.run, int(entry[0])) for entry in top}
-        if epoch_file(self.run, epoch) in kept:
-            checkpoints.save(epoch_file(self.run, epoch), content)
+        if any(entry[0] == epoch for entry in top):
+            checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
         if top[0][0] == epoch:
-            checkpoints.save(self.run.checkpoints / "best.pt", content)
-        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
-            path.unlink()
+            checkpoints.save(self.run.checkpoints / "best.pt", content, owner=self.run.owner)
 
     def save(self) -> None:
         """Write `last.pt`: everything that a resume needs."""
@@ -236,11 +251,13 @@ class Trainer:
             "period": vars(self.period),
             "position": vars(self.position),
         }
-        checkpoints.save(self.last, content)
+        checkpoints.save(self.last, content, owner=self.run.owner)
 
     def resume(self) -> None:
         """Go back to where `last.pt` was written. Raises MamlctlError if it is not whole."""
-        content = checkpoints.load(self.last, self.device)
+        content = checkpoints.load(self.last, owner=self.run.owner, device=self.device)
+        if "adam" not in content:
+            raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
         checkpoints.restore(self.state, content["stored"], self.last)
         self.meta_step.adam.load_state_dict(content["adam"])
         self.period = Period(**content["period"])
