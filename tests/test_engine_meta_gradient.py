@@ -111,36 +111,53 @@ def test_first_and_second_order_differ_by_the_hessian_term():
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-def test_maml_equals_the_library_higher(first_order):
-    """higher's differentiable SGD on torch.nn modules, its own documented loop."""
-    config = small_config(first_order=first_order)
+@pytest.mark.parametrize(
+    "switches", [{}, {"msl": True}, {"lslr": True}, {"msl": True, "lslr": True}], ids=case_id
+)
+def test_maml_and_its_improvements_equal_the_library_higher(first_order, switches):
+    """higher's differentiable SGD on torch.nn modules, its own documented loop; rates by its `override`."""
+    config = small_config(first_order=first_order, **switches)
     net, state = build(config, IMAGE, torch.device("cpu"))
+    for number, rate in enumerate(state.rates.values()):
+        rate.mul_(torch.linspace(0.5 + 0.1 * number, 1.5, rate.numel(), dtype=rate.dtype))
     episodes = random_episodes(config)
-    found = measured(config, net, state, episodes).grads
+    step = MetaStep(config, net, state)
+    found = step.measure(episodes, 0, measure_all=False).grads
+    weights, _, _ = step.schedule(0)
     module = _module_like(state, config)
-    optimiser = torch.optim.SGD(module.parameters(), lr=config.inner_lr)
+    start = list(module.parameters())
+    optimiser = torch.optim.SGD([{"params": [weight]} for weight in start], lr=config.inner_lr)
+    wanted = [torch.zeros_like(weight) for weight in start]
+    rate_grads = [torch.zeros_like(rate) for rate in state.rates.values()]
     for task in range(config.meta_batch_size):
         with higher.innerloop_ctx(
             module, optimiser, copy_initial_weights=False, track_higher_grads=not first_order
         ) as (fast, inner):
-            _hold_still(fast)
-            for _ in range(config.inner_steps):
-                loss = F.cross_entropy(fast(episodes.support_x_TECHW[task]), episodes.support_y_TE[task])
-                inner.step(loss)
-            loss = F.cross_entropy(fast(episodes.query_x_TECHW[task]), episodes.query_y_TE[task])
-            if first_order:
-                # Without tracking, higher leaves the gradient on the adapted weights: MAML's first order.
-                for weight, grad in zip(
-                    module.parameters(), torch.autograd.grad(loss, fast.parameters()), strict=True
-                ):
-                    weight.grad = grad if weight.grad is None else weight.grad + grad
-            else:
-                loss.backward()
-    names = [f"conv{block}.weight" for block in range(1, 5)] + ["linear.weight", "linear.bias"]
-    for name, parameter in zip(names, module.parameters(), strict=True):
-        assert torch.allclose(found[name], parameter.grad / config.meta_batch_size, rtol=1e-8, atol=1e-12), (
-            name
-        )
+            loss = 0
+            for number in range(config.inner_steps):
+                support = F.cross_entropy(fast(episodes.support_x_TECHW[task]), episodes.support_y_TE[task])
+                rates = [rate[min(number, len(rate) - 1)] for rate in state.rates.values()]
+                inner.step(support, override={"lr": rates})
+                query = F.cross_entropy(fast(episodes.query_x_TECHW[task]), episodes.query_y_TE[task])
+                if first_order:
+                    # Without tracking, higher leaves the gradient on the adapted weights: MAML's first order.
+                    grads = torch.autograd.grad(weights[number] * query, fast.parameters())
+                    wanted = [total + grad for total, grad in zip(wanted, grads, strict=True)]
+                loss = loss + weights[number] * query
+            if not first_order:
+                leaves = [*start, *(rate for rate in state.rates.values() if rate.requires_grad)]
+                grads = torch.autograd.grad(loss, leaves)
+                wanted = [total + grad for total, grad in zip(wanted, grads, strict=False)]
+                rate_grads = [
+                    total + grad for total, grad in zip(rate_grads, grads[len(start) :], strict=False)
+                ]
+    for name, grad in zip(state.slow, wanted, strict=True):
+        assert torch.allclose(found[name], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12), name
+    if config.lslr and not first_order:
+        for name, grad in zip(state.rates, rate_grads, strict=True):
+            assert torch.allclose(
+                found[f"rate.{name}"], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12
+            ), name
 
 
 def _module_like(state, config):
@@ -160,8 +177,3 @@ def _module_like(state, config):
         for parameter, weight in zip(module.parameters(), state.slow.values(), strict=True):
             parameter.copy_(weight)
     return module
-
-
-def _hold_still(fast):
-    """higher patches modules in training mode; say so, since batch norm depends on it."""
-    assert fast.training
