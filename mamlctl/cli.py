@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 import mamlctl
-from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, TrainConfig, flag
+from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, Problem, TrainConfig, flag
 from mamlctl.display import open_display, show_error, show_eval_result, show_train_result, write_json
 from mamlctl.errors import ExitCode, MamlctlError, SettingsError
 from mamlctl.layers import Resolved, load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
@@ -103,7 +103,7 @@ def train(
     """Meta-train. The improvements of MAML++ are flags on any unrolled algorithm; maml++ has all six on."""
     sets = set_ or []
     if resume is None:
-        resolved = _resolve(given, preset, config, sets)
+        resolved = _resolve(given, preset, config, sets, here=not print_config)
         if print_config:
             return _print_config(resolved)
     from mamlctl.commands import train as command
@@ -134,8 +134,18 @@ def train(
     return {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}.get(result.reason, ExitCode.OK)
 
 
-def _resolve(given: Mapping[str, Any], preset: str | None, config: Path | None, sets: list[str]) -> Resolved:
+def _resolve(
+    given: Mapping[str, Any], preset: str | None, config: Path | None, sets: list[str], *, here: bool
+) -> Resolved:
+    """`here`: the run is to start on this machine, so that its devices count too."""
+    from mamlctl.data.sets import choice_problems
     from mamlctl.engine.algorithms import algorithm_defaults, algorithm_problems
+    from mamlctl.engine.devices import device_problems
+
+    def more_problems(found: TrainConfig) -> list[Problem]:
+        problems = algorithm_problems(found)
+        problems += choice_problems(found.dataset, split_scheme=found.split_scheme, resize=found.resize)
+        return problems + (device_problems(found.device, found.precision) if here else [])
 
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
@@ -143,7 +153,7 @@ def _resolve(given: Mapping[str, Any], preset: str | None, config: Path | None, 
     if config is not None:
         layers.append((str(config), load_file(config)))
     layers += [("--set", parse_sets(sets)), ("flag", given)]
-    return resolve(layers, algorithm_defaults, algorithm_problems)
+    return resolve(layers, algorithm_defaults, more_problems)
 
 
 def _print_config(resolved: Resolved) -> ExitCode:

@@ -80,7 +80,8 @@ class TrainConfig:
     bn: str = setting(
         "transductive",
         INNER,
-        "Batch norm in evaluation: the set's own statistics, those kept in training, or the support set's.",
+        "Batch norm of queries in evaluation: their own statistics, those kept in training, "
+        "or the support set's.",
         choices=("transductive", "running", "support"),
     )
 
@@ -209,7 +210,7 @@ class EvalConfig:
     bn: str | None = setting(
         None,
         INNER,
-        "Batch norm: the set's own statistics, those kept in training, or the support set's. Default: "
+        "Batch norm of queries: their own statistics, those kept in training, or the support set's. Default: "
         "the run's.",
         choices=("transductive", "running", "support"),
     )

@@ -279,3 +279,24 @@ def test_bfloat16_products_stay_near_float32():
     cosine = F.cosine_similarity(flat["float32"], flat["bf16"], dim=0)
     assert float(cosine) > 0.98
     assert not torch.equal(flat["float32"], flat["bf16"]), "bf16 must really compute in another type"
+
+
+def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
+    """What `--bn` changes is the query pass alone."""
+    config = small_config(algo="maml++")
+    net, state = trained(config)
+    episodes = random_episodes(config, seed=7)
+    same_set = type(episodes)(
+        episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
+    )
+    own, support = (
+        adapted_logits(net, state.frozen(), same_set, inner_steps=3, statistics=mode)
+        for mode in (Statistics.OWN, Statistics.SUPPORT)
+    )
+    assert torch.allclose(own, support, atol=1e-10)
+    state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
+    before, after = (
+        adapted_logits(net, which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[3]
+        for which in (trained(config)[1], state)
+    )
+    assert torch.equal(before, after)

@@ -85,7 +85,6 @@ def adapted_logits(
         episodes.support_y_TE,
         steps=inner_steps,
         first_order=True,
-        statistics=statistics,
     ):
         with torch.no_grad():
             logits.append(query_logits(net, state, point, support_x_TECHW, query_x_TECHW, statistics)[0])
