@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
+BENCH ?= # options of the benchmark: make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test check lint types format gpu wheel clean
+.PHONY: help install demo test check lint types format gpu bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +21,10 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	@touch $@ $(VENV)/installed $(VENV)/installed-dev
 
 install: $(VENV)/installed ## make .venv and install mamlctl into it
 
@@ -46,6 +51,9 @@ format: $(VENV)/installed-dev ## rewrite the code in the house's format
 
 gpu: $(VENV)/installed-dev ## only the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/installed-bench ## time a meta-step of every engine and of other people's MAML, into runs/bench/
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH)
 
 wheel: $(VENV)/installed-dev ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -145,7 +145,7 @@ def _resolve(
     def more_problems(found: TrainConfig) -> list[Problem]:
         problems = algorithm_problems(found)
         problems += choice_problems(found.dataset, split_scheme=found.split_scheme, resize=found.resize)
-        return problems + (device_problems(found.device, found.precision) if here else [])
+        return problems + (device_problems(found.device, found.precision, found.cuda_graph) if here else [])
 
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:

@@ -153,10 +153,25 @@ class TrainConfig:
         "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one.",
     )
     precision: str = setting(
-        "float32",
+        "auto",
         HARDWARE,
-        "Arithmetic of convolutions; everything else is float32 (float64: all).",
-        choices=("float32", "tf32", "bf16", "float64"),
+        "Arithmetic of convolutions; everything else is float32 (float64: all). auto: tf32 on a CUDA device, "
+        "float32 on a CPU.",
+        choices=("auto", "float32", "tf32", "bf16", "float64"),
+    )
+    engine: str = setting(
+        "adjoint",
+        HARDWARE,
+        "How meta-gradients are computed: adjoint, or plain double backward, which it is held to.",
+        choices=("adjoint", "plain"),
+    )
+    task_chunk: str = setting(
+        "auto",
+        HARDWARE,
+        "Tasks per pass, less memory for the same result: a number, or auto.",
+    )
+    cuda_graph: bool | None = setting(
+        None, HARDWARE, "Replay meta-steps as CUDA graphs. Default: on a CUDA device."
     )
     data_root: str | None = setting(
         None,
@@ -260,6 +275,10 @@ def check(config: TrainConfig) -> list[Problem]:
     if config.min_meta_lr is not None and config.min_meta_lr > config.meta_lr:
         problems.append(
             (f"--min-meta-lr {config.min_meta_lr:g} is above --meta-lr {config.meta_lr:g}", "lower it")
+        )
+    if config.task_chunk != "auto" and not (config.task_chunk.isdecimal() and int(config.task_chunk)):
+        problems.append(
+            (f"--task-chunk is {config.task_chunk!r}", "use auto, or a number of tasks from 1 on")
         )
     if config.da_epochs is not None and config.da_epochs > config.epochs:
         problems.append(

@@ -24,6 +24,7 @@ MOVABLE = (
     "device",
     "data_root",
     "report_every",
+    "cuda_graph",
 )  # settings that a resumed run may change: no result depends on them
 CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
 

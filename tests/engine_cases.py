@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mamlctl.config import TrainConfig, derive
 from mamlctl.data.episodes import Episodes
 from mamlctl.engine.algorithms import algorithm_defaults
+from mamlctl.engine.fast import derivatives_of
 from mamlctl.engine.step import build
 
 IMAGE = (1, 16, 16)  # the smallest that four halvings leave a pixel of
@@ -27,6 +28,11 @@ def small_config(**settings):
     return derive(TrainConfig(**values), {"split_scheme": "own", "resize": "none"})
 
 
+def fastest(net):
+    """The derivatives that a float64 run on the CPU has."""
+    return derivatives_of(net, torch.empty(0, dtype=torch.float64))
+
+
 def random_episodes(config, seed=0, image=IMAGE):
     """Tasks of random images: each class a pattern, each example the pattern with noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -43,9 +49,9 @@ def random_episodes(config, seed=0, image=IMAGE):
     return Episodes(part(x, support), part(labels, support), part(x, query), part(labels, query))
 
 
-def build_uneven(config, seed=1):
+def build_uneven(config, seed=1, image=IMAGE):
     """A state whose norm rows and rates all differ, so that a wrong row shows."""
-    net, state = build(config, IMAGE, torch.device("cpu"))
+    net, state = build(config, image, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for part in (state.norm, state.rates):
         for tensor in part.values():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_cases import IMAGE, build_uneven, random_episodes, slow_forward, small_config
+from engine_cases import IMAGE, build_uneven, fastest, random_episodes, slow_forward, small_config
 
 from mamlctl.config import IMPROVEMENTS, TrainConfig
 from mamlctl.engine.evaluator import adapted_logits
@@ -205,7 +205,8 @@ def test_evaluation_changes_nothing_that_is_stored(statistics):
     net, state = trained(config)
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
     for _ in range(2):
-        adapted_logits(net, state.frozen(), random_episodes(config), inner_steps=4, statistics=statistics)
+        judged = random_episodes(config)
+        adapted_logits(fastest(net), state.frozen(), judged, inner_steps=4, statistics=statistics)
     assert same(before, state.stored())
 
 
@@ -214,13 +215,15 @@ def test_each_bn_mode_gives_its_own_predictions_and_running_ones_use_their_row()
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
     logits = {
-        mode: adapted_logits(net, state.frozen(), episodes, inner_steps=3, statistics=mode)
+        mode: adapted_logits(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=mode)
         for mode in Statistics
     }
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.RUNNING])
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.SUPPORT])
     state.running["norm1.mean"][2] += 0.3  # row of the third inner step only
-    moved = adapted_logits(net, state.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)
+    moved = adapted_logits(
+        fastest(net), state.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING
+    )
     assert torch.equal(moved[:3], logits[Statistics.RUNNING][:3])
     assert not torch.allclose(moved[3], logits[Statistics.RUNNING][3])
 
@@ -234,7 +237,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
     disturbed.query_x_TECHW[:, 1:] = random_episodes(config, seed=8).query_x_TECHW[:, 1:]
 
     def first_query(which, mode):
-        return adapted_logits(net, state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
+        return adapted_logits(fastest(net), state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
 
     assert torch.allclose(first_query(episodes, statistics), first_query(disturbed, statistics), atol=1e-10)
     own = Statistics.OWN
@@ -290,13 +293,15 @@ def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
         episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
     )
     own, support = (
-        adapted_logits(net, state.frozen(), same_set, inner_steps=3, statistics=mode)
+        adapted_logits(fastest(net), state.frozen(), same_set, inner_steps=3, statistics=mode)
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
     assert torch.allclose(own, support, atol=1e-10)
     state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
     before, after = (
-        adapted_logits(net, which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[3]
+        adapted_logits(fastest(net), which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[
+            3
+        ]
         for which in (trained(config)[1], state)
     )
     assert torch.equal(before, after)

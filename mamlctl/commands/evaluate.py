@@ -18,6 +18,7 @@ from mamlctl.data.images import PackedImages
 from mamlctl.engine import checkpoints
 from mamlctl.engine.devices import device_problems, device_words, open_device
 from mamlctl.engine.evaluator import Scores, evaluate
+from mamlctl.engine.fast import derivatives_of
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.norms import Statistics
 from mamlctl.engine.step import build
@@ -59,7 +60,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         parents=True, exist_ok=True
     )  # before the work, so that a folder that cannot be written loses none
     scores = evaluate(
-        net,
+        derivatives_of(net, states[0].slow["linear.bias"], config.engine),
         states,
         stream,
         tasks=settings.tasks,

@@ -20,7 +20,8 @@ from mamlctl.commands.stopping import StopRequests
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import PackedImages
-from mamlctl.engine.devices import device_problems, device_words, open_device
+from mamlctl.engine.devices import device_problems, device_words, open_device, precision_of
+from mamlctl.engine.fast import slower_than_it_could_be
 from mamlctl.engine.step import build
 from mamlctl.engine.trainer import Trainer
 from mamlctl.errors import DataError, DivergedError, SettingsError
@@ -85,7 +86,7 @@ def resume(
 
 
 def _open_device(config: TrainConfig) -> torch.device:
-    if problems := device_problems(config.device, config.precision):
+    if problems := device_problems(config.device, config.precision, config.cuda_graph):
         raise SettingsError(problems)
     return open_device(config.device, config.precision)
 
@@ -103,6 +104,8 @@ def _run(
     resume: bool,
 ) -> TrainResult:
     net, state = build(config, image_shape(packed), device)
+    if slower := slower_than_it_could_be(net, state.slow["linear.bias"], config.engine):
+        on_event(Notice(slower))
     with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
         trainer = Trainer(
             config, net, state, streams, run, device=device, on_event=on_event, stop_reason=stop.reason
@@ -177,6 +180,7 @@ def environment(config: TrainConfig, packed: PackedImages, device: torch.device)
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "precision": precision_of(config.precision, device),
         "platform": platform.platform(),
         "dataset_digest": packed.digest,
         "seeds": {

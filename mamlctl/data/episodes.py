@@ -32,6 +32,11 @@ class Episodes:
     query_x_TECHW: Tensor
     query_y_TE: Tensor
 
+    def split(self, tasks: int) -> list[Episodes]:
+        """The same tasks, so many at a time; the last part may have fewer."""
+        parts = zip(*(tensor.split(tasks) for tensor in vars(self).values()), strict=True)
+        return [Episodes(*part) for part in parts]
+
 
 def episode_problems(
     name: str,
@@ -105,7 +110,7 @@ class TaskStream:
         self.split, self.seed, self.ways, self.shots, self.queries = split, seed, ways, shots, queries
         self._turns_as_classes = _turns_as_classes(split, rotations)
         self._turns = rotations != "none" and split == "train"
-        self._ink, self._device = ink, device
+        self._ink, self.device = ink, device
         self._counts, self._starts = packed.counts[classes], packed.starts[classes]
         # Images of the split alone go to the device, joined class by class.
         self._offsets = np.cumsum(self._counts) - self._counts
@@ -169,5 +174,5 @@ class TaskStream:
         tensor = torch.from_numpy(array)
         # A copy from pageable memory would wait for the device's earlier work.
         return (
-            tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mamlctl.config import IMPROVEMENTS, Problem, TrainConfig, flag, nearest
+from mamlctl.engine.adjoint import adjoint
 from mamlctl.engine.outer import Measured, unrolled
 from mamlctl.errors import SettingsError
 
@@ -16,17 +17,18 @@ class Algorithm:
     """How an algorithm gets its meta-gradient, and the settings that make it what it is."""
 
     summary: str
-    outer: Callable[..., Measured]
+    outer: Mapping[str, Callable[..., Measured]]  # by the setting `engine`; all give the same numbers
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
 
 
+UNROLLED = {"adjoint": adjoint, "plain": unrolled}
 ALGORITHMS: dict[str, Algorithm] = {
-    "maml": Algorithm("Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", unrolled),
-    "fomaml": Algorithm("MAML in first order", unrolled, {"first_order": True}, fixed={"first_order": True}),
+    "maml": Algorithm("Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", UNROLLED),
+    "fomaml": Algorithm("MAML in first order", UNROLLED, {"first_order": True}, fixed={"first_order": True}),
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
-        unrolled,
+        UNROLLED,
         dict.fromkeys(IMPROVEMENTS, True),
     ),
 }

@@ -14,8 +14,8 @@ DTYPES = {"float64": torch.float64}  # type of weights and images; float32 for e
 COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs
 
 
-def device_problems(name: str, precision: str) -> list[Problem]:
-    """Why this machine cannot give `name` or `precision`; empty if it can."""
+def device_problems(name: str, precision: str, cuda_graph: bool | None = None) -> list[Problem]:
+    """Why this machine cannot give what was asked for; empty if it can."""
     kind, _, index = name.partition(":")
     if name != "auto" and (
         kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
@@ -26,9 +26,14 @@ def device_problems(name: str, precision: str) -> list[Problem]:
         return [
             (f"--device is {name}, but this machine has {found} CUDA devices", "use --device cpu or auto")
         ]
-    if precision == "tf32" and (kind == "cpu" or not found):
-        return [("--precision tf32 has no effect on a CPU", "use float32 or bf16")]
-    return []
+    problems = []
+    if kind == "cpu" or not found:
+        if precision == "tf32":
+            problems.append(("--precision tf32 has no effect on a CPU", "use float32 or bf16"))
+        if cuda_graph is not None:
+            switch = "--cuda-graph" if cuda_graph else "--no-cuda-graph"
+            problems.append((f"{switch} has no effect on a CPU", "leave it out"))
+    return problems
 
 
 def open_device(name: str, precision: str) -> torch.device:
@@ -38,9 +43,16 @@ def open_device(name: str, precision: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        tf32 = precision_of(precision, device) == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return device
+
+
+def precision_of(precision: str, device: torch.device) -> str:
+    """The arithmetic that `auto` stands for on a device."""
+    if precision != "auto":
+        return precision
+    return "tf32" if device.type == "cuda" else "float32"
 
 
 def device_words(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.engine.nets import Net, cross_entropy
-from mamlctl.engine.norms import NormPass, Params, Statistics
+from mamlctl.engine.norms import NormPass, Params
 
 
 @dataclass
@@ -26,6 +26,15 @@ class MetaState:
         """Every tensor that the outer optimiser moves, under one flat name."""
         rates = {f"rate.{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
         return self.slow | self.norm | rates
+
+    def rate(self, name: str, step: int) -> Tensor:
+        """The inner learning rate of a tensor; a step beyond the last learnt one reuses it."""
+        rates = self.rates[name]
+        return rates[min(step, len(rates) - 1)]
+
+    def stepped(self, fast: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int) -> Params:
+        """The fast weights after an inner step along these gradients."""
+        return {name: weight - self.rate(name, step) * grads[name] for name, weight in fast.items()}
 
     def frozen(self) -> MetaState:
         """The same tensors without their gradients, so that evaluation builds no graph through them."""
@@ -85,28 +94,13 @@ def adapt(
         loss_T = cross_entropy(net(fast, x_TECHW, norm), y_TE)
         # Tasks share no fast weight, so the gradient of the summed loss is every task's own gradient.
         grads = torch.autograd.grad(loss_T.sum(), list(fast.values()), create_graph=not first_order)
-        fast = {
-            name: weight - state.rates[name][min(step, len(state.rates[name]) - 1)] * grad
-            for (name, weight), grad in zip(fast.items(), grads, strict=True)
-        }
+        fast = state.stepped(fast, dict(zip(fast, grads, strict=True)), step)
         yield InnerPoint(step + 1, fast, loss_T.detach(), norm)
 
 
 def query_logits(
-    net: Net,
-    state: MetaState,
-    point: InnerPoint,
-    support_x_TECHW: Tensor,
-    query_x_TECHW: Tensor,
-    statistics: Statistics = Statistics.OWN,
+    net: Net, state: MetaState, point: InnerPoint, query_x_TECHW: Tensor
 ) -> tuple[Tensor, NormPass]:
     """Scores of the query set -> logits_TEN, with the norm row of the step that led to `point`."""
-    row = max(point.steps - 1, 0)
-    if statistics is not Statistics.SUPPORT:
-        norm = NormPass(state.norm, state.running, row, statistics)
-        return net(point.fast, query_x_TECHW, norm), norm
-    # The support set goes along, so that every layer's statistics are those of the same weights.
-    support = support_x_TECHW.shape[1]
-    norm = NormPass(state.norm, state.running, row, statistics, support_examples=support)
-    both = torch.cat([support_x_TECHW, query_x_TECHW], dim=1)
-    return net(point.fast, both, norm)[:, support:], norm
+    norm = NormPass(state.norm, state.running, max(point.steps - 1, 0))
+    return net(point.fast, query_x_TECHW, norm), norm

@@ -40,32 +40,36 @@ class NormPass:
 
     def __call__(self, name: str, x_ETCHW: Tensor) -> Tensor:
         """Normalise, scale and shift -> _ETCHW."""
-        gamma_C = _row(self.params[f"{name}.weight"], self.step)[:, None, None]
-        beta_C = _row(self.params[f"{name}.bias"], self.step)[:, None, None]
+        gamma_C = self.row(f"{name}.weight")[:, None, None]
+        beta_C = self.row(f"{name}.bias")[:, None, None]
         if self.statistics is Statistics.RUNNING:
-            mean = _row(self.running[f"{name}.mean"], self.step)[:, None, None]
-            var = _row(self.running[f"{name}.var"], self.step)[:, None, None]
+            mean = self.row(f"{name}.mean")[:, None, None]
+            var = self.row(f"{name}.var")[:, None, None]
         else:
             measured = x_ETCHW[: self.support_examples] if self.statistics is Statistics.SUPPORT else x_ETCHW
             var, mean = torch.var_mean(measured, dim=(0, 3, 4), correction=0, keepdim=True)
-            self.seen[name] = mean.detach()[0, :, :, 0, 0], _unbiased(var.detach(), measured)[0, :, :, 0, 0]
+            count = measured.shape[0] * measured.shape[3] * measured.shape[4]
+            self.saw(name, mean.detach()[0, :, :, 0, 0], var.detach()[0, :, :, 0, 0], count)
         return (x_ETCHW - mean) * (gamma_C * (var + EPS).rsqrt()) + beta_C
 
+    def row(self, name: str) -> Tensor:
+        """The row of this step of "norm1.weight", "norm1.bias", "norm1.mean" or "norm1.var" -> _C."""
+        rows_RC = self.params[name] if name in self.params else self.running[name]
+        return rows_RC[min(self.step, rows_RC.shape[0] - 1)]
 
-def _row(rows_RC: Tensor, step: int) -> Tensor:
-    return rows_RC[min(step, rows_RC.shape[0] - 1)]
+    def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
+        """Note the mean and the biased variance of `count` values a channel.
 
-
-def _unbiased(var: Tensor, measured_ETCHW: Tensor) -> Tensor:
-    """Running variances estimate the population's, as torch's do."""
-    count = measured_ETCHW.shape[0] * measured_ETCHW.shape[3] * measured_ETCHW.shape[4]
-    return var * (count / max(count - 1, 1))
+        Running variances estimate the population's, as torch's do, so that the unbiased one is kept.
+        """
+        self.seen[name] = mean_TC, var_TC * (count / max(count - 1, 1))
 
 
 def accumulate(running: Params, passes: list[NormPass]) -> None:
     """Move the running statistics, in place, towards the mean over tasks and passes of each row.
 
-    Rows that no pass used keep their values. One update per meta-step, whatever the number of tasks.
+    Rows that no pass used keep their values. One update per meta-step, whatever the number of tasks, and of
+    passes that share them out.
     """
     for key, rows_RC in running.items():
         name, kind = key.rsplit(".", 1)
@@ -74,7 +78,7 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
             row = min(norm_pass.step, rows_RC.shape[0] - 1)
             used.setdefault(row, []).append(norm_pass.seen[name][0 if kind == "mean" else 1])
         for row, seen in used.items():
-            rows_RC[row].lerp_(torch.stack(seen).mean((0, 1)), MOMENTUM)
+            rows_RC[row].lerp_(torch.cat(seen).mean(0), MOMENTUM)
 
 
 def init_params(layers: Mapping[str, int], rows: int, like: Tensor) -> Params:

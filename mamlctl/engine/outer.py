@@ -26,19 +26,30 @@ class Measured:
     norm_passes: list[NormPass]  # those that training made, whose statistics accumulate
 
 
+def counts(weight: float | Tensor) -> bool:
+    """Whether a query loss of this weight is part of the meta-loss."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
+    """Share of examples whose class has the largest score."""
+    return (logits_TEN.detach().argmax(-1) == y_TE).float().mean()
+
+
 def unrolled(
     net: Net,
     state: MetaState,
     episodes: Episodes,
     *,
     inner_steps: int,
-    msl_weights: Sequence[float],
+    msl_weights: Sequence[float | Tensor],
     first_order: bool,
     measure_all: bool,
 ) -> Measured:
     """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to.
 
-    `msl_weights`: weight of the query loss after step 1..I; a weight of 0 costs no training pass.
+    `msl_weights`: weight of the query loss after step 1..I; a weight of 0 costs no training pass, a tensor
+    counts whatever its value, so that nobody has to ask the device.
     `measure_all`: also measure the query losses that have no weight, without a graph.
     """
     learnable = state.learnable()
@@ -47,24 +58,24 @@ def unrolled(
     query_losses: dict[int, Tensor] = {}
     accuracies: dict[int, Tensor] = {}
     passes: list[NormPass] = []
-    weights = (0.0, *msl_weights)
-    sets = episodes.support_x_TECHW, episodes.query_x_TECHW
+    weights: tuple[float | Tensor, ...] = (0.0, *msl_weights)
     support = episodes.support_x_TECHW, episodes.support_y_TE
     for point in adapt(net, state, *support, steps=inner_steps, first_order=first_order):
         if point.support_loss_T is not None and point.norm is not None:
             support_losses.append(point.support_loss_T.mean())
             passes.append(point.norm)
         weight = weights[point.steps]
-        if not (weight or measure_all):
+        counted = counts(weight)
+        if not (counted or measure_all):
             continue
-        with torch.set_grad_enabled(weight > 0):
-            logits_TEN, norm = query_logits(net, state, point, *sets)
+        with torch.set_grad_enabled(counted):
+            logits_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
             loss = cross_entropy(logits_TEN, episodes.query_y_TE).mean()
-        if weight:
+        if counted:
             meta_loss = meta_loss + weight * loss
             passes.append(norm)
         query_losses[point.steps] = loss.detach()
-        accuracies[point.steps] = (logits_TEN.detach().argmax(-1) == episodes.query_y_TE).float().mean()
+        accuracies[point.steps] = accuracy(logits_TEN, episodes.query_y_TE)
     grads = torch.autograd.grad(meta_loss, list(learnable.values()), materialize_grads=True)
     return Measured(
         dict(zip(learnable, grads, strict=True)),

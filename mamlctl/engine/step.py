@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import Episodes
 from mamlctl.engine.algorithms import ALGORITHMS
 from mamlctl.engine.devices import COMPUTE, DTYPES
+from mamlctl.engine.fast import tasks_per_pass
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.nets import NETS, Net
 from mamlctl.engine.norms import accumulate, init_params, init_running
 from mamlctl.engine.outer import Measured
+from mamlctl.errors import MamlctlError
 from mamlctl.schedules import cosine_meta_lr, is_first_order, msl_weights
 
 
@@ -43,10 +47,11 @@ class MetaStep:
 
     def __init__(self, config: TrainConfig, net: Net, state: MetaState) -> None:
         self.config, self.net, self.state = config, net, state
-        self.outer = ALGORITHMS[config.algo].outer
+        self.outer = ALGORITHMS[config.algo].outer[config.engine]
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
-        betas = (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.Adam(list(self.learnable.values()), lr=config.meta_lr, betas=betas)
+        self.device = next(iter(self.learnable.values())).device
+        self.adam = _adam(config, self.learnable, self.device)
+        self.chunk = None if config.task_chunk == "auto" else int(config.task_chunk)
 
     def schedule(self, epoch: int) -> tuple[tuple[float, ...], bool, float]:
         """MSL weights, whether in first order, and meta learning rate of an epoch."""
@@ -59,27 +64,88 @@ class MetaStep:
         return weights, first_order, meta_lr
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> Measured:
-        """Losses and clipped meta-gradients; nothing moves yet."""
+        """Losses and clipped meta-gradients; nothing moves yet.
+
+        Raises MamlctlError if a CUDA device has no room even for one task at a time.
+        """
         weights, first_order, _ = self.schedule(epoch)
-        measured = self.outer(
-            self.net,
-            self.state,
-            episodes,
-            inner_steps=self.config.inner_steps,
-            msl_weights=weights,
-            first_order=first_order,
-            measure_all=measure_all,
-        )
+        return self.measure_as(episodes, weights, first_order, measure_all)
+
+    def measure_as(
+        self,
+        episodes: Episodes,
+        weights: Sequence[float | Tensor],
+        first_order: bool,
+        measure_all: bool,
+    ) -> Measured:
+        """`measure`, with the schedule's values given."""
+        if self.chunk is None:
+            examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
+            self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
+        while True:
+            try:
+                measured = self._in_chunks(episodes, self.chunk, weights, first_order, measure_all)
+                break
+            except torch.OutOfMemoryError as error:
+                if self.config.task_chunk != "auto" or self.chunk == 1:
+                    message = f"{self.device} has no memory for {self.chunk} tasks at a time"
+                    raise MamlctlError(message, hint="use --task-chunk auto, or a smaller net") from error
+                self.chunk = (self.chunk + 1) // 2
+            torch.cuda.empty_cache()
         self._clip(measured.grads)
         return measured
 
+    def _in_chunks(
+        self,
+        episodes: Episodes,
+        chunk: int,
+        weights: Sequence[float | Tensor],
+        first_order: bool,
+        measure_all: bool,
+    ) -> Measured:
+        parts = [
+            self.outer(
+                self.net,
+                self.state,
+                part,
+                inner_steps=self.config.inner_steps,
+                msl_weights=weights,
+                first_order=first_order,
+                measure_all=measure_all,
+            )
+            for part in episodes.split(chunk)
+        ]
+        return joined(parts, [len(part.query_y_TE) for part in episodes.split(chunk)])
+
     def apply(self, measured: Measured, epoch: int) -> None:
         """Adam's step, and the running statistics'."""
-        self.adam.param_groups[0]["lr"] = self.schedule(epoch)[2]
+        self.set_meta_lr(epoch)
+        self.move(measured)
+
+    def set_meta_lr(self, epoch: int) -> None:
+        """Tell Adam the epoch's learning rate."""
+        group, meta_lr = self.adam.param_groups[0], self.schedule(epoch)[2]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(meta_lr)
+        else:
+            group["lr"] = meta_lr
+
+    def move(self, measured: Measured) -> None:
+        """`apply` at the learning rate that Adam has."""
         for name, tensor in self.learnable.items():
             tensor.grad = measured.grads[name]
         self.adam.step()
         accumulate(self.state.running, measured.norm_passes)
+
+    def restore(self, adam: Mapping[str, Any]) -> None:
+        """Put Adam where it was, on whichever device that was."""
+        own = dict(self.adam.param_groups[0])
+        self.adam.load_state_dict(dict(adam))
+        group, capturable = self.adam.param_groups[0], own["capturable"]
+        meta_lr = float(group["lr"])
+        group.update(lr=own["lr"].fill_(meta_lr) if capturable else meta_lr, capturable=capturable)
+        for entry in self.adam.state.values():
+            entry["step"] = entry["step"].to(self.device if capturable else "cpu")
 
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:
@@ -91,6 +157,37 @@ class MetaStep:
             scale = (self.config.clip_norm / (norm + 1e-12)).clamp(max=1.0)  # 1e-12: no division by 0
             for grad in grads.values():
                 grad.mul_(scale)
+
+
+def _adam(config: TrainConfig, learnable: Mapping[str, Tensor], device: torch.device) -> torch.optim.Adam:
+    """On a CUDA device all that changes from step to step is a tensor, so that a graph can be replayed."""
+    on_device = device.type == "cuda"
+    meta_lr = torch.tensor(config.meta_lr, device=device) if on_device else config.meta_lr
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.Adam(list(learnable.values()), lr=meta_lr, betas=betas, capturable=on_device)
+
+
+def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
+    """What was measured on all tasks, from what was measured on some at a time."""
+    if len(parts) == 1:
+        return parts[0]
+    shares = [count / sum(tasks) for count in tasks]
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
+
+    def means(field: str) -> dict[Any, Tensor]:
+        dicts = [getattr(part, field) for part in parts]
+        return {key: mean(each[key] for each in dicts) for key in dicts[0]}
+
+    return Measured(
+        means("grads"),
+        mean(part.meta_loss for part in parts),
+        mean(part.support_losses_I for part in parts),
+        means("query_losses"),
+        means("query_accuracies"),
+        [norm_pass for part in parts for norm_pass in part.norm_passes],
+    )
 
 
 def what_is_not_finite(measured: Measured) -> str | None:

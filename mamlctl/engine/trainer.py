@@ -14,15 +14,17 @@ from torch import Tensor
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import TaskStream
 from mamlctl.engine import checkpoints
+from mamlctl.engine.capture import Captured
 from mamlctl.engine.devices import memory_bytes
-from mamlctl.engine.evaluator import CHUNK, Stopped, evaluate
+from mamlctl.engine.evaluator import Stopped, evaluate
+from mamlctl.engine.fast import derivatives_of
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.nets import Net
 from mamlctl.engine.norms import Statistics
 from mamlctl.engine.outer import Measured
 from mamlctl.engine.step import MetaStep, what_is_not_finite
 from mamlctl.errors import DivergedError
-from mamlctl.records import MetaStepDone, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.records import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
 from mamlctl.runs import RunFolder
 from mamlctl.stats import mean_ci95
 
@@ -33,30 +35,31 @@ KEPT = (
 
 @dataclass
 class Period:
-    """Sums since the last report, on the device; in checkpoints, so that a resumed run reports the same."""
+    """Sums since the last report; in checkpoints, so that a resumed run reports the same."""
 
     sums: Tensor  # query losses after 0..I steps, query accuracies after 0..I, support loss, meta-loss
-    counts: Tensor
+    counts: Tensor  # on the CPU, wherever the sums are
 
     @classmethod
     def empty(cls, inner_steps: int, device: torch.device) -> Period:
         """Nothing measured yet."""
-        zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64, device=device)
-        return cls(zeros, zeros.clone())
+        zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64)
+        return cls(zeros.to(device, copy=True), zeros)
 
     def add_no_sync(self, measured: Measured) -> None:
         """Add one meta-step; what it did not measure counts for nothing."""
-        values = [*measured.query_losses.values(), *measured.query_accuracies.values()]
-        steps = list(measured.query_losses)
-        offset = (len(self.sums) - 2) // 2
-        where = [*steps, *(offset + step for step in steps), 2 * offset, 2 * offset + 1]
+        steps = range((len(self.sums) - 2) // 2)
+        values = [
+            part.get(step) for part in (measured.query_losses, measured.query_accuracies) for step in steps
+        ]
         values += [measured.support_losses_I.mean(), measured.meta_loss]
-        self.sums[where] += torch.stack([value.double() for value in values])
-        self.counts[where] += 1
+        nothing = self.sums.new_zeros(())
+        self.sums += torch.stack([nothing if value is None else value.double() for value in values])
+        self.counts += torch.tensor([value is not None for value in values])
 
     def means(self) -> list[float]:
         """Means of all sums; the one host sync of a report period."""
-        means: list[float] = (self.sums / self.counts).tolist()
+        means: list[float] = (self.sums.cpu() / self.counts).tolist()
         return means
 
 
@@ -88,9 +91,13 @@ class Trainer:
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
         self.device, self.on_event, self.stop_reason = device, on_event, stop_reason
         self.meta_step = MetaStep(config, net, state)
+        captured = device.type == "cuda" and config.cuda_graph is not False
+        self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
+        self.derivatives = derivatives_of(net, next(iter(state.slow.values())), config.engine)
         self.position = Position()
         self.period = Period.empty(config.inner_steps, device)
         self._latest: Measured | None = None
+        self._saved_epoch = False  # whether the last epoch's end is in `last.pt`
         self._moved = False  # whether this process did any meta-step or validation
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
@@ -135,18 +142,21 @@ class Trainer:
         episodes = self.streams["train"].episodes(
             position.step * config.meta_batch_size, config.meta_batch_size
         )
-        measured = self.meta_step.measure(episodes, epoch, measure_all=reports)
+        measured = self.runner.measure(episodes, epoch, measure_all=reports)
         self._latest = measured
         # On a CPU looking is free, so a bad step never moves the weights; CUDA is asked once a report.
         if reports or self.device.type == "cpu":
             self._check(step)
-        self.meta_step.apply(measured, epoch)
+        self.runner.apply(measured, epoch)
         self.period.add_no_sync(measured)
         self._tasks_since += config.meta_batch_size
         position.step = step
         self.on_event(MetaStepDone(step, epoch))
         if reports:
             self._report(epoch)
+
+    def _not_captured(self, why: str) -> None:
+        self.on_event(Notice(f"no CUDA graph, so meta-steps are launched one by one: {why}"))
 
     def _check(self, step: int) -> None:
         what = what_is_not_finite(self._latest) if self._latest else None
@@ -189,8 +199,9 @@ class Trainer:
 
     def _validate(self) -> None:
         config, position = self.config, self.position
+        self._saved_epoch = False
         scores = evaluate(
-            self.net,
+            self.derivatives,
             [self.state],
             self.streams["val"],
             tasks=config.val_tasks,
@@ -227,9 +238,10 @@ class Trainer:
         self._reported_at, self._tasks_since = time.perf_counter(), 0
 
     def _validated_some(self, done: int) -> None:
-        if done <= CHUNK:
+        if not self._saved_epoch:
             # The epoch's work should outlive a crash in the rest of validation; its scores are finite.
             self.save()
+            self._saved_epoch = True
         self.on_event(Progress("validating", done, self.config.val_tasks))
 
     def _keep_best(self, epoch: int, accuracy: float, ci95: float) -> None:
@@ -259,8 +271,8 @@ class Trainer:
         if "adam" not in content:
             raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
         checkpoints.restore(self.state, content["stored"], self.last)
-        self.meta_step.adam.load_state_dict(content["adam"])
-        self.period = Period(**content["period"])
+        self.meta_step.restore(content["adam"])
+        self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
         self.position = Position(**content["position"])
         self.run.rewind_metrics(self.position.step, self.position.validated)
 

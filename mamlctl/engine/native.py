@@ -1,0 +1,311 @@
+"""The blocks of `blocks.py` in C on a CPU: fewer passes over the data, bfloat16 where the processor has it.
+
+`c/` is compiled once for each type by the machine's C compiler (about 2 s) into the cache folder. Where
+there is none, torch's own operations do the same, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlctl.engine.blocks import BlockGradient, Statistics_X
+from mamlctl.engine.convolutions import conv, conv_backward
+from mamlctl.engine.nets import LEAK
+from mamlctl.engine.norms import EPS
+
+SOURCES = Path(__file__).parent / "c"
+TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
+OPTIONS = (
+    "-std=gnu11",
+    "-O3",
+    "-fno-trapping-math",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
+ROWS = 18  # numbers a channel, `enum` in c/common.h
+MEAN, VAR, GAMMA, BETA, R, S, B, PRODUCT, G, SLOPE, OFFSET, MEAN_T, R_T, S_T, B_T, G_T, SLOPE_T, _ = range(
+    ROWS
+)
+VEC = 16  # filters side by side in the first block, as in c/first.c
+
+
+class Shape(ctypes.Structure):
+    """`shape` of c/common.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            "examples",
+            "height",
+            "width",
+            "channels",
+            "threads",
+            "measured",
+            "tasks",
+            "inputs",
+        )
+    ] + [("eps", ctypes.c_double), ("leak", ctypes.c_double)]
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled functions for tensors stored in `dtype`, or None where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or dtype not in TYPES:
+        return None
+    sources = sorted(SOURCES.glob("*.[ch]"))
+    made_of = [*(source.read_text() for source in sources), compiler, *OPTIONS, _processor()]
+    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    path = platformdirs.user_cache_path("mamlctl") / "native" / f"{TYPES[dtype].lower()}-{name}.so"
+    return _load(path) or (_load(path) if _build(compiler, TYPES[dtype], sources, path) else None)
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # absent, damaged, or in a folder that allows no programs
+        return None
+
+
+def _build(compiler: str, kind: str, sources: list[Path], path: Path) -> bool:
+    programs = [str(source) for source in sources if source.suffix == ".c"]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch) / "made.so"
+            command = [compiler, *OPTIONS, f"-D{kind}", "-o", str(made), *programs]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            made.replace(path)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def _processor() -> str:
+    """What tells one processor's instructions from another's."""
+    facts = Path("/proc/cpuinfo")
+    if not facts.exists():
+        return platform.processor()
+    return next((line for line in facts.read_text().splitlines() if line.startswith("flags")), "")
+
+
+@dataclass(frozen=True)
+class Planes:
+    """What the first block wants of a set: padded planes, and the patches' first two moments by task."""
+
+    x: Tensor  # [E, T, C, H + 2, W + 2]
+    mean_TD1: Tensor  # D = 9 C numbers a patch; float64
+    covariance_TDD: Tensor
+
+
+def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
+    """Planes and moments of a set [E, T * C, H, W]; the moments of the leading `measured` examples."""
+    examples, channels, height, width = x.shape
+    inputs = channels // tasks
+    planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
+    behind = examples if measured is None else measured
+    shape = _shape(x, 0, behind, tasks)
+    mean_TD1 = torch.empty(tasks, 9 * inputs, 1, dtype=torch.float64)
+    covariance_TDD = torch.empty(tasks, 9 * inputs, 9 * inputs, dtype=torch.float64)
+    _call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
+    mean_TD1 /= behind * height * width
+    covariance_TDD /= behind * height * width
+    covariance_TDD -= mean_TD1 @ mean_TD1.transpose(1, 2)
+    return Planes(planes, mean_TD1, covariance_TDD)
+
+
+class NativeTape:
+    """A block behind another: torch convolves, C does the rest."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        gamma_X: Tensor,
+        beta_X: Tensor,
+        *,
+        groups: int,
+        given: Statistics_X | None,
+        measured: int | None,
+        first: bool,
+        extra: Planes | None,
+        compute: torch.dtype | None,
+    ) -> None:
+        """Forward."""
+        self.x, self.groups, self.type = x, groups, weight.dtype
+        self.stored = compute or weight.dtype
+        self.weight = weight if first else weight.to(self.stored)
+        examples, _, height, width = x.shape
+        channels = len(gamma_X)
+        behind = 0 if given is not None else examples if measured is None else measured
+        self.shape = _shape(x, channels, behind, groups)
+        self.count = behind * height * width
+        self.d = torch.empty(ROWS, channels, dtype=torch.float64)
+        self.d[GAMMA], self.d[BETA] = gamma_X, beta_X
+        if given is not None:
+            self.d[MEAN], self.d[VAR] = given
+        self.partial = torch.empty(examples, 2, channels, dtype=torch.float64)
+        pooled = examples, channels, height // 2, width // 2
+        self.p, self.out = self._like(pooled), self._like(pooled)
+        self.where = torch.empty(pooled, dtype=torch.uint8, memory_format=torch.channels_last)
+        self._forward(extra)
+
+    def _forward(self, extra: Planes | None) -> None:
+        self.c = conv(self.x, self.weight, self.groups)
+        self._call("forward", self.c, self.p, self.where, self.out, self.d, self.partial)
+
+    @property
+    def statistics(self) -> Statistics_X:
+        """Mean and biased variance a channel."""
+        return self.d[MEAN].to(self.type), self.d[VAR].to(self.type)
+
+    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
+        """First derivatives."""
+        ga, gc = ga.to(self.stored), torch.empty_like(self.c)
+        self._call("backward", ga, self.p, self.where, self.c, gc, self.d, self.partial)
+        gx, weight = conv_backward(gc, self.x, self.weight, self.groups, by_input=True)
+        if keep:
+            self.ga, self.gc = ga, gc
+        return self._gradient(gx, weight, G, B)
+
+    def tangent(self, x_t: Tensor, weight_t: Tensor) -> Tensor:
+        """Forward tangent."""
+        self.x_t, self.weight_t = x_t, weight_t.to(self.stored)
+        self.c_t = conv(self.x, self.weight_t, self.groups)
+        other = conv(x_t, self.weight, self.groups)
+        self.p_t, a_t = torch.empty_like(self.p), torch.empty_like(self.p)
+        parts = self.c_t, other, self.c, self.p, self.where, self.p_t, a_t
+        self._call("tangent", *parts, self.d, self.partial)
+        return a_t
+
+    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        """Second derivatives."""
+        ga_t = ga_t.to(self.stored)
+        parts = ga_t, other, self.ga, self.p, self.p_t, self.where, self.c, self.c_t
+        self._call("tangent_backward", *parts, self.d, self.partial)
+        gx_t, weight_t = conv_backward(self.c_t, self.x, self.weight, self.groups, by_input=True)
+        # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
+        gx_2, weight_2 = conv_backward(self.gc, self.x_t, self.weight_t, self.groups, by_input=True)
+        return self._gradient(gx_t, weight_t + weight_2, G_T, B_T, gx_2)
+
+    def _gradient(
+        self, gx: Tensor | None, weight: Tensor, gamma: int, beta: int, gx_2: Tensor | None = None
+    ) -> BlockGradient:
+        by_norm = self.d[gamma].to(self.type), self.d[beta].to(self.type)
+        return BlockGradient(gx, weight.to(self.type), *by_norm, gx_2)
+
+    def _like(self, size: tuple[int, ...]) -> Tensor:
+        return torch.empty(size, dtype=self.stored, memory_format=torch.channels_last)
+
+    def _call(self, name: str, *tensors: Tensor | None) -> None:
+        _call(self.stored, name, self.shape, *tensors)
+
+
+class NativeFirstTape(NativeTape):
+    """The first block, convolution included: its unpooled output, the largest tensor, is never written.
+
+    Its statistics, and the part of the weights' gradient that they carry, follow from the moments of the
+    image's patches, which never change: with q a patch, mean = W <q> and var = W cov(q) W.
+    """
+
+    def _forward(self, extra: Planes | None) -> None:
+        assert extra is not None
+        self.planes = extra
+        weight_TDO = self._by_patch(self.weight)
+        self.along_TDO = extra.covariance_TDD @ weight_TDO
+        if self.shape.measured:
+            self.d[MEAN] = _inner(extra.mean_TD1, weight_TDO)
+            self.d[VAR] = _inner(self.along_TDO, weight_TDO)
+        outs = self.p, self.where, self.out
+        self._call("first_forward", extra.x, self._padded(weight_TDO), *outs, self.d)
+
+    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
+        """First derivatives; no gradient by the image."""
+        self.ga, gw = ga.to(self.stored), self._empty_padded()
+        parts = self.planes.x, self.ga, self.p, self.where
+        self._call("first_backward", *parts, self.d, self.partial, gw)
+        s, slope, b = self._row(S), self._row(SLOPE), self._row(B)
+        statistics = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
+        return self._gradient(None, self._by_filter(gw, statistics), G, B)
+
+    def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
+        """Forward tangent."""
+        weight_TDO = self._by_patch(weight_t)
+        self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
+        self.d[MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
+        self.d[S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
+        self.p_t, a_t = torch.empty_like(self.p), torch.empty_like(self.p)
+        parts = self.planes.x, self._padded(weight_TDO), self.p, self.where, self.p_t, a_t
+        self._call("first_tangent", *parts, self.d)
+        return a_t
+
+    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        """Second derivatives."""
+        ga_t, gw = ga_t.to(self.stored), self._empty_padded()
+        parts = self.planes.x, ga_t, other, self.ga, self.p, self.p_t, self.where
+        self._call("first_tangent_backward", *parts, self.d, self.partial, gw)
+        s, slope, b, s_t, slope_t, b_t = (self._row(row) for row in (S, SLOPE, B, S_T, SLOPE_T, B_T))
+        statistics = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
+        statistics -= (s_t * b + s * b_t) * self.planes.mean_TD1
+        return self._gradient(None, self._by_filter(gw, statistics), G_T, B_T)
+
+    def _row(self, row: int) -> Tensor:
+        return self.d[row].view(self.groups, 1, -1)
+
+    def _by_patch(self, weight: Tensor) -> Tensor:
+        """[X, C, 3, 3] -> _TDO in float64, the type of all that statistics are made of."""
+        return weight.double().view(self.groups, -1, self.shape.inputs * 9).transpose(1, 2)
+
+    def _by_filter(self, gw: Tensor, statistics_TDO: Tensor) -> Tensor:
+        gw_TDO = gw[:, :, : statistics_TDO.shape[2]] + statistics_TDO
+        return gw_TDO.transpose(1, 2).reshape(-1, self.shape.inputs, 3, 3)
+
+    def _padded(self, weight_TDO: Tensor) -> Tensor:
+        filters = weight_TDO.shape[2]
+        return F.pad(weight_TDO, (0, -filters % VEC)).to(self.type).contiguous()
+
+    def _empty_padded(self) -> Tensor:
+        tasks, filters = self.groups, self.shape.channels // self.groups
+        return torch.empty(tasks, self.shape.inputs * 9, filters + -filters % VEC, dtype=self.type)
+
+
+def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
+    """Inner product over the patch -> _X."""
+    return (a_TDO * b_TDO).sum(1).flatten()
+
+
+def native_block(*args: Any, **settings: Any) -> NativeTape:
+    """A block in C: `blocks.TorchTape`'s arguments."""
+    return (NativeFirstTape if settings["first"] else NativeTape)(*args, **settings)
+
+
+def _shape(x: Tensor, channels: int, measured: int, tasks: int) -> Shape:
+    examples, inputs, height, width = x.shape
+    sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
+    return Shape(*sizes, EPS, LEAK)
+
+
+def _call(stored: torch.dtype, name: str, shape: Shape, *tensors: Tensor | None) -> None:
+    """Call a compiled function. The tensors must be whole: it sees their memory only."""
+    found = library(stored)
+    assert found is not None
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    getattr(found, name)(ctypes.byref(shape), *pointers)

@@ -1,0 +1,160 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.cases import (
+    CASES,
+    CPU_ENGINES,
+    CUDA_ENGINES,
+    ENGINES,
+    GROWTH,
+    PEER_CASES,
+    PEERS,
+    Case,
+    engine_problem,
+    growth_cases,
+    in_both_orders,
+)
+from benchmarks.report import document, growth_table, main_table, matrix_rates, peers_table
+from benchmarks.rounds import Machine, Plan, Row, measure
+from mamlctl import __version__
+
+Work = tuple[str, Case, list[str]]  # part, case, learners
+QUICK_ONLY, QUICK_REPEATS, QUICK_SECONDS = "5w1s", 3, 5.0
+GROWTH_REPEATS = 3
+
+
+def main_work(only: str, engines: Sequence[str], peers: Sequence[str]) -> list[Work]:
+    """Every case in both orders; those that the peers do too, in turn with the peers."""
+    work = []
+    for case in (ordered for base in CASES if only in base.name for ordered in in_both_orders(base)):
+        others = peers if case.name in PEER_CASES and not case.first_order else ()
+        work.append(("main", case, [*engines, *others]))
+    return work
+
+
+def growth_work(engines: Sequence[str]) -> list[Work]:
+    """Each axis by itself, second order."""
+    return [(axis, case, list(engines)) for axis in GROWTH for case in growth_cases(axis)]
+
+
+def carry_out(work: Sequence[Work], plan: Plan, machine: Machine, speak: Console) -> list[Row]:
+    """All rows; one line on stderr as each case is done."""
+    rows: list[Row] = []
+    for number, (part, case, learners) in enumerate(work, 1):
+        found = measure(part, case, learners, plan, machine)
+        rows += found
+        done = ", ".join(
+            f"{row.learner} {'skipped' if row.skipped else f'{statistics.median(row.seconds):.3g} s'}"
+            for row in found
+        )
+        grown = "" if part == "main" else f" {part} {getattr(case, part)}"
+        speak.print(f"{number}/{len(work)} {case.name}{grown} {case.order} order: {done}", highlight=False)
+    return rows
+
+
+def show(rows: Sequence[Row], rates: dict[str, float], machine: Machine) -> None:
+    """All tables, on stdout."""
+    # A pipe has no width of its own, and a table must not lose columns in it.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    facts = machine.facts
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
+    size = facts["matrix_size"]
+    speeds = ", ".join(
+        f"{precision} {rate:.4g} GFLOP/s (n = {len(machine.seconds[precision])})"
+        for precision, rate in rates.items()
+    )
+    console.print(
+        f"{where}; torch {facts['torch']}; matrix products {size}x{size}: {speeds}", highlight=False
+    )
+    if any(row.part == "main" for row in rows):
+        console.print(main_table(rows, rates))
+    if peers := peers_table(rows, rates):
+        console.print(peers)
+    for axis in GROWTH:
+        if any(row.part == axis for row in rows):
+            console.print(growth_table(axis, rows))
+
+
+def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Machine, plan: Plan) -> None:
+    """The whole run as one JSON document."""
+    products = {
+        precision: {"gflop_per_second": rate, "seconds": machine.seconds[precision]}
+        for precision, rate in rates.items()
+    }
+    head: dict[str, Any] = {
+        "mamlctl": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "settings": asdict(plan) | {"official": str(plan.official) if plan.official else None},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document(rows, machine.facts, products, **head), indent=1) + "\n")
+
+
+def bench(
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    engines: Annotated[str, typer.Option(help="Comma-separated: plain, adjoint, adjoint-bf16, ...")] = "",
+    peers: Annotated[bool, typer.Option(help="Time higher, torchopt and torch.func too.")] = True,
+    growth: Annotated[
+        bool, typer.Option(help="Instead: against inner steps, tasks, ways and shots.")
+    ] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats; their median counts.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Per case; after 3 repeats no more than fit.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    official: Annotated[Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch.")] = None,
+    quick: Annotated[bool, typer.Option(help="The smallest cases, 3 repeats.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of bench.json.")] = Path("runs/bench"),
+) -> None:
+    """Time meta-steps of every engine, and of other people's MAML."""
+    if quick:
+        only, repeats, seconds = (
+            only or QUICK_ONLY,
+            repeats or QUICK_REPEATS,
+            seconds or QUICK_SECONDS,
+        )
+    if growth:
+        repeats = repeats or GROWTH_REPEATS
+    names = engines.split(",") if engines else _engines(device, growth)
+    plan = Plan(
+        device, repeats or Plan.repeats, seconds or Plan.seconds, official.resolve() if official else None
+    )
+    speak = Console(stderr=True, soft_wrap=True)
+    known = []
+    for name in names:
+        problem = engine_problem(name)
+        known += [] if problem else [name]
+        if problem:
+            speak.print(f"skipped {name}: {problem}", highlight=False)
+    others = [*(PEERS if peers else ()), *(["official"] if official else [])]
+    work = growth_work(known) if growth else main_work(only, known, others)
+    machine = Machine(device)
+    rows = carry_out(work, plan, machine, speak)
+    rates = matrix_rates(machine.seconds, machine.flops)
+    show(rows, rates, machine)
+    save(out / "bench.json", rows, rates, machine, plan)
+    speak.print(f"wrote {out / 'bench.json'}", highlight=False)
+    machine.close()
+
+
+def _engines(device: str, growth: bool) -> Sequence[str]:
+    if growth:
+        return ENGINES
+    return CPU_ENGINES if device == "cpu" else CUDA_ENGINES
+
+
+if __name__ == "__main__":
+    typer.run(bench)

@@ -1,0 +1,172 @@
+"""MAML as others write it, doing the work of our second-order meta-step with equal multi-step weights.
+
+All have the same network from torch.nn. Its norms have no weights (ours have, and learn them for each inner
+step, and learn inner rates besides): otherwise the libraries would adapt them in the inner loop too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from mamlctl.data.episodes import Episodes
+
+META_LR = 0.001
+
+
+class ComposedNorm(nn.Module):
+    """Batch statistics from plain operations: the native norm is wrong in second order under vmap."""
+
+    def forward(self, x_ECHW: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x_ECHW, dim=(0, 2, 3), correction=0, keepdim=True)
+        return (x_ECHW - mean) * (var + 1e-5).rsqrt()  # torch.nn.BatchNorm2d's own eps
+
+
+def conv4(case: Case, *, composed_norm: bool = False) -> nn.Sequential:
+    """The network of the engine, from torch.nn."""
+    layers: list[nn.Module] = []
+    channels, height, width = case.image
+    for _ in range(4):
+        native = nn.BatchNorm2d(case.filters, affine=False, track_running_stats=False)
+        layers += [
+            nn.Conv2d(channels, case.filters, 3, padding=1, bias=False),
+            ComposedNorm() if composed_norm else native,
+            nn.LeakyReLU(0.01),
+            nn.MaxPool2d(2),
+        ]
+        channels = case.filters
+    features = case.filters * (height >> 4) * (width >> 4)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, case.ways))
+
+
+class Peer:
+    """A network, its outer Adam, and somebody's way to the meta-gradient."""
+
+    composed_norm = False
+
+    def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
+        """`slow`: the engine's weights, whose order of names is the network's order of parameters."""
+        self.case, self.inner_lr = case, inner_lr
+        like = next(iter(slow.values()))
+        self.module = conv4(case, composed_norm=self.composed_norm).to(like.device, like.dtype)
+        self.load(slow)
+        self.adam = torch.optim.Adam(self.module.parameters(), lr=META_LR)
+
+    def load(self, slow: Mapping[str, Tensor]) -> None:
+        """Take over the engine's weights."""
+        self.names = list(slow)
+        with torch.no_grad():
+            for parameter, weight in zip(self.module.parameters(), slow.values(), strict=True):
+                parameter.copy_(weight)
+
+    def meta_step(self, episodes: Episodes) -> Tensor:
+        """Meta-gradient and Adam's step -> the meta-loss."""
+        self.adam.zero_grad()
+        loss = self.backward(episodes)
+        self.adam.step()
+        return loss
+
+    def meta_grads(self) -> dict[str, Tensor]:
+        """Those of the latest meta-step, under the engine's names."""
+        found = {}
+        for name, parameter in zip(self.names, self.module.parameters(), strict=True):
+            assert parameter.grad is not None, name
+            found[name] = parameter.grad
+        return found
+
+    def backward(self, episodes: Episodes) -> Tensor:
+        """Fill the weights' `.grad` -> the meta-loss."""
+        raise NotImplementedError
+
+
+def tasks_of(episodes: Episodes) -> list[tuple[Tensor, ...]]:
+    """Support images and labels, query images and labels, one task after another."""
+    return list(zip(*vars(episodes).values(), strict=True))
+
+
+class Higher(Peer):
+    """facebookresearch/higher: its documented loop (examples/maml-omniglot.py)."""
+
+    def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
+        super().__init__(case, slow, inner_lr)
+        self.higher: Any = importlib.import_module("higher")
+        self.inner = torch.optim.SGD(self.module.parameters(), lr=inner_lr)
+
+    def backward(self, episodes: Episodes) -> Tensor:
+        steps, total = self.case.inner_steps, torch.zeros(())
+        for support_x, support_y, query_x, query_y in tasks_of(episodes):
+            with self.higher.innerloop_ctx(self.module, self.inner, copy_initial_weights=False) as (
+                net,
+                diffopt,
+            ):
+                loss: Tensor = query_x.new_zeros(())
+                for _ in range(steps):
+                    diffopt.step(F.cross_entropy(net(support_x), support_y))
+                    loss = loss + F.cross_entropy(net(query_x), query_y) / (steps * self.case.tasks)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total = total.to(loss.device) + loss.detach()
+        return total
+
+
+class Torchopt(Peer):
+    """metaopt/torchopt: its documented loop (examples/few-shot/maml_omniglot.py), one backward in all."""
+
+    def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
+        super().__init__(case, slow, inner_lr)
+        self.torchopt: Any = importlib.import_module("torchopt")
+        self.inner = self.torchopt.MetaSGD(self.module, lr=inner_lr)
+
+    def backward(self, episodes: Episodes) -> Tensor:
+        losses = []
+        net_state = self.torchopt.extract_state_dict(self.module, by="reference", detach_buffers=True)
+        inner_state = self.torchopt.extract_state_dict(self.inner, by="reference")
+        for support_x, support_y, query_x, query_y in tasks_of(episodes):
+            for _ in range(self.case.inner_steps):
+                self.inner.step(F.cross_entropy(self.module(support_x), support_y))
+                losses.append(F.cross_entropy(self.module(query_x), query_y))
+            self.torchopt.recover_state_dict(self.module, net_state)
+            self.torchopt.recover_state_dict(self.inner, inner_state)
+        loss = torch.stack(losses).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+class TorchFunc(Peer):
+    """torch.func: a task's loss as a function of the weights, differentiated inside and out, under vmap."""
+
+    composed_norm = True
+
+    def backward(self, episodes: Episodes) -> Tensor:
+        weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+        grads, loss = torch.func.grad_and_value(self._meta_loss)(weights, *vars(episodes).values())
+        for name, parameter in self.module.named_parameters():
+            parameter.grad = grads[name]
+        meta_loss: Tensor = loss
+        return meta_loss
+
+    def _meta_loss(self, weights: dict[str, Tensor], *sets: Tensor) -> Tensor:
+        loss_T: Tensor = torch.func.vmap(self._task_loss, in_dims=(None, 0, 0, 0, 0))(weights, *sets)
+        return loss_T.mean()
+
+    def _task_loss(
+        self, fast: dict[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> Tensor:
+        loss = query_x.new_zeros(())
+        for _ in range(self.case.inner_steps):
+            grads = torch.func.grad(self._loss)(fast, support_x, support_y)
+            fast = {name: weight - self.inner_lr * grads[name] for name, weight in fast.items()}
+            loss = loss + self._loss(fast, query_x, query_y) / self.case.inner_steps
+        return loss
+
+    def _loss(self, fast: dict[str, Tensor], x_ECHW: Tensor, y_E: Tensor) -> Tensor:
+        logits_EN: Tensor = torch.func.functional_call(self.module, fast, (x_ECHW,))
+        return F.cross_entropy(logits_EN, y_E)
+
+
+PEERS: dict[str, type[Peer]] = {"higher": Higher, "torchopt": Torchopt, "torch.func": TorchFunc}

@@ -1,0 +1,136 @@
+"""Measuring in turn: every learner of a case does one meta-step, then every one its next.
+
+What else the machine is doing then slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.cases import OTHERS, Case, engine_problem, engine_settings
+from benchmarks.pipes import Document, Worker, WorkerFailed
+
+WARM_UP = 2  # meta-steps: memory is mapped in the first, kernels are chosen, graphs captured
+SLOW_S = 10.0  # a round as long as this has warmed up after one meta-step
+LEAST = 3  # repeats, however slow: a median needs them
+CUDA_BURST = 20  # meta-steps per measurement, so that waiting for the device costs nothing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often and where."""
+
+    device: str = "cpu"
+    repeats: int = 7
+    seconds: float = 25.0  # per case; then no further repeat after LEAST
+    official: Path | None = None
+
+    @property
+    def burst(self) -> int:
+        """Meta-steps per measurement."""
+        return 1 if self.device == "cpu" else CUDA_BURST
+
+
+@dataclass
+class Row:
+    """What one learner did with one case."""
+
+    part: str  # "main", or the axis of a growth table
+    case: Case
+    learner: str
+    seconds: list[float] = field(default_factory=list)  # of one meta-step; one number a repeat
+    idle_bytes: int = 0  # before the first meta-step
+    peak_bytes: int = 0
+    loss: float | None = None  # of the first meta-step: the same for all who do the same work
+    skipped: str | None = None
+
+    @property
+    def precision(self) -> str:
+        """Of the learner's convolutions."""
+        return "float32" if self.learner in OTHERS else engine_settings(self.learner)["precision"]
+
+
+class Machine:
+    """The rate of matrix products, sampled between rounds."""
+
+    def __init__(self, device: str) -> None:
+        self._worker = Worker("benchmarks.machine", {"device": device})
+        self.facts = self._worker.hear()
+        self.seconds: dict[str, list[float]] = {}
+        self.flops = 0
+
+    def sample(self, precision: str) -> None:
+        answer = self._worker.ask({"precision": precision})
+        self.seconds.setdefault(precision, []).append(answer["seconds"])
+        self.flops = answer["flops"]
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def measure(part: str, case: Case, learners: Sequence[str], plan: Plan, machine: Machine) -> list[Row]:
+    """One row a learner, in the order given."""
+    rows = [Row(part, case, learner) for learner in learners]
+    with ExitStack() as stack:
+        running: list[tuple[Row, Worker]] = []
+        for row in rows:
+            row.skipped = None if row.learner in OTHERS else engine_problem(row.learner)
+            if not row.skipped:
+                running.append((row, stack.enter_context(_start(row, plan))))
+        _hear_all(running)
+        _warm_up(running)
+        start = time.perf_counter()
+        for repeat in range(plan.repeats):
+            if repeat >= LEAST and time.perf_counter() - start > plan.seconds:
+                break
+            for precision in sorted({row.precision for row, _ in running}):
+                machine.sample(precision)
+            _round(running, plan.burst, lambda row, answer: row.seconds.append(answer["seconds"]))
+    return rows
+
+
+def _start(row: Row, plan: Plan) -> Worker:
+    opening: Document = {"case": row.case.document(), "learner": row.learner, "device": plan.device}
+    if row.learner == "official":
+        opening["official"] = str(plan.official)
+    return Worker("benchmarks.worker", opening)
+
+
+def _hear_all(running: list[tuple[Row, Worker]]) -> None:
+    """Wait until all are there: they start side by side, since importing torch takes seconds."""
+    for row, worker in list(running):
+        try:
+            row.idle_bytes = worker.hear()["idle_bytes"]
+        except WorkerFailed as failure:
+            row.skipped = str(failure)
+            running.remove((row, worker))
+
+
+def _warm_up(running: list[tuple[Row, Worker]]) -> None:
+    def note(row: Row, answer: Document) -> None:
+        row.loss = answer["loss"] if row.loss is None else row.loss
+
+    for _ in range(WARM_UP):
+        start = time.perf_counter()
+        _round(running, 1, note)
+        if time.perf_counter() - start > SLOW_S:
+            return
+
+
+def _round(running: list[tuple[Row, Worker]], count: int, note: Callable[[Row, Document], None]) -> None:
+    """Whoever fails, of too little memory perhaps, is out; the others go on."""
+    for row, worker in list(running):
+        try:
+            answer = worker.ask({"count": count})
+        except WorkerFailed as failure:
+            row.skipped = str(failure)
+            running.remove((row, worker))
+            continue
+        row.peak_bytes = answer["peak_bytes"]
+        if answer["loss"] is None:
+            row.skipped = "its meta-loss is not finite"
+        note(row, answer)

@@ -1,0 +1,281 @@
+"""The adjoint engine and the derivatives by hand, held to double backward through the unrolled loop."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_cases import build_uneven, random_episodes, small_config
+
+from mamlctl.commands.data import image_shape, open_streams
+from mamlctl.engine import adjoint as adjoint_module
+from mamlctl.engine import native
+from mamlctl.engine.adjoint import adjoint
+from mamlctl.engine.blocks import TorchTape
+from mamlctl.engine.conv4 import Conv4Derivatives
+from mamlctl.engine.derivatives import Autograd
+from mamlctl.engine.fast import derivatives_of
+from mamlctl.engine.nets import LEAK
+from mamlctl.engine.norms import EPS, NormPass, Statistics, accumulate
+from mamlctl.engine.outer import unrolled
+from mamlctl.engine.step import MetaStep, build
+from mamlctl.errors import MamlctlError
+
+CPU = torch.device("cpu")
+HAS_C = native.library(torch.float64) is not None
+needs_c = pytest.mark.skipif(not HAS_C, reason="there is no C compiler")
+WAYS = {
+    "autograd": Autograd,
+    "torch": Conv4Derivatives,
+    "c": lambda net: Conv4Derivatives(net, native.native_block, native.prepare),
+}
+BY_HAND = ["torch", pytest.param("c", marks=needs_c)]
+IMAGES = [
+    (1, 16, 16),
+    (3, 21, 19),
+    (2, 35, 16),
+]  # odd sizes lose a row or column in pooling, not in statistics
+SETTINGS = [
+    {"algo": "maml++", "da": False},
+    {"algo": "maml", "bnwb": True, "filters": 20, "meta_batch_size": 3},  # no multiple of any vector
+    {"algo": "maml", "lslr": True, "inner_steps": adjoint_module.KEPT + 2},  # so that steps are made again
+]
+
+
+def prepared(image=IMAGES[0], **settings):
+    """A learner with some negative norm weights, and tasks for it."""
+    config = small_config(**settings)
+    net, state = build_uneven(config, image=image)
+    for name, tensor in state.norm.items():
+        if name.endswith("weight"):
+            tensor[:, 1] *= -1  # max-pool and norm then commute only through the sign
+    for tensor in state.learnable().values():
+        tensor.requires_grad_()
+    return config, net, state, random_episodes(config, image=image)
+
+
+def measured_by(function, config, net, state, episodes, first_order, **more):
+    steps = config.inner_steps
+    weights = [(step + 1) / steps**2 for step in range(steps)] if config.msl else [0.0] * (steps - 1) + [1.0]
+    named = {"inner_steps": steps, "msl_weights": weights, "first_order": first_order, "measure_all": True}
+    return function(net, state, episodes, **named, **more)
+
+
+def assert_equal_measurements(found, wanted, state, tolerance=1e-11):
+    assert list(found.query_losses) == list(wanted.query_losses)
+    for name in ("query_losses", "query_accuracies"):
+        for key, value in getattr(wanted, name).items():
+            assert torch.allclose(getattr(found, name)[key], value, rtol=tolerance, atol=tolerance), name
+    assert torch.allclose(found.support_losses_I, wanted.support_losses_I, rtol=tolerance)
+    assert torch.allclose(found.meta_loss, wanted.meta_loss, rtol=tolerance)
+    assert found.grads.keys() == wanted.grads.keys()
+    for name, grad in wanted.grads.items():
+        assert float(grad.abs().max()) > 0, f"{name} tests nothing"
+        error = (found.grads[name] - grad).abs().max() / grad.abs().max()
+        assert float(error) < tolerance, (name, float(error))
+    running = [{name: rows.clone() for name, rows in state.running.items()} for _ in range(2)]
+    for into, measured in zip(running, (found, wanted), strict=True):
+        accumulate(into, measured.norm_passes)
+    for name, rows in running[0].items():
+        assert torch.allclose(rows, running[1][name], rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize(("settings", "image"), list(itertools.product(SETTINGS, IMAGES)))
+@pytest.mark.parametrize("way", ["autograd", *BY_HAND])
+def test_adjoint_equals_double_backward(way, settings, image, first_order):
+    learner = prepared(image, **settings)
+    wanted = measured_by(unrolled, *learner, first_order)
+    found = measured_by(adjoint, *learner, first_order, derivatives=WAYS[way](learner[1]))
+    assert_equal_measurements(found, wanted, learner[2])
+
+
+def block_by_autograd(x, weight, gamma, beta, groups):
+    """The block as anybody would write it."""
+    c = F.conv2d(x, weight, padding=1, groups=groups)
+    mean, var = c.mean((0, 2, 3), keepdim=True), c.var((0, 2, 3), correction=0, keepdim=True)
+    z = (c - mean) / (var + EPS).sqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+    return F.max_pool2d(F.leaky_relu(z, LEAK), 2)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("way", ["torch", pytest.param("c", marks=needs_c)])
+def test_a_block_has_the_derivatives_of_autograd(way, first):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    tasks, channels, filters = 3, 2, 5
+    x, weight = normal(4, tasks * channels, 7, 6), normal(tasks * filters, channels, 3, 3)
+    x = x.contiguous(memory_format=torch.channels_last)
+    gamma, beta = normal(tasks * filters), normal(tasks * filters)
+    x_t = None if first else normal(*x.shape).contiguous(memory_format=torch.channels_last)
+    weight_t = normal(*weight.shape)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, gamma, beta)]
+    out = block_by_autograd(*leaves, tasks)
+    ga, ga_t = normal(*out.shape), normal(*out.shape)
+    ga, ga_t = (part.contiguous(memory_format=torch.channels_last) for part in (ga, ga_t))
+    grads = torch.autograd.grad((out * ga).sum(), leaves, create_graph=True)
+    # The gradient's change along (x_t, weight_t) with ga along ga_t: differentiate what they pair with.
+    along = sum(((grads[1] * weight_t).sum(), *(() if first else ((grads[0] * x_t).sum(),))))
+    seconds = torch.autograd.grad(along, leaves, retain_graph=True, materialize_grads=True)
+    by_ga = torch.autograd.grad((out * ga_t).sum(), leaves, retain_graph=True)
+    moved = torch.autograd.functional.jvp(
+        lambda x, w: block_by_autograd(x, w, gamma, beta, tasks),
+        (x, weight),
+        (torch.zeros_like(x) if first else x_t, weight_t),
+    )[1]
+
+    make = {"torch": TorchTape, "c": native.native_block}[way]
+    extra = native.prepare(x, tasks, None) if way == "c" and first else None
+    settings = {"groups": tasks, "compute": None, "given": None, "measured": None}
+    tape = make(x, weight, gamma, beta, **settings, first=first, extra=extra)
+    assert torch.allclose(tape.out, out.detach(), atol=1e-12)
+    found = tape.backward(ga, keep=True)
+    for name, value in zip(("x", "weight", "gamma_X", "beta_X"), grads, strict=True):
+        if not (first and name == "x"):
+            assert torch.allclose(getattr(found, name), value, atol=1e-11), name
+    assert torch.allclose(tape.tangent(x_t, weight_t), moved, atol=1e-11)
+    found_t = tape.tangent_backward(ga_t)
+    for name, second, by in zip(("x", "weight", "gamma_X", "beta_X"), seconds, by_ga, strict=True):
+        if not (first and name == "x"):
+            value = getattr(found_t, name)
+            value = value if name != "x" or found_t.x_2 is None else value + found_t.x_2
+            assert torch.allclose(value, second + by, atol=1e-10), name
+
+
+@pytest.mark.parametrize("statistics", list(Statistics))
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("way", BY_HAND)
+def test_class_scores_by_hand_equal_the_net_in_every_norm_mode(way, image, statistics):
+    _, net, state, episodes = prepared(image, algo="maml++")
+    for rows in state.running.values():
+        rows.mul_(1.3).add_(0.1)
+    fast = {name: weight.detach().expand(2, *weight.shape) for name, weight in state.slow.items()}
+    along = 3 if statistics is Statistics.SUPPORT else 0
+    logits = []
+    for derivatives in (Autograd(net), WAYS[way](net)):
+        norm = NormPass(state.frozen().norm, state.running, 1, statistics, along)
+        ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along or None)
+        logits.append(derivatives.logits(fast, ready, norm))
+    assert torch.allclose(*logits, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "plain"])
+@pytest.mark.parametrize("chunk", ["1", "2", "5"])
+def test_tasks_a_few_at_a_time_give_the_same(engine, chunk):
+    measured = []
+    for task_chunk in ("auto", chunk):
+        config, net, state, episodes = prepared(
+            algo="maml++", da=False, meta_batch_size=5, engine=engine, task_chunk=task_chunk
+        )
+        measured.append(MetaStep(config, net, state).measure(episodes, 0, measure_all=True))
+    assert_equal_measurements(measured[1], measured[0], state)
+
+
+def test_memory_that_runs_out_halves_the_tasks_per_pass():
+    config, net, state, episodes = prepared(algo="maml++", da=False, meta_batch_size=5)
+    wanted = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
+    step, asked = MetaStep(config, net, state), []
+    outer = step.outer
+
+    def small_device(net, state, part, **named):
+        asked.append(len(part.query_y_TE))
+        if asked[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return outer(net, state, part, **named)
+
+    step.outer = small_device
+    assert_equal_measurements(step.measure(episodes, 0, measure_all=True), wanted, state)
+    assert asked == [5, 3, 2, 2, 1], "and it stays at two"
+    step.measure(episodes, 0, measure_all=True)
+    assert asked[5:] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("chunk", ["auto", "3"])
+def test_no_memory_at_all_is_told_in_words(chunk):
+    config, net, state, episodes = prepared(algo="maml", meta_batch_size=3, task_chunk=chunk)
+    step = MetaStep(config, net, state)
+
+    def full_device(*args, **named):
+        raise torch.OutOfMemoryError("no room")
+
+    step.outer = full_device
+    with pytest.raises(MamlctlError, match="no memory for"):
+        step.measure(episodes, 0, measure_all=False)
+
+
+def test_only_the_last_steps_are_kept_for_the_way_back():
+    """What makes memory flat: no more tapes are alive at once than KEPT, however many inner steps."""
+    config, net, state, episodes = prepared(algo="maml++", da=False, inner_steps=3 * adjoint_module.KEPT)
+
+    class Counting(Autograd):
+        alive = most = made = 0
+
+        def gradient(self, *args, keep=False):
+            Counting.made += 1
+            Counting.alive += keep
+            Counting.most = max(Counting.most, Counting.alive)
+            return super().gradient(*args, keep=keep)
+
+        def product(self, *args):
+            Counting.alive -= 1
+            return super().product(*args)
+
+    measured_by(adjoint, config, net, state, episodes, False, derivatives=Counting(net))
+    assert (Counting.most, Counting.alive) == (adjoint_module.KEPT, 0)
+    again = 2 * adjoint_module.KEPT
+    assert Counting.made == 2 * config.inner_steps + again, "support, query, and the early supports again"
+
+
+def test_the_fastest_derivatives_follow_device_type_and_engine(monkeypatch):
+    _, net, state, _ = prepared(algo="maml")
+    like = state.slow["linear.bias"]
+    assert isinstance(derivatives_of(net, like, "plain"), Autograd)
+    chosen = derivatives_of(net, like)
+    assert (chosen.make_block is native.native_block) == HAS_C
+    monkeypatch.setattr(native, "library", lambda dtype: None)
+    assert derivatives_of(net, like).make_block is TorchTape
+
+
+@needs_c
+def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(native.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    fresh = native.library.__wrapped__
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert fresh(torch.float32) is None
+    monkeypatch.setenv("CC", "false")
+    assert fresh(torch.float32) is None
+    monkeypatch.delenv("CC")
+    assert fresh(torch.float32) is not None
+    (built,) = tmp_path.rglob("*.so")
+    built.write_bytes(b"damaged")
+    assert fresh(torch.float32) is not None, "a damaged one is built again"
+    assert fresh(torch.int8) is None
+
+
+@pytest.mark.parametrize("ink", [1, 0])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
+    """Mostly blank images make the first layer's variance a small difference: there an error would show.
+
+    Meta-gradient of 3 inner steps, relative to float64's norm. Measured: 5e-7 to 2e-6 (12 cases); a pooling
+    window that falls the other way by rounding costs about 1e-3. Patch moments in float32 gave 2e-2.
+    """
+    grads = {}
+    for precision in ("float64", "float32"):
+        named = {"algo": "maml++", "da": False, "dataset": "glyphs", "filters": 32, "inner_steps": 3}
+        config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
+        config = replace(config, data_root=str(glyphs_root))
+        streams, packed = open_streams(config, ("train",), CPU, offline=True, on_event=lambda event: None)
+        net, state = build(config, image_shape(packed), CPU)
+        for tensor in state.learnable().values():
+            tensor.requires_grad_()
+        derivatives = Autograd(net) if precision == "float64" else WAYS[way](net)
+        tasks = streams["train"].episodes(0, 2)
+        found = measured_by(adjoint, config, net, state, tasks, False, derivatives=derivatives)
+        grads[precision] = torch.cat([grad.double().flatten() for grad in found.grads.values()])
+    error = (grads["float32"] - grads["float64"]).norm() / grads["float64"].norm()
+    assert float(error) < 5e-3
