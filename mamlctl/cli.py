@@ -272,10 +272,22 @@ def _comes_later(name: str) -> SettingsError:
     return SettingsError([(f"'{name}' is not in mamlctl {mamlctl.__version__}; release 0.2 brings it", hint)])
 
 
+def share_the_processor() -> None:
+    """Let threads that wait sleep soon, so that another program on the machine does not stop training.
+
+    By default GNU's OpenMP, which torch uses on Linux, spins at every barrier. With one of two cores taken by
+    another program a meta-step took 5.7 s so, and 0.48 s like this (5-way, 8 tasks, bf16; 0.21 s undisturbed).
+    Read when torch is first imported; whoever has set a policy keeps it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     # Training handles SIGTERM itself; elsewhere it should clean up as any exception does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
+    share_the_processor()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

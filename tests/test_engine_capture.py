@@ -21,13 +21,14 @@ class Recorded:
         Recorded.made += 1
         self.work, self.step = work, step
         before = {name: tensor.clone() for name, tensor in step.state.stored().items()}
-        moments = [{key: value.clone() for key, value in entry.items()} for entry in step.adam.state.values()]
+        moments = {
+            part: {name: tensor.clone() for name, tensor in own.items()}
+            for part, own in step.adam.stored().items()
+        }
         self.first = self.run()
         for name, tensor in step.state.stored().items():
             tensor.copy_(before[name])
-        for entry, old in zip(step.adam.state.values(), moments, strict=True):
-            for key, value in old.items():
-                entry[key].copy_(value)
+        step.adam.restore(moments)
 
     def run(self):
         taken = []

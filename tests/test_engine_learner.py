@@ -94,12 +94,28 @@ def test_learnt_rates_that_do_not_move_are_a_fixed_rate():
     assert all(torch.allclose(with_rates[name], without[name], rtol=1e-12, atol=0) for name in without)
 
 
+def test_adam_is_torchs_to_the_bit():
+    config = small_config(algo="maml++", da=False, adam_beta1=0.8, adam_beta2=0.99, meta_lr=0.01, ca=False)
+    (net, state), (_, other) = (build(config, IMAGE, CPU) for _ in range(2))
+    step = MetaStep(config, net, state)
+    theirs = {name: tensor.requires_grad_() for name, tensor in other.learnable().items()}
+    adam = torch.optim.Adam(list(theirs.values()), lr=0.01, betas=(0.8, 0.99))
+    for number in range(4):
+        measured = step.measure(random_episodes(config, seed=number), 0, measure_all=False)
+        for name, tensor in theirs.items():
+            tensor.grad = measured.grads[name].clone()
+        adam.step()
+        step.apply(measured, 0)
+    for name, tensor in theirs.items():
+        assert torch.equal(step.learnable[name], tensor), name
+
+
 def test_cosine_annealing_sets_the_rate_of_adam():
     config = small_config(ca=True, epochs=100)
     net, state = build(config, IMAGE, CPU)
     step = MetaStep(config, net, state)
     step.apply(step.measure(random_episodes(config), 50, measure_all=False), 50)
-    assert step.adam.param_groups[0]["lr"] == pytest.approx(5.05e-4)
+    assert step.adam.lr == pytest.approx(5.05e-4)
 
 
 def test_measuring_every_query_loss_does_not_change_training():

@@ -23,7 +23,7 @@ FLOORS = [
     ["data.draws", "data.images", "data.archives"],
     ["data.glyphs", "data.omniglot", "data.episodes"],
     ["data.sets"],
-    ["engine.devices", "engine.norms"],
+    ["engine.devices", "engine.norms", "engine.adam"],
     ["engine.nets", "engine.convolutions"],
     ["engine.inner", "engine.derivatives", "engine.blocks"],
     ["engine.outer", "engine.conv4", "engine.native"],

@@ -10,10 +10,10 @@ from mamlctl.engine.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives import Autograd, Derivatives
 from mamlctl.engine.nets import Conv4, Net
 
-# Numbers in a pass's largest tensor, examples x height x width x filters, up to which a CPU takes more tasks
-# at a time. Measured on 2 cores with 1 MB of second-level cache each: README, "How it is fast".
-CPU_PASS = 2**22
-CUDA_TASKS = 64  # tasks at a time on a CUDA device; not measured
+# Numbers in a pass's largest tensor, examples x height x width x filters, up to which more tasks go together.
+# CPU: measured on 2 cores with 1 MB of second-level cache each (README, "How it is fast"). CUDA: half a
+# gigabyte, so that small devices have room; not measured.
+LARGEST = {"cpu": 2**22, "cuda": 2**27}
 
 
 def derivatives_of(net: Net, like: Tensor, engine: str = "adjoint") -> Derivatives:
@@ -38,7 +38,5 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
 
 def tasks_per_pass(net: Net, examples: int, where: device) -> int:
     """How many tasks, each with sets of up to `examples`, are adapted side by side."""
-    if where.type == "cuda":
-        return CUDA_TASKS
     _, height, width = net.image_shape
-    return max(1, CPU_PASS // (examples * height * width * net.filters))
+    return max(1, LARGEST[where.type] // (examples * height * width * net.filters))

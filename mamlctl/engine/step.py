@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import Episodes
+from mamlctl.engine.adam import Adam
 from mamlctl.engine.algorithms import ALGORITHMS
 from mamlctl.engine.devices import COMPUTE, DTYPES
 from mamlctl.engine.fast import tasks_per_pass
@@ -50,7 +51,7 @@ class MetaStep:
         self.outer = ALGORITHMS[config.algo].outer[config.engine]
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = next(iter(self.learnable.values())).device
-        self.adam = _adam(config, self.learnable, self.device)
+        self.adam = Adam(self.learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
         self.chunk = None if config.task_chunk == "auto" else int(config.task_chunk)
 
     def schedule(self, epoch: int) -> tuple[tuple[float, ...], bool, float]:
@@ -124,28 +125,12 @@ class MetaStep:
 
     def set_meta_lr(self, epoch: int) -> None:
         """Tell Adam the epoch's learning rate."""
-        group, meta_lr = self.adam.param_groups[0], self.schedule(epoch)[2]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(meta_lr)
-        else:
-            group["lr"] = meta_lr
+        self.adam.set_lr(self.schedule(epoch)[2])
 
     def move(self, measured: Measured) -> None:
         """`apply` at the learning rate that Adam has."""
-        for name, tensor in self.learnable.items():
-            tensor.grad = measured.grads[name]
-        self.adam.step()
+        self.adam.step(measured.grads)
         accumulate(self.state.running, measured.norm_passes)
-
-    def restore(self, adam: Mapping[str, Any]) -> None:
-        """Put Adam where it was, on whichever device that was."""
-        own = dict(self.adam.param_groups[0])
-        self.adam.load_state_dict(dict(adam))
-        group, capturable = self.adam.param_groups[0], own["capturable"]
-        meta_lr = float(group["lr"])
-        group.update(lr=own["lr"].fill_(meta_lr) if capturable else meta_lr, capturable=capturable)
-        for entry in self.adam.state.values():
-            entry["step"] = entry["step"].to(self.device if capturable else "cpu")
 
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:
@@ -157,14 +142,6 @@ class MetaStep:
             scale = (self.config.clip_norm / (norm + 1e-12)).clamp(max=1.0)  # 1e-12: no division by 0
             for grad in grads.values():
                 grad.mul_(scale)
-
-
-def _adam(config: TrainConfig, learnable: Mapping[str, Tensor], device: torch.device) -> torch.optim.Adam:
-    """On a CUDA device all that changes from step to step is a tensor, so that a graph can be replayed."""
-    on_device = device.type == "cuda"
-    meta_lr = torch.tensor(config.meta_lr, device=device) if on_device else config.meta_lr
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.Adam(list(learnable.values()), lr=meta_lr, betas=betas, capturable=on_device)
 
 
 def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:

@@ -259,7 +259,7 @@ class Trainer:
         """Write `last.pt`: everything that a resume needs."""
         content: dict[str, Any] = {
             "stored": self.state.stored(),
-            "adam": self.meta_step.adam.state_dict(),
+            "adam": self.meta_step.adam.stored(),
             "period": vars(self.period),
             "position": vars(self.position),
         }
@@ -271,7 +271,7 @@ class Trainer:
         if "adam" not in content:
             raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
         checkpoints.restore(self.state, content["stored"], self.last)
-        self.meta_step.restore(content["adam"])
+        self.meta_step.adam.restore(content["adam"])
         self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
         self.position = Position(**content["position"])
         self.run.rewind_metrics(self.position.step, self.position.validated)
