@@ -1,9 +1,13 @@
 """Prepared data, made once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 
 from mamlctl.data import glyphs, omniglot
 

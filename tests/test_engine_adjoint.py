@@ -1,7 +1,9 @@
 """The adjoint engine and the derivatives by hand, held to double backward through the unrolled loop."""
 
+import importlib
 import itertools
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from mamlctl.engine.adjoint import adjoint
 from mamlctl.engine.blocks import TorchTape
 from mamlctl.engine.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives import Autograd
-from mamlctl.engine.fast import derivatives_of
+from mamlctl.engine.fast import better_block, derivatives_of
 from mamlctl.engine.nets import LEAK
 from mamlctl.engine.norms import EPS, NormPass, Statistics, accumulate
 from mamlctl.engine.outer import unrolled
@@ -24,6 +26,8 @@ from mamlctl.errors import MamlctlError
 
 CPU = torch.device("cpu")
 HAS_C = native.library(torch.float64) is not None
+triton_block = importlib.import_module("mamlctl.engine.triton_block") if find_spec("triton") else None
+needs_triton = pytest.mark.skipif(triton_block is None, reason="torch came without Triton")
 needs_c = pytest.mark.skipif(not HAS_C, reason="there is no C compiler")
 WAYS = {
     "autograd": Autograd,
@@ -100,7 +104,7 @@ def block_by_autograd(x, weight, gamma, beta, groups):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
-@pytest.mark.parametrize("way", ["torch", pytest.param("c", marks=needs_c)])
+@pytest.mark.parametrize("way", [*BY_HAND, pytest.param("triton", marks=needs_triton)])
 def test_a_block_has_the_derivatives_of_autograd(way, first):
     generator = torch.Generator().manual_seed(3)
 
@@ -128,22 +132,28 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
         (torch.zeros_like(x) if first else x_t, weight_t),
     )[1]
 
-    make = {"torch": TorchTape, "c": native.native_block}[way]
+    make = {
+        "torch": TorchTape,
+        "c": native.native_block,
+        "triton": triton_block and triton_block.triton_block,
+    }[way]
+    # Triton takes numbers of Python as float32, such as the norm's epsilon and the activation's slope.
+    near = {"atol": 1e-6 if way == "triton" else 1e-10}
     extra = native.prepare(x, tasks, None) if way == "c" and first else None
     settings = {"groups": tasks, "compute": None, "given": None, "measured": None}
     tape = make(x, weight, gamma, beta, **settings, first=first, extra=extra)
-    assert torch.allclose(tape.out, out.detach(), atol=1e-12)
+    assert torch.allclose(tape.out, out.detach(), **near)
     found = tape.backward(ga, keep=True)
     for name, value in zip(("x", "weight", "gamma_X", "beta_X"), grads, strict=True):
         if not (first and name == "x"):
-            assert torch.allclose(getattr(found, name), value, atol=1e-11), name
-    assert torch.allclose(tape.tangent(x_t, weight_t), moved, atol=1e-11)
+            assert torch.allclose(getattr(found, name), value, **near), name
+    assert torch.allclose(tape.tangent(x_t, weight_t), moved, **near)
     found_t = tape.tangent_backward(ga_t)
     for name, second, by in zip(("x", "weight", "gamma_X", "beta_X"), seconds, by_ga, strict=True):
         if not (first and name == "x"):
             value = getattr(found_t, name)
             value = value if name != "x" or found_t.x_2 is None else value + found_t.x_2
-            assert torch.allclose(value, second + by, atol=1e-10), name
+            assert torch.allclose(value, second + by, **near), name
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
@@ -279,3 +289,26 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
         grads[precision] = torch.cat([grad.double().flatten() for grad in found.grads.values()])
     error = (grads["float32"] - grads["float64"]).norm() / grads["float64"].norm()
     assert float(error) < 5e-3
+
+
+def test_another_block_is_taken_only_where_it_is_faster_and_right():
+    """As Triton's kernels are on a CUDA device."""
+
+    class Wrong(TorchTape):
+        def tangent(self, *args):
+            return 1.2 * super().tangent(*args)
+
+    class Broken(TorchTape):
+        def backward(self, *args, **named):
+            raise RuntimeError("no kernel image is available")
+
+    class Good(TorchTape):
+        pass
+
+    def chosen(other, slow, fast):
+        times = iter((slow, fast))  # of the other, of the sure one
+        return better_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
+
+    assert chosen(Good, 1.0, 2.0) is Good
+    for other, times in ((Good, (2.0, 1.0)), (Wrong, (1.0, 2.0)), (Broken, (1.0, 2.0))):
+        assert chosen(other, *times) is TorchTape

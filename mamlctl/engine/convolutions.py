@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlctl.engine.devices import cuda_ms
+
 
 @dataclass(frozen=True)
 class Way:
@@ -93,7 +95,7 @@ def _way(x: Tensor, weight: Tensor, tasks: int) -> Way:
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return GROUPED  # no timing in a capture; a shape's first pass is never captured
-        _chosen[key] = fastest((GROUPED, PRODUCTS), x, weight, tasks, _cuda_ms)
+        _chosen[key] = fastest((GROUPED, PRODUCTS), x, weight, tasks, cuda_ms)
     return _chosen[key]
 
 
@@ -110,14 +112,3 @@ def fastest(
         return lambda: way.backward(way.forward(x, weight, tasks), x, weight, tasks, True)
 
     return min(ways, key=lambda way: time_of(once(way)))
-
-
-def _cuda_ms(work: Callable[[], object]) -> float:
-    """Milliseconds of the second of two runs; waits for the device."""
-    work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))

@@ -23,10 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.blocks import BlockGradient, Statistics_X
-from mamlctl.engine.convolutions import conv, conv_backward
-from mamlctl.engine.nets import LEAK
-from mamlctl.engine.norms import EPS
+from mamlctl.engine.blocks import BlockGradient
+from mamlctl.engine.kernels import KernelTape, Row, Shape, shape_of
 
 SOURCES = Path(__file__).parent / "c"
 TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
@@ -40,29 +38,8 @@ OPTIONS = (
     "-shared",
     "-fPIC",
 )
-ROWS = 18  # numbers a channel, `enum` in c/common.h
-MEAN, VAR, GAMMA, BETA, R, S, B, PRODUCT, G, SLOPE, OFFSET, MEAN_T, R_T, S_T, B_T, G_T, SLOPE_T, _ = range(
-    ROWS
-)
+SIX = Row.S, Row.SLOPE, Row.B, Row.S_T, Row.SLOPE_T, Row.B_T
 VEC = 16  # filters side by side in the first block, as in c/first.c
-
-
-class Shape(ctypes.Structure):
-    """`shape` of c/common.h."""
-
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "examples",
-            "height",
-            "width",
-            "channels",
-            "threads",
-            "measured",
-            "tasks",
-            "inputs",
-        )
-    ] + [("eps", ctypes.c_double), ("leak", ctypes.c_double)]
 
 
 @functools.cache
@@ -122,7 +99,7 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     inputs = channels // tasks
     planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
     behind = examples if measured is None else measured
-    shape = _shape(x, 0, behind, tasks)
+    shape = shape_of(x, 0, behind, tasks)
     mean_TD1 = torch.empty(tasks, 9 * inputs, 1, dtype=torch.float64)
     covariance_TDD = torch.empty(tasks, 9 * inputs, 9 * inputs, dtype=torch.float64)
     _call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
@@ -132,140 +109,79 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     return Planes(planes, mean_TD1, covariance_TDD)
 
 
-class NativeTape:
-    """A block behind another: torch convolves, C does the rest."""
+@dataclass(frozen=True)
+class Native:
+    """The kernels of c/block.c for tensors stored in a type; `kernels.Kernels`."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        gamma_X: Tensor,
-        beta_X: Tensor,
-        *,
-        groups: int,
-        given: Statistics_X | None,
-        measured: int | None,
-        first: bool,
-        extra: Planes | None,
-        compute: torch.dtype | None,
-    ) -> None:
-        """Forward."""
-        self.x, self.groups, self.type = x, groups, weight.dtype
-        self.stored = compute or weight.dtype
-        self.weight = weight if first else weight.to(self.stored)
-        examples, _, height, width = x.shape
-        channels = len(gamma_X)
-        behind = 0 if given is not None else examples if measured is None else measured
-        self.shape = _shape(x, channels, behind, groups)
-        self.count = behind * height * width
-        self.d = torch.empty(ROWS, channels, dtype=torch.float64)
-        self.d[GAMMA], self.d[BETA] = gamma_X, beta_X
-        if given is not None:
-            self.d[MEAN], self.d[VAR] = given
-        self.partial = torch.empty(examples, 2, channels, dtype=torch.float64)
-        pooled = examples, channels, height // 2, width // 2
-        self.p, self.out = self._like(pooled), self._like(pooled)
-        self.where = torch.empty(pooled, dtype=torch.uint8, memory_format=torch.channels_last)
-        self._forward(extra)
+    stored: torch.dtype
 
-    def _forward(self, extra: Planes | None) -> None:
-        self.c = conv(self.x, self.weight, self.groups)
-        self._call("forward", self.c, self.p, self.where, self.out, self.d, self.partial)
+    def partial_rows(self, shape: Shape) -> int:
+        """Sums are joined by example."""
+        return int(shape.examples)
 
-    @property
-    def statistics(self) -> Statistics_X:
-        """Mean and biased variance a channel."""
-        return self.d[MEAN].to(self.type), self.d[VAR].to(self.type)
+    def forward(self, shape: Shape, *tensors: Tensor | None) -> None:
+        """See `Kernels`."""
+        _call(self.stored, "forward", shape, *tensors)
 
-    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        """First derivatives."""
-        ga, gc = ga.to(self.stored), torch.empty_like(self.c)
-        self._call("backward", ga, self.p, self.where, self.c, gc, self.d, self.partial)
-        gx, weight = conv_backward(gc, self.x, self.weight, self.groups, by_input=True)
-        if keep:
-            self.ga, self.gc = ga, gc
-        return self._gradient(gx, weight, G, B)
+    def backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+        """See `Kernels`."""
+        _call(self.stored, "backward", shape, *tensors)
 
-    def tangent(self, x_t: Tensor, weight_t: Tensor) -> Tensor:
-        """Forward tangent."""
-        self.x_t, self.weight_t = x_t, weight_t.to(self.stored)
-        self.c_t = conv(self.x, self.weight_t, self.groups)
-        other = conv(x_t, self.weight, self.groups)
-        self.p_t, a_t = torch.empty_like(self.p), torch.empty_like(self.p)
-        parts = self.c_t, other, self.c, self.p, self.where, self.p_t, a_t
-        self._call("tangent", *parts, self.d, self.partial)
-        return a_t
+    def tangent(self, shape: Shape, *tensors: Tensor | None) -> None:
+        """See `Kernels`."""
+        _call(self.stored, "tangent", shape, *tensors)
 
-    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        """Second derivatives."""
-        ga_t = ga_t.to(self.stored)
-        parts = ga_t, other, self.ga, self.p, self.p_t, self.where, self.c, self.c_t
-        self._call("tangent_backward", *parts, self.d, self.partial)
-        gx_t, weight_t = conv_backward(self.c_t, self.x, self.weight, self.groups, by_input=True)
-        # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
-        gx_2, weight_2 = conv_backward(self.gc, self.x_t, self.weight_t, self.groups, by_input=True)
-        return self._gradient(gx_t, weight_t + weight_2, G_T, B_T, gx_2)
-
-    def _gradient(
-        self, gx: Tensor | None, weight: Tensor, gamma: int, beta: int, gx_2: Tensor | None = None
-    ) -> BlockGradient:
-        by_norm = self.d[gamma].to(self.type), self.d[beta].to(self.type)
-        return BlockGradient(gx, weight.to(self.type), *by_norm, gx_2)
-
-    def _like(self, size: tuple[int, ...]) -> Tensor:
-        return torch.empty(size, dtype=self.stored, memory_format=torch.channels_last)
-
-    def _call(self, name: str, *tensors: Tensor | None) -> None:
-        _call(self.stored, name, self.shape, *tensors)
+    def tangent_backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+        """See `Kernels`."""
+        _call(self.stored, "tangent_backward", shape, *tensors)
 
 
-class NativeFirstTape(NativeTape):
+class NativeFirstTape(KernelTape):
     """The first block, convolution included: its unpooled output, the largest tensor, is never written.
 
     Its statistics, and the part of the weights' gradient that they carry, follow from the moments of the
     image's patches, which never change: with q a patch, mean = W <q> and var = W cov(q) W.
     """
 
-    def _forward(self, extra: Planes | None) -> None:
-        assert extra is not None
+    def _forward(self, extra: Planes) -> None:
         self.planes = extra
         weight_TDO = self._by_patch(self.weight)
         self.along_TDO = extra.covariance_TDD @ weight_TDO
         if self.shape.measured:
-            self.d[MEAN] = _inner(extra.mean_TD1, weight_TDO)
-            self.d[VAR] = _inner(self.along_TDO, weight_TDO)
+            self.d[Row.MEAN] = _inner(extra.mean_TD1, weight_TDO)
+            self.d[Row.VAR] = _inner(self.along_TDO, weight_TDO)
         outs = self.p, self.where, self.out
-        self._call("first_forward", extra.x, self._padded(weight_TDO), *outs, self.d)
+        _call(self.stored, "first_forward", self.shape, extra.x, self._padded(weight_TDO), *outs, self.d)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """First derivatives; no gradient by the image."""
         self.ga, gw = ga.to(self.stored), self._empty_padded()
         parts = self.planes.x, self.ga, self.p, self.where
-        self._call("first_backward", *parts, self.d, self.partial, gw)
-        s, slope, b = self._row(S), self._row(SLOPE), self._row(B)
+        _call(self.stored, "first_backward", self.shape, *parts, self.d, self.partial, gw)
+        s, slope, b = self._row(Row.S), self._row(Row.SLOPE), self._row(Row.B)
         statistics = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), G, B)
+        return self._gradient(None, self._by_filter(gw, statistics), Row.G, Row.B)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         """Forward tangent."""
         weight_TDO = self._by_patch(weight_t)
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
-        self.d[MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
-        self.d[S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
-        self.p_t, a_t = torch.empty_like(self.p), torch.empty_like(self.p)
+        self.d[Row.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
+        self.d[Row.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
+        self.p_t, a_t = self._empty(), self._empty()
         parts = self.planes.x, self._padded(weight_TDO), self.p, self.where, self.p_t, a_t
-        self._call("first_tangent", *parts, self.d)
+        _call(self.stored, "first_tangent", self.shape, *parts, self.d)
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
         """Second derivatives."""
         ga_t, gw = ga_t.to(self.stored), self._empty_padded()
         parts = self.planes.x, ga_t, other, self.ga, self.p, self.p_t, self.where
-        self._call("first_tangent_backward", *parts, self.d, self.partial, gw)
-        s, slope, b, s_t, slope_t, b_t = (self._row(row) for row in (S, SLOPE, B, S_T, SLOPE_T, B_T))
+        _call(self.stored, "first_tangent_backward", self.shape, *parts, self.d, self.partial, gw)
+        s, slope, b, s_t, slope_t, b_t = (self._row(row) for row in SIX)
         statistics = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
         statistics -= (s_t * b + s * b_t) * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), G_T, B_T)
+        return self._gradient(None, self._by_filter(gw, statistics), Row.G_T, Row.B_T)
 
     def _row(self, row: int) -> Tensor:
         return self.d[row].view(self.groups, 1, -1)
@@ -292,15 +208,12 @@ def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
     return (a_TDO * b_TDO).sum(1).flatten()
 
 
-def native_block(*args: Any, **settings: Any) -> NativeTape:
+def native_block(x: Tensor, weight: Tensor, *args: Any, **settings: Any) -> KernelTape:
     """A block in C: `blocks.TorchTape`'s arguments."""
-    return (NativeFirstTape if settings["first"] else NativeTape)(*args, **settings)
-
-
-def _shape(x: Tensor, channels: int, measured: int, tasks: int) -> Shape:
-    examples, inputs, height, width = x.shape
-    sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
-    return Shape(*sizes, EPS, LEAK)
+    kernels = Native(settings["compute"] or weight.dtype)
+    return (NativeFirstTape if settings["first"] else KernelTape)(
+        x, weight, *args, kernels=kernels, **settings
+    )
 
 
 def _call(stored: torch.dtype, name: str, shape: Shape, *tensors: Tensor | None) -> None:
