@@ -25,7 +25,8 @@ MOVABLE = (
     "data_root",
     "report_every",
     "cuda_graph",
-)  # settings that a resumed run may change: no result depends on them
+    "task_chunk",
+)  # settings that a resumed run may change: no result depends on them but by rounding
 CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
 
 

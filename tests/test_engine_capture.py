@@ -91,13 +91,14 @@ def test_replaying_follows_tasks_and_schedules(engine):
         assert torch.equal(tensor, replayed[name]), name
 
 
-def test_a_capture_that_fails_is_told_and_leaves_the_eager_way():
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_a_capture_that_fails_is_told_and_leaves_the_eager_way(error):
     config = small_config(algo="maml++")
     net, state = build(config, IMAGE, CPU)
     told = []
 
     def broken(work):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise error("operation not permitted when stream is capturing\nmore")
 
     runner = Captured(MetaStep(config, net, state), record=broken, on_failure=told.append)
     other_net, other = build(config, IMAGE, CPU)

@@ -9,7 +9,7 @@ from engine_cases import small_config
 
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import pack
-from mamlctl.engine import checkpoints
+from mamlctl.engine import checkpoints, evaluator
 from mamlctl.engine.evaluator import evaluate
 from mamlctl.engine.norms import Statistics
 from mamlctl.engine.step import build
@@ -238,3 +238,22 @@ def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
 
 def test_the_run_folder_opens_with_its_settings(whole):
     assert open_run(whole.path).config == whole.config
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole, monkeypatch):
+    trainer = trainer_of(whole, whole.config)
+    asked = []
+
+    def small_device(derivatives, state, episodes, **named):
+        asked.append(len(episodes.query_y_TE))
+        if asked[-1] > 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(derivatives, state, episodes, **named)
+
+    real = evaluator.adapted_logits
+    named = {"tasks": 10, "inner_steps": 3, "statistics": Statistics.OWN}
+    judged = trainer.derivatives, [trainer.state], trainer.streams["val"]
+    wanted = evaluate(*judged, **named)
+    monkeypatch.setattr(evaluator, "adapted_logits", small_device)
+    assert np.array_equal(evaluate(*judged, **named).ensemble, wanted.ensemble)
+    assert asked == [10, 5, 3, 3, 3, 1]

@@ -44,7 +44,7 @@ def train(
     """
     started = time.monotonic()
     completed = complete(config)
-    device = _open_device(completed)
+    device = _open_device(completed, config.cuda_graph)
     streams, packed = open_streams(completed, ("train", "val"), device, offline=offline, on_event=on_event)
     path = out or default_run_path(config)
     facts = environment(completed, packed, device)
@@ -71,7 +71,7 @@ def resume(
     with run.writing():
         run.config = replace(run.config, **moved)
         completed = complete(run.config)
-        device = _open_device(completed)
+        device = _open_device(completed, moved.get("cuda_graph"))
         streams, packed = open_streams(
             completed, ("train", "val"), device, offline=offline, on_event=on_event
         )
@@ -85,8 +85,9 @@ def resume(
         return _run(run, completed, streams, packed, device, started, time_limit_s, on_event, resume=True)
 
 
-def _open_device(config: TrainConfig) -> torch.device:
-    if problems := device_problems(config.device, config.precision, config.cuda_graph):
+def _open_device(config: TrainConfig, cuda_graph: bool | None) -> torch.device:
+    """`cuda_graph`: as asked for now; a run that had graphs may go on where there are none."""
+    if problems := device_problems(config.device, config.precision, cuda_graph):
         raise SettingsError(problems)
     return open_device(config.device, config.precision)
 

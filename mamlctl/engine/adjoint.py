@@ -62,6 +62,8 @@ def adjoint(
             if measure_all and not (step and counts(msl_weights[step - 1])):
                 walk.look(step)
             walk.forward(step, last=step >= inner_steps - KEPT)
+        if measure_all and not counts(msl_weights[-1]):
+            walk.look(inner_steps)
         for step in range(inner_steps - 1, -1, -1):
             if counts(msl_weights[step]):
                 walk.weigh(step, msl_weights[step])

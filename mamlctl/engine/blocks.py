@@ -5,7 +5,8 @@ Task and channel are one axis, X = T * C, and a convolution in T groups gives ev
 
 Max-pool commutes with what follows the convolution where the norm's weight is not negative: so the sign of a
 negative weight is folded into the convolution, the raw output is pooled, and only the quarter that is left
-is normalised and activated. The statistics are still those of the whole output.
+is normalised and activated. The statistics are still those of the whole output. For a weight of exactly 0 all
+places of a window tie: the first of them gives the weight's gradient there, the largest output's here.
 
 Letters, all of one channel: c the convolution's output, p its pooled values, mean and r = 1/sqrt(var + eps)
 its statistics, M the number of values behind them, n = (p - mean) r, z = gamma n + beta, s = gamma r;

@@ -77,15 +77,21 @@ _chosen: dict[tuple[Any, ...], Way] = {}
 
 
 def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
-    """Convolution, stride 1, padding 1 -> [E, T * O, H, W]."""
-    return _way(x, weight, tasks).forward(x, weight, tasks)
+    """Convolution, stride 1, padding 1 -> [E, T * O, H, W], channels last."""
+    return _channels_last(_way(x, weight, tasks).forward(x, weight, tasks))
 
 
 def conv_backward(
     g: Tensor, x: Tensor, weight: Tensor, tasks: int, *, by_input: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients by the input (None unless asked for) and by the weight, `g` being the output's."""
-    return _way(x, weight, tasks).backward(g, x, weight, tasks, by_input)
+    """Gradients by the input (channels last; None unless asked for) and by the weight, from the output's."""
+    gx, gw = _way(x, weight, tasks).backward(g, x, weight, tasks, by_input)
+    return None if gx is None else _channels_last(gx), gw
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """As the kernels read it. With one input channel torch may answer in the other layout."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _way(x: Tensor, weight: Tensor, tasks: int) -> Way:

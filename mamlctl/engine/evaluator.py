@@ -14,7 +14,7 @@ from mamlctl.engine.derivatives import Derivatives
 from mamlctl.engine.fast import tasks_per_pass
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.norms import NormPass, Statistics
-from mamlctl.errors import DivergedError
+from mamlctl.errors import DivergedError, MamlctlError
 
 
 @dataclass(frozen=True)
@@ -45,31 +45,40 @@ def evaluate(
 
     The ensemble averages raw class scores over models, as the published code does. Nothing stored changes.
     Raises Stopped when `should_stop` says so between two chunks, DivergedError when a class score is not
-    finite: the largest of NaNs is no prediction.
+    finite: the largest of NaNs is no prediction, MamlctlError when a CUDA device has no memory for a task.
     """
     states = [state.frozen() for state in states]
     single: list[list[torch.Tensor]] = [[] for _ in states]
     ensemble: list[torch.Tensor] = []
-    examples = stream.ways * max(stream.shots, stream.queries)
-    chunk = tasks_per_pass(derivatives.net, examples, stream.device)
-    for first in range(0, tasks, chunk):
+    along = stream.shots if statistics is Statistics.SUPPORT else 0
+    examples = stream.ways * max(stream.shots, stream.queries + along)
+    chunk = min(tasks, tasks_per_pass(derivatives.net, examples, stream.device))
+    first = 0
+    while first < tasks:
         if should_stop():
             raise Stopped
         episodes = stream.episodes(first, min(chunk, tasks - first))
-        per_model = []
-        for scores, state in zip(single, states, strict=True):
-            logits_ITEN = adapted_logits(
-                derivatives, state, episodes, inner_steps=inner_steps, statistics=statistics
-            )
+        try:
+            per_model = [
+                adapted_logits(derivatives, state, episodes, inner_steps=inner_steps, statistics=statistics)
+                for state in states
+            ]
+        except torch.OutOfMemoryError as error:
+            if chunk == 1:
+                message = f"{stream.device} has no memory for one task"
+                raise MamlctlError(message, hint="use fewer ways or queries, or --device cpu") from error
+            chunk = (chunk + 1) // 2
+            continue
+        for scores, logits_ITEN in zip(single, per_model, strict=True):
             scores.append(_right_TI(logits_ITEN, episodes))
-            per_model.append(logits_ITEN)
             if not bool(logits_ITEN.isfinite().all()):
                 raise DivergedError(
                     f"class scores in tasks {first} to {first + len(logits_ITEN[0]) - 1} are not finite",
                     hint="the model has diverged: start a new run with a lower --meta-lr or --inner-lr",
                 )
         ensemble.append(_right_TI(torch.stack(per_model).mean(0), episodes))
-        on_progress(first + len(episodes.query_y_TE))
+        first += len(episodes.query_y_TE)
+        on_progress(first)
     joined = [torch.cat(scores).cpu().numpy() for scores in (*single, ensemble)]
     return Scores(joined[:-1], joined[-1])
 

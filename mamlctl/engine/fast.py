@@ -18,8 +18,8 @@ from mamlctl.engine.nets import Conv4, Net
 # Numbers in a pass's largest tensor, examples x height x width x filters, up to which more tasks go together.
 # CPU: measured on 2 cores with 1 MB of second-level cache each (README, "How it is fast"). CUDA: half a
 # gigabyte, so that small devices have room; not measured.
-SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
+SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
 
 
 def derivatives_of(net: Net, like: Tensor, engine: str = "adjoint") -> Derivatives:
@@ -31,7 +31,7 @@ def derivatives_of(net: Net, like: Tensor, engine: str = "adjoint") -> Derivativ
         return Autograd(net)
     if like.device.type == "cuda":
         return Conv4Derivatives(net, _cuda_block(like.device, like.dtype, net.compute))
-    if native.library(net.compute or like.dtype) is not None:
+    if all(native.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
         return Conv4Derivatives(net, native.native_block, native.prepare)
     return Conv4Derivatives(net)
 
@@ -101,6 +101,8 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
     found = derivatives_of(net, like, engine)
     if like.device.type == "cpu" and isinstance(found, Conv4Derivatives) and found.make_block is TorchTape:
         return "no C compiler (cc) that works: torch's operations do its part, about 1.8 times slower"
+    if net.compute == torch.bfloat16 and like.device.type == "cpu" and native.lacks_bfloat16():
+        return "this processor has neither avx512_bf16 nor AMX: --precision bf16 is slower here than float32"
     return None
 
 

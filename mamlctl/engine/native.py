@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ from mamlctl.engine.kernels import KernelTape, Row, Shape, shape_of
 
 SOURCES = Path(__file__).parent / "c"
 TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
+# Options that not every compiler and processor knows are left out one after another, the last first.
+TUNING = ("-march=native", "-mprefer-vector-width=512")
 OPTIONS = (
     "-std=gnu11",
     "-O3",
     "-fno-trapping-math",
-    "-march=native",
-    "-mprefer-vector-width=512",
     "-fopenmp",
     "-shared",
     "-fPIC",
@@ -45,43 +46,65 @@ VEC = 16  # filters side by side in the first block, as in c/first.c
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled functions for tensors stored in `dtype`, or None where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or dtype not in TYPES:
+    if dtype not in TYPES:
         return None
     sources = sorted(SOURCES.glob("*.[ch]"))
-    made_of = [*(source.read_text() for source in sources), compiler, *OPTIONS, _processor()]
+    given = shlex.split(os.environ.get("CC", ""))
+    made_of = [*(source.read_text() for source in sources), *OPTIONS, *given, platform.machine(), processor()]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     path = platformdirs.user_cache_path("mamlctl") / "native" / f"{TYPES[dtype].lower()}-{name}.so"
-    return _load(path) or (_load(path) if _build(compiler, TYPES[dtype], sources, path) else None)
+    return _load(path) or _build([given or ["cc"], ["cc"]], TYPES[dtype], sources, path)
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # absent, damaged, or in a folder that allows no programs
+    except OSError:  # absent, no library, or in a folder that allows no programs
         return None
 
 
-def _build(compiler: str, kind: str, sources: list[Path], path: Path) -> bool:
+def _build(compilers: list[list[str]], kind: str, sources: list[Path], path: Path) -> ctypes.CDLL | None:
+    """Compile and load: with every compiler, with fewer and fewer options; kept at `path` if that can be."""
     programs = [str(source) for source in sources if source.suffix == ".c"]
+    for folder in (path.parent, None):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = Path(scratch) / "made.so"
+                for compiler, last in itertools.product(compilers, range(len(TUNING), -1, -1)):
+                    words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(made), *programs]
+                    if _succeeds(words) and (loaded := _load(made)) is not None:
+                        with made.open("rb") as file:
+                            os.fsync(file.fileno())
+                        if folder is not None:
+                            made.replace(path)
+                        return loaded
+        except OSError:  # a cache folder that cannot be written: without it then
+            continue
+    return None
+
+
+def _succeeds(command: list[str]) -> bool:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / "made.so"
-            command = [compiler, *OPTIONS, f"-D{kind}", "-o", str(made), *programs]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            made.replace(path)
+        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False
-    return True
 
 
-def _processor() -> str:
-    """What tells one processor's instructions from another's."""
+def processor() -> str:
+    """What tells one processor's instructions from another's; empty where that is not known."""
     facts = Path("/proc/cpuinfo")
     if not facts.exists():
         return platform.processor()
-    return next((line for line in facts.read_text().splitlines() if line.startswith("flags")), "")
+    lines = facts.read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def lacks_bfloat16() -> bool:
+    """Whether this is known to be a processor without products of bfloat16."""
+    flags = processor().split()
+    return flags[:1] == ["flags"] and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ class NativeFirstTape(KernelTape):
         self.along_TDO = extra.covariance_TDD @ weight_TDO
         if self.shape.measured:
             self.d[Row.MEAN] = _inner(extra.mean_TD1, weight_TDO)
-            self.d[Row.VAR] = _inner(self.along_TDO, weight_TDO)
+            self.d[Row.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)  # rounding of a flat image
         outs = self.p, self.where, self.out
         _call(self.stored, "first_forward", self.shape, extra.x, self._padded(weight_TDO), *outs, self.d)
 

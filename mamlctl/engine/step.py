@@ -52,7 +52,8 @@ class MetaStep:
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = next(iter(self.learnable.values())).device
         self.adam = Adam(self.learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
-        self.chunk = None if config.task_chunk == "auto" else int(config.task_chunk)
+        given = config.task_chunk
+        self.chunk = None if given == "auto" else min(int(given), config.meta_batch_size)
 
     def schedule(self, epoch: int) -> tuple[tuple[float, ...], bool, float]:
         """MSL weights, whether in first order, and meta learning rate of an epoch."""
@@ -70,7 +71,18 @@ class MetaStep:
         Raises MamlctlError if a CUDA device has no room even for one task at a time.
         """
         weights, first_order, _ = self.schedule(epoch)
-        return self.measure_as(episodes, weights, first_order, measure_all)
+        if self.chunk is None:
+            examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
+            self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
+        while True:
+            try:
+                return self.measure_as(episodes, weights, first_order, measure_all)
+            except torch.OutOfMemoryError as error:
+                if self.config.task_chunk != "auto" or self.chunk == 1:
+                    message = f"{self.device} has no memory for {self.chunk} tasks at a time"
+                    raise MamlctlError(message, hint="use --task-chunk auto, or a smaller net") from error
+                self.chunk = (self.chunk + 1) // 2
+            torch.cuda.empty_cache()
 
     def measure_as(
         self,
@@ -79,20 +91,9 @@ class MetaStep:
         first_order: bool,
         measure_all: bool,
     ) -> Measured:
-        """`measure`, with the schedule's values given."""
-        if self.chunk is None:
-            examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
-            self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
-        while True:
-            try:
-                measured = self._in_chunks(episodes, self.chunk, weights, first_order, measure_all)
-                break
-            except torch.OutOfMemoryError as error:
-                if self.config.task_chunk != "auto" or self.chunk == 1:
-                    message = f"{self.device} has no memory for {self.chunk} tasks at a time"
-                    raise MamlctlError(message, hint="use --task-chunk auto, or a smaller net") from error
-                self.chunk = (self.chunk + 1) // 2
-            torch.cuda.empty_cache()
+        """`measure` with the schedule's values given, and no second try with less memory."""
+        chunk = len(episodes.query_y_TE) if self.chunk is None else self.chunk
+        measured = self._in_chunks(episodes, chunk, weights, first_order, measure_all)
         self._clip(measured.grads)
         return measured
 
@@ -104,6 +105,7 @@ class MetaStep:
         first_order: bool,
         measure_all: bool,
     ) -> Measured:
+        split = episodes.split(chunk)
         parts = [
             self.outer(
                 self.net,
@@ -114,9 +116,9 @@ class MetaStep:
                 first_order=first_order,
                 measure_all=measure_all,
             )
-            for part in episodes.split(chunk)
+            for part in split
         ]
-        return joined(parts, [len(part.query_y_TE) for part in episodes.split(chunk)])
+        return joined(parts, [len(part.query_y_TE) for part in split])
 
     def apply(self, measured: Measured, epoch: int) -> None:
         """Adam's step, and the running statistics'."""

@@ -143,7 +143,7 @@ void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, con
                         if (2 * i + q / 2 >= H || 2 * j + q % 2 >= W) continue;
                         const long cell = CELL(q / 2, q % 2);
                         for (int l = 0; l < n; l++) {
-                            ct[cell + l] = PUT(GET(ct[cell + l]) + GET(c2[cell + l]));
+                            ct[cell + l] = PUT(GET(ct[cell + l]) + (c2 ? GET(c2[cell + l]) : 0));
                             const REAL v = GET(ct[cell + l]);
                             sum[l] += v, cross[l] += v * GET(c[cell + l]);
                             kept[l] = which[l] == q ? v : kept[l];

@@ -27,7 +27,7 @@ static inline float widen(uint16_t v) {
 static inline uint16_t narrow(float f) { /* to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &f, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    return f != f ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 /* The type that large tensors are stored in, set by the compiler's command line. */

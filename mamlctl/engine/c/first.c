@@ -23,8 +23,8 @@ typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned
     const int T = s->tasks, C = s->inputs, O = X / T; \
     (void)leak, (void)H, (void)PH, (void)PW
 
-/* Sums over the patches of the measured examples -> sum [T][D], product [T][D][D], D = 9 C; rows are summed in the
- * type of the images and joined in double: the weights' variances are small differences of these. */
+/* Sums over the patches of the measured examples -> sum [T][D], product [T][D][D], D = 9 C; in double,
+ * since the variances that follow from them are small differences. */
 void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, double *restrict product) {
     const int H = s->height, W = s->width, T = s->tasks, C = s->inputs, D = 9 * C;
 #pragma omp parallel for num_threads(s->threads) schedule(dynamic)
@@ -38,9 +38,9 @@ void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, do
                 for (int i = 0; i < H; i++) {
                     const REAL *u = planes + one / 9 * PLANE + (i + one % 9 / 3) * WIDE + one % 3;
                     const REAL *v = planes + other / 9 * PLANE + (i + other % 9 / 3) * WIDE + other % 3;
-                    REAL row = 0, alone = 0;
+                    double row = 0, alone = 0;
 #pragma omp simd reduction(+ : row, alone)
-                    for (int j = 0; j < W; j++) row += u[j] * v[j], alone += u[j];
+                    for (int j = 0; j < W; j++) row += (double)u[j] * v[j], alone += u[j];
                     both += row;
                     if (other == one) total += alone;
                 }
