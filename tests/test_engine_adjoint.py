@@ -263,6 +263,7 @@ def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "cc -g0")
     assert fresh(torch.float32) is not None, "with words of its own"
     (built,) = tmp_path.rglob("*.so")
+    built.unlink()  # this process has it mapped: another file, not the same one cut short
     built.write_bytes(b"damaged")
     assert fresh(torch.float32) is not None, "a damaged one is built again"
     monkeypatch.setenv("CC", "false")
