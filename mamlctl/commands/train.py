@@ -20,7 +20,7 @@ from mamlctl.commands.stopping import StopRequests
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import PackedImages
-from mamlctl.engine.devices import device_problems, device_words, open_device, precision_of
+from mamlctl.engine.devices import cpu_model, device_problems, device_words, open_device, precision_of
 from mamlctl.engine.fast import slower_than_it_could_be
 from mamlctl.engine.step import build
 from mamlctl.engine.trainer import Trainer
@@ -178,7 +178,7 @@ def environment(config: TrainConfig, packed: PackedImages, device: torch.device)
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "device": device_words(device),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "precision": precision_of(config.precision, device),
@@ -209,11 +209,3 @@ def _git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(dirt.stdout.strip())}
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

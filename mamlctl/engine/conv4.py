@@ -35,9 +35,13 @@ class Head:
     bias_TN: Tensor
     y_TE: Tensor
 
+    def logits(self) -> Tensor:
+        """Class scores -> logits_TEN."""
+        return torch.baddbmm(self.bias_TN.unsqueeze(1), self.f_TEF, self.weight_TNF.transpose(1, 2))
+
     def loss_and_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
         """Class scores, one loss per task, and the gradient of the losses' sum by the class scores."""
-        logits_TEN = torch.baddbmm(self.bias_TN.unsqueeze(1), self.f_TEF, self.weight_TNF.transpose(1, 2))
+        logits_TEN = self.logits()
         log_p_TEN = F.log_softmax(logits_TEN, -1)
         right_TE1 = self.y_TE.unsqueeze(-1)
         loss_T = -log_p_TEN.gather(-1, right_TE1).mean((1, 2))
@@ -77,7 +81,7 @@ class Conv4Derivatives:
 
     def logits(self, fast: Mapping[str, Tensor], prepared: PreparedSet, norm: NormPass) -> Tensor:
         """Class scores -> logits_TEN."""
-        return self._forward(fast, prepared, norm).head.loss_and_gradient()[0]
+        return self._forward(fast, prepared, norm).head.logits()
 
     def gradient(
         self, fast: Mapping[str, Tensor], prepared: PreparedSet, norm: NormPass, *, keep: bool = False

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -61,6 +62,18 @@ def device_words(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def cpu_line(*names: str) -> str:
+    """What Linux tells of the processor under one of these names, name included; empty elsewhere."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    return next((line for line in lines if line.startswith(names)), "")
+
+
+def cpu_model() -> str:
+    """The processor by its product name."""
+    return cpu_line("model name").partition(":")[2].strip() or platform.processor()
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.engine.blocks import BlockGradient
+from mamlctl.engine.devices import cpu_line
 from mamlctl.engine.kernels import KernelTape, Row, Shape, shape_of
 
 SOURCES = Path(__file__).parent / "c"
@@ -94,11 +95,7 @@ def _succeeds(command: list[str]) -> bool:
 
 def processor() -> str:
     """What tells one processor's instructions from another's; empty where that is not known."""
-    facts = Path("/proc/cpuinfo")
-    if not facts.exists():
-        return platform.processor()
-    lines = facts.read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return cpu_line("flags", "Features") or platform.processor()
 
 
 def lacks_bfloat16() -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, derive
+from mamlctl.config import IMPROVEMENTS, TrainConfig, derive
 
 INNER_LR = 0.01  # small, so that nothing overflows: random images have nothing to be learnt from
 
@@ -91,14 +91,6 @@ def engine_problem(name: str) -> str | None:
     settings = engine_settings(name)
     if settings["engine"] not in ENGINES or settings["precision"] not in PRECISIONS:
         return f"unknown engine '{name}': use one of {', '.join(ENGINES)}, with -bf16 or -tf32 behind it"
-    if settings["engine"] == "plain" and "engine" not in FIELDS:
-        return None  # a TrainConfig that knows one engine only has the plain one
-    for key, value in settings.items():
-        if key not in FIELDS:
-            return f"this mamlctl has no setting '{key}'"
-        choices = FIELDS[key].metadata["choices"]
-        if choices and value not in choices:
-            return f"this mamlctl has no {key} '{value}'"
     return None
 
 
@@ -108,7 +100,6 @@ def train_config(case: Case, settings: Mapping[str, Any], algo: str = "maml++") 
         "da": False,
         "msl": case.inner_steps > 1,
     }
-    known = {item.name for item in fields(TrainConfig)}
     config = TrainConfig(
         algo=algo,
         ways=case.ways,
@@ -120,6 +111,6 @@ def train_config(case: Case, settings: Mapping[str, Any], algo: str = "maml++") 
         first_order=case.first_order,
         meta_batch_size=case.tasks,
         **switches,
-        **{key: value for key, value in settings.items() if key in known},
+        **settings,
     )
     return derive(config, {"split_scheme": "own", "resize": "none", "rotations": "none"})

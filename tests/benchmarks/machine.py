@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks.pipes import Answer, Document, serve
 from benchmarks.worker import wait
-from mamlctl.engine.devices import open_device
+from mamlctl.engine.devices import cpu_model, open_device
 
 SIZES = {"cpu": 2048, "cuda": 8192}  # a GPU does not fill up with 2048
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
@@ -48,14 +47,6 @@ def facts(device: torch.device, size: int) -> Document:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "matrix_size": size,
     }
-
-
-def cpu_model() -> str:
-    """Linux tells it in /proc; other systems less."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -42,18 +42,15 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
                         }
                     }
                 }
-            for (int l = 0; l < n; l++) {
-                partial[(e * 2L) * X + x0 + l] = sum[l];
-                partial[(e * 2L + 1) * X + x0 + l] = square[l];
-            }
+            KEEP_SUMS(sum, square);
         }
 #pragma omp single
         {
             if (s->measured) {
                 const double count = values(s);
                 double *mean = d + MEAN * X, *var = d + VAR * X;
-                sum_up(s, partial, 2, 0, mean, s->measured);
-                sum_up(s, partial, 2, 1, var, s->measured);
+                sum_up(s, partial, 0, mean, s->measured);
+                sum_up(s, partial, 1, var, s->measured);
                 for (int x = 0; x < X; x++) {
                     mean[x] /= count;
                     var[x] = var[x] / count - mean[x] * mean[x];
@@ -64,10 +61,7 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
         }
         ITEMS {
             ITEM;
-            TAKE(scale, S);
-            TAKE(mean, MEAN);
-            TAKE(beta, BETA);
-            for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l];
+            TAKE_AFFINE;
             for (int i = 0; i < PH; i++)
                 for (int j = 0; j < PW; j++) {
                     const STORED *from = p + POOLED;
@@ -90,12 +84,9 @@ void backward(const shape *s, const STORED *restrict ga, const STORED *restrict 
         backward_sums(s, ga, p, d, partial);
         ITEMS {
             ITEM;
-            TAKE(scale, S);
-            TAKE(mean, MEAN);
-            TAKE(beta, BETA);
+            TAKE_AFFINE;
             TAKE(slope, SLOPE);
             TAKE(offset, OFFSET);
-            for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l];
             for (int i = 0; 2 * i < H; i++)
                 for (int j = 0; 2 * j < W; j++) {
                     REAL h[LANES] = {0};
@@ -154,16 +145,13 @@ void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, con
                         for (int l = 0; l < n; l++) to[l] = PUT(kept[l]);
                     }
                 }
-            for (int l = 0; l < n; l++) {
-                partial[(e * 2L) * X + x0 + l] = sum[l];
-                partial[(e * 2L + 1) * X + x0 + l] = cross[l];
-            }
+            KEEP_SUMS(sum, cross);
         }
 #pragma omp single
         {
             const double count = values(s);
-            sum_up(s, partial, 2, 0, d + MEAN_T * X, s->examples);
-            sum_up(s, partial, 2, 1, d + S_T * X, s->examples);
+            sum_up(s, partial, 0, d + MEAN_T * X, s->examples);
+            sum_up(s, partial, 1, d + S_T * X, s->examples);
             for (int x = 0; x < X; x++) {
                 d[MEAN_T * X + x] /= count;
                 d[S_T * X + x] = 2 * (d[S_T * X + x] / count - d[MEAN * X + x] * d[MEAN_T * X + x]);
@@ -202,14 +190,11 @@ void tangent_backward(const shape *s, const STORED *restrict ga1_t, const STORED
         tangent_sums(s, ga1_t, ga2_t, ga, p, p_t, d, partial);
         ITEMS {
             ITEM;
-            TAKE(scale, S);
-            TAKE(mean, MEAN);
-            TAKE(beta, BETA);
+            TAKE_AFFINE;
             TAKE(slope, SLOPE);
             TAKE(scale_t, S_T);
             TAKE(slope_t, SLOPE_T);
             TAKE(offset_t, OFFSET_T);
-            for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l];
             for (int i = 0; 2 * i < H; i++)
                 for (int j = 0; 2 * j < W; j++) {
                     REAL h[LANES] = {0};

@@ -55,6 +55,20 @@ static inline void take(REAL *to, const double *d, int row, int X, int x0, int n
     REAL to[LANES]; \
     take(to, d, row, X, x0, n)
 
+/* z = scale p + beta, of pooled values p: the norm and its shift in one. */
+#define TAKE_AFFINE \
+    TAKE(scale, S); \
+    TAKE(mean, MEAN); \
+    TAKE(beta, BETA); \
+    for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l]
+
+/* The two sums of a work item's example and channels, for sum_up to join. */
+#define KEEP_SUMS(one, two) \
+    for (int l = 0; l < n; l++) { \
+        partial[(e * 2L) * X + x0 + l] = one[l]; \
+        partial[(e * 2L + 1) * X + x0 + l] = two[l]; \
+    }
+
 /* Work items: one example, up to LANES channels. */
 #define ITEMS \
     _Pragma("omp for schedule(static)") \
@@ -72,11 +86,11 @@ static inline void take(REAL *to, const double *d, int row, int X, int x0, int n
 /* Values of a channel behind its statistics. */
 static inline double values(const shape *s) { return (double)s->measured * s->height * s->width; }
 
-static void sum_up(const shape *s, const double *partial, int rows, int row, double *to, int examples) {
+static void sum_up(const shape *s, const double *partial, int row, double *to, int examples) {
     const int X = s->channels;
     for (int x = 0; x < X; x++) to[x] = 0;
     for (int e = 0; e < examples; e++)
-        for (int x = 0; x < X; x++) to[x] += partial[((long)e * rows + row) * X + x];
+        for (int x = 0; x < X; x++) to[x] += partial[(e * 2L + row) * X + x];
 }
 
 static void set_scale(const shape *s, double *d) {
@@ -103,10 +117,7 @@ static void backward_sums(const shape *s, const STORED *restrict ga, const STORE
     SHAPE;
     ITEMS {
         ITEM;
-        TAKE(scale, S);
-        TAKE(mean, MEAN);
-        TAKE(beta, BETA);
-        for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l];
+        TAKE_AFFINE;
         REAL sum[LANES] = {0}, product[LANES] = {0};
         for (int i = 0; i < PH; i++)
             for (int j = 0; j < PW; j++) {
@@ -116,16 +127,13 @@ static void backward_sums(const shape *s, const STORED *restrict ga, const STORE
                     sum[l] += gz, product[l] += gz * v;
                 }
             }
-        for (int l = 0; l < n; l++) {
-            partial[(e * 2L) * X + x0 + l] = sum[l];
-            partial[(e * 2L + 1) * X + x0 + l] = product[l];
-        }
+        KEEP_SUMS(sum, product);
     }
 #pragma omp single
     {
         const double count = values(s);
-        sum_up(s, partial, 2, 0, d + B * X, s->examples);
-        sum_up(s, partial, 2, 1, d + PRODUCT * X, s->examples);
+        sum_up(s, partial, 0, d + B * X, s->examples);
+        sum_up(s, partial, 1, d + PRODUCT * X, s->examples);
         for (int x = 0; x < X; x++) {
             const double r = d[R * X + x], scale = d[S * X + x], mean = d[MEAN * X + x], b = d[B * X + x];
             const double g = r * (d[PRODUCT * X + x] - mean * b), slope = -scale * r * g / count;
@@ -143,10 +151,7 @@ static void tangent_sums(const shape *s, const STORED *restrict ga1_t, const STO
     SHAPE;
     ITEMS {
         ITEM;
-        TAKE(scale, S);
-        TAKE(mean, MEAN);
-        TAKE(beta, BETA);
-        for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l];
+        TAKE_AFFINE;
         REAL sum[LANES] = {0}, product[LANES] = {0};
         for (int i = 0; i < PH; i++)
             for (int j = 0; j < PW; j++) {
@@ -157,16 +162,13 @@ static void tangent_sums(const shape *s, const STORED *restrict ga1_t, const STO
                     sum[l] += gz_t, product[l] += gz_t * v + step * GET(ga[at + l]) * GET(p_t[at + l]);
                 }
             }
-        for (int l = 0; l < n; l++) {
-            partial[(e * 2L) * X + x0 + l] = sum[l];
-            partial[(e * 2L + 1) * X + x0 + l] = product[l];
-        }
+        KEEP_SUMS(sum, product);
     }
 #pragma omp single
     {
         const double count = values(s);
-        sum_up(s, partial, 2, 0, d + B_T * X, s->examples);
-        sum_up(s, partial, 2, 1, d + G_T * X, s->examples);
+        sum_up(s, partial, 0, d + B_T * X, s->examples);
+        sum_up(s, partial, 1, d + G_T * X, s->examples);
         for (int x = 0; x < X; x++) {
             const double r = d[R * X + x], r_t = d[R_T * X + x], k = d[S * X + x], k_t = d[S_T * X + x];
             const double mean = d[MEAN * X + x], mean_t = d[MEAN_T * X + x], b = d[B * X + x], b_t = d[B_T * X + x];
