@@ -24,14 +24,14 @@ def rule(title: str, note: str, width: int) -> Text:
     return Text.assemble(" ", (title, "bold"), " ", (line, DIM), " ", (note, DIM))
 
 
-def bar(share: float, cells: int, chance: float, colour: str) -> Text:
-    """A bar in eighths of a cell, with a mark where chance is, unless the bar has passed it."""
+def bar(share: float, cells: int, chance: float | None, colour: str) -> Text:
+    """A bar in eighths of a cell, with a mark where chance is, unless it has passed that or nobody knows."""
     share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
     eighths = round(share * cells * 8)
     full, part = divmod(eighths, 8)
     drawn = "█" * full + (EIGHTHS[part] if part else "")
     rest = [" "] * (cells - len(drawn))
-    mark = min(int(chance * cells), cells - 1) - len(drawn)
+    mark = -1 if chance is None else min(int(chance * cells), cells - 1) - len(drawn)
     if 0 <= mark < len(rest):
         rest[mark] = "┊"
     return Text.assemble((drawn, colour), ("".join(rest), DIM))

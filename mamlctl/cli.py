@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +16,13 @@ from rich.console import Console
 from typer.exceptions import TyperException
 
 import mamlctl
-from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, Problem, TrainConfig, flag
+from mamlctl.checks import flag
+from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, TrainConfig
 from mamlctl.display import open_display, show_error, show_eval_result, show_train_result, write_json
 from mamlctl.errors import ExitCode, MamlctlError, SettingsError
-from mamlctl.layers import Resolved, load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
+from mamlctl.layers import Resolved, load_file, load_preset, parse_sets, preset_names, to_yaml
 from mamlctl.options import with_settings
+from mamlctl.records import named
 
 EPILOG = {
     "train": "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",
@@ -100,7 +102,7 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
 ) -> ExitCode:
-    """Meta-train. The improvements of MAML++ are flags on any unrolled algorithm; maml++ has all six on."""
+    """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has all six on."""
     sets = set_ or []
     if resume is None:
         resolved = _resolve(given, preset, config, sets, here=not print_config)
@@ -128,7 +130,7 @@ def train(
                 on_event=display,
             )
     if json:
-        write_json(sys.stdout, {"format": 1, "result": asdict(result)})
+        write_json(sys.stdout, {"format": 1, "result": named(result)})
     else:
         show_train_result(Console(), result)
     return {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}.get(result.reason, ExitCode.OK)
@@ -138,14 +140,7 @@ def _resolve(
     given: Mapping[str, Any], preset: str | None, config: Path | None, sets: list[str], *, here: bool
 ) -> Resolved:
     """`here`: the run is to start on this machine, so that its devices count too."""
-    from mamlctl.data.sets import choice_problems
-    from mamlctl.engine.algorithms import algorithm_defaults, algorithm_problems
-    from mamlctl.engine.devices import device_problems
-
-    def more_problems(found: TrainConfig) -> list[Problem]:
-        problems = algorithm_problems(found)
-        problems += choice_problems(found.dataset, split_scheme=found.split_scheme, resize=found.resize)
-        return problems + (device_problems(found.device, found.precision, found.cuda_graph) if here else [])
+    from mamlctl.commands.data import resolve_settings
 
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if preset is not None:
@@ -153,7 +148,7 @@ def _resolve(
     if config is not None:
         layers.append((str(config), load_file(config)))
     layers += [("--set", parse_sets(sets)), ("flag", given)]
-    return resolve(layers, algorithm_defaults, more_problems)
+    return resolve_settings(layers, here=here)
 
 
 def _print_config(resolved: Resolved) -> ExitCode:
@@ -200,6 +195,16 @@ def _moved(
 def evaluate(
     given: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Run folder of a training.")],
+    plot: Annotated[
+        bool,
+        typer.Option("--plot", help="Also draw pictures into RUN/plots.", rich_help_panel=OUTPUT),
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --plot and curves: another run to draw beside; repeatable.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
     offline: Offline = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -208,13 +213,21 @@ def evaluate(
     from mamlctl.commands.evaluate import evaluate_run
 
     with open_display(Console(stderr=True), quiet=quiet) as display:
+        if beside and not plot:
+            raise SettingsError([("--beside has no effect without --plot", "add --plot or leave it out")])
         result = evaluate_run(run, EvalConfig(**given), offline=offline, on_event=display)
+        if plot:
+            from mamlctl.commands.pictures import draw
+
+            files = draw(run, EvalConfig(**given), beside or [], offline=offline, on_event=display)
+            result = replace(result, pictures=tuple(map(str, files)))
     if json:
         document = {
             "format": 1,
             "run": result.run,
             "folder": result.folder,
-            "results": [*map(asdict, result.rows)],
+            "results": [*map(named, result.rows)],
+            "pictures": result.pictures,
         }
         write_json(sys.stdout, document)
     else:

@@ -1,4 +1,4 @@
-"""Settings: one flat dataclass, and the rules that its fields keep alone and with each other.
+"""Settings: one flat dataclass; the rules that its fields keep are in `checks.py`.
 
 A field's name is its flag, its preset key, its `config.yaml` key and its table column;
 its default stands here only.
@@ -6,19 +6,15 @@ its default stands here only.
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
-
-Problem = tuple[str, str]  # the fact, the way out
 
 SEEDS = 2**63  # seeds are below it: half of a 64-bit word, which every generator here takes
 LARGEST = 1e38  # float32 holds no larger number
 MOST_TASKS = 100_001  # per meta-step: beyond this a slip of the finger is likelier than a wish
 
-EPISODE, INNER, OUTER = "Episode", "Inner loop", "Meta-optimiser"
+EPISODE, NETWORK, INNER, OUTER = "Episode", "Network", "Inner loop", "Meta-optimiser"
 MAMLPP, HARDWARE, OUTPUT = "MAML++", "Hardware", "Output"
 
 
@@ -41,10 +37,15 @@ def setting(
 class TrainConfig:
     """All that decides a training run. `None` means: derived, by `derive` or by the data set."""
 
-    dataset: str = setting("omniglot", EPISODE, "Data set to draw tasks from: omniglot or glyphs.")
+    dataset: str = setting(
+        "omniglot", EPISODE, "Data set to draw tasks from: omniglot, glyphs, sinusoid, line or harmonic."
+    )
     ways: int = setting(5, EPISODE, "Classes per task.", least=2)
     shots: int = setting(1, EPISODE, "Support examples per class.", least=1)
     queries: int = setting(1, EPISODE, "Query examples per class.", least=1)
+    train_shots: int | None = setting(
+        None, EPISODE, "Support examples per class in training, where they differ from --shots.", least=1
+    )
     split_scheme: str | None = setting(
         None,
         EPISODE,
@@ -63,18 +64,53 @@ class TrainConfig:
         "Filter that shrinks the originals (omniglot: bilinear, bicubic, lanczos, box, nearest).",
     )
 
-    algo: str = setting("maml++", INNER, "Algorithm: maml, fomaml or maml++.")
-    net: str = setting("conv4", INNER, "Network.", choices=("conv4",))
-    filters: int = setting(64, INNER, "Filters of every convolution.", least=1)
-    inner_steps: int = setting(5, INNER, "Gradient steps on the support set in training.", least=1)
+    net: str = setting("conv4", NETWORK, "Network.", choices=("conv4", "mlp", "resnet12"))
+    filters: int = setting(
+        64, NETWORK, "Filters of every convolution; of the first block with resnet12.", least=1
+    )
+    hidden: str | None = setting(
+        None, NETWORK, "Widths of mlp's layers. Default: 256-128-64-64 for images, 40-40 for curves."
+    )
+    pooling: str | None = setting(
+        None,
+        NETWORK,
+        "How conv4 halves its maps: max-pool, or stride 2. Default: max.",
+        choices=("max", "stride"),
+    )
+    readout: str | None = setting(
+        None,
+        NETWORK,
+        "What conv4's head reads: all places, or their mean. Default: flatten.",
+        choices=("flatten", "mean"),
+    )
+    activation: str | None = setting(
+        None,
+        NETWORK,
+        "Of conv4 and mlp. Default: leaky_relu in conv4, relu in mlp.",
+        choices=("leaky_relu", "relu"),
+    )
+
+    algo: str = setting("maml++", INNER, "Algorithm; README tells them all.")
+    adapts: str = setting("all", INNER, "What the inner loop changes.", choices=("all", "head", "body"))
+    inner_steps: int = setting(5, INNER, "Gradient steps on the support set in training.", least=0)
     eval_inner_steps: int | None = setting(
         None,
         INNER,
         "The same in evaluation; later steps reuse the last step's rates and norms. Default: as in training.",
-        least=1,
+        least=0,
     )
     inner_lr: float = setting(
         0.1, INNER, "Inner learning rate; with --lslr its starting value.", above=0, below=LARGEST
+    )
+    inner_optimizer: str | None = setting(
+        None, INNER, "Rule of the inner steps; adam has beta1 = 0.", choices=("sgd", "adam")
+    )
+    inner_batch: int | None = setting(
+        None, INNER, "Support examples of every inner step in training. Default: all.", least=1
+    )
+    eval_inner_batch: int | None = setting(None, INNER, "The same in evaluation. Default: all.", least=1)
+    proximal: float | None = setting(
+        None, INNER, "Strength of the pull towards the initialisation.", above=0, below=LARGEST
     )
     first_order: bool = setting(False, INNER, "Do not differentiate the inner gradients.")
     bn: str = setting(
@@ -85,7 +121,14 @@ class TrainConfig:
         choices=("transductive", "running", "support"),
     )
 
-    meta_lr: float = setting(0.001, OUTER, "Meta learning rate (Adam).", above=0, below=LARGEST)
+    meta_lr: float = setting(0.001, OUTER, "Meta learning rate.", above=0, below=LARGEST)
+    meta_lr_final: float | None = setting(
+        None, OUTER, "Where the meta learning rate ends, in a straight line. Default: it stays.", least=0
+    )
+    hyper_lr: float | None = setting(
+        None, OUTER, "Step of the logarithms of both learning rates.", above=0, below=LARGEST
+    )
+    cg_steps: int | None = setting(None, OUTER, "Steps of conjugate gradient.", least=1)
     meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", least=1, below=MOST_TASKS)
     epochs: int = setting(
         100,
@@ -216,11 +259,17 @@ class EvalConfig:
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the task list. Default: the run's.", least=0, below=SEEDS
     )
+    adapts: str | None = setting(
+        None, INNER, "What the inner loop changes. Default: the run's.", choices=("all", "head", "body")
+    )
     inner_steps: int | None = setting(
         None,
         INNER,
         "Gradient steps on the support set. Default: the run's.",
-        least=1,
+        least=0,
+    )
+    inner_lr: float | None = setting(
+        None, INNER, "Inner learning rate, unless it was learnt. Default: the run's.", above=0, below=LARGEST
     )
     bn: str | None = setting(
         None,
@@ -239,87 +288,6 @@ class EvalConfig:
 
 IMPROVEMENTS = ("msl", "da", "bnrs", "bnwb", "lslr", "ca")
 FIELDS = {item.name: item for item in fields(TrainConfig)}
-# A setting that only its switch gives a meaning to.
-NEEDS = {"msl_epochs": "msl", "da_epochs": "da", "min_meta_lr": "ca"}
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def nearest(word: str, known: Iterable[str], *, otherwise: str) -> str:
-    """A hint that names the known word closest to `word`."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else otherwise
-
-
-def check(config: TrainConfig) -> list[Problem]:
-    """Every rule that the settings break, by themselves and with each other."""
-    problems = limit_problems(config)
-    for name, switch in NEEDS.items():
-        if getattr(config, name) is not None and not getattr(config, switch):
-            problems.append(
-                (f"{flag(name)} has no effect without {flag(switch)}", f"add {flag(switch)} or leave it out")
-            )
-    if config.msl and config.inner_steps < 2:
-        problems.append(
-            (f"--msl weighs several inner steps, but --inner-steps is {config.inner_steps}", "add --no-msl")
-        )
-    if config.da and config.first_order:
-        problems.append(
-            ("--da has no effect with --first-order: there is no second order to come", "leave one out")
-        )
-    if config.clip_value is not None and config.clip_norm is not None:
-        problems.append(("--clip-value and --clip-norm are both given", "leave one out"))
-    if config.min_meta_lr is not None and config.min_meta_lr > config.meta_lr:
-        problems.append(
-            (f"--min-meta-lr {config.min_meta_lr:g} is above --meta-lr {config.meta_lr:g}", "lower it")
-        )
-    if config.task_chunk != "auto" and not (config.task_chunk.isdecimal() and int(config.task_chunk)):
-        problems.append(
-            (f"--task-chunk is {config.task_chunk!r}", "use auto, or a number of tasks from 1 on")
-        )
-    if config.da_epochs is not None and config.da_epochs > config.epochs:
-        problems.append(
-            (f"--da-epochs {config.da_epochs} is more than --epochs {config.epochs}", "use --first-order")
-        )
-    return problems
-
-
-def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:
-    """The limits of single fields that the settings break."""
-    found = (_problem_of_limits(item, getattr(config, item.name)) for item in fields(config))
-    return [problem for problem in found if problem]
-
-
-def _problem_of_limits(item: Field[Any], value: Any) -> Problem | None:
-    name, limits = item.name, item.metadata
-    if value is None:
-        return None
-    if limits["choices"] and value not in limits["choices"]:
-        words = ", ".join(str(choice) for choice in limits["choices"])
-        return f"{flag(name)} is {value!r}, but it can only be one of {words}", nearest(
-            str(value), [str(choice) for choice in limits["choices"]], otherwise=f"use one of {words}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{flag(name)} is {value}, which is not a finite number", "use a finite number"
-    if limits["least"] is not None and value < limits["least"]:
-        return (
-            f"{flag(name)} is {value}, but the least is {limits['least']}",
-            f"use {limits['least']} or more",
-        )
-    if limits["above"] is not None and value <= limits["above"]:
-        return (
-            f"{flag(name)} is {value}, but it must be above {limits['above']}",
-            f"use more than {limits['above']}",
-        )
-    if limits["below"] is not None and value >= limits["below"]:
-        return (
-            f"{flag(name)} is {value}, but it must be below {limits['below']}",
-            f"use less than {limits['below']}",
-        )
-    return None
 
 
 def derive(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:

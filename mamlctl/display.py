@@ -176,7 +176,7 @@ def _run_line(run: RunStarted) -> str:
     parts = [
         f"run {run.run}",
         f"{run.algo}{letters}",
-        f"{run.dataset} {run.ways}-way {run.shots}-shot",
+        words.task(run.dataset, run.ways, run.shots),
         f"{run.meta_batch_size} tasks a meta-step",
         f"{run.parameters:,} parameters",
         f"bn {run.bn}",
@@ -191,25 +191,24 @@ def _report_line(report: TrainReport, run: RunStarted | None) -> str:
     steps = f"/{run.epochs * run.steps_per_epoch}" if run else ""
     epochs = f"/{run.epochs}" if run else ""
     losses = ">".join(f"{value:.3f}" for value in report.query_losses)
-    return "  ".join(
-        [
-            f"step {report.step}{steps}",
-            f"epoch {report.epoch + 1}{epochs}",
-            f"support {report.support_loss:.3f}",
-            f"query {losses}",
-            f"acc {words.percent(report.query_accuracy)}",
-            f"lr {report.meta_lr:#.3g}",
-            f"order {1 if report.first_order else 2}",
-            f"{report.tasks_per_second:.1f} tasks/s",
-        ]
-    )
+    parts = [
+        f"step {report.step}{steps}",
+        f"epoch {report.epoch + 1}{epochs}",
+        "" if report.support_loss is None else f"support {report.support_loss:.3f}",
+        f"query {losses}",
+        "" if report.query_accuracy is None else f"acc {words.percent(report.query_accuracy)}",
+        f"lr {report.meta_lr:#.3g}",
+        "" if report.first_order is None else f"order {1 if report.first_order else 2}",
+        f"{report.tasks_per_second:.1f} tasks/s",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def _validation_line(done: ValidationDone, run: RunStarted | None) -> str:
     epochs = f"/{run.epochs}" if run else ""
-    accuracy = words.interval(done.val_accuracy, done.val_ci95, 1)
-    best = f"best {words.percent(done.best_val_accuracy)} at epoch {done.best_epoch}"
-    return f"epoch {done.epoch}{epochs}  val {accuracy} ({done.val_tasks} tasks, {done.bn})  {best}"
+    score = words.score(done.metric, done.val_score, done.val_ci95, 1)
+    best = f"best {words.score(done.metric, done.best_val_score, None, 1)} at epoch {done.best_epoch}"
+    return f"epoch {done.epoch}{epochs}  val {score} ({done.val_tasks} tasks, {done.bn})  {best}"
 
 
 def show_error(console: Console, error: MamlctlError) -> None:
@@ -226,12 +225,12 @@ def show_train_result(console: Console, result: TrainResult) -> None:
     _say(console, (f"{result.status}{why}", "bold"), f"  {result.run}")
     steps = f"{result.step:,} of {result.total_steps:,} meta-steps"
     _say(console, f"steps  {steps} in {words.duration(result.seconds)}")
-    if result.best_val_accuracy is None:
+    if result.best_val_score is None:
         _say(console, "best   no validation yet")
     else:
-        accuracy = words.interval(result.best_val_accuracy, result.best_val_ci95)
+        score = words.score(result.metric, result.best_val_score, result.best_val_ci95)
         where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
-        _say(console, "best   ", (accuracy, "bold green"), where)
+        _say(console, "best   ", (score, "bold green"), where)
     if result.status == "interrupted":
         _say(console, "go on  ", (f"mamlctl train --resume {run}", "cyan"))
     _say(console, "test   ", (f"mamlctl eval {run}", "cyan"))
@@ -240,32 +239,48 @@ def show_train_result(console: Console, result: TrainResult) -> None:
 def show_eval_result(console: Console, result: EvalResult) -> None:
     """One row per model, then the accuracy after each inner step."""
     first = result.rows[0]
-    task = f"{result.dataset} {first.ways}-way {first.shots}-shot"
-    _say(console, (task, "bold"), f", {first.queries} queries a class  {result.algo}  {result.run}")
+    queries = f", {first.queries} queries{' a class' if first.ways > 1 else ''}"
+    task = words.task(result.dataset, first.ways, first.shots)
+    _say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
     _say(console)
-    heads = ["model", "accuracy", "tasks", "split", "bn", "inner steps"]
+    named = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
+    heads = ["model", named, "tasks", "split", "bn", "inner steps"]
     _say_table(console, [heads, *map(_eval_cells, result.rows)], left=2)
     _say(console)
-    _say(console, ("accuracy in % after each inner step", "bold"))
+    _say(console, (f"{named}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"))
     # Blocks of columns instead of lines that a terminal would break.
     longest = max(len(row.model) for row in result.rows)
     columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
     for begin in range(0, len(first.per_step), columns):
         steps = range(begin, min(begin + columns, len(first.per_step)))
         table = [["model", *map(str, steps)]]
-        table += [[row.model, *(f"{100 * row.per_step[step]:.2f}" for step in steps)] for row in result.rows]
+        scale = 100 if first.metric == "accuracy" else 1
+        table += [
+            [row.model, *(f"{scale * row.per_step[step]:.2f}" for step in steps)] for row in result.rows
+        ]
         _say_table(console, table, left=1, widest=6)
     _say(console)
     for row in result.rows:
         if row.epochs:
             _say(console, f"{row.model}: epoch {', '.join(map(str, row.epochs))}")
-    chance = f"intervals: 95 % over tasks; chance: {words.percent(1 / first.ways, 2)}"
-    _say(console, f"{chance}; {words.duration(result.seconds)}; written to {result.folder}")
+    chance = f"; chance: {words.percent(1 / first.ways, 2)}" if first.metric == "accuracy" else ""
+    _say(
+        console,
+        f"intervals: 95 % over tasks{chance}; {words.duration(result.seconds)}; written to {result.folder}",
+    )
+    for picture in result.pictures:
+        _say(console, f"picture  {picture}")
 
 
 def _eval_cells(row: EvalRow) -> list[str]:
-    accuracy = words.interval(row.accuracy, row.ci95)
-    return [row.model, accuracy, str(row.tasks), row.split, row.bn, str(row.inner_steps)]
+    return [
+        row.model,
+        words.score(row.metric, row.score, row.ci95),
+        str(row.tasks),
+        row.split,
+        row.bn,
+        str(row.inner_steps),
+    ]
 
 
 def _say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, widest: int = 0) -> None:

@@ -11,8 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mamlctl.config import FIELDS, NEEDS, Problem, TrainConfig, check, nearest
+from mamlctl.checks import NEEDS, OF_NETS, Problem, check, nearest
+from mamlctl.config import FIELDS, TrainConfig
 from mamlctl.errors import SettingsError
+
+Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and what they are
+COMMAND_LINE = ("flag", "--set")
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,22 @@ class Resolved:
 
 
 def resolve(
-    layers: Sequence[tuple[str, Mapping[str, Any]]],
-    algorithm_defaults: Callable[[str], Mapping[str, Any]],
-    more_problems: Callable[[TrainConfig], list[Problem]] = lambda config: [],
+    layers: Sequence[Layer],
+    implied: Callable[[Mapping[str, Any]], list[Layer]],
+    more_problems: Callable[[TrainConfig, Mapping[str, str]], list[Problem]] = lambda config, sources: [],
+    forced: Callable[[TrainConfig], Mapping[str, Any]] = lambda config: {},
 ) -> Resolved:
-    """Lay `layers` (name, values), weakest first, over the defaults of the dataclass and of the algorithm.
+    """Lay `layers` (name, values), weakest first, over the dataclass's defaults.
 
+    `implied`: the layers below them that follow from what they say, such as an algorithm's defaults.
+    `more_problems` gets the settings and where each comes from. `forced`: settings that can have one value
+    only; where a preset or file has another it gives way, while a flag is refused.
     Raises SettingsError with every problem found: unknown keys, wrong types, limits, rules between fields.
     """
     problems: list[Problem] = []
-    algo = next((values["algo"] for _, values in reversed(layers) if "algo" in values), TrainConfig.algo)
+    said = {str(key): value for _, values in layers for key, value in values.items()}
     try:
-        stack = [(f"algorithm {algo}", algorithm_defaults(str(algo))), *layers]
+        stack = [*implied(said), *layers]
     except SettingsError as error:
         problems += error.problems
         stack = list(layers)
@@ -50,9 +58,9 @@ def resolve(
                 merged = OmegaConf.merge(merged, {key: value})
                 sources[key] = source
     config = TrainConfig(**{str(key): value for key, value in merged.items()})
-    config = _without_inert(config, sources)
+    config = _settled(config, sources, forced)
     problems += check(config)
-    problems += more_problems(config)
+    problems += more_problems(config, sources)
     if problems:
         raise SettingsError(problems)
     return Resolved(config, sources)
@@ -75,16 +83,20 @@ def _problem_of_value(source: str, key: str, value: Any) -> Problem | None:
     return None
 
 
-def _without_inert(config: TrainConfig, sources: dict[str, str]) -> TrainConfig:
-    """Drop what a preset or file says of a switch that a stronger layer turned off; flags are refused."""
-    inert = [
-        name
-        for name, switch in NEEDS.items()
-        if not getattr(config, switch) and sources[name] not in {"flag", "--set"}
-    ]
-    sources.update(dict.fromkeys(inert, "default"))
-    nothing: dict[str, Any] = dict.fromkeys(inert)
-    return replace(config, **nothing)
+def _settled(
+    config: TrainConfig, sources: dict[str, str], forced: Callable[[TrainConfig], Mapping[str, Any]]
+) -> TrainConfig:
+    """Drop what a preset or file says that a stronger layer made meaningless; flags are refused."""
+    values = dict(forced(config))
+    values |= {name: None for name, switch in NEEDS.items() if not getattr(config, switch)}
+    values |= {name: None for name, nets in OF_NETS.items() if config.net not in nets}
+    changed = {
+        name: value
+        for name, value in values.items()
+        if sources[name] not in COMMAND_LINE and getattr(config, name) != value
+    }
+    sources.update(dict.fromkeys(changed, "default"))
+    return replace(config, **changed)
 
 
 def presets_folder() -> Path:

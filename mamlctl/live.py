@@ -29,6 +29,7 @@ SMALL = 14  # lines: below it, only the bars and the chart without its title
 LABEL = 16  # cells for the name of a bar: 'epoch 1000/1000' and a space
 RATES_LABEL = 20
 
+ORDERS = {True: "first order", False: "second order", None: ""}
 NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
 ACCENT, BAD, GOOD = "cyan", "bold red", "green"
 # Ends of a colour scale of medium lightness, readable on black and on white.
@@ -133,7 +134,7 @@ def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
 
 def _header(run: RunStarted, width: int) -> list[Text]:
     algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
-    task = Text(f"{words.safe(run.dataset)} {run.ways}-way {run.shots}-shot", "bold")
+    task = Text(words.task(words.safe(run.dataset), run.ways, run.shots), "bold")
     machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
     # Half of the line stays for the run's name, however long the device's words are.
     machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
@@ -187,10 +188,10 @@ def _numbers(state: LiveState, run: RunStarted, report: TrainReport, width: int)
     per_step = run.meta_batch_size / report.tasks_per_second if report.tasks_per_second > 0 else math.nan
     rows = [
         [
-            ("support loss", words.loss(report.support_loss)),
+            ("support loss", "–" if report.support_loss is None else words.loss(report.support_loss)),
             ("meta-loss", words.loss(report.meta_loss)),
             ("meta lr", f"{report.meta_lr:.3g}"),
-            ("", "first order" if report.first_order else "second order"),
+            ("", ORDERS[report.first_order]),
         ],
         [
             ("tasks/s", f"{report.tasks_per_second:.1f}"),
@@ -219,24 +220,27 @@ class Columns:
     """Cells that the chart's three drawn columns get."""
 
     loss: int
-    accuracy: int
+    accuracy: int  # 0 where there are no classes
     recent: int
 
     @classmethod
-    def of(cls, width: int) -> Columns:
+    def of(cls, width: int, run: RunStarted) -> Columns:
         """What 40 cells of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
         room = max(width - 40, 0)
         recent = min(HISTORY, room * 3 // 10)
-        accuracy = (room - recent) * 2 // 5
+        accuracy = (room - recent) * 2 // 5 if run.guesses else 0
         return cls(room - recent - accuracy, accuracy, recent)
 
 
 def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
-    columns = Columns.of(width)
-    chance = f"┊ chance: {words.loss(math.log(run.ways))}, {words.percent(1 / run.ways)}"
+    columns = Columns.of(width, run)
+    chance, accuracy = "mean squared error", ""
+    if run.guesses:
+        chance = f"┊ chance: {words.loss(math.log(run.guesses))}, {words.percent(1 / run.guesses)}"
+        accuracy = f"{'accuracy':<{columns.accuracy + 8}}  "
     heads = (
         f" {'step':>4}  {'weight':<6}  {'query loss':<{columns.loss + 10}}  "
-        f"{'accuracy':<{columns.accuracy + 8}}  {'loss history'[: columns.recent]}"
+        f"{accuracy}{'loss history'[: columns.recent]}"
     )
     rows = [_chart_row(reports, run, columns, step) for step in steps]
     return [cells.rule("Per-step losses", chance, width), Text(heads, DIM), *rows]
@@ -244,16 +248,20 @@ def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: S
 
 def _chart_row(reports: Sequence[TrainReport], run: RunStarted, columns: Columns, step: int) -> Text:
     report = reports[-1]
-    loss, accuracy = report.query_losses[step], report.query_accuracies[step]
-    # The loss of guessing is always on the scale, so that the bars do not jump while they shrink.
-    chance = math.log(run.ways)
-    scale = max([chance, *filter(math.isfinite, report.query_losses)])
+    loss = report.query_losses[step]
+    # The loss of guessing is always on the scale, so that the bars do not jump while they shrink; for curves
+    # it is the largest loss that is still remembered.
+    chance = math.log(run.guesses) if run.guesses else 0.0
+    shown = report.query_losses if run.guesses else [loss for past in reports for loss in past.query_losses]
+    scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
     colour = cells.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
     line.append(f"{words.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
-    line.append_text(cells.bar(loss / scale, columns.loss, chance / scale, colour))
-    line.append(f"  {words.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
-    line.append_text(cells.bar(accuracy, columns.accuracy, 1 / run.ways, colour))
+    line.append_text(cells.bar(loss / scale, columns.loss, chance / scale if chance else None, colour))
+    if run.guesses:
+        accuracy = report.query_accuracies[step]
+        line.append(f"  {words.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
+        line.append_text(cells.bar(accuracy, columns.accuracy, 1 / run.guesses, colour))
     history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
     return line.append("  ").append(cells.spark(history[max(len(history) - columns.recent, 0) :]), colour)
 
@@ -273,14 +281,14 @@ def _validation(state: LiveState, run: RunStarted, width: int) -> list[Text]:
     last = state.validations[-1]
     line = Text.assemble(
         (" last ", DIM),
-        (words.interval(last.val_accuracy, last.val_ci95), "bold"),
+        (words.score(last.metric, last.val_score, last.val_ci95), "bold"),
         (f" epoch {last.epoch}   ", DIM),
         ("best ", DIM),
-        (words.interval(last.best_val_accuracy, last.best_val_ci95), f"bold {GOOD}"),
+        (words.score(last.metric, last.best_val_score, last.best_val_ci95), f"bold {GOOD}"),
         (f" epoch {last.best_epoch}", DIM),
     )
     room = width - line.cell_len - 4
-    line.append("   ").append(cells.spark([v.val_accuracy for v in state.validations][-max(room, 1) :]), GOOD)
+    line.append("   ").append(cells.spark([v.val_score for v in state.validations][-max(room, 1) :]), GOOD)
     return [rule, line]
 
 
@@ -299,7 +307,7 @@ def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
     finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
     low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
     heads = "".join(f" step {column + 1}".rjust(cell, "─") for column in columns)
-    title = "Inner rates (LSLR)"
+    title = "Learnt inner rates"
     lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
     for row in rows:
         line = Text(" ")

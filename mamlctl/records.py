@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class RunStarted:
     steps_per_epoch: int
     first_step: int  # meta-steps done before this start; 0 unless resumed
     parameters: int  # meta-learnt numbers, all kinds
+    metric: str  # accuracy, or mse for curves
+    guesses: int  # classes that training tells apart: a guess is right once in so many; 0 for curves
     device: str
     bn: str
     val_tasks: int
@@ -62,14 +65,14 @@ class TrainReport:
 
     step: int
     epoch: int
-    support_loss: float  # mean over the inner steps, before each
+    support_loss: float | None  # mean over the inner steps, before each; None where there are none
     query_losses: tuple[float, ...]  # index = inner steps taken; [0] is before adaptation
-    query_accuracies: tuple[float, ...]  # 0..1, same index
-    query_accuracy: float  # after the last inner step, 0..1
+    query_accuracies: tuple[float, ...]  # 0..1, same index; empty for curves
+    query_accuracy: float | None  # after the last inner step, 0..1; None for curves
     meta_loss: float
     msl_weights: tuple[float, ...]  # weight of the query loss after inner step 1..I
     meta_lr: float
-    first_order: bool
+    first_order: bool | None  # None where nothing is unrolled
     tasks_per_second: float
     memory_bytes: int  # peak on the CUDA device; resident set of the process on a CPU
     rates: Mapping[
@@ -79,16 +82,17 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class ValidationDone:
-    """Accuracy on the fixed validation tasks after an epoch."""
+    """Score on the fixed validation tasks after an epoch."""
 
     step: int
     epoch: int  # epochs completed, counted from 1
-    val_accuracy: float
+    metric: str  # accuracy (0..1) or mse
+    val_score: float
     val_ci95: float
     val_per_step: tuple[float, ...]
     val_tasks: int
     bn: str
-    best_val_accuracy: float
+    best_val_score: float
     best_val_ci95: float
     best_epoch: int
 
@@ -106,7 +110,8 @@ class TrainResult:
     reason: str  # "", "time limit", "SIGINT", "SIGTERM"
     step: int
     total_steps: int
-    best_val_accuracy: float | None
+    metric: str
+    best_val_score: float | None
     best_val_ci95: float | None
     best_epoch: int | None
     val_tasks: int
@@ -119,7 +124,8 @@ class EvalRow:
     """One model, or one ensemble, on one list of tasks."""
 
     model: str  # "best", "last" or "ensemble-<k>"
-    accuracy: float
+    metric: str  # accuracy (0..1) or mse
+    score: float
     ci95: float  # half width over tasks
     tasks: int
     split: str
@@ -129,7 +135,7 @@ class EvalRow:
     inner_steps: int
     bn: str
     epochs: tuple[int, ...]  # the epoch of every checkpoint used
-    per_step: tuple[float, ...]  # accuracy after 0, 1 ... inner_steps
+    per_step: tuple[float, ...]  # score after 0, 1 ... inner_steps
     per_step_ci95: tuple[float, ...]
 
 
@@ -143,3 +149,11 @@ class EvalResult:
     folder: str
     seconds: float
     rows: tuple[EvalRow, ...]
+    pictures: tuple[str, ...] = ()  # files, where some were asked for
+
+
+def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:
+    """A record as files and documents have it: its score under the name of its metric."""
+    return {
+        key.replace("score", record.metric): value for key, value in asdict(record).items() if key != "metric"
+    }

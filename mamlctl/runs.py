@@ -141,7 +141,7 @@ class RunFolder:
         kept = [
             entry
             for entry in self.metrics()
-            if entry["step"] <= step and ("val_accuracy" not in entry or entry["epoch"] <= validated_epochs)
+            if entry["step"] <= step and ("val_tasks" not in entry or entry["epoch"] <= validated_epochs)
         ]
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -193,7 +193,7 @@ def open_run(path: Path) -> RunFolder:
         if missing := FIELDS.keys() - stored.keys():
             raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
         # Every setting is there, so no algorithm's defaults are asked for.
-        config = resolve([(str(path / CONFIG), stored)], lambda name: {}).config
+        config = resolve([(str(path / CONFIG), stored)], lambda said: []).config
     except SettingsError as error:
         raise MamlctlError(
             f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"
@@ -202,9 +202,10 @@ def open_run(path: Path) -> RunFolder:
 
 
 def default_run_path(config: TrainConfig) -> Path:
-    """A folder under runs/ that is not there yet; its name tells the run, and when it started."""
+    """A folder under runs/ that is not there yet; its name tells the run (complete), and when it started."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
+    name = f"{config.dataset}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
     paths = (
         Path("runs") / (name + suffix)
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))

@@ -15,6 +15,8 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
     Equal weights at epoch 0, then mass moves linearly to the last step; from `msl_epochs` on the last
     step has it all. The weights sum to 1 at every epoch.
     """
+    if not inner_steps:
+        return ()
     if epoch >= msl_epochs:
         return (0.0,) * (inner_steps - 1) + (1.0,)
     early = max((1 - epoch / msl_epochs) / inner_steps, MSL_FLOOR / inner_steps)
@@ -24,6 +26,11 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
 def is_first_order(epoch: int, da_epochs: int) -> bool:
     """Derivative-order annealing: first order for the first `da_epochs` epochs, second order after."""
     return epoch < da_epochs
+
+
+def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:
+    """A straight line from `meta_lr` to `final` over the run, of which the share `done` lies behind."""
+    return meta_lr + done * (final - meta_lr)
 
 
 def cosine_meta_lr(epoch: int, epochs: int, meta_lr: float, min_meta_lr: float) -> float:

@@ -27,6 +27,19 @@ def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
     return f"{100 * accuracy:.{digits}f} ± {half} %"
 
 
+def score(metric: str, value: float, ci95: float | None, digits: int = 2) -> str:
+    """An accuracy in percent, or a mean squared error as it is, with the half width of its interval."""
+    if metric == "accuracy":
+        return interval(value, ci95, digits)
+    half = "" if ci95 is None else f" ± {ci95:.3f}" if math.isfinite(ci95) else " ± ?"
+    return f"{value:.3f}{half}"
+
+
+def task(dataset: str, ways: int, shots: int) -> str:
+    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' of curves, which have no ways."""
+    return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
+
+
 def loss(value: float) -> str:
     """Four decimals, at most nine characters even when the loss explodes."""
     return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"

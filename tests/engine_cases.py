@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from mamlctl.config import TrainConfig, derive
 from mamlctl.data.episodes import Episodes
-from mamlctl.engine.algorithms import algorithm_defaults
+from mamlctl.engine.algorithms import ALGORITHMS
+from mamlctl.engine.build import build
 from mamlctl.engine.fast import derivatives_of
-from mamlctl.engine.step import build
 
 IMAGE = (1, 16, 16)  # the smallest that four halvings leave a pixel of
 SMALL = {
@@ -24,7 +24,9 @@ SMALL = {
 def small_config(**settings):
     """A float64 learner of seconds; `settings` as in TrainConfig."""
     values = SMALL | {"precision": "float64", "inner_lr": 0.05, "rotations": "none"} | settings
-    values = dict(algorithm_defaults(values.get("algo", "maml"))) | {"algo": "maml"} | values
+    values = {"algo": "maml"} | values
+    entry = ALGORITHMS[values["algo"]]
+    values = dict(entry.defaults) | values | dict(entry.fixed)
     return derive(TrainConfig(**values), {"split_scheme": "own", "resize": "none"})
 
 

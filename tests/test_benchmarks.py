@@ -20,7 +20,8 @@ from benchmarks.worker import open_learner, random_episodes
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.build import build
+from mamlctl.engine.step import MetaStep
 
 SMALL = Case("small", (1, 16, 16), filters=4, ways=3, shots=2, queries=2, tasks=2, inner_steps=3)
 PLAIN64 = {"engine": "plain", "precision": "float64"}

@@ -2,14 +2,16 @@
 
 import pytest
 
-from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, check, derive
-from mamlctl.engine.algorithms import algorithm_defaults, algorithm_problems
+from mamlctl.checks import check
+from mamlctl.commands.data import resolve_settings
+from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, derive
+from mamlctl.engine.algorithms import algorithm_problems
 from mamlctl.errors import SettingsError
 from mamlctl.layers import load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
 
 
 def resolved(*layers):
-    return resolve(layers, algorithm_defaults)
+    return resolve_settings(layers)
 
 
 def problems_of(*layers):
@@ -154,6 +156,15 @@ def test_set_pairs_have_yaml_types():
         parse_sets(["ways=[1"])
 
 
+PUBLISHED_STEPS = {
+    **{f"omniglot-{w}w{s}s-{a}": 75_000 for w in (5, 20) for s in (1, 5) for a in ("maml", "maml++")},
+    **{f"omniglot-{w}w{s}s-reptile": n for w, n in ((5, 100_000), (20, 200_000)) for s in (1, 5)},
+    **{f"omniglot-5w{s}s-mlp-maml": 60_000 for s in (1, 5)},
+    "omniglot-5w1s-imaml": 20_000,
+    "sinusoid-10s-maml": 70_000,
+}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_is_what_its_name_says(name):
     config = resolved((f"preset {name}", load_preset(name))).config
@@ -161,8 +172,12 @@ def test_every_preset_loads_and_is_what_its_name_says(name):
         assert config.dataset == "glyphs"
         return
     folder, _, row = name.rpartition("/")
-    assert row == f"{config.dataset}-{config.ways}w{config.shots}s-{config.algo}"
-    assert config.total_steps == (75_000 if folder == "paper" else 50_000)
+    curves = config.dataset == "sinusoid"
+    ways = "" if curves else f"{config.ways}w"
+    net = "mlp-" if config.net == "mlp" and not curves else ""
+    assert row == f"{config.dataset}-{ways}{config.shots}s-{net}{config.algo}"
+    steps = 30_000 if curves else 50_000
+    assert config.total_steps == (PUBLISHED_STEPS[row] if folder == "paper" else steps)
 
 
 def test_the_presets_that_people_ask_for_are_there():
@@ -183,9 +198,55 @@ def test_every_setting_has_words_and_a_panel():
         assert item.metadata["help"].endswith("."), item.name
         assert item.metadata["panel"] in {
             "Episode",
+            "Network",
             "Inner loop",
             "Meta-optimiser",
             "MAML++",
             "Hardware",
             "Output",
         }
+
+
+REFUSED = [
+    ({"algo": "reptile", "msl": True}, "--msl has no effect with --algo reptile"),
+    ({"algo": "protonet", "inner_steps": 3}, "--inner-steps is 3, but --algo protonet means 0"),
+    ({"algo": "protonet", "inner_lr": 0.3}, "--inner-lr has no effect with --algo protonet"),
+    ({"algo": "anil", "adapts": "all"}, "--adapts is all, but --algo anil means head"),
+    ({"algo": "anil", "bnwb": True}, "--bnwb has no effect with --algo anil: the body is passed once"),
+    ({"algo": "meta-sgd", "lslr": True}, "--lslr has no effect with --algo meta-sgd: it learns a rate"),
+    ({"algo": "alpha-maml", "ca": True}, "--ca has no effect with --algo alpha-maml"),
+    ({"algo": "imaml", "da": True}, "--da has no effect with --algo imaml"),
+    ({"algo": "maml", "cg_steps": 3}, "--cg-steps has no effect with --algo maml"),
+    ({"algo": "maml", "inner_batch": 3}, "--inner-batch has no effect with --algo maml"),
+    ({"algo": "maml", "inner_steps": 0}, "--inner-steps is 0, but maml adapts in training"),
+    ({"algo": "transfer", "task_chunk": "2"}, "--task-chunk has no effect with --algo transfer"),
+    ({"algo": "scratch", "epochs": 4}, "--epochs is 4, but --algo scratch means 1"),
+    ({"algo": "reptile", "cuda_graph": True}, "--cuda-graph does not go with --algo reptile"),
+    ({"algo": "maml", "ca": True, "meta_lr_final": 0.1}, "--meta-lr-final and --ca both"),
+    ({"dataset": "sinusoid", "ways": 5}, "--ways has no meaning: sinusoid has no classes"),
+    ({"dataset": "sinusoid", "net": "conv4"}, "--net conv4 needs images"),
+    ({"dataset": "sinusoid", "algo": "protonet"}, "--algo protonet needs classes"),
+    ({"dataset": "sinusoid", "algo": "maml++"}, "--bnwb has no meaning: sinusoid is learnt without"),
+    ({"net": "resnet12", "pooling": "max"}, "--pooling has no effect with --net resnet12"),
+    ({"net": "mlp", "hidden": "40-x"}, "--hidden is '40-x'"),
+]
+
+
+@pytest.mark.parametrize(("given", "fact"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_makes_no_sense_is_refused_with_its_reason(given, fact):
+    assert any(problem.startswith(fact) for problem in problems_of(("flag", given)))
+
+
+def test_a_preset_gives_way_to_what_another_algorithm_fixes():
+    """So that one preset of data and budget serves every algorithm."""
+    preset = {"algo": "maml++", "inner_steps": 5, "inner_lr": 0.4, "msl": True, "epochs": 7}
+    config = resolved(("preset p", preset), ("flag", {"algo": "protonet"})).config
+    assert (config.inner_steps, config.msl, config.epochs) == (0, False, 7)
+    assert config.inner_lr == TrainConfig.inner_lr
+
+
+def test_curves_bring_their_own_defaults_under_the_algorithms():
+    config = resolved(("flag", {"dataset": "sinusoid"})).config
+    assert (config.algo, config.net, config.inner_lr, config.meta_batch_size) == ("maml", "mlp", 0.01, 25)
+    config = resolved(("flag", {"dataset": "sinusoid", "algo": "reptile"})).config
+    assert (config.inner_lr, config.meta_batch_size, config.net) == (0.001, 5, "mlp")

@@ -184,7 +184,9 @@ def test_an_error_of_many_settings_tells_them_all_without_an_empty_hint():
     assert written(console) == "error: 2 settings are wrong\n  --ways is 1 (use 2)\n  --shots is 0 (use 1)\n"
 
 
-TRAINED = TrainResult("runs/a b", "finished", "", 500, 500, 0.9312, 0.0061, 7, 600, "transductive", 482.0)
+TRAINED = TrainResult(
+    "runs/a b", "finished", "", 500, 500, "accuracy", 0.9312, 0.0061, 7, 600, "transductive", 482.0
+)
 
 
 def test_a_training_ends_with_the_next_command():
@@ -197,7 +199,7 @@ def test_a_training_ends_with_the_next_command():
         "test   mamlctl eval 'runs/a b'",
     ]
     console = pipe()
-    none = replace(TRAINED, best_val_accuracy=None, best_val_ci95=None, best_epoch=None)
+    none = replace(TRAINED, best_val_score=None, best_val_ci95=None, best_epoch=None)
     show_train_result(console, replace(none, status="interrupted", reason="SIGINT", step=3))
     assert "interrupted (SIGINT)" in written(console)
     assert "no validation yet" in written(console)
@@ -207,11 +209,11 @@ def test_a_training_ends_with_the_next_command():
 def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
     per_step = tuple(0.05 + 0.9 * k / inner_steps for k in range(inner_steps + 1))
     best = EvalRow(
-        *("best", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive", (93,)),
+        *("best", "accuracy", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive", (93,)),
         per_step=per_step,
         per_step_ci95=(0.01,) * (inner_steps + 1),
     )
-    rows = (best, replace(best, model="ensemble-5", accuracy=0.978, epochs=(93, 91)))
+    rows = (best, replace(best, model="ensemble-5", score=0.978, epochs=(93, 91)))
     return EvalResult("runs/a", "omniglot", "maml++", "runs/a/eval/test-0123", 12.3, rows)
 
 

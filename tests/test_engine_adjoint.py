@@ -11,19 +11,20 @@ import torch
 import torch.nn.functional as F
 from engine_cases import build_uneven, random_episodes, small_config
 
-from mamlctl.commands.data import image_shape, open_streams
+from mamlctl.commands.data import open_streams
 from mamlctl.engine import adjoint as adjoint_module
 from mamlctl.engine import native
 from mamlctl.engine.adjoint import adjoint
 from mamlctl.engine.blocks import TorchTape
+from mamlctl.engine.build import build
 from mamlctl.engine.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives import Autograd
 from mamlctl.engine.fast import better_block, derivatives_of
 from mamlctl.engine.kernels import KernelTape
 from mamlctl.engine.nets import LEAK
 from mamlctl.engine.norms import EPS, NormPass, Statistics, accumulate
-from mamlctl.engine.outer import unrolled
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.outer import Ask, unrolled
+from mamlctl.engine.step import MetaStep
 from mamlctl.errors import MamlctlError
 
 CPU = torch.device("cpu")
@@ -65,12 +66,12 @@ def measured_by(function, config, net, state, episodes, first_order, **more):
     steps = config.inner_steps
     weights = [(step + 1) / steps**2 for step in range(steps)] if config.msl else [0.0] * (steps - 1) + [1.0]
     named = {"inner_steps": steps, "msl_weights": weights, "first_order": first_order, "measure_all": True}
-    return function(net, state, episodes, **named, **more)
+    return function(net, state, episodes, Ask(**named), **more)
 
 
 def assert_equal_measurements(found, wanted, state, tolerance=1e-11):
     assert list(found.query_losses) == list(wanted.query_losses)
-    for name in ("query_losses", "query_accuracies"):
+    for name in ("query_losses", "query_scores"):
         for key, value in getattr(wanted, name).items():
             assert torch.allclose(getattr(found, name)[key], value, rtol=tolerance, atol=tolerance), name
     assert torch.allclose(found.support_losses_I, wanted.support_losses_I, rtol=tolerance)
@@ -193,11 +194,11 @@ def test_memory_that_runs_out_halves_the_tasks_per_pass():
     step, asked = MetaStep(config, net, state), []
     outer = step.outer
 
-    def small_device(net, state, part, **named):
+    def small_device(net, state, part, ask):
         asked.append(len(part.query_y_TE))
         if asked[-1] > 2:
             raise torch.OutOfMemoryError("no room")
-        return outer(net, state, part, **named)
+        return outer(net, state, part, ask)
 
     step.outer = small_device
     assert_equal_measurements(step.measure(episodes, 0, measure_all=True), wanted, state)
@@ -287,8 +288,8 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
         named = {"algo": "maml++", "da": False, "dataset": "glyphs", "filters": 32, "inner_steps": 3}
         config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
         config = replace(config, data_root=str(glyphs_root))
-        streams, packed = open_streams(config, ("train",), CPU, offline=True, on_event=lambda event: None)
-        net, state = build(config, image_shape(packed), CPU)
+        streams, source = open_streams(config, ("train",), CPU, offline=True, on_event=lambda event: None)
+        net, state = build(config, source.example_shape, CPU)
         for tensor in state.learnable().values():
             tensor.requires_grad_()
         derivatives = Autograd(net) if precision == "float64" else WAYS[way](net)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from engine_cases import IMAGE, random_episodes, small_config
 
+from mamlctl.engine.build import build
 from mamlctl.engine.capture import Captured
 from mamlctl.engine.convolutions import GROUPED, PRODUCTS, fastest
 from mamlctl.engine.outer import Measured
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.step import MetaStep
 
 CPU = torch.device("cpu")
 
@@ -23,12 +24,12 @@ class Recorded:
         before = {name: tensor.clone() for name, tensor in step.state.stored().items()}
         moments = {
             part: {name: tensor.clone() for name, tensor in own.items()}
-            for part, own in step.adam.stored().items()
+            for part, own in step.optimizer.stored().items()
         }
         self.first = self.run()
         for name, tensor in step.state.stored().items():
             tensor.copy_(before[name])
-        step.adam.restore(moments)
+        step.optimizer.restore(moments)
 
     def run(self):
         taken = []
@@ -52,7 +53,7 @@ class Recorded:
 
 
 def copy_into(old: Measured, new: Measured):
-    for name in ("grads", "query_losses", "query_accuracies"):
+    for name in ("grads", "query_losses", "query_scores"):
         for key, value in getattr(new, name).items():
             getattr(old, name)[key].copy_(value)
     old.meta_loss.copy_(new.meta_loss)

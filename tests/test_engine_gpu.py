@@ -4,10 +4,11 @@ import pytest
 import torch
 from engine_cases import IMAGE, random_episodes, small_config
 
+from mamlctl.engine.build import build
 from mamlctl.engine.capture import Captured
 from mamlctl.engine.convolutions import GROUPED, PRODUCTS
 from mamlctl.engine.devices import memory_bytes, open_device
-from mamlctl.engine.step import MetaStep, build, what_is_not_finite
+from mamlctl.engine.step import MetaStep, what_is_not_finite
 from mamlctl.engine.trainer import Period
 
 pytestmark = [
@@ -22,7 +23,7 @@ def on(device, config, meta_steps=2):
     step = MetaStep(config, net, state)
     for number in range(meta_steps):
         episodes = random_episodes(config, seed=number)
-        moved = type(episodes)(*(tensor.to(device) for tensor in vars(episodes).values()))
+        moved = type(episodes)(*(tensor.to(device) for tensor in episodes.sets))
         measured = step.measure(moved, 0, measure_all=True)
         step.apply(measured, 0)
     return state, measured
@@ -56,7 +57,7 @@ def test_replayed_meta_steps_give_the_eager_numbers(engine, first_order):
         runner = Captured(step, on_failure=failures.append) if captured else step
         for number in range(20):
             episodes = random_episodes(config, seed=number)
-            moved = type(episodes)(*(tensor.to(device) for tensor in vars(episodes).values()))
+            moved = type(episodes)(*(tensor.to(device) for tensor in episodes.sets))
             measured = runner.measure(moved, number // 4, measure_all=number % 3 == 0)
             runner.apply(measured, number // 4)
         states.append(state.stored())
@@ -72,7 +73,7 @@ def test_meta_steps_ask_the_device_nothing():
     net, state = build(config, IMAGE, device)
     episodes = random_episodes(config)
     ready = type(episodes)(
-        *(t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for t in vars(episodes).values())
+        *(t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for t in episodes.sets)
     )
     runner, period = Captured(MetaStep(config, net, state)), Period.empty(config.inner_steps, device)
     for number in range(6):

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from engine_cases import IMAGE, build_uneven, fastest, random_episodes, slow_forward, small_config
 
 from mamlctl.config import IMPROVEMENTS, TrainConfig
-from mamlctl.engine.evaluator import adapted_logits
+from mamlctl.engine.build import build
 from mamlctl.engine.inner import adapt
 from mamlctl.engine.norms import MOMENTUM, NormPass, Statistics, accumulate
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.predict import adapted
+from mamlctl.engine.step import MetaStep
 
 CPU = torch.device("cpu")
 PUBLISHED = {  # the published code's counts for Omniglot: inner-adapted, per-step norm, learnt rates (10 x 6)
@@ -115,7 +116,7 @@ def test_cosine_annealing_sets_the_rate_of_adam():
     net, state = build(config, IMAGE, CPU)
     step = MetaStep(config, net, state)
     step.apply(step.measure(random_episodes(config), 50, measure_all=False), 50)
-    assert step.adam.lr == pytest.approx(5.05e-4)
+    assert step.optimizer.lr == pytest.approx(5.05e-4)
 
 
 def test_measuring_every_query_loss_does_not_change_training():
@@ -151,7 +152,7 @@ def norm_pass_of(tensor_ETCHW, statistics, running=None, support=0):
         "n.bias": torch.full((1, channels), 0.5).double(),
     }
     norm = NormPass(params, running or {}, 0, statistics, support_examples=support)
-    return norm("n", tensor_ETCHW), norm
+    return norm("n", tensor_ETCHW, {}), norm
 
 
 def random_ETCHW(*shape, seed=0):
@@ -193,7 +194,7 @@ def test_accumulation_averages_tasks_and_passes_of_a_row_only():
     passes = []
     for step, seed in ((0, 0), (1, 1), (1, 2), (5, 3)):
         norm = NormPass({"n.weight": torch.ones(1, 3), "n.bias": torch.zeros(1, 3)}, {}, step)
-        norm("n", random_ETCHW(6, 2, 3, 4, 4, seed=seed))
+        norm("n", random_ETCHW(6, 2, 3, 4, 4, seed=seed), {})
         passes.append(norm)
     running = {"n.mean": torch.zeros(3, 3).double(), "n.var": torch.ones(3, 3).double()}
     accumulate(running, passes)
@@ -222,7 +223,7 @@ def test_evaluation_changes_nothing_that_is_stored(statistics):
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
     for _ in range(2):
         judged = random_episodes(config)
-        adapted_logits(fastest(net), state.frozen(), judged, inner_steps=4, statistics=statistics)
+        adapted(fastest(net), state.frozen(), judged, inner_steps=4, statistics=statistics)
     assert same(before, state.stored())
 
 
@@ -231,15 +232,13 @@ def test_each_bn_mode_gives_its_own_predictions_and_running_ones_use_their_row()
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
     logits = {
-        mode: adapted_logits(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=mode)
+        mode: adapted(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=mode)
         for mode in Statistics
     }
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.RUNNING])
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.SUPPORT])
     state.running["norm1.mean"][2] += 0.3  # row of the third inner step only
-    moved = adapted_logits(
-        fastest(net), state.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING
-    )
+    moved = adapted(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)
     assert torch.equal(moved[:3], logits[Statistics.RUNNING][:3])
     assert not torch.allclose(moved[3], logits[Statistics.RUNNING][3])
 
@@ -253,7 +252,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
     disturbed.query_x_TECHW[:, 1:] = random_episodes(config, seed=8).query_x_TECHW[:, 1:]
 
     def first_query(which, mode):
-        return adapted_logits(fastest(net), state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
+        return adapted(fastest(net), state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
 
     assert torch.allclose(first_query(episodes, statistics), first_query(disturbed, statistics), atol=1e-10)
     own = Statistics.OWN
@@ -309,15 +308,13 @@ def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
         episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
     )
     own, support = (
-        adapted_logits(fastest(net), state.frozen(), same_set, inner_steps=3, statistics=mode)
+        adapted(fastest(net), state.frozen(), same_set, inner_steps=3, statistics=mode)
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
     assert torch.allclose(own, support, atol=1e-10)
     state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
     before, after = (
-        adapted_logits(fastest(net), which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[
-            3
-        ]
+        adapted(fastest(net), which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[3]
         for which in (trained(config)[1], state)
     )
     assert torch.equal(before, after)

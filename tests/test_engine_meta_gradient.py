@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from engine_cases import IMAGE, build_uneven, random_episodes, slow_forward, slow_meta_loss, small_config
 
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.build import build
+from mamlctl.engine.step import MetaStep
 
 SWITCHES = [
     {},

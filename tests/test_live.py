@@ -38,7 +38,7 @@ def test_a_frame_shows_all_that_a_training_tells(width: int, height: int):
         *("epoch 1/10", "30/50", "30/500", "support loss 0.8120", "meta lr 0.001", "first order"),
         *("3.0000", "1.5000", "0.5000", "95.0 %", "chance: 2.9957, 5.0 %", "1.00", "tasks/s 38.1"),
         *("meta-step 210 ms", "memory 1.5 GiB", "93.12 ± 0.61 % epoch 1", "bn transductive", "600 tasks"),
-        *("Inner rates (LSLR)", "step 5", "conv1.weight", "0.1400"),
+        *("Learnt inner rates", "step 5", "conv1.weight", "0.1400"),
     ):
         assert shown in text, shown
     assert "second order" in "\n".join(frame(state_after(RUN, a_report(first_order=False)), width, height))
@@ -77,7 +77,7 @@ def test_losses_that_are_not_finite_are_drawn_as_such():
     report = a_report(query_losses=losses, support_loss=math.nan, meta_loss=math.inf, tasks_per_second=0.0)
     rates = {"conv1.weight": (math.nan, 0.1, math.inf, 0.1, -0.2)}
     text = "\n".join(
-        frame(state_after(replace(RUN, ways=2), a_report(), replace(report, rates=rates)), 80, 40)
+        frame(state_after(replace(RUN, ways=2, guesses=2), a_report(), replace(report, rates=rates)), 80, 40)
     )
     for shown in ("nan", "inf", "-inf", "1.00e+30", "support loss nan", "chance: 0.6931, 50.0 %", "-0.2000"):
         assert shown in text
@@ -125,7 +125,7 @@ def test_a_resumed_run_starts_where_it_stopped_and_tells_the_best_before():
                 replace(RUN, first_step=120),
                 MetaStepDone(121, 2),
                 a_report(121),
-                replace(VALIDATION, epoch=3, best_epoch=2, best_val_accuracy=0.9555, best_val_ci95=0.0049),
+                replace(VALIDATION, epoch=3, best_epoch=2, best_val_score=0.9555, best_val_ci95=0.0049),
             ),
             80,
             24,

@@ -104,7 +104,7 @@ def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
         pass
     for step in (5, 10):
         run.append_metrics({"step": step, "epoch": 0})
-    run.append_metrics({"step": 10, "epoch": 1, "val_accuracy": 0.5})
+    run.append_metrics({"step": 10, "epoch": 1, "val_accuracy": 0.5, "val_tasks": 4})
     run.append_metrics({"step": 15, "epoch": 1})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "epo')

@@ -9,10 +9,11 @@ from engine_cases import small_config
 
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import pack
-from mamlctl.engine import checkpoints, evaluator
+from mamlctl.engine import checkpoints
+from mamlctl.engine.build import build
 from mamlctl.engine.evaluator import evaluate
 from mamlctl.engine.norms import Statistics
-from mamlctl.engine.step import build
+from mamlctl.engine.predict import adapted
 from mamlctl.engine.trainer import KEPT, Trainer
 from mamlctl.errors import DivergedError, MamlctlError
 from mamlctl.records import MetaStepDone, TrainReport, ValidationDone
@@ -98,7 +99,7 @@ def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
 def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):
     run = make_run(tmp_path / "run", config_of())
     trainer_of(run, run.config, stop_at=2).train()
-    run.append_metrics({"step": 9, "epoch": 2, "val_accuracy": 0.9})
+    run.append_metrics({"step": 9, "epoch": 2, "val_accuracy": 0.9, "val_tasks": 4})
     trainer = trainer_of(run, run.config)
     trainer.resume()
     trainer.train()
@@ -138,7 +139,7 @@ def test_the_five_best_and_the_best_are_kept(tmp_path):
     events = []
     trainer = trainer_of(run, run.config, events=events)
     trainer.train()
-    accuracy = {event.epoch: event.val_accuracy for event in events if isinstance(event, ValidationDone)}
+    accuracy = {event.epoch: event.val_score for event in events if isinstance(event, ValidationDone)}
     best = sorted(accuracy, key=lambda epoch: (-accuracy[epoch], epoch))[:KEPT]
     names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt"}
     assert {path.name for path in run.checkpoints.iterdir()} == names
@@ -157,7 +158,7 @@ def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
         inner_steps=3,
         statistics=Statistics.OWN,
     )
-    assert scores.single[0][:, -1].mean() == pytest.approx(content["val_accuracy"], abs=1e-12)
+    assert scores.single[0][:, -1].mean() == pytest.approx(content["val_score"], abs=1e-12)
     assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one is that one"
 
 
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_pat
 
 def test_scores_that_are_not_finite_are_divergence_and_no_accuracy(tmp_path):
     run = make_run(tmp_path / "run", config_of(epochs=1, steps_per_epoch=1, meta_lr=1e200))
-    with pytest.raises(DivergedError, match="class scores in tasks 0 to 9 are not finite"):
+    with pytest.raises(DivergedError, match="predictions in tasks 0 to 9 are not finite"):
         trainer_of(run, run.config).train()
     assert [path.name for path in run.checkpoints.iterdir()] == ["last.pt"]
     assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 0
@@ -240,7 +241,7 @@ def test_the_run_folder_opens_with_its_settings(whole):
     assert open_run(whole.path).config == whole.config
 
 
-def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole, monkeypatch):
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
     trainer = trainer_of(whole, whole.config)
     asked = []
 
@@ -250,10 +251,9 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole, m
             raise torch.OutOfMemoryError("no room")
         return real(derivatives, state, episodes, **named)
 
-    real = evaluator.adapted_logits
+    real = adapted
     named = {"tasks": 10, "inner_steps": 3, "statistics": Statistics.OWN}
     judged = trainer.derivatives, [trainer.state], trainer.streams["val"]
     wanted = evaluate(*judged, **named)
-    monkeypatch.setattr(evaluator, "adapted_logits", small_device)
-    assert np.array_equal(evaluate(*judged, **named).ensemble, wanted.ensemble)
+    assert np.array_equal(evaluate(*judged, **named, predict=small_device).ensemble, wanted.ensemble)
     assert asked == [10, 5, 3, 3, 3, 1]

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from mamlctl.checks import Problem
 from mamlctl.config import TrainConfig, derive
-from mamlctl.data.episodes import TaskStream, episode_problems
+from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
-from mamlctl.data.sets import choice_problems, find
+from mamlctl.data.regression import FAMILIES, CurveStream
+from mamlctl.data.sets import choice_problems, find, is_curves, set_defaults, set_problems
+from mamlctl.engine.algorithms import ALGORITHMS, algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.engine.devices import DTYPES
 from mamlctl.errors import DataError, SettingsError
+from mamlctl.layers import COMMAND_LINE, Layer, Resolved, resolve
 from mamlctl.records import Notice, OnEvent
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the streams' tasks are drawn from."""
+
+    digest: str  # of all images, or of a family of curves
+    example_shape: tuple[int, ...]  # C, H, W of images, D of curves
+    classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
+
+
+def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved:
+    """Settings with all that the data set and the algorithm imply and refuse. Raises SettingsError.
+
+    `here`: they are to run on this machine, so that its devices count too.
+    """
+    from mamlctl.engine.devices import device_problems
+
+    def problems(config: TrainConfig, sources: Mapping[str, str]) -> list[Problem]:
+        found = algorithm_problems(config) + set_problems(config, sources, COMMAND_LINE)
+        entry = ALGORITHMS.get(config.algo)
+        if is_curves(config.dataset) and entry is not None and not entry.curves:
+            found.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
+        return found + (device_problems(config.device, config.precision, config.cuda_graph) if here else [])
+
+    return resolve(layers, implied, problems, forced_settings)
+
+
+def implied(said: Mapping[str, Any]) -> list[Layer]:
+    """The layers that follow from the data set and the algorithm that settings name."""
+    dataset = str(said.get("dataset", TrainConfig.dataset))
+    own = set_defaults(dataset)
+    algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
+    return [(f"data set {dataset}", own), (f"algorithm {algo}", algorithm_defaults(algo))]
 
 
 def complete(config: TrainConfig) -> TrainConfig:
@@ -20,6 +60,10 @@ def complete(config: TrainConfig) -> TrainConfig:
     problems = choice_problems(config.dataset, split_scheme=config.split_scheme, resize=config.resize)
     if problems:
         raise SettingsError(problems)
+    if is_curves(config.dataset):
+        # One output instead of ways; nothing of the others is read.
+        none = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
+        return derive(replace(config, ways=1), none)
     data_set = find(config.dataset)
     own = {
         "split_scheme": data_set.split_schemes[0],
@@ -31,12 +75,48 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 def open_streams(
     config: TrainConfig, splits: Sequence[str], device: torch.device, *, offline: bool, on_event: OnEvent
-) -> tuple[dict[str, TaskStream], PackedImages]:
+) -> tuple[dict[str, Tasks], Source]:
     """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
 
     `config`: complete. Raises SettingsError for tasks that a split is too small for, DataError for missing
     or damaged data.
     """
+    if is_curves(config.dataset):
+        family = FAMILIES[config.dataset]
+        streams: dict[str, Tasks] = {
+            split: CurveStream(family=family, **_common(config, split, device)) for split in splits
+        }
+        source = Source(family.digest, (1,), {})
+    else:
+        packed = _open_pack(config, offline=offline, on_event=on_event)
+        streams, pools = _image_streams(config, packed, splits, device)
+        source = Source(packed.digest, tuple(packed.images_MCHW.shape[1:]), pools)
+    return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
+
+
+def _common(config: TrainConfig, split: str, device: torch.device) -> dict[str, Any]:
+    """What all streams of a split are told."""
+    train_seed = config.seed if config.train_seed is None else config.train_seed
+    more = split == "train" and config.train_shots is not None
+    return {
+        "split": split,
+        "seed": train_seed if split == "train" else config.eval_seed,
+        "shots": config.train_shots if more else config.shots,
+        "queries": config.queries,
+        "device": device,
+        "dtype": DTYPES.get(config.precision, torch.float32),
+    }
+
+
+def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
+    """The stream, with mini-batches where the inner loop wants smaller ones than the support set."""
+    training = stream.split == "train"
+    size = config.inner_batch if training else config.eval_inner_batch
+    steps = config.inner_steps if training or config.eval_inner_steps is None else config.eval_inner_steps
+    return stream if size is None or size >= stream.ways * stream.shots else MiniBatches(stream, steps, size)
+
+
+def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:
     data_set, root = find(config.dataset), data_root(config.data_root)
     if not data_set.is_here(root):
         if offline:
@@ -44,32 +124,33 @@ def open_streams(
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
         data_set.fetch(root, source=None, offline=False, force=False, on_event=on_event)
-    packed = data_set.open_pack(root, str(config.resize), on_event=on_event)
-    classes = data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
-    asked = {split: classes[split] for split in splits}
-    size = {"ways": config.ways, "shots": config.shots, "queries": config.queries}
-    if problems := episode_problems(config.dataset, packed, asked, **size, rotations=str(config.rotations)):
-        raise SettingsError(problems)
-    train_seed = config.seed if config.train_seed is None else config.train_seed
+    return data_set.open_pack(root, str(config.resize), on_event=on_event)
+
+
+def _image_streams(
+    config: TrainConfig, packed: PackedImages, splits: Sequence[str], device: torch.device
+) -> tuple[dict[str, Tasks], dict[str, int]]:
+    classes = find(config.dataset).split_classes(packed, str(config.split_scheme), config.split_seed)
+    problems: list[Problem] = []
+    rotations = str(config.rotations)
+    for split in splits:
+        common = _common(config, split, device)
+        size = {"ways": config.ways, "shots": common["shots"], "queries": common["queries"]}
+        problems += episode_problems(
+            config.dataset, packed, {split: classes[split]}, **size, rotations=rotations
+        )
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)))
     streams = {
         split: TaskStream(
             packed,
-            members,
+            classes[split],
             name=config.dataset,
-            split=split,
-            seed=train_seed if split == "train" else config.eval_seed,
-            **size,
-            rotations=str(config.rotations),
+            ways=config.ways,
+            rotations=rotations,
             ink=config.ink,
-            device=device,
-            dtype=DTYPES.get(config.precision, torch.float32),
+            **_common(config, split, device),
         )
-        for split, members in asked.items()
+        for split in splits
     }
-    return streams, packed
-
-
-def image_shape(packed: PackedImages) -> tuple[int, int, int]:
-    """Channels, height and width of a data set's images."""
-    _, channels, height, width = packed.images_MCHW.shape
-    return channels, height, width
+    return dict(streams), {split: stream.pool for split, stream in streams.items()}

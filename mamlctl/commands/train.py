@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 import mamlctl
-from mamlctl.commands.data import complete, image_shape, open_streams
+from mamlctl.commands.data import Source, complete, open_streams
 from mamlctl.commands.stopping import StopRequests
 from mamlctl.config import TrainConfig
-from mamlctl.data.episodes import TaskStream
-from mamlctl.data.images import PackedImages
+from mamlctl.data.episodes import Tasks
+from mamlctl.engine.build import build
 from mamlctl.engine.devices import cpu_model, device_problems, device_words, open_device, precision_of
 from mamlctl.engine.fast import slower_than_it_could_be
-from mamlctl.engine.step import build
+from mamlctl.engine.nets import CLASSIFICATION
 from mamlctl.engine.trainer import Trainer
 from mamlctl.errors import DataError, DivergedError, SettingsError
 from mamlctl.records import Notice, OnEvent, RunStarted, TrainResult
@@ -45,11 +45,11 @@ def train(
     started = time.monotonic()
     completed = complete(config)
     device = _open_device(completed, config.cuda_graph)
-    streams, packed = open_streams(completed, ("train", "val"), device, offline=offline, on_event=on_event)
-    path = out or default_run_path(config)
-    facts = environment(completed, packed, device)
+    streams, source = open_streams(completed, ("train", "val"), device, offline=offline, on_event=on_event)
+    path = out or default_run_path(completed)
+    facts = environment(completed, source, device)
     with new_run(path, config, completed, command=command, environment=facts) as run:
-        return _run(run, completed, streams, packed, device, started, time_limit_s, on_event, resume=False)
+        return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=False)
 
 
 def resume(
@@ -72,17 +72,17 @@ def resume(
         run.config = replace(run.config, **moved)
         completed = complete(run.config)
         device = _open_device(completed, moved.get("cuda_graph"))
-        streams, packed = open_streams(
+        streams, source = open_streams(
             completed, ("train", "val"), device, offline=offline, on_event=on_event
         )
-        trained_on = run.environment().get("dataset_digest", packed.digest)
-        if trained_on != packed.digest:
-            found = f"{run.config.dataset} has digest {packed.digest:.12}"
+        trained_on = run.environment().get("dataset_digest", source.digest)
+        if trained_on != source.digest:
+            found = f"{run.config.dataset} has digest {source.digest:.12}"
             message = f"{found}, but the run began with {trained_on:.12}"
             raise DataError(message, hint="resume with the --data-root, and the Pillow, that it began with")
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")
-        return _run(run, completed, streams, packed, device, started, time_limit_s, on_event, resume=True)
+        return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=True)
 
 
 def _open_device(config: TrainConfig, cuda_graph: bool | None) -> torch.device:
@@ -95,8 +95,8 @@ def _open_device(config: TrainConfig, cuda_graph: bool | None) -> torch.device:
 def _run(
     run: RunFolder,
     config: TrainConfig,
-    streams: Mapping[str, TaskStream],
-    packed: PackedImages,
+    streams: Mapping[str, Tasks],
+    source: Source,
     device: torch.device,
     started: float,
     time_limit_s: float | None,
@@ -104,12 +104,21 @@ def _run(
     *,
     resume: bool,
 ) -> TrainResult:
-    net, state = build(config, image_shape(packed), device)
-    if slower := slower_than_it_could_be(net, state.slow["linear.bias"], config.engine):
+    net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
+    judged_net, _ = build(config, source.example_shape, torch.device("meta"))
+    if slower := slower_than_it_could_be(net, next(iter(state.slow.values())), config.engine):
         on_event(Notice(slower))
     with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
         trainer = Trainer(
-            config, net, state, streams, run, device=device, on_event=on_event, stop_reason=stop.reason
+            config,
+            net,
+            state,
+            streams,
+            run,
+            device=device,
+            on_event=on_event,
+            stop_reason=stop.reason,
+            judged_net=judged_net,
         )
         if resume and not trainer.last.exists():
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
@@ -131,24 +140,25 @@ def _run(
             raise
         finally:
             run.set_status(status, step=trainer.position.step, reason=reason)
-    best_epoch, best_accuracy, best_ci95 = trainer.position.top[0] if trainer.position.top else (None,) * 3
+    best_epoch, best_score, best_ci95 = trainer.position.top[0] if trainer.position.top else (None,) * 3
     return TrainResult(
         run=str(run.path),
         status=status,
         reason=reason,
         step=trainer.position.step,
         total_steps=config.total_steps,
-        best_val_accuracy=best_accuracy,
+        metric=net.objective.metric,
+        best_val_score=best_score,
         best_val_ci95=best_ci95,
         best_epoch=None if best_epoch is None else int(best_epoch),
         val_tasks=config.val_tasks,
-        bn=config.bn,
+        bn=config.bn if net.norm_layers else "none",
         seconds=time.monotonic() - started,
     )
 
 
 def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunStarted:
-    config = trainer.config
+    config, net = trainer.config, trainer.net
     return RunStarted(
         run=str(run.path),
         dataset=config.dataset,
@@ -163,13 +173,15 @@ def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunS
         steps_per_epoch=config.steps_per_epoch,
         first_step=trainer.position.step,
         parameters=sum(tensor.numel() for tensor in trainer.meta_step.learnable.values()),
+        metric=net.objective.metric,
+        guesses=net.outputs if net.objective is CLASSIFICATION else 0,
         device=device_words(device),
-        bn=config.bn,
+        bn=config.bn if net.norm_layers else "none",
         val_tasks=config.val_tasks,
     )
 
 
-def environment(config: TrainConfig, packed: PackedImages, device: torch.device) -> dict[str, Any]:
+def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """What a reader needs to run the same again: versions, machine, code, data, seeds."""
     return {
         "mamlctl": mamlctl.__version__,
@@ -183,7 +195,7 @@ def environment(config: TrainConfig, packed: PackedImages, device: torch.device)
         "threads": torch.get_num_threads(),
         "precision": precision_of(config.precision, device),
         "platform": platform.platform(),
-        "dataset_digest": packed.digest,
+        "dataset_digest": source.digest,
         "seeds": {
             "init": config.init_seed,
             "train": config.train_seed,

@@ -6,7 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What a stream of numbers is for; two uses of one seed must not meet.
-STREAMS = {"train": 0, "val": 1, "test": 2, "class split": 16, "glyph shapes": 17, "glyph drawings": 18}
+STREAMS = {
+    "train": 0,
+    "val": 1,
+    "test": 2,
+    "train batches": 3,
+    "val batches": 4,
+    "test batches": 5,
+    "class split": 16,
+    "glyph shapes": 17,
+    "glyph drawings": 18,
+}
 
 
 def raw_bits(seed: int, stream: str, number: int, count: int) -> NDArray[np.uint64]:

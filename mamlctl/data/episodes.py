@@ -6,7 +6,8 @@ Shapes: T tasks, N ways, E examples, M images, C H W image.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,11 +32,60 @@ class Episodes:
     support_y_TE: Tensor
     query_x_TECHW: Tensor
     query_y_TE: Tensor
+    class_TN: Tensor | None = None  # which class of the split each label means; None for curves
+    batches_TIB: Tensor | None = None  # support examples of every inner step; None: all of them in each
+
+    @property
+    def sets(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Support examples and labels, query examples and labels."""
+        return self.support_x_TECHW, self.support_y_TE, self.query_x_TECHW, self.query_y_TE
+
+    def given(self) -> dict[str, Tensor]:
+        """The tensors that there are, by field."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def split(self, tasks: int) -> list[Episodes]:
         """The same tasks, so many at a time; the last part may have fewer."""
-        parts = zip(*(tensor.split(tasks) for tensor in vars(self).values()), strict=True)
-        return [Episodes(*part) for part in parts]
+        given = {name: torch.split(tensor, tasks) for name, tensor in self.given().items()}
+        return [Episodes(**dict(zip(given, part, strict=True))) for part in zip(*given.values(), strict=True)]
+
+
+class Tasks(Protocol):
+    """A stream of tasks: number i of it is the same whenever it is asked for."""
+
+    split: str
+    seed: int
+    ways: int  # 1 for curves
+    shots: int
+    queries: int
+    device: torch.device
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """Tasks `first`, `first` + 1, ..."""
+
+
+class MiniBatches:
+    """A stream whose tasks also say which support examples each inner step sees.
+
+    A task's examples are shuffled, and consecutive mini-batches cut from one shuffle after another, as in
+    Reptile's published code: a batch may straddle two.
+    """
+
+    def __init__(self, stream: Tasks, steps: int, size: int) -> None:
+        self.stream, self.steps, self.size = stream, steps, size
+        self.split, self.seed, self.device = stream.split, stream.seed, stream.device
+        self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """The stream's tasks, with their mini-batches."""
+        examples = self.ways * self.shots
+        shuffles = -(-self.steps * self.size // examples)
+        purpose, words = f"{self.split} batches", shuffles * examples
+        keys = np.stack([raw_bits(self.seed, purpose, first + task, words) for task in range(tasks)])
+        order = np.argsort(keys.reshape(tasks, shuffles, examples), axis=-1).reshape(tasks, -1)
+        batches_TIB = order[:, : self.steps * self.size].reshape(tasks, self.steps, self.size)
+        found = self.stream.episodes(first, tasks)
+        return replace(found, batches_TIB=torch.from_numpy(batches_TIB).to(self.device))
 
 
 def episode_problems(
@@ -109,6 +159,8 @@ class TaskStream:
             raise SettingsError(problems)
         self.split, self.seed, self.ways, self.shots, self.queries = split, seed, ways, shots, queries
         self._turns_as_classes = _turns_as_classes(split, rotations)
+        self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
+        self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
         self._turns = rotations != "none" and split == "train"
         self._ink, self.device = ink, device
         self._counts, self._starts = packed.counts[classes], packed.starts[classes]
@@ -150,11 +202,12 @@ class TaskStream:
             support_y_TE=self._support_y_E.repeat(tasks, 1),
             query_x_TECHW=x_TNECHW[:, :, self.shots :].flatten(1, 2),
             query_y_TE=self._query_y_E.repeat(tasks, 1),
+            class_TN=self._to_device_no_sync(class_TN + turns_TN * self._apart),
         )
 
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """-> position of the class in the split _TN, of the example in its class _TNE, quarter turns _TN."""
-        pool, ways, most = len(self._counts) * self._turns_as_classes, self.ways, int(self._counts.max())
+        pool, ways, most = self.pool, self.ways, int(self._counts.max())
         # Classes before turns before examples: of two streams that differ in ways, tasks share their first
         # classes; of two that differ in queries, they share the support set.
         words = pool + ways + ways * most

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.config import nearest
+from mamlctl.checks import Problem, flag, nearest
+from mamlctl.config import FIELDS, TrainConfig
 from mamlctl.data import glyphs, omniglot
 from mamlctl.data.images import PackedImages
+from mamlctl.data.regression import FAMILIES
 from mamlctl.errors import SettingsError
 from mamlctl.records import OnEvent
 
@@ -90,24 +92,70 @@ DATA_SETS = {
 }
 
 
+NAMES = [*DATA_SETS, *FAMILIES]
+# What curves are usually learnt with (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
+CURVE_DEFAULTS: dict[str, Any] = {
+    **{"algo": "maml", "net": "mlp", "shots": 10, "queries": 10, "meta_batch_size": 25},
+    **{"inner_lr": 0.01, "inner_steps": 1, "eval_inner_steps": 10},
+}
+# What only images have.
+OF_IMAGES = dict.fromkeys(
+    ("ways", "split_scheme", "split_seed", "rotations", "ink", "resize"), "has no classes"
+)
+OF_IMAGES |= dict.fromkeys(("bn", "bnrs", "bnwb"), "is learnt without batch norm")
+
+
+def is_curves(name: str) -> bool:
+    """Whether the tasks of a data set are curves, not classes of images."""
+    return name in FAMILIES
+
+
+def set_defaults(name: str) -> Mapping[str, Any]:
+    """The settings that `--dataset name` implies."""
+    return CURVE_DEFAULTS if is_curves(name) else {}
+
+
+def set_problems(config: TrainConfig, sources: Mapping[str, str], given: Sequence[str]) -> list[Problem]:
+    """What does not go with the data set: `sources` that are in `given` count whatever the value."""
+    problems = choice_problems(config.dataset, split_scheme=config.split_scheme, resize=config.resize)
+    if not is_curves(config.dataset):
+        return problems
+    for name, why in OF_IMAGES.items():
+        default = FIELDS[name].default
+        if sources[name] in given or getattr(config, name) != default:
+            hint = f"add --no-{name}" if default is False else "leave it out"
+            problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", hint))
+    if config.net != "mlp":
+        problems.append(
+            (f"--net {config.net} needs images, but {config.dataset} has curves", "use --net mlp")
+        )
+    if config.precision == "bf16":
+        problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
+    return problems
+
+
 def find(name: str) -> DataSet:
-    """The data set `name`. Raises SettingsError, with the nearest name, if there is none."""
+    """The data set `name` of images. Raises SettingsError, with the nearest name, if there is none."""
+    if is_curves(name):
+        raise SettingsError([(f"{name} is drawn anew for every task: there is nothing to fetch", "use it")])
     if name not in DATA_SETS:
-        raise SettingsError([_unknown(f"unknown data set {name!r}", name, list(DATA_SETS))])
+        raise SettingsError([_unknown(f"unknown data set {name!r}", name, NAMES)])
     return DATA_SETS[name]
 
 
 def choice_problems(name: str, *, split_scheme: str | None, resize: str | None) -> list[tuple[str, str]]:
     """What of these the data set `name` does not have: (fact, way out) pairs. None means its default."""
+    if is_curves(name):
+        return []
     if name not in DATA_SETS:
-        return [_unknown(f"unknown data set {name!r}", name, list(DATA_SETS))]
+        return [_unknown(f"unknown data set {name!r}", name, NAMES)]
     problems = []
-    for flag, value, known in (
+    for switch, value, known in (
         ("--split-scheme", split_scheme, DATA_SETS[name].split_schemes),
         ("--resize", resize, DATA_SETS[name].resizes),
     ):
         if value is not None and value not in known:
-            problems.append(_unknown(f"{name} has no {flag} {value!r}", value, known))
+            problems.append(_unknown(f"{name} has no {switch} {value!r}", value, known))
     return problems
 
 

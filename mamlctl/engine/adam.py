@@ -37,6 +37,10 @@ class Adam:
         else:
             self.lr = lr
 
+    def lr_now(self) -> float:
+        """The learning rate; syncs with a CUDA device."""
+        return float(self.lr)
+
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Move every weight against its gradient, in place."""

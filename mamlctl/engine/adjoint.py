@@ -13,7 +13,6 @@ way back too, where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,9 @@ from mamlctl.data.episodes import Episodes
 from mamlctl.engine.derivatives import Derivatives, Gradient
 from mamlctl.engine.fast import derivatives_of
 from mamlctl.engine.inner import MetaState
-from mamlctl.engine.nets import Net, cross_entropy
+from mamlctl.engine.nets import Net
 from mamlctl.engine.norms import NormPass, Params
-from mamlctl.engine.outer import Measured, accuracy, counts
+from mamlctl.engine.outer import Ask, Measured, counts
 
 # Inner steps, counted from the last, whose passes are kept for the Hessian-vector products; earlier ones are
 # made again, at 3 of 15 units of a step's convolutions. So memory stops growing after these.
@@ -41,32 +40,25 @@ class _Step:
 
 
 def adjoint(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    msl_weights: Sequence[float | Tensor],
-    first_order: bool,
-    measure_all: bool,
-    derivatives: Derivatives | None = None,
+    net: Net, state: MetaState, episodes: Episodes, ask: Ask, *, derivatives: Derivatives | None = None
 ) -> Measured:
     """The meta-gradient of `outer.unrolled`, with memory that does not grow with the steps' graphs.
 
-    Arguments are those of `unrolled`; `derivatives`: other than the fastest ones for the net.
+    `derivatives`: other than the fastest ones for the net.
     """
+    steps, weights = ask.inner_steps, ask.msl_weights
     with torch.no_grad():
         derivatives = derivatives or derivatives_of(net, episodes.support_x_TECHW)
-        walk = _Walk(derivatives, state, episodes, first_order)
-        for step in range(inner_steps):
-            if measure_all and not (step and counts(msl_weights[step - 1])):
+        walk = _Walk(derivatives, state, episodes, ask.first_order)
+        for step in range(steps):
+            if ask.measure_all and not (step and counts(weights[step - 1])):
                 walk.look(step)
-            walk.forward(step, last=step >= inner_steps - KEPT)
-        if measure_all and not counts(msl_weights[-1]):
-            walk.look(inner_steps)
-        for step in range(inner_steps - 1, -1, -1):
-            if counts(msl_weights[step]):
-                walk.weigh(step, msl_weights[step])
+            walk.forward(step, last=step >= steps - KEPT)
+        if ask.measure_all and not counts(weights[-1]):
+            walk.look(steps)
+        for step in range(steps - 1, -1, -1):
+            if counts(weights[step]):
+                walk.weigh(step, weights[step])
             walk.back(step)
         return walk.measured()
 
@@ -88,7 +80,7 @@ class _Walk:
         self.meta_loss = episodes.support_x_TECHW.new_zeros(())
         self.support_losses: list[Tensor] = []
         self.query_losses: dict[int, Tensor] = {}
-        self.accuracies: dict[int, Tensor] = {}
+        self.scores: dict[int, Tensor] = {}
         self.passes: list[NormPass] = []
 
     def forward(self, step: int, *, last: bool) -> None:
@@ -116,7 +108,7 @@ class _Walk:
     def look(self, steps: int) -> None:
         """The query loss after some steps, which is only measured."""
         logits_TEN = self.derivatives.logits(self.fast, self.query, self._norm(max(steps - 1, 0)))
-        self._note(steps, cross_entropy(logits_TEN, self.query_y_TE).mean(), logits_TEN)
+        self._note(steps, self.derivatives.net.objective.loss(logits_TEN, self.query_y_TE).mean(), logits_TEN)
 
     def back(self, step: int) -> None:
         """From p after a step to p before it."""
@@ -125,11 +117,15 @@ class _Walk:
         if found is None:
             found = self.derivatives.gradient(self.fast, self.support, self._norm(step), keep=True)
         if self.state.rates_learnt:
-            for name, p in self.p.items():
-                self._at_row(f"rate.{name}", step).sub_((p * found.fast[name]).sum())
+            for name in self.state.rates:
+                grad = self._at_row(f"rate.{name}", step)
+                grad.sub_((self.p[name] * found.fast[name]).sum_to_size(grad.shape))
         if self.first_order:
             return
-        direction = {name: p * self.state.rate(name, step) for name, p in self.p.items()}
+        direction = {
+            name: p * self.state.rate(name, step) if name in self.state.rates else torch.zeros_like(p)
+            for name, p in self.p.items()
+        }
         products, by_norm = self.derivatives.product(found.tape, direction)
         self.p = {name: p - products[name] for name, p in self.p.items()}
         for name, grad in by_norm.items():
@@ -144,7 +140,7 @@ class _Walk:
             self.meta_loss,
             torch.stack(self.support_losses),
             dict(sorted(self.query_losses.items())),
-            dict(sorted(self.accuracies.items())),
+            dict(sorted(self.scores.items())),
             self.passes,
         )
 
@@ -158,4 +154,4 @@ class _Walk:
 
     def _note(self, steps: int, loss: Tensor, logits_TEN: Tensor) -> None:
         self.query_losses[steps] = loss
-        self.accuracies[steps] = accuracy(logits_TEN, self.query_y_TE)
+        self.scores[steps] = self.derivatives.net.objective.score(logits_TEN, self.query_y_TE).mean()

@@ -4,47 +4,250 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from mamlctl.config import IMPROVEMENTS, Problem, TrainConfig, flag, nearest
+from torch import Tensor
+
+from mamlctl.checks import Problem, flag, nearest
+from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig
+from mamlctl.engine.adam import Adam
 from mamlctl.engine.adjoint import adjoint
-from mamlctl.engine.outer import Measured, unrolled
+from mamlctl.engine.optimizers import Hypergradient, Optimizer, Sgd
+from mamlctl.engine.outer import Outer, unrolled
+from mamlctl.engine.predict import Predict, adapted, by_neighbours, by_prototypes, fine_tuned
+from mamlctl.engine.relatives import (
+    head_only,
+    implicit,
+    interpolated,
+    prototypical,
+    supervised,
+    untrained,
+)
 from mamlctl.errors import SettingsError
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How an algorithm gets its meta-gradient, and the settings that make it what it is."""
+    """All that makes an algorithm what it is: what it learns, how it gets there, how it adapts."""
 
     summary: str
-    outer: Mapping[str, Callable[..., Measured]]  # by the setting `engine`; all give the same numbers
+    outer: Callable[[TrainConfig], Outer]  # the meta-gradient
+    predict: Callable[[TrainConfig], Predict] = lambda config: adapted
+    optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = lambda learnable, config: Adam(
+        learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2)
+    )
+    rates: str = "tensor"  # one inner rate for each tensor, each weight, or one shared by all
+    head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
+    adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
+    whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be parted
+    curves: bool = True  # whether it makes sense of values, not classes
+    captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
+    own: tuple[str, ...] = ()  # settings that it reads, and most others do not
+    refuses: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
 
 
-UNROLLED = {"adjoint": adjoint, "plain": unrolled}
+def _unrolled(config: TrainConfig) -> Outer:
+    return unrolled if config.engine == "plain" else adjoint
+
+
+def _head_only(config: TrainConfig) -> Outer:
+    return unrolled if config.engine == "plain" else partial(head_only, engine=config.engine)
+
+
+def _implicit(config: TrainConfig) -> Outer:
+    assert config.proximal is not None and config.cg_steps is not None
+    return partial(implicit, engine=config.engine, proximal=config.proximal, cg_steps=config.cg_steps)
+
+
+def _interpolated(config: TrainConfig) -> Outer:
+    assert config.inner_optimizer is not None
+    return partial(interpolated, engine=config.engine, inner_optimizer=config.inner_optimizer)
+
+
+def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    assert config.hyper_lr is not None
+    betas = config.adam_beta1, config.adam_beta2
+    return Hypergradient(learnable, config.meta_lr, betas, config.hyper_lr)
+
+
+def _refusals(why: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, why)
+
+
+NO_LOOP = _refusals("there is no inner loop in training", "msl", "da", "first_order", "lslr", "bnrs", "bnwb")
+NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
+FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
+
 ALGORITHMS: dict[str, Algorithm] = {
-    "maml": Algorithm("Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", UNROLLED),
-    "fomaml": Algorithm("MAML in first order", UNROLLED, {"first_order": True}, fixed={"first_order": True}),
+    "maml": Algorithm(
+        "Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", _unrolled, captured=True
+    ),
+    "fomaml": Algorithm(
+        "MAML in first order",
+        _unrolled,
+        captured=True,
+        defaults={"first_order": True},
+        fixed={"first_order": True},
+    ),
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
-        UNROLLED,
-        dict.fromkeys(IMPROVEMENTS, True),
+        _unrolled,
+        captured=True,
+        defaults=dict.fromkeys(IMPROVEMENTS, True),
+    ),
+    "anil": Algorithm(
+        "Raghu et al. 2020 (arXiv:1909.09157): the inner loop changes the head alone",
+        _head_only,
+        defaults={"adapts": "head"},
+        fixed={"adapts": "head"},
+        refuses=_refusals("the body is passed once a task, whatever the steps", "bnrs", "bnwb"),
+    ),
+    "boil": Algorithm(
+        "Oh et al. 2021 (arXiv:2008.08882): the inner loop changes the body alone",
+        _unrolled,
+        captured=True,
+        defaults={"adapts": "body"},
+        fixed={"adapts": "body"},
+    ),
+    "meta-sgd": Algorithm(
+        "Li et al. 2017 (arXiv:1707.09835): an inner rate learnt for each weight, of either sign",
+        _unrolled,
+        captured=True,
+        rates="weight",
+        refuses=_refusals("it learns a rate for each weight already", "lslr"),
+    ),
+    "alpha-maml": Algorithm(
+        "Behl et al. 2019 (arXiv:1905.07435): both learning rates follow hypergradients",
+        _unrolled,
+        optimizer=_hypergradient,
+        rates="shared",
+        defaults={"hyper_lr": 0.02},
+        own=("hyper_lr",),
+        refuses=_refusals("both learning rates follow their hypergradients", "lslr", "ca", "meta_lr_final"),
+    ),
+    "imaml": Algorithm(
+        "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the inner loop's end",
+        _implicit,
+        lambda config: partial(adapted, proximal=config.proximal),
+        defaults={"proximal": 1.0, "cg_steps": 5, "inner_steps": 16},
+        own=("proximal", "cg_steps"),
+        refuses=_refusals(
+            "the implicit gradient is taken at the last weights alone",
+            *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
+        ),
+    ),
+    "reptile": Algorithm(
+        "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): towards the adapted weights",
+        _interpolated,
+        lambda config: partial(adapted, inner_optimizer=config.inner_optimizer),
+        lambda learnable, config: Sgd(learnable, config.meta_lr),
+        adapts_norm=True,
+        defaults={
+            "inner_optimizer": "adam",
+            "inner_lr": 0.001,
+            "inner_steps": 5,
+            "inner_batch": 10,
+            "eval_inner_steps": 50,
+            "train_shots": 10,
+            "meta_lr": 1.0,
+            "meta_lr_final": 0.0,
+            "meta_batch_size": 5,
+        },
+        own=("inner_optimizer", "inner_batch", "eval_inner_batch"),
+        refuses=_refusals(
+            "its gradient is the way to the adapted weights, not the query loss's",
+            *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
+        )
+        | _refusals("its outer step is plain interpolation, not Adam", "adam_beta1", "adam_beta2"),
+    ),
+    "transfer": Algorithm(
+        "one classifier pre-trained on all training classes, fine-tuned on each test task",
+        lambda config: partial(supervised, engine=config.engine),
+        lambda config: fine_tuned,
+        head="classes",
+        adapts_norm=True,
+        whole_batches=True,
+        defaults=FINE_TUNING,
+        fixed={"inner_steps": 0},
+        refuses=NO_LOOP,
+    ),
+    "scratch": Algorithm(
+        "a random start, fine-tuned on each test task",
+        lambda config: untrained,
+        lambda config: fine_tuned,
+        adapts_norm=True,
+        defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
+        fixed={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
+        refuses=NO_LOOP | _refusals("nothing is trained", "ca", "meta_lr", "meta_lr_final"),
+    ),
+    "protonet": Algorithm(
+        "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
+        lambda config: partial(prototypical, engine=config.engine),
+        lambda config: by_prototypes,
+        head="none",
+        curves=False,
+        defaults=NO_STEPS,
+        fixed=NO_STEPS,
+        refuses=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
+    ),
+    "nearest": Algorithm(
+        "the nearest support example in the features of a classifier of all training classes",
+        lambda config: partial(supervised, engine=config.engine),
+        lambda config: by_neighbours,
+        head="classes",
+        curves=False,
+        whole_batches=True,
+        defaults=NO_STEPS,
+        fixed=NO_STEPS,
+        refuses=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
     ),
 }
+# Settings that mean something to the algorithms that own them only.
+OWNED = {name for entry in ALGORITHMS.values() for name in entry.own}
 
 
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
-    """Settings that would make the algorithm another one than its name says."""
-    fixed = ALGORITHMS[config.algo].fixed.items() if config.algo in ALGORITHMS else ()
-    return [
-        (
-            f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}",
-            "use another --algo",
-        )
-        for name, wanted in fixed
-        if getattr(config, name) != wanted
-    ]
+    """Settings that would make the algorithm another one than its name says, or have no meaning for it."""
+    if config.algo not in ALGORITHMS:
+        return []
+    entry, problems = ALGORITHMS[config.algo], list[Problem]()
+    for name, wanted in entry.fixed.items():
+        if getattr(config, name) != wanted:
+            fact = f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}"
+            problems.append((fact, "use another --algo"))
+    for name, why in entry.refuses.items():
+        if getattr(config, name) != _unset(entry, name):
+            problems.append((f"{flag(name)} has no effect with --algo {config.algo}: {why}", "leave it out"))
+    for name in sorted(OWNED - set(entry.own)):
+        if getattr(config, name) is not None:
+            owners = ", ".join(algo for algo, other in ALGORITHMS.items() if name in other.own)
+            problems.append(
+                (f"{flag(name)} has no effect with --algo {config.algo}", f"it belongs to {owners}")
+            )
+    if config.inner_steps == 0 and entry.fixed.get("inner_steps") != 0:
+        problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
+    if config.cuda_graph and not entry.captured:
+        problems.append((f"--cuda-graph does not go with --algo {config.algo}", "leave it out"))
+    if config.task_chunk != "auto" and entry.whole_batches:
+        why = "its meta-batch is one batch, whose statistics belong together"
+        problems.append((f"--task-chunk has no effect with --algo {config.algo}: {why}", "leave it out"))
+    return problems
+
+
+def _unset(entry: Algorithm, name: str) -> Any:
+    return entry.defaults.get(name, FIELDS[name].default)
+
+
+def forced_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that can have one value only with this algorithm, and that value."""
+    entry = ALGORITHMS.get(config.algo)
+    if entry is None:
+        return {}
+    unused = (OWNED - set(entry.own)) | entry.refuses.keys()
+    return {name: _unset(entry, name) for name in unused} | dict(entry.fixed)
 
 
 def algorithm_defaults(name: str) -> Mapping[str, Any]:

@@ -67,6 +67,7 @@ class TorchTape:
     beta_X: Tensor
     groups: int
     compute: torch.dtype | None
+    leak: float = LEAK  # the activation's slope below 0
     given: Statistics_X | None = None  # statistics of elsewhere
     measured: int | None = None  # how many leading examples give the statistics
     first: bool = False  # whether the input is the image, whose gradient nobody asks for
@@ -89,7 +90,7 @@ class TorchTape:
         self.p, self.where = F.max_pool2d(c, 2, return_indices=True)
         z = torch.addcmul(_channel(self.beta_X) - self.s * mean, self.p, self.s)
         self.c, self.mean, self.positive = c, mean, z > 0
-        self.out = F.leaky_relu(z, LEAK)
+        self.out = F.leaky_relu(z, self.leak)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """First derivatives."""
@@ -151,7 +152,7 @@ class TorchTape:
 
     def _activated(self, change: Tensor) -> Tensor:
         """Times the activation's slope."""
-        return torch.where(self.positive, change, change * LEAK)
+        return torch.where(self.positive, change, change * self.leak)
 
     def _scatter(self, values: Tensor, onto: Tensor) -> Tensor:
         """Add pooled values where they were taken from. Windows do not overlap: no place is hit twice."""

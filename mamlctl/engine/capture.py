@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.episodes import Episodes
-from mamlctl.engine.outer import Measured
+from mamlctl.engine.outer import Ask, Measured
 from mamlctl.engine.step import MetaStep
 
 
@@ -84,19 +84,19 @@ class Captured:
         recorded.measure.replay()
         return recorded.measured
 
-    def apply(self, measured: Measured, epoch: int) -> None:
+    def apply(self, measured: Measured, epoch: int, done: float = 0.0) -> None:
         """As `MetaStep.apply`."""
         for recorded in self._kinds.values():
             if recorded is not None and recorded.measured is measured:
-                self.step.set_meta_lr(epoch)
+                self.step.set_meta_lr(epoch, done)
                 recorded.move.replay()
                 return
-        self.step.apply(measured, epoch)
+        self.step.apply(measured, epoch, done)
 
     def _put(self, episodes: Episodes, weights: tuple[float, ...]) -> None:
         if self._tasks is None:
-            self._tasks = Episodes(*(tensor.clone() for tensor in vars(episodes).values()))
-        for own, new in zip(vars(self._tasks).values(), vars(episodes).values(), strict=True):
+            self._tasks = Episodes(**{name: tensor.clone() for name, tensor in episodes.given().items()})
+        for own, new in zip(self._tasks.given().values(), episodes.given().values(), strict=True):
             own.copy_(new)
         if weights != self._weights_now:  # once an epoch
             self._weights.copy_(torch.tensor(weights, dtype=self._weights.dtype))
@@ -108,11 +108,10 @@ class Captured:
         counted: list[float | Tensor] = [
             self._weights[step] if weight else 0.0 for step, weight in enumerate(weights)
         ]
+        ask = Ask(self.step.config.inner_steps, counted, first_order, measure_all)
         measured: list[Measured] = []
         try:
-            measure = self._record(
-                lambda: measured.append(self.step.measure_as(tasks, counted, first_order, measure_all))
-            )
+            measure = self._record(lambda: measured.append(self.step.measure_as(tasks, ask)))
             move = self._record(lambda: self.step.move(measured[0]))
         except RuntimeError as error:  # running out of memory too
             self._failed = True

@@ -16,7 +16,7 @@ from mamlctl.engine.inner import MetaState
 from mamlctl.errors import MamlctlError
 from mamlctl.runs import replacing
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(path: Path, content: Mapping[str, Any], *, owner: str) -> None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.blocks import BlockGradient, Tape, TorchTape
+from mamlctl.engine.blocks import Tape, TorchTape
 from mamlctl.engine.derivatives import Gradient
-from mamlctl.engine.nets import Conv4
+from mamlctl.engine.nets import SLOPES, Conv4
 from mamlctl.engine.norms import NormPass, Params, Statistics
 
 
@@ -51,11 +51,19 @@ class Head:
         return logits_TEN, loss_T, g_TEN / self.y_TE.shape[1]
 
 
+@dataclass(frozen=True)
+class BodyTape:
+    """A forward pass through the blocks."""
+
+    blocks: Sequence[Tape]
+    norm_is_fast: bool  # whether every task has norm weights of its own
+
+
 @dataclass
 class Conv4Tape:
     """A forward pass of the whole network, and once it was differentiated what a product needs."""
 
-    blocks: Sequence[Tape]
+    body: BodyTape
     head: Head
     g_TEN: Tensor | None = None  # by the class scores
     p_TEN: Tensor | None = None  # probabilities
@@ -90,22 +98,68 @@ class Conv4Derivatives:
         tape = self._forward(fast, prepared, norm)
         head = tape.head
         logits_TEN, loss_T, g_TEN = head.loss_and_gradient()
-        grads = _head_gradient(g_TEN, head.f_TEF)
-        norm_grads: Params = {}
-        ga = self._map(g_TEN @ head.weight_TNF)
-        for block in range(self.net.blocks, 0, -1):
-            part = tape.blocks[block - 1].backward(ga, keep=keep)
-            self._collect(block, part, grads, norm_grads, tasks=len(loss_T))
-            if part.x is not None:
-                ga = part.x
+        grads, norm_grads = self.back_through(tape.body, g_TEN @ head.weight_TNF, keep=keep)
+        grads |= _head_gradient(g_TEN, head.f_TEF)
         if keep:
             tape.g_TEN, tape.p_TEN = g_TEN, torch.softmax(logits_TEN, -1)
         return Gradient(loss_T, logits_TEN, grads, norm_grads, tape if keep else None)
 
+    def features(
+        self, fast: Mapping[str, Tensor], prepared: PreparedSet, norm: NormPass
+    ) -> tuple[Tensor, BodyTape]:
+        """Forward through the blocks."""
+        tasks = len(prepared.y_TE)
+        a, tapes = prepared.x, []
+        for block in range(1, self.net.blocks + 1):
+            name = f"norm{block}"
+            given = None
+            if norm.statistics is Statistics.RUNNING:
+                given = norm.row(f"{name}.mean").repeat(tasks), norm.row(f"{name}.var").repeat(tasks)
+            gamma_X, beta_X = (_per_task(part, tasks) for part in norm.affine(name, fast))
+            tape = self.make_block(
+                a,
+                fast[f"conv{block}.weight"].flatten(0, 1),
+                gamma_X,
+                beta_X,
+                leak=SLOPES[self.net.activation],
+                groups=tasks,
+                compute=self.net.compute,
+                given=given,
+                measured=prepared.measured,
+                first=block == 1,
+                extra=prepared.extra if block == 1 else None,
+            )
+            if given is None:
+                mean, var = (values.view(tasks, -1) for values in tape.statistics)
+                norm.saw(name, mean, var, tape.count)
+            tapes.append(tape)
+            a = tape.out
+        f_TEF = self._features(a, tasks).to(fast["conv1.weight"].dtype)
+        return f_TEF, BodyTape(tapes, "norm1.weight" in fast)
+
+    def back_through(self, tape: BodyTape, g_TEF: Tensor, *, keep: bool = False) -> tuple[Params, Params]:
+        """Backward through the blocks; `keep` what their tangents need."""
+        grads: Params = {}
+        norm_grads: Params = {}
+        ga = self._map(g_TEF)
+        for block in range(self.net.blocks, 0, -1):
+            part = tape.blocks[block - 1].backward(ga, keep=keep)
+            grads[f"conv{block}.weight"] = part.weight.view(len(g_TEF), -1, *part.weight.shape[1:])
+            for kind, grad_X in (("weight", part.gamma_X), ("bias", part.beta_X)):
+                grad_TC = grad_X.view(len(g_TEF), -1)
+                if tape.norm_is_fast:
+                    grads[f"norm{block}.{kind}"] = grad_TC
+                else:
+                    norm_grads[f"norm{block}.{kind}"] = grad_TC.sum(0)
+            if part.x is not None:
+                ga = part.x
+        return grads, norm_grads
+
     def product(self, tape: Conv4Tape, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """Forward tangent, then the backward pass's own tangent."""
+        assert not tape.body.norm_is_fast, "no algorithm wants second derivatives by an adapted norm"
         a_t = None
-        for block, part in enumerate(tape.blocks, 1):
+        for block, part in enumerate(tape.body.blocks, 1):
             a_t = part.tangent(a_t, direction[f"conv{block}.weight"].flatten(0, 1))
         assert a_t is not None and tape.g_TEN is not None and tape.p_TEN is not None
         head, g_TEN, p_TEN = tape.head, tape.g_TEN, tape.p_TEN
@@ -120,39 +174,17 @@ class Conv4Derivatives:
         norm_grads: Params = {}
         ga_t, other = self._map(torch.baddbmm(g_t_TEN @ head.weight_TNF, g_TEN, weight_t_TNF)), None
         for block in range(self.net.blocks, 0, -1):
-            gradient = tape.blocks[block - 1].tangent_backward(ga_t, other)
-            self._collect(block, gradient, grads, norm_grads, tasks=len(p_TEN))
+            gradient = tape.body.blocks[block - 1].tangent_backward(ga_t, other)
+            grads[f"conv{block}.weight"] = gradient.weight.view(len(p_TEN), -1, *gradient.weight.shape[1:])
+            norm_grads[f"norm{block}.weight"] = gradient.gamma_X.view(len(p_TEN), -1).sum(0)
+            norm_grads[f"norm{block}.bias"] = gradient.beta_X.view(len(p_TEN), -1).sum(0)
             if gradient.x is not None:
                 ga_t, other = gradient.x, gradient.x_2
         return grads, norm_grads
 
     def _forward(self, fast: Mapping[str, Tensor], prepared: PreparedSet, norm: NormPass) -> Conv4Tape:
-        tasks = len(prepared.y_TE)
-        a, tapes = prepared.x, []
-        for block in range(1, self.net.blocks + 1):
-            name = f"norm{block}"
-            given = None
-            if norm.statistics is Statistics.RUNNING:
-                given = norm.row(f"{name}.mean").repeat(tasks), norm.row(f"{name}.var").repeat(tasks)
-            tape = self.make_block(
-                a,
-                fast[f"conv{block}.weight"].flatten(0, 1),
-                norm.row(f"{name}.weight").repeat(tasks),
-                norm.row(f"{name}.bias").repeat(tasks),
-                groups=tasks,
-                compute=self.net.compute,
-                given=given,
-                measured=prepared.measured,
-                first=block == 1,
-                extra=prepared.extra if block == 1 else None,
-            )
-            if given is None:
-                mean, var = (values.view(tasks, -1) for values in tape.statistics)
-                norm.saw(name, mean, var, tape.count)
-            tapes.append(tape)
-            a = tape.out
-        f_TEF = self._features(a, tasks).to(fast["linear.weight"].dtype)
-        return Conv4Tape(tapes, Head(f_TEF, fast["linear.weight"], fast["linear.bias"], prepared.y_TE))
+        f_TEF, body = self.features(fast, prepared, norm)
+        return Conv4Tape(body, Head(f_TEF, fast["linear.weight"], fast["linear.bias"], prepared.y_TE))
 
     def _features(self, a: Tensor, tasks: int) -> Tensor:
         """The last block's output as the head reads it."""
@@ -168,12 +200,10 @@ class Conv4Derivatives:
         f_EXHW = f_TEF.transpose(0, 1).reshape(examples, -1, height, width)
         return f_EXHW.contiguous(memory_format=torch.channels_last)
 
-    def _collect(
-        self, block: int, part: BlockGradient, grads: Params, norm_grads: Params, *, tasks: int
-    ) -> None:
-        grads[f"conv{block}.weight"] = part.weight.view(tasks, -1, *part.weight.shape[1:])
-        norm_grads[f"norm{block}.weight"] = part.gamma_X.view(tasks, -1).sum(0)
-        norm_grads[f"norm{block}.bias"] = part.beta_X.view(tasks, -1).sum(0)
+
+def _per_task(part: Tensor, tasks: int) -> Tensor:
+    """Norm weights, _C of all tasks or _TC of each, on the axis of tasks and channels."""
+    return part.repeat(tasks) if part.dim() == 1 else part.flatten()
 
 
 def _head_gradient(g_TEN: Tensor, f_TEF: Tensor) -> Params:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mamlctl.engine.nets import Net, cross_entropy
+from mamlctl.engine.nets import HEAD, Net
 from mamlctl.engine.norms import NormPass, Params
 
 
@@ -25,7 +25,7 @@ class Gradient:
 
 
 class Derivatives(Protocol):
-    """Derivatives of a network's cross-entropy. Nothing that it returns carries a graph of its own."""
+    """Derivatives of a network's loss. Nothing that it returns carries a graph of its own."""
 
     @property
     def net(self) -> Net:
@@ -46,7 +46,16 @@ class Derivatives(Protocol):
         """Gradient of every task's loss by its weights; `keep` what a product at this place needs."""
 
     def product(self, tape: Any, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """Hessian of the loss times `direction` (leading with T), and the same by the norm row, _C."""
+        """Hessian of the loss times `direction` (leading with T), and the same by the norm row, _C.
+
+        May be asked again of the same tape. Of Conv4 by hand not where its norm is adapted.
+        """
+
+    def features(self, fast: Mapping[str, Tensor], prepared: Any, norm: NormPass) -> tuple[Tensor, Any]:
+        """What the head reads -> f_TEF, and the tape for `back_through`; the head's weights may be absent."""
+
+    def back_through(self, tape: Any, g_TEF: Tensor) -> tuple[Params, Params]:
+        """From the gradient by the features to those by the body's weights (by T) and by the norm row, _C."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Autograd:
         with torch.enable_grad():
             seen = NormPass({name: row.unsqueeze(0) for name, row in rows.items()}, norm.running, norm.step)
             logits_TEN = self.net(leaves, x_TECHW, seen)
-            loss_T = cross_entropy(logits_TEN, y_TE)
+            loss_T = self.net.objective.loss(logits_TEN, y_TE)
             by = [*leaves.values(), *rows.values()]
             grads = torch.autograd.grad(loss_T.sum(), by, create_graph=keep)
         norm.seen.update(seen.seen)
@@ -96,8 +105,30 @@ class Autograd:
         leaves, rows, grads = tape
         by = [*leaves.values(), *rows.values()]
         along = [direction[name] for name in grads]
-        products = torch.autograd.grad(list(grads.values()), by, along, materialize_grads=True)
+        products = torch.autograd.grad(
+            list(grads.values()), by, along, materialize_grads=True, retain_graph=True
+        )
         split = len(leaves)
         return dict(zip(leaves, products[:split], strict=True)), dict(
             zip(rows, products[split:], strict=True)
+        )
+
+    def features(
+        self, fast: Mapping[str, Tensor], prepared: tuple[Tensor, Tensor], norm: NormPass
+    ) -> tuple[Tensor, tuple[Params, Params, Tensor]]:
+        """Forward through the body, whose graph is the tape."""
+        leaves = {name: weight.detach().requires_grad_() for name, weight in fast.items() if name not in HEAD}
+        rows = {name: norm.row(name).detach().requires_grad_() for name in norm.params}
+        with torch.enable_grad():
+            by_rows = {name: row.unsqueeze(0) for name, row in rows.items()}
+            seen = replace(norm, params=by_rows, step=norm.step, seen=norm.seen)
+            f_TEF = self.net.features(leaves, prepared[0], seen)
+        return f_TEF.detach(), (leaves, rows, f_TEF)
+
+    def back_through(self, tape: tuple[Params, Params, Tensor], g_TEF: Tensor) -> tuple[Params, Params]:
+        """One backward pass."""
+        leaves, rows, f_TEF = tape
+        grads = torch.autograd.grad(f_TEF, [*leaves.values(), *rows.values()], g_TEF)
+        return dict(zip(leaves, grads[: len(leaves)], strict=True)), dict(
+            zip(rows, grads[len(leaves) :], strict=True)
         )

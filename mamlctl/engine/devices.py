@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mamlctl.config import Problem
+from mamlctl.checks import Problem
 
 DTYPES = {"float64": torch.float64}  # type of weights and images; float32 for every other precision
 COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs

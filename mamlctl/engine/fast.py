@@ -27,7 +27,7 @@ def derivatives_of(net: Net, like: Tensor, engine: str = "adjoint") -> Derivativ
 
     `engine`: with "plain", torch's own.
     """
-    if engine == "plain" or not isinstance(net, Conv4):
+    if engine == "plain" or not isinstance(net, Conv4) or not net.by_hand:
         return Autograd(net)
     if like.device.type == "cuda":
         return Conv4Derivatives(net, _cuda_block(like.device, like.dtype, net.compute))
@@ -108,5 +108,4 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
 
 def tasks_per_pass(net: Net, examples: int, where: torch.device) -> int:
     """How many tasks, each with sets of up to `examples`, are adapted side by side."""
-    _, height, width = net.image_shape
-    return max(1, LARGEST[where.type] // (examples * height * width * net.filters))
+    return max(1, LARGEST[where.type] // (examples * net.largest))

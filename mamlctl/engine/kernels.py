@@ -56,11 +56,11 @@ class Shape(ctypes.Structure):
     ]
 
 
-def shape_of(x: Tensor, channels: int, measured: int, tasks: int) -> Shape:
+def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = LEAK) -> Shape:
     """The shape of a block: its input, channels behind it, and examples that its statistics come from."""
     examples, inputs, height, width = x.shape
     sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
-    return Shape(*sizes, EPS, LEAK)
+    return Shape(*sizes, EPS, leak)
 
 
 class Kernels(Protocol):
@@ -93,6 +93,7 @@ class KernelTape:
         beta_X: Tensor,
         *,
         kernels: Kernels,
+        leak: float = LEAK,
         groups: int,
         given: Statistics_X | None,
         measured: int | None,
@@ -107,7 +108,7 @@ class KernelTape:
         examples, _, height, width = x.shape
         channels = len(gamma_X)
         behind = 0 if given is not None else examples if measured is None else measured
-        self.shape = shape_of(x, channels, behind, groups)
+        self.shape = shape_of(x, channels, behind, groups, leak)
         self.count = behind * height * width
         self.d = torch.empty(len(Row), channels, dtype=torch.float64, device=x.device)
         self.d[Row.GAMMA], self.d[Row.BETA] = gamma_X, beta_X

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor
 from mamlctl.engine.norms import NormPass, Params
 
 LEAK = 0.01  # negative slope of the published code's leaky ReLU
+SLOPES = {"leaky_relu": LEAK, "relu": 0.0}
+HEAD = ("linear.weight", "linear.bias")  # every network's last layer; all else is its body
 
 
 def cross_entropy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
@@ -25,34 +28,131 @@ def cross_entropy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
     return F.cross_entropy(logits_TEN.flatten(0, 1), y_TE.flatten(), reduction="none").view_as(y_TE).mean(1)
 
 
-def task_conv(x_ETCHW: Tensor, weight_TOCHW: Tensor, compute: torch.dtype | None) -> Tensor:
-    """3x3 convolution, padding 1, of every task with its own weights -> _ETOHW, in x's type.
+def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
+    """Share of a task's examples whose class has the largest score -> _T."""
+    return (logits_TEN.argmax(-1) == y_TE).to(logits_TEN.dtype).mean(1)
+
+
+def squared_error(outputs_TE1: Tensor, y_TE: Tensor) -> Tensor:
+    """Mean over a task's examples -> loss_T."""
+    return (outputs_TE1.squeeze(-1) - y_TE).square().mean(1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a network is trained for, and how it is judged; both per task."""
+
+    metric: str  # of records and tables: accuracy (0..1, more is better) or mse (less is better)
+    loss: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
+    score: Callable[[Tensor, Tensor], Tensor]  # the same -> score_T
+
+
+CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
+REGRESSION = Objective("mse", squared_error, squared_error)
+
+
+class Net(Protocol):
+    """A network. Inputs are x_TECHW, or x_TED for curves."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers of the head: classes, or 1 for curves."""
+
+    @property
+    def objective(self) -> Objective:
+        """What it is trained for."""
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """Type of the convolutions' products; None: that of the weights."""
+
+    @property
+    def norm_layers(self) -> dict[str, int]:
+        """Norm layer -> channels."""
+
+    @property
+    def largest(self) -> int:
+        """Numbers an example in the largest tensor of a pass."""
+
+    @property
+    def places(self) -> int:
+        """Places of the last map, of which an image too small leaves none; 1 without maps."""
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
+        """Starting weights, the same for every device; the head's are HEAD."""
+
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """What the head reads, under every task's weights -> f_TEF."""
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Class scores or values of every example -> outputs_TEN."""
+
+
+def head(fast: Mapping[str, Tensor], f_TEF: Tensor) -> Tensor:
+    """The linear layer of every task -> outputs_TEN."""
+    return torch.baddbmm(fast["linear.bias"].unsqueeze(1), f_TEF, fast["linear.weight"].transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class HeadNet:
+    """The head alone: a network whose inputs are features."""
+
+    outputs: int
+    objective: Objective = CLASSIFICATION
+    compute: torch.dtype | None = None
+
+    largest = places = 1
+
+    @property
+    def norm_layers(self) -> dict[str, int]:
+        """None."""
+        return {}
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
+        """Nothing: its weights are another net's."""
+        return {}
+
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """The inputs."""
+        return x
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Class scores or values -> outputs_TEN."""
+        return head(fast, x)
+
+
+def task_conv(x_ETCHW: Tensor, weight_TOCHW: Tensor, compute: torch.dtype | None, stride: int = 1) -> Tensor:
+    """Convolution of every task with its own weights, padded to keep the size -> _ETOHW, in x's type.
 
     `compute` is the type of the products; None leaves it as it is.
     """
     examples, tasks, channels, height, width = x_ETCHW.shape
-    outputs = weight_TOCHW.shape[1]
+    outputs, size = weight_TOCHW.shape[1], weight_TOCHW.shape[-1]
     x, weight = x_ETCHW.reshape(examples, tasks * channels, height, width), weight_TOCHW.flatten(0, 1)
     if compute is not None:
         x, weight = x.to(compute), weight.to(compute)
-    out = F.conv2d(x, weight, padding=1, groups=tasks)
-    return out.to(x_ETCHW.dtype).view(examples, tasks, outputs, height, width)
+    out = F.conv2d(x, weight, stride=stride, padding=size // 2, groups=tasks)
+    return out.to(x_ETCHW.dtype).view(examples, tasks, outputs, *out.shape[-2:])
 
 
 @dataclass(frozen=True)
 class Conv4:
-    """Four times convolution, batch norm, leaky ReLU, 2x2 max-pool; then a linear head.
+    """Four times convolution, batch norm, activation, 2x2 max-pool (or stride 2); then a linear head.
 
     The convolutions have no bias: batch norm subtracts it again (the published code carries 4 x filters such
     numbers, and learning rates for them, whose gradients are 0).
     """
 
     image_shape: tuple[int, int, int]  # C, H, W
-    ways: int
+    outputs: int
     filters: int
-    compute: torch.dtype | None = None  # type of the convolutions' products; None: that of the weights
+    compute: torch.dtype | None = None
+    pooling: str = "max"  # or stride: the convolutions halve the maps themselves
+    readout: str = "flatten"  # or mean: over the places that are left
+    activation: str = "leaky_relu"
 
     blocks = 4
+    objective = CLASSIFICATION
 
     @property
     def norm_layers(self) -> dict[str, int]:
@@ -60,42 +160,70 @@ class Conv4:
         return {f"norm{block}": self.filters for block in range(1, self.blocks + 1)}
 
     @property
-    def features(self) -> int:
-        """Inputs of the linear head."""
+    def largest(self) -> int:
+        """The first block's output."""
+        return self.filters * math.prod(self.image_shape[1:]) // (4 if self.pooling == "stride" else 1)
+
+    @property
+    def features_shape(self) -> tuple[int, int, int]:
+        """Of the last block's output: C, H, W."""
         _, height, width = self.image_shape
-        return self.filters * (height >> self.blocks) * (width >> self.blocks)
+        for _ in range(self.blocks):
+            # A stride of 2 rounds up, a window of 2 rounds down.
+            up = self.pooling == "stride"
+            height, width = (height + up) // 2, (width + up) // 2
+        return self.filters, height, width
+
+    @property
+    def places(self) -> int:
+        """Of the last block's output."""
+        return math.prod(self.features_shape[1:])
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether `conv4.py` has its derivatives."""
+        return self.pooling == "max" and self.readout == "flatten"
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Xavier-uniform weights and zero biases, as in the published code; the same for every device."""
+        """Xavier-uniform weights and zero biases, as in the published code."""
         params: Params = {}
         channels = self.image_shape[0]
         for block in range(1, self.blocks + 1):
-            shape = (self.filters, channels, 3, 3)
-            params[f"conv{block}.weight"] = _xavier_uniform(shape, generator, dtype)
+            params[f"conv{block}.weight"] = xavier_uniform((self.filters, channels, 3, 3), generator, dtype)
             channels = self.filters
-        params["linear.weight"] = _xavier_uniform((self.ways, self.features), generator, dtype)
-        params["linear.bias"] = torch.zeros(self.ways, dtype=dtype)
+        features = self.filters if self.readout == "mean" else math.prod(self.features_shape)
+        params["linear.weight"] = xavier_uniform((self.outputs, features), generator, dtype)
+        params["linear.bias"] = torch.zeros(self.outputs, dtype=dtype)
         return params
 
-    def __call__(self, fast: Mapping[str, Tensor], x_TECHW: Tensor, norm: NormPass) -> Tensor:
-        """Class scores of every example under its task's weights -> logits_TEN."""
-        x_ETCHW = x_TECHW.transpose(0, 1)
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """The last block's output -> f_TEF."""
+        x_ETCHW = x.transpose(0, 1)
+        stride = 2 if self.pooling == "stride" else 1
         for block in range(1, self.blocks + 1):
-            c_ETCHW = task_conv(x_ETCHW, fast[f"conv{block}.weight"], self.compute)
-            a_ETCHW = F.leaky_relu(norm(f"norm{block}", c_ETCHW), LEAK)
-            pooled = F.max_pool2d(a_ETCHW.flatten(0, 1), 2)
-            x_ETCHW = pooled.view(a_ETCHW.shape[:3] + pooled.shape[-2:])
-        f_TEF = x_ETCHW.flatten(2).transpose(0, 1)
-        return torch.baddbmm(fast["linear.bias"].unsqueeze(1), f_TEF, fast["linear.weight"].transpose(1, 2))
+            c_ETCHW = task_conv(x_ETCHW, fast[f"conv{block}.weight"], self.compute, stride)
+            x_ETCHW = F.leaky_relu(norm(f"norm{block}", c_ETCHW, fast), SLOPES[self.activation])
+            if stride == 1:
+                x_ETCHW = halved(x_ETCHW)
+        if self.readout == "mean":
+            x_ETCHW = x_ETCHW.mean((3, 4))
+        return x_ETCHW.flatten(2).transpose(0, 1)
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Class scores of every example under its task's weights -> outputs_TEN."""
+        return head(fast, self.features(fast, x, norm))
 
 
-def _xavier_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def halved(x_ETCHW: Tensor) -> Tensor:
+    """2x2 max-pool."""
+    pooled = F.max_pool2d(x_ETCHW.flatten(0, 1), 2)
+    return pooled.view(x_ETCHW.shape[:3] + pooled.shape[-2:])
+
+
+def xavier_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Uniform weights of variance 2 / (inputs + outputs) (Glorot & Bengio 2010)."""
     receptive = math.prod(shape[2:])
     bound = math.sqrt(6 / ((shape[0] + shape[1]) * receptive))
     # Drawn in float64 so that float32 and float64 runs start from the same numbers.
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return ((2 * uniform - 1) * bound).to(dtype)
-
-
-Net = Conv4
-NETS: dict[str, Callable[..., Net]] = {"conv4": Conv4}

@@ -38,10 +38,9 @@ class NormPass:
     support_examples: int = 0  # with Statistics.SUPPORT: how many leading examples are the support set
     seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> mean_TC, variance_TC
 
-    def __call__(self, name: str, x_ETCHW: Tensor) -> Tensor:
-        """Normalise, scale and shift -> _ETCHW."""
-        gamma_C = self.row(f"{name}.weight")[:, None, None]
-        beta_C = self.row(f"{name}.bias")[:, None, None]
+    def __call__(self, name: str, x_ETCHW: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
+        """Normalise, scale and shift -> _ETCHW; a norm that is adapted is among the fast weights."""
+        gamma, beta = (part[..., None, None] for part in self.affine(name, fast))
         if self.statistics is Statistics.RUNNING:
             mean = self.row(f"{name}.mean")[:, None, None]
             var = self.row(f"{name}.var")[:, None, None]
@@ -50,7 +49,13 @@ class NormPass:
             var, mean = torch.var_mean(measured, dim=(0, 3, 4), correction=0, keepdim=True)
             count = measured.shape[0] * measured.shape[3] * measured.shape[4]
             self.saw(name, mean.detach()[0, :, :, 0, 0], var.detach()[0, :, :, 0, 0], count)
-        return (x_ETCHW - mean) * (gamma_C * (var + EPS).rsqrt()) + beta_C
+        return (x_ETCHW - mean) * (gamma * (var + EPS).rsqrt()) + beta
+
+    def affine(self, name: str, fast: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer: each task's own, _TC, where they are adapted, else this step's, _C."""
+        if f"{name}.weight" in fast:
+            return fast[f"{name}.weight"], fast[f"{name}.bias"]
+        return self.row(f"{name}.weight"), self.row(f"{name}.bias")
 
     def row(self, name: str) -> Tensor:
         """The row of this step of "norm1.weight", "norm1.bias", "norm1.mean" or "norm1.var" -> _C."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mamlctl.data.episodes import Episodes
 from mamlctl.engine.inner import MetaState, adapt, query_logits
-from mamlctl.engine.nets import Net, cross_entropy
-from mamlctl.engine.norms import NormPass
+from mamlctl.engine.nets import Net
+from mamlctl.engine.norms import NormPass, Params
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Measured:
     meta_loss: Tensor  # scalar
     support_losses_I: Tensor
     query_losses: dict[int, Tensor]  # inner steps taken -> mean over tasks
-    query_accuracies: dict[int, Tensor]
+    query_scores: dict[int, Tensor]  # the same, of the objective's metric
     norm_passes: list[NormPass]  # those that training made, whose statistics accumulate
+    moments: Params = field(default_factory=dict)  # what the inner Adam hands on, like MetaState.moments
 
 
 def counts(weight: float | Tensor) -> bool:
@@ -31,57 +33,71 @@ def counts(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
-    """Share of examples whose class has the largest score."""
-    return (logits_TEN.detach().argmax(-1) == y_TE).float().mean()
+@dataclass(frozen=True)
+class Ask:
+    """What a meta-step is to find out."""
+
+    inner_steps: int
+    msl_weights: Sequence[
+        float | Tensor
+    ]  # of the query loss after step 1..I; a weight of 0 costs no training
+    # pass, a tensor counts whatever its value, so that nobody has to ask the device
+    first_order: bool
+    measure_all: bool  # also measure the query losses that have no weight, without a graph
 
 
-def unrolled(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    msl_weights: Sequence[float | Tensor],
-    first_order: bool,
-    measure_all: bool,
-) -> Measured:
-    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to.
+class Outer(Protocol):
+    """How query losses become gradients of what is meta-learnt; one of these is an algorithm's heart."""
 
-    `msl_weights`: weight of the query loss after step 1..I; a weight of 0 costs no training pass, a tensor
-    counts whatever its value, so that nobody has to ask the device.
-    `measure_all`: also measure the query losses that have no weight, without a graph.
-    """
+    def __call__(self, net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Measured:
+        """One meta-batch. Weights and order mean nothing to those that do not unroll the inner loop."""
+
+
+@dataclass
+class Unrolled:
+    """An inner loop with its graph, and the query losses along it."""
+
+    meta_loss: Tensor
+    support_losses: list[Tensor] = field(default_factory=list)
+    query_losses: dict[int, Tensor] = field(default_factory=dict)
+    query_scores: dict[int, Tensor] = field(default_factory=dict)
+    passes: list[NormPass] = field(default_factory=list)
+
+    def measured(self, grads: dict[str, Tensor]) -> Measured:
+        """With the gradients of what is meta-learnt."""
+        losses = torch.stack(self.support_losses)
+        found = self.query_losses, self.query_scores, self.passes
+        return Measured(grads, self.meta_loss.detach(), losses, *found)
+
+
+def unrolled(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Measured:
+    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to."""
     learnable = state.learnable()
-    meta_loss = episodes.support_x_TECHW.new_zeros(())
-    support_losses: list[Tensor] = []
-    query_losses: dict[int, Tensor] = {}
-    accuracies: dict[int, Tensor] = {}
-    passes: list[NormPass] = []
-    weights: tuple[float | Tensor, ...] = (0.0, *msl_weights)
+    found = unroll(net, state, episodes, ask)
+    grads = torch.autograd.grad(found.meta_loss, list(learnable.values()), materialize_grads=True)
+    return found.measured(dict(zip(learnable, grads, strict=True)))
+
+
+def unroll(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Unrolled:
+    """The inner loop and the meta-loss, to be differentiated."""
+    found = Unrolled(episodes.support_x_TECHW.new_zeros(()))
+    weights: tuple[float | Tensor, ...] = (0.0, *ask.msl_weights)
     support = episodes.support_x_TECHW, episodes.support_y_TE
-    for point in adapt(net, state, *support, steps=inner_steps, first_order=first_order):
+    for point in adapt(net, state, *support, steps=ask.inner_steps, first_order=ask.first_order):
         if point.support_loss_T is not None and point.norm is not None:
-            support_losses.append(point.support_loss_T.mean())
-            passes.append(point.norm)
+            found.support_losses.append(point.support_loss_T.mean())
+            found.passes.append(point.norm)
         weight = weights[point.steps]
         counted = counts(weight)
-        if not (counted or measure_all):
+        if not (counted or ask.measure_all):
             continue
         with torch.set_grad_enabled(counted):
-            logits_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
-            loss = cross_entropy(logits_TEN, episodes.query_y_TE).mean()
+            outputs_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
+            loss = net.objective.loss(outputs_TEN, episodes.query_y_TE).mean()
         if counted:
-            meta_loss = meta_loss + weight * loss
-            passes.append(norm)
-        query_losses[point.steps] = loss.detach()
-        accuracies[point.steps] = accuracy(logits_TEN, episodes.query_y_TE)
-    grads = torch.autograd.grad(meta_loss, list(learnable.values()), materialize_grads=True)
-    return Measured(
-        dict(zip(learnable, grads, strict=True)),
-        meta_loss.detach(),
-        torch.stack(support_losses),
-        query_losses,
-        accuracies,
-        passes,
-    )
+            found.meta_loss = found.meta_loss + weight * loss
+            found.passes.append(norm)
+        found.query_losses[point.steps] = loss.detach()
+        score_T = net.objective.score(outputs_TEN.detach(), episodes.query_y_TE)
+        found.query_scores[point.steps] = score_T.mean()
+    return found

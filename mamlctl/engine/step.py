@@ -1,4 +1,4 @@
-"""One meta-step: schedules, meta-gradient, clipping, Adam."""
+"""One meta-step: schedules, meta-gradient, clipping, the outer optimiser."""
 
 from __future__ import annotations
 
@@ -11,36 +11,14 @@ from torch import Tensor
 
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import Episodes
-from mamlctl.engine.adam import Adam
 from mamlctl.engine.algorithms import ALGORITHMS
-from mamlctl.engine.devices import COMPUTE, DTYPES
 from mamlctl.engine.fast import tasks_per_pass
 from mamlctl.engine.inner import MetaState
-from mamlctl.engine.nets import NETS, Net
-from mamlctl.engine.norms import accumulate, init_params, init_running
-from mamlctl.engine.outer import Measured
+from mamlctl.engine.nets import Net
+from mamlctl.engine.norms import accumulate
+from mamlctl.engine.outer import Ask, Measured
 from mamlctl.errors import MamlctlError
-from mamlctl.schedules import cosine_meta_lr, is_first_order, msl_weights
-
-
-def build(
-    config: TrainConfig, image_shape: tuple[int, int, int], device: torch.device
-) -> tuple[Net, MetaState]:
-    """The network and its starting state: a function of the settings, the same on every device."""
-    net = NETS[config.net](image_shape, config.ways, config.filters, COMPUTE.get(config.precision))
-    dtype = DTYPES.get(config.precision, torch.float32)
-    seed = config.seed if config.init_seed is None else config.init_seed
-    slow = {name: w.to(device) for name, w in net.init(torch.Generator().manual_seed(seed), dtype).items()}
-    like = torch.empty((), dtype=dtype, device=device)
-    steps = config.inner_steps
-    state = MetaState(
-        slow=slow,
-        norm=init_params(net.norm_layers, steps if config.bnwb else 1, like),
-        rates={name: like.new_full((steps if config.lslr else 1,), config.inner_lr) for name in slow},
-        running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
-        rates_learnt=config.lslr,
-    )
-    return net, state
+from mamlctl.schedules import cosine_meta_lr, is_first_order, linear_meta_lr, msl_weights
 
 
 class MetaStep:
@@ -48,21 +26,30 @@ class MetaStep:
 
     def __init__(self, config: TrainConfig, net: Net, state: MetaState) -> None:
         self.config, self.net, self.state = config, net, state
-        self.outer = ALGORITHMS[config.algo].outer[config.engine]
+        entry = ALGORITHMS[config.algo]
+        self.outer = entry.outer(config)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = next(iter(self.learnable.values())).device
-        self.adam = Adam(self.learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
+        self.optimizer = entry.optimizer(self.learnable, config)
         given = config.task_chunk
         self.chunk = None if given == "auto" else min(int(given), config.meta_batch_size)
+        if entry.whole_batches:
+            self.chunk = config.meta_batch_size
+        self.whole = entry.whole_batches
 
-    def schedule(self, epoch: int) -> tuple[tuple[float, ...], bool, float]:
-        """MSL weights, whether in first order, and meta learning rate of an epoch."""
+    def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
+        """MSL weights, whether in first order, and meta learning rate of an epoch.
+
+        `done`: the share of all meta-steps that lies behind, for what moves within an epoch.
+        """
         config = self.config
         weights = msl_weights(config.inner_steps, epoch, (config.msl_epochs or 0) if config.msl else 0)
         first_order = config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
         meta_lr = config.meta_lr
         if config.ca:
             meta_lr = cosine_meta_lr(epoch, config.epochs, meta_lr, config.min_meta_lr or 0.0)
+        elif config.meta_lr_final is not None:
+            meta_lr = linear_meta_lr(done, meta_lr, config.meta_lr_final)
         return weights, first_order, meta_lr
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> Measured:
@@ -71,68 +58,43 @@ class MetaStep:
         Raises MamlctlError if a CUDA device has no room even for one task at a time.
         """
         weights, first_order, _ = self.schedule(epoch)
+        ask = Ask(self.config.inner_steps, weights, first_order, measure_all)
         if self.chunk is None:
             examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
         while True:
             try:
-                return self.measure_as(episodes, weights, first_order, measure_all)
+                return self.measure_as(episodes, ask)
             except torch.OutOfMemoryError as error:
-                if self.config.task_chunk != "auto" or self.chunk == 1:
+                if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
                     message = f"{self.device} has no memory for {self.chunk} tasks at a time"
                     raise MamlctlError(message, hint="use --task-chunk auto, or a smaller net") from error
                 self.chunk = (self.chunk + 1) // 2
             torch.cuda.empty_cache()
 
-    def measure_as(
-        self,
-        episodes: Episodes,
-        weights: Sequence[float | Tensor],
-        first_order: bool,
-        measure_all: bool,
-    ) -> Measured:
+    def measure_as(self, episodes: Episodes, ask: Ask) -> Measured:
         """`measure` with the schedule's values given, and no second try with less memory."""
-        chunk = len(episodes.query_y_TE) if self.chunk is None else self.chunk
-        measured = self._in_chunks(episodes, chunk, weights, first_order, measure_all)
+        split = episodes.split(len(episodes.query_y_TE) if self.chunk is None else self.chunk)
+        parts = [self.outer(self.net, self.state, part, ask) for part in split]
+        measured = joined(parts, [len(part.query_y_TE) for part in split])
         self._clip(measured.grads)
         return measured
 
-    def _in_chunks(
-        self,
-        episodes: Episodes,
-        chunk: int,
-        weights: Sequence[float | Tensor],
-        first_order: bool,
-        measure_all: bool,
-    ) -> Measured:
-        split = episodes.split(chunk)
-        parts = [
-            self.outer(
-                self.net,
-                self.state,
-                part,
-                inner_steps=self.config.inner_steps,
-                msl_weights=weights,
-                first_order=first_order,
-                measure_all=measure_all,
-            )
-            for part in split
-        ]
-        return joined(parts, [len(part.query_y_TE) for part in split])
-
-    def apply(self, measured: Measured, epoch: int) -> None:
-        """Adam's step, and the running statistics'."""
-        self.set_meta_lr(epoch)
+    def apply(self, measured: Measured, epoch: int, done: float = 0.0) -> None:
+        """The optimiser's step, and the running statistics'."""
+        self.set_meta_lr(epoch, done)
         self.move(measured)
 
-    def set_meta_lr(self, epoch: int) -> None:
-        """Tell Adam the epoch's learning rate."""
-        self.adam.set_lr(self.schedule(epoch)[2])
+    def set_meta_lr(self, epoch: int, done: float = 0.0) -> None:
+        """Tell the optimiser the present learning rate."""
+        self.optimizer.set_lr(self.schedule(epoch, done)[2])
 
     def move(self, measured: Measured) -> None:
-        """`apply` at the learning rate that Adam has."""
-        self.adam.step(measured.grads)
+        """`apply` at the learning rate that the optimiser has."""
+        self.optimizer.step(measured.grads)
         accumulate(self.state.running, measured.norm_passes)
+        for name, moment in measured.moments.items():
+            self.state.moments[name].copy_(moment)
 
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:
@@ -164,8 +126,9 @@ def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
         mean(part.meta_loss for part in parts),
         mean(part.support_losses_I for part in parts),
         means("query_losses"),
-        means("query_accuracies"),
+        means("query_scores"),
         [norm_pass for part in parts for norm_pass in part.norm_passes],
+        means("moments"),
     )
 
 

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from mamlctl.config import TrainConfig
-from mamlctl.data.episodes import TaskStream
+from mamlctl.data.episodes import Tasks
 from mamlctl.engine import checkpoints
+from mamlctl.engine.algorithms import ALGORITHMS
 from mamlctl.engine.capture import Captured
 from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluator import Stopped, evaluate
 from mamlctl.engine.fast import derivatives_of
 from mamlctl.engine.inner import MetaState
-from mamlctl.engine.nets import Net
+from mamlctl.engine.nets import CLASSIFICATION, Net
 from mamlctl.engine.norms import Statistics
 from mamlctl.engine.outer import Measured
 from mamlctl.engine.step import MetaStep, what_is_not_finite
 from mamlctl.errors import DivergedError
-from mamlctl.records import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.records import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone, named
 from mamlctl.runs import RunFolder
 from mamlctl.stats import mean_ci95
 
@@ -37,7 +38,7 @@ KEPT = (
 class Period:
     """Sums since the last report; in checkpoints, so that a resumed run reports the same."""
 
-    sums: Tensor  # query losses after 0..I steps, query accuracies after 0..I, support loss, meta-loss
+    sums: Tensor  # query losses after 0..I steps, query scores after 0..I, support loss, meta-loss
     counts: Tensor  # on the CPU, wherever the sums are
 
     @classmethod
@@ -49,10 +50,9 @@ class Period:
     def add_no_sync(self, measured: Measured) -> None:
         """Add one meta-step; what it did not measure counts for nothing."""
         steps = range((len(self.sums) - 2) // 2)
-        values = [
-            part.get(step) for part in (measured.query_losses, measured.query_accuracies) for step in steps
-        ]
-        values += [measured.support_losses_I.mean(), measured.meta_loss]
+        values = [part.get(step) for part in (measured.query_losses, measured.query_scores) for step in steps]
+        support = measured.support_losses_I
+        values += [support.mean() if len(support) else None, measured.meta_loss]
         nothing = self.sums.new_zeros(())
         self.sums += torch.stack([nothing if value is None else value.double() for value in values])
         self.counts += torch.tensor([value is not None for value in values])
@@ -69,7 +69,7 @@ class Position:
 
     step: int = 0  # meta-steps done
     validated: int = 0  # epochs validated
-    top: list[list[float]] = field(default_factory=list)  # best first: epoch, validation accuracy, half width
+    top: list[list[float]] = field(default_factory=list)  # best first: epoch, validation score, half width
 
 
 class Trainer:
@@ -80,20 +80,28 @@ class Trainer:
         config: TrainConfig,
         net: Net,
         state: MetaState,
-        streams: Mapping[str, TaskStream],
+        streams: Mapping[str, Tasks],
         run: RunFolder,
         *,
         device: torch.device,
         on_event: OnEvent,
         stop_reason: Callable[[], str],
+        judged_net: Net | None = None,
     ) -> None:
-        """`stop_reason`: empty to go on; asked between meta-steps and between chunks of validation tasks."""
+        """`judged_net`: with a head for a task's classes, where training has another one.
+
+        `stop_reason`: empty to go on; asked between meta-steps and between chunks of validation tasks.
+        """
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
         self.device, self.on_event, self.stop_reason = device, on_event, stop_reason
         self.meta_step = MetaStep(config, net, state)
-        captured = device.type == "cuda" and config.cuda_graph is not False
+        entry = ALGORITHMS[config.algo]
+        captured = device.type == "cuda" and config.cuda_graph is not False and entry.captured
         self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
-        self.derivatives = derivatives_of(net, next(iter(state.slow.values())), config.engine)
+        self.predict = entry.predict(config)
+        self.unrolls_nothing = "first_order" in entry.refuses
+        self.derivatives = derivatives_of(judged_net or net, next(iter(state.slow.values())), config.engine)
+        self.metric = net.objective.metric
         self.position = Position()
         self.period = Period.empty(config.inner_steps, device)
         self._latest: Measured | None = None
@@ -147,7 +155,7 @@ class Trainer:
         # On a CPU looking is free, so a bad step never moves the weights; CUDA is asked once a report.
         if reports or self.device.type == "cpu":
             self._check(step)
-        self.runner.apply(measured, epoch)
+        self.runner.apply(measured, epoch, position.step / config.total_steps)
         self.period.add_no_sync(measured)
         self._tasks_since += config.meta_batch_size
         position.step = step
@@ -172,23 +180,28 @@ class Trainer:
         steps = self.config.inner_steps
         means = self.period.means()  # the only sync of the period on a CUDA device
         now = time.perf_counter()
-        losses, accuracies = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
-        weights, first_order, meta_lr = self.meta_step.schedule(epoch)
+        losses, scores = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
+        accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
+        weights, first_order, _ = self.meta_step.schedule(epoch)
         learnt = self.state.rates.items() if self.state.rates_learnt else ()
         report = TrainReport(
             step=self.position.step,
             epoch=epoch,
-            support_loss=means[-2],
+            support_loss=means[-2] if steps else None,
             query_losses=tuple(losses),
-            query_accuracies=tuple(accuracies),
-            query_accuracy=accuracies[-1],
+            query_accuracies=accuracies,
+            query_accuracy=accuracies[-1] if accuracies else None,
             meta_loss=means[-1],
             msl_weights=weights,
-            meta_lr=meta_lr,
-            first_order=first_order,
+            meta_lr=self.meta_step.optimizer.lr_now(),
+            first_order=None if self.unrolls_nothing else first_order,
             tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
             memory_bytes=memory_bytes(self.device),
-            rates={name: tuple(rate.tolist()) for name, rate in learnt},
+            # Of rates for each weight, their mean.
+            rates={
+                name: tuple(rate.flatten(1).mean(1).tolist() if rate.dim() > 1 else rate.tolist())
+                for name, rate in learnt
+            },
         )
         self.period = Period.empty(steps, self.device)
         self._reported_at, self._tasks_since = now, 0
@@ -205,29 +218,31 @@ class Trainer:
             [self.state],
             self.streams["val"],
             tasks=config.val_tasks,
-            inner_steps=config.eval_inner_steps or config.inner_steps,
+            inner_steps=config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
             statistics=Statistics(config.bn),
+            predict=self.predict,
             on_progress=self._validated_some,
             should_stop=lambda: bool(self._stop()),
         ).single[0]
         position.validated += 1
         self._moved = True
-        accuracy, ci95 = mean_ci95(scores[:, -1])
-        self._keep_best(position.validated, accuracy, ci95)
-        best_epoch, best_accuracy, best_ci95 = position.top[0]
+        score, ci95 = mean_ci95(scores[:, -1])
+        self._keep_best(position.validated, score, ci95)
+        best_epoch, best_score, best_ci95 = position.top[0]
         done = ValidationDone(
             step=position.step,
             epoch=position.validated,
-            val_accuracy=accuracy,
+            metric=self.metric,
+            val_score=score,
             val_ci95=ci95,
             val_per_step=tuple(scores.mean(0).tolist()),
             val_tasks=config.val_tasks,
-            bn=config.bn,
-            best_val_accuracy=best_accuracy,
+            bn=config.bn if self.net.norm_layers else "none",
+            best_val_score=best_score,
             best_val_ci95=best_ci95,
             best_epoch=int(best_epoch),
         )
-        self.run.append_metrics(vars(done))
+        self.run.append_metrics(named(done))
         self.save()
         # Only now: until `last.pt` names the new ones, a reader may still look for the old.
         kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}
@@ -244,12 +259,13 @@ class Trainer:
             self._saved_epoch = True
         self.on_event(Progress("validating", done, self.config.val_tasks))
 
-    def _keep_best(self, epoch: int, accuracy: float, ci95: float) -> None:
+    def _keep_best(self, epoch: int, score: float, ci95: float) -> None:
         top = self.position.top
-        top.append([float(epoch), accuracy, ci95])
-        top.sort(key=lambda entry: (-entry[1], entry[0]))  # of equals, the earlier
+        top.append([float(epoch), score, ci95])
+        sign = 1 if self.metric == "mse" else -1
+        top.sort(key=lambda entry: (sign * entry[1], entry[0]))  # of equals, the earlier
         del top[KEPT:]
-        content = {"stored": self.state.stored(), "epoch": epoch, "val_accuracy": accuracy, "val_ci95": ci95}
+        content = {"stored": self.state.stored(), "epoch": epoch, "val_score": score, "val_ci95": ci95}
         if any(entry[0] == epoch for entry in top):
             checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
         if top[0][0] == epoch:
@@ -259,7 +275,7 @@ class Trainer:
         """Write `last.pt`: everything that a resume needs."""
         content: dict[str, Any] = {
             "stored": self.state.stored(),
-            "adam": self.meta_step.adam.stored(),
+            "optimizer": self.meta_step.optimizer.stored(),
             "period": vars(self.period),
             "position": vars(self.position),
         }
@@ -268,10 +284,10 @@ class Trainer:
     def resume(self) -> None:
         """Go back to where `last.pt` was written. Raises MamlctlError if it is not whole."""
         content = checkpoints.load(self.last, owner=self.run.owner, device=self.device)
-        if "adam" not in content:
+        if "optimizer" not in content:
             raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
         checkpoints.restore(self.state, content["stored"], self.last)
-        self.meta_step.adam.restore(content["adam"])
+        self.meta_step.optimizer.restore(content["optimizer"])
         self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
         self.position = Position(**content["position"])
         self.run.rewind_metrics(self.position.step, self.position.validated)

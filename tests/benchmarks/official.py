@@ -69,7 +69,7 @@ class Official:
         """Its own training iteration, which copies the images to its device -> the meta-loss."""
         tasks, ways = self.case.tasks, self.case.ways
         support_x, support_y, query_x, query_y = (
-            tensor.cpu().unflatten(1, (ways, -1)) for tensor in vars(episodes).values()
+            tensor.cpu().unflatten(1, (ways, -1)) for tensor in episodes.sets
         )
         assert len(support_x) == tasks
         losses, _ = self.classifier.run_train_iter((support_x, query_x, support_y, query_y), epoch=0)

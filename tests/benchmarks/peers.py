@@ -87,7 +87,7 @@ class Peer:
 
 def tasks_of(episodes: Episodes) -> list[tuple[Tensor, ...]]:
     """Support images and labels, query images and labels, one task after another."""
-    return list(zip(*vars(episodes).values(), strict=True))
+    return list(zip(*episodes.sets, strict=True))
 
 
 class Higher(Peer):
@@ -144,7 +144,7 @@ class TorchFunc(Peer):
 
     def backward(self, episodes: Episodes) -> Tensor:
         weights = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
-        grads, loss = torch.func.grad_and_value(self._meta_loss)(weights, *vars(episodes).values())
+        grads, loss = torch.func.grad_and_value(self._meta_loss)(weights, *episodes.sets)
         for name, parameter in self.module.named_parameters():
             parameter.grad = grads[name]
         meta_loss: Tensor = loss

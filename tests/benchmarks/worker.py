@@ -16,8 +16,9 @@ from benchmarks.official import Official
 from benchmarks.peers import PEERS
 from benchmarks.pipes import Answer, Document, serve
 from mamlctl.data.episodes import Episodes
+from mamlctl.engine.build import build
 from mamlctl.engine.devices import memory_bytes, open_device
-from mamlctl.engine.step import MetaStep, build
+from mamlctl.engine.step import MetaStep
 
 Step = Callable[[Episodes], Tensor]
 

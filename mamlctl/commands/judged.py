@@ -1,0 +1,147 @@
+"""A trained run made ready to predict: its checkpoints, its data, and how its algorithm adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mamlctl.checks import Problem, flag, limit_problems
+from mamlctl.commands.data import Source, complete, open_streams
+from mamlctl.config import EvalConfig, TrainConfig
+from mamlctl.data.episodes import Tasks
+from mamlctl.data.sets import is_curves
+from mamlctl.engine import checkpoints
+from mamlctl.engine.algorithms import ALGORITHMS
+from mamlctl.engine.build import adapted_names, build
+from mamlctl.engine.derivatives import Derivatives
+from mamlctl.engine.devices import device_problems, open_device
+from mamlctl.engine.fast import derivatives_of
+from mamlctl.engine.inner import MetaState
+from mamlctl.engine.norms import Statistics
+from mamlctl.engine.predict import Predict
+from mamlctl.engine.trainer import epoch_file
+from mamlctl.errors import SettingsError
+from mamlctl.records import Notice, OnEvent
+from mamlctl.runs import RunFolder, open_run
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run with all that evaluating it takes."""
+
+    run: RunFolder
+    config: TrainConfig  # complete, with what evaluation replaces
+    source: Source
+    stream: Tasks
+    device: torch.device
+    derivatives: Derivatives
+    predict: Predict
+    states: Sequence[MetaState]  # best first
+    epochs: Sequence[int]  # of the states; empty before any validation
+    inner_steps: int
+
+    @property
+    def statistics(self) -> Statistics:
+        """What normalises a query set."""
+        return Statistics(self.config.bn)
+
+    @property
+    def bn(self) -> str:
+        """The same in words; none without batch norm."""
+        return self.config.bn if self.derivatives.net.norm_layers else "none"
+
+
+def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> Judged:
+    """Open a run as the settings ask for.
+
+    Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
+    """
+    run = open_run(path)
+    run_config, config = complete(run.config), complete(_judged(run.config, settings))
+    problems = limit_problems(settings) + device_problems(config.device, "float32")
+    if problems := problems + _problems(run.config, settings):
+        raise SettingsError(problems)
+    device = open_device(config.device, config.precision)
+    if config.precision == "tf32" and device.type == "cpu":
+        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
+    files, epochs = _checkpoint_files(run, on_event)
+    streams, source = open_streams(config, (settings.split,), device, offline=offline, on_event=on_event)
+    if source.digest != run.environment().get("dataset_digest", source.digest):
+        on_event(Notice("these data are not those of the training: classes may have moved between splits"))
+    states = []
+    for file in files:
+        stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
+        bias = stored.get("linear.bias")
+        classes = None if bias is None else len(bias)
+        _, state = build(run_config, source.example_shape, device, classes=classes)
+        checkpoints.restore(state, stored, file)
+        states.append(_as_asked(state, settings))
+    net, _ = build(config, source.example_shape, torch.device("meta"))
+    return Judged(
+        run,
+        config,
+        source,
+        streams[settings.split],
+        device,
+        derivatives_of(net, next(iter(states[0].slow.values())), config.engine),
+        ALGORITHMS[config.algo].predict(config),
+        states,
+        epochs,
+        config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
+    )
+
+
+def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
+    """The run's settings, with those that only evaluation reads replaced."""
+    names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
+    given = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
+    return replace(trained, **{name: value for name, value in given.items() if value is not None})
+
+
+def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """What of the settings the run's algorithm or data set has no use for."""
+    entry, problems = ALGORITHMS[trained.algo], list[Problem]()
+    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.refuses.items()}
+    fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
+    unused |= {name: f"--algo {trained.algo}" for name, setting in fixed.items() if setting in entry.fixed}
+    if is_curves(trained.dataset):
+        unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
+    if trained.lslr or entry.rates != "tensor":
+        unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
+    for name, why in unused.items():
+        if getattr(settings, name, None) is not None:
+            problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))
+    return problems
+
+
+def _as_asked(state: MetaState, settings: EvalConfig) -> MetaState:
+    """The state with the inner rates that the settings leave or replace. Raises SettingsError."""
+    rates = state.rates
+    if settings.adapts is not None:
+        wanted = adapted_names(state.slow, settings.adapts)
+        if state.rates_learnt and not set(wanted) <= rates.keys():
+            fact = f"--adapts is {settings.adapts}, but the run learnt no rates for that"
+            raise SettingsError([(fact, "leave it out")])
+        rate = next(iter(rates.values()))
+        rates = {name: rates.get(name, rate) for name in wanted}
+    if settings.inner_lr is not None:
+        lr = settings.inner_lr
+        rates = {name: torch.full_like(rate, lr) for name, rate in rates.items()}
+    return replace(state, rates=rates)
+
+
+def _checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
+    """The best checkpoints, best first, and their epochs; before any validation, the last one."""
+    last = run.checkpoints / "last.pt"
+    content = checkpoints.load(last, owner=run.owner)
+    if "position" not in content:
+        raise checkpoints.damaged(last, "does not tell which epochs were best")
+    top = content["position"]["top"]
+    if not top:
+        on_event(Notice(f"{run.path} has not been validated yet: its last checkpoint is judged"))
+        return [last], []
+    epochs = [int(entry[0]) for entry in top]
+    return [epoch_file(run, epoch) for epoch in epochs], epochs

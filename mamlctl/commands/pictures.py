@@ -1,0 +1,166 @@
+"""The pictures of a run: curves or images before and after adaptation, training, learnt rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.commands.data import resolve_settings
+from mamlctl.commands.judged import Judged, open_judged
+from mamlctl.commands.train import train
+from mamlctl.config import EvalConfig
+from mamlctl.data.episodes import Episodes, MiniBatches
+from mamlctl.data.regression import CurveStream
+from mamlctl.data.sets import is_curves
+from mamlctl.engine.build import build
+from mamlctl.engine.inner import MetaState
+from mamlctl.engine.predict import adapted
+from mamlctl.records import Notice, OnEvent
+from mamlctl.report import plots
+from mamlctl.runs import open_run
+
+TASKS = 3  # of each kind in a picture
+POINTS = 200  # of a drawn curve
+STEPS = (0, 1, 5, 10)  # inner steps whose curves are drawn, as in MAML's own picture
+
+# What a pre-trained start shares with the run that it stands beside.
+SHARED: tuple[str, ...] = (
+    "dataset",
+    "shots",
+    "queries",
+    "net",
+    "hidden",
+    "activation",
+    "meta_batch_size",
+    "epochs",
+)
+SHARED += (
+    "steps_per_epoch",
+    "val_tasks",
+    "precision",
+    "seed",
+    "init_seed",
+    "train_seed",
+    "eval_seed",
+    "inner_lr",
+)
+
+
+def draw(
+    path: Path, settings: EvalConfig, beside: Sequence[Path], *, offline: bool, on_event: OnEvent
+) -> list[Path]:
+    """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
+
+    `beside`: runs whose curves stand beside this one's; without any, a start pre-trained on all curves by as
+    many meta-steps is made and kept in plots/. Raises what `open_judged` and `train` do.
+    """
+    judged = open_judged(path, settings, offline=offline, on_event=on_event)
+    folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
+    if is_curves(judged.config.dataset):
+        others = list(beside) or [_pretrained(judged, folder / "pretrained", offline, on_event)]
+        opened = [open_judged(other, settings, offline=offline, on_event=on_event) for other in others]
+        figures = {"regression": plots.regression(_panels([judged, *opened]), name)}
+    else:
+        figures = {"tasks": plots.tasks(_task_pictures(judged), name)}
+    metrics = judged.run.metrics()
+    reports = [entry for entry in metrics if "query_losses" in entry]
+    if reports:
+        validations = [entry for entry in metrics if "val_tasks" in entry]
+        figures["training"] = plots.training(
+            reports, validations, "mse" if is_curves(judged.config.dataset) else "accuracy"
+        )
+    state = judged.states[0]
+    if state.rates_learnt:
+        learnt = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
+        figures["rates"] = plots.rates(learnt, name)
+    return [file for stem, figure in figures.items() for file in plots.save(figure, folder / stem)]
+
+
+def _pretrained(judged: Judged, path: Path, offline: bool, on_event: OnEvent) -> Path:
+    """A run of `transfer` with as many meta-steps, made once."""
+    if path.is_dir() and open_run(path).status().get("status") == "finished":
+        return path
+    on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
+    values = {name: getattr(judged.run.config, name) for name in SHARED}
+    given = {name: value for name, value in values.items() if value is not None}
+    config = resolve_settings([("run", given | {"algo": "transfer", "report_every": 1000})]).config
+    train(config, out=path, offline=offline, time_limit_s=None, command="", on_event=on_event)
+    return path
+
+
+def _panels(judged: Sequence[Judged]) -> list[list[plots.Panel]]:
+    """A row a task: each run's start, and a random one, before and after adaptation."""
+    first = judged[0]
+    scratch = replace(first, predict=adapted, states=[_random_start(first)])
+    titles = {"transfer": "pre-trained", "scratch": "random start"}
+    starts = [(f"{titles.get(run.config.algo, 'meta-learnt')} ({run.config.algo})", run) for run in judged]
+    starts.append(("random start", scratch))
+    stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
+    assert isinstance(stream, CurveStream)
+    return [[_panel(run, stream, task, title) for title, run in starts] for task in range(TASKS)]
+
+
+def _random_start(judged: Judged) -> MetaState:
+    _, state = build(judged.config, judged.source.example_shape, judged.device)
+    return state
+
+
+def _panel(judged: Judged, stream: CurveStream, task: int, title: str) -> plots.Panel:
+    """The curve of one task, and what a start makes of it."""
+    episodes = judged.stream.episodes(task, 1)
+    low, high = stream.family.window
+    x = np.linspace(low, high, POINTS)
+    truth = stream.curve(task, x)
+    like = episodes.support_x_TECHW
+    seen = replace(
+        episodes,
+        query_x_TECHW=torch.from_numpy(x).to(like).view(1, -1, 1),
+        query_y_TE=torch.from_numpy(truth).to(like).view(1, -1),
+    )
+    most = max(STEPS)
+    outputs_ITEN = _outputs(judged, seen, most)
+    curves = []
+    for steps in STEPS:
+        y = outputs_ITEN[steps, 0, :, 0].double().cpu().numpy()
+        curves.append(plots.Curve(steps, y, float(((y - truth) ** 2).mean())))
+    support_x, support_y = (
+        part[0].flatten().double().cpu().numpy() for part in (like, episodes.support_y_TE)
+    )
+    return plots.Panel(title, x, truth, support_x, support_y, curves)
+
+
+def _outputs(judged: Judged, episodes: Episodes, inner_steps: int) -> torch.Tensor:
+    with torch.no_grad():
+        return judged.predict(
+            judged.derivatives,
+            judged.states[0].frozen(),
+            episodes,
+            inner_steps=inner_steps,
+            statistics=judged.statistics,
+        )
+
+
+def _task_pictures(judged: Judged) -> list[plots.TaskPicture]:
+    """The first test tasks with the predictions after all inner steps."""
+    episodes = judged.stream.episodes(0, TASKS)
+    predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1)
+    config = judged.config
+
+    def shown(x: torch.Tensor) -> NDArray[np.float64]:
+        # Ink is dark on paper, whatever its value in the network.
+        return (1 - x if config.ink == 1 and x.shape[-3] == 1 else x).double().cpu().numpy()
+
+    return [
+        plots.TaskPicture(
+            shown(episodes.support_x_TECHW[task].unflatten(0, (config.ways, -1))),  # type: ignore[no-untyped-call]
+            shown(episodes.query_x_TECHW[task]),
+            episodes.query_y_TE[task].cpu().numpy(),
+            predicted_TE[task].cpu().numpy(),
+        )
+        for task in range(TASKS)
+    ]

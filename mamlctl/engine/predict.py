@@ -1,0 +1,187 @@
+"""How a trained state predicts a task's query set, by the kinds of algorithms.
+
+Each predictor returns outputs_ITEN: class scores (or values) after 0, 1 ... inner steps, that many and one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mamlctl.data.episodes import Episodes
+from mamlctl.engine.derivatives import Autograd, Derivatives
+from mamlctl.engine.inner import AdamSteps, MetaState, Stepper, pulled
+from mamlctl.engine.nets import CLASSIFICATION, HEAD, HeadNet
+from mamlctl.engine.norms import NormPass, Params, Statistics
+
+
+class Predict(Protocol):
+    """Adapt a state to tasks, as its algorithm does, and predict."""
+
+    def __call__(
+        self,
+        derivatives: Derivatives,
+        state: MetaState,
+        episodes: Episodes,
+        *,
+        inner_steps: int,
+        statistics: Statistics,
+    ) -> Tensor:
+        """-> outputs_ITEN."""
+
+
+def body_of(weights: Mapping[str, Tensor]) -> Params:
+    """All weights but the head's."""
+    return {name: weight for name, weight in weights.items() if name not in HEAD}
+
+
+def head_state(state: MetaState) -> MetaState:
+    """The head alone, with its rates."""
+    slow = {name: state.slow[name] for name in HEAD}
+    rates = {name: rate for name, rate in state.rates.items() if name in HEAD}
+    return MetaState(slow, {}, rates, {}, state.rates_learnt)
+
+
+def expanded(slow: Mapping[str, Tensor], tasks: int) -> Params:
+    """Every task's copy, without copying."""
+    return {name: weight.detach().expand(tasks, *weight.shape) for name, weight in slow.items()}
+
+
+def mini_batch(episodes: Episodes, step: int) -> tuple[Tensor, Tensor] | None:
+    """The support examples of an inner step, x_TBCHW and y_TB; None where every step sees all."""
+    if episodes.batches_TIB is None:
+        return None
+    at_TB = episodes.batches_TIB[:, step]
+    task_T1 = torch.arange(len(at_TB), device=at_TB.device).unsqueeze(1)
+    return episodes.support_x_TECHW[task_T1, at_TB], episodes.support_y_TE[task_T1, at_TB]
+
+
+def prototypes(f_TEF: Tensor, ways: int) -> Tensor:
+    """Mean feature of every class; examples lie class by class -> _TNF."""
+    tasks, examples, features = f_TEF.shape
+    return f_TEF.view(tasks, ways, examples // ways, features).mean(2)
+
+
+def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
+    """Squared Euclidean distance of every example to every prototype -> _TEN."""
+    # |a - b|^2 written out: the direct difference is E x N x F numbers, 20 times the work at 20 ways.
+    products_TEN = f_TEF @ prototypes_TNF.transpose(1, 2)
+    return (
+        f_TEF.square().sum(-1, keepdim=True) - 2 * products_TEN + prototypes_TNF.square().sum(-1).unsqueeze(1)
+    )
+
+
+def adapted(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+    proximal: float | None = None,
+    inner_optimizer: str | None = None,
+) -> Tensor:
+    """Gradient steps on the support set, from the state's weights -> outputs_ITEN.
+
+    With Statistics.SUPPORT the support set goes along with the queries, so that every layer's statistics are
+    those of the same weights. Where the head alone is adapted, the body is passed once.
+    """
+    if state.rates.keys() <= set(HEAD) and all(
+        len(rows) == 1 for rows in (state.norm | state.running).values()
+    ):
+        support_TEF, query_TEF = _features(derivatives, state, episodes, statistics)
+        features = Episodes(
+            support_TEF, episodes.support_y_TE, query_TEF, episodes.query_y_TE, None, episodes.batches_TIB
+        )
+        derivatives = Autograd(HeadNet(derivatives.net.outputs, derivatives.net.objective))
+        episodes, state, statistics = features, head_state(state), Statistics.OWN
+    tasks = len(episodes.support_y_TE)
+    stepped: Stepper = state.stepped if proximal is None else pulled(state, proximal)
+    if inner_optimizer == "adam":
+        stepped = AdamSteps(state, tasks)
+    query, along = _with_support(derivatives, episodes, statistics)
+    support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+    fast = expanded(state.slow, tasks)
+    outputs = []
+    for step in range(inner_steps + 1):
+        norm = NormPass(state.norm, state.running, max(step - 1, 0), statistics, along)
+        outputs.append(derivatives.logits(fast, query, norm)[:, along:])
+        if step < inner_steps:
+            norm = NormPass(state.norm, state.running, step)
+            batch = mini_batch(episodes, step)
+            prepared = support if batch is None else derivatives.prepare(*batch)
+            fast = stepped(fast, derivatives.gradient(fast, prepared, norm).fast, step)
+    return torch.stack(outputs)
+
+
+def _with_support(derivatives: Derivatives, episodes: Episodes, statistics: Statistics) -> tuple[object, int]:
+    """The query set, with Statistics.SUPPORT behind the support set; and how many examples that is."""
+    if statistics is not Statistics.SUPPORT:
+        return derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE), 0
+    both_TECHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], dim=1)
+    along = episodes.support_y_TE.shape[1]
+    return derivatives.prepare(both_TECHW, episodes.query_y_TE, along), along
+
+
+def _features(
+    derivatives: Derivatives, state: MetaState, episodes: Episodes, statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """What the head reads of the support and the query set under the state's weights -> two _TEF."""
+    slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
+    support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+    support_TEF, _ = derivatives.features(slow, support, NormPass(state.norm, state.running, 0))
+    query, along = _with_support(derivatives, episodes, statistics)
+    norm = NormPass(state.norm, state.running, 0, statistics, along)
+    query_TEF, _ = derivatives.features(slow, query, norm)
+    return support_TEF, query_TEF[:, along:]
+
+
+def fine_tuned(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+) -> Tensor:
+    """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
+    net, slow = derivatives.net, state.slow
+    if net.objective is CLASSIFICATION:
+        weight = slow["linear.weight"]
+        zeros = weight.new_zeros(net.outputs, weight.shape[1]), weight.new_zeros(net.outputs)
+        slow = slow | dict(zip(HEAD, zeros, strict=True))
+    return adapted(
+        derivatives, replace(state, slow=slow), episodes, inner_steps=inner_steps, statistics=statistics
+    )
+
+
+def by_prototypes(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+) -> Tensor:
+    """The class of the nearest prototype (Snell et al. 2017)."""
+    support_TEF, query_TEF = _features(derivatives, state, episodes, statistics)
+    return -class_distances(query_TEF, prototypes(support_TEF, derivatives.net.outputs)).unsqueeze(0)
+
+
+def by_neighbours(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+) -> Tensor:
+    """The class of the nearest support example, Euclidean in the features."""
+    support_TEF, query_TEF = _features(derivatives, state, episodes, statistics)
+    distances_TEM = class_distances(query_TEF, support_TEF)
+    tasks, queries, _ = distances_TEM.shape
+    return -distances_TEM.view(tasks, queries, derivatives.net.outputs, -1).amin(3).unsqueeze(0)
