@@ -8,14 +8,20 @@ from collections.abc import Iterable
 from dataclasses import Field, fields
 from typing import Any
 
-from mamlctl.config import EvalConfig, TrainConfig
+from mamlctl.config import FIELDS, EvalConfig, TrainConfig
 
 Problem = tuple[str, str]  # the fact, the way out
 
 # A setting that only its switch gives a meaning to.
 NEEDS = {"msl_epochs": "msl", "da_epochs": "da", "min_meta_lr": "ca"}
 # A setting that only some networks have.
-OF_NETS = {"hidden": ("mlp",), "pooling": ("conv4",), "readout": ("conv4",), "activation": ("conv4", "mlp")}
+OF_NETS = {
+    "filters": ("conv4", "resnet12"),
+    "hidden": ("mlp",),
+    "pooling": ("conv4",),
+    "readout": ("conv4",),
+    "activation": ("conv4", "mlp"),
+}
 
 
 def flag(name: str) -> str:
@@ -38,12 +44,17 @@ def check(config: TrainConfig) -> list[Problem]:
                 (f"{flag(name)} has no effect without {flag(switch)}", f"add {flag(switch)} or leave it out")
             )
     for name, nets in OF_NETS.items():
-        if getattr(config, name) is not None and config.net not in nets:
+        if getattr(config, name) != FIELDS[name].default and config.net not in nets:
             problems.append((f"{flag(name)} has no effect with --net {config.net}", "leave it out"))
     if config.hidden is not None and not all(
         width.isdecimal() and int(width) for width in config.hidden.split("-")
     ):
         problems.append((f"--hidden is {config.hidden!r}", "write widths like 256-128-64-64"))
+    if config.net == "mlp" and config.precision == "bf16":
+        problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
+    if config.train_shots is not None and config.train_shots < config.shots:
+        fact = f"--train-shots {config.train_shots} is below --shots {config.shots}"
+        problems.append((fact, f"use --train-shots {config.shots} or more"))
     if config.meta_lr_final is not None and config.ca:
         problems.append(("--meta-lr-final and --ca both move the meta learning rate", "leave one out"))
     if config.msl and config.inner_steps < 2:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -29,33 +29,32 @@ class Resolved:
 
 def resolve(
     layers: Sequence[Layer],
-    implied: Callable[[Mapping[str, Any]], list[Layer]],
+    implied: Callable[[Sequence[Layer]], list[Layer]],
     more_problems: Callable[[TrainConfig, Mapping[str, str]], list[Problem]] = lambda config, sources: [],
     forced: Callable[[TrainConfig], Mapping[str, Any]] = lambda config: {},
 ) -> Resolved:
     """Lay `layers` (name, values), weakest first, over the dataclass's defaults.
 
-    `implied`: the layers below them that follow from what they say, such as an algorithm's defaults.
+    `implied`: the layers with those that follow from what they say, such as an algorithm's defaults.
     `more_problems` gets the settings and where each comes from. `forced`: settings that can have one value
     only; where a preset or file has another it gives way, while a flag is refused.
     Raises SettingsError with every problem found: unknown keys, wrong types, limits, rules between fields.
     """
     problems: list[Problem] = []
-    said = {str(key): value for _, values in layers for key, value in values.items()}
     try:
-        stack = [*implied(said), *layers]
+        stack = implied(layers)
     except SettingsError as error:
         problems += error.problems
         stack = list(layers)
     merged = OmegaConf.structured(TrainConfig)
+    OmegaConf.set_readonly(merged, False)  # it takes that over from the frozen dataclass
     sources = dict.fromkeys(FIELDS, "default")
     for source, values in stack:
         for key, value in values.items():
-            problem = _problem_of_value(source, str(key), value)
+            problem = _set(merged, source, str(key), value)
             if problem:
                 problems.append(problem)
             else:
-                merged = OmegaConf.merge(merged, {key: value})
                 sources[key] = source
     config = TrainConfig(**{str(key): value for key, value in merged.items()})
     config = _settled(config, sources, forced)
@@ -66,14 +65,15 @@ def resolve(
     return Resolved(config, sources)
 
 
-def _problem_of_value(source: str, key: str, value: Any) -> Problem | None:
+def _set(merged: DictConfig, source: str, key: str, value: Any) -> Problem | None:
+    """Give a setting its value -> None, or why not."""
     if key not in FIELDS:
         place = "" if source == "--set" else f" in {source}"
         return f"unknown setting '{key}'{place}", nearest(
             key, FIELDS, otherwise="--print-config shows them all"
         )
     try:
-        OmegaConf.merge(OmegaConf.structured(TrainConfig), {key: value})
+        OmegaConf.update(merged, key, value)
     except OmegaConfBaseException:
         wanted = str(FIELDS[key].type).replace(" | None", "")
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[
@@ -89,13 +89,15 @@ def _settled(
     """Drop what a preset or file says that a stronger layer made meaningless; flags are refused."""
     values = dict(forced(config))
     values |= {name: None for name, switch in NEEDS.items() if not getattr(config, switch)}
-    values |= {name: None for name, nets in OF_NETS.items() if config.net not in nets}
+    values |= {name: FIELDS[name].default for name, nets in OF_NETS.items() if config.net not in nets}
+    if config.ca:
+        values["meta_lr_final"] = None
     changed = {
         name: value
         for name, value in values.items()
         if sources[name] not in COMMAND_LINE and getattr(config, name) != value
     }
-    sources.update(dict.fromkeys(changed, "default"))
+    sources.update(dict.fromkeys(changed, "other settings"))
     return replace(config, **changed)
 
 

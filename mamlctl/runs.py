@@ -193,7 +193,7 @@ def open_run(path: Path) -> RunFolder:
         if missing := FIELDS.keys() - stored.keys():
             raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
         # Every setting is there, so no algorithm's defaults are asked for.
-        config = resolve([(str(path / CONFIG), stored)], lambda said: []).config
+        config = resolve([(str(path / CONFIG), stored)], list).config
     except SettingsError as error:
         raise MamlctlError(
             f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"

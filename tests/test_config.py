@@ -1,11 +1,13 @@
 """Settings: precedence, every problem at once, what is derived, and the presets that ship."""
 
+from dataclasses import asdict
+
 import pytest
 
 from mamlctl.checks import check
 from mamlctl.commands.data import resolve_settings
 from mamlctl.config import FIELDS, IMPROVEMENTS, TrainConfig, derive
-from mamlctl.engine.algorithms import algorithm_problems
+from mamlctl.engine.algorithms import ALGORITHMS, algorithm_problems
 from mamlctl.errors import SettingsError
 from mamlctl.layers import load_file, load_preset, parse_sets, preset_names, resolve, to_yaml
 
@@ -111,7 +113,7 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
     text = to_yaml(config, completed)
     assert "msl_epochs: null  # derived: 10\n" in text
     (tmp_path / "config.yaml").write_text(text)
-    assert resolve([("file", load_file(tmp_path / "config.yaml"))], lambda name: {}).config == config
+    assert resolve([("file", load_file(tmp_path / "config.yaml"))], list).config == config
 
 
 def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):
@@ -226,7 +228,12 @@ REFUSED = [
     ({"dataset": "sinusoid", "ways": 5}, "--ways has no meaning: sinusoid has no classes"),
     ({"dataset": "sinusoid", "net": "conv4"}, "--net conv4 needs images"),
     ({"dataset": "sinusoid", "algo": "protonet"}, "--algo protonet needs classes"),
-    ({"dataset": "sinusoid", "algo": "maml++"}, "--bnwb has no meaning: sinusoid is learnt without"),
+    ({"dataset": "sinusoid", "bnwb": True}, "--bnwb has no meaning: sinusoid is learnt without"),
+    ({"algo": "transfer", "adapts": "body"}, "--adapts body does nothing with --algo transfer"),
+    ({"algo": "reptile", "shots": 15}, "--train-shots 10 is below --shots 15"),
+    ({"algo": "transfer", "inner_steps": 2}, "--inner-steps is 2, but --algo transfer means 0"),
+    ({"net": "mlp", "filters": 8}, "--filters has no effect with --net mlp"),
+    ({"net": "mlp", "precision": "bf16"}, "--precision bf16 has no effect"),
     ({"net": "resnet12", "pooling": "max"}, "--pooling has no effect with --net resnet12"),
     ({"net": "mlp", "hidden": "40-x"}, "--hidden is '40-x'"),
 ]
@@ -250,3 +257,28 @@ def test_curves_bring_their_own_defaults_under_the_algorithms():
     assert (config.algo, config.net, config.inner_lr, config.meta_batch_size) == ("maml", "mlp", 0.01, 25)
     config = resolved(("flag", {"dataset": "sinusoid", "algo": "reptile"})).config
     assert (config.inner_lr, config.meta_batch_size, config.net) == (0.001, 5, "mlp")
+
+
+def test_settings_the_algorithm_needs_cannot_be_taken_away():
+    facts = problems_of(("preset p", {"algo": "reptile"}), ("--set", {"inner_optimizer": None}))
+    assert facts == ["--algo reptile needs --inner-optimizer"]
+
+
+@pytest.mark.parametrize("new", sorted(ALGORITHMS))
+@pytest.mark.parametrize("old", sorted(ALGORITHMS))
+def test_a_settings_file_of_one_algorithm_becomes_another_as_if_it_were_new(old, new):
+    """`--config RUN/config.yaml --algo NEW`: nothing that made the old one what it was stays."""
+    written = asdict(resolved(("flag", {"algo": old, "ways": 7})).config)
+    found = resolved(("config.yaml", written), ("flag", {"algo": new})).config
+    assert found == resolved(("flag", {"algo": new, "ways": 7})).config
+
+
+def test_maml_plus_plus_learns_curves_without_what_only_images_have():
+    config = resolved(("flag", {"dataset": "sinusoid", "algo": "maml++", "inner_steps": 3})).config
+    assert config.improvements == ("msl", "da", "lslr", "ca")
+    flags = {"dataset": "sinusoid", "algo": "maml++", "inner_steps": 3, "bnrs": False, "bnwb": False}
+    assert resolved(("flag", flags)).config == config
+
+
+def test_cosine_annealing_takes_the_place_of_reptiles_straight_line():
+    assert resolved(("flag", {"algo": "reptile", "ca": True})).config.meta_lr_final is None

@@ -231,7 +231,6 @@ def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
         for name, tensor in slow.items():
             assert close(found.grads[name], before[name] - tensor.detach(), 1e-6), name
         # Half of the way, as an outer rate of 0.5 goes.
-        step.config = copy.copy(step.config)
         step.optimizer.set_lr(0.5)
         step.move(found)
         with torch.no_grad():
@@ -506,6 +505,10 @@ def test_every_algorithm_gives_the_same_in_chunks_and_by_either_engine(algo):
         for name, grad in first.grads.items():
             assert close(other.grads[name], grad, 1e-7), (algo, name)
         assert first.query_losses.keys() == other.query_losses.keys()
+        for steps, loss in first.query_losses.items():
+            assert close(other.query_losses[steps], loss, 1e-9), (algo, steps)
+        for name, moment in first.moments.items():
+            assert close(other.moments[name], moment, 1e-9), (algo, name)
 
 
 @pytest.mark.parametrize(
@@ -532,3 +535,31 @@ def test_curves_are_learnt_by_either_engine(algo):
     for name, grad in grads["plain"].items():
         assert close(grads["adjoint"][name], grad, 1e-9), name
     assert any(float(grad.abs().max()) > 0 for grad in grads["plain"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_reptiles_head_alone_on_features_equals_passing_the_whole_net(optimizer):
+    config = small_config(algo="reptile", adapts="head", inner_optimizer=optimizer, train_shots=None)
+    net, state = build(config, IMAGE, CPU)
+    for name, moment in state.moments.items():
+        moment.add_(2.0 if name == "steps" else 0.01)
+    twice = copy.copy(state)
+    twice.running = {name: rows.repeat(2, 1) for name, rows in state.running.items()}
+    named = {"inner_steps": 3, "statistics": Statistics.OWN, "inner_optimizer": optimizer}
+    one, two = (
+        adapted(fastest(net), which.frozen(), random_episodes(config), **named) for which in (state, twice)
+    )
+    assert close(one, two)
+    assert not close(one[3], one[0], 1e-3)
+
+
+@pytest.mark.parametrize("predict", [by_prototypes, by_neighbours])
+def test_running_statistics_normalise_both_sets_that_are_compared(predict):
+    """A query that is a support image lies on its own features then."""
+    config = small_config(algo="nearest", shots=1, queries=1)
+    net, state = build(config, IMAGE, CPU)
+    for rows in state.running.values():
+        rows.add_(0.3)
+    x, y, _, _ = random_episodes(config).sets
+    outputs = predict(fastest(net), state, Episodes(x, y, x, y), inner_steps=0, statistics=Statistics.RUNNING)
+    assert float(outputs[0].amax(-1).abs().max()) < 1e-9  # the distance to itself

@@ -13,7 +13,7 @@ from mamlctl.config import TrainConfig, derive
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
-from mamlctl.data.sets import choice_problems, find, is_curves, set_defaults, set_problems
+from mamlctl.data.sets import choice_problems, find, is_curves, set_defaults, set_forced, set_problems
 from mamlctl.engine.algorithms import ALGORITHMS, algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.engine.devices import DTYPES
 from mamlctl.errors import DataError, SettingsError
@@ -44,15 +44,35 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved
             found.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
         return found + (device_problems(config.device, config.precision, config.cuda_graph) if here else [])
 
-    return resolve(layers, implied, problems, forced_settings)
+    def forced(config: TrainConfig) -> dict[str, Any]:
+        return forced_settings(config) | set_forced(config.dataset)
+
+    return resolve(layers, implied, problems, forced)
 
 
-def implied(said: Mapping[str, Any]) -> list[Layer]:
-    """The layers that follow from the data set and the algorithm that settings name."""
+def implied(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers with what the data set and the algorithm imply.
+
+    The algorithm's lies below the layer that names it, and so over a preset or file of another algorithm; of
+    that one, what the other algorithm implied is left out.
+    """
+    said = {str(key): value for _, values in layers for key, value in values.items()}
     dataset = str(said.get("dataset", TrainConfig.dataset))
     own = set_defaults(dataset)
     algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
-    return [(f"data set {dataset}", own), (f"algorithm {algo}", algorithm_defaults(algo))]
+    layer = (f"algorithm {algo}", algorithm_defaults(algo))
+    naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
+    before = [(source, _of_any_algorithm(values, algo)) for source, values in layers[:naming]]
+    return [(f"data set {dataset}", own), *before, layer, *layers[naming:]]
+
+
+def _of_any_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
+    """A layer's values without those that belong to the algorithm it names, if that is another one."""
+    entry = ALGORITHMS.get(str(values.get("algo", algo)))
+    if entry is None or values.get("algo", algo) == algo:
+        return dict(values)
+    belong = entry.defaults.keys() | entry.fixed.keys() | set(entry.own)
+    return {name: value for name, value in values.items() if name not in belong}
 
 
 def complete(config: TrainConfig) -> TrainConfig:

@@ -106,11 +106,19 @@ def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     entry, problems = ALGORITHMS[trained.algo], list[Problem]()
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.refuses.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
-    unused |= {name: f"--algo {trained.algo}" for name, setting in fixed.items() if setting in entry.fixed}
+    unused |= {
+        name: f"--algo {trained.algo}, which fixes it"
+        for name, setting in fixed.items()
+        if setting in entry.fixed
+    }
     if is_curves(trained.dataset):
         unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
     if trained.lslr or entry.rates != "tensor":
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
+    if settings.adapts is not None and settings.adapts not in entry.may_adapt:
+        problems.append(
+            (f"--adapts {settings.adapts} does nothing with --algo {trained.algo}", "use all or head")
+        )
     for name, why in unused.items():
         if getattr(settings, name, None) is not None:
             problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))

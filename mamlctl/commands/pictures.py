@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 
 from mamlctl.commands.data import resolve_settings
 from mamlctl.commands.judged import Judged, open_judged
-from mamlctl.commands.train import train
+from mamlctl.commands.train import resume, train
 from mamlctl.config import EvalConfig
-from mamlctl.data.episodes import Episodes, MiniBatches
+from mamlctl.data.episodes import Episodes, MiniBatches, Tasks
 from mamlctl.data.regression import CurveStream
 from mamlctl.data.sets import is_curves
+from mamlctl.engine.algorithms import ALGORITHMS
 from mamlctl.engine.build import build
 from mamlctl.engine.inner import MetaState
 from mamlctl.engine.predict import adapted
+from mamlctl.errors import ExitCode, SettingsError
 from mamlctl.records import Notice, OnEvent
 from mamlctl.report import plots
 from mamlctl.runs import open_run
@@ -57,14 +60,25 @@ def draw(
     """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
 
     `beside`: runs whose curves stand beside this one's; without any, a start pre-trained on all curves by as
-    many meta-steps is made and kept in plots/. Raises what `open_judged` and `train` do.
+    many meta-steps is made and kept in plots/. Raises what `open_judged` and `train` do, KeyboardInterrupt or
+    SystemExit when that pre-training is stopped.
     """
     judged = open_judged(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
     if is_curves(judged.config.dataset):
-        others = list(beside) or [_pretrained(judged, folder / "pretrained", offline, on_event)]
+        others = list(beside)
+        if not others and ALGORITHMS[judged.config.algo].start != "pre-trained":
+            others = [_pretrained(judged, folder / "pretrained", offline, on_event)]
         opened = [open_judged(other, settings, offline=offline, on_event=on_event) for other in others]
+        for other in opened:
+            if other.source.digest != judged.source.digest:
+                fact = (
+                    f"{other.run.path} has curves of {other.config.dataset}, this run {judged.config.dataset}"
+                )
+                raise SettingsError([(fact, "name runs of the same data set")])
         figures = {"regression": plots.regression(_panels([judged, *opened]), name)}
+    elif beside:
+        raise SettingsError([("--beside is for curves, and this run has images", "leave it out")])
     else:
         figures = {"tasks": plots.tasks(_task_pictures(judged), name)}
     metrics = judged.run.metrics()
@@ -82,27 +96,42 @@ def draw(
 
 
 def _pretrained(judged: Judged, path: Path, offline: bool, on_event: OnEvent) -> Path:
-    """A run of `transfer` with as many meta-steps, made once."""
+    """A run of `transfer` with as many meta-steps, made once; one that was stopped goes on."""
+    given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).status().get("status") == "finished":
         return path
     on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
-    values = {name: getattr(judged.run.config, name) for name in SHARED}
-    given = {name: value for name, value in values.items() if value is not None}
-    config = resolve_settings([("run", given | {"algo": "transfer", "report_every": 1000})]).config
-    train(config, out=path, offline=offline, time_limit_s=None, command="", on_event=on_event)
+    if path.is_dir():
+        result = resume(path, {}, **given)
+    else:
+        values = {name: getattr(judged.run.config, name) for name in SHARED} | {
+            "device": judged.config.device
+        }
+        wanted = {name: value for name, value in values.items() if value is not None}
+        layer = wanted | {"algo": "transfer", "report_every": 1000}
+        result = train(resolve_settings([("run", layer)]).config, out=path, **given)
+    if result.reason == "SIGINT":
+        raise KeyboardInterrupt
+    if result.reason:
+        raise SystemExit(ExitCode.TERMINATED)
     return path
 
 
 def _panels(judged: Sequence[Judged]) -> list[list[plots.Panel]]:
-    """A row a task: each run's start, and a random one, before and after adaptation."""
+    """A row a task of the first run: each start, and a random one, before and after adaptation."""
     first = judged[0]
-    scratch = replace(first, predict=adapted, states=[_random_start(first)])
-    titles = {"transfer": "pre-trained", "scratch": "random start"}
-    starts = [(f"{titles.get(run.config.algo, 'meta-learnt')} ({run.config.algo})", run) for run in judged]
-    starts.append(("random start", scratch))
-    stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
+    starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in judged]
+    if not any(title.startswith("random") for title, _ in starts):
+        scratch = replace(first, predict=adapted, states=[_random_start(first)], stream=_bare(first.stream))
+        starts.append(("random start", scratch))
+    stream = _bare(first.stream)
     assert isinstance(stream, CurveStream)
     return [[_panel(run, stream, task, title) for title, run in starts] for task in range(TASKS)]
+
+
+def _bare(stream: Tasks) -> Tasks:
+    """The stream without its mini-batches."""
+    return stream.stream if isinstance(stream, MiniBatches) else stream
 
 
 def _random_start(judged: Judged) -> MetaState:
@@ -112,7 +141,10 @@ def _random_start(judged: Judged) -> MetaState:
 
 def _panel(judged: Judged, stream: CurveStream, task: int, title: str) -> plots.Panel:
     """The curve of one task, and what a start makes of it."""
-    episodes = judged.stream.episodes(task, 1)
+    own = judged.stream
+    # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
+    seen_by = MiniBatches(stream, max(STEPS), own.size) if isinstance(own, MiniBatches) else stream
+    episodes = seen_by.episodes(task, 1)
     low, high = stream.family.window
     x = np.linspace(low, high, POINTS)
     truth = stream.curve(task, x)
@@ -148,8 +180,10 @@ def _outputs(judged: Judged, episodes: Episodes, inner_steps: int) -> torch.Tens
 def _task_pictures(judged: Judged) -> list[plots.TaskPicture]:
     """The first test tasks with the predictions after all inner steps."""
     episodes = judged.stream.episodes(0, TASKS)
-    predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1)
+    predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1).cpu()
     config = judged.config
+    # One query of every class after the other, so that the first ones are of all classes.
+    order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()
 
     def shown(x: torch.Tensor) -> NDArray[np.float64]:
         # Ink is dark on paper, whatever its value in the network.
@@ -158,9 +192,9 @@ def _task_pictures(judged: Judged) -> list[plots.TaskPicture]:
     return [
         plots.TaskPicture(
             shown(episodes.support_x_TECHW[task].unflatten(0, (config.ways, -1))),  # type: ignore[no-untyped-call]
-            shown(episodes.query_x_TECHW[task]),
-            episodes.query_y_TE[task].cpu().numpy(),
-            predicted_TE[task].cpu().numpy(),
+            shown(episodes.query_x_TECHW[task])[order],
+            episodes.query_y_TE[task].cpu()[order].numpy(),
+            predicted_TE[task][order].numpy(),
         )
         for task in range(TASKS)
     ]

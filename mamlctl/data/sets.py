@@ -115,29 +115,37 @@ def set_defaults(name: str) -> Mapping[str, Any]:
     return CURVE_DEFAULTS if is_curves(name) else {}
 
 
+def set_forced(name: str) -> dict[str, Any]:
+    """The settings that can have one value only with the data set `name`, and that value."""
+    return {setting: FIELDS[setting].default for setting in OF_IMAGES} if is_curves(name) else {}
+
+
 def set_problems(config: TrainConfig, sources: Mapping[str, str], given: Sequence[str]) -> list[Problem]:
-    """What does not go with the data set: `sources` that are in `given` count whatever the value."""
+    """What does not go with the data set, of what comes from a source in `given`."""
     problems = choice_problems(config.dataset, split_scheme=config.split_scheme, resize=config.resize)
     if not is_curves(config.dataset):
         return problems
     for name, why in OF_IMAGES.items():
-        default = FIELDS[name].default
-        if sources[name] in given or getattr(config, name) != default:
-            hint = f"add --no-{name}" if default is False else "leave it out"
-            problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", hint))
+        if sources[name] in given and getattr(config, name) is not False:
+            problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
     if config.net != "mlp":
         problems.append(
             (f"--net {config.net} needs images, but {config.dataset} has curves", "use --net mlp")
         )
-    if config.precision == "bf16":
-        problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
     return problems
 
 
 def find(name: str) -> DataSet:
     """The data set `name` of images. Raises SettingsError, with the nearest name, if there is none."""
     if is_curves(name):
-        raise SettingsError([(f"{name} is drawn anew for every task: there is nothing to fetch", "use it")])
+        raise SettingsError(
+            [
+                (
+                    f"{name} is drawn anew for every task: there is nothing to fetch",
+                    f"mamlctl train --dataset {name}",
+                )
+            ]
+        )
     if name not in DATA_SETS:
         raise SettingsError([_unknown(f"unknown data set {name!r}", name, NAMES)])
     return DATA_SETS[name]

@@ -43,7 +43,8 @@ def head_state(state: MetaState) -> MetaState:
     """The head alone, with its rates."""
     slow = {name: state.slow[name] for name in HEAD}
     rates = {name: rate for name, rate in state.rates.items() if name in HEAD}
-    return MetaState(slow, {}, rates, {}, state.rates_learnt)
+    moments = {name: moment for name, moment in state.moments.items() if name in HEAD or name == "steps"}
+    return MetaState(slow, {}, rates, {}, state.rates_learnt, moments)
 
 
 def expanded(slow: Mapping[str, Tensor], tasks: int) -> Params:
@@ -128,12 +129,16 @@ def _with_support(derivatives: Derivatives, episodes: Episodes, statistics: Stat
 
 
 def _features(
-    derivatives: Derivatives, state: MetaState, episodes: Episodes, statistics: Statistics
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    statistics: Statistics,
+    of_support: Statistics = Statistics.OWN,
 ) -> tuple[Tensor, Tensor]:
     """What the head reads of the support and the query set under the state's weights -> two _TEF."""
     slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
     support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-    support_TEF, _ = derivatives.features(slow, support, NormPass(state.norm, state.running, 0))
+    support_TEF, _ = derivatives.features(slow, support, NormPass(state.norm, state.running, 0, of_support))
     query, along = _with_support(derivatives, episodes, statistics)
     norm = NormPass(state.norm, state.running, 0, statistics, along)
     query_TEF, _ = derivatives.features(slow, query, norm)
@@ -159,6 +164,14 @@ def fine_tuned(
     )
 
 
+def _compared(
+    derivatives: Derivatives, state: MetaState, episodes: Episodes, statistics: Statistics
+) -> tuple[Tensor, Tensor]:
+    """Features of both sets that can be compared: running statistics, which no weight leaves, for both."""
+    of_support = Statistics.RUNNING if statistics is Statistics.RUNNING else Statistics.OWN
+    return _features(derivatives, state, episodes, statistics, of_support)
+
+
 def by_prototypes(
     derivatives: Derivatives,
     state: MetaState,
@@ -168,7 +181,7 @@ def by_prototypes(
     statistics: Statistics,
 ) -> Tensor:
     """The class of the nearest prototype (Snell et al. 2017)."""
-    support_TEF, query_TEF = _features(derivatives, state, episodes, statistics)
+    support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
     return -class_distances(query_TEF, prototypes(support_TEF, derivatives.net.outputs)).unsqueeze(0)
 
 
@@ -181,7 +194,7 @@ def by_neighbours(
     statistics: Statistics,
 ) -> Tensor:
     """The class of the nearest support example, Euclidean in the features."""
-    support_TEF, query_TEF = _features(derivatives, state, episodes, statistics)
+    support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
     distances_TEM = class_distances(query_TEF, support_TEF)
     tasks, queries, _ = distances_TEM.shape
     return -distances_TEM.view(tasks, queries, derivatives.net.outputs, -1).amin(3).unsqueeze(0)

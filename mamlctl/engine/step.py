@@ -67,8 +67,13 @@ class MetaStep:
                 return self.measure_as(episodes, ask)
             except torch.OutOfMemoryError as error:
                 if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
+                    hint = (
+                        "use a smaller --meta-batch-size"
+                        if self.whole
+                        else "use --task-chunk auto, or a smaller net"
+                    )
                     message = f"{self.device} has no memory for {self.chunk} tasks at a time"
-                    raise MamlctlError(message, hint="use --task-chunk auto, or a smaller net") from error
+                    raise MamlctlError(message, hint=hint) from error
                 self.chunk = (self.chunk + 1) // 2
             torch.cuda.empty_cache()
 

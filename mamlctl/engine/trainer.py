@@ -99,7 +99,7 @@ class Trainer:
         captured = device.type == "cuda" and config.cuda_graph is not False and entry.captured
         self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
         self.predict = entry.predict(config)
-        self.unrolls_nothing = "first_order" in entry.refuses
+        self.unrolls = entry.unrolls
         self.derivatives = derivatives_of(judged_net or net, next(iter(state.slow.values())), config.engine)
         self.metric = net.objective.metric
         self.position = Position()
@@ -194,7 +194,7 @@ class Trainer:
             meta_loss=means[-1],
             msl_weights=weights,
             meta_lr=self.meta_step.optimizer.lr_now(),
-            first_order=None if self.unrolls_nothing else first_order,
+            first_order=first_order if self.unrolls else None,
             tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
             memory_bytes=memory_bytes(self.device),
             # Of rates for each weight, their mean.
