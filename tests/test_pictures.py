@@ -14,6 +14,7 @@ from mamlctl.commands.pictures import POINTS, STEPS, _panels, _task_pictures, dr
 from mamlctl.commands.train import train
 from mamlctl.config import EvalConfig
 from mamlctl.data.regression import FAMILIES
+from mamlctl.errors import SettingsError
 from mamlctl.runs import open_run
 
 SHORT = {"epochs": 1, "steps_per_epoch": 30, "val_tasks": 20}
@@ -113,3 +114,32 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
     assert (support == 1).mean() > 0.5  # paper is white, ink dark
     names = {file.name for file in draw(path, EvalConfig(), [], offline=True, on_event=silent)}
     assert {"tasks.png", "training.svg", "rates.png"} <= names
+
+
+def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
+    """Reptile, with mini-batches of its own, and a pre-trained run: the same truth and examples."""
+    small = {"dataset": "sinusoid", "shots": 5}
+    reptile = trained(tmp_path / "reptile", algo="reptile", queries=10, steps_per_epoch=4, **small)
+    transfer = trained(tmp_path / "transfer", algo="transfer", seed=3, steps_per_epoch=4, **small)
+    opened = [
+        open_judged(path, EvalConfig(), offline=True, on_event=silent) for path in (curves, reptile, transfer)
+    ]
+    for row in _panels(opened):
+        titles = [panel.title for panel in row]
+        assert titles == [
+            "meta-learnt (maml)",
+            "meta-learnt (reptile)",
+            "pre-trained (transfer)",
+            "random start",
+        ]
+        for panel in row[1:]:
+            assert np.array_equal(panel.truth, row[0].truth)
+            assert np.array_equal(panel.support_x, row[0].support_x)
+            assert np.isfinite([curve.mse for curve in panel.curves]).all()
+    assert draw(curves, EvalConfig(), [transfer], offline=True, on_event=silent)
+
+
+def test_runs_of_other_data_are_not_drawn_beside(curves, tmp_path):
+    other = trained(tmp_path / "line", dataset="line", shots=5, steps_per_epoch=2)
+    with pytest.raises(SettingsError, match="has curves of line, this run sinusoid"):
+        draw(curves, EvalConfig(), [other], offline=True, on_event=silent)

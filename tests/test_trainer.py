@@ -40,7 +40,8 @@ def config_of(**settings):
 def trainer_of(run, config, *, stop_at=None, events=None):
     """`stop_at`: the number of the question to `stop_reason` that is answered with a stop."""
     packed = patterns()
-    net, state = build(config, (1, 16, 16), CPU)
+    net, state = build(config, (1, 16, 16), CPU, classes=8)
+    judged_net, _ = build(config, (1, 16, 16), torch.device("meta"))
     common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
     streams = {
         split: TaskStream(packed, classes, split=split, seed=0, device=CPU, dtype=torch.float64, **common)
@@ -53,7 +54,15 @@ def trainer_of(run, config, *, stop_at=None, events=None):
 
     kept = events if events is not None else []
     return Trainer(
-        config, net, state, streams, run, device=CPU, on_event=kept.append, stop_reason=stop_reason
+        config,
+        net,
+        state,
+        streams,
+        run,
+        device=CPU,
+        on_event=kept.append,
+        stop_reason=stop_reason,
+        judged_net=judged_net,
     )
 
 
@@ -94,6 +103,34 @@ def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(
         path.name for path in whole.checkpoints.iterdir()
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algo": "reptile", "inner_optimizer": "adam", "train_shots": 4, "inner_batch": 2, "meta_lr": 0.5},
+        {"algo": "reptile", "inner_optimizer": "sgd", "inner_batch": 2, "meta_lr": 0.5, "inner_steps": 2},
+        {"algo": "alpha-maml", "hyper_lr": 0.02},
+        {"algo": "meta-sgd"},
+        {"algo": "anil", "adapts": "head"},
+        {"algo": "imaml", "proximal": 2.0, "cg_steps": 2, "inner_steps": 2},
+        {"algo": "transfer", "inner_steps": 0, "eval_inner_steps": 2},
+        {"algo": "protonet", "inner_steps": 0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_each_algorithm_goes_on_to_the_bit(tmp_path, settings):
+    config = config_of(
+        **settings, bnrs=False, epochs=2, meta_lr_final=0.0 if "reptile" in settings.values() else None
+    )
+    whole = make_run(tmp_path / "whole", config)
+    assert trainer_of(whole, config).train() == ""
+    run = make_run(tmp_path / "run", config)
+    assert trainer_of(run, config, stop_at=3).train() == "asked"
+    trainer = trainer_of(run, config)
+    trainer.resume()
+    assert trainer.train() == ""
+    assert comparable(run) == comparable(whole)
 
 
 def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):

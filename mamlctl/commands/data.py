@@ -40,7 +40,7 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved
     def problems(config: TrainConfig, sources: Mapping[str, str]) -> list[Problem]:
         found = algorithm_problems(config) + set_problems(config, sources, COMMAND_LINE)
         entry = ALGORITHMS.get(config.algo)
-        if is_curves(config.dataset) and entry is not None and not entry.curves:
+        if is_curves(config.dataset) and entry is not None and entry.on_curves is None:
             found.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
         return found + (device_problems(config.device, config.precision, config.cuda_graph) if here else [])
 
@@ -60,7 +60,7 @@ def implied(layers: Sequence[Layer]) -> list[Layer]:
     dataset = str(said.get("dataset", TrainConfig.dataset))
     own = set_defaults(dataset)
     algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
-    layer = (f"algorithm {algo}", algorithm_defaults(algo))
+    layer = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset)))
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     before = [(source, _of_any_algorithm(values, algo)) for source, values in layers[:naming]]
     return [(f"data set {dataset}", own), *before, layer, *layers[naming:]]

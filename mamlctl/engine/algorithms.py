@@ -41,7 +41,9 @@ class Algorithm:
     head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
     adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be parted
-    curves: bool = True  # whether it makes sense of values, not classes
+    on_curves: Mapping[str, Any] | None = field(
+        default_factory=dict
+    )  # defaults there; None: it needs classes
     unrolls: bool = False  # whether the inner loop is differentiated, so that there is an order
     start: str = "meta-learnt"  # what its weights are, in words for pictures
     may_adapt: tuple[str, ...] = ("all", "head", "body")
@@ -84,6 +86,7 @@ def _refusals(why: str, *names: str) -> dict[str, str]:
 NO_LOOP = _refusals("there is no inner loop in training", "msl", "da", "first_order", "lslr", "bnrs", "bnwb")
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
+FINE_TUNING_CURVES = {"inner_lr": 0.01}  # values as large as 5 make steps of 0.1 diverge
 
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
@@ -183,6 +186,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         whole_batches=True,
         start="pre-trained",
         may_adapt=("all", "head"),  # the new head of zeros gives the body no gradient to begin with
+        on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING,
         fixed={"inner_steps": 0},
         refuses=NO_LOOP,
@@ -194,6 +198,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         adapts_norm=True,
         start="random start",
         may_adapt=("all", "head"),
+        on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
         fixed={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
         refuses=NO_LOOP | _refusals("nothing is trained", "ca", "meta_lr", "meta_lr_final"),
@@ -203,7 +208,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda config: partial(prototypical, engine=config.engine),
         lambda config: by_prototypes,
         head="none",
-        curves=False,
+        on_curves=None,
         defaults=NO_STEPS,
         fixed=NO_STEPS,
         refuses=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
@@ -213,7 +218,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda config: partial(supervised, engine=config.engine),
         lambda config: by_neighbours,
         head="classes",
-        curves=False,
+        on_curves=None,
         whole_batches=True,
         defaults=NO_STEPS,
         fixed=NO_STEPS,
@@ -272,9 +277,10 @@ def forced_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: _unset(entry, name) for name in unused} | dict(entry.fixed)
 
 
-def algorithm_defaults(name: str) -> Mapping[str, Any]:
-    """The settings that `--algo name` implies. Raises SettingsError for an unknown name."""
+def algorithm_defaults(name: str, *, curves: bool = False) -> Mapping[str, Any]:
+    """What `--algo name` implies, on images or curves. Raises SettingsError for an unknown name."""
     if name not in ALGORITHMS:
         hint = nearest(name, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         raise SettingsError([(f"unknown algorithm '{name}'", hint)])
-    return ALGORITHMS[name].defaults
+    entry = ALGORITHMS[name]
+    return {**entry.defaults, **(entry.on_curves or {} if curves else {})}
