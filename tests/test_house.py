@@ -21,7 +21,7 @@ FLOORS = [
     ["checks"],
     ["layers"],
     ["runs"],
-    ["data.draws", "data.images", "data.archives"],
+    ["data.draws", "data.files", "data.images", "data.archives"],
     ["data.glyphs", "data.omniglot", "data.episodes"],
     ["data.regression", "report.plots"],
     ["data.sets"],
