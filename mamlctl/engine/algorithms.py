@@ -145,8 +145,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the inner loop's end",
         _implicit,
         lambda config: partial(adapted, proximal=config.proximal),
-        # A pull of 1 with steps of 0.1 diverges after 200 meta-steps (Omniglot 5-way 1-shot).
-        defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.05},
+        # Omniglot 5-way 1-shot: with a pull of 1, steps of 0.1 diverge after 200 meta-steps; steps of 0.05
+        # with this pull get worse after 600 (84.4 %, then 70.0 % at 1,000), those of 0.02 do not (83.5 %).
+        defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
         own=("proximal", "cg_steps"),
         refuses=_refusals(
             "the implicit gradient is taken at the last weights alone",
