@@ -38,7 +38,10 @@ class TrainConfig:
     """All that decides a training run. `None` means: derived, by `derive` or by the data set."""
 
     dataset: str = setting(
-        "omniglot", EPISODE, "Data set to draw tasks from: omniglot, glyphs, sinusoid, line or harmonic."
+        "omniglot",
+        EPISODE,
+        "Data set: a name of `fetch --list`, a folder with a folder of images per class, or curves: "
+        "sinusoid, line, harmonic.",
     )
     ways: int = setting(5, EPISODE, "Classes per task.", least=2)
     shots: int = setting(1, EPISODE, "Support examples per class.", least=1)
@@ -49,7 +52,14 @@ class TrainConfig:
     split_scheme: str | None = setting(
         None,
         EPISODE,
-        "How classes are split into train, val and test (omniglot: maml++, vinyals, lake).",
+        "How classes are split into train, val and test (omniglot: maml++, vinyals, lake; a folder: folders, "
+        "fractions).",
+    )
+    split_fractions: str | None = setting(
+        None, EPISODE, "Shares of train, val and test among a folder's classes. Default: 64-16-20."
+    )
+    strict: bool = setting(
+        False, EPISODE, "Refuse a folder with unreadable images or too small classes; else they are left out."
     )
     rotations: str | None = setting(
         None,
@@ -57,7 +67,30 @@ class TrainConfig:
         "Quarter turns of training classes: one a task, new classes, or none.",
         choices=("augment", "classes", "none"),
     )
-    ink: int = setting(1, EPISODE, "Value of ink; paper has the other one.", choices=(0, 1))
+    augment: str | None = setting(
+        None,
+        EPISODE,
+        "Random changes of every training image: mirrored, shifted by up to an eighth, both, or none.",
+        choices=("flips", "crops", "flips+crops", "none"),
+    )
+    ink: int | None = setting(
+        None,
+        EPISODE,
+        "Value of ink (black); paper has the other one. Default: 1 for characters.",
+        choices=(0, 1),
+    )
+    normalize: str | None = setting(
+        None,
+        EPISODE,
+        "Shift and scale colours by ImageNet's mean and deviation. Default: sets of colour images.",
+        choices=("none", "imagenet"),
+    )
+    image_size: int | None = setting(
+        None, EPISODE, "Side of the images in pixels. Default: the data set's; 84 for a folder.", least=4
+    )
+    channels: int | None = setting(
+        None, EPISODE, "1 (grey) or 3 (colour). Default: the data set's; 3 for a folder.", choices=(1, 3)
+    )
     resize: str | None = setting(
         None,
         EPISODE,
@@ -255,6 +288,9 @@ class EvalConfig:
         EPISODE,
         "Query examples per class. Default: as in training.",
         least=1,
+    )
+    dataset: str | None = setting(
+        None, EPISODE, "Test on another data set, its images brought to the run's shape. Default: the run's."
     )
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the task list. Default: the run's.", least=0, below=SEEDS

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ignore
 
+from mamlctl.config import TrainConfig
 from mamlctl.data import glyphs
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import load_pack
-from mamlctl.data.sets import DATA_SETS, choice_problems, open_data_set
+from mamlctl.data.sets import DATA_SETS, choice_problems, find
 from mamlctl.errors import DataError, SettingsError
 
 
@@ -157,17 +158,18 @@ def test_local_archives_have_no_effect_on_a_drawn_set(tmp_path):
 
 
 def test_sets_are_opened_by_name(glyphs_root):
-    packed, splits = open_data_set("glyphs", root=glyphs_root, on_event=ignore)
-    assert packed.images_MCHW.shape[1:] == DATA_SETS["glyphs"].image_shape_CHW
-    assert set(splits) == {"train", "val", "test"}
+    data_set = find("glyphs")
+    packed = data_set.open_pack(glyphs_root, "none", on_event=ignore)
+    assert packed.images_MCHW.shape[1:] == data_set.image_shape_CHW
+    assert set(data_set.split_classes(packed, "own", 0)) == {"train", "val", "test"}
     assert all(name == data_set.name for name, data_set in DATA_SETS.items())
 
 
 def test_unknown_choices_are_told_with_the_nearest():
-    assert choice_problems("omniglott", split_scheme=None, resize=None) == [
+    assert choice_problems(TrainConfig(dataset="omniglott")) == [
         ("unknown data set 'omniglott'", "did you mean 'omniglot'?")
     ]
-    assert choice_problems("omniglot", split_scheme="vinyal", resize="none") == [
+    assert choice_problems(TrainConfig(split_scheme="vinyal", resize="none")) == [
         ("omniglot has no --split-scheme 'vinyal'", "did you mean 'vinyals'?"),
         ("omniglot has no --resize 'none'", "use bilinear or bicubic or lanczos or box or nearest"),
     ]

@@ -9,7 +9,7 @@ from conftest import ignore
 from PIL import Image
 
 from mamlctl.data import omniglot
-from mamlctl.data.sets import open_data_set
+from mamlctl.data.sets import find
 from mamlctl.errors import DataError
 from mamlctl.records import Notice, Progress
 
@@ -128,7 +128,7 @@ def test_fetch_again_changes_nothing_and_says_so(omniglot_root, packed):
 
 def test_absent_set_is_told_with_the_command(tmp_path):
     with pytest.raises(DataError, match=f"omniglot is not at {tmp_path}") as raised:
-        open_data_set("omniglot", root=tmp_path, on_event=ignore)
+        find("omniglot").open_pack(tmp_path, "box", on_event=ignore)
     assert raised.value.hint == "mamlctl fetch omniglot"
     assert list(tmp_path.iterdir()) == []
 

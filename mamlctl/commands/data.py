@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mamlctl.checks import Problem
 from mamlctl.config import TrainConfig, derive
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
-from mamlctl.data.sets import choice_problems, find, is_curves, set_defaults, set_forced, set_problems
+from mamlctl.data.sets import (
+    choice_problems,
+    find,
+    is_curves,
+    is_path,
+    open_images,
+    set_defaults,
+    set_forced,
+    set_problems,
+)
 from mamlctl.engine.algorithms import ALGORITHMS, algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.engine.devices import DTYPES
 from mamlctl.errors import DataError, SettingsError
@@ -45,9 +57,14 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved
         return found + (device_problems(config.device, config.precision, config.cuda_graph) if here else [])
 
     def forced(config: TrainConfig) -> dict[str, Any]:
-        return forced_settings(config) | set_forced(config.dataset)
+        return forced_settings(config) | set_forced(config)
 
-    return resolve(layers, implied, problems, forced)
+    resolved = resolve(layers, implied, problems, forced)
+    # A run must find its folder from wherever it is resumed.
+    if is_path(resolved.config.dataset):
+        path = str(Path(resolved.config.dataset).expanduser().absolute())
+        resolved = replace(resolved, config=replace(resolved.config, dataset=path))
+    return resolved
 
 
 def implied(layers: Sequence[Layer]) -> list[Layer]:
@@ -77,19 +94,15 @@ def _of_any_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
 
 def complete(config: TrainConfig) -> TrainConfig:
     """The settings with nothing left open. Raises SettingsError if the data set lacks such a thing."""
-    problems = choice_problems(config.dataset, split_scheme=config.split_scheme, resize=config.resize)
-    if problems:
+    if problems := choice_problems(config):
         raise SettingsError(problems)
     if is_curves(config.dataset):
         # One output instead of ways; nothing of the others is read.
         none = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         return derive(replace(config, ways=1), none)
-    data_set = find(config.dataset)
-    own = {
-        "split_scheme": data_set.split_schemes[0],
-        "resize": data_set.resizes[0],
-        "rotations": data_set.rotations,
-    }
+    own = find(config.dataset).defaults
+    if config.channels == 1:
+        own["normalize"] = "none"
     return derive(config, own)
 
 
@@ -109,8 +122,9 @@ def open_streams(
         source = Source(family.digest, (1,), {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
-        streams, pools = _image_streams(config, packed, splits, device)
-        source = Source(packed.digest, tuple(packed.images_MCHW.shape[1:]), pools)
+        streams, pools = _image_streams(config, packed, splits, device, on_event)
+        shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
+        source = Source(packed.digest, shape, pools)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 
@@ -144,13 +158,55 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
         data_set.fetch(root, source=None, offline=False, force=False, on_event=on_event)
-    return data_set.open_pack(root, str(config.resize), on_event=on_event)
+    assert config.image_size is not None and config.channels is not None  # as `complete` leaves them
+    packed = open_images(
+        data_set,
+        root,
+        resize=str(config.resize),
+        side=config.image_size,
+        channels=config.channels,
+        on_event=on_event,
+    )
+    if config.strict and (left_out := packed.facts.get("left_out")):
+        raise DataError(f"{len(left_out)} left out, but --strict is on: {left_out[0]}", hint="mend them")
+    return packed
+
+
+def split_of(config: TrainConfig, packed: PackedImages) -> dict[str, NDArray[np.int64]]:
+    """The classes of train, val and test as the settings (complete) split them."""
+    data_set = find(config.dataset, fractions=config.split_fractions)
+    return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
+
+
+def _large_enough(
+    config: TrainConfig,
+    packed: PackedImages,
+    classes: Mapping[str, NDArray[np.int64]],
+    needed: int,
+    on_event: OnEvent,
+) -> dict[str, NDArray[np.int64]]:
+    """The classes with as many images as a task takes; of the user's own images, small ones are left out."""
+    small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
+    if not small or not find(config.dataset).own_files:
+        return dict(classes)
+    named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
+    told = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
+    if config.strict:
+        raise DataError(f"{told}, but --strict is on", hint="use fewer --shots or --queries, or add images")
+    on_event(Notice(f"left out: {told}{', ...' if len(small) > 5 else ''}"))
+    return {split: part[packed.counts[part] >= needed] for split, part in classes.items()}
 
 
 def _image_streams(
-    config: TrainConfig, packed: PackedImages, splits: Sequence[str], device: torch.device
+    config: TrainConfig,
+    packed: PackedImages,
+    splits: Sequence[str],
+    device: torch.device,
+    on_event: OnEvent,
 ) -> tuple[dict[str, Tasks], dict[str, int]]:
-    classes = find(config.dataset).split_classes(packed, str(config.split_scheme), config.split_seed)
+    needed = max(_common(config, split, device)["shots"] for split in splits) + config.queries
+    wanted = {split: part for split, part in split_of(config, packed).items() if split in splits}
+    classes = _large_enough(config, packed, wanted, needed, on_event)
     problems: list[Problem] = []
     rotations = str(config.rotations)
     for split in splits:
@@ -168,7 +224,10 @@ def _image_streams(
             name=config.dataset,
             ways=config.ways,
             rotations=rotations,
-            ink=config.ink,
+            ink=int(config.ink or 0),
+            augment=str(config.augment),
+            normalize=str(config.normalize),
+            channels=config.channels,
             **_common(config, split, device),
         )
         for split in splits

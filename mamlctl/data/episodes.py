@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from mamlctl.data.draws import raw_bits, smallest
 from mamlctl.data.images import PackedImages
 from mamlctl.errors import SettingsError
 
 TURNS = 4  # quarter turns of a square image
+SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
+# Mean and deviation of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,10 @@ def episode_problems(
         pool = len(classes) * _turns_as_classes(split, rotations)
         if pool < ways:
             problems.append(
-                (f"{name} '{split}' has {pool} classes, but --ways is {ways}", f"use --ways {pool} or fewer")
+                (
+                    f"{name} '{split}' has {pool} classes, but --ways is {ways}",
+                    f"use --ways {pool} or fewer" if pool > 1 else "use other splits",
+                )
             )
     counts = packed.counts[np.concatenate(list(splits.values()))]
     fewest = int(counts.min()) if len(counts) else 0
@@ -127,12 +134,41 @@ def _turns_as_classes(split: str, rotations: str) -> int:
     return TURNS if rotations == "classes" and split == "train" else 1
 
 
+class PixelValues:
+    """Stored uint8 images -> what a network sees: 0 to 1, inverted for ink 1, then normalised.
+
+    Grey images become `channels` equal ones. Constants are put on the device once, so that no call waits.
+    """
+
+    def __init__(
+        self, *, ink: int, normalize: str, channels: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._ink, self._channels = ink, channels
+        self._white = torch.tensor(255, device=device, dtype=dtype)
+        self._moments = None
+        if normalize == "imagenet":
+            moments = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device, dtype=dtype)
+            self._moments = moments[..., None, None]
+
+    def __call__(self, x_MCHW: Tensor) -> Tensor:
+        if self._ink == 1:
+            x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
+        values_MCHW = x_MCHW / self._white  # takes the dtype of `_white`
+        if values_MCHW.shape[1] < self._channels:
+            values_MCHW = values_MCHW.expand(-1, self._channels, -1, -1)
+        if self._moments is not None:
+            mean, deviation = self._moments
+            values_MCHW = (values_MCHW - mean) / deviation
+        return values_MCHW
+
+
 class TaskStream:
     """All tasks of a split: number i is the same in every run, batch size and order of asking.
 
     `rotations`: augment (a quarter turn for each class of a training task), classes (each turn of a
     training class is a class of its own, so that two turns of a character may meet), none.
-    `ink`: the value of ink, 1 or 0; stored images have ink 0 and paper 255.
+    `ink`: the value of ink, 1 or 0; stored images have ink 0 and paper 255. `augment`: flips, crops or both,
+    drawn for each image of a training task. `normalize`, `channels`: as `PixelValues` has them.
     """
 
     def __init__(
@@ -150,6 +186,9 @@ class TaskStream:
         ink: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        augment: str = "none",
+        normalize: str = "none",
+        channels: int | None = None,
     ) -> None:
         """Raises SettingsError if the split is too small for such tasks."""
         problems = episode_problems(
@@ -162,18 +201,29 @@ class TaskStream:
         self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
         self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
         self._turns = rotations != "none" and split == "train"
-        self._ink, self.device = ink, device
+        self._augment = augment if split == "train" else "none"
+        self.device = device
+        self._values = PixelValues(
+            ink=ink,
+            normalize=normalize,
+            channels=channels or packed.images_MCHW.shape[1],
+            device=device,
+            dtype=dtype,
+        )
         self._counts, self._starts = packed.counts[classes], packed.starts[classes]
-        # Images of the split alone go to the device, joined class by class.
         self._offsets = np.cumsum(self._counts) - self._counts
         image_M = np.repeat(self._starts - self._offsets, self._counts) + np.arange(self._counts.sum())
-        store_MCHW = torch.from_numpy(packed.images_MCHW[image_M]).to(device)
+        if device.type == "cpu" and not self._turns:
+            # Read where they are mapped from the disk, so that a large set takes the memory of what is used.
+            self._offsets, store_MCHW = self._starts, torch.from_numpy(packed.images_MCHW)
+        else:
+            # Images of the split alone go to the device, joined class by class.
+            store_MCHW = torch.from_numpy(packed.images_MCHW[image_M]).to(device)
         if self._turns:
             # Turned once, here: a task's turn is then index arithmetic too (1.3 of 2 ms a meta-batch before).
             views = [torch.rot90(store_MCHW, turn, dims=(-2, -1)) for turn in range(TURNS)]
             store_MCHW = torch.cat(views)
         self._store_MCHW, self._images = store_MCHW, len(image_M)
-        self._white = torch.tensor(255, device=device, dtype=dtype)
         label_N = torch.arange(ways, device=device)
         self._support_y_E = label_N.repeat_interleave(shots)
         self._query_y_E = label_N.repeat_interleave(queries)
@@ -192,11 +242,10 @@ class TaskStream:
         at_TNE = (self._offsets[class_TN] + turns_TN * self._images)[..., None] + example_TNE
         # index_select copies whole images; indexing by a tensor would go pixel by pixel (18 times slower).
         x_MCHW = self._store_MCHW.index_select(0, self._to_device_no_sync(at_TNE.ravel()))
-        if self._ink == 1:
-            x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
-        x_TNECHW = (x_MCHW / self._white).view(
-            *at_TNE.shape, *x_MCHW.shape[1:]
-        )  # takes the dtype of `_white`
+        if self._augment != "none":
+            x_MCHW = self._augmented(x_MCHW, first, tasks)
+        values_MCHW = self._values(x_MCHW)
+        x_TNECHW = values_MCHW.reshape(*at_TNE.shape, *values_MCHW.shape[1:])
         return Episodes(
             support_x_TECHW=x_TNECHW[:, :, : self.shots].flatten(1, 2),
             support_y_TE=self._support_y_E.repeat(tasks, 1),
@@ -204,6 +253,29 @@ class TaskStream:
             query_y_TE=self._query_y_E.repeat(tasks, 1),
             class_TN=self._to_device_no_sync(class_TN + turns_TN * self._apart),
         )
+
+    def _augmented(self, x_MCHW: Tensor, first: int, tasks: int) -> Tensor:
+        """Each image mirrored or shifted, or both, by words of its task alone."""
+        images, side = len(x_MCHW) // tasks, x_MCHW.shape[-1]
+        purpose = f"{self.split} augment"
+        words = np.stack([raw_bits(self.seed, purpose, first + task, 3 * images) for task in range(tasks)])
+        flip_M, down_M, right_M = words.reshape(tasks * images, 3).T
+        if "flips" in self._augment:
+            mirrored_M = self._to_device_no_sync((flip_M & np.uint64(1)).astype(np.int64)).bool()
+            x_MCHW = torch.where(mirrored_M[:, None, None, None], x_MCHW.flip(-1), x_MCHW)
+        if "crops" in self._augment:
+            most = max(side // SHIFT, 1)
+            places = np.uint64(2 * most + 1)
+            from_M2 = np.stack([down_M % places, right_M % places], axis=-1).astype(np.int64)
+            down, right = self._to_device_no_sync(from_M2).unbind(-1)
+            reach = torch.arange(side, device=self.device)
+            image = torch.arange(len(x_MCHW), device=self.device)[:, None, None]
+            padded_MHWC = functional.pad(x_MCHW, (most,) * 4).permute(0, 2, 3, 1)
+            moved_MHWC = padded_MHWC[
+                image, (down[:, None] + reach)[:, :, None], (right[:, None] + reach)[:, None]
+            ]
+            x_MCHW = moved_MHWC.permute(0, 3, 1, 2)
+        return x_MCHW
 
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """-> position of the class in the split _TN, of the example in its class _TNE, quarter turns _TN."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,7 @@ from mamlctl.runs import replacing, write_json
 FORMAT = 1
 # Larger packs are verified by their shape alone: hashing takes 1 s per 1.8 GB of one server core.
 DIGEST_CHECKED_BELOW = 64 * 1024**2
+HASHED_AT_A_TIME = 8 * 1024**2  # bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class PackedImages:
     starts: NDArray[np.int64]  # where each class begins, and where the last one ends
     names: tuple[str, ...]  # one per class
     digest: str  # sha256 over shape, names, starts and pixels
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else whoever packed them wrote down
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -41,10 +46,16 @@ def pack(images_MCHW: NDArray[np.uint8], counts: NDArray[np.int64], names: tuple
 
 
 def _digest(images_MCHW: NDArray[np.uint8], starts: NDArray[np.int64], names: tuple[str, ...]) -> str:
-    facts = {"shape": images_MCHW.shape, "names": names, "starts": starts.tolist()}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = _digest_of_facts(images_MCHW.shape, starts, names)
     digest.update(np.ascontiguousarray(images_MCHW).data)
     return digest.hexdigest()
+
+
+def _digest_of_facts(
+    shape: tuple[int, ...], starts: NDArray[np.int64], names: tuple[str, ...]
+) -> hashlib._Hash:
+    facts = {"shape": shape, "names": names, "starts": starts.tolist()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
 
 
 def default_data_root() -> Path:
@@ -66,22 +77,85 @@ def is_packed(path: Path) -> bool:
 
 def save_pack(path: Path, packed: PackedImages) -> None:
     """Write `path` (.npy) and its .json sidecar. Raises DataError if the folder cannot be written."""
-    facts = {
-        "format": FORMAT,
-        "shape": list(packed.images_MCHW.shape),
-        "starts": packed.starts.tolist(),
-        "names": list(packed.names),
-        "digest": packed.digest,
-    }
+    with _writing(path) as file:
+        np.save(file, packed.images_MCHW, allow_pickle=False)
+    _save_facts(path, packed.images_MCHW.shape, packed.starts, packed.names, packed.digest, packed.facts)
+
+
+def stream_pack(
+    path: Path,
+    shape_CHW: tuple[int, int, int],
+    names: Sequence[str],
+    images: Iterable[tuple[int, NDArray[np.uint8]]],
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Write images one by one, so that a set larger than memory can be packed.
+
+    `images`: class number and image, class after class; classes that get none are left out. `facts`: what
+    else to write down, asked for at the end. Raises DataError if the folder cannot be written.
+    """
+    counts = np.zeros(len(names), dtype=np.int64)
+    with _writing(path) as file:
+        start = _write_header(file, (len(names), *shape_CHW))
+        for number, image_CHW in images:
+            file.write(image_CHW.tobytes())
+            counts[number] += 1
+        there = counts > 0
+        kept = tuple(name for name, here in zip(names, there, strict=True) if here)
+        starts = np.concatenate([[0], np.cumsum(counts[there])]).astype(np.int64)
+        shape = (int(counts.sum()), *shape_CHW)
+        # numpy leaves room in its header for a larger first dimension.
+        if _write_header(file, shape) != start:
+            raise DataError(f"{path} cannot hold {shape[0]:,} images", hint="pack fewer")
+    digest = _digest_of_facts(shape, starts, kept)
+    with path.open("rb") as written:
+        written.seek(start)
+        while block := written.read(HASHED_AT_A_TIME):
+            digest.update(block)
+    _save_facts(path, shape, starts, kept, digest.hexdigest(), facts())
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
+    """numpy's header of a uint8 array, at the file's start -> where the pixels begin; stays at the end."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    file.seek(0)
+    file.write(header.getvalue())
+    file.seek(0, io.SEEK_END)
+    return len(header.getvalue())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block has ended well. Raises DataError if it cannot."""
     try:
-        # A crash between the two files must not leave an old sidecar beside new pixels.
-        path.with_suffix(".json").unlink(missing_ok=True)
         with replacing(path) as file:
-            np.save(file, packed.images_MCHW, allow_pickle=False)
-        write_json(path.with_suffix(".json"), facts)
+            yield file
+            # A crash between the two files must not leave an old sidecar beside new pixels.
+            path.with_suffix(".json").unlink(missing_ok=True)
     except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}"
-        raise DataError(message, hint="make room or choose another --data-root") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> DataError:
+    message = f"cannot write {path}: {error.strerror or error}"
+    return DataError(message, hint="make room or choose another --data-root")
+
+
+def _save_facts(
+    path: Path,
+    shape: tuple[int, ...],
+    starts: NDArray[np.int64],
+    names: tuple[str, ...],
+    digest: str,
+    facts: Mapping[str, Any],
+) -> None:
+    """The sidecar, which completes a pack."""
+    document = {"format": FORMAT, "shape": list(shape), "starts": starts.tolist(), "names": list(names)}
+    try:
+        write_json(path.with_suffix(".json"), document | {"digest": digest, "facts": dict(facts)})
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def load_pack(path: Path, name: str) -> PackedImages:
@@ -110,4 +184,4 @@ def _from_facts(facts: dict[str, Any], path: Path) -> PackedImages:
         raise ValueError(f"it holds {images_MCHW.dtype} {images_MCHW.shape}, not uint8 {facts['shape']}")
     if len(starts) != len(names) + 1 or starts[-1] != len(images_MCHW) or (np.diff(starts) < 1).any():
         raise ValueError(f"{len(names)} classes do not fit {len(images_MCHW)} images")
-    return PackedImages(images_MCHW, starts, names, str(facts["digest"]))
+    return PackedImages(images_MCHW, starts, names, str(facts["digest"]), facts.get("facts", {}))

@@ -1,0 +1,192 @@
+"""The user's own images: a folder of class folders, or with train, val and test above them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.data.draws import shuffled
+from mamlctl.data.files import FILTERS, class_folders
+from mamlctl.data.images import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.labelled import ImageFile, Shape, decoded, of_path
+from mamlctl.errors import DataError, SettingsError
+from mamlctl.records import Notice, OnEvent
+
+SIDE, CHANNELS = 84, 3  # mini-ImageNet's, for which the field's networks are made
+RESIZES = tuple(FILTERS)
+SPLITS = ("train", "val", "test")
+SPLIT_SCHEMES = ("folders", "fractions")
+FRACTIONS = "64-16-20"  # mini-ImageNet's classes
+TOLD = 5  # files that are named before "and n more"
+
+
+def fetch(
+    folder: Path,
+    root: Path,
+    *,
+    source: Sequence[Path] | None,
+    offline: bool,
+    force: bool,
+    on_event: OnEvent,
+) -> PackedImages:
+    """Pack the folder as `open_pack` does by default. Raises DataError and SettingsError."""
+    if source:
+        raise SettingsError([(f"--from has no effect on {folder}, which is the source", "leave it out")])
+    if force:
+        for sidecar in _home(folder, root).glob("*.json"):
+            sidecar.unlink()
+    return open_pack(folder, root, on_event=on_event)
+
+
+def is_here(folder: Path, root: Path) -> bool:
+    """Always: what is not packed yet, `open_pack` packs."""
+    return True
+
+
+def open_pack(
+    folder: Path,
+    root: Path,
+    resize: str = RESIZES[0],
+    *,
+    side: int = SIDE,
+    channels: int = CHANNELS,
+    on_event: OnEvent,
+) -> PackedImages:
+    """All images of the folder; packed anew if a file came, went or changed since.
+
+    Images that cannot be read, and classes without any, are left out and written down. Raises DataError if
+    nothing is left, or there is no folder of such a form.
+    """
+    classes = _classes(folder)
+    stamp = _stamp(folder, classes)
+    path = _home(folder, root) / f"{side}x{side}x{channels}-{resize}.npy"
+    if is_packed(path):
+        packed = load_pack(path, str(folder))
+        if packed.facts.get("stamp") == stamp:
+            _tell(packed.facts["left_out"], on_event)
+            return packed
+        on_event(Notice(f"{folder} has changed since it was packed: packing it anew"))
+    names = list(classes)
+    files = [of_path(file, folder, label) for label, name in enumerate(names) for file in classes[name]]
+    left_out = [f"{name} (an empty class)" for name in names if not classes[name]]
+    if not files:
+        raise DataError(
+            f"{folder} holds no images", hint="put the images of each class into a folder of its own"
+        )
+    _pack(path, Shape(side, channels, resize), names, files, left_out, stamp, on_event)
+    packed = load_pack(path, str(folder))
+    _tell(packed.facts["left_out"], on_event)
+    return packed
+
+
+def _pack(
+    path: Path,
+    shape: Shape,
+    names: Sequence[str],
+    files: Sequence[ImageFile],
+    left_out: list[str],
+    stamp: str,
+    on_event: OnEvent,
+) -> None:
+    images = decoded(
+        files,
+        shape,
+        what=path.parent.name,
+        on_event=on_event,
+        on_bad=lambda error: left_out.append(str(error)),
+    )
+    stream_pack(path, shape.chw, names, images, lambda: {"stamp": stamp, "left_out": left_out})
+
+
+def split_classes(
+    packed: PackedImages, scheme: str, seed: int, fractions: str = FRACTIONS
+) -> dict[str, NDArray[np.int64]]:
+    """By the folders train, val and test, or by `fractions` of the classes, shuffled by `seed`.
+
+    Without a folder val, or test, its share of `fractions` is taken from train.
+    """
+    of_folder = np.array([name.partition("/")[0] for name in packed.names])
+    if scheme == "fractions":
+        return dict(zip(SPLITS, _parted(np.arange(len(of_folder)), seed, _shares(fractions)), strict=True))
+    found = {split: np.flatnonzero(of_folder == split) for split in SPLITS}
+    shares = [
+        share if not len(found[split]) else 0.0
+        for split, share in zip(SPLITS, _shares(fractions), strict=True)
+    ]
+    if sum(shares):
+        shares[0] = 1 - sum(shares[1:])
+        for split, part in zip(SPLITS, _parted(found["train"], seed, shares), strict=True):
+            found[split] = part if split == "train" or not len(found[split]) else found[split]
+    return found
+
+
+def _shares(fractions: str) -> list[float]:
+    parts = [float(part) for part in fractions.split("-")]
+    return [part / sum(parts) for part in parts]
+
+
+def _parted(classes: NDArray[np.int64], seed: int, shares: Sequence[float]) -> list[NDArray[np.int64]]:
+    """The classes dealt out: every share that is not 0 gets a class if there are enough."""
+    order = classes[shuffled(len(classes), seed, "class split")]
+    ends = np.round(np.cumsum(shares)[:-1] * len(classes)).astype(np.int64)
+    return [np.sort(part) for part in np.split(order, ends)]
+
+
+def fraction_problem(fractions: str) -> tuple[str, str] | None:
+    """Why `fractions` are none, and the way out."""
+    try:
+        parts = [float(part) for part in fractions.split("-")]
+    except ValueError:
+        parts = []
+    if len(parts) == len(SPLITS) and all(0 <= part < np.inf for part in parts) and parts[0] > 0:
+        return None
+    return f"--split-fractions is {fractions!r}", "write shares of train, val and test like 64-16-20"
+
+
+def has_splits(folder: Path) -> bool:
+    """Whether the classes lie in folders train, val and test."""
+    return (folder / "train").is_dir() and any((folder / split).is_dir() for split in SPLITS[1:])
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The files of every class; of folders train, val and test the names begin with those."""
+    if not has_splits(folder):
+        return class_folders(folder)
+    return {
+        f"{split}/{name}": files
+        for split in SPLITS
+        if (folder / split).is_dir()
+        for name, files in class_folders(folder / split).items()
+    }
+
+
+def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
+    """What changes when a file comes, goes or is written."""
+    digest = hashlib.sha256()
+    for name, files in classes.items():
+        digest.update(f"{name}\0".encode())
+        for file in files:
+            status = file.stat()
+            digest.update(
+                f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(
+                    errors="surrogateescape"
+                )
+            )
+    return digest.hexdigest()
+
+
+def _home(folder: Path, root: Path) -> Path:
+    """Where its packs lie: named for people, and by a digest of its path, since names are not unique."""
+    digest = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()
+    return root / "folders" / f"{folder.name}-{digest[:12]}"
+
+
+def _tell(left_out: Sequence[str], on_event: OnEvent) -> None:
+    """One notice of everything that was left out."""
+    if left_out:
+        more = f" and {len(left_out) - TOLD} more" if len(left_out) > TOLD else ""
+        on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:TOLD])}{more}"))
