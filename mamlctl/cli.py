@@ -228,6 +228,7 @@ def evaluate(
             "folder": result.folder,
             "results": [*map(named, result.rows)],
             "pictures": result.pictures,
+            "notes": result.notes,
         }
         write_json(sys.stdout, document)
     else:

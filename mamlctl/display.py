@@ -242,6 +242,8 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     queries = f", {first.queries} queries{' a class' if first.ways > 1 else ''}"
     task = words.task(result.dataset, first.ways, first.shots)
     _say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
+    for note in result.notes:
+        _say(console, note)
     _say(console)
     named = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
     heads = ["model", named, "tasks", "split", "bn", "inner steps"]

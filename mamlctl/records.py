@@ -150,6 +150,7 @@ class EvalResult:
     seconds: float
     rows: tuple[EvalRow, ...]
     pictures: tuple[str, ...] = ()  # files, where some were asked for
+    notes: tuple[str, ...] = ()  # what a reader of the numbers must know
 
 
 def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:

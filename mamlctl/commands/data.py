@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_proble
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
 from mamlctl.data.sets import (
+    absolute,
     choice_problems,
     find,
     is_curves,
-    is_path,
     open_images,
     set_defaults,
     set_forced,
@@ -61,10 +60,7 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved
 
     resolved = resolve(layers, implied, problems, forced)
     # A run must find its folder from wherever it is resumed.
-    if is_path(resolved.config.dataset):
-        path = str(Path(resolved.config.dataset).expanduser().absolute())
-        resolved = replace(resolved, config=replace(resolved.config, dataset=path))
-    return resolved
+    return replace(resolved, config=replace(resolved.config, dataset=absolute(resolved.config.dataset)))
 
 
 def implied(layers: Sequence[Layer]) -> list[Layer]:

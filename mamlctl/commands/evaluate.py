@@ -45,11 +45,20 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     rows = _rows(judged, settings, scores)
     seconds = time.monotonic() - started
     document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
+    document["notes"] = judged.notes
     machine = {"device": device_words(judged.device), "seconds": seconds}
     write_json(folder / "summary.json", document | machine)
     _write_tasks(folder / "tasks.csv", rows, scores)
     config = judged.config
-    return EvalResult(str(judged.run.path), config.dataset, config.algo, str(folder), seconds, tuple(rows))
+    return EvalResult(
+        str(judged.run.path),
+        config.dataset,
+        config.algo,
+        str(folder),
+        seconds,
+        tuple(rows),
+        notes=judged.notes,
+    )
 
 
 def _protocol(judged: Judged, settings: EvalConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mamlctl.checks import Problem, flag, limit_problems
 from mamlctl.commands.data import Source, complete, open_streams
 from mamlctl.config import EvalConfig, TrainConfig
 from mamlctl.data.episodes import Tasks
-from mamlctl.data.sets import is_curves
+from mamlctl.data.sets import absolute, find, is_curves
 from mamlctl.engine import checkpoints
 from mamlctl.engine.algorithms import ALGORITHMS
 from mamlctl.engine.build import adapted_names, build
@@ -42,6 +42,7 @@ class Judged:
     states: Sequence[MetaState]  # best first
     epochs: Sequence[int]  # of the states; empty before any validation
     inner_steps: int
+    notes: tuple[str, ...] = ()  # what a reader of the results must know
 
     @property
     def statistics(self) -> Statistics:
@@ -60,16 +61,18 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
     Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
     """
     run = open_run(path)
-    run_config, config = complete(run.config), complete(_judged(run.config, settings))
-    problems = limit_problems(settings) + device_problems(config.device, "float32")
-    if problems := problems + _problems(run.config, settings):
+    run_config = complete(run.config)
+    problems = limit_problems(settings) + device_problems(settings.device, "float32")
+    if problems := problems + _problems(run.config, settings) + _problems_of_other_data(run_config, settings):
         raise SettingsError(problems)
+    config = complete(_judged(run_config, settings))
     device = open_device(config.device, config.precision)
     if config.precision == "tf32" and device.type == "cpu":
         on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
     files, epochs = _checkpoint_files(run, on_event)
     streams, source = open_streams(config, (settings.split,), device, offline=offline, on_event=on_event)
-    if source.digest != run.environment().get("dataset_digest", source.digest):
+    known = run.environment().get("dataset_digest", source.digest)
+    if settings.dataset is None and source.digest != known:
         on_event(Notice("these data are not those of the training: classes may have moved between splits"))
     states = []
     for file in files:
@@ -91,14 +94,62 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         states,
         epochs,
         config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
+        _notes(run_config, config),
     )
+
+
+def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
+    """What was done to another data set's images for the run's network."""
+    if config.dataset == trained.dataset:
+        return ()
+    note = f"trained on {trained.dataset}, tested on {config.dataset}"
+    if is_curves(config.dataset):
+        return (note,)
+    data_set = find(config.dataset)
+    channels, side, _ = data_set.image_shape_CHW
+    if data_set.open_shaped is not None or side != config.image_size:
+        note += f", its images brought to {config.image_size}x{config.image_size} pixels"
+    if data_set.open_shaped is None and channels < (config.channels or channels):
+        note += ", grey repeated in three colours"
+    return (note,)
 
 
 def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
     """The run's settings, with those that only evaluation reads replaced."""
     names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
     given = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
-    return replace(trained, **{name: value for name, value in given.items() if value is not None})
+    judged = replace(trained, **{name: value for name, value in given.items() if value is not None})
+    if settings.dataset is None:
+        return judged
+    # What belongs to a data set is the other one's; what the network takes stays. Of the user's own images
+    # nobody knows which value ink should have: the run's.
+    own = is_curves(settings.dataset) or find(settings.dataset).own_files
+    return replace(
+        judged,
+        dataset=absolute(settings.dataset),
+        split_scheme=None,
+        split_fractions=None,
+        resize=None,
+        rotations=None,
+        ink=judged.ink if own else None,
+    )
+
+
+def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """Why a run cannot be judged on another data set: (fact, way out) pairs."""
+    if settings.dataset is None:
+        return []
+    if is_curves(settings.dataset) != is_curves(trained.dataset):
+        kinds = ("curves", "images") if is_curves(settings.dataset) else ("images", "curves")
+        fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
+        return [(fact, "test it on data of its own kind")]
+    if is_curves(settings.dataset):
+        return []
+    data_set = find(settings.dataset)  # raises SettingsError for an unknown one
+    if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
+        fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
+        return [(fact, "train with --channels 3, or test on grey images")]
+    return []
 
 
 def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:

@@ -203,6 +203,11 @@ def is_path(name: str) -> bool:
     return name not in NAMES and (os.sep in name or name.startswith((".", "~")) or Path(name).is_dir())
 
 
+def absolute(name: str) -> str:
+    """The name of a data set from wherever it is asked for."""
+    return str(Path(name).expanduser().absolute()) if is_path(name) else name
+
+
 def find(name: str, *, fractions: str | None = None) -> DataSet:
     """The data set `name` of images, or that of a folder, split by `fractions` if it has no splits.
 
@@ -212,7 +217,7 @@ def find(name: str, *, fractions: str | None = None) -> DataSet:
         fact = f"{name} is drawn anew for every task: there is nothing to fetch"
         raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
     if is_path(name):
-        return _of_folder(Path(name).expanduser().absolute(), fractions or folder.FRACTIONS)
+        return _of_folder(Path(absolute(name)), fractions or folder.FRACTIONS)
     if name not in DATA_SETS:
         raise SettingsError([_unknown(f"unknown data set {name!r}", name, NAMES)])
     return DATA_SETS[name]
