@@ -168,7 +168,7 @@ class PlainDisplay:
             return ""
         told.at, told.tenth = now, tenth
         share = f"  {100 * event.done // event.total} %" if event.total else ""
-        return f"{event.what}{share}  {words.amount(event.what, event.done, event.total)}"
+        return f"{event.what}{share}  {words.amount(event.done, event.total, event.unit, event.per_second)}"
 
 
 def _run_line(run: RunStarted) -> str:

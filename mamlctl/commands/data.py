@@ -13,7 +13,15 @@ from mamlctl.config import TrainConfig, derive
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
-from mamlctl.data.sets import choice_problems, find, is_curves, set_defaults, set_forced, set_problems
+from mamlctl.data.sets import (
+    choice_problems,
+    fetch_set,
+    find,
+    is_curves,
+    set_defaults,
+    set_forced,
+    set_problems,
+)
 from mamlctl.engine.algorithms import ALGORITHMS, algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.engine.devices import DTYPES
 from mamlctl.errors import DataError, SettingsError
@@ -143,7 +151,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
-        data_set.fetch(root, source=None, offline=False, force=False, on_event=on_event)
+        fetch_set(config.dataset, root, on_event=on_event)
     return data_set.open_pack(root, str(config.resize), on_event=on_event)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.errors import DataError
-from mamlctl.runs import replacing, write_json
+from mamlctl.runs import replacing
 
 FORMAT = 1
 # Larger packs are verified by their shape alone: hashing takes 1 s per 1.8 GB of one server core.
@@ -73,19 +76,49 @@ def save_pack(path: Path, packed: PackedImages) -> None:
         "names": list(packed.names),
         "digest": packed.digest,
     }
+    sidecar = path.with_suffix(".json")
     try:
-        # A crash between the two files must not leave an old sidecar beside new pixels.
-        path.with_suffix(".json").unlink(missing_ok=True)
-        with replacing(path) as file:
-            np.save(file, packed.images_MCHW, allow_pickle=False)
-        write_json(path.with_suffix(".json"), facts)
+        # Both are written before either takes its place, so that a full disk leaves the old pack whole.
+        with replacing(sidecar) as words, replacing(path) as pixels:
+            np.save(pixels, packed.images_MCHW, allow_pickle=False)
+            words.write(json.dumps(facts).encode())
+            for file in (pixels, words):  # the sidecar is never the older one: see `verified_at`
+                file.flush()
+                os.fsync(file.fileno())
+            # A crash between the two files must not leave an old sidecar beside new pixels.
+            sidecar.unlink(missing_ok=True)
     except OSError as error:
         message = f"cannot write {path}: {error.strerror or error}"
         raise DataError(message, hint="make room or choose another --data-root") from error
 
 
-def load_pack(path: Path, name: str) -> PackedImages:
-    """Memory-map what `save_pack` wrote for data set `name`. Raises DataError if any of it is damaged."""
+def packs_of(root: Path, name: str) -> list[Path]:
+    """Every complete pack of data set `name`."""
+    return sorted(sidecar.with_suffix(".npy") for sidecar in (root / name).glob("*.json"))
+
+
+def verified_at(path: Path) -> datetime | None:
+    """When a pack was last found whole: when it was written or `verify_pack` saw it, if not changed since."""
+    try:
+        seen = path.with_suffix(".json").stat().st_mtime
+        return datetime.fromtimestamp(seen).astimezone() if path.stat().st_mtime <= seen else None
+    except OSError:
+        return None
+
+
+def verify_pack(path: Path, name: str) -> PackedImages:
+    """Load a pack and recompute its digest, however large it is. Raises DataError if it is damaged."""
+    packed = load_pack(path, name, whole=True)
+    with suppress(OSError):  # a root that is shared and cannot be written
+        os.utime(path.with_suffix(".json"))
+    return packed
+
+
+def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
+    """Memory-map what `save_pack` wrote for data set `name`. Raises DataError if any of it is damaged.
+
+    `whole`: recompute the digest of a large pack too.
+    """
     hint = f"mamlctl fetch {name} --force"
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -93,7 +126,7 @@ def load_pack(path: Path, name: str) -> PackedImages:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"{path} or its .json is damaged: {error}", hint=hint) from error
     small = packed.images_MCHW.nbytes < DIGEST_CHECKED_BELOW
-    if small and _digest(packed.images_MCHW, packed.starts, packed.names) != packed.digest:
+    if (small or whole) and _digest(packed.images_MCHW, packed.starts, packed.names) != packed.digest:
         message = f"{path} is damaged: its pixels or names differ from digest {packed.digest:.12}"
         raise DataError(message, hint=hint)
     return packed

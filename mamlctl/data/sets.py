@@ -13,17 +13,26 @@ from numpy.typing import NDArray
 from mamlctl.checks import Problem, flag, nearest
 from mamlctl.config import FIELDS, TrainConfig
 from mamlctl.data import glyphs, omniglot
+from mamlctl.data.downloads import DOWNLOADS
 from mamlctl.data.images import PackedImages
+from mamlctl.data.locks import locked
 from mamlctl.data.regression import FAMILIES
 from mamlctl.errors import SettingsError
 from mamlctl.records import OnEvent
 
 
 class Fetch(Protocol):
-    """Get, verify and pack a data set; `source` takes the place of the download."""
+    """Get, verify and pack a data set; `source` replaces the download, `mirrors` are asked first."""
 
     def __call__(
-        self, root: Path, *, source: Sequence[Path] | None, offline: bool, force: bool, on_event: OnEvent
+        self,
+        root: Path,
+        *,
+        source: Sequence[Path] | None,
+        mirrors: Sequence[str] = (),
+        offline: bool,
+        force: bool,
+        on_event: OnEvent,
     ) -> PackedImages: ...
 
 
@@ -52,6 +61,8 @@ class DataSet:
     name: str
     summary: str
     licence: str
+    origin: str  # where it comes from
+    download_bytes: int | None  # 0: nothing to download; None: only --from brings it
     image_shape_CHW: tuple[int, int, int]
     split_schemes: tuple[str, ...]  # the first is the default
     resizes: tuple[str, ...]  # the first is the default
@@ -67,6 +78,8 @@ DATA_SETS = {
         name="omniglot",
         summary="1,623 handwritten characters of 50 alphabets, 20 drawings each",
         licence="MIT (Brenden Lake)",
+        origin=omniglot.ORIGIN,
+        download_bytes=sum(omniglot.SIZES.values()),
         image_shape_CHW=(1, omniglot.SMALL, omniglot.SMALL),
         split_schemes=omniglot.SPLIT_SCHEMES,
         resizes=omniglot.RESIZES,
@@ -80,6 +93,8 @@ DATA_SETS = {
         name="glyphs",
         summary="400 invented characters, 20 drawings each, drawn by code: nothing to download",
         licence="MIT (mamlctl)",
+        origin="drawn by mamlctl",
+        download_bytes=0,
         image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
         split_schemes=glyphs.SPLIT_SCHEMES,
         resizes=glyphs.RESIZES,
@@ -149,6 +164,33 @@ def find(name: str) -> DataSet:
     if name not in DATA_SETS:
         raise SettingsError([_unknown(f"unknown data set {name!r}", name, NAMES)])
     return DATA_SETS[name]
+
+
+def fetch_set(
+    name: str,
+    root: Path,
+    *,
+    source: Sequence[Path] | None = None,
+    mirrors: Sequence[str] = (),
+    offline: bool = False,
+    force: bool = False,
+    on_event: OnEvent,
+) -> PackedImages:
+    """Fetch the data set `name`, unless it is there; of two processes the second waits, and finds it there.
+
+    Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
+    """
+    data_set = find(name)
+
+    def fetch() -> PackedImages:
+        return data_set.fetch(
+            root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
+        )
+
+    if data_set.is_here(root) and not force:
+        return fetch()  # writes nothing, so that a root that cannot be written will do
+    with locked(root / DOWNLOADS / f"{name}.lock", name, on_event):
+        return fetch()
 
 
 def choice_problems(name: str, *, split_scheme: str | None, resize: str | None) -> list[tuple[str, str]]:
