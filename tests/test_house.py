@@ -43,8 +43,9 @@ FLOORS = [
     ["commands.stopping", "commands.data"],
     ["commands.fetch", "commands.train", "commands.judged"],
     ["commands.evaluate", "commands.pictures"],
-    ["live", "options"],
+    ["live", "options", "listing"],
     ["display"],
+    ["cli_fetch"],
     ["cli"],
     ["__main__"],
 ]

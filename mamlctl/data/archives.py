@@ -67,7 +67,7 @@ def open_members(path: Path, *, hint: str) -> Iterator[Members]:
     start = _start(path, hint)
     compressed = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
     if compressed:
-        with tempfile.TemporaryFile() as expanded:
+        with tempfile.TemporaryFile(buffering=0) as expanded:  # nothing is left to fail when it is closed
             _expand(path, compressed, expanded, hint)
             yield _tar_members(path, expanded, hint)
     elif start[257:262] == b"ustar" or path.suffix == ".tar":  # the oldest tars have no mark
@@ -189,9 +189,10 @@ def _expand(path: Path, opener: Callable[..., Any], target: IO[bytes], hint: str
 
 
 def _write(target: IO[bytes], chunk: bytes, path: Path) -> None:
+    rest = memoryview(chunk)
     try:
-        target.write(chunk)
-        target.flush()
+        while rest:
+            rest = rest[target.write(rest) :]
     except OSError as error:
         message = f"cannot expand {path} in {tempfile.gettempdir()}: {error.strerror or error}"
         way = "make room there, set TMPDIR to a larger place, or unpack it and use --from FOLDER"
