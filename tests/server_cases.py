@@ -20,6 +20,8 @@ class Twist:
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None  # bytes of the body
     chunked: bool = False  # its length is not told
+    bits: int = 1  # that the body is sent in
+    pause_s: float = 0.0  # before each of them
     held_after: int | None = None  # bytes of the body, until `Server.released` is set
 
 
@@ -73,7 +75,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(first), first))
             self.wfile.write(b"" if twist.cut_after else b"0\r\n\r\n")
             return
-        asked.sent += self.wfile.write(first)
+        size = -(-len(first) // twist.bits) or 1
+        for place in range(0, len(first), size):
+            self.server.released.wait(twist.pause_s)  # not time.sleep, which tests replace
+            asked.sent += self.wfile.write(first[place : place + size])
         if twist.held_after is not None:
             self.server.held.set()
             self.server.released.wait(30)

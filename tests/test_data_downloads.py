@@ -186,6 +186,16 @@ def test_a_stop_between_the_last_byte_and_the_checksum(server, get, archive, tmp
     assert server.asked == []
 
 
+def test_a_slow_server_is_waited_for(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.05)])
+    events = []
+    # Longer in all than the time without a byte that a server is given up after.
+    assert get(patience=Patience(tries=1, timeout_s=0.4), on_event=events.append) == archive
+    bars = [event for event in events if isinstance(event, Progress)]
+    assert len(bars) >= 4
+    assert bars[-1].per_second < len(archive) / 0.45
+
+
 def test_a_stalled_server_is_left(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000), Twist(held_after=0)])
     server.pages[MIRROR] = Page(archive)
@@ -250,7 +260,7 @@ def test_503_then_fine_after_the_pause_that_was_asked_for(server, get, archive, 
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     server.pages[PATH] = Page(
-        archive, twists=[Twist(503), Twist(429, {"Retry-After": "1"}), *[Twist(cut_after=9)]]
+        archive, twists=[Twist(503), Twist(429, {"Retry-After": "1"}), Twist(cut_after=1000)]
     )
     assert get() == archive
     assert statuses(server) == [503, 429, 200, 206]

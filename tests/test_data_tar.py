@@ -169,7 +169,7 @@ def test_what_is_no_archive(tmp_path, data):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_no_room_to_expand(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tgz", kind="gz")
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **how: Path("/dev/full").open("r+b", **how))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: io.FileIO("/dev/full", "r+"))
     assert "TMPDIR" in refused(path, "cannot expand .*: No space left on device").hint
 
 

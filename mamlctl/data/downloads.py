@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 DOWNLOADS = "downloads"  # the folder below the data root that holds what is under way
 CHUNK = 64 * 1024
+BEGINNING = 512  # enough to tell a page from an archive
 EVENT_EVERY_S = 0.1  # more often no display draws
 DOES_NOT_FIT = "does not go on with what an earlier try left"
 SPEED_OVER_S = 5.0  # shorter jumps about, longer hides a stall
@@ -209,9 +210,9 @@ def _receive(job: _Job, url: str, answer: Response, asked: int) -> int:
     if begin not in (0, asked) or other:
         part.drop()
         raise Dropped(DOES_NOT_FIT)
+    first = answer.raw.read(BEGINNING, decode_content=False)
     # What has arrived, without waiting for more: a connection that stalls takes none of it along.
-    chunks = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
-    first = next(chunks, b"")
+    rest = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
     # Before the length and the checksum, which would only say that they differ; and before the first byte is
     # written, so that a page for people costs nothing of what an earlier try left.
     if page := html_page(first):
@@ -222,7 +223,7 @@ def _receive(job: _Job, url: str, answer: Response, asked: int) -> int:
     _refuse_full(part.path.parent, source.file, (whole or 0) - begin)
     part.begin(begin, shown(url), validator_of(answer), whole)
     meter = _Meter(f"download {source.file}", begin, whole or 0, job.on_event)
-    part.append(itertools.chain([first], chunks), meter.at)
+    part.append(itertools.chain([first], rest), meter.at)
     meter.at(part.size, last=True)
     if whole is not None and part.size < whole:
         raise Dropped(f"sent {part.size:,} of {whole:,} bytes")
