@@ -1,4 +1,4 @@
-"""The command line: options in, exit code out; the only file that knows either. Imports torch lazily."""
+"""The command line: options in, exit code out. Imports torch lazily."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from typer.exceptions import TyperException
 
 import mamlctl
 from mamlctl.checks import flag
-from mamlctl.config import HARDWARE, OUTPUT, EvalConfig, TrainConfig
+from mamlctl.cli_fetch import fetch
+from mamlctl.config import OUTPUT, EvalConfig, TrainConfig
 from mamlctl.display import open_display, show_error, show_eval_result, show_train_result, write_json
 from mamlctl.errors import ExitCode, MamlctlError, SettingsError
 from mamlctl.layers import Resolved, load_file, load_preset, parse_sets, preset_names, to_yaml
-from mamlctl.options import with_settings
+from mamlctl.options import Json, Offline, Quiet, with_settings
 from mamlctl.records import named
 
 EPILOG = {
@@ -35,21 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUTPUT)]
-Offline = Annotated[
-    bool,
-    typer.Option(
-        "--offline", help="Never download; a missing data set ends with exit 3.", rich_help_panel=HARDWARE
-    ),
-]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of prepared data sets. Default: the platform's cache folder.", rich_help_panel=HARDWARE
-    ),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -236,35 +222,7 @@ def evaluate(
     return ExitCode.OK
 
 
-@app.command(epilog=EPILOG["fetch"])
-def fetch(
-    names: Annotated[list[str], typer.Argument(help="Data sets: omniglot, glyphs.")],
-    source: Annotated[
-        list[Path] | None,
-        typer.Option("--from", help="Local archives, or a folder that holds them; repeatable."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Prepare it anew even if it is there.")] = False,
-    data_root: DataRoot = None,
-    offline: Offline = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> ExitCode:
-    """Download or take over a data set, verify it, and pack it once."""
-    from mamlctl.commands.fetch import fetch_all
-
-    with open_display(Console(stderr=True), quiet=quiet) as display:
-        fetched = fetch_all(
-            names, source=source, data_root=data_root, force=force, offline=offline, on_event=display
-        )
-    if json:
-        write_json(sys.stdout, {"format": 1, "data_sets": fetched})
-    else:
-        for entry in fetched:
-            typer.echo(
-                "{name}: {classes} classes, {images} images, digest {digest:.12}, in {folder}".format(**entry)
-            )
-    return ExitCode.OK
-
+app.command(epilog=EPILOG["fetch"])(fetch)
 
 LATER = {"ignore_unknown_options": True, "allow_extra_args": True}
 

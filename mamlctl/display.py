@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mamlctl import words
 from mamlctl.errors import MamlctlError
+from mamlctl.listing import data_set_cells
 from mamlctl.live import LiveState, advance, render
 from mamlctl.records import (
     EvalResult,
@@ -168,7 +169,7 @@ class PlainDisplay:
             return ""
         told.at, told.tenth = now, tenth
         share = f"  {100 * event.done // event.total} %" if event.total else ""
-        return f"{event.what}{share}  {words.amount(event.what, event.done, event.total)}"
+        return f"{event.what}{share}  {words.amount(event.done, event.total, event.unit, event.per_second)}"
 
 
 def _run_line(run: RunStarted) -> str:
@@ -272,6 +273,20 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     )
     for picture in result.pictures:
         _say(console, f"picture  {picture}")
+
+
+def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+    """A table, or where the terminal is too narrow for it, a block of lines for each data set."""
+    heads, *rows = data_set_cells(entries)
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    if not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width:
+        _say_table(console, [heads, *rows], left=len(heads))
+    else:
+        for row in rows:
+            _say(console, (row[0], "bold"))
+            for head, cell in zip(heads[1:], row[1:], strict=True):
+                _say(console, (f"  {head:<10}", "dim"), cell)
+    _say(console, f"prepared data sets lie in {entries[0]['folder']}")
 
 
 def _eval_cells(row: EvalRow) -> list[str]:

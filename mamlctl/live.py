@@ -108,7 +108,9 @@ def render(state: LiveState, width: int, height: int) -> RenderableType:
 def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     run = state.run
     if run is None:
-        return [_work_bar(work, state.now, width) for work in state.work][-height:]
+        # A file's name needs more room than the names of training's own bars.
+        label = max([LABEL, *(len(work.progress.what) for work in state.work)])
+        return [_work_bar(work, state.now, width, min(label, width // 3)) for work in state.work][-height:]
     head, bars = _header(run, width), _bars(state, run, width)
     if not state.reports:
         return [*head, *bars, Text(" the first report comes after the first meta-step", DIM)]
@@ -165,20 +167,26 @@ def _seconds_per_step(state: LiveState, run: RunStarted) -> float | None:
     return run.meta_batch_size / statistics.median(speeds) if speeds else None
 
 
-def _work_bar(work: Work, now: float, width: int) -> Text:
-    what, done, total = work.progress.what, work.progress.done, work.progress.total
-    left = (now - work.since) / done * (total - done) if done and total else None
-    return _bar_line(what, done / total if total else 0.0, words.amount(what, done, total), left, width)
+def _work_bar(work: Work, now: float, width: int, label: int = LABEL) -> Text:
+    progress = work.progress
+    done, total, speed = progress.done, progress.total, progress.per_second
+    if speed is None:
+        speed = done / (now - work.since) if now > work.since else 0.0
+    left = (total - done) / speed if speed and total else None
+    count = words.amount(done, total, progress.unit, progress.per_second)
+    return _bar_line(progress.what, done / total if total else 0.0, count, left, width, label)
 
 
-def _bar_line(label: str, share: float, count: str, left: float | None, width: int) -> Text:
+def _bar_line(
+    what: str, share: float, count: str, left: float | None, width: int, label: int = LABEL
+) -> Text:
     share = min(max(share, 0.0), 1.0)
     tail = f"{count:>15}  {words.clock(left) + ' left':>13}" if share < 1 else f"{count:>15}  {'done':>13}"
-    length = max(width - LABEL - len(tail) - 4, 4)
+    length = max(width - label - len(tail) - 4, 4)
     full = int(share * length)
     half = "╸" if share * length - full >= 0.5 else ""
-    name = Text(label)
-    name.truncate(LABEL, overflow="ellipsis", pad=True)
+    name = Text(what)
+    name.truncate(label, overflow="ellipsis", pad=True)
     # The rest of the bar is a thinner line, so that it can be told apart without colour.
     rest = "─" * (length - full - len(half))
     return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (rest, DIM), " ", tail)

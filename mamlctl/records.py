@@ -16,11 +16,13 @@ class Notice:
 
 @dataclass(frozen=True)
 class Progress:
-    """A long piece of work outside training: `done` of `total` units (bytes, images, tasks)."""
+    """A long piece of work outside training: `done` of `total` things, such as images or tasks."""
 
     what: str
     done: int
-    total: int
+    total: int  # 0 where nobody knows
+    unit: str = ""  # "B" where bytes are counted
+    per_second: float | None = None  # None: as fast as it went so far
 
 
 @dataclass(frozen=True)

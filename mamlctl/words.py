@@ -77,10 +77,15 @@ def size(count: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
 
 
-def amount(what: str, done: int, total: int) -> str:
-    """How far a piece of work is: bytes for a download, else a count; an unknown total (0) is left out."""
-    words = size if what.startswith("download") else "{:,}".format
-    return f"{words(done)}/{words(total)}" if total else words(done)
+def amount(done: int, total: int, unit: str = "", per_second: float | None = None) -> str:
+    """'12/600', or with unit "B" '4.2/9.0 MiB  1.3 MiB/s'; an unknown total (0) or speed is left out."""
+    if unit != "B":
+        return f"{done:,}/{total:,}" if total else f"{done:,}"
+    so_far, whole = size(done), size(total)
+    if so_far.split()[1] == whole.split()[1]:
+        so_far = so_far.split()[0]
+    speed = "" if per_second is None else f"  {size(round(per_second))}/s"
+    return f"{so_far}/{whole}{speed}" if total else f"{size(done)}{speed}"
 
 
 def middle(text: str, width: int) -> str:

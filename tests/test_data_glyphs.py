@@ -10,9 +10,10 @@ from conftest import ignore
 
 from mamlctl.config import TrainConfig
 from mamlctl.data import glyphs
+from mamlctl.data.choices import choice_problems
 from mamlctl.data.episodes import TaskStream
 from mamlctl.data.images import load_pack
-from mamlctl.data.sets import DATA_SETS, choice_problems, find
+from mamlctl.data.sets import DATA_SETS, find
 from mamlctl.errors import DataError, SettingsError
 
 

@@ -114,8 +114,11 @@ def test_other_work_is_a_third_bar_while_under_way():
     assert any("validating" in line and "200/600" in line for line in frame(state, 80, 24))
     state = advance(state, VALIDATION, 9.0)
     assert not any("validating" in line for line in frame(state, 80, 24))
-    download = state_after(Progress("downloading", 2**20, 9 * 2**20))
-    assert "1.0 MiB/9.0 MiB" in frame(download, 80, 24)[0]
+    download = state_after(Progress("download a.zip", 2**20, 9 * 2**20, "B", 2.0**20))
+    assert "1.0/9.0 MiB  1.0 MiB/s      0:08 left" in frame(download, 80, 24)[0]
+    long = [Progress(f"download images_{part}.zip", 1, 2, "B") for part in ("background", "evaluation")]
+    rows = [line.split(" ━")[0] for line in frame(state_after(*long), 80, 24)]
+    assert len(set(rows)) == 2, "two files can be told apart"
 
 
 def test_a_resumed_run_starts_where_it_stopped_and_tells_the_best_before():

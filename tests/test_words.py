@@ -21,6 +21,11 @@ def test_numbers_as_people_read_them():
     assert [words.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
         *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),
     ]
+    assert words.amount(1200, 3000) == "1,200/3,000"
+    assert words.amount(1200, 0) == "1,200"
+    assert words.amount(2**21, 9 * 2**20, "B", 2**20) == "2.0/9.0 MiB  1.0 MiB/s"
+    assert words.amount(2**19, 9 * 2**20, "B") == "512.0 KiB/9.0 MiB"
+    assert words.amount(2**19, 0, "B", 2048.0) == "512.0 KiB  2.0 KiB/s"
     assert [words.size(count) for count in (12, 2048, 3 * 2**29)] == ["12 B", "2.0 KiB", "1.5 GiB"]
     assert words.middle("runs/abcdefgh", 7) == "run…fgh"
     assert [list(words.chosen(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [

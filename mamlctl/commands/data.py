@@ -12,19 +12,11 @@ from numpy.typing import NDArray
 
 from mamlctl.checks import Problem
 from mamlctl.config import TrainConfig, derive
+from mamlctl.data.choices import choice_problems, set_defaults, set_forced, set_problems
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
-from mamlctl.data.sets import (
-    absolute,
-    choice_problems,
-    find,
-    is_curves,
-    open_images,
-    set_defaults,
-    set_forced,
-    set_problems,
-)
+from mamlctl.data.sets import absolute, fetch_set, find, is_curves, open_images
 from mamlctl.engine.algorithms import ALGORITHMS, algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.engine.devices import DTYPES
 from mamlctl.errors import DataError, SettingsError
@@ -153,7 +145,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
-        data_set.fetch(root, source=None, offline=False, force=False, on_event=on_event)
+        fetch_set(config.dataset, root, on_event=on_event)
     assert config.image_size is not None and config.channels is not None  # as `complete` leaves them
     packed = open_images(
         data_set,

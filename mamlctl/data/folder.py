@@ -29,6 +29,7 @@ def fetch(
     root: Path,
     *,
     source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
     offline: bool,
     force: bool,
     on_event: OnEvent,
@@ -37,7 +38,7 @@ def fetch(
     if source:
         raise SettingsError([(f"--from has no effect on {folder}, which is the source", "leave it out")])
     if force:
-        for sidecar in _home(folder, root).glob("*.json"):
+        for sidecar in (root / home_of(folder)).glob("*.json"):
             sidecar.unlink()
     return open_pack(folder, root, on_event=on_event)
 
@@ -63,7 +64,7 @@ def open_pack(
     """
     classes = _classes(folder)
     stamp = _stamp(folder, classes)
-    path = _home(folder, root) / f"{side}x{side}x{channels}-{resize}.npy"
+    path = (root / home_of(folder)) / f"{side}x{side}x{channels}-{resize}.npy"
     if is_packed(path):
         packed = load_pack(path, str(folder))
         if packed.facts.get("stamp") == stamp:
@@ -179,10 +180,10 @@ def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
     return digest.hexdigest()
 
 
-def _home(folder: Path, root: Path) -> Path:
+def home_of(folder: Path) -> str:
     """Where its packs lie: named for people, and by a digest of its path, since names are not unique."""
     digest = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()
-    return root / "folders" / f"{folder.name}-{digest[:12]}"
+    return f"folders/{folder.name}-{digest[:12]}"
 
 
 def _tell(left_out: Sequence[str], on_event: OnEvent) -> None:

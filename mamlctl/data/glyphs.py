@@ -35,11 +35,19 @@ PEN = (0.7, 1.4)  # radius in pixels
 
 
 def fetch(
-    root: Path, *, source: Sequence[Path] | None, offline: bool, force: bool, on_event: OnEvent
+    root: Path,
+    *,
+    source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
+    offline: bool,
+    force: bool,
+    on_event: OnEvent,
 ) -> PackedImages:
     """Draw the set and cache it. Nothing is downloaded, so that `offline` forbids nothing."""
-    if source:
-        raise SettingsError([(f"--from has no effect on {NAME}, which is drawn by code", "leave it out")])
+    for switch, given in (("--from", source), ("--mirror", mirrors)):
+        if given:
+            fact = f"{switch} has no effect on {NAME}, which is drawn by code"
+            raise SettingsError([(fact, "leave it out")])
     path = _path(root)
     if force or not is_packed(path):
         on_event(Notice(f"drawing {NAME} (embedded, no download)"))

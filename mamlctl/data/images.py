@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.errors import DataError
-from mamlctl.runs import replacing, write_json
+from mamlctl.runs import replacing
 
 FORMAT = 1
 # Larger packs are verified by their shape alone: hashing takes 1 s per 1.8 GB of one server core.
@@ -77,9 +79,11 @@ def is_packed(path: Path) -> bool:
 
 def save_pack(path: Path, packed: PackedImages) -> None:
     """Write `path` (.npy) and its .json sidecar. Raises DataError if the folder cannot be written."""
-    with _writing(path) as file:
-        np.save(file, packed.images_MCHW, allow_pickle=False)
-    _save_facts(path, packed.images_MCHW.shape, packed.starts, packed.names, packed.digest, packed.facts)
+    with _both(path) as (pixels, words):
+        np.save(pixels, packed.images_MCHW, allow_pickle=False)
+        words.write(
+            _sidecar(packed.images_MCHW.shape, packed.starts, packed.names, packed.digest, packed.facts)
+        )
 
 
 def stream_pack(
@@ -95,27 +99,27 @@ def stream_pack(
     else to write down, asked for at the end. Raises DataError if the folder cannot be written.
     """
     counts = np.zeros(len(names), dtype=np.int64)
-    with _writing(path) as file:
-        start = _write_header(file, (len(names), *shape_CHW))
+    with _both(path) as (pixels, words):
+        start = _write_header(pixels, (len(names), *shape_CHW))
         for number, image_CHW in images:
-            file.write(image_CHW.tobytes())
+            pixels.write(image_CHW.tobytes())
             counts[number] += 1
         there = counts > 0
         kept = tuple(name for name, here in zip(names, there, strict=True) if here)
         starts = np.concatenate([[0], np.cumsum(counts[there])]).astype(np.int64)
         shape = (int(counts.sum()), *shape_CHW)
         # numpy leaves room in its header for a larger first dimension.
-        if _write_header(file, shape) != start:
+        if _write_header(pixels, shape) != start:
             raise DataError(f"{path} cannot hold {shape[0]:,} images", hint="pack fewer")
-    digest = _digest_of_facts(shape, starts, kept)
-    with path.open("rb") as written:
-        written.seek(start)
-        while block := written.read(HASHED_AT_A_TIME):
+        pixels.flush()
+        digest = _digest_of_facts(shape, starts, kept)
+        while block := os.pread(pixels.fileno(), HASHED_AT_A_TIME, start):
             digest.update(block)
-    _save_facts(path, shape, starts, kept, digest.hexdigest(), facts())
+            start += len(block)
+        words.write(_sidecar(shape, starts, kept, digest.hexdigest(), facts()))
 
 
-def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> int:
     """numpy's header of a uint8 array, at the file's start -> where the pixels begin; stays at the end."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -125,41 +129,63 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
     return len(header.getvalue())
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block has ended well. Raises DataError if it cannot."""
-    try:
-        with replacing(path) as file:
-            yield file
-            # A crash between the two files must not leave an old sidecar beside new pixels.
-            path.with_suffix(".json").unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> DataError:
-    message = f"cannot write {path}: {error.strerror or error}"
-    return DataError(message, hint="make room or choose another --data-root")
-
-
-def _save_facts(
-    path: Path,
+def _sidecar(
     shape: tuple[int, ...],
     starts: NDArray[np.int64],
     names: tuple[str, ...],
     digest: str,
     facts: Mapping[str, Any],
-) -> None:
-    """The sidecar, which completes a pack."""
+) -> bytes:
+    """What stands beside the pixels."""
     document = {"format": FORMAT, "shape": list(shape), "starts": starts.tolist(), "names": list(names)}
+    return json.dumps(document | {"digest": digest, "facts": dict(facts)}).encode()
+
+
+@contextmanager
+def _both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Files for pixels and sidecar, which take their places if the block ends well. Raises DataError."""
+    sidecar = path.with_suffix(".json")
     try:
-        write_json(path.with_suffix(".json"), document | {"digest": digest, "facts": dict(facts)})
+        # Both are written before either takes its place, so that a full disk leaves the old pack whole.
+        with replacing(sidecar) as words, replacing(path) as pixels:
+            yield pixels, words
+            for file in (pixels, words):  # the sidecar is never the older one: see `verified_at`
+                file.flush()
+                os.fsync(file.fileno())
+            # A crash between the two files must not leave an old sidecar beside new pixels.
+            sidecar.unlink(missing_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise DataError(message, hint="make room or choose another --data-root") from error
 
 
-def load_pack(path: Path, name: str) -> PackedImages:
-    """Memory-map what `save_pack` wrote for data set `name`. Raises DataError if any of it is damaged."""
+def packs_of(home: Path) -> list[Path]:
+    """Every complete pack in a data set's folder."""
+    return sorted(sidecar.with_suffix(".npy") for sidecar in home.glob("*.json"))
+
+
+def verified_at(path: Path) -> datetime | None:
+    """When a pack was last found whole: when it was written or `verify_pack` saw it, if not changed since."""
+    try:
+        seen = path.with_suffix(".json").stat().st_mtime
+        return datetime.fromtimestamp(seen).astimezone() if path.stat().st_mtime <= seen else None
+    except OSError:
+        return None
+
+
+def verify_pack(path: Path, name: str) -> PackedImages:
+    """Load a pack and recompute its digest, however large it is. Raises DataError if it is damaged."""
+    packed = load_pack(path, name, whole=True)
+    with suppress(OSError):  # a root that is shared and cannot be written
+        os.utime(path.with_suffix(".json"))
+    return packed
+
+
+def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
+    """Memory-map what `save_pack` wrote for data set `name`. Raises DataError if any of it is damaged.
+
+    `whole`: recompute the digest of a large pack too.
+    """
     hint = f"mamlctl fetch {name} --force"
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -167,7 +193,7 @@ def load_pack(path: Path, name: str) -> PackedImages:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"{path} or its .json is damaged: {error}", hint=hint) from error
     small = packed.images_MCHW.nbytes < DIGEST_CHECKED_BELOW
-    if small and _digest(packed.images_MCHW, packed.starts, packed.names) != packed.digest:
+    if (small or whole) and _digest(packed.images_MCHW, packed.starts, packed.names) != packed.digest:
         message = f"{path} is damaged: its pixels or names differ from digest {packed.digest:.12}"
         raise DataError(message, hint=hint)
     return packed

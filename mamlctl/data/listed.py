@@ -72,6 +72,7 @@ def fetch(
     root: Path,
     *,
     source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
     offline: bool,
     force: bool,
     on_event: OnEvent,

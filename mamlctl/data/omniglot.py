@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mamlctl.data.archives import Members, download, omniglot_sources, open_members
+from mamlctl.data.archives import Members, open_members
+from mamlctl.data.downloads import DOWNLOADS, Source, downloaded
 from mamlctl.data.draws import shuffled
 from mamlctl.data.images import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.errors import DataError
@@ -83,12 +83,32 @@ VINYALS_VAL = ("Hebrew", "Mkhedruli_(Georgian)", "Armenian", "Early_Aramaic", "B
 VINYALS_TRAIN_AND_VAL = 1200
 MAMLPP_TRAIN, MAMLPP_VAL = 1150, 50  # of 1,623, the MAML++ code's fractions; the other 423 test
 LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, this is as many alphabets as Vinyals's
+# Bytes of the archives by their md5, as TensorFlow Datasets lists them (url_checksums/omniglot.txt).
+SIZES = {"68d2efa1b9178cc56df9314c21c6e718": 9_464_212, "6b91aef0f799c5bb55b94e3f2daec811": 6_462_886}
+ORIGIN = "github.com/brendenlake/omniglot"
+
+
+def omniglot_sources() -> tuple[Source, ...]:
+    """The two zips as torchvision names them, so that its corrections reach us with its releases."""
+    from torchvision.datasets import Omniglot  # here, since it imports torch
+
+    return tuple(
+        Source(
+            f"{name}.zip",
+            (f"{Omniglot.download_url_prefix}/{name}.zip", f"https://{ORIGIN}/raw/master/python/{name}.zip"),
+            md5,
+            "MIT",
+            SIZES.get(md5),
+        )
+        for name, md5 in Omniglot.zips_md5.items()
+    )
 
 
 def fetch(
     root: Path,
     *,
     source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
     offline: bool,
     force: bool,
     on_event: OnEvent,
@@ -96,7 +116,7 @@ def fetch(
 ) -> PackedImages:
     """Download, or take from `source` (zips, unpacked folders, or a folder of either), verify, and pack.
 
-    Raises DataError, with nothing left behind, if it cannot be had or is not Omniglot.
+    Raises DataError if it cannot be had or is not Omniglot; what was there before stays.
     """
     if is_here(root) and not force:
         on_event(Notice(f"{NAME} is already at {root}; --force prepares it anew"))
@@ -108,17 +128,15 @@ def fetch(
         raise DataError(message, hint=f"mamlctl fetch {NAME}, or with --from FOLDER")
     else:
         on_event(Notice(f"downloading {NAME} (MIT licence)"))
-        # Outside the root, which thus only ever holds what was verified.
-        with tempfile.TemporaryDirectory(prefix="mamlctl-") as folder:
-            hint = f"try again, or get the zips otherwise and run: mamlctl fetch {NAME} --from FOLDER"
-            zips = [
-                download(archive, Path(folder), hint=hint, on_event=on_event)
-                for archive in omniglot_sources()
-            ]
-            originals = _read_verified(zips, parts, on_event)
+        hint = (
+            f"try again or with --mirror URL, or get the zips otherwise: mamlctl fetch {NAME} --from FOLDER"
+        )
+        zips = downloaded(omniglot_sources(), root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event)
+        with zips as paths:
+            originals = _read_verified(paths, parts, on_event)
+    save_pack(_originals(root), originals)
     for resize in RESIZES:
         _small(root, resize).with_suffix(".json").unlink(missing_ok=True)
-    save_pack(_originals(root), originals)
     return open_pack(root, on_event=on_event)
 
 

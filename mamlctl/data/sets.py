@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,22 +12,30 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.checks import Problem, flag, nearest
-from mamlctl.config import FIELDS, TrainConfig
+from mamlctl.checks import nearest
 from mamlctl.data import folder, glyphs, listed, omniglot
+from mamlctl.data.downloads import DOWNLOADS
 from mamlctl.data.images import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.labelled import reshaped
 from mamlctl.data.listed import ListedSet
+from mamlctl.data.locks import locked
 from mamlctl.data.regression import FAMILIES
 from mamlctl.errors import SettingsError
 from mamlctl.records import OnEvent
 
 
 class Fetch(Protocol):
-    """Get, verify and pack a data set; `source` takes the place of the download."""
+    """Get, verify and pack a data set; `source` replaces the download, `mirrors` are asked first."""
 
     def __call__(
-        self, root: Path, *, source: Sequence[Path] | None, offline: bool, force: bool, on_event: OnEvent
+        self,
+        root: Path,
+        *,
+        source: Sequence[Path] | None,
+        mirrors: Sequence[str] = (),
+        offline: bool,
+        force: bool,
+        on_event: OnEvent,
     ) -> PackedImages: ...
 
 
@@ -64,6 +72,8 @@ class DataSet:
     name: str
     summary: str
     licence: str
+    origin: str  # where it comes from
+    download_bytes: int | None  # 0: nothing to download; None: only --from brings it
     image_shape_CHW: tuple[int, int, int]
     split_schemes: tuple[str, ...]  # the first is the default
     resizes: tuple[str, ...]  # the first is the default
@@ -76,6 +86,11 @@ class DataSet:
     is_here: IsHere
     open_shaped: OpenShaped | None = None
     own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small
+    folder: str = ""  # where its packs lie in the data root; its name where that is none
+
+    def home(self, root: Path) -> Path:
+        """Where its packs lie."""
+        return root / (self.folder or self.name)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -93,6 +108,8 @@ def _listed(found: ListedSet, summary: str) -> DataSet:
         name=found.name,
         summary=summary,
         licence="ImageNet's terms: for research, not to be passed on",
+        origin="you: --from",
+        download_bytes=None,
         image_shape_CHW=(3, listed.SIDE, listed.SIDE),
         split_schemes=found.split_schemes,
         resizes=listed.RESIZES,
@@ -111,6 +128,8 @@ DATA_SETS = {
         name="omniglot",
         summary="1,623 handwritten characters of 50 alphabets, 20 drawings each",
         licence="MIT (Brenden Lake)",
+        origin=omniglot.ORIGIN,
+        download_bytes=sum(omniglot.SIZES.values()),
         image_shape_CHW=(1, omniglot.SMALL, omniglot.SMALL),
         split_schemes=omniglot.SPLIT_SCHEMES,
         resizes=omniglot.RESIZES,
@@ -126,6 +145,8 @@ DATA_SETS = {
         name="glyphs",
         summary="400 invented characters, 20 drawings each, drawn by code: nothing to download",
         licence="MIT (mamlctl)",
+        origin="drawn by mamlctl",
+        download_bytes=0,
         image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
         split_schemes=glyphs.SPLIT_SCHEMES,
         resizes=glyphs.RESIZES,
@@ -143,59 +164,11 @@ DATA_SETS = {
 
 
 NAMES = [*DATA_SETS, *FAMILIES]
-# What curves are usually learnt with (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
-CURVE_DEFAULTS: dict[str, Any] = {
-    **{"algo": "maml", "net": "mlp", "shots": 10, "queries": 10, "meta_batch_size": 25},
-    **{"inner_lr": 0.01, "inner_steps": 1, "eval_inner_steps": 10},
-}
-# What only images have.
-OF_IMAGES = dict.fromkeys(
-    ("ways", "split_scheme", "split_seed", "split_fractions", "strict", "rotations", "augment"),
-    "has no classes",
-)
-OF_IMAGES |= dict.fromkeys(("ink", "resize", "normalize", "image_size", "channels"), "has no images")
-OF_IMAGES |= dict.fromkeys(("bn", "bnrs", "bnwb"), "is learnt without batch norm")
 
 
 def is_curves(name: str) -> bool:
     """Whether the tasks of a data set are curves, not classes of images."""
     return name in FAMILIES
-
-
-def set_defaults(name: str) -> Mapping[str, Any]:
-    """The settings that `--dataset name` implies."""
-    return CURVE_DEFAULTS if is_curves(name) else {}
-
-
-def set_forced(config: TrainConfig) -> dict[str, Any]:
-    """The settings that can have one value only with the data set, and that value."""
-    if is_curves(config.dataset):
-        return {setting: FIELDS[setting].default for setting in OF_IMAGES}
-    try:
-        data_set = find(config.dataset)
-    except SettingsError:
-        return {}
-    forced: dict[str, Any] = {} if data_set.own_files else {"split_fractions": None, "strict": False}
-    if config.split_scheme not in data_set.split_schemes:
-        forced["split_scheme"] = None
-    if config.resize not in data_set.resizes:
-        forced["resize"] = None
-    return forced
-
-
-def set_problems(config: TrainConfig, sources: Mapping[str, str], given: Sequence[str]) -> list[Problem]:
-    """What does not go with the data set, of what comes from a source in `given`."""
-    problems = choice_problems(config)
-    if not is_curves(config.dataset):
-        return problems
-    for name, why in OF_IMAGES.items():
-        if sources[name] in given and getattr(config, name) is not False:
-            problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
-    if config.net != "mlp":
-        problems.append(
-            (f"--net {config.net} needs images, but {config.dataset} has curves", "use --net mlp")
-        )
-    return problems
 
 
 def is_path(name: str) -> bool:
@@ -219,7 +192,9 @@ def find(name: str, *, fractions: str | None = None) -> DataSet:
     if is_path(name):
         return _of_folder(Path(absolute(name)), fractions or folder.FRACTIONS)
     if name not in DATA_SETS:
-        raise SettingsError([_unknown(f"unknown data set {name!r}", name, NAMES)])
+        raise SettingsError(
+            [(f"unknown data set {name!r}", nearest(name, NAMES, otherwise=f"use {' or '.join(NAMES)}"))]
+        )
     return DATA_SETS[name]
 
 
@@ -229,6 +204,9 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         name=str(path),
         summary="your own images",
         licence="yours",
+        origin="you",
+        download_bytes=0,
+        folder=folder.home_of(path),
         image_shape_CHW=(folder.CHANNELS, folder.SIDE, folder.SIDE),
         split_schemes=schemes,
         resizes=folder.RESIZES,
@@ -244,34 +222,31 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
     )
 
 
-def choice_problems(config: TrainConfig) -> list[Problem]:
-    """What the data set does not have of what the settings ask: (fact, way out) pairs."""
-    if is_curves(config.dataset):
-        return []
-    try:
-        data_set = find(config.dataset)
-    except SettingsError as error:
-        return list(error.problems)
-    problems = []
-    for name, known in (("split_scheme", data_set.split_schemes), ("resize", data_set.resizes)):
-        value = getattr(config, name)
-        if value is not None and value not in known:
-            problems.append(_unknown(f"{config.dataset} has no {flag(name)} {value!r}", value, known))
-    if not data_set.own_files:
-        for name in ("split_fractions", "strict"):
-            if getattr(config, name) != FIELDS[name].default:
-                fact = f"{flag(name)} has no effect: {config.dataset} has splits of its own"
-                problems.append((fact, "leave it out"))
-    elif config.split_fractions is not None:
-        problems += filter(None, [folder.fraction_problem(config.split_fractions)])
-    grey = (config.channels or data_set.image_shape_CHW[0]) == 1
-    if grey and config.normalize == "imagenet":
-        problems.append(("--normalize imagenet is for colours, but the images are grey", "leave it out"))
-    return problems
+def fetch_set(
+    name: str,
+    root: Path,
+    *,
+    source: Sequence[Path] | None = None,
+    mirrors: Sequence[str] = (),
+    offline: bool = False,
+    force: bool = False,
+    on_event: OnEvent,
+) -> PackedImages:
+    """Fetch the data set `name`, unless it is there; of two processes the second waits, and finds it there.
 
+    Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
+    """
+    data_set = find(name)
 
-def _unknown(fact: str, word: str, known: Sequence[str]) -> Problem:
-    return fact, nearest(word, known, otherwise=f"use {' or '.join(known)}")
+    def fetch() -> PackedImages:
+        return data_set.fetch(
+            root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
+        )
+
+    if data_set.is_here(root) and not force:
+        return fetch()  # writes nothing, so that a root that cannot be written will do
+    with locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event):
+        return fetch()
 
 
 def open_images(
