@@ -27,7 +27,7 @@ MOVABLE = (
     "cuda_graph",
     "task_chunk",
 )  # settings that a resumed run may change: no result depends on them but by rounding
-CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
+CONFIG, STATUS, METRICS, CLASSES = "config.yaml", "status.json", "metrics.jsonl", "classes.json"
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def default_run_path(config: TrainConfig) -> Path:
     """A folder under runs/ that is not there yet; its name tells the run (complete), and when it started."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
-    name = f"{config.dataset}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
     paths = (
         Path("runs") / (name + suffix)
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))

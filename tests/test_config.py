@@ -164,6 +164,7 @@ PUBLISHED_STEPS = {
     **{f"omniglot-5w{s}s-mlp-maml": 60_000 for s in (1, 5)},
     "omniglot-5w1s-imaml": 20_000,
     "sinusoid-10s-maml": 70_000,
+    **{f"mini-imagenet-5w{shots}s-{algo}": 75_000 for shots in (1, 5) for algo in ("maml", "maml++")},
 }
 
 
@@ -183,7 +184,9 @@ def test_every_preset_loads_and_is_what_its_name_says(name):
 
 
 def test_the_presets_that_people_ask_for_are_there():
-    rows = [f"omniglot-{w}w{s}s-{a}" for w in (5, 20) for s in (1, 5) for a in ("maml", "maml++")]
+    tasks = [f"omniglot-{w}w{s}s" for w in (5, 20) for s in (1, 5)]
+    tasks += [f"mini-imagenet-5w{s}s" for s in (1, 5)]
+    rows = [f"{task}-{algo}" for task in tasks for algo in ("maml", "maml++")]
     assert {f"{folder}{row}" for row in rows for folder in ("", "paper/", "official/")} < set(preset_names())
 
 
@@ -193,6 +196,10 @@ def test_official_presets_are_the_published_codes_settings():
     assert (config.msl_epochs, config.min_meta_lr, config.meta_batch_size) == (10, 1e-5, 8)
     assert (config.ink, config.resize, config.rotations) == (0, "nearest", "augment")
     assert resolved(("preset", load_preset("official/omniglot-5w1s-maml"))).config.improvements == ("ca",)
+    config = resolved(("preset", load_preset("official/mini-imagenet-5w1s-maml++"))).config
+    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr"), "neither annealing is on"
+    assert (config.msl_epochs, config.inner_lr, config.clip_value, config.meta_batch_size) == (15, 0.1, 10.0, 2)
+    assert (config.filters, config.queries, config.normalize) == (48, 15, "imagenet")
 
 
 def test_every_setting_has_words_and_a_panel():

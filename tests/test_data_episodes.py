@@ -7,6 +7,7 @@ from data_cases import small_pack
 
 from mamlctl.data.draws import raw_bits
 from mamlctl.data.episodes import TaskStream, episode_problems
+from mamlctl.data.images import pack
 from mamlctl.errors import SettingsError
 
 UNEVEN = [7, 5, 9, 6, 12, 5, 8, 11]
@@ -197,3 +198,80 @@ def test_gpu_gathers_the_same_tasks():
     for cpu, gpu in zip(parts(on_cpu), parts(on_gpu), strict=True):
         assert gpu.is_cuda
         assert torch.equal(cpu, gpu.cpu())
+
+
+def colour_pack(side=16):
+    """Eight classes of random colour images."""
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 3, side, side), dtype=np.uint8)
+    return pack(pixels, np.full(8, 5), tuple(f"class{number}" for number in range(8)))
+
+
+PLAIN = {"rotations": "none", "ink": 0}
+
+
+def test_colours_are_normalised_by_their_mean_and_deviation():
+    packed = colour_pack()
+    plain = stream(packed, **PLAIN).episodes(0, 2).query_x_TECHW
+    found = stream(packed, normalize="imagenet", **PLAIN).episodes(0, 2).query_x_TECHW
+    mean, deviation = (
+        torch.tensor(numbers)[:, None, None] for numbers in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    assert torch.allclose(found * deviation + mean, plain, atol=1e-6)
+
+
+def test_each_training_image_is_mirrored_or_not_by_its_own_word():
+    packed = colour_pack()
+    plain, found = (
+        torch.cat(parts(stream(packed, augment=augment, **PLAIN).episodes(3, 40))[::2], 1)
+        for augment in ("none", "flips")
+    )
+    same = (plain == found).flatten(2).all(-1)
+    mirrored = (plain.flip(-1) == found).flatten(2).all(-1)
+    assert (same ^ mirrored).all()
+    assert 0.42 < mirrored.double().mean() < 0.58  # of 800, so that 5 deviations are 0.09
+
+
+def test_each_training_image_is_shifted_by_its_own_words():
+    packed = colour_pack()
+    plain, found = (
+        torch.cat(parts(stream(packed, augment=augment, **PLAIN).episodes(0, 30))[::2], 1).flatten(0, 1)
+        for augment in ("none", "crops")
+    )
+    shifts = []
+    for before, after in zip(plain, found, strict=True):
+        around = torch.nn.functional.pad(before, (2, 2, 2, 2))
+        places = [
+            (down, right)
+            for down in range(5)
+            for right in range(5)
+            if torch.equal(around[:, down : down + 16, right : right + 16], after)
+        ]
+        shifts += places
+        assert len(places) == 1
+    assert len(set(shifts)) == 25
+
+
+@pytest.mark.parametrize("augment", ["flips", "crops", "flips+crops"])
+def test_augmentation_leaves_tasks_and_evaluation_alone(augment):
+    packed = colour_pack()
+    for split in ("val", "test"):
+        for one, other in zip(
+            parts(stream(packed, split=split, augment=augment, **PLAIN).episodes(0, 3)),
+            parts(stream(packed, split=split, **PLAIN).episodes(0, 3)),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    augmented = stream(packed, augment=augment, **PLAIN)
+    assert torch.equal(augmented.episodes(0, 3).class_TN, stream(packed, **PLAIN).episodes(0, 3).class_TN)
+    whole, alone = augmented.episodes(5, 4), augmented.episodes(7, 1)
+    assert torch.equal(whole.support_x_TECHW[2:3], alone.support_x_TECHW)
+
+
+def test_images_that_do_not_turn_are_read_where_they_are_mapped():
+    packed = colour_pack()
+    tasks = stream(packed, **PLAIN)
+    assert tasks._store_MCHW.data_ptr() == packed.images_MCHW.ctypes.data
+    at, _ = tasks.indices(4, 2)
+    found = tasks.episodes(4, 2)
+    wanted = torch.from_numpy(packed.images_MCHW[at[:, :, :2]]).flatten(1, 2) / 255
+    assert torch.equal(found.support_x_TECHW, wanted)

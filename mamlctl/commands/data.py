@@ -31,6 +31,7 @@ class Source:
     digest: str  # of all images, or of a family of curves
     example_shape: tuple[int, ...]  # C, H, W of images, D of curves
     classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
+    names: Mapping[str, Sequence[str]]  # of every split's classes; empty for curves
 
 
 def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved:
@@ -107,12 +108,16 @@ def open_streams(
         streams: dict[str, Tasks] = {
             split: CurveStream(family=family, **_common(config, split, device)) for split in splits
         }
-        source = Source(family.digest, (1,), {})
+        source = Source(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         streams, pools = _image_streams(config, packed, splits, device, on_event)
         shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
-        source = Source(packed.digest, shape, pools)
+        names = {
+            split: [packed.names[number] for number in part]
+            for split, part in split_of(config, packed).items()
+        }
+        source = Source(packed.digest, shape, pools, names)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

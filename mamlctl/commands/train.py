@@ -26,7 +26,7 @@ from mamlctl.engine.nets import CLASSIFICATION
 from mamlctl.engine.trainer import Trainer
 from mamlctl.errors import DataError, DivergedError, SettingsError
 from mamlctl.records import Notice, OnEvent, RunStarted, TrainResult
-from mamlctl.runs import RunFolder, default_run_path, new_run, open_run
+from mamlctl.runs import CLASSES, RunFolder, default_run_path, new_run, open_run, write_json
 
 
 def train(
@@ -49,6 +49,8 @@ def train(
     path = out or default_run_path(completed)
     facts = environment(completed, source, device)
     with new_run(path, config, completed, command=command, environment=facts) as run:
+        if source.names:
+            write_json(run.path / CLASSES, source.names)
         return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=False)
 
 
