@@ -198,7 +198,12 @@ def test_official_presets_are_the_published_codes_settings():
     assert resolved(("preset", load_preset("official/omniglot-5w1s-maml"))).config.improvements == ("ca",)
     config = resolved(("preset", load_preset("official/mini-imagenet-5w1s-maml++"))).config
     assert config.improvements == ("msl", "bnrs", "bnwb", "lslr"), "neither annealing is on"
-    assert (config.msl_epochs, config.inner_lr, config.clip_value, config.meta_batch_size) == (15, 0.1, 10.0, 2)
+    assert (config.msl_epochs, config.inner_lr, config.clip_value, config.meta_batch_size) == (
+        15,
+        0.1,
+        10.0,
+        2,
+    )
     assert (config.filters, config.queries, config.normalize) == (48, 15, "imagenet")
 
 

@@ -114,7 +114,8 @@ def test_strict_refuses_what_is_bad(flawed, tmp_path, mended):
         (flawed / "broken").rmdir()
         (flawed / "class 03" / "broken.jpg").unlink()
     with pytest.raises(
-        DataError, match="1 classes have fewer than 2" if mended else "3 left out, but --strict"
+        DataError,
+        match="1 classes have fewer than 2" if mended else "--strict is on, but 3 cannot be used: nothing",
     ) as raised:
         opened(flawed, tmp_path / "root", strict=True)
     assert raised.value.exit_code == 3 and raised.value.hint
@@ -122,6 +123,13 @@ def test_strict_refuses_what_is_bad(flawed, tmp_path, mended):
 
 def names(config, packed):
     return {split: [packed.names[n] for n in classes] for split, classes in split_of(config, packed).items()}
+
+
+def test_tasks_too_large_for_every_class_are_told(tmp_path):
+    with pytest.raises(SettingsError) as raised:
+        opened(make(tmp_path / "mine"), tmp_path / "root", shots=4, queries=2)
+    facts = [fact for fact, _ in raised.value.problems]
+    assert facts == [f"{tmp_path / 'mine'} has 5 images per class, but --shots 4 + --queries 2 is 6"]
 
 
 def test_classes_are_split_by_fractions_and_seed(tmp_path):

@@ -161,7 +161,9 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
         on_event=on_event,
     )
     if config.strict and (left_out := packed.facts.get("left_out")):
-        raise DataError(f"{len(left_out)} left out, but --strict is on: {left_out[0]}", hint="mend them")
+        named = "; ".join(left_out[:5])
+        hint = "mend them or take them away, or leave out --strict"
+        raise DataError(f"--strict is on, but {len(left_out)} cannot be used: {named}", hint=hint)
     return packed
 
 
@@ -180,7 +182,8 @@ def _large_enough(
 ) -> dict[str, NDArray[np.int64]]:
     """The classes with as many images as a task takes; of the user's own images, small ones are left out."""
     small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
-    if not small or not find(config.dataset).own_files:
+    nothing_left = len(small) == sum(map(len, classes.values()))
+    if not small or nothing_left or not find(config.dataset).own_files:
         return dict(classes)
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
     told = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
