@@ -89,7 +89,7 @@ class Makers:
 
     def _dtype(self, spec: object, align: object = False, copy: object = True) -> Made:
         if not isinstance(spec, str) or not NUMBERS.fullmatch(spec):
-            what = ascii(spec[:40]) if isinstance(spec, str) else _word(spec)
+            what = f"{spec!a:.40}" if isinstance(spec, str) else _word(spec)
             raise Refused(f"it holds an array of {what}, not of plain numbers")
         return Made(spec)
 

@@ -233,7 +233,7 @@ class _Machine:
             raise Refused("it asks for what has no name")
         kind = GLOBALS.get((module, name))
         if kind is None:
-            raise Refused(f"it asks for {f'{module}.{name}'[:80]!a}, which is no array")
+            raise Refused(f"it asks for {f'{module}.{name}'!a:.80}, which is no array")
         self._push(Global(kind))
 
     def _global_lines(self) -> None:

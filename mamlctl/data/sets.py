@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from mamlctl.checks import Problem, flag, nearest
 from mamlctl.config import FIELDS, TrainConfig
-from mamlctl.data import glyphs, omniglot
+from mamlctl.data import cifar, glyphs, omniglot, split_lists
 from mamlctl.data.images import PackedImages
 from mamlctl.data.regression import FAMILIES
 from mamlctl.errors import SettingsError
@@ -88,6 +89,32 @@ DATA_SETS = {
         open_pack=glyphs.open_pack,
         split_classes=glyphs.split_classes,
         is_here=glyphs.is_here,
+    ),
+    "cifar-fs": DataSet(
+        name="cifar-fs",
+        summary="CIFAR-100's classes in Bertinetto's split, 600 colour images of 32x32 each",
+        licence=cifar.TERMS,
+        image_shape_CHW=(cifar.CHANNELS, cifar.SIDE, cifar.SIDE),
+        split_schemes=("bertinetto",),
+        resizes=cifar.RESIZES,
+        rotations="none",
+        fetch=partial(cifar.fetch, name="cifar-fs"),
+        open_pack=partial(cifar.open_pack, name="cifar-fs"),
+        split_classes=split_lists.split_classes,
+        is_here=cifar.is_here,
+    ),
+    "fc100": DataSet(
+        name="fc100",
+        summary="CIFAR-100's classes in Oreshkin's split by superclass, 600 colour images of 32x32 each",
+        licence=cifar.TERMS,
+        image_shape_CHW=(cifar.CHANNELS, cifar.SIDE, cifar.SIDE),
+        split_schemes=("oreshkin",),
+        resizes=cifar.RESIZES,
+        rotations="none",
+        fetch=partial(cifar.fetch, name="fc100"),
+        open_pack=partial(cifar.open_pack, name="fc100"),
+        split_classes=split_lists.split_classes,
+        is_here=cifar.is_here,
     ),
 }
 
