@@ -31,6 +31,7 @@ RESIZES = ("none",)
 FOLDER, ARCHIVE, META = "cifar-100-python", "cifar-100-python.tar.gz", "meta"
 TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
+CHUNK = 1024**2
 HINT = f"name {ARCHIVE}, the folder {FOLDER} unpacked from it, or the folder that holds either"
 
 
@@ -161,6 +162,9 @@ def _from_tar(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
                 file = archive.extractfile(member) if member.isreg() else None
                 if file and name.name in wanted and name.parent.name in ("", FOLDER):
                     found[name.name] = file.read()
+            # tarfile stops in silence where a header is damaged; the decompressor's checksum is at the end.
+            while archive.fileobj and archive.fileobj.read(CHUNK):
+                pass
     # What tarfile and the decompressors under it say of a file that is no archive, cut off or broken.
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).splitlines()[0].rstrip(":")  # tarfile lists below it what each format says
