@@ -23,7 +23,7 @@ FLOORS = [
     ["runs"],
     ["data.draws", "data.files", "data.images", "data.archives", "data.pickled_arrays"],
     ["data.pickles", "data.split_lists"],
-    ["data.cifar", "data.glyphs", "data.omniglot", "data.episodes"],
+    ["data.caches", "data.cifar", "data.glyphs", "data.omniglot", "data.episodes"],
     ["data.regression", "report.plots"],
     ["data.sets"],
     ["engine.devices", "engine.norms", "engine.adam"],
