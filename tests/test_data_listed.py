@@ -1,6 +1,7 @@
 """mini-ImageNet and tieredImageNet from what users have, in any form; what is wrong is named."""
 
 import io
+import pickle
 import tarfile
 import zipfile
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mamlctl.data import listed
 from mamlctl.data.listed import MINI, TIERED
-from mamlctl.data.split_lists import listed_split
+from mamlctl.data.split_lists import listed_split, split_classes
 from mamlctl.errors import DataError
 from mamlctl.records import Notice
 
@@ -89,7 +90,7 @@ def fetch(root, source, which=MINI, on_event=ignore, force=False):
 def test_every_form_gives_the_same_pack(small, tmp_path, form, kind):
     packed = fetch(tmp_path / "root", kind(tmp_path / "source", members(form)))
     assert packed.images_MCHW.shape == (200, 3, 84, 84) and packed.names == tuple(sorted(CLASSES))
-    splits = listed.split_classes(packed, "ravi", 0)
+    splits = split_classes(packed, "ravi", 0)
     assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
     assert all(CLASSES[packed.names[number]] == split for split, found in splits.items() for number in found)
     assert np.abs(packed.images_MCHW[:, 0].mean((1, 2)) - np.arange(200)).max() < 5  # JPEG's error
@@ -131,6 +132,28 @@ def test_what_is_wrong_is_named_and_nothing_stays(small, tmp_path, spoil, fact):
     assert not list((tmp_path / "root").rglob("*.*"))
 
 
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_pickles_give_the_same_tasks_as_images(small, tmp_path, given):
+    """The classes of a split in the same order, and their images."""
+    of_images = fetch(tmp_path / "images", as_folder(tmp_path / "source", members("split")))
+    folder = tmp_path / "pickles"
+    folder.mkdir()
+    for split, classes in split_classes(of_images, "ravi", 0).items():
+        places = np.concatenate([np.arange(IMAGES) + of_images.starts[number] for number in classes])
+        names = [of_images.names[number] for number in classes]
+        class_dict = {name: [IMAGES * at, IMAGES * at + 1] for at, name in enumerate(names)}
+        images_MHWC = of_images.images_MCHW[places].transpose(0, 2, 3, 1).copy()
+        content = {"image_data": np.asarray(images_MHWC), "class_dict": class_dict}
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, 2))
+    packed = fetch(tmp_path / "root", [folder] if given == "folder" else sorted(folder.iterdir()))
+    for split, classes in split_classes(packed, "ravi", 0).items():
+        others = split_classes(of_images, "ravi", 0)[split]
+        assert [packed.names[n] for n in classes] == [of_images.names[n] for n in others]
+        for number, other in zip(classes, others, strict=True):
+            one, two = packed.starts[number], of_images.starts[other]
+            assert np.array_equal(packed.images_MCHW[one : one + 2], of_images.images_MCHW[two : two + 2])
+
+
 def test_images_that_are_the_same_are_told(small, tmp_path):
     files, notices = members("flat"), []
     names = sorted(name for name in files if name.endswith(".jpg") and "images/" in name)
@@ -158,7 +181,7 @@ def test_tiered_is_split_by_its_folders(tmp_path, monkeypatch):
     }
     packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), which=tiny)
     assert packed.names == ("test/n00000003", "train/n00000000", "train/n00000001", "val/n00000002")
-    found = listed.split_classes(packed, "ren", 0)
+    found = listed.split_by_folders(packed, "ren", 0)
     assert {split: part.tolist() for split, part in found.items()} == {
         "train": [1, 2],
         "val": [3],
@@ -183,7 +206,7 @@ def real(tmp_path_factory):
 def test_the_real_set_has_its_counts_and_its_eight_twins(real):
     packed, notices, _ = real
     assert packed.images_MCHW.shape == (60_000, 3, 84, 84) and set(packed.counts) == {600}
-    splits = listed.split_classes(packed, "ravi", 0)
+    splits = split_classes(packed, "ravi", 0)
     assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
     assert len(packed.facts["twins"]) == 8 and sum(a != b for a, b in packed.facts["twins"]) == 7
     assert any(

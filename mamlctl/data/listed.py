@@ -16,16 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.data.archives import Members, open_members
+from mamlctl.data.caches import cache_files, read_mini_cache
 from mamlctl.data.images import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.labelled import ImageFile, Shape, decoded, of_members, twins
-from mamlctl.data.split_lists import listed_split
+from mamlctl.data.split_lists import SPLITS, listed_split
 from mamlctl.errors import DataError
-from mamlctl.records import Notice, OnEvent
+from mamlctl.records import Notice, OnEvent, Progress
 
 SIDE = 84
 IMAGE = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
 SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet; file names begin with theirs
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+PICKLES = (".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ TIERED = ListedSet(
 )
 LISTED = (MINI, TIERED)
 PER_CLASS = 600  # mini-ImageNet's images of every class
-SPLIT_NAMES = ("train", "val", "test")
 RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `Shape`'s filter, and told
 
 
@@ -85,6 +86,9 @@ def fetch(
     if not source:
         message = f"{listed.title} cannot be downloaded: ImageNet's terms let nobody pass it on"
         raise DataError(message, hint=listed.hint)
+    if listed is MINI and (pickles := _pickles(source)):
+        _pack_pickles(_path(listed, root), pickles, on_event)
+        return open_pack(listed, root, on_event=on_event)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(source)]
         found = _by_class(listed, opened)
@@ -107,6 +111,27 @@ def fetch(
     return open_pack(listed, root, on_event=on_event)
 
 
+def _pickles(sources: Sequence[Path]) -> list[Path]:
+    """The pickles of mini-ImageNet among the sources or in them."""
+    paths = [source.expanduser().resolve() for source in sources]
+    if all(path.suffix in PICKLES for path in paths):
+        return paths
+    return cache_files(paths[0]) if len(paths) == 1 and paths[0].is_dir() else []
+
+
+def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> None:
+    """Pack them class by class, in the order of the list, which within a split is that of the names."""
+    names = list(listed_split(MINI.name))
+
+    def images() -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for number, (name, images_NHWC) in enumerate(read_mini_cache(pickles, per_class=PER_CLASS), 1):
+            for image_HWC in images_NHWC:
+                yield names.index(name), image_HWC.transpose(2, 0, 1)
+            on_event(Progress(f"{MINI.name}: read classes", number, len(names)))
+
+    stream_pack(path, (3, SIDE, SIDE), names, images())
+
+
 def is_here(listed: ListedSet, root: Path) -> bool:
     """Whether it was fetched."""
     return is_packed(_path(listed, root))
@@ -119,11 +144,10 @@ def open_pack(listed: ListedSet, root: Path, resize: str = RESIZES[0], *, on_eve
     return load_pack(_path(listed, root), listed.name)
 
 
-def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """By the published list (mini-ImageNet), or by the folder that a class lay in (tieredImageNet)."""
-    lists = listed_split(MINI.name) if "/" not in packed.names[0] else {}
-    splits = np.array([lists.get(name) or name.split("/")[0] for name in packed.names])
-    return {split: np.flatnonzero(splits == split) for split in SPLIT_NAMES}
+def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
+    """The classes of train, val and test by the folders that they lay in; `seed` chooses nothing."""
+    splits = np.array([name.partition("/")[0] for name in packed.names])
+    return {split: np.flatnonzero(splits == split) for split in SPLITS}
 
 
 def _path(listed: ListedSet, root: Path) -> Path:
@@ -156,7 +180,7 @@ def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[Im
             label = synset.group()
             if listed is TIERED:
                 parts = (*path.parts, members.path.name.partition(".")[0])
-                split = next((split for split in SPLIT_NAMES if split in parts), "")
+                split = next((split for split in SPLITS if split in parts), "")
                 label = f"{split}/{label}"
             found.setdefault(label, {})[path.name] = of_members(members, name, 0)
     return {label: [files[name] for name in sorted(files)] for label, files in found.items()}
@@ -184,7 +208,7 @@ def _count_problems(listed: ListedSet, found: dict[str, list[ImageFile]]) -> Ite
             if len(files) != PER_CLASS:
                 yield f"{label} has {len(files):,} images instead of {PER_CLASS}"
         return
-    for split, classes, images in zip(SPLIT_NAMES, listed.classes, listed.images, strict=True):
+    for split, classes, images in zip(SPLITS, listed.classes, listed.images, strict=True):
         of_split = [files for label, files in found.items() if label.startswith(f"{split}/")]
         count = sum(map(len, of_split))
         if (len(of_split), count) != (classes, images):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.checks import nearest
-from mamlctl.data import folder, glyphs, listed, omniglot
+from mamlctl.data import cifar, folder, glyphs, listed, omniglot, split_lists
 from mamlctl.data.downloads import DOWNLOADS
 from mamlctl.data.images import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.labelled import reshaped
@@ -103,6 +103,27 @@ class DataSet:
         return values | {"image_size": side, "channels": channels}
 
 
+def _cifar(name: str, summary: str, scheme: str) -> DataSet:
+    return DataSet(
+        name=name,
+        summary=summary,
+        licence=cifar.TERMS,
+        origin=cifar.ORIGIN,
+        download_bytes=cifar.SIZE,
+        image_shape_CHW=(cifar.CHANNELS, cifar.SIDE, cifar.SIDE),
+        split_schemes=(scheme,),
+        resizes=cifar.RESIZES,
+        rotations="none",
+        ink=0,
+        normalize="imagenet",
+        fetch=partial(cifar.fetch, name=name),
+        open_pack=partial(cifar.open_pack, name=name),
+        split_classes=split_lists.split_classes,
+        is_here=cifar.is_here,
+        folder=cifar.HOME,
+    )
+
+
 def _listed(found: ListedSet, summary: str) -> DataSet:
     return DataSet(
         name=found.name,
@@ -118,7 +139,7 @@ def _listed(found: ListedSet, summary: str) -> DataSet:
         normalize="imagenet",
         fetch=partial(listed.fetch, found),
         open_pack=partial(listed.open_pack, found),
-        split_classes=listed.split_classes,
+        split_classes=split_lists.split_classes if found is listed.MINI else listed.split_by_folders,
         is_here=partial(listed.is_here, found),
     )
 
@@ -160,6 +181,8 @@ DATA_SETS = {
     ),
     "mini-imagenet": _listed(listed.MINI, "100 classes of ImageNet, 600 images each (Vinyals et al. 2016)"),
     "tiered-imagenet": _listed(listed.TIERED, "608 classes of ImageNet, split by kind (Ren et al. 2018)"),
+    "cifar-fs": _cifar("cifar-fs", "CIFAR-100's classes as Bertinetto et al. split them", "bertinetto"),
+    "fc100": _cifar("fc100", "CIFAR-100's classes split by superclass (Oreshkin et al. 2018)", "oreshkin"),
 }
 
 

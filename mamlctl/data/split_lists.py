@@ -1,6 +1,6 @@
 """Published class splits, as lists that ship with the package.
 
-mini-imagenet: Ravi & Larochelle 2017 (twitter-research/meta-learning-lstm, data/miniImagenet), 64/16/20.
+mini-imagenet: Ravi & Larochelle 2017, 64/16/20 (twitter-research/meta-learning-lstm, data/miniImagenet).
 cifar-fs: Bertinetto et al. 2019, 64/16/20, and fc100: Oreshkin et al. 2018, 60/20/20 (12, 4 and 4
 superclasses, here each with its five classes): as tristandeleu/pytorch-meta has them; FC100's superclasses
 agree with ElementAI/TADAM, CIFAR-FS's classes were compared with no second source.
@@ -25,7 +25,7 @@ SCHEMES = {"ravi": "mini-imagenet", "bertinetto": "cifar-fs", "oreshkin": "fc100
 
 @cache
 def listed_split(name: str) -> dict[str, str]:
-    """Class -> split of the data set `name`, in the order of the list; shared, not to be changed."""
+    """Class -> split of the data set `name`, in the list's order; shared by all callers."""
     path = Path(__file__).with_name("splits") / f"{name}.csv"
     with path.open(encoding="ascii", newline="") as file:
         return {row["class"]: row["split"] for row in csv.DictReader(file)}
