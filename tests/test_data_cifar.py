@@ -13,7 +13,7 @@ from conftest import ignore
 
 from mamlctl.data import cifar, split_lists
 from mamlctl.data.cifar import CifarPart
-from mamlctl.data.sets import DATA_SETS, open_data_set
+from mamlctl.data.sets import DATA_SETS
 from mamlctl.errors import DataError
 
 NAMES = cifar.class_names()
@@ -130,7 +130,8 @@ def test_one_pack_serves_both_sets(fetch, archive, tmp_path):
     digests = set()
     for name in ("cifar-fs", "fc100"):
         assert DATA_SETS[name].is_here(root)
-        packed, splits = open_data_set(name, root=root, on_event=ignore)
+        packed = DATA_SETS[name].open_pack(root, "none", on_event=ignore)
+        splits = DATA_SETS[name].split_classes(packed, DATA_SETS[name].split_schemes[0], 0)
         assert packed.images_MCHW.shape[1:] == DATA_SETS[name].image_shape_CHW
         assert {split: len(classes) for split, classes in splits.items()} == {
             "cifar-fs": {"train": 64, "val": 16, "test": 20},
@@ -275,7 +276,8 @@ def test_upstream_is_torchvisions():
 
     source = cifar.cifar_source()
     assert source.file == CIFAR100.filename == "cifar-100-python.tar.gz"
-    assert source.url.startswith("https://") and source.url.endswith(source.file)
+    (url,) = source.urls
+    assert url.startswith("https://") and url.endswith(source.file)
     assert source.md5 == "eb9058c3a382ffc7106e4002c42a8d85"
     known = dict(CIFAR100.train_list + CIFAR100.test_list)
     assert {part.file: part.md5 for part in cifar.PARTS} == known

@@ -20,7 +20,7 @@ from mamlctl.errors import DataError
 
 # Python 2 does not tell text from bytes. A string above this is an array's pixels, which decoding would copy.
 LONGEST_TEXT = 64 * 1024
-# A step of one byte can make an object of 64. CIFAR-100, with 200,000 labels and names, takes a million.
+# A step of one byte can make an object of 64. CIFAR-100's train, with 50,000 names, takes 200,000 steps.
 MOST_STEPS = 20_000_000
 NEWEST = 5  # the newest protocol there is
 PLAIN = (str, bytes, bytearray, int, float, np.generic, np.ndarray, type(None))
