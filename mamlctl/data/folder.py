@@ -71,14 +71,13 @@ def open_pack(
             _tell(packed.facts["left_out"], on_event)
             return packed
         on_event(Notice(f"{folder} has changed since it was packed: packing it anew"))
-    names = list(classes)
-    files = [of_path(file, folder, label) for label, name in enumerate(names) for file in classes[name]]
-    left_out = [f"{name} (an empty class)" for name in names if not classes[name]]
+    files = [of_path(file, folder, name) for name, found in classes.items() for file in found]
+    left_out = [f"{name} (an empty class)" for name, found in classes.items() if not found]
     if not files:
         raise DataError(
             f"{folder} holds no images", hint="put the images of each class into a folder of its own"
         )
-    _pack(path, Shape(side, channels, resize), names, files, left_out, stamp, on_event)
+    _pack(path, Shape(side, channels, resize), files, left_out, stamp, on_event)
     packed = load_pack(path, str(folder))
     _tell(packed.facts["left_out"], on_event)
     return packed
@@ -87,7 +86,6 @@ def open_pack(
 def _pack(
     path: Path,
     shape: Shape,
-    names: Sequence[str],
     files: Sequence[ImageFile],
     left_out: list[str],
     stamp: str,
@@ -100,7 +98,7 @@ def _pack(
         on_event=on_event,
         on_bad=lambda error: left_out.append(str(error)),
     )
-    stream_pack(path, shape.chw, names, images, lambda: {"stamp": stamp, "left_out": left_out})
+    stream_pack(path, shape.chw, images, lambda: {"stamp": stamp, "left_out": left_out})
 
 
 def split_classes(

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -89,34 +89,32 @@ def save_pack(path: Path, packed: PackedImages) -> None:
 def stream_pack(
     path: Path,
     shape_CHW: tuple[int, int, int],
-    names: Sequence[str],
-    images: Iterable[tuple[int, NDArray[np.uint8]]],
+    images: Iterable[tuple[str, NDArray[np.uint8]]],
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Write images one by one, so that a set larger than memory can be packed.
 
-    `images`: class number and image, class after class; classes that get none are left out. `facts`: what
-    else to write down, asked for at the end. Raises DataError if the folder cannot be written.
+    `images`: class name and image, all of a class together. `facts`: what else to write down, asked for at
+    the end. Raises DataError if the folder cannot be written.
     """
-    counts = np.zeros(len(names), dtype=np.int64)
+    counts: dict[str, int] = {}
     with _both(path) as (pixels, words):
-        start = _write_header(pixels, (len(names), *shape_CHW))
-        for number, image_CHW in images:
+        start = _write_header(pixels, (1, *shape_CHW))
+        for name, image_CHW in images:
+            assert name not in counts or name == next(reversed(counts)), f"{name} comes twice"
             pixels.write(image_CHW.tobytes())
-            counts[number] += 1
-        there = counts > 0
-        kept = tuple(name for name, here in zip(names, there, strict=True) if here)
-        starts = np.concatenate([[0], np.cumsum(counts[there])]).astype(np.int64)
-        shape = (int(counts.sum()), *shape_CHW)
+            counts[name] = counts.get(name, 0) + 1
+        names, starts = tuple(counts), np.cumsum([0, *counts.values()], dtype=np.int64)
+        shape = (int(starts[-1]), *shape_CHW)
         # numpy leaves room in its header for a larger first dimension.
         if _write_header(pixels, shape) != start:
             raise DataError(f"{path} cannot hold {shape[0]:,} images", hint="pack fewer")
         pixels.flush()
-        digest = _digest_of_facts(shape, starts, kept)
+        digest = _digest_of_facts(shape, starts, names)
         while block := os.pread(pixels.fileno(), HASHED_AT_A_TIME, start):
             digest.update(block)
             start += len(block)
-        words.write(_sidecar(shape, starts, kept, digest.hexdigest(), facts()))
+        words.write(_sidecar(shape, starts, names, digest.hexdigest(), facts()))
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> int:

@@ -26,7 +26,7 @@ EVENT_EVERY = 500  # images
 class ImageFile:
     """One image of a class: where it lies, and how to get its bytes."""
 
-    label: int
+    label: str  # its class
     told: str  # its name for people
     read: Callable[[], bytes]
 
@@ -45,12 +45,12 @@ class Shape:
         return self.channels, self.side, self.side
 
 
-def of_members(members: Members, name: str, label: int) -> ImageFile:
+def of_members(members: Members, name: str, label: str) -> ImageFile:
     """An image of an archive."""
     return ImageFile(label, name, lambda: members.read(name))
 
 
-def of_path(path: Path, root: Path, label: int) -> ImageFile:
+def of_path(path: Path, root: Path, label: str) -> ImageFile:
     """An image file, told by its path below `root`."""
     return ImageFile(label, str(path.relative_to(root)), path.read_bytes)
 
@@ -62,7 +62,7 @@ def decoded(
     what: str,
     on_event: OnEvent,
     on_bad: Callable[[DataError], None] | None = None,
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Label and pixels of every image, in order, decoded by all cores (Pillow lets threads run meanwhile).
 
     `on_bad`: told of an image that cannot be read, which is left out; without it DataError is raised.
@@ -111,10 +111,10 @@ def reshaped(
 
 
 def twins(
-    images: Iterable[tuple[int, NDArray[np.uint8]]], pairs: list[tuple[int, int]]
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    images: Iterable[tuple[str, NDArray[np.uint8]]], pairs: list[tuple[str, str]]
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The same images; the labels of every two that are equal to the last bit are put into `pairs`."""
-    seen: dict[bytes, int] = {}
+    seen: dict[bytes, str] = {}
     for label, image in images:
         # Not the pixels, which are as many as the set; 8 bytes meet by chance once in 10^10 such sets.
         key = hashlib.blake2b(image.tobytes(), digest_size=8).digest()

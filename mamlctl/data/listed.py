@@ -93,15 +93,10 @@ def fetch(
         opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(source)]
         found = _by_class(listed, opened)
         _verify(listed, found, source)
-        names = sorted(found)
-        files = [
-            ImageFile(label, image.told, image.read)
-            for label, name in enumerate(names)
-            for image in found[name]
-        ]
-        shape, pairs = Shape(SIDE, 3, "bilinear"), list[tuple[int, int]]()
+        files = [image for name in sorted(found) for image in found[name]]
+        shape, pairs = Shape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
-        stream_pack(_path(listed, root), shape.chw, names, images, lambda: {"twins": pairs})
+        stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
     if pairs:
         apart = [pair for pair in pairs if pair[0] != pair[1]]
         told = (
@@ -120,16 +115,16 @@ def _pickles(sources: Sequence[Path]) -> list[Path]:
 
 
 def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> None:
-    """Pack them class by class, in the order of the list, which within a split is that of the names."""
-    names = list(listed_split(MINI.name))
+    """Pack them class by class: within a split in the order of the names, as the images are packed."""
+    classes = read_mini_cache(pickles, per_class=PER_CLASS)
 
-    def images() -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        for number, (name, images_NHWC) in enumerate(read_mini_cache(pickles, per_class=PER_CLASS), 1):
+    def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        for number, (name, images_NHWC) in enumerate(classes, 1):
             for image_HWC in images_NHWC:
-                yield names.index(name), image_HWC.transpose(2, 0, 1)
-            on_event(Progress(f"{MINI.name}: read classes", number, len(names)))
+                yield name, image_HWC.transpose(2, 0, 1)
+            on_event(Progress(f"{MINI.name}: read classes", number, sum(MINI.classes)))
 
-    stream_pack(path, (3, SIDE, SIDE), names, images())
+    stream_pack(path, (3, SIDE, SIDE), images())
 
 
 def is_here(listed: ListedSet, root: Path) -> bool:
@@ -182,7 +177,7 @@ def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[Im
                 parts = (*path.parts, members.path.name.partition(".")[0])
                 split = next((split for split in SPLITS if split in parts), "")
                 label = f"{split}/{label}"
-            found.setdefault(label, {})[path.name] = of_members(members, name, 0)
+            found.setdefault(label, {})[path.name] = of_members(members, name, label)
     return {label: [files[name] for name in sorted(files)] for label, files in found.items()}
 
 

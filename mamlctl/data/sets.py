@@ -287,9 +287,9 @@ def open_images(
         return packed
     path = root / data_set.name / f"{side}x{side}x{shape[0]}-{packed.digest[:12]}.npy"
     if not is_packed(path):
-        labels = np.repeat(np.arange(len(packed.names)), packed.counts).tolist()
+        labels = np.repeat(packed.names, packed.counts).tolist()
         images = zip(
             labels, reshaped(packed.images_MCHW, shape, f"{data_set.name}: reshape", on_event), strict=True
         )
-        stream_pack(path, shape, packed.names, images)
+        stream_pack(path, shape, images)
     return load_pack(path, data_set.name)
