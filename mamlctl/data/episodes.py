@@ -78,14 +78,22 @@ class MiniBatches:
 
     def episodes(self, first: int, tasks: int) -> Episodes:
         """The stream's tasks, with their mini-batches."""
-        examples = self.ways * self.shots
-        shuffles = -(-self.steps * self.size // examples)
-        purpose, words = f"{self.split} batches", shuffles * examples
-        keys = np.stack([raw_bits(self.seed, purpose, first + task, words) for task in range(tasks)])
-        order = np.argsort(keys.reshape(tasks, shuffles, examples), axis=-1).reshape(tasks, -1)
-        batches_TIB = order[:, : self.steps * self.size].reshape(tasks, self.steps, self.size)
+        purpose, examples = f"{self.split} batches", self.ways * self.shots
+        batches = [
+            mini_batches(self.seed, purpose, first + task, examples, self.steps, self.size)
+            for task in range(tasks)
+        ]
         found = self.stream.episodes(first, tasks)
-        return replace(found, batches_TIB=torch.from_numpy(batches_TIB).to(self.device))
+        return replace(found, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
+
+
+def mini_batches(
+    seed: int, purpose: str, task: int, examples: int, steps: int, size: int
+) -> NDArray[np.int64]:
+    """The support examples of every inner step of a task, cut from as many shuffles as it takes -> _IB."""
+    shuffles = -(-steps * size // examples)
+    keys = raw_bits(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
+    return np.argsort(keys, axis=-1).reshape(-1)[: steps * size].reshape(steps, size)
 
 
 def episode_problems(
@@ -127,6 +135,14 @@ def _turns_as_classes(split: str, rotations: str) -> int:
     return TURNS if rotations == "classes" and split == "train" else 1
 
 
+def pixel_values(x_MCHW: Tensor, ink: int, dtype: torch.dtype) -> Tensor:
+    """Stored images, whose ink is 0 and whose paper is 255, as a network sees them."""
+    if ink == 1:
+        x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
+    # By a tensor of the device: by a Python number a CUDA device multiplies with the rounded 1/255.
+    return x_MCHW / x_MCHW.new_full((), 255, dtype=dtype)
+
+
 class TaskStream:
     """All tasks of a split: number i is the same in every run, batch size and order of asking.
 
@@ -162,7 +178,7 @@ class TaskStream:
         self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
         self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
         self._turns = rotations != "none" and split == "train"
-        self._ink, self.device = ink, device
+        self._ink, self.device, self._dtype = ink, device, dtype
         self._counts, self._starts = packed.counts[classes], packed.starts[classes]
         # Images of the split alone go to the device, joined class by class.
         self._offsets = np.cumsum(self._counts) - self._counts
@@ -173,7 +189,6 @@ class TaskStream:
             views = [torch.rot90(store_MCHW, turn, dims=(-2, -1)) for turn in range(TURNS)]
             store_MCHW = torch.cat(views)
         self._store_MCHW, self._images = store_MCHW, len(image_M)
-        self._white = torch.tensor(255, device=device, dtype=dtype)
         label_N = torch.arange(ways, device=device)
         self._support_y_E = label_N.repeat_interleave(shots)
         self._query_y_E = label_N.repeat_interleave(queries)
@@ -192,11 +207,7 @@ class TaskStream:
         at_TNE = (self._offsets[class_TN] + turns_TN * self._images)[..., None] + example_TNE
         # index_select copies whole images; indexing by a tensor would go pixel by pixel (18 times slower).
         x_MCHW = self._store_MCHW.index_select(0, self._to_device_no_sync(at_TNE.ravel()))
-        if self._ink == 1:
-            x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
-        x_TNECHW = (x_MCHW / self._white).view(
-            *at_TNE.shape, *x_MCHW.shape[1:]
-        )  # takes the dtype of `_white`
+        x_TNECHW = pixel_values(x_MCHW, self._ink, self._dtype).view(*at_TNE.shape, *x_MCHW.shape[1:])
         return Episodes(
             support_x_TECHW=x_TNECHW[:, :, : self.shots].flatten(1, 2),
             support_y_TE=self._support_y_E.repeat(tasks, 1),
