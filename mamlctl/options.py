@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of a settings class, so that no setting is declared twice."""
+"""Command-line options that commands share, and those made from the fields of a settings class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,23 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mamlctl.config import HARDWARE, OUTPUT
 from mamlctl.errors import ExitCode
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUTPUT)]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline", help="Never download; a missing data set ends with exit 3.", rich_help_panel=HARDWARE
+    ),
+]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of prepared data sets. Default: the platform's cache folder.", rich_help_panel=HARDWARE
+    ),
+]
 
 
 def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:

@@ -28,6 +28,7 @@ class Source:
     digest: str  # of all images, or of a family of curves
     example_shape: tuple[int, ...]  # C, H, W of images, D of curves
     classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
+    brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
 
 
 def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved:
@@ -110,7 +111,10 @@ def open_streams(
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         streams, pools = _image_streams(config, packed, splits, device)
-        source = Source(packed.digest, tuple(packed.images_MCHW.shape[1:]), pools)
+        # Some hundreds of images tell paper from ink; all of a large set would take a second.
+        some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
+        brightness = float(some_MCHW.mean() / 255)
+        source = Source(packed.digest, tuple(packed.images_MCHW.shape[1:]), pools, brightness)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

@@ -196,6 +196,8 @@ def environment(config: TrainConfig, source: Source, device: torch.device) -> di
         "precision": precision_of(config.precision, device),
         "platform": platform.platform(),
         "dataset_digest": source.digest,
+        "example_shape": list(source.example_shape),
+        "brightness": source.brightness,
         "seeds": {
             "init": config.init_seed,
             "train": config.train_seed,
