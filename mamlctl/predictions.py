@@ -14,6 +14,9 @@ def cells(result: OwnResult, width: int | None) -> list[list[str]]:
     labelled = any(image.label is not None for image in result.images)
     rows = [["file", "predicted", "probability", *(["label", ""] if labelled else [])]]
     rows += [_row(image, labelled) for image in result.images]
+    if labelled:
+        widest = max(len(row[3]) for row in rows)
+        rows = [[*row[:3], row[3].ljust(widest), row[4]] for row in rows]
     others = [max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:]]
     room = max(width - sum(others) - 1, 12) if width is not None else None
     return [[words.middle(row[0], room) if room else row[0], *row[1:]] for row in rows]

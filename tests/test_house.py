@@ -23,7 +23,7 @@ FLOORS = [
     ["runs"],
     ["data.draws", "data.files", "data.images", "data.archives"],
     ["data.glyphs", "data.omniglot", "data.episodes"],
-    ["data.regression", "report.plots"],
+    ["data.regression", "data.own", "report.plots"],
     ["data.sets", "report.sheet"],
     ["engine.devices", "engine.norms", "engine.adam"],
     ["engine.nets", "engine.convolutions", "engine.optimizers"],

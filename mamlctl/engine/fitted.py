@@ -114,7 +114,7 @@ def with_ways(state: MetaState, ways: int, tells_by: str) -> MetaState:
     if tells_by == "zeros":
         zeros = weight.new_zeros(ways, weight.shape[1]), bias.new_zeros(ways)
         return replace(state, slow=state.slow | dict(zip(HEAD, zeros, strict=True)))
-    # Measured against a head of zeros (the same as one of mean rows: what all classes share leaves no trace in
+    # Measured against a head of zeros (the same as one of mean rows: what classes share leaves no trace in
     # softmax or gradients) and random mixtures of rows (mostly worse). Accuracy of 5-way 1-shot runs on other
     # ways, rows in turn / zeros: 300 meta-steps, 32 filters, one seed, --bn support, 3 queries a class, 160
     # test tasks (80 of 10 ways, 40 of 20), each ± 0.4 to 4.2:

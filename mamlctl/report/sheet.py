@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 60  # queries of a sheet, the first ones: a choice would flatter or blame
-SUPPORT_SHOWN = 10  # of a class
-MARGIN, SUPPORT, QUERY = 0.1, 0.42, 0.62  # inches: around all, sides of a support image and of a query
+SUPPORT_SHOWN, CLASSES_SHOWN = 10, 60  # images of a class; classes
+MARGIN, SUPPORT, QUERY = 0.1, 0.42, 0.6  # inches: around all, sides of a support image and of a query
 SPACE, LINE, HEAD = 0.1, 0.14, 0.34  # inches: between images, a line of small letters, a heading
 NAME, LABEL = 18, 12  # letters of a class beside its support images, and under a query
 
@@ -37,11 +37,12 @@ def sheet(
     support: Sequence[tuple[str, Numbers]], queries: Sequence[QueryPicture], total: int, title: str
 ) -> Figure:
     """A row for each class's name and images_MCHW, then the first queries of `total`."""
-    longest = max(len(words.middle(name, NAME)) for name, _ in support)
+    longest = max(len(words.middle(name, NAME)) for name, _ in support[:CLASSES_SHOWN])
     label = 0.12 + 0.068 * longest
     across = int((WIDTH - 2 * MARGIN + SPACE) / (QUERY + SPACE))
     support_top = 0.3 + HEAD
-    query_top = support_top + len(support) * (SUPPORT + SPACE) + HEAD
+    some = support[:CLASSES_SHOWN]
+    query_top = support_top + len(some) * (SUPPORT + SPACE) + HEAD
     query_down = QUERY + 2 * LINE + SPACE
     shown = queries[:SHOWN]
     height = query_top + math.ceil(len(shown) / across) * query_down + MARGIN
@@ -49,8 +50,9 @@ def sheet(
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         ax.text(MARGIN, 0.22, plain(title), fontsize=10, fontweight="bold")
-        ax.text(MARGIN, support_top - 0.08, "Support set: what it learnt from", fontsize=9)
-        for row, (name, images_MCHW) in enumerate(support):
+        first = f" (the first {CLASSES_SHOWN} of {len(support)} classes)" * (len(support) > CLASSES_SHOWN)
+        ax.text(MARGIN, support_top - 0.08, f"Support set: what it learnt from{first}", fontsize=9)
+        for row, (name, images_MCHW) in enumerate(some):
             y = support_top + row * (SUPPORT + SPACE)
             ax.text(MARGIN, y + SUPPORT / 2, words.middle(plain(name), NAME), va="center")
             for place, image_CHW in enumerate(images_MCHW[:SUPPORT_SHOWN]):
