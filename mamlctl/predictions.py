@@ -35,7 +35,8 @@ def head_line(result: OwnResult) -> str:
     fewest, most = min(result.shots), max(result.shots)
     shots = str(fewest) if fewest == most else f"{fewest} to {most}"
     each = f"{shots} support image{'s' if most > 1 else ''} each"
-    steps = f"{result.inner_steps} inner steps, " if result.inner_steps else ""
+    taken = result.inner_steps
+    steps = f"{taken} inner step{'s' if taken > 1 else ''}, " if taken else ""
     return f"{len(result.classes)} classes, {each}; {result.head}; {steps}bn {result.bn}"
 
 

@@ -316,9 +316,9 @@ def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_
     result = asked(trained("maml"), support, query, query / "known.png", on_event=told.append)
     notices = [event.text for event in told if isinstance(event, Notice)]
     assert any("left out: cannot read image" in text for text in notices)
-    assert "1 support files are copies of another, byte for byte: they count again" in notices
-    assert "1 query files were named twice: each counts once" in notices
-    assert "1 query images are in the support set too, which flatters any accuracy" in notices
+    assert "support files that are copies of another, and count again: 1" in notices
+    assert "query files named twice, which count once: 1" in notices
+    assert "query images that are in the support set too, which flatters any accuracy: 1" in notices
     assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)
     # The order is that of the names, a folder's own files before those of its classes.
     assert [Path(image.file).name for image in result.images][:2] == ["known.png", "x00.png"]
@@ -506,3 +506,12 @@ def test_the_document_has_every_class_of_every_prediction(trained, packed, tmp_p
     told = document(asked(trained("protonet"), support, query))
     assert told["support"] == {"ant": 1, "bee": 1} and told["head"].startswith("prototypes")
     assert all(set(entry["probabilities"]) == {"ant", "bee"} for entry in told["predictions"])
+
+
+def test_mini_batches_are_cut_from_all_support_images(trained, packed, tmp_path):
+    """As a run asks for them; of unequal classes, and the same ones each time."""
+    run = trained("reptile", eval_inner_batch=2)
+    support, query = folders(tmp_path, packed, [1, 3, 1, 2])
+    one, two = (table(asked(run, support, query)) for _ in range(2))
+    assert np.array_equal(one, two) and one.shape == (8, 4)
+    assert not np.allclose(one, table(asked(trained("reptile"), support, query)), atol=1e-4)

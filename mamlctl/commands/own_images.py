@@ -45,7 +45,7 @@ def predict_own(path: Path, settings: EvalConfig, wanted: Wanted, *, on_event: O
     model = adapt_to(path, settings, wanted.support, to_save=to_save, on_event=on_event)
     queries, twice = find_queries(wanted.queries, model.support.classes)
     if twice:
-        on_event(Notice(f"{twice} query files were named twice: each counts once"))
+        on_event(Notice(f"query files named twice, which count once: {twice}"))
     told = _tell_apart(model, queries, on_event)
     pictures = _draw(model, told) if wanted.plot else ()
     if wanted.csv is not None:
@@ -95,8 +95,8 @@ def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) ->
         fact = f"none of the {len(queries)} query images can be read: {told.images[0].problem}"
         raise DataError(fact, hint="name images that Pillow can open")
     if told.copies:
-        fact = f"{told.copies} query images are in the support set too, which flatters any accuracy"
-        on_event(Notice(fact))
+        fact = "query images that are in the support set too, which flatters any accuracy"
+        on_event(Notice(f"{fact}: {told.copies}"))
     return told
 
 

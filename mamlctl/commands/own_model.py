@@ -75,6 +75,9 @@ def adapt_to(
     there, MamlctlError for a damaged run.
     """
     run = open_run(path)
+    if is_curves(run.config.dataset):
+        fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
+        raise SettingsError([(fact, "name a run of images")])
     config, device = as_asked(run, _independent(run, settings), on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(run)
     if to_save and entry.tells_by == "neighbours":
@@ -108,9 +111,6 @@ def _independent(run: RunFolder, settings: EvalConfig) -> EvalConfig:
 
     Unless --bn says otherwise: transductive is the custom of papers, not what anyone expects of a classifier.
     """
-    if is_curves(run.config.dataset):
-        fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
-        raise SettingsError([(fact, "name a run of images")])
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         return replace(settings, bn=Statistics.SUPPORT.value)
     return settings
@@ -126,7 +126,7 @@ def _tell_of_support(run: RunFolder, support: OwnSupport, on_event: OnEvent) -> 
     for problem in support.unreadable:
         on_event(Notice(f"left out: {problem}"))
     if copies := len(support.digests) - len(set(support.digests)):
-        on_event(Notice(f"{copies} support files are copies of another, byte for byte: they count again"))
+        on_event(Notice(f"support files that are copies of another, and count again: {copies}"))
     # Older runs, which do not tell, had sets with dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
     own = float(support.x_ECHW.mean() / 255)
