@@ -13,6 +13,7 @@ STREAMS = {
     "train batches": 3,
     "val batches": 4,
     "test batches": 5,
+    "own batches": 6,
     "class split": 16,
     "glyph shapes": 17,
     "glyph drawings": 18,
