@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 import mamlctl
 from mamlctl.checks import flag
 from mamlctl.cli_fetch import fetch
+from mamlctl.cli_own import Csv, Files, Query, SaveAdapted, Support, own_images, without_support
 from mamlctl.config import OUTPUT, EvalConfig, TrainConfig
 from mamlctl.display import open_display, show_error, show_eval_result, show_train_result, write_json
 from mamlctl.errors import ExitCode, MamlctlError, SettingsError
@@ -27,7 +28,8 @@ from mamlctl.records import named
 
 EPILOG = {
     "train": "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",
-    "eval": "Example: mamlctl eval runs/demo --split test --tasks 600",
+    "eval": "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
+    "mamlctl eval runs/demo --support mine/learn --query mine/ask",
     "fetch": "Example: mamlctl fetch omniglot --from downloads/",
 }
 app = typer.Typer(
@@ -181,6 +183,11 @@ def _moved(
 def evaluate(
     given: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Run folder of a training.")],
+    files: Files = None,
+    support: Support = None,
+    query: Query = None,
+    csv: Csv = None,
+    save_adapted: SaveAdapted = None,
     plot: Annotated[
         bool,
         typer.Option("--plot", help="Also draw pictures into RUN/plots.", rich_help_panel=OUTPUT),
@@ -195,7 +202,14 @@ def evaluate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> ExitCode:
-    """Test a trained run: its best checkpoint, and the ensemble of its five best, on the same tasks."""
+    """Test a trained run, or let it learn your own classes and tell your images apart (--support, --query).
+
+    The test: its best checkpoint, and the ensemble of its five best, on the same tasks.
+    """
+    if support is not None:
+        asked = own_images(given, support, [*(query or []), *(files or [])], csv, save_adapted, plot, beside)
+        return asked(run, EvalConfig(**given), json=json, quiet=quiet)
+    without_support({"--query": query, "--csv": csv, "--save-adapted": save_adapted}, files)
     from mamlctl.commands.evaluate import evaluate_run
 
     with open_display(Console(stderr=True), quiet=quiet) as display:

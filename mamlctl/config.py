@@ -16,6 +16,7 @@ MOST_TASKS = 100_001  # per meta-step: beyond this a slip of the finger is likel
 
 EPISODE, NETWORK, INNER, OUTER = "Episode", "Network", "Inner loop", "Meta-optimiser"
 MAMLPP, HARDWARE, OUTPUT = "MAML++", "Hardware", "Output"
+OWN_IMAGES = "Own images"
 
 
 def setting(

@@ -14,7 +14,7 @@ from rich.control import Control
 from rich.live import Live
 from rich.text import Text
 
-from mamlctl import words
+from mamlctl import predictions, words
 from mamlctl.errors import MamlctlError
 from mamlctl.listing import data_set_cells
 from mamlctl.live import LiveState, advance, render
@@ -24,6 +24,7 @@ from mamlctl.records import (
     Event,
     MetaStepDone,
     Notice,
+    OwnResult,
     Progress,
     RunStarted,
     TrainReport,
@@ -287,6 +288,26 @@ def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> No
             for head, cell in zip(heads[1:], row[1:], strict=True):
                 _say(console, (f"  {head:<10}", "dim"), cell)
     _say(console, f"prepared data sets lie in {entries[0]['folder']}")
+
+
+def show_own_result(console: Console, result: OwnResult) -> None:
+    """How the classes were learnt, a row for each image, and what was written."""
+    _say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
+    _say(console, predictions.head_line(result))
+    if result.images:
+        _say(console)
+        table = predictions.cells(result, console.width if console.is_terminal else None)
+        _say_table(console, table, left=2)
+        _say(console)
+    told = [
+        *predictions.left_out_lines(result),
+        predictions.accuracy_line(result),
+        predictions.bn_line(result),
+    ]
+    written = [f"written to {file}" for file in (result.csv, result.saved) if file]
+    for line in [*told, *(f"picture  {picture}" for picture in result.pictures), *written]:
+        if line:
+            _say(console, line)
 
 
 def _eval_cells(row: EvalRow) -> list[str]:

@@ -155,6 +155,57 @@ class EvalResult:
     notes: tuple[str, ...] = ()  # what a reader of the numbers must know
 
 
+@dataclass(frozen=True)
+class OwnImage:
+    """One of the user's own images, as an adapted model takes it."""
+
+    file: str
+    predicted: str | None = None  # None where the file cannot be read
+    probabilities: tuple[float, ...] = ()  # of every class
+    label: str | None = None  # what its folder says
+    problem: str = ""
+
+    @property
+    def probability(self) -> float | None:
+        """Of the predicted class."""
+        return max(self.probabilities, default=None)
+
+
+@dataclass(frozen=True)
+class OwnResult:
+    """The user's own images told apart, and what was written on the way."""
+
+    run: str
+    algo: str
+    model: str  # "best, epoch 7" or "last"
+    classes: tuple[str, ...]
+    shots: tuple[int, ...]  # support images of each class
+    head: str  # what tells the classes apart
+    inner_steps: int
+    bn: str
+    images: tuple[OwnImage, ...]
+    left_out: int  # support images that cannot be read
+    seconds: float
+    pictures: tuple[str, ...] = ()
+    csv: str | None = None
+    saved: str | None = None
+
+    @property
+    def labelled(self) -> int:
+        """Images that could be read and whose class is known."""
+        return sum(image.label is not None and image.predicted is not None for image in self.images)
+
+    @property
+    def right(self) -> int:
+        """How many of those are told right."""
+        return sum(image.label is not None and image.predicted == image.label for image in self.images)
+
+    @property
+    def unreadable(self) -> int:
+        """Images to be told apart that cannot be read."""
+        return sum(image.predicted is None for image in self.images)
+
+
 def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:
     """A record as files and documents have it: its score under the name of its metric."""
     return {

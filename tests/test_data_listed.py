@@ -163,9 +163,6 @@ def test_images_that_are_the_same_are_told(small, tmp_path):
     assert "2 pairs of images are the same to the last bit, 1 of them in two classes" in told
     pairs = [("n01532829", "n01532829"), ("n01532829", "n01749939")]
     assert [tuple(pair) for pair in packed.facts["twins"]] == pairs
-        ("n01532829", "n01532829"),
-        ("n01532829", "n01749939"),
-    ]
 
 
 def test_it_cannot_be_downloaded_and_says_where_people_get_it(tmp_path):

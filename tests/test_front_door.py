@@ -111,6 +111,7 @@ def test_train_leaves_a_run_that_tells_itself(trained):
         "status.json",
         "metrics.jsonl",
         "checkpoints",
+        "classes.json",
     }
     status = json.loads((trained / "status.json").read_text())
     assert (status["status"], status["step"]) == ("finished", 6)

@@ -32,6 +32,7 @@ class Source:
     example_shape: tuple[int, ...]  # C, H, W of images, D of curves
     classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
     names: Mapping[str, Sequence[str]]  # of every split's classes; empty for curves
+    brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
 
 
 def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved:
@@ -112,12 +113,15 @@ def open_streams(
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         streams, pools = _image_streams(config, packed, splits, device, on_event)
+        # Some hundreds of images tell paper from ink; all of a large set would take a second.
+        some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
+        brightness = float(some_MCHW.mean() / 255)
         shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
         names = {
             split: [packed.names[number] for number in part]
             for split, part in split_of(config, packed).items()
         }
-        source = Source(packed.digest, shape, pools, names)
+        source = Source(packed.digest, shape, pools, names, brightness)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

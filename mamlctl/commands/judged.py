@@ -61,27 +61,13 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
     Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
     """
     run = open_run(path)
-    run_config = complete(run.config)
-    problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    if problems := problems + _problems(run.config, settings) + _problems_of_other_data(run_config, settings):
-        raise SettingsError(problems)
-    config = complete(_judged(run_config, settings))
-    device = open_device(config.device, config.precision)
-    if config.precision == "tf32" and device.type == "cpu":
-        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
-    files, epochs = _checkpoint_files(run, on_event)
+    config, device = as_asked(run, settings, on_event)
+    files, epochs = checkpoint_files(run, on_event)
     streams, source = open_streams(config, (settings.split,), device, offline=offline, on_event=on_event)
     known = run.environment().get("dataset_digest", source.digest)
     if settings.dataset is None and source.digest != known:
         on_event(Notice("these data are not those of the training: classes may have moved between splits"))
-    states = []
-    for file in files:
-        stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
-        bias = stored.get("linear.bias")
-        classes = None if bias is None else len(bias)
-        _, state = build(run_config, source.example_shape, device, classes=classes)
-        checkpoints.restore(state, stored, file)
-        states.append(_as_asked(state, settings))
+    states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return Judged(
         run,
@@ -93,8 +79,8 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         ALGORITHMS[config.algo].predict(config),
         states,
         epochs,
-        config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
-        _notes(run_config, config),
+        eval_steps(config),
+        _notes(complete(run.config), config),
     )
 
 
@@ -112,6 +98,36 @@ def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
     if data_set.open_shaped is None and channels < (config.channels or channels):
         note += ", grey repeated in three colours"
     return (note,)
+
+
+def as_asked(run: RunFolder, settings: EvalConfig, on_event: OnEvent) -> tuple[TrainConfig, torch.device]:
+    """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
+    trained = complete(run.config)
+    problems = limit_problems(settings) + device_problems(settings.device, "float32")
+    if problems := problems + _problems(trained, settings) + _problems_of_other_data(trained, settings):
+        raise SettingsError(problems)
+    config = complete(_judged(trained, settings))
+    device = open_device(config.device, config.precision)
+    if config.precision == "tf32" and device.type == "cpu":
+        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
+    return config, device
+
+
+def load_state(
+    run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
+) -> MetaState:
+    """A checkpoint, with the inner rates that the settings leave or replace. Raises MamlctlError."""
+    stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
+    bias = stored.get("linear.bias")
+    classes = None if bias is None else len(bias)
+    _, state = build(complete(run.config), example_shape, device, classes=classes)
+    checkpoints.restore(state, stored, file)
+    return _with_rates(state, settings)
+
+
+def eval_steps(config: TrainConfig) -> int:
+    """Inner steps of evaluation."""
+    return config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps
 
 
 def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
@@ -176,7 +192,7 @@ def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     return problems
 
 
-def _as_asked(state: MetaState, settings: EvalConfig) -> MetaState:
+def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
     """The state with the inner rates that the settings leave or replace. Raises SettingsError."""
     rates = state.rates
     if settings.adapts is not None:
@@ -192,7 +208,7 @@ def _as_asked(state: MetaState, settings: EvalConfig) -> MetaState:
     return replace(state, rates=rates)
 
 
-def _checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
+def checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
     """The best checkpoints, best first, and their epochs; before any validation, the last one."""
     last = run.checkpoints / "last.pt"
     content = checkpoints.load(last, owner=run.owner)

@@ -198,6 +198,7 @@ def environment(config: TrainConfig, source: Source, device: torch.device) -> di
         "precision": precision_of(config.precision, device),
         "platform": platform.platform(),
         "dataset_digest": source.digest,
+        "brightness": source.brightness,
         "seeds": {
             "init": config.init_seed,
             "train": config.train_seed,

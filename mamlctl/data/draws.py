@@ -14,6 +14,7 @@ STREAMS = {
     "val batches": 4,
     "test batches": 5,
     "train augment": 6,
+    "own batches": 7,
     "class split": 16,
     "glyph shapes": 17,
     "glyph drawings": 18,

@@ -82,14 +82,22 @@ class MiniBatches:
 
     def episodes(self, first: int, tasks: int) -> Episodes:
         """The stream's tasks, with their mini-batches."""
-        examples = self.ways * self.shots
-        shuffles = -(-self.steps * self.size // examples)
-        purpose, words = f"{self.split} batches", shuffles * examples
-        keys = np.stack([raw_bits(self.seed, purpose, first + task, words) for task in range(tasks)])
-        order = np.argsort(keys.reshape(tasks, shuffles, examples), axis=-1).reshape(tasks, -1)
-        batches_TIB = order[:, : self.steps * self.size].reshape(tasks, self.steps, self.size)
+        purpose, examples = f"{self.split} batches", self.ways * self.shots
+        batches = [
+            mini_batches(self.seed, purpose, first + task, examples, self.steps, self.size)
+            for task in range(tasks)
+        ]
         found = self.stream.episodes(first, tasks)
-        return replace(found, batches_TIB=torch.from_numpy(batches_TIB).to(self.device))
+        return replace(found, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
+
+
+def mini_batches(
+    seed: int, purpose: str, task: int, examples: int, steps: int, size: int
+) -> NDArray[np.int64]:
+    """The support examples of every inner step of a task, cut from as many shuffles as it takes -> _IB."""
+    shuffles = -(-steps * size // examples)
+    keys = raw_bits(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
+    return np.argsort(keys, axis=-1).reshape(-1)[: steps * size].reshape(steps, size)
 
 
 def episode_problems(

@@ -39,6 +39,8 @@ class Algorithm:
     )
     rates: str = "tensor"  # one inner rate for each tensor, each weight, or one shared by all
     head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
+    tells_by: str = "head"  # what tells a task's classes apart: the learnt head, "zeros" for a new one of
+    # zeros, "prototypes" or "neighbours"
     adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be parted
     on_curves: Mapping[str, Any] | None = field(
@@ -182,6 +184,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
         lambda config: partial(supervised, engine=config.engine),
         lambda config: fine_tuned,
+        tells_by="zeros",
         head="classes",
         adapts_norm=True,
         whole_batches=True,
@@ -196,6 +199,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "a random start, fine-tuned on each test task",
         lambda config: untrained,
         lambda config: fine_tuned,
+        tells_by="zeros",
         adapts_norm=True,
         start="random start",
         may_adapt=("all", "head"),
@@ -208,6 +212,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
         lambda config: partial(prototypical, engine=config.engine),
         lambda config: by_prototypes,
+        tells_by="prototypes",
         head="none",
         on_curves=None,
         defaults=NO_STEPS,
@@ -218,6 +223,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "the nearest support example in the features of a classifier of all training classes",
         lambda config: partial(supervised, engine=config.engine),
         lambda config: by_neighbours,
+        tells_by="neighbours",
         head="classes",
         on_curves=None,
         whole_batches=True,

@@ -5,7 +5,7 @@ Each predictor returns outputs_ITEN: class scores (or values) after 0, 1 ... inn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -61,10 +61,10 @@ def mini_batch(episodes: Episodes, step: int) -> tuple[Tensor, Tensor] | None:
     return episodes.support_x_TECHW[task_T1, at_TB], episodes.support_y_TE[task_T1, at_TB]
 
 
-def prototypes(f_TEF: Tensor, ways: int) -> Tensor:
-    """Mean feature of every class; examples lie class by class -> _TNF."""
-    tasks, examples, features = f_TEF.shape
-    return f_TEF.view(tasks, ways, examples // ways, features).mean(2)
+def prototypes(f_TEF: Tensor, y_TE: Tensor, ways: int) -> Tensor:
+    """Mean feature of every class, of which one may have more examples than another -> _TNF."""
+    is_of_TNE = (torch.arange(ways, device=y_TE.device).unsqueeze(1) == y_TE.unsqueeze(1)).to(f_TEF.dtype)
+    return (is_of_TNE / is_of_TNE.sum(-1, keepdim=True)) @ f_TEF
 
 
 def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
@@ -74,6 +74,14 @@ def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
     return (
         f_TEF.square().sum(-1, keepdim=True) - 2 * products_TEN + prototypes_TNF.square().sum(-1).unsqueeze(1)
     )
+
+
+def nearest_distances(f_TEF: Tensor, support_TMF: Tensor, y_TM: Tensor, ways: int) -> Tensor:
+    """Squared Euclidean distance of every example to the nearest support example of each class -> _TEN."""
+    distances_TEM = class_distances(f_TEF, support_TMF)
+    tasks, examples, _ = distances_TEM.shape
+    farthest_TEN = distances_TEM.new_full((tasks, examples, ways), torch.inf)
+    return farthest_TEN.scatter_reduce(2, y_TM.unsqueeze(1).expand_as(distances_TEM), distances_TEM, "amin")
 
 
 def adapted(
@@ -100,23 +108,37 @@ def adapted(
         )
         derivatives = Autograd(HeadNet(derivatives.net.outputs, derivatives.net.objective))
         episodes, state, statistics = features, head_state(state), Statistics.OWN
+    query, along = _with_support(derivatives, episodes, statistics)
+    adapting = fast_weights(derivatives, state, episodes, inner_steps, proximal, inner_optimizer)
+    outputs = []
+    for step, fast in enumerate(adapting):
+        norm = NormPass(state.norm, state.running, max(step - 1, 0), statistics, along)
+        outputs.append(derivatives.logits(fast, query, norm)[:, along:])
+    return torch.stack(outputs)
+
+
+def fast_weights(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    inner_steps: int,
+    proximal: float | None = None,
+    inner_optimizer: str | None = None,
+) -> Iterator[Params]:
+    """The weights of every task after 0, 1 ... inner steps on its support set."""
     tasks = len(episodes.support_y_TE)
     stepped: Stepper = state.stepped if proximal is None else pulled(state, proximal)
     if inner_optimizer == "adam":
         stepped = AdamSteps(state, tasks)
-    query, along = _with_support(derivatives, episodes, statistics)
     support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
     fast = expanded(state.slow, tasks)
-    outputs = []
-    for step in range(inner_steps + 1):
-        norm = NormPass(state.norm, state.running, max(step - 1, 0), statistics, along)
-        outputs.append(derivatives.logits(fast, query, norm)[:, along:])
-        if step < inner_steps:
-            norm = NormPass(state.norm, state.running, step)
-            batch = mini_batch(episodes, step)
-            prepared = support if batch is None else derivatives.prepare(*batch)
-            fast = stepped(fast, derivatives.gradient(fast, prepared, norm).fast, step)
-    return torch.stack(outputs)
+    yield fast
+    for step in range(inner_steps):
+        norm = NormPass(state.norm, state.running, step)
+        batch = mini_batch(episodes, step)
+        prepared = support if batch is None else derivatives.prepare(*batch)
+        fast = stepped(fast, derivatives.gradient(fast, prepared, norm).fast, step)
+        yield fast
 
 
 def _with_support(derivatives: Derivatives, episodes: Episodes, statistics: Statistics) -> tuple[object, int]:
@@ -182,7 +204,8 @@ def by_prototypes(
 ) -> Tensor:
     """The class of the nearest prototype (Snell et al. 2017)."""
     support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
-    return -class_distances(query_TEF, prototypes(support_TEF, derivatives.net.outputs)).unsqueeze(0)
+    prototypes_TNF = prototypes(support_TEF, episodes.support_y_TE, derivatives.net.outputs)
+    return -class_distances(query_TEF, prototypes_TNF).unsqueeze(0)
 
 
 def by_neighbours(
@@ -195,6 +218,5 @@ def by_neighbours(
 ) -> Tensor:
     """The class of the nearest support example, Euclidean in the features."""
     support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
-    distances_TEM = class_distances(query_TEF, support_TEF)
-    tasks, queries, _ = distances_TEM.shape
-    return -distances_TEM.view(tasks, queries, derivatives.net.outputs, -1).amin(3).unsqueeze(0)
+    distances_TEN = nearest_distances(query_TEF, support_TEF, episodes.support_y_TE, derivatives.net.outputs)
+    return -distances_TEN.unsqueeze(0)

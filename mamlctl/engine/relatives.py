@@ -62,7 +62,7 @@ def prototypical(
     body = _Bodies(net, state, episodes, engine)
     with torch.enable_grad():
         support_TEF, query_TEF = body.features
-        logits_TEN = -class_distances(query_TEF, prototypes(support_TEF, net.outputs))
+        logits_TEN = -class_distances(query_TEF, prototypes(support_TEF, episodes.support_y_TE, net.outputs))
         loss = net.objective.loss(logits_TEN, episodes.query_y_TE).mean()
         grads = torch.autograd.grad(loss, body.features)
     score = net.objective.score(logits_TEN.detach(), episodes.query_y_TE).mean()

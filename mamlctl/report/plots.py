@@ -54,13 +54,13 @@ def _style() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _drawing(width: float, height: float, title: str) -> Iterator[Figure]:
+def drawing(width: float, height: float, title: str) -> Iterator[Figure]:
     """A new figure; its layout is fixed at the end, so that every way to save it shows the same."""
     from matplotlib.figure import Figure
 
     with _style():
         figure = Figure((width, height), dpi=DPI, layout="constrained")
-        figure.suptitle(_plain(title), x=0.08 / width, ha="left", fontsize=10, fontweight="bold")
+        figure.suptitle(plain(title), x=0.08 / width, ha="left", fontsize=10, fontweight="bold")
         yield figure
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -68,7 +68,7 @@ def _drawing(width: float, height: float, title: str) -> Iterator[Figure]:
             ax.set_position(ax.get_position().from_bounds(*np.round(ax.get_position().bounds, 6)))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text with a question mark for what DejaVu has no glyph for, which matplotlib would warn of."""
     from matplotlib.font_manager import findfont, get_font
 
@@ -117,7 +117,7 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
     between = [steps for steps in taken[:-1] if steps > 0]
     looks: dict[int, tuple[str, Any]] = dict.fromkeys(taken, (BLUE, "-")) | {0: (DIM, ":")}
     looks |= {steps: EARLY[place % len(EARLY)] for place, steps in enumerate(between)}
-    with _drawing(WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
+    with drawing(WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
         axes = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
         for row, row_axes in zip(panels, axes, strict=True):
             for panel, ax in zip(row, row_axes, strict=True):
@@ -150,7 +150,7 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tup
         told = f"{curve.steps}\n{curve.mse:.{digits}g}"
         ax.text(place, 1.02, told, transform=ax.transAxes, color=colour, fontsize=SMALL)
     ax.plot(panel.support_x, panel.support_y, "o", c=INK, mec="white", ms=5.5, zorder=5, label="support set")
-    ax.set_title(_plain(panel.title), pad=26)
+    ax.set_title(plain(panel.title), pad=26)
     ax.set(xlabel="x", ylabel="y")
     ax.label_outer()
     ax.grid(True)
@@ -198,12 +198,12 @@ class _Grid:
 def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
     """Few-shot tasks: a row for a class, its support set and then the queries that were taken for it."""
     grid = _Grid(pictures)
-    with _drawing(grid.width, grid.height, "") as figure:
+    with drawing(grid.width, grid.height, "") as figure:
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         for task, picture in enumerate(pictures):
             _task(ax, grid, task, picture)
-        ax.text(0.08, 0.2, _plain(title), fontsize=10, fontweight="bold")
+        ax.text(0.08, 0.2, plain(title), fontsize=10, fontweight="bold")
         told = "A query stands beside the class it was taken for; thick frame, cross: wrong, and what it is."
         ax.text(0.08, grid.height - 0.12, told, color=DIM)
         ax.set(xlim=(0, grid.width), ylim=(grid.height, 0), aspect="auto")
@@ -222,7 +222,7 @@ def _task(ax: Axes, grid: _Grid, task: int, picture: TaskPicture) -> None:
         if way % FOLD == 0:
             ax.text(x, y - 0.09, "support", color=DIM)
             ax.text(x + grid.first_query, y - 0.09, "queries", color=DIM)
-        name = words.middle(_plain(picture.names[way]), NAME) if picture.names else ""
+        name = words.middle(plain(picture.names[way]), NAME) if picture.names else ""
         ax.text(x, y + grid.tall / 2, f"{way + 1} {name}".strip(), va="center")
         for shot, image_CHW in enumerate(support_KCHW):
             _image(ax, grid, image_CHW, x + grid.label + shot * CELL, y)
@@ -252,7 +252,7 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
     trained = _columns(reports, "query_accuracies")[-1:] if metric == "accuracy" else []
     val_steps, score, half = (_column(validations, key) for key in ("step", f"val_{metric}", "val_ci95"))
     heights = [3.0, 2.2, 1.0] if _finite(score, *trained).size else [3.0, 1.0]
-    with _drawing(WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
+    with drawing(WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
         top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
         chosen = words.chosen(len(losses), LOSS_LINES)
         # Yellow, the scale's end, cannot be seen on white.
@@ -304,7 +304,7 @@ def _line(ax: Axes, x: Numbers, y: Numbers, **look: Any) -> None:
 def rates(rates: Mapping[str, Numbers], title: str) -> Figure:
     """Learnt inner learning rates: a table if each array holds one an inner step, else histograms of all."""
     by_step = all(values.ndim == 1 for values in rates.values())
-    with _drawing(WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
+    with drawing(WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
         (_table if by_step else _histograms)(figure, rates)
     return figure
 
@@ -325,7 +325,7 @@ def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
         light = np.dot(scale((rate - least) / (most - least))[:3], (0.2126, 0.7152, 0.0722))
         ax.text(step, row, f"{rate:.{digits}f}", c=INK if light > 0.5 else "white", ha="center", va="center")
     ax.set_xticks(range(rates_LI.shape[1]), [str(step + 1) for step in range(rates_LI.shape[1])])
-    ax.set(xlabel="inner step", yticks=range(len(rates)), yticklabels=[_plain(name) for name in rates])
+    ax.set(xlabel="inner step", yticks=range(len(rates)), yticklabels=[plain(name) for name in rates])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
@@ -345,6 +345,6 @@ def _histograms(figure: Figure, rates: Mapping[str, Numbers]) -> None:
         share = words.percent(float((finite < 0).sum()) / max(finite.size, 1))
         told = f"{finite.size:,} rates\n{share} negative"
         ax.text(1.01, 0.5, told, transform=ax.transAxes, va="center", fontsize=SMALL)
-        ax.set_ylabel(_plain(name), rotation=0, ha="right", va="center")
+        ax.set_ylabel(plain(name), rotation=0, ha="right", va="center")
         ax.spines["left"].set_visible(False)
     axes[-1].set_xlabel("inner learning rate of a weight")
