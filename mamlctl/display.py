@@ -299,15 +299,8 @@ def show_own_result(console: Console, result: OwnResult) -> None:
         table = predictions.cells(result, console.width if console.is_terminal else None)
         _say_table(console, table, left=2)
         _say(console)
-    told = [
-        *predictions.left_out_lines(result),
-        predictions.accuracy_line(result),
-        predictions.bn_line(result),
-    ]
-    written = [f"written to {file}" for file in (result.csv, result.saved) if file]
-    for line in [*told, *(f"picture  {picture}" for picture in result.pictures), *written]:
-        if line:
-            _say(console, line)
+    for line in predictions.last_lines(result):
+        _say(console, line)
 
 
 def _eval_cells(row: EvalRow) -> list[str]:

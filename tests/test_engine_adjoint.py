@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from engine_cases import build_uneven, random_episodes, small_config
 
-from mamlctl.commands.data import open_streams
+from mamlctl.commands.data import complete, open_streams
 from mamlctl.engine import adjoint as adjoint_module
 from mamlctl.engine import native
 from mamlctl.engine.adjoint import adjoint
@@ -287,7 +287,7 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
     for precision in ("float64", "float32"):
         named = {"algo": "maml++", "da": False, "dataset": "glyphs", "filters": 32, "inner_steps": 3}
         config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
-        config = replace(config, data_root=str(glyphs_root))
+        config = complete(replace(config, data_root=str(glyphs_root)))
         streams, source = open_streams(config, ("train",), CPU, offline=True, on_event=lambda event: None)
         net, state = build(config, source.example_shape, CPU)
         for tensor in state.learnable().values():
