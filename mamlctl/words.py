@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 # A file's name may hold escape codes, and a terminal would obey them.
 CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
@@ -36,7 +37,8 @@ def score(metric: str, value: float, ci95: float | None, digits: int = 2) -> str
 
 
 def task(dataset: str, ways: int, shots: int) -> str:
-    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' of curves, which have no ways."""
+    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' of curves, which have no ways; of a folder its name."""
+    dataset = Path(dataset).name
     return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
 
 
