@@ -21,21 +21,16 @@ from PIL import Image
 from mamlctl.data.archives import Members, open_members
 from mamlctl.data.downloads import DOWNLOADS, Source, downloaded
 from mamlctl.data.draws import shuffled
+from mamlctl.data.files import FILTERS
 from mamlctl.data.images import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.errors import DataError
 from mamlctl.records import Notice, OnEvent, Progress
 
 NAME = "omniglot"
 SIDE, SMALL = 105, 28
-# The first is the default, for the best raw pixels: a nearest neighbour's accuracy on 1,000 20-way 1-shot
-# tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 % in this order; `nearest` drops 13 of 14 pixels.
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,  # what the MAML++ code gets: Pillow shrinks 1-bit images by no other
-}
+# Of `FILTERS` the first is the default, for the best raw pixels: a nearest neighbour's accuracy on 1,000
+# 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 % in their order. `nearest` drops
+# 13 of 14 pixels, and is what the MAML++ code gets: Pillow shrinks 1-bit images by no other.
 RESIZES = tuple(FILTERS)
 SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
 EVENT_EVERY = 1000  # images
