@@ -48,7 +48,7 @@ SaveAdapted = Annotated[
     ),
 ]
 # What decides the tasks that a test draws; own images are one task, and it is given.
-OF_TASKS = ("split", "tasks", "queries", "eval_seed", "data_root")
+OF_TASKS = ("split", "tasks", "queries", "eval_seed", "data_root", "dataset")
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,7 @@ class TrainConfig:
         choices=("flips", "crops", "flips+crops", "none"),
     )
     ink: int | None = setting(
-        None,
-        EPISODE,
-        "Value of ink (black); paper has the other one. Default: 1 for characters.",
-        choices=(0, 1),
+        None, EPISODE, "Value of ink (black); paper has the other. Default: 1 for characters.", choices=(0, 1)
     )
     normalize: str | None = setting(
         None,
@@ -87,7 +84,7 @@ class TrainConfig:
         choices=("none", "imagenet"),
     )
     image_size: int | None = setting(
-        None, EPISODE, "Side of the images in pixels. Default: the data set's; 84 for a folder.", least=4
+        None, EPISODE, "Pixels of a side. Default: the data set's; 84 for a folder.", least=4, below=1025
     )
     channels: int | None = setting(
         None, EPISODE, "1 (grey) or 3 (colour). Default: the data set's; 3 for a folder.", choices=(1, 3)

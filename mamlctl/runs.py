@@ -33,6 +33,11 @@ CONFIG, STATUS, METRICS, CLASSES = "config.yaml", "status.json", "metrics.jsonl"
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes `path`'s place when the block ends well, and leaves nothing when not."""
+    path = path.resolve()  # a link stays one, and leads to the new file
+    if path.exists() and not path.is_file():  # a pipe or a device, which cannot be replaced
+        with path.open("wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -109,6 +114,10 @@ class RunFolder:
     def environment(self) -> dict[str, Any]:
         """What environment.json told at the start; empty if it is not there or damaged."""
         return _read_object(self.path / "environment.json")
+
+    def classes(self) -> dict[str, list[str]]:
+        """The classes of every split that training began with; empty for curves."""
+        return _read_object(self.path / CLASSES)
 
     def set_status(self, state: str, **details: Any) -> None:
         """running, finished, interrupted or diverged, with the step and whatever else tells how it stands."""

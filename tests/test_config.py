@@ -294,3 +294,13 @@ def test_maml_plus_plus_learns_curves_without_what_only_images_have():
 
 def test_cosine_annealing_takes_the_place_of_reptiles_straight_line():
     assert resolved(("flag", {"algo": "reptile", "ca": True})).config.meta_lr_final is None
+
+
+def test_a_preset_of_another_data_set_leaves_its_images_to_the_flags():
+    config = resolved(
+        ("preset p", load_preset("omniglot-5w1s-maml++")), ("flag", {"dataset": "mini-imagenet"})
+    )
+    assert (config.config.ink, config.config.rotations, config.config.resize) == (None, None, None)
+    preset = load_preset("paper/mini-imagenet-5w1s-maml++")
+    assert resolved(("preset p", preset), ("flag", {"dataset": "omniglot"})).config.normalize is None
+    assert resolved(("preset p", preset), ("flag", {"channels": 1})).config.normalize is None

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -28,13 +29,13 @@ def picture(mode, number, size):
     return image.quantize(2) if mode == "P" else image.convert(mode)
 
 
-def make(path, classes=12, images=5, split=""):
+def make(path, classes=12, images=5, split="", first=0):
     """Class folders of pictures of all modes and many sizes."""
-    for number in range(classes):
+    for number in range(first, first + classes):
         home = path / split / f"class {number:02d}"
         home.mkdir(parents=True)
         for image in range(images):
-            size = (20 + 3 * image, 33 - 2 * number)
+            size = (20 + 3 * image, 43 - 2 * number)
             picture(MODES[(number + image) % len(MODES)], number, size).save(home / f"{image}.png")
     return path
 
@@ -144,8 +145,8 @@ def test_classes_are_split_by_fractions_and_seed(tmp_path):
 
 def test_folders_train_val_and_test_are_the_split(tmp_path):
     path = tmp_path / "mine"
-    for split, classes in (("train", 4), ("val", 2), ("test", 3)):
-        make(path, classes, split=split)
+    for split, first, classes in (("train", 0, 4), ("val", 4, 2), ("test", 6, 3)):
+        make(path, classes, split=split, first=first)
     packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
     found = names(settings(path, tmp_path), packed)
     assert {split: len(classes) for split, classes in found.items()} == {"train": 4, "val": 2, "test": 3}
@@ -155,7 +156,7 @@ def test_folders_train_val_and_test_are_the_split(tmp_path):
 def test_a_val_that_is_missing_is_taken_from_train(tmp_path):
     path = tmp_path / "mine"
     make(path, 10, split="train")
-    make(path, 3, split="test")
+    make(path, 3, split="test", first=10)
     packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
     found = names(settings(path, tmp_path), packed)
     assert {split: len(classes) for split, classes in found.items()} == {"train": 8, "val": 2, "test": 3}
@@ -232,3 +233,43 @@ def test_a_truncated_file_in_a_pack_of_many_keeps_the_order(tmp_path):
     packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
     assert packed.counts.tolist() == [4, 4, 4]
     assert np.abs(packed.images_MCHW.reshape(3, -1).astype(int) - [[20], [30], [40]]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "fact"),
+    [
+        ({"train": 3, "val": 3}, "has class 'class 00' in train and in val"),
+        ({"val": 3, "test": 3}, "has test and val, but no folder train beside them"),
+        ({"train": 3, "test": 3, "valid": 2}, "has test and train, but a folder valid beside them"),
+    ],
+)
+def test_splits_that_are_none_are_told(tmp_path, splits, fact):
+    for split, classes in splits.items():
+        make(tmp_path / "mine", classes, split=split)
+    with pytest.raises(DataError, match=fact):
+        opened(tmp_path / "mine", tmp_path / "root")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    path = make(tmp_path / "mine", 3)
+    (path / "class 00").rename(path / "train")
+    packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    assert packed.names == ("class 01", "class 02", "train")
+
+
+def test_a_run_keeps_its_split_when_classes_come(tmp_path):
+    path = make(tmp_path / "mine")
+    config = settings(path, tmp_path / "root")
+    packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    stored = names(config, packed)
+    for number in range(3):
+        (path / f"a{number}").mkdir()
+        picture("L", number, (9, 9)).save(path / f"a{number}" / "x.png")
+    packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    found = split_of(config, packed, stored)
+    assert {split: [packed.names[n] for n in part] for split, part in found.items()} == stored
+    assert names(config, packed) != stored
+    shutil.rmtree(path / "class 03")
+    packed = folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    with pytest.raises(DataError, match="has no class 'class 03' any more"):
+        split_of(config, packed, stored)

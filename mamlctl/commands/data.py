@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mamlctl.checks import Problem
 from mamlctl.config import TrainConfig, derive
-from mamlctl.data.choices import choice_problems, set_defaults, set_forced, set_problems
+from mamlctl.data.choices import OF_ITS_IMAGES, choice_problems, set_defaults, set_forced, set_problems
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
@@ -67,10 +67,18 @@ def implied(layers: Sequence[Layer]) -> list[Layer]:
     dataset = str(said.get("dataset", TrainConfig.dataset))
     own = set_defaults(dataset)
     algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
+    layers = [(source, _of_any_set(values, dataset)) for source, values in layers]
     layer = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset)))
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     before = [(source, _of_any_algorithm(values, algo)) for source, values in layers[:naming]]
     return [(f"data set {dataset}", own), *before, layer, *layers[naming:]]
+
+
+def _of_any_set(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """A layer's values without those of the images of the data set it names, if that is another one."""
+    if values.get("dataset", dataset) == dataset:
+        return dict(values)
+    return {name: value for name, value in values.items() if name not in OF_ITS_IMAGES}
 
 
 def _of_any_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
@@ -97,12 +105,18 @@ def complete(config: TrainConfig) -> TrainConfig:
 
 
 def open_streams(
-    config: TrainConfig, splits: Sequence[str], device: torch.device, *, offline: bool, on_event: OnEvent
+    config: TrainConfig,
+    splits: Sequence[str],
+    device: torch.device,
+    *,
+    offline: bool,
+    on_event: OnEvent,
+    stored: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, Tasks], Source]:
     """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
 
-    `config`: complete. Raises SettingsError for tasks that a split is too small for, DataError for missing
-    or damaged data.
+    `config`: complete. `stored`: the split that a run began with. Raises SettingsError for tasks that a split
+    is too small for, DataError for missing or damaged data.
     """
     if is_curves(config.dataset):
         family = FAMILIES[config.dataset]
@@ -112,15 +126,15 @@ def open_streams(
         source = Source(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
-        streams, pools = _image_streams(config, packed, splits, device, on_event)
+        split = split_of(config, packed, stored)
+        streams, pools = _image_streams(
+            config, packed, {name: split[name] for name in splits}, device, on_event
+        )
         # Some hundreds of images tell paper from ink; all of a large set would take a second.
         some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
         brightness = float(some_MCHW.mean() / 255)
         shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
-        names = {
-            split: [packed.names[number] for number in part]
-            for split, part in split_of(config, packed).items()
-        }
+        names = {name: [packed.names[number] for number in part] for name, part in split.items()}
         source = Source(packed.digest, shape, pools, names, brightness)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
@@ -149,7 +163,7 @@ def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
 
 def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:
     data_set, root = find(config.dataset), data_root(config.data_root)
-    if not data_set.is_here(root):
+    if not data_set.own_files and not data_set.is_here(root):
         if offline:
             message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
@@ -171,8 +185,19 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
     return packed
 
 
-def split_of(config: TrainConfig, packed: PackedImages) -> dict[str, NDArray[np.int64]]:
-    """The classes of train, val and test as the settings (complete) split them."""
+def split_of(
+    config: TrainConfig, packed: PackedImages, stored: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """The classes of train, val and test as the settings (complete) split them, or as a run `stored` them.
+
+    Of the user's own images only: another's classes do not change. Raises DataError for one that is gone.
+    """
+    if stored and find(config.dataset).own_files:
+        places = {name: number for number, name in enumerate(packed.names)}
+        if gone := [name for names in stored.values() for name in names if name not in places]:
+            message = f"{config.dataset} has no class {gone[0]!r} any more, which the run was split with"
+            raise DataError(message, hint="bring it back, or train a new run")
+        return {split: np.array([places[name] for name in names], int) for split, names in stored.items()}
     data_set = find(config.dataset, fractions=config.split_fractions)
     return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
 
@@ -200,13 +225,12 @@ def _large_enough(
 def _image_streams(
     config: TrainConfig,
     packed: PackedImages,
-    splits: Sequence[str],
+    splits: Mapping[str, NDArray[np.int64]],
     device: torch.device,
     on_event: OnEvent,
 ) -> tuple[dict[str, Tasks], dict[str, int]]:
     needed = max(_common(config, split, device)["shots"] for split in splits) + config.queries
-    wanted = {split: part for split, part in split_of(config, packed).items() if split in splits}
-    classes = _large_enough(config, packed, wanted, needed, on_event)
+    classes = _large_enough(config, packed, splits, needed, on_event)
     problems: list[Problem] = []
     rotations = str(config.rotations)
     for split in splits:

@@ -63,10 +63,17 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
     run = open_run(path)
     config, device = as_asked(run, settings, on_event)
     files, epochs = checkpoint_files(run, on_event)
-    streams, source = open_streams(config, (settings.split,), device, offline=offline, on_event=on_event)
+    streams, source = open_streams(
+        config,
+        (settings.split,),
+        device,
+        offline=offline,
+        on_event=on_event,
+        stored=run.classes() if settings.dataset is None else None,
+    )
     known = run.environment().get("dataset_digest", source.digest)
     if settings.dataset is None and source.digest != known:
-        on_event(Notice("these data are not those of the training: classes may have moved between splits"))
+        on_event(Notice("these data are not those of the training: images or classes have changed"))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return Judged(

@@ -41,6 +41,9 @@ def predict_own(path: Path, settings: EvalConfig, wanted: Wanted, *, on_event: O
     Raises what `adapt_to` does, DataError for queries that are not there or cannot be read.
     """
     started = time.monotonic()
+    for switch, target in (("--csv", wanted.csv), ("--save-adapted", wanted.save_adapted)):
+        if target is not None and target.is_dir():
+            raise SettingsError([(f"{switch} is {target}, which is a folder", "name a file")])
     to_save = wanted.save_adapted is not None
     model = adapt_to(path, settings, wanted.support, to_save=to_save, on_event=on_event)
     queries, twice = find_queries(wanted.queries, model.support.classes)

@@ -25,6 +25,13 @@ OF_IMAGES |= dict.fromkeys(("ink", "resize", "normalize", "image_size", "channel
 OF_IMAGES |= dict.fromkeys(("bn", "bnrs", "bnwb"), "is learnt without batch norm")
 
 
+# What a preset says of one data set's images, and not of another's.
+OF_ITS_IMAGES = (
+    *("split_scheme", "split_fractions", "strict", "rotations", "augment"),
+    *("ink", "resize", "normalize", "image_size", "channels"),
+)
+
+
 def set_defaults(name: str) -> Mapping[str, Any]:
     """The settings that `--dataset name` implies."""
     return CURVE_DEFAULTS if is_curves(name) else {}
@@ -43,6 +50,8 @@ def set_forced(config: TrainConfig) -> dict[str, Any]:
         forced["split_scheme"] = None
     if config.resize not in data_set.resizes:
         forced["resize"] = None
+    if (config.channels or data_set.image_shape_CHW[0]) == 1:
+        forced["normalize"] = None
     return forced
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamlctl.errors import DataError
 
+# Pillow warns of images above 90 million pixels, and refuses those of twice as many; the latter is enough.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,

@@ -44,8 +44,8 @@ def fetch(
 
 
 def is_here(folder: Path, root: Path) -> bool:
-    """Always: what is not packed yet, `open_pack` packs."""
-    return True
+    """Whether the folder is there: what is not packed yet, `open_pack` packs."""
+    return folder.is_dir()
 
 
 def open_pack(
@@ -147,20 +147,32 @@ def fraction_problem(fractions: str) -> tuple[str, str] | None:
 
 
 def has_splits(folder: Path) -> bool:
-    """Whether the classes lie in folders train, val and test."""
-    return (folder / "train").is_dir() and any((folder / split).is_dir() for split in SPLITS[1:])
+    """Whether the classes lie in folders train, val and test: two of them, or train and nothing beside it."""
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    return names == {"train"} or len(names & set(SPLITS)) > 1
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """The files of every class; of folders train, val and test the names begin with those."""
     if not has_splits(folder):
         return class_folders(folder)
-    return {
-        f"{split}/{name}": files
-        for split in SPLITS
-        if (folder / split).is_dir()
-        for name, files in class_folders(folder / split).items()
-    }
+    parts = class_folders(folder).keys()
+    if "train" not in parts or (odd := sorted(parts - set(SPLITS))):
+        fact = f"a folder {odd[0]}" if "train" in parts else "no folder train"
+        message = f"{folder} has {' and '.join(sorted(parts & set(SPLITS)))}, but {fact} beside them"
+        raise DataError(message, hint="name the splits train, val and test, with one folder a class in each")
+    found = {split: class_folders(folder / split) for split in SPLITS if split in parts}
+    where: dict[str, str] = {}
+    for split, classes in found.items():
+        for name in classes:
+            if name in where:
+                message = f"{folder} has class {name!r} in {where[name]} and in {split}"
+                hint = "splits share no class here: put all images of a class into one folder, without splits"
+                raise DataError(message, hint=hint)
+            where[name] = split
+    return {f"{split}/{name}": files for split, classes in found.items() for name, files in classes.items()}
 
 
 def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:

@@ -17,6 +17,9 @@ from mamlctl.records import Notice, OnEvent
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
+TRIES = 100  # to open a file whose folder others take away; /proc never has one
+
+
 @contextmanager
 def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
     """Hold lock file `path` for the block; whoever else wants it waits, and says so. It is gone afterwards.
@@ -41,15 +44,16 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
 
 
 def _opened(path: Path) -> FileIO:
-    while True:
+    for tries_left in reversed(range(TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return FileIO(path, "a+")  # unbuffered: nothing is left to fail when it is closed
-        except FileNotFoundError:  # another process took the empty folder away in between
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries_left:
+                continue  # another process took the empty folder away in between
             message = f"cannot write {path.parent}: {error.strerror or error}"
             raise DataError(message, hint="make room or choose another --data-root") from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _wait(file: FileIO, what: str, on_event: OnEvent) -> None:

@@ -201,7 +201,7 @@ def is_path(name: str) -> bool:
 
 def absolute(name: str) -> str:
     """The name of a data set from wherever it is asked for."""
-    return str(Path(name).expanduser().absolute()) if is_path(name) else name
+    return os.path.abspath(Path(name).expanduser()) if is_path(name) else name  # noqa: PTH100 - without following links
 
 
 def find(name: str, *, fractions: str | None = None) -> DataSet:
