@@ -72,8 +72,10 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         stored=run.classes() if settings.dataset is None else None,
     )
     known = run.environment().get("dataset_digest", source.digest)
+    notes = _notes(complete(run.config), config)
     if settings.dataset is None and source.digest != known:
-        on_event(Notice("these data are not those of the training: images or classes have changed"))
+        notes += ("these data are not those of the training: images or classes have changed",)
+        on_event(Notice(notes[-1]))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return Judged(
@@ -87,7 +89,7 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         states,
         epochs,
         eval_steps(config),
-        _notes(complete(run.config), config),
+        notes,
     )
 
 
