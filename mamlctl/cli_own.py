@@ -48,7 +48,8 @@ SaveAdapted = Annotated[
     ),
 ]
 # What decides the tasks that a test draws; own images are one task, and it is given.
-OF_TASKS = ("split", "tasks", "queries", "eval_seed", "data_root", "dataset")
+OF_TASKS: tuple[str, ...] = ("split", "tasks", "queries", "eval_seed", "data_root", "dataset")
+OF_TASKS += ("disjoint", "label_permutations")
 
 
 @dataclass(frozen=True)

@@ -282,10 +282,11 @@ class EvalConfig:
     split: str = setting("test", EPISODE, "Class split to draw tasks from.", choices=("test", "val", "train"))
     tasks: int = setting(600, EPISODE, "Tasks.", least=2)
     queries: int | None = setting(
-        None,
-        EPISODE,
-        "Query examples per class. Default: as in training.",
-        least=1,
+        None, EPISODE, "Query examples per class. Default: as in training.", least=1
+    )
+    disjoint: bool = setting(False, EPISODE, "Reuse no image in another task, as far as the split allows.")
+    label_permutations: int = setting(
+        1, EPISODE, "Orders of its labels that each task is judged under; its scores are averaged.", least=1
     )
     dataset: str | None = setting(
         None, EPISODE, "Test on another data set, its images brought to the run's shape. Default: the run's."
@@ -297,10 +298,7 @@ class EvalConfig:
         None, INNER, "What the inner loop changes. Default: the run's.", choices=("all", "head", "body")
     )
     inner_steps: int | None = setting(
-        None,
-        INNER,
-        "Gradient steps on the support set. Default: the run's.",
-        least=0,
+        None, INNER, "Gradient steps on the support set. Default: the run's.", least=0
     )
     inner_lr: float | None = setting(
         None, INNER, "Inner learning rate, unless it was learnt. Default: the run's.", above=0, below=LARGEST

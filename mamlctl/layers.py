@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mamlctl.checks import NEEDS, OF_NETS, Problem, check, nearest
-from mamlctl.config import FIELDS, TrainConfig
+from mamlctl.checks import NEEDS, OF_NETS, Problem, check, limit_problems, nearest
+from mamlctl.config import FIELDS, EvalConfig, TrainConfig
 from mamlctl.errors import SettingsError
 
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and what they are
@@ -32,13 +32,16 @@ def resolve(
     implied: Callable[[Sequence[Layer]], list[Layer]],
     more_problems: Callable[[TrainConfig, Mapping[str, str]], list[Problem]] = lambda config, sources: [],
     forced: Callable[[TrainConfig], Mapping[str, Any]] = lambda config: {},
+    *,
+    checked: bool = True,
 ) -> Resolved:
     """Lay `layers` (name, values), weakest first, over the dataclass's defaults.
 
     `implied`: the layers with those that follow from what they say, such as an algorithm's defaults.
     `more_problems` gets the settings and where each comes from. `forced`: settings that can have one value
     only; where a preset or file has another it gives way, while a flag is refused.
-    Raises SettingsError with every problem found: unknown keys, wrong types, limits, rules between fields.
+    `checked`: without it, settings may break rules that a further layer would mend. Raises SettingsError with
+    every problem found: unknown keys, wrong types, limits, rules between fields.
     """
     problems: list[Problem] = []
     try:
@@ -58,24 +61,38 @@ def resolve(
                 sources[key] = source
     config = TrainConfig(**{str(key): value for key, value in merged.items()})
     config = _settled(config, sources, forced)
-    problems += check(config)
-    problems += more_problems(config, sources)
+    if checked:
+        problems += check(config) + more_problems(config, sources)
     if problems:
         raise SettingsError(problems)
     return Resolved(config, sources)
 
 
-def _set(merged: DictConfig, source: str, key: str, value: Any) -> Problem | None:
+def evaluation_settings(values: Mapping[str, Any], source: str) -> EvalConfig:
+    """The settings of a test. Raises SettingsError for unknown ones, wrong types and limits."""
+    merged = OmegaConf.structured(EvalConfig)
+    OmegaConf.set_readonly(merged, False)
+    known = {item.name: item for item in fields(EvalConfig)}
+    problems = [_set(merged, source, key, value, known) for key, value in values.items()]
+    settings = EvalConfig(**{str(key): value for key, value in merged.items()})
+    if found := [problem for problem in problems if problem] or limit_problems(settings):
+        raise SettingsError(found)
+    return settings
+
+
+def _set(
+    merged: DictConfig, source: str, key: str, value: Any, known: Mapping[str, Field[Any]] = FIELDS
+) -> Problem | None:
     """Give a setting its value -> None, or why not."""
-    if key not in FIELDS:
+    if key not in known:
         place = "" if source == "--set" else f" in {source}"
         return f"unknown setting '{key}'{place}", nearest(
-            key, FIELDS, otherwise="--print-config shows them all"
+            key, known, otherwise="--print-config shows them all"
         )
     try:
         OmegaConf.update(merged, key, value)
     except OmegaConfBaseException:
-        wanted = str(FIELDS[key].type).replace(" | None", "")
+        wanted = str(known[key].type).replace(" | None", "")
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[
             wanted
         ]

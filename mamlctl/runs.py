@@ -9,8 +9,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -91,21 +91,9 @@ class RunFolder:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Be the one writer for the block. Raises MamlctlError if another process is."""
-        with (self.path / "lock").open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                writer = file.read(32).decode(errors="replace") or "another process"
-                message = f"run folder {self.path} is in use by {writer}"
-                raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()}".encode())
-            file.flush()
-            yield
+        return one_writer(self.path)
 
     def status(self) -> dict[str, Any]:
         """What `set_status` last wrote; empty before."""
@@ -153,6 +141,57 @@ class RunFolder:
             if entry["step"] <= step and ("val_tasks" not in entry or entry["epoch"] <= validated_epochs)
         ]
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+@contextmanager
+def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
+    """Lock a folder for the block. Raises MamlctlError if another process has."""
+    with (path / "lock").open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            writer = file.read(32).decode(errors="replace") or "another process"
+            message = f"{what} {path} is in use by {writer}"
+            raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}".encode())
+        file.flush()
+        yield
+
+
+def lasting(config: TrainConfig) -> dict[str, Any]:
+    """The settings that make a run what it is, but for its seed."""
+    return {key: value for key, value in asdict(config).items() if key not in (*MOVABLE, "seed")}
+
+
+def shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of these say alike."""
+    first, *others = settings
+    return {key: value for key, value in first.items() if all(other[key] == value for other in others)}
+
+
+def status_of(path: Path) -> str:
+    """What a run folder's status.json says; "" where there is none."""
+    return str(_read_object(path / STATUS).get("status", ""))
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is writing to the run folder."""
+    try:
+        with (path / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def step_of(path: Path) -> int:
+    """Meta-steps that a run folder's status.json tells of; 0 where there is none."""
+    step = _read_object(path / STATUS).get("step", 0)
+    return step if isinstance(step, int) else 0
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mamlctl.checks import Problem
 from mamlctl.config import TrainConfig, derive
 from mamlctl.data.choices import OF_ITS_IMAGES, choice_problems, set_defaults, set_forced, set_problems
+from mamlctl.data.disjoint import DisjointTasks
 from mamlctl.data.episodes import MiniBatches, Tasks, TaskStream, episode_problems
 from mamlctl.data.images import PackedImages, data_root
 from mamlctl.data.regression import FAMILIES, CurveStream
@@ -35,10 +36,10 @@ class Source:
     brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
 
 
-def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved:
+def resolve_settings(layers: Sequence[Layer], *, here: bool = False, checked: bool = True) -> Resolved:
     """Settings with all that the data set and the algorithm imply and refuse. Raises SettingsError.
 
-    `here`: they are to run on this machine, so that its devices count too.
+    `here`: they are to run on this machine, so that its devices count too. `checked`: as `resolve` has it.
     """
     from mamlctl.engine.devices import device_problems
 
@@ -52,7 +53,7 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False) -> Resolved
     def forced(config: TrainConfig) -> dict[str, Any]:
         return forced_settings(config) | set_forced(config)
 
-    resolved = resolve(layers, implied, problems, forced)
+    resolved = resolve(layers, implied, problems, forced, checked=checked)
     # A run must find its folder from wherever it is resumed.
     return replace(resolved, config=replace(resolved.config, dataset=absolute(resolved.config.dataset)))
 
@@ -112,11 +113,13 @@ def open_streams(
     offline: bool,
     on_event: OnEvent,
     stored: Mapping[str, Sequence[str]] | None = None,
+    disjoint: bool = False,
 ) -> tuple[dict[str, Tasks], Source]:
     """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
 
-    `config`: complete. `stored`: the split that a run began with. Raises SettingsError for tasks that a split
-    is too small for, DataError for missing or damaged data.
+    `config`: complete. `stored`: the split that a run began with. `disjoint`: as far as a split allows, its
+    tasks share no image. Raises SettingsError for tasks that a split is too small for, DataError for missing
+    or damaged data.
     """
     if is_curves(config.dataset):
         family = FAMILIES[config.dataset]
@@ -128,7 +131,7 @@ def open_streams(
         packed = _open_pack(config, offline=offline, on_event=on_event)
         split = split_of(config, packed, stored)
         streams, pools = _image_streams(
-            config, packed, {name: split[name] for name in splits}, device, on_event
+            config, packed, {name: split[name] for name in splits}, device, on_event, disjoint=disjoint
         )
         # Some hundreds of images tell paper from ink; all of a large set would take a second.
         some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
@@ -228,6 +231,8 @@ def _image_streams(
     splits: Mapping[str, NDArray[np.int64]],
     device: torch.device,
     on_event: OnEvent,
+    *,
+    disjoint: bool = False,
 ) -> tuple[dict[str, Tasks], dict[str, int]]:
     needed = max(_common(config, split, device)["shots"] for split in splits) + config.queries
     classes = _large_enough(config, packed, splits, needed, on_event)
@@ -241,8 +246,9 @@ def _image_streams(
         )
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
+    kind = DisjointTasks if disjoint else TaskStream
     streams = {
-        split: TaskStream(
+        split: kind(
             packed,
             classes[split],
             name=config.dataset,

@@ -13,6 +13,7 @@ import numpy as np
 
 from mamlctl.commands.judged import Judged, open_judged
 from mamlctl.config import EvalConfig
+from mamlctl.data.relabelled import Relabelled
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluator import Scores, evaluate
 from mamlctl.records import EvalResult, EvalRow, OnEvent, Progress, named
@@ -32,23 +33,15 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     folder = judged.run.path / "eval" / f"{settings.split}-{digest}"
     # Before the work, so that a folder that cannot be written loses none.
     folder.mkdir(parents=True, exist_ok=True)
-    scores = evaluate(
-        judged.derivatives,
-        judged.states,
-        judged.stream,
-        tasks=settings.tasks,
-        inner_steps=judged.inner_steps,
-        statistics=judged.statistics,
-        predict=judged.predict,
-        on_progress=lambda done: on_event(Progress("testing", done, settings.tasks)),
-    )
+    scores = _scores(judged, settings, on_event)
     rows = _rows(judged, settings, scores)
     seconds = time.monotonic() - started
     document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
-    document["notes"] = judged.notes
+    document |= {"notes": judged.notes, "step": judged.run.status().get("step")}
     machine = {"device": device_words(judged.device), "seconds": seconds}
-    write_json(folder / "summary.json", document | machine)
+    # The summary last: where it is, the rest is.
     _write_tasks(folder / "tasks.csv", rows, scores)
+    write_json(folder / "summary.json", document | machine)
     config = judged.config
     return EvalResult(
         str(judged.run.path),
@@ -61,18 +54,48 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     )
 
 
+def _scores(judged: Judged, settings: EvalConfig, on_event: OnEvent) -> Scores:
+    """Every task's scores, means over the orders of its labels."""
+    orders = settings.label_permutations
+    scores = evaluate(
+        judged.derivatives,
+        judged.states,
+        judged.stream if orders == 1 else Relabelled(judged.stream, orders),
+        tasks=settings.tasks * orders,
+        inner_steps=judged.inner_steps,
+        statistics=judged.statistics,
+        predict=judged.predict,
+        on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
+    )
+    if orders == 1:
+        return scores
+    *single, ensemble = (
+        part.reshape(settings.tasks, orders, -1).mean(1) for part in (*scores.single, scores.ensemble)
+    )
+    return Scores(single, ensemble)
+
+
 def _protocol(judged: Judged, settings: EvalConfig) -> dict[str, Any]:
     """All that decides the tasks and how models are judged on them; runs that agree here can be compared."""
     names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
     names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
     protocol: dict[str, Any] = {name: getattr(judged.config, name) for name in names}
-    return protocol | {
-        "bn": judged.bn,
-        "dataset_digest": judged.source.digest,
-        "split": settings.split,
-        "tasks": settings.tasks,
-        "inner_steps": judged.inner_steps,
+    # Where they are set only, so that evaluations made before there were such settings keep their folders.
+    more = ("disjoint", "label_permutations")
+    changed = {
+        name: value for name in more if (value := getattr(settings, name)) != getattr(EvalConfig, name)
     }
+    return (
+        protocol
+        | changed
+        | {
+            "bn": judged.bn,
+            "dataset_digest": judged.source.digest,
+            "split": settings.split,
+            "tasks": settings.tasks,
+            "inner_steps": judged.inner_steps,
+        }
+    )
 
 
 def _rows(judged: Judged, settings: EvalConfig, scores: Scores) -> list[EvalRow]:

@@ -11,7 +11,8 @@ import torch
 from mamlctl.checks import Problem, flag, limit_problems
 from mamlctl.commands.data import Source, complete, open_streams
 from mamlctl.config import EvalConfig, TrainConfig
-from mamlctl.data.episodes import Tasks
+from mamlctl.data.disjoint import DisjointTasks
+from mamlctl.data.episodes import MiniBatches, Tasks
 from mamlctl.data.sets import absolute, find, is_curves
 from mamlctl.engine import checkpoints
 from mamlctl.engine.algorithms import ALGORITHMS
@@ -70,9 +71,11 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         offline=offline,
         on_event=on_event,
         stored=run.classes() if settings.dataset is None else None,
+        disjoint=settings.disjoint,
     )
+    stream = streams[settings.split]
     known = run.environment().get("dataset_digest", source.digest)
-    notes = _notes(complete(run.config), config)
+    notes = _notes(complete(run.config), config) + _notes_of_tasks(stream, settings)
     if settings.dataset is None and source.digest != known:
         notes += ("these data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
@@ -82,7 +85,7 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
         run,
         config,
         source,
-        streams[settings.split],
+        stream,
         device,
         derivatives_of(net, next(iter(states[0].slow.values())), config.engine),
         ALGORITHMS[config.algo].predict(config),
@@ -109,11 +112,22 @@ def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
     return (note,)
 
 
+def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
+    """How often images are used and labels reordered, where that was asked for."""
+    drawn = stream.stream if isinstance(stream, MiniBatches) else stream
+    notes = [drawn.words(settings.tasks)] if isinstance(drawn, DisjointTasks) else []
+    if settings.label_permutations > 1:
+        notes.append(
+            f"each task judged under {settings.label_permutations} orders of its labels, and averaged"
+        )
+    return tuple(notes)
+
+
 def as_asked(run: RunFolder, settings: EvalConfig, on_event: OnEvent) -> tuple[TrainConfig, torch.device]:
     """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
     trained = complete(run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    if problems := problems + _problems(trained, settings) + _problems_of_other_data(trained, settings):
+    if problems := problems + test_problems(trained, settings) + _problems_of_other_data(trained, settings):
         raise SettingsError(problems)
     config = complete(_judged(trained, settings))
     device = open_device(config.device, config.precision)
@@ -177,7 +191,7 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     return []
 
 
-def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     """What of the settings the run's algorithm or data set has no use for."""
     entry, problems = ALGORITHMS[trained.algo], list[Problem]()
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.refuses.items()}
@@ -189,6 +203,11 @@ def _problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     }
     if is_curves(trained.dataset):
         unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
+        if settings.disjoint:
+            problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
+        if settings.label_permutations != 1:
+            fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
+            problems.append((fact, "leave it out"))
     if trained.lslr or entry.rates != "tensor":
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:

@@ -84,6 +84,10 @@ def resume(
             raise DataError(message, hint="resume with the --data-root, and the Pillow, that it began with")
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")
+        if not run.environment():  # stopped before it was written
+            write_json(run.path / "environment.json", environment(completed, source, device))
+            if source.names:
+                write_json(run.path / CLASSES, source.names)
         return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=True)
 
 
@@ -124,6 +128,7 @@ def _run(
         )
         if resume and not trainer.last.exists():
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
+            run.rewind_metrics(0, 0)
         elif resume:
             trainer.resume()
             if trainer.position.validated == config.epochs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[
     """What `save` wrote. Raises MamlctlError if it is absent, damaged, of another format or another run."""
     if not path.is_file():
         raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
+    # torch reads other files as its old format, whose reader fails on odd bytes in any way there is.
+    if not zipfile.is_zipfile(path):
+        raise damaged(path, "cannot be read (it is no archive)")
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise damaged(path, f"cannot be read ({reason[:100]})") from error
     if not isinstance(stored, dict) or not {"format", "owner", "digest", "content"} <= stored.keys():
