@@ -1,0 +1,96 @@
+"""Numbers that papers and repositories print, found by the label of a row of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mamlctl.comparisons import Published
+from mamlctl.config import IMPROVEMENTS
+
+FILE = Path(__file__).with_name("published.yaml")
+# What a source calls a learner, where it is not what we call it.
+OURS = {"nearest neighbour": "nearest", "pre-trained on all tasks": "transfer"}
+EVERYTHING = frozenset({"maml", *IMPROVEMENTS})
+
+
+@cache
+def entries() -> Mapping[str, Any]:
+    """The whole file: data set -> its sources."""
+    known: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return known
+
+
+def published(
+    dataset: str,
+    ways: int,
+    shots: int,
+    label: str,
+    *,
+    inner_steps: int | None = None,
+    bn: str = "transductive",
+) -> tuple[Published, ...]:
+    """What is published for a row such as "maml + msl", what comes nearest to the row first; often nothing.
+
+    `inner_steps`: leaves out numbers that are said to be of another number of steps; without it, the most
+    steps come first. `bn` puts Reptile's number of that way to normalise first. Curves have no ways.
+    """
+    found = [
+        (_distance(row["row"], bn), source["paper"], row)
+        for source in entries().get(dataset, ())
+        if source.get("ways", ways) == ways and source["shots"] == shots
+        for row in source["rows"]
+        if parts(row["row"]) == parts(label) and _of_steps(row["row"], inner_steps)
+    ]
+    # A stable sort: the file's order stands, in which MAML++'s re-run of MAML comes before MAML's own paper.
+    return tuple(_entry(paper, row) for _, paper, row in sorted(found, key=lambda item: item[0]))
+
+
+def parts(label: str) -> frozenset[str]:
+    """A learner and the improvements it has, whatever their order and what is said about it.
+
+    "maml + bnwb + bnrs (their re-run), 5 steps" -> {maml, bnrs, bnwb}; all six on maml are maml++.
+    """
+    name = re.split(r" \(|, ", label, maxsplit=1)[0].strip()
+    known = frozenset(part.strip() for part in OURS.get(name, name).split(" + "))
+    return frozenset({"maml++"}) if known == EVERYTHING else known
+
+
+def _of_steps(row: str, inner_steps: int | None) -> bool:
+    steps = _steps(row)
+    return inner_steps is None or steps is None or steps == inner_steps
+
+
+def _steps(row: str) -> int | None:
+    """The inner steps that a source's row names."""
+    said = re.search(r", (\d+) steps?$", row)
+    return int(said[1]) if said else None
+
+
+def _distance(row: str, bn: str) -> tuple[bool, int]:
+    other_way = "(non-transductive)" if bn == "transductive" else "(transductive)"
+    return other_way in row, -(_steps(row) or 0)
+
+
+def _entry(paper: str, row: Mapping[str, Any]) -> Published:
+    metric, scale = ("accuracy", 100) if "acc" in row else ("mse", 1)
+    half = row.get("pm")
+    return Published(
+        source=paper,
+        row=row["row"],
+        metric=metric,
+        score=_scaled(row["acc" if "acc" in row else "mse"], scale),
+        half_width=None if half is None else _scaled(half, scale),
+        verified=row["seen"] == "transcript",
+        note=row.get("note", ""),
+    )
+
+
+def _scaled(number: float, scale: int) -> float:
+    """Percent as a share, without the last digits that a division would add."""
+    return round(number / scale, 6)
