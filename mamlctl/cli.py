@@ -17,6 +17,8 @@ from typer.exceptions import TyperException
 
 import mamlctl
 from mamlctl.checks import flag
+from mamlctl.cli_ablate import ablate
+from mamlctl.cli_compare import compare
 from mamlctl.cli_fetch import fetch
 from mamlctl.cli_own import Csv, Files, Query, SaveAdapted, Support, own_images, without_support
 from mamlctl.config import OUTPUT, EvalConfig, TrainConfig
@@ -31,6 +33,9 @@ EPILOG = {
     "eval": "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
     "mamlctl eval runs/demo --support mine/learn --query mine/ask",
     "fetch": "Example: mamlctl fetch omniglot --from downloads/",
+    "compare": "Examples: mamlctl compare runs/a runs/b\n\n"
+    "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
+    "ablate": "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3",
 }
 app = typer.Typer(
     help="Train, evaluate, compare and ablate MAML++ and its relatives.",
@@ -238,24 +243,8 @@ def evaluate(
 
 app.command(epilog=EPILOG["fetch"])(fetch)
 
-LATER = {"ignore_unknown_options": True, "allow_extra_args": True}
-
-
-@app.command(context_settings=LATER, help="Compare runs on the same test tasks. Comes with release 0.2.")
-def compare() -> ExitCode:
-    """Nothing yet, and says so."""
-    raise _comes_later("compare")
-
-
-@app.command(context_settings=LATER, help="Train and test a grid of improvements. Comes with release 0.2.")
-def ablate() -> ExitCode:
-    """Nothing yet, and says so."""
-    raise _comes_later("ablate")
-
-
-def _comes_later(name: str) -> SettingsError:
-    hint = "until then: one 'mamlctl train' and one 'mamlctl eval' per row"
-    return SettingsError([(f"'{name}' is not in mamlctl {mamlctl.__version__}; release 0.2 brings it", hint)])
+app.command(epilog=EPILOG["compare"])(compare)
+app.command(epilog=EPILOG["ablate"])(ablate)
 
 
 def share_the_processor() -> None:

@@ -16,12 +16,14 @@ from rich.text import Text
 
 from mamlctl import predictions, words
 from mamlctl.errors import MamlctlError
+from mamlctl.grid_view import changed_cells
 from mamlctl.listing import data_set_cells
 from mamlctl.live import LiveState, advance, render
 from mamlctl.records import (
     EvalResult,
     EvalRow,
     Event,
+    GridChanged,
     MetaStepDone,
     Notice,
     OwnResult,
@@ -90,7 +92,7 @@ class LiveDisplay:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
-            _say(self._console, event.text)
+            say(self._console, event.text)
             return
         self.state = advance(self.state, event, self._clock())
         # Not before there is something to draw: a command that fails at once shows its error alone.
@@ -130,11 +132,12 @@ class PlainDisplay:
     clock: Clock = time.monotonic
     _run: RunStarted | None = None
     _told: dict[str, Told] = field(default_factory=dict)
+    _grid: GridChanged | None = None
 
     def __call__(self, event: Event) -> None:
         line = self._line(event)
         if line:
-            _say(self.console, line)
+            say(self.console, line)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +158,9 @@ class PlainDisplay:
                 return _report_line(event, self._run)
             case ValidationDone():
                 return _validation_line(event, self._run)
+            case GridChanged():
+                told, self._grid = changed_cells(self._grid, event), event
+                return "\n".join(told)
             case MetaStepDone():
                 return ""
 
@@ -215,27 +221,27 @@ def _validation_line(done: ValidationDone, run: RunStarted | None) -> str:
 
 def show_error(console: Console, error: MamlctlError) -> None:
     """The fact, then the way out."""
-    _say(console, ("error:", "bold red"), f" {error.message}")
+    say(console, ("error:", "bold red"), f" {error.message}")
     if error.hint:
-        _say(console, ("hint:", "bold cyan"), f"  {error.hint}")
+        say(console, ("hint:", "bold cyan"), f"  {error.hint}")
 
 
 def show_train_result(console: Console, result: TrainResult) -> None:
     """How training ended, and the command to type next."""
     why = f" ({result.reason})" if result.reason else ""
     run = shlex.quote(result.run)
-    _say(console, (f"{result.status}{why}", "bold"), f"  {result.run}")
-    steps = f"{result.step:,} of {result.total_steps:,} meta-steps"
-    _say(console, f"steps  {steps} in {words.duration(result.seconds)}")
+    say(console, (f"{result.status}{why}", "bold"), f"  {result.run}")
+    took = words.duration(result.seconds)
+    say(console, f"steps  {result.step:,} of {result.total_steps:,} meta-steps in {took}")
     if result.best_val_score is None:
-        _say(console, "best   no validation yet")
+        say(console, "best   no validation yet")
     else:
         score = words.score(result.metric, result.best_val_score, result.best_val_ci95)
         where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
-        _say(console, "best   ", (score, "bold green"), where)
+        say(console, "best   ", (score, "bold green"), where)
     if result.status == "interrupted":
-        _say(console, "go on  ", (f"mamlctl train --resume {run}", "cyan"))
-    _say(console, "test   ", (f"mamlctl eval {run}", "cyan"))
+        say(console, "go on  ", (f"mamlctl train --resume {run}", "cyan"))
+    say(console, "test   ", (f"mamlctl eval {run}", "cyan"))
 
 
 def show_eval_result(console: Console, result: EvalResult) -> None:
@@ -243,15 +249,15 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     first = result.rows[0]
     queries = f", {first.queries} queries{' a class' if first.ways > 1 else ''}"
     task = words.task(result.dataset, first.ways, first.shots)
-    _say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
+    say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
     for note in result.notes:
-        _say(console, note)
-    _say(console)
+        say(console, note)
+    say(console)
     named = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
     heads = ["model", named, "tasks", "split", "bn", "inner steps"]
-    _say_table(console, [heads, *map(_eval_cells, result.rows)], left=2)
-    _say(console)
-    _say(console, (f"{named}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"))
+    say_table(console, [heads, *map(_eval_cells, result.rows)], left=2)
+    say(console)
+    say(console, (f"{named}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"))
     # Blocks of columns instead of lines that a terminal would break.
     longest = max(len(row.model) for row in result.rows)
     columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
@@ -259,21 +265,19 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         steps = range(begin, min(begin + columns, len(first.per_step)))
         table = [["model", *map(str, steps)]]
         scale = 100 if first.metric == "accuracy" else 1
-        table += [
-            [row.model, *(f"{scale * row.per_step[step]:.2f}" for step in steps)] for row in result.rows
-        ]
-        _say_table(console, table, left=1, widest=6)
-    _say(console)
+        table += [[row.model, *(f"{scale * row.per_step[at]:.2f}" for at in steps)] for row in result.rows]
+        say_table(console, table, left=1, widest=6)
+    say(console)
     for row in result.rows:
         if row.epochs:
-            _say(console, f"{row.model}: epoch {', '.join(map(str, row.epochs))}")
+            say(console, f"{row.model}: epoch {', '.join(map(str, row.epochs))}")
     chance = f"; chance: {words.percent(1 / first.ways, 2)}" if first.metric == "accuracy" else ""
-    _say(
+    say(
         console,
         f"intervals: 95 % over tasks{chance}; {words.duration(result.seconds)}; written to {result.folder}",
     )
     for picture in result.pictures:
-        _say(console, f"picture  {picture}")
+        say(console, f"picture  {picture}")
 
 
 def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
@@ -281,26 +285,26 @@ def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> No
     heads, *rows = data_set_cells(entries)
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     if not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width:
-        _say_table(console, [heads, *rows], left=len(heads))
+        say_table(console, [heads, *rows], left=len(heads))
     else:
         for row in rows:
-            _say(console, (row[0], "bold"))
+            say(console, (row[0], "bold"))
             for head, cell in zip(heads[1:], row[1:], strict=True):
-                _say(console, (f"  {head:<10}", "dim"), cell)
-    _say(console, f"prepared data sets lie in {entries[0]['folder']}")
+                say(console, (f"  {head:<10}", "dim"), cell)
+    say(console, f"prepared data sets lie in {entries[0]['folder']}")
 
 
 def show_own_result(console: Console, result: OwnResult) -> None:
     """How the classes were learnt, a row for each image, and what was written."""
-    _say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
-    _say(console, predictions.head_line(result))
+    say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
+    say(console, predictions.head_line(result))
     if result.images:
-        _say(console)
+        say(console)
         table = predictions.cells(result, console.width if console.is_terminal else None)
-        _say_table(console, table, left=2)
-        _say(console)
+        say_table(console, table, left=2)
+        say(console)
     for line in predictions.last_lines(result):
-        _say(console, line)
+        say(console, line)
 
 
 def _eval_cells(row: EvalRow) -> list[str]:
@@ -314,7 +318,7 @@ def _eval_cells(row: EvalRow) -> list[str]:
     ]
 
 
-def _say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, widest: int = 0) -> None:
+def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, widest: int = 0) -> None:
     """Aligned columns, the first `left` of them and all words to the left, under a dim head."""
     widths = [
         max(widest * (place >= left), *map(len, column))
@@ -325,7 +329,7 @@ def _say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, wi
             cell.rjust(width) if place >= left else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        _say(console, ("  ".join(cells).rstrip(), "dim" if number == 0 else ""))
+        say(console, ("  ".join(cells).rstrip(), "dim" if number == 0 else ""))
 
 
 def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:
@@ -334,7 +338,7 @@ def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:
     stream.flush()
 
 
-def _say(console: Console, *parts: str | tuple[str, str]) -> None:
+def say(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line, as it is: no markup, no highlighting, no wrapping; flushed by rich."""
     line = Text()
     for part in parts:

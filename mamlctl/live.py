@@ -13,8 +13,10 @@ from rich.text import Text
 
 from mamlctl import cells, words
 from mamlctl.cells import DIM
+from mamlctl.grid_view import grid_frame
 from mamlctl.records import (
     Event,
+    GridChanged,
     MetaStepDone,
     Notice,
     Progress,
@@ -58,6 +60,7 @@ class LiveState:
     validations: tuple[ValidationDone, ...] = ()
     work: tuple[Work, ...] = ()
     validation_s: float = 0.0  # how long the last validation took
+    grid: GridChanged | None = None  # of an ablation, whose cells train elsewhere
 
 
 def advance(state: LiveState, event: Event, now: float) -> LiveState:
@@ -65,6 +68,8 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
     match event:
         case Notice():
             return state  # printed above the frame, not in it
+        case GridChanged():
+            return replace(state, now=now, grid=event, work=())
         case Progress():
             return _worked(state, event, now)
         case RunStarted():
@@ -107,6 +112,8 @@ def render(state: LiveState, width: int, height: int) -> RenderableType:
 
 def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     run = state.run
+    if state.grid is not None and not state.work:
+        return grid_frame(state.grid, width, height)
     if run is None:
         # A file's name needs more room than the names of training's own bars.
         label = max([LABEL, *(len(work.progress.what) for work in state.work)])

@@ -69,6 +69,36 @@ def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Call
     return decorate
 
 
+def with_options(options_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
+    """Give a command one option per field of a dataclass of annotated ones; they reach it as `options`."""
+    hints = get_type_hints(options_type, include_extras=True)
+    names = [item.name for item in fields(options_type)]
+
+    def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
+        own = get_type_hints(function, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            parameter.replace(annotation=own[parameter.name], kind=kind)
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.name != "options"
+        ]
+        parameters += [
+            inspect.Parameter(item.name, kind, default=item.default, annotation=hints[item.name])
+            for item in fields(options_type)
+        ]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> ExitCode:
+            options = options_type(**{name: values.pop(name) for name in names})
+            return function(options=options, **values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
 def _words_of(item: Field[Any]) -> str:
     """Help of a setting: its words, what it can be, and its default unless that is "off" or told in words."""
     parts = [item.metadata["help"]]

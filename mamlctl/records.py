@@ -99,7 +99,30 @@ class ValidationDone:
     best_epoch: int
 
 
-Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone
+@dataclass(frozen=True)
+class CellState:
+    """How a cell of a grid stands."""
+
+    row: str
+    seed: int
+    state: str  # waiting, elsewhere, training, testing, done, diverged, failed
+    step: int  # meta-steps done
+    total_steps: int
+    score: float | None = None  # of the test; of the last validation while training
+
+
+@dataclass(frozen=True)
+class GridChanged:
+    """All cells of a grid, row by row and the seeds of each in order."""
+
+    title: str
+    metric: str  # accuracy, or mse
+    workers: int  # cells at a time
+    cells: tuple[CellState, ...]
+    seconds_left: float | None  # None while nobody knows
+
+
+Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged
 OnEvent = Callable[[Event], None]
 
 

@@ -14,6 +14,7 @@ import pytest
 import mamlctl
 from mamlctl.cli import main
 from mamlctl.data.images import load_pack, pack, save_pack
+from mamlctl.runs import open_run
 
 QUICK = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3
@@ -254,13 +255,30 @@ BAD = [
     ("fetch glyphs --force --mirror http://x", 2, "--mirror has no effect on glyphs", "leave it out"),
     ("fetch --verify omniglot", 3, "omniglot is not at", "mamlctl fetch omniglot"),
     ("fetch --list nothing", 2, "unknown data set 'nothing'", "use "),
-    ("compare runs/a runs/b", 2, "'compare' is not in mamlctl", "until then"),
-    (
-        "ablate --dataset omniglot --ways 20 --shots 1 --seeds 3",
-        2,
-        "'ablate' is not in mamlctl",
-        "until then",
-    ),
+    ("compare runs/a runs/b", 1, "no run folder runs/a", "mamlctl train"),
+    ("compare", 2, "nothing to compare", "--algos maml,maml++"),
+    ("compare runs/a --algos maml", 2, "--algos has no effect with run folders", "leave it out"),
+    ("compare runs/a --ways 5", 2, "--ways has no effect with run folders", "leave it out"),
+    ("compare --algos maml,mamll --dataset glyphs", 2, "unknown algorithm 'mamll'", "did you mean"),
+    ("compare --algos maml,maml --dataset glyphs", 2, "--algos is 'maml,maml'", "each algorithm once"),
+    ("compare --algos maml --algo maml", 2, "--algo has no effect with --algos", "leave it out"),
+    ("ablate --dataset glyphs --plan one-one", 2, "--plan is 'one-one'", "one-on, one-off"),
+    ("ablate --dataset glyphs --msl", 2, "--msl is what the plan varies", "leave it out"),
+    ("ablate --dataset glyphs --order msl-da", 2, "--order has no effect", "cumulative"),
+    ("ablate --dataset glyphs --plan cumulative --order msl-dada", 2, "names 'dada'", "did you mean 'da'"),
+    ("ablate --dataset glyphs --plan full --grid msl=true", 2, "--plan and --grid", "one of them"),
+    ("ablate --dataset glyphs --grid inner_lr", 2, "--grid inner_lr has no values", "inner_lr=0.1,0.4"),
+    ("ablate --dataset glyphs --grid inner_rl=1", 2, "unknown setting 'inner_rl'", "did you mean 'inner_lr'"),
+    ("ablate --dataset glyphs --grid ways=5,20", 2, "--grid cannot vary ways", "a table for each"),
+    ("ablate --dataset glyphs --grid inner_steps=2,x", 2, "inner_steps is 'x'", "a whole number"),
+    ("ablate --dataset glyphs --csv --json", 2, "--json and --csv are given together", "choose one"),
+    ("ablate --dataset glyphs --sort bset", 2, "cannot sort by 'bset'", "did you mean 'best'"),
+    ("ablate --dataset glyphs --executor slurm", 2, "--executor is 'slurm'", "use local or ray"),
+    ("ablate --dataset glyphs --address auto", 2, "--address has no effect", "--executor ray"),
+    ("ablate --dataset glyphs --split tset", 2, "--split is 'tset'", "did you mean 'test'"),
+    ("ablate --dataset glyphs --cg-steps 3", 2, "--cg-steps has no effect in any row", "leave it out"),
+    ("ablate --resume nowhere", 1, "nowhere has no plan.yaml", "mamlctl ablate"),
+    ("ablate --resume nowhere --ways 5", 2, "--ways has no effect with --resume", "leave it out"),
 ]
 
 
@@ -439,6 +457,8 @@ def test_a_run_without_a_checkpoint_starts_from_the_beginning(cli, trained, tmp_
     assert "no checkpoint yet" in err
     lasts = [(path / "checkpoints" / "epoch-0002.pt").read_bytes() for path in (copy, trained)]
     assert lasts[0] == lasts[1], "the same settings give the same weights, however often they report"
+    reported = [entry["step"] for entry in open_run(copy).metrics() if "val_tasks" not in entry]
+    assert reported == [1, 2, 3, 4, 5, 6], "nothing of what was reported before the beginning"
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
