@@ -115,7 +115,7 @@ class TableOptions:
         if self.executor == "local":
             of_ray = ("address", "cell_cpus", "cell_gpus", "slice")
             problems += [
-                (f"{flag(name)} has no effect without --executor ray", "add it, or leave this out")
+                (f"{flag(name)} has no effect without --executor ray", "add --executor ray, or leave it out")
                 for name in of_ray
                 if getattr(self, name) is not None
             ]
