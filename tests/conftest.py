@@ -1,6 +1,7 @@
 """Prepared data, made once a session."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 
 from mamlctl.data import glyphs, omniglot
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that: here they must hear.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
 torch.set_num_threads(1)
