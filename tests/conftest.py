@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from mamlctl.data import glyphs, omniglot
 
-# A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that: here they must hear.
+# A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.

@@ -36,6 +36,7 @@ TIMES = {"tasks_per_second", "memory_bytes", "seconds", "time", "pid"}  # what n
 PATIENCE_S = 600  # only against waiting for ever: a minute is enough for this file on an idle machine
 
 
+os.environ["OMP_NUM_THREADS"] = "1"  # as a cell of one CPU has: sums are rounded otherwise on two threads
 os.environ.update(cluster.ENVIRONMENT)  # ray reads it when it is imported, here before open_cluster
 
 
