@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mamlctl import cells, words
 from mamlctl.cells import DIM
-from mamlctl.records import CellState, GridChanged
+from mamlctl.records import OVER, CellState, GridChanged
 
 CELL = 15  # cells of the screen for one cell of the grid: '▶ 100000 93.1 %'
 LABEL = 34  # at most, for a row's name
@@ -24,7 +24,6 @@ SIGNS = {
     "diverged": ("✗", "bold red"),
     "failed": ("!", "bold red"),
 }
-OVER = ("done", "diverged", "failed")
 BUSY = ("training", "testing")
 
 
@@ -108,8 +107,7 @@ def changed_cells(before: GridChanged | None, now: GridChanged) -> list[str]:
     if before is None:
         over = sum(cell.state in OVER for cell in now.cells)
         lines = [f"{now.title}: {len(now.cells)} cells, {over} over already, {now.workers} at a time"]
-        old: Sequence[CellState] = [*now.cells]
-        return lines + [_line(cell, now) for cell in old if cell.state in BUSY]
+        return lines + [_line(cell, now) for cell in now.cells if cell.state in BUSY]
     return [
         _line(cell, now)
         for cell, old_cell in zip(now.cells, before.cells, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,6 +20,7 @@ PLANS = ("one-on", "one-off", "cumulative", "full")
 # The paper tells statistics and weights of batch norm as one improvement (section 4); apart, only the weights
 # matter where queries are normalised by their own statistics.
 JOINED = ("bnrs", "bnwb")
+ALONE = ((), ("msl",), ("da",), JOINED, *zip(JOINED), ("lslr",), ("ca",))
 ORDER = "msl-da-bnrs+bnwb-lslr-ca"  # the paper's, section 4
 PLUS_PLUS = "maml++"
 # Rows of one table are judged on the same tasks, so nothing that decides those can vary.
@@ -38,6 +39,11 @@ class PlannedRow:
     values: Mapping[str, Any]
 
     @property
+    def of_improvements(self) -> bool:
+        """Whether the row says of every improvement if it is on."""
+        return set(IMPROVEMENTS) <= self.values.keys()
+
+    @property
     def slug(self) -> str:
         """The label as part of a folder's name."""
         return re.sub(r"[^\w.+=,-]", "_", self.label.replace(" ", ""))
@@ -50,11 +56,9 @@ def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRo
     """
     base = "maml" if algo == PLUS_PLUS else algo
     if plan == "one-on":
-        chosen: list[Sequence[str]] = [(), ("msl",), ("da",), JOINED, *zip(JOINED), ("lslr",), ("ca",)]
-        return [_with(base, on) for on in [*chosen, IMPROVEMENTS]]
+        return [_with(base, on) for on in [*ALONE, IMPROVEMENTS]]
     if plan == "one-off":
-        chosen = [(), ("msl",), ("da",), JOINED, *zip(JOINED), ("lslr",), ("ca",)]
-        return [_without(base, off) for off in chosen]
+        return [_without(base, off) for off in ALONE]
     if plan == "cumulative":
         steps = _ordered(order)
         return [_with(base, [*itertools.chain(*steps[:count])]) for count in range(len(steps) + 1)]
@@ -139,6 +143,11 @@ def _ordered(order: str) -> list[list[str]]:
     if len(set(named)) < len(named):
         raise SettingsError([(f"--order {order} names an improvement twice", f"write it like {ORDER}")])
     return steps
+
+
+def as_maml(config: TrainConfig) -> TrainConfig:
+    """maml++ is maml with its flags: where those are looked at, the name says nothing more."""
+    return replace(config, algo="maml") if config.algo == PLUS_PLUS else config
 
 
 def label_of(config: TrainConfig) -> str:

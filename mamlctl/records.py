@@ -99,6 +99,9 @@ class ValidationDone:
     best_epoch: int
 
 
+OVER = ("done", "diverged", "failed")  # states of a cell that nothing more is done for
+
+
 @dataclass(frozen=True)
 class CellState:
     """How a cell of a grid stands."""

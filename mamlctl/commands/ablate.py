@@ -27,12 +27,11 @@ from mamlctl.comparisons import Table
 from mamlctl.data.sets import is_curves
 from mamlctl.engine.build import build
 from mamlctl.errors import DataError, ExitCode, SettingsError
-from mamlctl.records import CellState, GridChanged, Notice, OnEvent
+from mamlctl.records import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.report.files import write_files
 from mamlctl.runs import CONFIG, METRICS, MOVABLE, RunFolder, is_locked, open_run, status_of
 
 POLL_S = 0.25  # how often jobs are looked after: below what a person notices
-OVER = ("done", "diverged", "failed")
 TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last entry
 
 
@@ -92,16 +91,16 @@ def ablate(
     started = time.monotonic()
     with working_on(grid):
         save_plan(grid)
-        jobs = [job for cell in grid.cells if (job := _job(cell, grid, offline)) is not None]
+        waiting = [cell.name for cell in grid.cells if _is_left(cell, grid)]
         if grid.left_out:
             told = ", ".join(grid.left_out)
             on_event(Notice(f"left out or renamed, since an improvement means nothing there: {told}"))
         reason, ended = "", dict[str, Ended]()
-        if jobs:
+        if waiting:
             on_event(Notice(f"into {grid.folder}"))
             limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)
             with limited as stop, executor as running:
-                filling = _Filling(grid, jobs, running, stop, on_event, offline)
+                filling = _Filling(grid, waiting, running, stop, on_event, offline)
                 reason, ended = filling.run(), filling.ended
         failed = {name: _why(end) for name, end in ended.items() if _failed(end)}
         table = grid_table(grid, failed)
@@ -188,7 +187,7 @@ class _Filling:
     def __init__(
         self,
         grid: Grid,
-        jobs: Sequence[Job],
+        waiting: Sequence[str],
         executor: Executor,
         stop: StopRequests,
         on_event: OnEvent,
@@ -196,7 +195,7 @@ class _Filling:
     ) -> None:
         self.ended: dict[str, Ended] = {}
         self._grid, self._executor, self._stop, self._on_event = grid, executor, stop, on_event
-        self._waiting, self._offline = [job.name for job in jobs], offline
+        self._waiting, self._offline = list(waiting), offline
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()
         self._began = time.monotonic()

@@ -16,6 +16,7 @@ import torch
 
 from mamlctl.commands.data import complete, open_streams
 from mamlctl.commands.grid import Grid
+from mamlctl.commands.judged import eval_steps
 from mamlctl.commands.local import threads_each
 from mamlctl.config import TrainConfig
 from mamlctl.data.episodes import Tasks
@@ -24,7 +25,7 @@ from mamlctl.engine.devices import device_words, open_device
 from mamlctl.engine.evaluator import evaluate
 from mamlctl.engine.norms import Statistics
 from mamlctl.engine.trainer import KEPT, Trainer
-from mamlctl.plans import PLUS_PLUS
+from mamlctl.plans import as_maml
 from mamlctl.records import OnEvent, Progress
 from mamlctl.runs import RunFolder
 from mamlctl.schedules import is_first_order
@@ -107,7 +108,7 @@ def _row(
 
 
 def _cost_key(config: TrainConfig) -> str:
-    """The same for runs whose meta-steps cost the same: neither seed nor meta learning rate is free time."""
+    """The same for runs whose meta-steps cost the same: neither seed nor meta learning rate counts."""
     same: dict[str, Any] = dict.fromkeys(
         (
             "seed",
@@ -121,8 +122,7 @@ def _cost_key(config: TrainConfig) -> str:
             "inner_lr",
         )
     )
-    algo = "maml" if config.algo == PLUS_PLUS else config.algo
-    return repr(asdict(config) | same | {"algo": algo})
+    return repr(asdict(as_maml(config)) | same)
 
 
 def _phases(config: TrainConfig) -> Counter[Any]:
@@ -181,7 +181,7 @@ def _some_tasks(trainer: Trainer) -> None:
         [trainer.state],
         trainer.streams["val"],
         tasks=TASKS,
-        inner_steps=config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
+        inner_steps=eval_steps(config),
         statistics=Statistics(config.bn),
         predict=trainer.predict,
     )

@@ -17,7 +17,7 @@ from mamlctl.commands.data import complete, resolve_settings
 from mamlctl.config import FIELDS, IMPROVEMENTS, EvalConfig, TrainConfig
 from mamlctl.errors import MamlctlError, SettingsError
 from mamlctl.layers import Layer, evaluation_settings, resolve
-from mamlctl.plans import OF_TASKS, PLUS_PLUS, PlannedRow
+from mamlctl.plans import OF_TASKS, PlannedRow, as_maml
 from mamlctl.runs import CONFIG, MOVABLE, lasting, one_writer, open_run, shared, write_text
 
 FORMAT, PLAN, CELLS = 1, "plan.yaml", "cells"
@@ -104,11 +104,8 @@ def resolve_rows(
         unused -= {name for name in flags if resolved.sources[name] == "flags" or name in row.values}
         made, refused = _made(row, resolved.config)
         problems += [(row.label, problem) for problem in refused]
-        if set(IMPROVEMENTS) <= row.values.keys() and _bare(made.config) in [
-            _bare(other.config) for other in found
-        ]:
-            continue
-        found.append(made)
+        if not (row.of_improvements and as_maml(made.config) in [as_maml(other.config) for other in found]):
+            found.append(made)
     told = _grouped(problems, len(rows)) or _alike(found)
     told = told or [(f"{flag(name)} has no effect in any row", "leave it out") for name in sorted(unused)]
     if told:
@@ -120,7 +117,7 @@ def _made(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]
     """The row as its settings became: without improvements that mean nothing; nothing else may get lost."""
     lost = [name for name, value in row.values.items() if getattr(config, name) != value]
     label = row.label
-    if set(IMPROVEMENTS) <= row.values.keys():
+    if row.of_improvements:
         for name in lost:
             label = label.replace(f" + {name}", "")
         lost = [name for name in lost if name not in IMPROVEMENTS]
@@ -128,11 +125,6 @@ def _made(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]
         (f"{flag(name)} {row.values[name]} has no effect", "leave it out of the grid") for name in lost
     ]
     return GridRow(label, replace(row, label=label).slug, config), problems
-
-
-def _bare(config: TrainConfig) -> TrainConfig:
-    """maml++ is maml with its flags: of rows of improvements the name says nothing more."""
-    return replace(config, algo="maml") if config.algo == PLUS_PLUS else config
 
 
 def _grouped(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem]:

@@ -147,9 +147,9 @@ def _difference(
     ours: Mapping[int, NDArray[np.float64]], theirs: Mapping[int, NDArray[np.float64]]
 ) -> Difference | None:
     """On the seeds that both have; None without any."""
-    if not (shared := [seed for seed in ours if seed in theirs]):
+    if not (both := [seed for seed in ours if seed in theirs]):
         return None
-    ours_ST, theirs_ST = (np.stack([scores[seed] for seed in shared]) for scores in (ours, theirs))
+    ours_ST, theirs_ST = (np.stack([scores[seed] for seed in both]) for scores in (ours, theirs))
     return difference(ours_ST, theirs_ST)
 
 
