@@ -1,5 +1,5 @@
 """python -m mamlctl is mamlctl."""
 
-from mamlctl.cli import main
+from mamlctl.cli.app import main
 
 main()

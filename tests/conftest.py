@@ -2,7 +2,6 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,19 +9,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 
-from mamlctl.data import glyphs, omniglot
+from helpers.shared import SHARED, ignore
+
+from mamlctl.data.sets import glyphs, omniglot
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
 torch.set_num_threads(1)
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def ignore(event):
-    """An `on_event` that no test looks at."""
 
 
 @pytest.fixture(scope="session")

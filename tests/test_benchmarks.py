@@ -20,8 +20,8 @@ from benchmarks.worker import open_learner, random_episodes
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamlctl.engine.build import build
-from mamlctl.engine.step import MetaStep
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep
 
 SMALL = Case("small", (1, 16, 16), filters=4, ways=3, shots=2, queries=2, tasks=2, inner_steps=3)
 PLAIN64 = {"engine": "plain", "precision": "float64"}

@@ -1,1 +1,1 @@
-"""Where tasks come from: data sets, their class splits, and the draw of task number i."""
+"""Data sets and task streams."""

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import torch
 
-from mamlctl.checks import Problem
+from mamlctl.core.problems import Problem
 
-DTYPES = {"float64": torch.float64}  # type of weights and images; float32 for every other precision
 COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs
+
+
+def tensor_dtype(precision: str) -> torch.dtype:
+    """The type of weights and images: float64 where that was asked for, float32 at every other precision."""
+    return torch.float64 if precision == "float64" else torch.float32
 
 
 def device_problems(name: str, precision: str, cuda_graph: bool | None = None) -> list[Problem]:

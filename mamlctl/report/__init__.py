@@ -1,1 +1,1 @@
-"""What a run tells in pictures."""
+"""Tables, figures and pages."""

@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mamlctl import words
-from mamlctl.checks import nearest
-from mamlctl.comparisons import Cell, Published, Row, Score, Table
-from mamlctl.errors import SettingsError
+from mamlctl.core import formatting
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.problems import nearest
+from mamlctl.report.table import Cell, Published, Row, Score, Table
 
 SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
+
 RECALLED = "†"
+
 ALWAYS = ("row", "seeds", "best", "diverged")  # the others are left out where no row has anything to say
+
 SCORES = ("best", "sd", "ensemble", "difference", "p")  # side by side, and empty in a row without any score
 
 
@@ -70,7 +73,7 @@ def _source(rows: Sequence[Row], source: str) -> str:
     """A source, and what it says about those of its numbers that are shown."""
     shown = [row.published[0] for row in rows if row.published and row.published[0].source == source]
     notes = [f"{entry.row}: {entry.note}" for entry in shown if entry.note]
-    return words.safe("; ".join([source, *notes]))
+    return formatting.safe("; ".join([source, *notes]))
 
 
 def letter(place: int) -> str:
@@ -158,15 +161,15 @@ def _line(table: Table, row: Row, letters: Mapping[str, str]) -> Line:
         "p": p_words(row.best),
         "published": published_words(row.published[0], letters) if row.published else "",
         "steps": "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
-        "seconds": "" if row.step_s is None else words.duration(row.step_s),
+        "seconds": "" if row.step_s is None else formatting.duration(row.step_s),
         "diverged": str(row.divergences),
     }
-    return Line(row, {key: " ".join(words.safe(text).split()) for key, text in known.items()}, told)
+    return Line(row, {key: " ".join(formatting.safe(text).split()) for key, text in known.items()}, told)
 
 
 def score_words(metric: str, score: Score | None) -> str:
     """'97.43 ± 0.36', the unit being in the column's head."""
-    return "" if score is None else words.score(metric, score.mean, score.ci95).removesuffix(" %")
+    return "" if score is None else formatting.score(metric, score.mean, score.ci95).removesuffix(" %")
 
 
 def deviation_words(metric: str, score: Score | None) -> str:
@@ -216,7 +219,7 @@ def p_words(score: Score | None) -> str:
 
 def published_words(entry: Published, letters: Mapping[str, str]) -> str:
     """'95.77 ± 0.38 a†': a's number, recalled and not verified."""
-    text = words.score(entry.metric, entry.score, entry.half_width).removesuffix(" %")
+    text = formatting.score(entry.metric, entry.score, entry.half_width).removesuffix(" %")
     return f"{text} {letters.get(entry.source, '')}{'' if entry.verified else RECALLED}".rstrip()
 
 
@@ -228,7 +231,7 @@ def told_of(row: Row) -> str:
     for status in dict.fromkeys(others):
         name = "not tested" if status == "finished" else status
         parts.append(name if len(row.cells) == 1 else f"{others.count(status)} {name}")
-    return words.safe("; ".join(parts) or "missing")
+    return formatting.safe("; ".join(parts) or "missing")
 
 
 def diverged_at(cell: Cell) -> int:
@@ -251,7 +254,7 @@ def remarks(table: Table) -> tuple[str, ...]:
     every = [cell.status for row in table.rows for cell in row.cells]
     missing = every.count("missing")
     lines += [f"{missing} of {len(every)} runs {'is' if missing == 1 else 'are'} missing"] * (missing > 0)
-    return tuple(map(words.safe, lines))
+    return tuple(map(formatting.safe, lines))
 
 
 def _state(cell: Cell) -> str:
@@ -269,7 +272,7 @@ def head_parts(table: Table) -> list[str]:
     bn = {row.bn for row in table.rows}
     drawn = "tasks without a shared image as far as they go" if table.disjoint else "tasks"
     parts = [
-        words.task(table.dataset, table.ways, table.shots),
+        formatting.task(table.dataset, table.ways, table.shots),
         f"{table.queries} quer{'y' if table.queries == 1 else 'ies'}{' a class' if table.ways > 1 else ''}",
         f"{table.split} split",
         f"{table.tasks:,} {drawn} (seed {table.eval_seed})",
@@ -278,7 +281,7 @@ def head_parts(table: Table) -> list[str]:
         f"seed{'s' * (len(seeds) != 1)} {' '.join(map(str, seeds))}" if seeds else "",
         devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
     ]
-    return [words.safe(part) for part in parts if part]
+    return [formatting.safe(part) for part in parts if part]
 
 
 def legend(table: Table, shown: Mapping[str, str]) -> list[str]:
@@ -301,4 +304,4 @@ def legend(table: Table, shown: Mapping[str, str]) -> list[str]:
         "median over seeds.",
         "seconds": "per step: median time of a meta-step, of the median seed.",
     }
-    return [words.safe(line) for key, line in told.items() if key in shown]
+    return [formatting.safe(line) for key, line in told.items() if key in shown]

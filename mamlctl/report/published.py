@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-from mamlctl.comparisons import Published
-from mamlctl.config import IMPROVEMENTS
+from mamlctl.report.table import Published
+from mamlctl.settings.schema import IMPROVEMENTS
 
 FILE = Path(__file__).with_name("published.yaml")
+
 # What a source calls a learner, where it is not what we call it.
 OURS = {"nearest neighbour": "nearest", "pre-trained on all tasks": "transfer"}
+
 EVERYTHING = frozenset({"maml", *IMPROVEMENTS})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mamlctl.config import IMPROVEMENTS, TrainConfig, derive
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, derive
 
 INNER_LR = 0.01  # small, so that nothing overflows: random images have nothing to be learnt from
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import INNER_LR, Case
-from mamlctl.data.episodes import Episodes
+from mamlctl.data.tasks.episodes import Episodes
 
 
 def arguments(case: Case) -> Namespace:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from mamlctl.data.episodes import Episodes
+from mamlctl.data.tasks.episodes import Episodes
 
 META_LR = 0.001
 

@@ -15,10 +15,10 @@ from benchmarks.cases import INNER_LR, Case, case_of, engine_settings, train_con
 from benchmarks.official import Official
 from benchmarks.peers import PEERS
 from benchmarks.pipes import Answer, Document, serve
-from mamlctl.data.episodes import Episodes
-from mamlctl.engine.build import build
+from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.devices import memory_bytes, open_device
-from mamlctl.engine.step import MetaStep
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep
 
 Step = Callable[[Episodes], Tensor]
 

@@ -1,0 +1,117 @@
+"""Command-line options that commands share, and those made from the fields of a settings class."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from mamlctl.core.errors import ExitCode
+from mamlctl.settings.schema import HARDWARE, OUTPUT
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUTPUT)]
+
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline", help="Never download; a missing data set ends with exit 3.", rich_help_panel=HARDWARE
+    ),
+]
+
+DataRoot = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of prepared data sets. Default: the platform's cache folder.", rich_help_panel=HARDWARE
+    ),
+]
+
+
+def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
+    """Give a command one option per field of a settings class; those given reach it as the dict `given`."""
+    hints = get_type_hints(config_type)
+    options = []
+    for item in fields(config_type):
+        option = typer.Option(
+            help=_words_of(item), rich_help_panel=item.metadata["panel"], show_default=False
+        )
+        kind = hints[item.name]
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        options.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    names = [item.name for item in fields(config_type)]
+
+    def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
+        own = get_type_hints(function, include_extras=True)
+        signature = inspect.signature(function)
+        others = [
+            parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in signature.parameters.values()
+            if parameter.name != "given"
+        ]
+        # Help shows panels in the order of their first option, and those of the settings come first.
+        others.sort(key=lambda parameter: _panel_of(parameter) is not None)
+        without_panel = sum(_panel_of(parameter) is None for parameter in others)
+
+        @functools.wraps(function)
+        def command(**values: Any) -> ExitCode:
+            given = {name: value for name in names if (value := values.pop(name)) is not None}
+            return function(given=given, **values)
+
+        parameters = [*others[:without_panel], *options, *others[without_panel:]]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def with_options(options_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
+    """Give a command one option per field of a dataclass of annotated ones; they reach it as `options`."""
+    hints = get_type_hints(options_type, include_extras=True)
+    names = [item.name for item in fields(options_type)]
+
+    def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
+        own = get_type_hints(function, include_extras=True)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            parameter.replace(annotation=own[parameter.name], kind=kind)
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.name != "options"
+        ]
+        parameters += [
+            inspect.Parameter(item.name, kind, default=item.default, annotation=hints[item.name])
+            for item in fields(options_type)
+        ]
+
+        @functools.wraps(function)
+        def command(**values: Any) -> ExitCode:
+            options = options_type(**{name: values.pop(name) for name in names})
+            return function(options=options, **values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _words_of(item: Field[Any]) -> str:
+    """Help of a setting: its words, what it can be, and its default unless that is "off" or told in words."""
+    parts = [item.metadata["help"]]
+    if item.metadata["choices"]:
+        parts.append(f"One of {', '.join(map(str, item.metadata['choices']))}.")
+    if item.default is not None and item.default is not False:
+        parts.append(f"Default: {item.default}.")
+    return " ".join(parts)
+
+
+def _panel_of(parameter: inspect.Parameter) -> str | None:
+    """The help panel that a command's own option asks for; none for an argument or a general option."""
+    return next((getattr(note, "rich_help_panel", None) for note in parameter.annotation.__metadata__), None)

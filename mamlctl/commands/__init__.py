@@ -1,1 +1,0 @@
-"""The commands as functions: settings in, result out; nothing printed."""

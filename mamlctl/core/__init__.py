@@ -1,0 +1,1 @@
+"""Errors, events, results, formatting, files and statistics; no torch."""

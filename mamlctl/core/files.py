@@ -1,0 +1,96 @@
+"""Files replaced in one move, and folders with one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mamlctl.core.errors import MamlctlError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place when the block ends well, and leaves nothing when not."""
+    path = path.resolve()  # a link stays one, and leads to the new file
+    if path.exists() and not path.is_file():  # a pipe or a device, which cannot be replaced
+        with path.open("wb") as file:
+            yield file
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one move."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON cannot hold (NaN, infinity) as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return value
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one move; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
+    """Lock a folder for the block. Raises MamlctlError if another process has."""
+    with (path / "lock").open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            writer = file.read(32).decode(errors="replace") or "another process"
+            message = f"{what} {path} is in use by {writer}"
+            raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()}".encode())
+        file.flush()
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is writing to the run folder."""
+    try:
+        with (path / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

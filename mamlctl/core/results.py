@@ -1,0 +1,144 @@
+"""What commands return: plain records, never tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mamlctl.core.events import ValidationDone
+
+TIMED = 3
+
+
+@dataclass(frozen=True)
+class RowEstimate:
+    """What one cell of a row takes, in seconds."""
+
+    row: str
+    meta_steps: int
+    step_s: float  # mean over the run's phases
+    train_s: float  # validation included
+    test_s: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a grid takes from nothing, the start of its processes left out; so many workers side by side."""
+
+    rows: tuple[RowEstimate, ...]
+    cells: int
+    meta_steps: int
+    seconds: float
+    workers: int
+    device: str
+    timed: int = TIMED  # meta-steps of each kind
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended."""
+
+    run: str
+    status: str  # finished | interrupted
+    reason: str  # "", "time limit", "SIGINT", "SIGTERM"
+    step: int
+    total_steps: int
+    metric: str
+    best_val_score: float | None
+    best_val_ci95: float | None
+    best_epoch: int | None
+    val_tasks: int
+    bn: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """One model, or one ensemble, on one list of tasks."""
+
+    model: str  # "best", "last" or "ensemble-<k>"
+    metric: str  # accuracy (0..1) or mse
+    score: float
+    ci95: float  # half width over tasks
+    tasks: int
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    inner_steps: int
+    bn: str
+    epochs: tuple[int, ...]  # the epoch of every checkpoint used
+    per_step: tuple[float, ...]  # score after 0, 1 ... inner_steps
+    per_step_ci95: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `eval` found, and where it wrote it."""
+
+    run: str
+    dataset: str
+    algo: str
+    folder: str
+    seconds: float
+    rows: tuple[EvalRow, ...]
+    pictures: tuple[str, ...] = ()  # files, where some were asked for
+    notes: tuple[str, ...] = ()  # what a reader of the numbers must know
+
+
+@dataclass(frozen=True)
+class OwnImage:
+    """One of the user's own images, as an adapted model takes it."""
+
+    file: str
+    predicted: str | None = None  # None where the file cannot be read
+    probabilities: tuple[float, ...] = ()  # of every class
+    label: str | None = None  # what its folder says
+    problem: str = ""
+
+    @property
+    def probability(self) -> float | None:
+        """Of the predicted class."""
+        return max(self.probabilities, default=None)
+
+
+@dataclass(frozen=True)
+class OwnResult:
+    """The user's own images told apart, and what was written on the way."""
+
+    run: str
+    algo: str
+    model: str  # "best, epoch 7" or "last"
+    classes: tuple[str, ...]
+    shots: tuple[int, ...]  # support images of each class
+    head: str  # what tells the classes apart
+    inner_steps: int
+    bn: str
+    images: tuple[OwnImage, ...]
+    left_out: int  # support images that cannot be read
+    seconds: float
+    pictures: tuple[str, ...] = ()
+    csv: str | None = None
+    saved: str | None = None
+
+    @property
+    def labelled(self) -> int:
+        """Images that could be read and whose class is known."""
+        return sum(image.label is not None and image.predicted is not None for image in self.images)
+
+    @property
+    def right(self) -> int:
+        """How many of those are told right."""
+        return sum(image.label is not None and image.predicted == image.label for image in self.images)
+
+    @property
+    def unreadable(self) -> int:
+        """Images to be told apart that cannot be read."""
+        return sum(image.predicted is None for image in self.images)
+
+
+def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:
+    """A record as files and documents have it: its score under the name of its metric."""
+    return {
+        key.replace("score", record.metric): value for key, value in asdict(record).items() if key != "metric"
+    }

@@ -1,0 +1,1 @@
+"""Downloads that resume, with mirrors and locks."""

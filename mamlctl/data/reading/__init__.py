@@ -1,0 +1,1 @@
+"""Archives, pickles and images, read without trust."""

@@ -1,0 +1,233 @@
+"""Archives and folders read as they are, never unpacked into place: zip, tar, and compressed tar."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import re
+import stat
+import tarfile
+import tempfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, Any
+
+from mamlctl.core.errors import DataError
+
+MEMBER_BYTES = 16 * 1024**2  # no image of any data set is as large; a zip bomb's member is
+
+# Together at most so many times the archive's own size, if that is more than the floor: images are compressed
+# already (Omniglot's tar shrinks 8-fold, mostly padding), a bomb expands a thousandfold.
+EXPANSION, EXPANSION_FLOOR = 100, 1024**3
+
+CHUNK = 1024**2
+
+COMPRESSED: Mapping[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+
+FOREIGN = {
+    b"Rar!": "a RAR archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\x1f\x9d": "compressed by compress (.Z)",
+}
+
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The files of an archive or of an unpacked folder: their names, and a way to read one.
+
+    `read` may be called by several threads at once.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    read: Callable[[str], bytes]
+
+
+@contextmanager
+def open_members(path: Path, *, hint: str) -> Iterator[Members]:
+    """Read a zip, a tar (plain, gzip, bzip2, xz), or a folder, whose own name starts the members' names.
+
+    A compressed tar is expanded once into a nameless temporary file, since nothing in it can be read without
+    all before it. Raises DataError for what is no such archive, is cut off, or has names, kinds of files or
+    sizes that no honest archive has.
+    """
+    if path.is_dir():
+        inside = (file.relative_to(path.parent) for file in path.rglob("*") if file.is_file())
+        yield Members(path, tuple(name.as_posix() for name in inside), _folder_reader(path, hint))
+        return
+    start = _start(path, hint)
+    compressed = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
+    if compressed:
+        with tempfile.TemporaryFile(buffering=0) as expanded:  # nothing is left to fail when it is closed
+            _expand(path, compressed, expanded, hint)
+            yield _tar_members(path, expanded, hint)
+    elif start[257:262] == b"ustar" or path.suffix == ".tar":  # the oldest tars have no mark
+        with path.open("rb") as file:
+            yield _tar_members(path, file, hint)
+    else:
+        what = "is a zip that is cut off" if start.startswith(b"PK") else "is neither a zip nor a tar"
+        with _failures_told(path, what, hint):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            yield _zip_members(path, archive, hint)
+
+
+def html_page(start: bytes) -> str | None:
+    """'an HTML page (its title)' if a file begins as one, such as those for a login or a used-up quota."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<!--")):
+        return None
+    title = re.search(rb"<title[^>]*>(.*?)</title>", start, re.IGNORECASE | re.DOTALL)
+    words = " ".join(title[1].decode(errors="replace").split())[:60] if title else ""
+    return f"an HTML page ({words})" if words else "an HTML page"
+
+
+def _start(path: Path, hint: str) -> bytes:
+    """The first bytes. Raises DataError for a file that cannot be read or is plainly something else."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {path}", hint=hint) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
+    if page := html_page(start):
+        raise DataError(f"{path} is {page}, not an archive", hint=hint)
+    for magic, what in FOREIGN.items():
+        if start.startswith(magic):
+            raise DataError(f"{path} is {what}, which is not read", hint="unpack it, then --from FOLDER")
+    return start
+
+
+@contextmanager
+def _failures_told(path: Path, what: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except (*DAMAGE, OSError) as error:  # gzip's and bz2's words for damage are OSErrors too
+        raise DataError(f"{path} {what}: {error}", hint=hint) from error
+
+
+def _folder_reader(path: Path, hint: str) -> Callable[[str], bytes]:
+    def read(name: str) -> bytes:
+        try:
+            return (path.parent / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path.parent / name}: {error.strerror}", hint=hint) from error
+
+    return read
+
+
+def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str) -> Members:
+    files = {_safe_name(m.filename, path, hint): m for m in archive.infolist() if not m.is_dir()}
+    for name, member in files.items():
+        if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
+            raise DataError(f"{path} holds the encrypted file {name!r}", hint=hint)
+        if stat.S_ISLNK(member.external_attr >> 16):  # where zip keeps Unix's mode
+            raise _no_file(path, name, hint)
+    _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint)
+    one_at_a_time = threading.Lock()  # zipfile guards its reads, but not its count of open members
+
+    def read(name: str) -> bytes:
+        with _failures_told(path, f"is damaged at {name}", hint):
+            with one_at_a_time:
+                file = archive.open(files[name])
+            try:
+                return file.read()
+            finally:
+                with one_at_a_time:
+                    file.close()
+
+    return Members(path, tuple(files), read)
+
+
+def _tar_members(path: Path, file: IO[bytes], hint: str) -> Members:
+    """`file`: the tar itself, not compressed."""
+    with (
+        _failures_told(path, "is not a tar or is cut off", hint),
+        tarfile.open(fileobj=file, mode="r:") as archive,
+    ):
+        members = [member for member in archive if not member.isdir()]
+    found: dict[str, tuple[int, int]] = {}
+    for member in members:
+        name = _safe_name(member.name, path, hint)
+        if not member.isreg() or member.issparse():
+            raise _no_file(path, name, hint)
+        found[name] = member.offset_data, member.size
+    _refuse_bomb(path, {name: size for name, (_, size) in found.items()}, hint)
+    number = file.fileno()
+
+    def read(name: str) -> bytes:
+        begin, size = found[name]
+        with _failures_told(path, f"cannot be read at {name}", hint):
+            data = os.pread(number, size, begin)  # moves no file position that threads would share
+        if len(data) < size:
+            raise DataError(f"{path} is cut off at {name}", hint=hint)
+        return data
+
+    return Members(path, tuple(found), read)
+
+
+def _expand(path: Path, opener: Callable[..., Any], target: IO[bytes], hint: str) -> None:
+    """Decompress a whole file. Raises DataError for damage, a bomb, or a full disk."""
+    most, size = _most(path), 0
+    with _failures_told(path, "is damaged or cut off", hint), opener(path) as file:
+        while chunk := file.read(CHUNK):
+            size += len(chunk)
+            if size > most:
+                raise _bomb(path, most, hint)
+            _write(target, chunk, path)
+    target.seek(0)
+
+
+def _write(target: IO[bytes], chunk: bytes, path: Path) -> None:
+    rest = memoryview(chunk)
+    try:
+        while rest:
+            rest = rest[target.write(rest) :]
+    except OSError as error:
+        message = f"cannot expand {path} in {tempfile.gettempdir()}: {error.strerror or error}"
+        way = "make room there, set TMPDIR to a larger place, or unpack it and use --from FOLDER"
+        raise DataError(message, hint=way) from error
+
+
+def _safe_name(name: str, path: Path, hint: str) -> str:
+    """The member's name without a leading ./, which tar likes to write."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise DataError(f"{path} holds a file with the unsafe name {name!r}", hint=hint)
+    return posix.as_posix()
+
+
+def _no_file(path: Path, name: str, hint: str) -> DataError:
+    return DataError(f"{path} holds {name!r}, which is a link or a device, not a file", hint=hint)
+
+
+def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str) -> None:
+    for name, size in sizes.items():
+        if size > MEMBER_BYTES:
+            message = f"{path} holds {name!r} of {size:,} bytes; at most {MEMBER_BYTES:,} are sane"
+            raise DataError(message, hint=hint)
+    if sum(sizes.values()) > _most(path):
+        raise _bomb(path, _most(path), hint)
+
+
+def _most(path: Path) -> int:
+    return max(EXPANSION * path.stat().st_size, EXPANSION_FLOOR)
+
+
+def _bomb(path: Path, most: int, hint: str) -> DataError:
+    return DataError(f"{path} expands to more than {most:,} bytes, which is not sane", hint=hint)

@@ -1,0 +1,1 @@
+"""The data sets: a table, and one file for each kind."""

@@ -1,0 +1,251 @@
+"""CIFAR-100 (Krizhevsky 2009) for few-shot learning: 100 classes, 600 colour images of 32x32 each.
+
+`cifar-fs` and `fc100` are two splits of its classes. Its own parts, train and test, are joined in one pack
+that both share. Its files are pickles, read out of the archive by a reader that runs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.data.fetching.downloads import DOWNLOADS, Source, downloaded
+from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
+from mamlctl.data.reading.unpickling import load_arrays
+from mamlctl.data.sets.class_splits import listed_split
+
+SIDE, CHANNELS = 32, 3
+
+RESIZES = ("none",)
+
+FOLDER, ARCHIVE, META = "cifar-100-python", "cifar-100-python.tar.gz", "meta"
+
+HOME, ORIGIN = "cifar-100", "www.cs.toronto.edu"
+
+SIZE = 169_001_437  # bytes of the archive
+
+TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
+
+FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
+
+CHUNK = 1024**2
+
+HINT = f"name {ARCHIVE}, the folder {FOLDER} unpacked from it, or the folder that holds either"
+
+
+@dataclass(frozen=True)
+class CifarPart:
+    """One of the two files of images, and what it must hold."""
+
+    file: str
+    per_class: int
+    md5: str
+
+
+# The md5s are those of torchvision.datasets.CIFAR100, of the files inside the archive.
+PARTS = (
+    CifarPart("train", 500, "16019d7e3df5f24257cddd939b257f8d"),
+    CifarPart("test", 100, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+)
+
+
+def cifar_source() -> Source:
+    """The archive as torchvision names it, so that its corrections reach us with its releases."""
+    from torchvision.datasets import CIFAR100  # here, since it imports torch
+
+    return Source(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE)
+
+
+def fetch(
+    root: Path,
+    *,
+    source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
+    offline: bool,
+    force: bool,
+    on_event: OnEvent,
+    name: str = "cifar-fs",
+    parts: tuple[CifarPart, ...] = PARTS,
+) -> PackedImages:
+    """Download, or take from `source` (the archive, its unpacked folder, or a folder of either), and pack.
+
+    `name`: the data set that was asked for. Raises DataError, with nothing left behind, if it cannot be had
+    or is not CIFAR-100.
+    """
+    if is_here(root) and not force:
+        on_event(Notice(f"{name} is already at {root}; --force prepares it anew"))
+        return open_pack(root, on_event=on_event, name=name)
+    if source:
+        packed = _packed(_find(source), parts, on_event)
+    elif offline:
+        message = f"{name} is not at {root}, and --offline forbids downloading it"
+        raise DataError(message, hint=f"mamlctl fetch {name}, or with --from FOLDER")
+    else:
+        on_event(Notice(f"downloading CIFAR-100 ({TERMS})"))
+        hint = f"try again, or get {ARCHIVE} otherwise and run: mamlctl fetch {name} --from FOLDER"
+        with downloaded(
+            [cifar_source()], root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event
+        ) as paths:
+            packed = _packed(paths[0], parts, on_event)
+    save_pack(_path(root), packed)
+    return open_pack(root, on_event=on_event, name=name)
+
+
+def is_here(root: Path) -> bool:
+    """Whether either of the two data sets was fetched: they share their images."""
+    return is_packed(_path(root))
+
+
+def open_pack(
+    root: Path, resize: str = RESIZES[0], *, on_event: OnEvent, name: str = "cifar-fs"
+) -> PackedImages:
+    """All images, classes in the order of their names. Raises DataError if absent or damaged."""
+    if not is_here(root):
+        raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
+    return load_pack(_path(root), name)
+
+
+def _path(root: Path) -> Path:
+    return root / HOME / f"{SIDE}x{SIDE}.npy"
+
+
+def class_names() -> tuple[str, ...]:
+    """CIFAR-100's classes in the order of their labels, which is the alphabet's."""
+    return tuple(sorted(listed_split("cifar-fs")))
+
+
+def _find(sources: Sequence[Path]) -> Path:
+    """The archive or the folder of CIFAR's files among the sources or in them."""
+    for source in sources:
+        path = source.expanduser().resolve()
+        if path.is_file():
+            return path
+        for place in (path, path / FOLDER):
+            if all((place / file).is_file() for file in _wanted(PARTS)):
+                return place
+        if (path / ARCHIVE).is_file():
+            return path / ARCHIVE
+    places = ", ".join(str(source) for source in sources)
+    raise DataError(f"{places} holds neither {ARCHIVE} nor a folder {FOLDER}", hint=HINT)
+
+
+def _wanted(parts: Sequence[CifarPart]) -> tuple[str, ...]:
+    return (META, *(part.file for part in parts))
+
+
+def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
+    """The bytes of the files of CIFAR that the folder or archive holds. Raises DataError if one is absent."""
+    wanted = _wanted(parts)
+    found = _from_folder(path, wanted) if path.is_dir() else _from_tar(path, wanted)
+    for file in wanted:
+        if file not in found:
+            raise DataError(f"{path} holds no file {FOLDER}/{file}", hint=HINT)
+    return found
+
+
+def _from_folder(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    try:
+        return {file: (path / file).read_bytes() for file in wanted}
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}", hint=HINT) from error
+
+
+def _from_tar(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    found = {}
+    try:
+        # In one pass, since each step back would decompress all that lies before it once more.
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                _refuse_unsafe(member, path)
+                name = PurePosixPath(member.name)
+                file = archive.extractfile(member) if member.isreg() else None
+                if file and name.name in wanted and name.parent.name in ("", FOLDER):
+                    found[name.name] = file.read()
+            # tarfile stops in silence where a header is damaged; the decompressor's checksum is at the end.
+            while archive.fileobj and archive.fileobj.read(CHUNK):
+                pass
+    # What tarfile and the decompressors under it say of a file that is no archive, cut off or broken.
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")  # tarfile lists below it what each format says
+        message = f"{path} is not a tar or is cut off: {reason}"
+        raise DataError(message, hint=HINT) from error
+    return found
+
+
+def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
+    """Nothing is unpacked, so that no name could do harm; but no honest archive has such a one."""
+    posix, windows = PurePosixPath(member.name), PureWindowsPath(member.name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise DataError(f"{path} holds a file with the unsafe name {member.name!r}", hint=HINT)
+    if member.size > FILE_BYTES:
+        message = f"{path} holds {member.name!r} of {member.size:,} bytes; at most {FILE_BYTES:,} are sane"
+        raise DataError(message, hint=HINT)
+
+
+def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> PackedImages:
+    """All images by class; within one, the first part's before the second's, in the order of the file."""
+    files, names = _files(path, parts), class_names()
+    told = f"{META} in {path}"
+    if _value(load_arrays(files[META], told), told, "fine_label_names", list) != list(names):
+        raise DataError(f"{told} does not name CIFAR-100's {len(names)} classes in their order", hint=HINT)
+    per_class = sum(part.per_class for part in parts)
+    images_KMCHW = np.empty((len(names), per_class, CHANNELS, SIDE, SIDE), dtype=np.uint8)
+    filled = 0
+    for number, part in enumerate(parts):
+        # Taken out, so that the file's bytes are held no longer than need be.
+        rows_MX, labels_M = _read_part(files.pop(part.file), f"{part.file} in {path}", part, names)
+        # Stable, so that images keep the file's order within their class.
+        order_KM = np.argsort(labels_M, kind="stable").reshape(len(names), part.per_class)
+        for label, places in enumerate(order_KM):
+            # A row is the red, then the green, then the blue plane.
+            planes_MCHW = rows_MX[places].reshape(-1, CHANNELS, SIDE, SIDE)
+            images_KMCHW[label, filled : filled + part.per_class] = planes_MCHW
+        filled += part.per_class
+        on_event(Progress("CIFAR-100: read files", number + 1, len(parts)))
+    images_MCHW = images_KMCHW.reshape(-1, CHANNELS, SIDE, SIDE)
+    return pack(images_MCHW, np.full(len(names), per_class, dtype=np.int64), names)
+
+
+def _read_part(
+    data: bytes, told: str, part: CifarPart, names: Sequence[str]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Rows of pixels and a label each. Raises DataError for wrong counts, then for other pixels."""
+    content = load_arrays(data, told)
+    rows_MX, labels = _value(content, told, "data", np.ndarray), _value(content, told, "fine_labels", list)
+    width = CHANNELS * SIDE * SIDE
+    if rows_MX.dtype != np.uint8 or rows_MX.shape != (len(labels), width):
+        message = f"{told} holds {rows_MX.dtype} {rows_MX.shape}, not {len(labels):,} rows of {width:,} bytes"
+        raise DataError(message, hint="get the archive anew")
+    if not all(type(label) is int and 0 <= label < len(names) for label in labels):
+        message = f"{told} has labels that are not from 0 to {len(names) - 1}"
+        raise DataError(message, hint="get the archive anew")
+    labels_M = np.array(labels, dtype=np.int64)
+    counts = np.bincount(labels_M, minlength=len(names))
+    for name, count in zip(names, counts.tolist(), strict=True):
+        if count != part.per_class:
+            message = f"{told} holds {count:,} images of class {name}, but CIFAR-100 has {part.per_class:,}"
+            raise DataError(f"{message} there", hint="get the archive anew")
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != part.md5:
+        message = f"{told} has CIFAR-100's labels, but not its bytes: md5 {found} instead of {part.md5}"
+        raise DataError(message, hint="get the archive anew")
+    return rows_MX, labels_M
+
+
+def _value(content: Any, told: str, key: str, kind: type[Any]) -> Any:
+    """What a file's dict holds under `key`."""
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind):
+        raise DataError(f"{told} has no {kind.__name__} called {key}", hint=HINT)
+    return value

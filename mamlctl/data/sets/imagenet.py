@@ -1,0 +1,219 @@
+"""Image sets that nobody may pass on, packed from what the user has: mini-ImageNet and tieredImageNet.
+
+mini-ImageNet's classes: Ravi & Larochelle 2017 (twitter-research/meta-learning-lstm).
+tieredImageNet's counts: Ren et al. 2018, section 4.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.data.reading.archives import Members, open_members
+from mamlctl.data.reading.decoding import ImageFile, Shape, decoded, of_members, twins
+from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.sets.class_splits import SPLITS, listed_split
+from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
+
+SIDE = 84
+
+IMAGE = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
+
+SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet; file names begin with theirs
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+
+PICKLES = (".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class ListedSet:
+    """A set whose files the user brings, and what it must hold."""
+
+    name: str
+    title: str
+    classes: tuple[int, int, int]  # train, val, test
+    images: tuple[int, int, int]
+    split_schemes: tuple[str, ...]
+    where: str  # where people get it
+
+    @property
+    def hint(self) -> str:
+        """The way out where it is absent."""
+        return f"{self.where}; then: mamlctl fetch {self.name} --from FOLDER_OR_ARCHIVES"
+
+
+MINI = ListedSet(
+    "mini-imagenet",
+    "mini-ImageNet",
+    (64, 16, 20),
+    (38_400, 9_600, 12_000),
+    ("ravi",),
+    "make it from ImageNet with github.com/yaoyao-liu/mini-imagenet-tools, or get a copy",
+)
+
+TIERED = ListedSet(
+    "tiered-imagenet",
+    "tieredImageNet",
+    (351, 97, 160),
+    (448_695, 124_261, 206_209),
+    ("ren",),
+    "make it from ImageNet with github.com/yaoyao-liu/tiered-imagenet-tools, or get a copy",
+)
+
+LISTED = (MINI, TIERED)
+
+PER_CLASS = 600  # mini-ImageNet's images of every class
+
+RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `Shape`'s filter, and told
+
+
+def fetch(
+    listed: ListedSet,
+    root: Path,
+    *,
+    source: Sequence[Path] | None,
+    mirrors: Sequence[str] = (),
+    offline: bool,
+    force: bool,
+    on_event: OnEvent,
+) -> PackedImages:
+    """Verify what the user has, and pack it. Raises DataError, with nothing left behind."""
+    if is_here(listed, root) and not (force and source):
+        hint = "with --from" if force else "--force --from ..."
+        on_event(Notice(f"{listed.name} is already at {root}; {hint} prepares it anew"))
+        return open_pack(listed, root, on_event=on_event)
+    if not source:
+        message = f"{listed.title} cannot be downloaded: ImageNet's terms let nobody pass it on"
+        raise DataError(message, hint=listed.hint)
+    if listed is MINI and (pickles := _pickles(source)):
+        _pack_pickles(_path(listed, root), pickles, on_event)
+        return open_pack(listed, root, on_event=on_event)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(source)]
+        found = _by_class(listed, opened)
+        _verify(listed, found, source)
+        files = [image for name in sorted(found) for image in found[name]]
+        shape, pairs = Shape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
+        images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
+        stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
+    if pairs:
+        apart = [pair for pair in pairs if pair[0] != pair[1]]
+        told = (
+            f"{len(pairs)} pairs of images are the same to the last bit, {len(apart)} of them in two classes"
+        )
+        on_event(Notice(f"{listed.name}: {told}: a known flaw of the set, left as it is"))
+    return open_pack(listed, root, on_event=on_event)
+
+
+def _pickles(sources: Sequence[Path]) -> list[Path]:
+    """The pickles of mini-ImageNet among the sources or in them."""
+    paths = [source.expanduser().resolve() for source in sources]
+    if all(path.suffix in PICKLES for path in paths):
+        return paths
+    return cache_files(paths[0]) if len(paths) == 1 and paths[0].is_dir() else []
+
+
+def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> None:
+    """Pack them class by class: within a split in the order of the names, as the images are packed."""
+    classes = read_mini_cache(pickles, per_class=PER_CLASS)
+
+    def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        for number, (name, images_NHWC) in enumerate(classes, 1):
+            for image_HWC in images_NHWC:
+                yield name, image_HWC.transpose(2, 0, 1)
+            on_event(Progress(f"{MINI.name}: read classes", number, sum(MINI.classes)))
+
+    stream_pack(path, (3, SIDE, SIDE), images())
+
+
+def is_here(listed: ListedSet, root: Path) -> bool:
+    """Whether it was fetched."""
+    return is_packed(_path(listed, root))
+
+
+def open_pack(listed: ListedSet, root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> PackedImages:
+    """All images at 84x84 in colour, memory-mapped. Raises DataError if absent or damaged."""
+    if not is_here(listed, root):
+        raise DataError(f"{listed.name} is not at {root}", hint=listed.hint)
+    return load_pack(_path(listed, root), listed.name)
+
+
+def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
+    """The classes of train, val and test by the folders that they lay in; `seed` chooses nothing."""
+    splits = np.array([name.partition("/")[0] for name in packed.names])
+    return {split: np.flatnonzero(splits == split) for split in SPLITS}
+
+
+def _path(listed: ListedSet, root: Path) -> Path:
+    return root / listed.name / f"{SIDE}x{SIDE}.npy"
+
+
+def _candidates(sources: Sequence[Path]) -> list[Path]:
+    """A source itself, or the archives that lie in it if there are any."""
+    paths = []
+    for source in sources:
+        path = source.expanduser().resolve()
+        inside = (
+            sorted(file for file in path.iterdir() if file.name.endswith(ARCHIVES)) if path.is_dir() else []
+        )
+        paths += inside or [path]
+    return paths
+
+
+def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[ImageFile]]:
+    """The images of every class, sorted by file name; of tieredImageNet with the split before the class."""
+    found: dict[str, dict[str, ImageFile]] = {}
+    for members in opened:
+        for name in members.names:
+            path = PurePosixPath(name)
+            if not IMAGE.search(path.name) or path.name.startswith("."):
+                continue
+            synset = SYNSET.fullmatch(path.parent.name) or SYNSET.match(path.name)
+            if synset is None:
+                continue
+            label = synset.group()
+            if listed is TIERED:
+                parts = (*path.parts, members.path.name.partition(".")[0])
+                split = next((split for split in SPLITS if split in parts), "")
+                label = f"{split}/{label}"
+            found.setdefault(label, {})[path.name] = of_members(members, name, label)
+    return {label: [files[name] for name in sorted(files)] for label, files in found.items()}
+
+
+def _verify(listed: ListedSet, found: dict[str, list[ImageFile]], sources: Sequence[Path]) -> None:
+    """Raises DataError, which names what is missing or too much."""
+    places = ", ".join(str(source) for source in sources)
+    if not found:
+        message = f"{places} holds no images in folders like n01532829, and none with such names"
+        raise DataError(message, hint=listed.hint)
+    for problem in _count_problems(listed, found):
+        raise DataError(f"{places} is not the whole of {listed.title}: {problem}", hint=listed.hint)
+
+
+def _count_problems(listed: ListedSet, found: dict[str, list[ImageFile]]) -> Iterator[str]:
+    if listed is MINI:
+        wanted = listed_split(MINI.name)
+        missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        if missing:
+            yield f"{len(missing)} of its 100 classes are missing, such as {missing[0]}"
+        if more:
+            yield f"{len(more)} classes do not belong to it, such as {more[0]}"
+        for label, files in sorted(found.items()):
+            if len(files) != PER_CLASS:
+                yield f"{label} has {len(files):,} images instead of {PER_CLASS}"
+        return
+    for split, classes, images in zip(SPLITS, listed.classes, listed.images, strict=True):
+        of_split = [files for label, files in found.items() if label.startswith(f"{split}/")]
+        count = sum(map(len, of_split))
+        if (len(of_split), count) != (classes, images):
+            there = f"{split} has {len(of_split)} classes and {count:,} images"
+            yield f"{there} instead of {classes} and {images:,}"

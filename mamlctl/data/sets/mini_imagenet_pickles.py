@@ -1,0 +1,171 @@
+"""mini-ImageNet in the pickles that people hand on, since its images may not be published.
+
+Two forms: `mini-imagenet-cache-train.pkl` and its like (Ren et al. 2018's code) hold `image_data` and
+`class_dict`, class -> places; `miniImageNet_category_split_train_phase_train.pickle` and its like (Gidaris &
+Komodakis 2018's code) hold `data`, `labels`, and names for the labels. Both by Python 2 or 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.reading.unpickling import load_arrays
+from mamlctl.data.sets.class_splits import SPLITS, listed_split
+
+NAME, SIDE, PER_CLASS = "mini-imagenet", 84, 600
+
+FAMILIES = (
+    tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS),
+    tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")),
+)
+
+ANEW = "get the file anew, or mini-ImageNet in another form"
+
+
+def cache_files(folder: Path) -> list[Path]:
+    """The pickles of train, val and test in `folder`, or none. Raises DataError if it has some of them."""
+    for names in FAMILIES:
+        paths = [folder / name for name in names]
+        here = [path for path in paths if path.is_file()]
+        if here and here != paths:
+            lacking = next(path for path in paths if path not in here)
+            raise DataError(f"{folder} holds {here[0].name}, but not {lacking.name}", hint="add it")
+        if here:
+            return paths
+    return []
+
+
+def read_mini_cache(
+    paths: Sequence[Path], *, per_class: int = PER_CLASS
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Every class and its images_NHWC, a file at a time: of one, the classes in the order of the list.
+
+    The images are a view where the file has them together, so that a file is held once, and only until the
+    last view is let go. Raises DataError, on the way or at the end, for what is not all of mini-ImageNet.
+    """
+    seen: dict[str, Path] = {}
+    for path in paths:
+        images_NHWC, places = _read(path)
+        split = _split_of(path, places)
+        if split in seen:
+            raise DataError(f"{path} holds the classes of {split}, as {seen[split]} does", hint="name one")
+        seen[split] = path
+        _check_places(path, places, len(images_NHWC), per_class)
+        for name, of in listed_split(NAME).items():
+            if of == split:
+                yield name, _taken(images_NHWC, places[name])
+        del images_NHWC  # before the next file is read
+    for split in SPLITS:
+        if split not in seen:
+            raise DataError(f"{', '.join(map(str, paths))} holds no classes of {split}", hint="add its file")
+
+
+def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
+    """All images_NHWC of a file, and the places of each class among them."""
+    try:
+        with path.open("rb") as file:
+            content = load_arrays(file, str(path))
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror}"
+        raise DataError(message, hint="give --from files that exist") from error
+    held = {_text(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+    if "image_data" in held and "class_dict" in held:
+        return _images(held["image_data"], path), _by_class(held["class_dict"], path)
+    if "data" in held and "labels" in held:
+        return _images(held["data"], path), _by_label(held, path)
+    message = f"{path} holds neither image_data and class_dict nor data and labels"
+    raise DataError(message, hint=ANEW)
+
+
+def _text(word: Any) -> Any:
+    """Names are bytes where Python 3 read Python 2's pickle and wrote it anew."""
+    return word.decode("latin-1") if isinstance(word, bytes) else word
+
+
+def _images(images: Any, path: Path) -> NDArray[np.uint8]:
+    """The images, channels last."""
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+        raise DataError(f"{path} has images of {kind}, not an array of uint8", hint=ANEW)
+    if images.shape[1:] == (3, SIDE, SIDE):
+        return images.transpose(0, 2, 3, 1)
+    if images.shape[1:] == (SIDE, SIDE, 3):
+        return images
+    message = f"{path} has images in the shape {images.shape}, not colour images of {SIDE}x{SIDE}"
+    raise DataError(message, hint=ANEW)
+
+
+def _by_class(class_dict: Any, path: Path) -> dict[str, NDArray[np.int64]]:
+    if not isinstance(class_dict, dict):
+        raise DataError(f"{path} has a class_dict that is no dict", hint=ANEW)
+    return {str(_text(name)): _numbers(found, path) for name, found in class_dict.items()}
+
+
+def _by_label(held: Mapping[str, Any], path: Path) -> dict[str, NDArray[np.int64]]:
+    labels, names = _numbers(held["labels"], path), {}
+    if isinstance(held.get("label2catname"), dict):
+        names = {label: _text(name) for label, name in held["label2catname"].items()}
+    elif isinstance(held.get("label2catname"), list):
+        names = {label: _text(name) for label, name in enumerate(held["label2catname"])}
+    elif isinstance(held.get("catname2label"), dict):
+        names = {label: _text(name) for name, label in held["catname2label"].items() if type(label) is int}
+    known = np.unique(labels).tolist()
+    for label in known:
+        if not isinstance(names.get(label), str):
+            raise DataError(f"{path} has no class name for label {label}", hint=ANEW)
+    return {names[label]: np.flatnonzero(labels == label) for label in known}
+
+
+def _numbers(values: Any, path: Path) -> NDArray[np.int64]:
+    """A list of places or labels as an array."""
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
+        return values.astype(np.int64)
+    if isinstance(values, list | tuple) and all(isinstance(value, int | np.integer) for value in values):
+        try:
+            return np.array(values, dtype=np.int64)
+        except OverflowError as error:
+            raise DataError(f"{path} has absurd places or labels", hint=ANEW) from error
+    raise DataError(f"{path} has places or labels that are no list of numbers", hint=ANEW)
+
+
+def _split_of(path: Path, classes: Mapping[str, Any]) -> str:
+    """The split whose classes these are, all of them and no others."""
+    listed = listed_split(NAME)
+    foreign = sorted(classes.keys() - listed.keys())
+    if foreign:
+        raise DataError(f"{path} holds {foreign[0]!a:.40}, which is no class of {NAME}", hint=ANEW)
+    found = sorted({listed[name] for name in classes}, key=SPLITS.index)
+    if len(found) != 1:
+        message = f"{path} holds classes of {' and '.join(found) or 'no split'}, not those of one split"
+        raise DataError(message, hint=ANEW)
+    wanted = [name for name, split in listed.items() if split == found[0]]
+    lacking = [name for name in wanted if name not in classes]
+    if lacking:
+        message = (
+            f"{path} lacks {len(lacking)} of the {len(wanted)} classes of {found[0]}, such as {lacking[0]}"
+        )
+        raise DataError(message, hint=ANEW)
+    return found[0]
+
+
+def _check_places(path: Path, places: Mapping[str, NDArray[np.int64]], images: int, per_class: int) -> None:
+    """Every image in one class, and as many in each as there must be."""
+    for name, found in places.items():
+        if len(found) != per_class:
+            message = f"{path} holds {len(found):,} images of {name}, but {NAME} has {per_class:,}"
+            raise DataError(message, hint=ANEW)
+    together = np.sort(np.concatenate(list(places.values())))
+    if not np.array_equal(together, np.arange(images)):
+        raise DataError(f"{path} does not put each of its {images:,} images into one class", hint=ANEW)
+
+
+def _taken(images_NHWC: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.uint8]:
+    if (np.diff(places) == 1).all():
+        return images_NHWC[places[0] : places[-1] + 1]
+    return images_NHWC[places]

@@ -1,0 +1,294 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.events import OnEvent
+from mamlctl.core.problems import nearest
+from mamlctl.data.fetching.downloads import DOWNLOADS
+from mamlctl.data.fetching.locks import locked
+from mamlctl.data.reading.decoding import reshaped
+from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.imagenet import ListedSet
+
+
+class Fetch(Protocol):
+    """Get, verify and pack a data set; `source` replaces the download, `mirrors` are asked first."""
+
+    def __call__(
+        self,
+        root: Path,
+        *,
+        source: Sequence[Path] | None,
+        mirrors: Sequence[str] = (),
+        offline: bool,
+        force: bool,
+        on_event: OnEvent,
+    ) -> PackedImages: ...
+
+
+class OpenPack(Protocol):
+    """All images of a data set, shrunk by filter `resize`."""
+
+    def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages: ...
+
+
+class OpenShaped(Protocol):
+    """The same in any shape, made from the originals."""
+
+    def __call__(
+        self, root: Path, resize: str, *, side: int, channels: int, on_event: OnEvent
+    ) -> PackedImages: ...
+
+
+class SplitClasses(Protocol):
+    """Class numbers of train, val and test."""
+
+    def __call__(self, packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]: ...
+
+
+class IsHere(Protocol):
+    """Whether `open_pack` needs no `fetch` before it."""
+
+    def __call__(self, root: Path) -> bool: ...
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What can be asked of a data set."""
+
+    name: str
+    summary: str
+    licence: str
+    origin: str  # where it comes from
+    download_bytes: int | None  # 0: nothing to download; None: only --from brings it
+    image_shape_CHW: tuple[int, int, int]
+    split_schemes: tuple[str, ...]  # the first is the default
+    resizes: tuple[str, ...]  # the first is the default
+    rotations: str  # the default, as those of `ink` and `normalize`
+    ink: int
+    normalize: str
+    fetch: Fetch
+    open_pack: OpenPack
+    split_classes: SplitClasses
+    is_here: IsHere
+    open_shaped: OpenShaped | None = None
+    own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small
+    folder: str = ""  # where its packs lie in the data root; its name where that is none
+
+    def home(self, root: Path) -> Path:
+        """Where its packs lie."""
+        return root / (self.folder or self.name)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings that the data set decides where nobody else does."""
+        channels, side, _ = self.image_shape_CHW
+        values = {name: getattr(self, name) for name in ("rotations", "ink", "normalize")}
+        values |= {"split_scheme": self.split_schemes[0], "resize": self.resizes[0], "augment": "none"}
+        if self.own_files:
+            values["split_fractions"] = image_folder.FRACTIONS
+        return values | {"image_size": side, "channels": channels}
+
+
+def _cifar(name: str, summary: str, scheme: str) -> DataSet:
+    return DataSet(
+        name=name,
+        summary=summary,
+        licence=cifar100.TERMS,
+        origin=cifar100.ORIGIN,
+        download_bytes=cifar100.SIZE,
+        image_shape_CHW=(cifar100.CHANNELS, cifar100.SIDE, cifar100.SIDE),
+        split_schemes=(scheme,),
+        resizes=cifar100.RESIZES,
+        rotations="none",
+        ink=0,
+        normalize="imagenet",
+        fetch=partial(cifar100.fetch, name=name),
+        open_pack=partial(cifar100.open_pack, name=name),
+        split_classes=class_splits.split_classes,
+        is_here=cifar100.is_here,
+        folder=cifar100.HOME,
+    )
+
+
+def _listed(found: ListedSet, summary: str) -> DataSet:
+    return DataSet(
+        name=found.name,
+        summary=summary,
+        licence="ImageNet's terms: for research, not to be passed on",
+        origin="you: --from",
+        download_bytes=None,
+        image_shape_CHW=(3, imagenet.SIDE, imagenet.SIDE),
+        split_schemes=found.split_schemes,
+        resizes=imagenet.RESIZES,
+        rotations="none",
+        ink=0,
+        normalize="imagenet",
+        fetch=partial(imagenet.fetch, found),
+        open_pack=partial(imagenet.open_pack, found),
+        split_classes=class_splits.split_classes if found is imagenet.MINI else imagenet.split_by_folders,
+        is_here=partial(imagenet.is_here, found),
+    )
+
+
+DATA_SETS = {
+    "omniglot": DataSet(
+        name="omniglot",
+        summary="1,623 handwritten characters of 50 alphabets, 20 drawings each",
+        licence="MIT (Brenden Lake)",
+        origin=omniglot.ORIGIN,
+        download_bytes=sum(omniglot.SIZES.values()),
+        image_shape_CHW=(1, omniglot.SMALL, omniglot.SMALL),
+        split_schemes=omniglot.SPLIT_SCHEMES,
+        resizes=omniglot.RESIZES,
+        rotations="augment",
+        ink=1,
+        normalize="none",
+        fetch=omniglot.fetch,
+        open_pack=omniglot.open_pack,
+        split_classes=omniglot.split_classes,
+        is_here=omniglot.is_here,
+    ),
+    "glyphs": DataSet(
+        name="glyphs",
+        summary="400 invented characters, 20 drawings each, drawn by code: nothing to download",
+        licence="MIT (mamlctl)",
+        origin="drawn by mamlctl",
+        download_bytes=0,
+        image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
+        split_schemes=glyphs.SPLIT_SCHEMES,
+        resizes=glyphs.RESIZES,
+        rotations="augment",
+        ink=1,
+        normalize="none",
+        fetch=glyphs.fetch,
+        open_pack=glyphs.open_pack,
+        split_classes=glyphs.split_classes,
+        is_here=glyphs.is_here,
+    ),
+    "mini-imagenet": _listed(imagenet.MINI, "100 classes of ImageNet, 600 images each (Vinyals et al. 2016)"),
+    "tiered-imagenet": _listed(imagenet.TIERED, "608 classes of ImageNet, split by kind (Ren et al. 2018)"),
+    "cifar-fs": _cifar("cifar-fs", "CIFAR-100's classes as Bertinetto et al. split them", "bertinetto"),
+    "fc100": _cifar("fc100", "CIFAR-100's classes split by superclass (Oreshkin et al. 2018)", "oreshkin"),
+}
+
+NAMES = [*DATA_SETS, *FAMILIES]
+
+
+def is_curves(name: str) -> bool:
+    """Whether the tasks of a data set are curves, not classes of images."""
+    return name in FAMILIES
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set is named by where it lies."""
+    return name not in NAMES and (os.sep in name or name.startswith((".", "~")) or Path(name).is_dir())
+
+
+def absolute(name: str) -> str:
+    """The name of a data set from wherever it is asked for."""
+    return os.path.abspath(Path(name).expanduser()) if is_path(name) else name  # noqa: PTH100 - without following links
+
+
+def find(name: str, *, fractions: str | None = None) -> DataSet:
+    """The data set `name` of images, or that of a folder, split by `fractions` if it has no splits.
+
+    Raises SettingsError, with the nearest name, if there is none.
+    """
+    if is_curves(name):
+        fact = f"{name} is drawn anew for every task: there is nothing to fetch"
+        raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
+    if is_path(name):
+        return _of_folder(Path(absolute(name)), fractions or image_folder.FRACTIONS)
+    if name not in DATA_SETS:
+        raise SettingsError(
+            [(f"unknown data set {name!r}", nearest(name, NAMES, otherwise=f"use {' or '.join(NAMES)}"))]
+        )
+    return DATA_SETS[name]
+
+
+def _of_folder(path: Path, fractions: str) -> DataSet:
+    schemes = image_folder.SPLIT_SCHEMES if image_folder.has_splits(path) else ("fractions",)
+    return DataSet(
+        name=str(path),
+        summary="your own images",
+        licence="yours",
+        origin="you",
+        download_bytes=0,
+        folder=image_folder.home_of(path),
+        image_shape_CHW=(image_folder.CHANNELS, image_folder.SIDE, image_folder.SIDE),
+        split_schemes=schemes,
+        resizes=image_folder.RESIZES,
+        rotations="none",
+        ink=0,
+        normalize="none",
+        fetch=partial(image_folder.fetch, path),
+        open_pack=partial(image_folder.open_pack, path),
+        split_classes=partial(image_folder.split_classes, fractions=fractions),
+        is_here=partial(image_folder.is_here, path),
+        open_shaped=partial(image_folder.open_pack, path),
+        own_files=True,
+    )
+
+
+def fetch_set(
+    name: str,
+    root: Path,
+    *,
+    source: Sequence[Path] | None = None,
+    mirrors: Sequence[str] = (),
+    offline: bool = False,
+    force: bool = False,
+    on_event: OnEvent,
+) -> PackedImages:
+    """Fetch the data set `name`, unless it is there; of two processes the second waits, and finds it there.
+
+    Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
+    """
+    data_set = find(name)
+
+    def fetch() -> PackedImages:
+        return data_set.fetch(
+            root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
+        )
+
+    if data_set.is_here(root) and not force:
+        return fetch()  # writes nothing, so that a root that cannot be written will do
+    with locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event):
+        return fetch()
+
+
+def open_images(
+    data_set: DataSet, root: Path, *, resize: str, side: int, channels: int, on_event: OnEvent
+) -> PackedImages:
+    """All images with sides of `side`; grey ones stay so, colour ones become grey for one channel.
+
+    Shapes that the data set does not have are made once and kept. Raises DataError as its `open_pack` does.
+    """
+    if data_set.open_shaped is not None:
+        return data_set.open_shaped(root, resize, side=side, channels=channels, on_event=on_event)
+    packed = data_set.open_pack(root, resize, on_event=on_event)
+    shape = (min(channels, packed.images_MCHW.shape[1]), side, side)
+    if packed.images_MCHW.shape[1:] == shape:
+        return packed
+    path = root / data_set.name / f"{side}x{side}x{shape[0]}-{packed.digest[:12]}.npy"
+    if not is_packed(path):
+        labels = np.repeat(packed.names, packed.counts).tolist()
+        images = zip(
+            labels, reshaped(packed.images_MCHW, shape, f"{data_set.name}: reshape", on_event), strict=True
+        )
+        stream_pack(path, shape, images)
+    return load_pack(path, data_set.name)

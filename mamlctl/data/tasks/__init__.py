@@ -1,0 +1,1 @@
+"""Task number in, task out."""

@@ -1,0 +1,91 @@
+"""Task number i of a split: a pure function of (seed, split, i), drawn on the CPU, gathered on the device.
+
+Shapes: T tasks, N ways, E examples, M images, C H W image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mamlctl.data.counter_rng import raw_bits
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """A meta-batch: sampled tasks with their data, examples ordered class by class.
+
+    A label is the position of the class in its task.
+    """
+
+    support_x_TECHW: Tensor
+    support_y_TE: Tensor
+    query_x_TECHW: Tensor
+    query_y_TE: Tensor
+    class_TN: Tensor | None = None  # which class of the split each label means; None for curves
+    batches_TIB: Tensor | None = None  # support examples of every inner step; None: all of them in each
+
+    @property
+    def sets(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Support examples and labels, query examples and labels."""
+        return self.support_x_TECHW, self.support_y_TE, self.query_x_TECHW, self.query_y_TE
+
+    def given(self) -> dict[str, Tensor]:
+        """The tensors that there are, by field."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def split(self, tasks: int) -> list[Episodes]:
+        """The same tasks, so many at a time; the last part may have fewer."""
+        given = {name: torch.split(tensor, tasks) for name, tensor in self.given().items()}
+        return [Episodes(**dict(zip(given, part, strict=True))) for part in zip(*given.values(), strict=True)]
+
+
+class Tasks(Protocol):
+    """A stream of tasks: number i of it is the same whenever it is asked for."""
+
+    split: str
+    seed: int
+    ways: int  # 1 for curves
+    shots: int
+    queries: int
+    device: torch.device
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """Tasks `first`, `first` + 1, ..."""
+
+
+class MiniBatches:
+    """A stream whose tasks also say which support examples each inner step sees.
+
+    A task's examples are shuffled, and consecutive mini-batches cut from one shuffle after another, as in
+    Reptile's published code: a batch may straddle two.
+    """
+
+    def __init__(self, stream: Tasks, steps: int, size: int) -> None:
+        self.stream, self.steps, self.size = stream, steps, size
+        self.split, self.seed, self.device = stream.split, stream.seed, stream.device
+        self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """The stream's tasks, with their mini-batches."""
+        purpose, examples = f"{self.split} batches", self.ways * self.shots
+        batches = [
+            mini_batches(self.seed, purpose, first + task, examples, self.steps, self.size)
+            for task in range(tasks)
+        ]
+        found = self.stream.episodes(first, tasks)
+        return replace(found, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
+
+
+def mini_batches(
+    seed: int, purpose: str, task: int, examples: int, steps: int, size: int
+) -> NDArray[np.int64]:
+    """The support examples of every inner step of a task, cut from as many shuffles as it takes -> _IB."""
+    shuffles = -(-steps * size // examples)
+    keys = raw_bits(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
+    return np.argsort(keys, axis=-1).reshape(-1)[: steps * size].reshape(steps, size)

@@ -1,0 +1,234 @@
+"""Streams of image tasks: classes and images drawn by task number, gathered on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.data.counter_rng import raw_bits, smallest
+from mamlctl.data.reading.packs import PackedImages
+from mamlctl.data.tasks.episodes import Episodes
+
+TURNS = 4  # quarter turns of a square image
+
+SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
+
+# Mean and deviation of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def episode_problems(
+    name: str,
+    packed: PackedImages,
+    splits: Mapping[str, NDArray[np.int64]],
+    *,
+    ways: int,
+    shots: int,
+    queries: int,
+    rotations: str,
+) -> list[tuple[str, str]]:
+    """Why tasks of this size cannot be drawn from these splits of data set `name`: (fact, way out) pairs."""
+    problems = []
+    height, width = packed.images_MCHW.shape[-2:]
+    if rotations != "none" and height != width:
+        problems.append((f"{name} has images of {height}x{width}, which do not turn", "use --rotations none"))
+    for split, classes in splits.items():
+        pool = len(classes) * _turns_as_classes(split, rotations)
+        if pool < ways:
+            problems.append(
+                (
+                    f"{name} '{split}' has {pool} classes, but --ways is {ways}",
+                    f"use --ways {pool} or fewer" if pool > 1 else "use other splits",
+                )
+            )
+    counts = packed.counts[np.concatenate(list(splits.values()))]
+    fewest = int(counts.min()) if len(counts) else 0
+    if len(counts) and fewest < shots + queries:
+        each = "images per class" if fewest == counts.max() else "images in its smallest class"
+        problems.append(
+            (
+                f"{name} has {fewest} {each}, but --shots {shots} + --queries {queries} is {shots + queries}",
+                f"use --shots and --queries that sum to {fewest} or fewer",
+            )
+        )
+    return problems
+
+
+def _turns_as_classes(split: str, rotations: str) -> int:
+    """How many classes each class of the split counts for; only training classes turn."""
+    return TURNS if rotations == "classes" and split == "train" else 1
+
+
+class PixelValues:
+    """Stored uint8 images -> what a network sees: 0 to 1, inverted for ink 1, then normalised.
+
+    Grey images become `channels` equal ones. Constants are put on the device once, so that no call waits.
+    """
+
+    def __init__(
+        self, *, ink: int, normalize: str, channels: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._ink, self._channels = ink, channels
+        self._white = torch.tensor(255, device=device, dtype=dtype)
+        self._moments = None
+        if normalize == "imagenet":
+            moments = torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device, dtype=dtype)
+            self._moments = moments[..., None, None]
+
+    def __call__(self, x_MCHW: Tensor) -> Tensor:
+        if self._ink == 1:
+            x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
+        values_MCHW = x_MCHW / self._white  # takes the dtype of `_white`
+        if values_MCHW.shape[1] < self._channels:
+            values_MCHW = values_MCHW.expand(-1, self._channels, -1, -1)
+        if self._moments is not None:
+            mean, deviation = self._moments
+            values_MCHW = (values_MCHW - mean) / deviation
+        return values_MCHW
+
+
+class TaskStream:
+    """All tasks of a split: number i is the same in every run, batch size and order of asking.
+
+    `rotations`: augment (a quarter turn for each class of a training task), classes (each turn of a
+    training class is a class of its own, so that two turns of a character may meet), none.
+    `ink`: the value of ink, 1 or 0; stored images have ink 0 and paper 255. `augment`: flips, crops or both,
+    drawn for each image of a training task. `normalize`, `channels`: as `PixelValues` has them.
+    """
+
+    def __init__(
+        self,
+        packed: PackedImages,
+        classes: NDArray[np.int64],
+        *,
+        name: str,
+        split: str,
+        seed: int,
+        ways: int,
+        shots: int,
+        queries: int,
+        rotations: str,
+        ink: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        augment: str = "none",
+        normalize: str = "none",
+        channels: int | None = None,
+    ) -> None:
+        """Raises SettingsError if the split is too small for such tasks."""
+        problems = episode_problems(
+            name, packed, {split: classes}, ways=ways, shots=shots, queries=queries, rotations=rotations
+        )
+        if problems:
+            raise SettingsError(problems)
+        self.split, self.seed, self.ways, self.shots, self.queries = split, seed, ways, shots, queries
+        self._turns_as_classes = _turns_as_classes(split, rotations)
+        self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
+        self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
+        self._turns = rotations != "none" and split == "train"
+        self._augment = augment if split == "train" else "none"
+        self.device = device
+        self._values = PixelValues(
+            ink=ink,
+            normalize=normalize,
+            channels=channels or packed.images_MCHW.shape[1],
+            device=device,
+            dtype=dtype,
+        )
+        self._counts, self._starts = packed.counts[classes], packed.starts[classes]
+        self._offsets = np.cumsum(self._counts) - self._counts
+        image_M = np.repeat(self._starts - self._offsets, self._counts) + np.arange(self._counts.sum())
+        if device.type == "cpu" and not self._turns:
+            # Read where they are mapped from the disk, so that a large set takes the memory of what is used.
+            self._offsets, store_MCHW = self._starts, torch.from_numpy(packed.images_MCHW)
+        else:
+            # Images of the split alone go to the device, joined class by class.
+            store_MCHW = torch.from_numpy(packed.images_MCHW[image_M]).to(device)
+        if self._turns:
+            # Turned once, here: a task's turn is then index arithmetic too (1.3 of 2 ms a meta-batch before).
+            views = [torch.rot90(store_MCHW, turn, dims=(-2, -1)) for turn in range(TURNS)]
+            store_MCHW = torch.cat(views)
+        self._store_MCHW, self._images = store_MCHW, len(image_M)
+        label_N = torch.arange(ways, device=device)
+        self._support_y_E = label_N.repeat_interleave(shots)
+        self._query_y_E = label_N.repeat_interleave(queries)
+
+    def indices(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tasks `first`, `first` + 1, ...: positions in the pack, shots before queries, and quarter turns.
+
+        -> image_TNE, turns_TN
+        """
+        class_TN, example_TNE, turns_TN = self._draw(first, tasks)
+        return self._starts[class_TN][..., None] + example_TNE, turns_TN
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """Tasks `first`, `first` + 1, ... with their images, without a host sync."""
+        class_TN, example_TNE, turns_TN = self._draw(first, tasks)
+        at_TNE = (self._offsets[class_TN] + turns_TN * self._images)[..., None] + example_TNE
+        # index_select copies whole images; indexing by a tensor would go pixel by pixel (18 times slower).
+        x_MCHW = self._store_MCHW.index_select(0, self._to_device_no_sync(at_TNE.ravel()))
+        if self._augment != "none":
+            x_MCHW = self._augmented(x_MCHW, first, tasks)
+        values_MCHW = self._values(x_MCHW)
+        x_TNECHW = values_MCHW.reshape(*at_TNE.shape, *values_MCHW.shape[1:])
+        return Episodes(
+            support_x_TECHW=x_TNECHW[:, :, : self.shots].flatten(1, 2),
+            support_y_TE=self._support_y_E.repeat(tasks, 1),
+            query_x_TECHW=x_TNECHW[:, :, self.shots :].flatten(1, 2),
+            query_y_TE=self._query_y_E.repeat(tasks, 1),
+            class_TN=self._to_device_no_sync(class_TN + turns_TN * self._apart),
+        )
+
+    def _augmented(self, x_MCHW: Tensor, first: int, tasks: int) -> Tensor:
+        """Each image mirrored or shifted, or both, by words of its task alone."""
+        images, side = len(x_MCHW) // tasks, x_MCHW.shape[-1]
+        purpose = f"{self.split} augment"
+        words = np.stack([raw_bits(self.seed, purpose, first + task, 3 * images) for task in range(tasks)])
+        flip_M, down_M, right_M = words.reshape(tasks * images, 3).T
+        if "flips" in self._augment:
+            mirrored_M = self._to_device_no_sync((flip_M & np.uint64(1)).astype(np.int64)).bool()
+            x_MCHW = torch.where(mirrored_M[:, None, None, None], x_MCHW.flip(-1), x_MCHW)
+        if "crops" in self._augment:
+            most = max(side // SHIFT, 1)
+            places = np.uint64(2 * most + 1)
+            from_M2 = np.stack([down_M % places, right_M % places], axis=-1).astype(np.int64)
+            down, right = self._to_device_no_sync(from_M2).unbind(-1)
+            reach = torch.arange(side, device=self.device)
+            image = torch.arange(len(x_MCHW), device=self.device)[:, None, None]
+            padded_MHWC = functional.pad(x_MCHW, (most,) * 4).permute(0, 2, 3, 1)
+            moved_MHWC = padded_MHWC[
+                image, (down[:, None] + reach)[:, :, None], (right[:, None] + reach)[:, None]
+            ]
+            x_MCHW = moved_MHWC.permute(0, 3, 1, 2)
+        return x_MCHW
+
+    def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """-> position of the class in the split _TN, of the example in its class _TNE, quarter turns _TN."""
+        pool, ways, most = self.pool, self.ways, int(self._counts.max())
+        # Classes before turns before examples: of two streams that differ in ways, tasks share their first
+        # classes; of two that differ in queries, they share the support set.
+        words = pool + ways + ways * most
+        raw = np.stack([raw_bits(self.seed, self.split, first + task, words) for task in range(tasks)])
+        class_TN = smallest(raw[:, :pool], ways)
+        turns_TN = np.zeros_like(class_TN)
+        if self._turns_as_classes > 1:
+            turns_TN, class_TN = np.divmod(class_TN, len(self._counts))
+        elif self._turns:
+            turns_TN = (raw[:, pool : pool + ways] & np.uint64(TURNS - 1)).astype(np.int64)
+        keys_TNM = raw[:, pool + ways :].reshape(tasks, ways, most)
+        # Smaller classes leave their last keys unused: the largest key is never among the smallest.
+        keys_TNM[np.arange(most) >= self._counts[class_TN][..., None]] = np.iinfo(np.uint64).max
+        return class_TN, smallest(keys_TNM, self.shots + self.queries), turns_TN
+
+    def _to_device_no_sync(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        # A copy from pageable memory would wait for the device's earlier work.
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        )

@@ -1,0 +1,52 @@
+"""The same tasks under several orders of their labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.data.counter_rng import raw_bits, smallest
+from mamlctl.data.tasks.episodes import Episodes, Tasks
+
+
+class Relabelled:
+    """A stream in which every task comes `orders` times in a row, its classes labelled differently each time.
+
+    The first orders are the stream's own and its cyclic shifts, so that as many as ways give each class each
+    label once; further ones are shifts of orders drawn for the task.
+    """
+
+    def __init__(self, stream: Tasks, orders: int) -> None:
+        self.stream, self.orders = stream, orders
+        self.split, self.seed, self.device = stream.split, stream.seed, stream.device
+        self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """Numbers `first`, `first` + 1, ...: task number // orders in order number % orders."""
+        numbers = range(first, first + tasks)
+        task = first // self.orders
+        found = self.stream.episodes(task, numbers[-1] // self.orders - task + 1)
+        repeated_T = torch.tensor([number // self.orders - task for number in numbers], device=self.device)
+        given = {name: tensor.index_select(0, repeated_T) for name, tensor in found.given().items()}
+        episodes = Episodes(**given)
+        label_TN = torch.from_numpy(np.stack([self.labels(number) for number in numbers])).to(self.device)
+        changed = {
+            "support_y_TE": label_TN.gather(1, episodes.support_y_TE),
+            "query_y_TE": label_TN.gather(1, episodes.query_y_TE),
+        }
+        if episodes.class_TN is not None:
+            changed["class_TN"] = episodes.class_TN.gather(1, label_TN.argsort(1))
+        return replace(episodes, **changed)
+
+    def labels(self, number: int) -> NDArray[np.int64]:
+        """What each of the task's own labels becomes -> _N."""
+        task, place = divmod(number, self.orders)
+        drawn, shift = divmod(place, self.ways)
+        order_N = np.arange(self.ways)
+        if drawn:
+            keys = raw_bits(self.seed, f"{self.split} labels", task, drawn * self.ways)[-self.ways :]
+            order_N = smallest(keys, self.ways)
+        return (order_N + shift) % self.ways

@@ -1,0 +1,196 @@
+"""From settings to streams of tasks: the data set found, fetched if need be, split and put on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.problems import Problem
+from mamlctl.data.reading.packs import PackedImages, data_root
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.registry import fetch_set, find, is_curves, open_images
+from mamlctl.data.tasks.curve_tasks import CurveStream
+from mamlctl.data.tasks.disjoint import DisjointTasks
+from mamlctl.data.tasks.episodes import MiniBatches, Tasks
+from mamlctl.data.tasks.image_tasks import TaskStream, episode_problems
+from mamlctl.settings.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the streams' tasks are drawn from."""
+
+    digest: str  # of all images, or of a family of curves
+    example_shape: tuple[int, ...]  # C, H, W of images, D of curves
+    classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
+    names: Mapping[str, Sequence[str]]  # of every split's classes; empty for curves
+    brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
+
+
+def open_streams(
+    config: TrainConfig,
+    splits: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    offline: bool,
+    on_event: OnEvent,
+    stored: Mapping[str, Sequence[str]] | None = None,
+    disjoint: bool = False,
+) -> tuple[dict[str, Tasks], Source]:
+    """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
+
+    `config`: complete. `dtype`: of the examples. `stored`: the split that a run began with. `disjoint`: as
+    far as a split allows, its tasks share no image. Raises SettingsError for tasks that a split is too small
+    for, DataError for missing or damaged data.
+    """
+    if is_curves(config.dataset):
+        family = FAMILIES[config.dataset]
+        streams: dict[str, Tasks] = {
+            split: CurveStream(family=family, **_common(config, split, device, dtype)) for split in splits
+        }
+        source = Source(family.digest, (1,), {}, {})
+    else:
+        packed = _open_pack(config, offline=offline, on_event=on_event)
+        split = split_of(config, packed, stored)
+        streams, pools = _image_streams(
+            config, packed, {name: split[name] for name in splits}, device, dtype, on_event, disjoint=disjoint
+        )
+        # Some hundreds of images tell paper from ink; all of a large set would take a second.
+        some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
+        brightness = float(some_MCHW.mean() / 255)
+        shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
+        names = {name: [packed.names[number] for number in part] for name, part in split.items()}
+        source = Source(packed.digest, shape, pools, names, brightness)
+    return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
+
+
+def _common(config: TrainConfig, split: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What all streams of a split are told."""
+    train_seed = config.seed if config.train_seed is None else config.train_seed
+    more = split == "train" and config.train_shots is not None
+    return {
+        "split": split,
+        "seed": train_seed if split == "train" else config.eval_seed,
+        "shots": config.train_shots if more else config.shots,
+        "queries": config.queries,
+        "device": device,
+        "dtype": dtype,
+    }
+
+
+def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
+    """The stream, with mini-batches where the inner loop wants smaller ones than the support set."""
+    training = stream.split == "train"
+    size = config.inner_batch if training else config.eval_inner_batch
+    steps = config.inner_steps if training or config.eval_inner_steps is None else config.eval_inner_steps
+    return stream if size is None or size >= stream.ways * stream.shots else MiniBatches(stream, steps, size)
+
+
+def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:
+    data_set, root = find(config.dataset), data_root(config.data_root)
+    if not data_set.own_files and not data_set.is_here(root):
+        if offline:
+            message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
+            raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
+        on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
+        fetch_set(config.dataset, root, on_event=on_event)
+    assert config.image_size is not None and config.channels is not None  # as `complete` leaves them
+    packed = open_images(
+        data_set,
+        root,
+        resize=str(config.resize),
+        side=config.image_size,
+        channels=config.channels,
+        on_event=on_event,
+    )
+    if config.strict and (left_out := packed.facts.get("left_out")):
+        named = "; ".join(left_out[:5])
+        hint = "mend them or take them away, or leave out --strict"
+        raise DataError(f"--strict is on, but {len(left_out)} cannot be used: {named}", hint=hint)
+    return packed
+
+
+def split_of(
+    config: TrainConfig, packed: PackedImages, stored: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """The classes of train, val and test as the settings (complete) split them, or as a run `stored` them.
+
+    Of the user's own images only: another's classes do not change. Raises DataError for one that is gone.
+    """
+    if stored and find(config.dataset).own_files:
+        places = {name: number for number, name in enumerate(packed.names)}
+        if gone := [name for names in stored.values() for name in names if name not in places]:
+            message = f"{config.dataset} has no class {gone[0]!r} any more, which the run was split with"
+            raise DataError(message, hint="bring it back, or train a new run")
+        return {split: np.array([places[name] for name in names], int) for split, names in stored.items()}
+    data_set = find(config.dataset, fractions=config.split_fractions)
+    return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
+
+
+def _large_enough(
+    config: TrainConfig,
+    packed: PackedImages,
+    classes: Mapping[str, NDArray[np.int64]],
+    needed: int,
+    on_event: OnEvent,
+) -> dict[str, NDArray[np.int64]]:
+    """The classes with as many images as a task takes; of the user's own images, small ones are left out."""
+    small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
+    nothing_left = len(small) == sum(map(len, classes.values()))
+    if not small or nothing_left or not find(config.dataset).own_files:
+        return dict(classes)
+    named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
+    told = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
+    if config.strict:
+        raise DataError(f"{told}, but --strict is on", hint="use fewer --shots or --queries, or add images")
+    on_event(Notice(f"left out: {told}{', ...' if len(small) > 5 else ''}"))
+    return {split: part[packed.counts[part] >= needed] for split, part in classes.items()}
+
+
+def _image_streams(
+    config: TrainConfig,
+    packed: PackedImages,
+    splits: Mapping[str, NDArray[np.int64]],
+    device: torch.device,
+    dtype: torch.dtype,
+    on_event: OnEvent,
+    *,
+    disjoint: bool = False,
+) -> tuple[dict[str, Tasks], dict[str, int]]:
+    needed = max(_common(config, split, device, dtype)["shots"] for split in splits) + config.queries
+    classes = _large_enough(config, packed, splits, needed, on_event)
+    problems: list[Problem] = []
+    rotations = str(config.rotations)
+    for split in splits:
+        common = _common(config, split, device, dtype)
+        size = {"ways": config.ways, "shots": common["shots"], "queries": common["queries"]}
+        problems += episode_problems(
+            config.dataset, packed, {split: classes[split]}, **size, rotations=rotations
+        )
+    if problems:
+        raise SettingsError(list(dict.fromkeys(problems)))
+    kind = DisjointTasks if disjoint else TaskStream
+    streams = {
+        split: kind(
+            packed,
+            classes[split],
+            name=config.dataset,
+            ways=config.ways,
+            rotations=rotations,
+            ink=int(config.ink or 0),
+            augment=str(config.augment),
+            normalize=str(config.normalize),
+            channels=config.channels,
+            **_common(config, split, device, dtype),
+        )
+        for split in splits
+    }
+    return dict(streams), {split: stream.pool for split, stream in streams.items()}

@@ -1,0 +1,213 @@
+"""The only place that speaks: events become a live view or plain lines, results become words or JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
+
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.control import Control
+from rich.live import Live
+
+from mamlctl.core import formatting
+from mamlctl.core.events import (
+    Event,
+    GridChanged,
+    MetaStepDone,
+    Notice,
+    Progress,
+    RunStarted,
+    TrainReport,
+    ValidationDone,
+)
+from mamlctl.display.console import say
+from mamlctl.display.grid_view import changed_cells
+from mamlctl.display.training_view import LiveState, advance, render
+
+REFRESH_PER_SECOND = 8  # looks fluent; one frame takes 3 to 4 ms of one core
+
+PROGRESS_EVERY_S = 5.0  # so that a log tells that something goes on without being filled by it
+
+Clock = Callable[[], float]
+
+
+class Display(Protocol):
+    """Draws events between `with` and its end."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def open_display(console: Console, *, quiet: bool) -> Display:
+    """A live view on a terminal, one plain line per report elsewhere, nothing at all when quiet."""
+    if quiet:
+        return SilentDisplay()
+    # FORCE_COLOR makes rich take a pipe for a terminal; colours may go there, cursor movements may not.
+    terminal = console.is_interactive and console.is_terminal and console.file.isatty()
+    if terminal and console.encoding.startswith("utf"):
+        return LiveDisplay(console)
+    return PlainDisplay(console)
+
+
+class SilentDisplay:
+    """Draws nothing."""
+
+    def __call__(self, event: Event) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing."""
+
+
+class LiveDisplay:
+    """A view that moves in place; notices scroll by above it, its last state stays."""
+
+    def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._size: ConsoleDimensions | None = None
+        self.state = LiveState(clock())
+        self._live = Live(
+            console=console,
+            get_renderable=lambda: self,
+            refresh_per_second=REFRESH_PER_SECOND,
+            redirect_stdout=False,  # data goes to stdout, and this view is on stderr
+            vertical_overflow="crop",
+        )
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            say(self._console, event.text)
+            return
+        self.state = advance(self.state, event, self._clock())
+        # Not before there is something to draw: a command that fails at once shows its error alone.
+        if not self._live.is_started:
+            self._live.start(refresh=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._size not in (None, options.size):
+            # The terminal has re-wrapped the old frame, so nobody knows where it began: a clean screen.
+            yield Control.home()
+            yield Control.clear()
+        self._size = options.size
+        # One line less than the screen, since the cursor goes below the last frame at the end.
+        yield render(replace(self.state, now=self._clock()), options.size.width, options.size.height - 1)
+
+
+@dataclass
+class Told:
+    """What a plain log has said about a piece of work."""
+
+    at: float
+    tenth: int = 0
+    done: int = 0
+
+
+@dataclass
+class PlainDisplay:
+    """One line per report, for pipes and logs."""
+
+    console: Console
+    clock: Clock = time.monotonic
+    _run: RunStarted | None = None
+    _told: dict[str, Told] = field(default_factory=dict)
+    _grid: GridChanged | None = None
+
+    def __call__(self, event: Event) -> None:
+        line = self._line(event)
+        if line:
+            say(self.console, line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing: every line is flushed when written."""
+
+    def _line(self, event: Event) -> str:
+        match event:
+            case Notice():
+                return event.text
+            case Progress():
+                return self._progress_line(event)
+            case RunStarted():
+                self._run = event
+                return _run_line(event)
+            case TrainReport():
+                return _report_line(event, self._run)
+            case ValidationDone():
+                return _validation_line(event, self._run)
+            case GridChanged():
+                told, self._grid = changed_cells(self._grid, event), event
+                return "\n".join(told)
+            case MetaStepDone():
+                return ""
+
+    def _progress_line(self, event: Progress) -> str:
+        """Empty unless the work takes long and a further tenth of it is done."""
+        now = self.clock()
+        told = self._told.get(event.what)
+        if told is None or event.done < told.done:  # begun, or begun again
+            told = self._told[event.what] = Told(now)
+        told.done = event.done
+        tenth = 10 * event.done // event.total if event.total else told.tenth + 1
+        if now - told.at < PROGRESS_EVERY_S or tenth <= told.tenth:
+            return ""
+        told.at, told.tenth = now, tenth
+        share = f"  {100 * event.done // event.total} %" if event.total else ""
+        return (
+            f"{event.what}{share}  {formatting.amount(event.done, event.total, event.unit, event.per_second)}"
+        )
+
+
+def _run_line(run: RunStarted) -> str:
+    letters = f" ({' '.join(run.improvements)})" if run.improvements else ""
+    parts = [
+        f"run {run.run}",
+        f"{run.algo}{letters}",
+        formatting.task(run.dataset, run.ways, run.shots),
+        f"{run.meta_batch_size} tasks a meta-step",
+        f"{run.parameters:,} parameters",
+        f"bn {run.bn}",
+        run.device,
+    ]
+    if run.first_step:
+        parts.append(f"goes on after step {run.first_step}")
+    return "  ".join(parts)
+
+
+def _report_line(report: TrainReport, run: RunStarted | None) -> str:
+    steps = f"/{run.epochs * run.steps_per_epoch}" if run else ""
+    epochs = f"/{run.epochs}" if run else ""
+    losses = ">".join(f"{value:.3f}" for value in report.query_losses)
+    parts = [
+        f"step {report.step}{steps}",
+        f"epoch {report.epoch + 1}{epochs}",
+        "" if report.support_loss is None else f"support {report.support_loss:.3f}",
+        f"query {losses}",
+        "" if report.query_accuracy is None else f"acc {formatting.percent(report.query_accuracy)}",
+        f"lr {report.meta_lr:#.3g}",
+        "" if report.first_order is None else f"order {1 if report.first_order else 2}",
+        f"{report.tasks_per_second:.1f} tasks/s",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _validation_line(done: ValidationDone, run: RunStarted | None) -> str:
+    epochs = f"/{run.epochs}" if run else ""
+    score = formatting.score(done.metric, done.val_score, done.val_ci95, 1)
+    best = f"best {formatting.score(done.metric, done.best_val_score, None, 1)} at epoch {done.best_epoch}"
+    return f"epoch {done.epoch}{epochs}  val {score} ({done.val_tasks} tasks, {done.bn})  {best}"

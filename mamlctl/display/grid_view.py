@@ -1,0 +1,128 @@
+"""A grid of trainings as people watch it: a row of cells for each setting, and how long it will take."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from mamlctl.core import formatting
+from mamlctl.core.events import OVER, CellState, GridChanged
+from mamlctl.display import widgets
+from mamlctl.display.widgets import DIM
+
+CELL = 15  # cells of the screen for one cell of the grid: '▶ 100000 93.1 %'
+
+LABEL = 34  # at most, for a row's name
+
+ACCENT, SHORTEST_BAR = "cyan", 10
+
+SIGNS = {
+    "waiting": ("·", DIM),
+    "elsewhere": ("»", DIM),
+    "training": ("▶", ACCENT),
+    "testing": ("◆", ACCENT),
+    "done": ("✓", "green"),
+    "diverged": ("✗", "bold red"),
+    "failed": ("!", "bold red"),
+}
+
+BUSY = ("training", "testing")
+
+
+def grid_frame(grid: GridChanged, width: int, height: int) -> list[Text]:
+    """One frame: a head, a line for each row, and a bar; where rows do not fit, those that move."""
+    rows: dict[str, list[CellState]] = {}
+    for cell in grid.cells:
+        rows.setdefault(cell.row, []).append(cell)
+    label = min(max(map(len, rows)), LABEL, width // 2)
+    room = max((width - label - 4) // (CELL + 1), 1)
+    shown = _rows_shown(rows, max(height - 5, 1))
+    most = max(map(len, rows.values()))
+    heads = "".join(f"seed {cell.seed}".ljust(CELL + 1) for cell in next(iter(rows.values()))[:room])
+    lines = [
+        widgets.both_ends(Text(f" {grid.title}", "bold"), Text(f"{grid.workers} at a time", DIM), width),
+        Text(" " * (label + 3) + heads, DIM),
+    ]
+    lines += [_row_line(name, rows[name], label, room, grid.metric) for name in shown]
+    if hidden := len(rows) - len(shown):
+        lines.append(Text(f" … {hidden} more rows", DIM))
+    if most > room:
+        lines[1].append(f"… {most - room} more", DIM)
+    return [*lines, *_whole_bar(grid, width)]
+
+
+def _rows_shown(rows: dict[str, list[CellState]], room: int) -> list[str]:
+    """All rows if they fit; else those with cells under way, then those to come, in the table's order."""
+    if len(rows) <= room:
+        return list(rows)
+
+    def rank(name: str) -> int:
+        states = {cell.state for cell in rows[name]}
+        return 0 if states & set(BUSY) else 1 if not states <= set(OVER) else 2
+
+    chosen = set(sorted(rows, key=rank)[: max(room - 1, 1)])
+    return [name for name in rows if name in chosen]
+
+
+def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric: str) -> Text:
+    line = Text(f" {formatting.middle(name, label):<{label}}  ")
+    for cell in row[:room]:
+        sign, style = SIGNS[cell.state]
+        line.append(f"{sign} {_told(cell, metric)}"[:CELL].ljust(CELL + 1), style)
+    return line
+
+
+def _told(cell: CellState, metric: str) -> str:
+    score = "" if cell.score is None else formatting.score(metric, cell.score, None, 1)
+    match cell.state:
+        case "training":
+            return f"{cell.step} {score}".strip()
+        case "testing":
+            return f"testing {score}".strip()
+        case "done":
+            return score
+        case "diverged":
+            return f"diverged {cell.step}"
+        case "waiting" if cell.step:
+            return f"at {cell.step}"
+    return cell.state
+
+
+def _whole_bar(grid: GridChanged, width: int) -> list[Text]:
+    """Meta-steps of the whole grid, what is over counted as done; two lines where one is too narrow."""
+    total = sum(cell.total_steps for cell in grid.cells)
+    done = sum(cell.total_steps if cell.state in OVER else cell.step for cell in grid.cells)
+    counts = Counter(cell.state for cell in grid.cells)
+    told = f"{counts['done']}/{len(grid.cells)} done"
+    told += "".join(f", {counts[state]} {state}" for state in ("diverged", "failed") if counts[state])
+    share = done / max(total, 1)
+    left, right = f" {math.floor(100 * share)} %", f"  {formatting.clock(grid.seconds_left)} left  {told}"
+    room = width - len(left) - len(right) - 2
+    if room >= SHORTEST_BAR:
+        return [Text.assemble(" ", widgets.bar(share, room, None, ACCENT), left, right)]
+    whole = Text.assemble(" ", widgets.bar(share, max(width - len(left) - 2, 1), None, ACCENT), left)
+    return [whole, Text(right[1:])]
+
+
+def changed_cells(before: GridChanged | None, now: GridChanged) -> list[str]:
+    """A line for each cell whose state is another than before, for logs; at first, how many are over."""
+    if before is None:
+        over = sum(cell.state in OVER for cell in now.cells)
+        lines = [f"{now.title}: {len(now.cells)} cells, {over} over already, {now.workers} at a time"]
+        return lines + [_line(cell, now) for cell in now.cells if cell.state in BUSY]
+    return [
+        _line(cell, now)
+        for cell, old_cell in zip(now.cells, before.cells, strict=True)
+        if cell.state != old_cell.state and cell.state != "waiting"
+    ]
+
+
+def _line(cell: CellState, grid: GridChanged) -> str:
+    over = sum(other.state in OVER for other in grid.cells)
+    score = "" if cell.score is None else f"  {formatting.score(grid.metric, cell.score, None, 1)}"
+    what = f"{cell.row}, seed {cell.seed}: {cell.state}"
+    left = f"  {over}/{len(grid.cells)} over, {formatting.clock(grid.seconds_left)} left"
+    return what + (score + left if cell.state in OVER else "")

@@ -1,0 +1,77 @@
+"""The results of `train` and `eval` on a terminal."""
+
+from __future__ import annotations
+
+import shlex
+
+from rich.console import Console
+
+from mamlctl.core import formatting
+from mamlctl.core.results import EvalResult, EvalRow, TrainResult
+from mamlctl.display.console import say, say_table
+
+
+def show_train_result(console: Console, result: TrainResult) -> None:
+    """How training ended, and the command to type next."""
+    why = f" ({result.reason})" if result.reason else ""
+    run = shlex.quote(result.run)
+    say(console, (f"{result.status}{why}", "bold"), f"  {result.run}")
+    took = formatting.duration(result.seconds)
+    say(console, f"steps  {result.step:,} of {result.total_steps:,} meta-steps in {took}")
+    if result.best_val_score is None:
+        say(console, "best   no validation yet")
+    else:
+        score = formatting.score(result.metric, result.best_val_score, result.best_val_ci95)
+        where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
+        say(console, "best   ", (score, "bold green"), where)
+    if result.status == "interrupted":
+        say(console, "go on  ", (f"mamlctl train --resume {run}", "cyan"))
+    say(console, "test   ", (f"mamlctl eval {run}", "cyan"))
+
+
+def show_eval_result(console: Console, result: EvalResult) -> None:
+    """One row per model, then the accuracy after each inner step."""
+    first = result.rows[0]
+    queries = f", {first.queries} queries{' a class' if first.ways > 1 else ''}"
+    task = formatting.task(result.dataset, first.ways, first.shots)
+    say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
+    for note in result.notes:
+        say(console, note)
+    say(console)
+    named = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
+    heads = ["model", named, "tasks", "split", "bn", "inner steps"]
+    say_table(console, [heads, *map(_eval_cells, result.rows)], left=2)
+    say(console)
+    say(console, (f"{named}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"))
+    # Blocks of columns instead of lines that a terminal would break.
+    longest = max(len(row.model) for row in result.rows)
+    columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
+    for begin in range(0, len(first.per_step), columns):
+        steps = range(begin, min(begin + columns, len(first.per_step)))
+        table = [["model", *map(str, steps)]]
+        scale = 100 if first.metric == "accuracy" else 1
+        table += [[row.model, *(f"{scale * row.per_step[at]:.2f}" for at in steps)] for row in result.rows]
+        say_table(console, table, left=1, widest=6)
+    say(console)
+    for row in result.rows:
+        if row.epochs:
+            say(console, f"{row.model}: epoch {', '.join(map(str, row.epochs))}")
+    chance = f"; chance: {formatting.percent(1 / first.ways, 2)}" if first.metric == "accuracy" else ""
+    say(
+        console,
+        f"intervals: 95 % over tasks{chance}; {formatting.duration(result.seconds)}; "
+        f"written to {result.folder}",
+    )
+    for picture in result.pictures:
+        say(console, f"picture  {picture}")
+
+
+def _eval_cells(row: EvalRow) -> list[str]:
+    return [
+        row.model,
+        formatting.score(row.metric, row.score, row.ci95),
+        str(row.tasks),
+        row.split,
+        row.bn,
+        str(row.inner_steps),
+    ]

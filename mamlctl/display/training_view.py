@@ -1,0 +1,346 @@
+"""The live view: a state that events advance, and a pure drawing of it for any width and height."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mamlctl.core import formatting
+from mamlctl.core.events import (
+    Event,
+    GridChanged,
+    MetaStepDone,
+    Notice,
+    Progress,
+    RunStarted,
+    TrainReport,
+    ValidationDone,
+)
+from mamlctl.display import widgets
+from mamlctl.display.grid_view import grid_frame
+from mamlctl.display.widgets import DIM
+
+HISTORY = 40  # reports that a sparkline remembers: more cells than that say nothing more at a glance
+
+MAX_WIDTH = 140  # beyond it, a row's label and its number are too far apart for the eye
+
+SMALL = 14  # lines: below it, only the bars and the chart without its title
+
+LABEL = 16  # cells for the name of a bar: 'epoch 1000/1000' and a space
+
+RATES_LABEL = 20
+
+ORDERS = {True: "first order", False: "second order", None: ""}
+
+NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
+
+ACCENT, BAD, GOOD = "cyan", "bold red", "green"
+
+# Ends of a colour scale of medium lightness, readable on black and on white.
+COLD, WARM = (90, 130, 190), (0, 175, 135)
+
+HEAT = (215, 120, 30)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work under way, and when it began."""
+
+    progress: Progress
+    since: float
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """All that a frame shows; times are seconds of one monotonic clock."""
+
+    now: float
+    started: float = 0.0
+    run: RunStarted | None = None
+    step: int = 0
+    epoch: int = 0
+    reports: tuple[TrainReport, ...] = ()  # the latest ones, oldest first
+    validations: tuple[ValidationDone, ...] = ()
+    work: tuple[Work, ...] = ()
+    validation_s: float = 0.0  # how long the last validation took
+    grid: GridChanged | None = None  # of an ablation, whose cells train elsewhere
+
+
+def advance(state: LiveState, event: Event, now: float) -> LiveState:
+    """The state after an event."""
+    match event:
+        case Notice():
+            return state  # printed above the frame, not in it
+        case GridChanged():
+            return replace(state, now=now, grid=event, work=())
+        case Progress():
+            return _worked(state, event, now)
+        case RunStarted():
+            fresh = LiveState(now, now, event, event.first_step)
+            return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
+        case MetaStepDone():
+            return replace(state, now=now, step=event.step, epoch=event.epoch, work=())
+        case TrainReport():
+            return replace(state, now=now, reports=(*state.reports, event)[-HISTORY:], work=())
+        case ValidationDone():
+            took = now - state.work[-1].since if state.work else state.validation_s
+            return replace(
+                state,
+                now=now,
+                validations=(*state.validations, event)[-HISTORY:],
+                work=(),
+                validation_s=took,
+            )
+
+
+def _worked(state: LiveState, event: Progress, now: float) -> LiveState:
+    begun = [work.progress.what for work in state.work]
+    if event.what in begun:
+        work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
+    else:
+        # It began when the event before came, since the first word of it comes after its first part.
+        work = (*state.work, Work(event, state.now))
+    return replace(state, now=now, work=work)
+
+
+def render(state: LiveState, width: int, height: int) -> RenderableType:
+    """One frame: never wider than `width`, never higher than `height`."""
+    width = min(width, MAX_WIDTH)
+    lines = _frame(state, width, height)[:height]
+    for line in lines:
+        line.no_wrap = True
+        line.truncate(width, overflow="ellipsis")
+    return Group(*lines)
+
+
+def _frame(state: LiveState, width: int, height: int) -> list[Text]:
+    run = state.run
+    if state.grid is not None and not state.work:
+        return grid_frame(state.grid, width, height)
+    if run is None:
+        # A file's name needs more room than the names of training's own bars.
+        label = max([LABEL, *(len(work.progress.what) for work in state.work)])
+        return [_work_bar(work, state.now, width, min(label, width // 3)) for work in state.work][-height:]
+    head, bars = _header(run, width), _bars(state, run, width)
+    if not state.reports:
+        return [*head, *bars, Text(" the first report comes after the first meta-step", DIM)]
+    report = state.reports[-1]
+    if height < SMALL:
+        steps = formatting.chosen(len(report.query_losses), height - 4)
+        return [*head[:1], *bars[:2], *_chart(state.reports, run, width, steps)[1:]]
+    numbers, validation = _numbers(state, run, report, width), _validation(state, run, width)
+    losses = len(report.query_losses)
+    room = height - len(head) - len(bars) - len(numbers) - len(validation) - 2
+    chart = _chart(state.reports, run, width, formatting.chosen(losses, min(losses, room)))
+    rates = _rates(report, width, room - losses)
+    sections = [head, bars + numbers, chart, validation, rates]
+    spare = room - losses - len(rates)
+    return _spaced([section for section in sections if section], spare)
+
+
+def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
+    """The sections below each other, with an empty line between them where there are enough spare lines."""
+    gap = [Text("")] if spare >= len(sections) - 1 else []
+    return reduce(lambda above, below: [*above, *gap, *below], sections)
+
+
+def _header(run: RunStarted, width: int) -> list[Text]:
+    algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
+    task = Text(formatting.task(formatting.safe(run.dataset), run.ways, run.shots), "bold")
+    machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
+    # Half of the line stays for the run's name, however long the device's words are.
+    machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
+    name = Text(" " + formatting.middle(formatting.safe(run.run), width - machine.cell_len - 4))
+    return [widgets.both_ends(algo, task, width), widgets.both_ends(name, machine, width)]
+
+
+def _bars(state: LiveState, run: RunStarted, width: int) -> list[Text]:
+    total = run.epochs * run.steps_per_epoch
+    in_epoch = state.step - state.epoch * run.steps_per_epoch
+    pace = _seconds_per_step(state, run)
+    epoch_left = None if pace is None else pace * (run.steps_per_epoch - in_epoch)
+    validations_left = run.epochs - state.step // run.steps_per_epoch
+    run_left = None if pace is None else pace * (total - state.step) + validations_left * state.validation_s
+    label = f"epoch {min(state.epoch + 1, run.epochs)}/{run.epochs}"
+    epoch = _bar_line(
+        label, in_epoch / run.steps_per_epoch, f"{in_epoch:,}/{run.steps_per_epoch:,}", epoch_left, width
+    )
+    whole = _bar_line("run", state.step / total, f"{state.step:,}/{total:,}", run_left, width)
+    # The third line stays when nothing is under way, so that the rest does not jump.
+    other = _work_bar(state.work[-1], state.now, width) if state.work else Text("")
+    return [epoch, whole, other]
+
+
+def _seconds_per_step(state: LiveState, run: RunStarted) -> float | None:
+    """Median of the last five reports, since the first one holds the warm-up."""
+    speeds = [report.tasks_per_second for report in state.reports[-5:] if report.tasks_per_second > 0]
+    return run.meta_batch_size / statistics.median(speeds) if speeds else None
+
+
+def _work_bar(work: Work, now: float, width: int, label: int = LABEL) -> Text:
+    progress = work.progress
+    done, total, speed = progress.done, progress.total, progress.per_second
+    if speed is None:
+        speed = done / (now - work.since) if now > work.since else 0.0
+    left = (total - done) / speed if speed and total else None
+    count = formatting.amount(done, total, progress.unit, progress.per_second)
+    return _bar_line(progress.what, done / total if total else 0.0, count, left, width, label)
+
+
+def _bar_line(
+    what: str, share: float, count: str, left: float | None, width: int, label: int = LABEL
+) -> Text:
+    share = min(max(share, 0.0), 1.0)
+    tail = (
+        f"{count:>15}  {formatting.clock(left) + ' left':>13}" if share < 1 else f"{count:>15}  {'done':>13}"
+    )
+    length = max(width - label - len(tail) - 4, 4)
+    full = int(share * length)
+    half = "╸" if share * length - full >= 0.5 else ""
+    name = Text(what)
+    name.truncate(label, overflow="ellipsis", pad=True)
+    # The rest of the bar is a thinner line, so that it can be told apart without colour.
+    rest = "─" * (length - full - len(half))
+    return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (rest, DIM), " ", tail)
+
+
+def _numbers(state: LiveState, run: RunStarted, report: TrainReport, width: int) -> list[Text]:
+    per_step = run.meta_batch_size / report.tasks_per_second if report.tasks_per_second > 0 else math.nan
+    rows = [
+        [
+            ("support loss", "–" if report.support_loss is None else formatting.loss(report.support_loss)),
+            ("meta-loss", formatting.loss(report.meta_loss)),
+            ("meta lr", f"{report.meta_lr:.3g}"),
+            ("", ORDERS[report.first_order]),
+        ],
+        [
+            ("tasks/s", f"{report.tasks_per_second:.1f}"),
+            ("meta-step", formatting.duration(per_step)),
+            ("memory", formatting.size(report.memory_bytes)),
+            ("elapsed", formatting.clock(state.now - state.started)),
+        ],
+    ]
+    return [_columns(row, width) for row in rows]
+
+
+def _columns(row: list[tuple[str, str]], width: int) -> Text:
+    """Labels and values in columns that stay where they are while the numbers move."""
+    line = Text(" ")
+    for (label, value), column in zip(row, (22, 20, 19, 16), strict=True):
+        cell = Text.assemble(
+            (f"{label} " if label else "", DIM), (value, BAD if value in NOT_FINITE else "bold")
+        )
+        cell.truncate(column + max(width - 80, 0) // 6, pad=True)
+        line.append_text(cell)
+    return line
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Cells that the chart's three drawn columns get."""
+
+    loss: int
+    accuracy: int  # 0 where there are no classes
+    recent: int
+
+    @classmethod
+    def of(cls, width: int, run: RunStarted) -> Columns:
+        """What 40 cells of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
+        room = max(width - 40, 0)
+        recent = min(HISTORY, room * 3 // 10)
+        accuracy = (room - recent) * 2 // 5 if run.guesses else 0
+        return cls(room - recent - accuracy, accuracy, recent)
+
+
+def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
+    columns = Columns.of(width, run)
+    chance, accuracy = "mean squared error", ""
+    if run.guesses:
+        chance = f"┊ chance: {formatting.loss(math.log(run.guesses))}, {formatting.percent(1 / run.guesses)}"
+        accuracy = f"{'accuracy':<{columns.accuracy + 8}}  "
+    heads = (
+        f" {'step':>4}  {'weight':<6}  {'query loss':<{columns.loss + 10}}  "
+        f"{accuracy}{'loss history'[: columns.recent]}"
+    )
+    rows = [_chart_row(reports, run, columns, step) for step in steps]
+    return [widgets.rule("Per-step losses", chance, width), Text(heads, DIM), *rows]
+
+
+def _chart_row(reports: Sequence[TrainReport], run: RunStarted, columns: Columns, step: int) -> Text:
+    report = reports[-1]
+    loss = report.query_losses[step]
+    # The loss of guessing is always on the scale, so that the bars do not jump while they shrink; for curves
+    # it is the largest loss that is still remembered.
+    chance = math.log(run.guesses) if run.guesses else 0.0
+    shown = report.query_losses if run.guesses else [loss for past in reports for loss in past.query_losses]
+    scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
+    colour = widgets.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
+    line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
+    line.append(f"{formatting.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
+    line.append_text(widgets.bar(loss / scale, columns.loss, chance / scale if chance else None, colour))
+    if run.guesses:
+        accuracy = report.query_accuracies[step]
+        line.append(f"  {formatting.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
+        line.append_text(widgets.bar(accuracy, columns.accuracy, 1 / run.guesses, colour))
+    history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
+    return line.append("  ").append(widgets.spark(history[max(len(history) - columns.recent, 0) :]), colour)
+
+
+def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
+    """How much the query loss after this step counts; a dash where it does not."""
+    weight = report.msl_weights[step - 1] if 1 <= step <= len(report.msl_weights) else 0.0
+    if not weight > 0:
+        return [("     –", DIM)]
+    return [(widgets.block(weight), ACCENT), (f" {weight:.2f}", "")]
+
+
+def _validation(state: LiveState, run: RunStarted, width: int) -> list[Text]:
+    rule = widgets.rule("Validation", f"{run.val_tasks:,} tasks · bn {run.bn} · 95 % interval", width)
+    if not state.validations:
+        return [rule, Text(" none yet: it comes after every epoch", DIM)]
+    last = state.validations[-1]
+    line = Text.assemble(
+        (" last ", DIM),
+        (formatting.score(last.metric, last.val_score, last.val_ci95), "bold"),
+        (f" epoch {last.epoch}   ", DIM),
+        ("best ", DIM),
+        (formatting.score(last.metric, last.best_val_score, last.best_val_ci95), f"bold {GOOD}"),
+        (f" epoch {last.best_epoch}", DIM),
+    )
+    room = width - line.cell_len - 4
+    line.append("   ").append(widgets.spark([v.val_score for v in state.validations][-max(room, 1) :]), GOOD)
+    return [rule, line]
+
+
+def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
+    """Learnt inner learning rates, layer by step; nothing where fewer than three tensors would fit."""
+    names = list(report.rates)
+    if len(names) >= room:
+        # Biases go first: the weights hold nearly all of what is learnt.
+        names = [name for name in names if not name.endswith(".bias")]
+    rows = formatting.chosen(len(names), min(len(names), room - 1))
+    if not names or len(rows) < min(3, len(names)):
+        return []
+    inner_steps = len(report.rates[names[0]])
+    columns = formatting.chosen(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
+    cell = min((width - RATES_LABEL - 2) // len(columns), 14)
+    finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
+    low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
+    heads = "".join(f" step {column + 1}".rjust(cell, "─") for column in columns)
+    title = "Learnt inner rates"
+    lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
+    for row in rows:
+        line = Text(" ")
+        line.append_text(Text(formatting.middle(names[row], RATES_LABEL - 1).ljust(RATES_LABEL)))
+        for column in columns:
+            rate = report.rates[names[row]][column]
+            share = (rate - low) / span if math.isfinite(rate) else 0.0
+            line.append(f"{widgets.block(share)} {rate:.4f}".rjust(cell), widgets.between(COLD, HEAT, share))
+        lines.append(line)
+    return lines

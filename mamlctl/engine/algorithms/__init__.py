@@ -1,0 +1,1 @@
+"""The algorithms: a table, and one file for each method with code of its own."""

@@ -1,0 +1,104 @@
+"""iMAML: the implicit gradient at the inner loop's end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.algorithms.measured_loop import _InnerLoop
+from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
+from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.inner_loop import MetaState, pulled
+from mamlctl.engine.nets.base import Net
+from mamlctl.engine.nets.batch_norm import NormPass, Params
+
+
+@torch.no_grad()
+def implicit(
+    net: Net,
+    state: MetaState,
+    episodes: Episodes,
+    ask: Ask,
+    *,
+    engine: str,
+    proximal: float,
+    cg_steps: int,
+) -> Measured:
+    """iMAML (Rajeswaran et al. 2019, arXiv:1909.04630): the meta-gradient at the inner loop's end alone.
+
+    At a minimum of support loss + proximal / 2 |w - w0|^2 the implicit function theorem gives, with H the
+    support loss's Hessian there and v solving (H + proximal) v = gradient of the query loss,
+
+        by the slow weights   proximal v
+        by the norm and all that is not adapted   the query's own gradient - (mixed second derivative) v
+
+    v comes from `cg_steps` of conjugate gradient, a Hessian-vector product each, for all tasks at once.
+    Memory does not depend on the number of inner steps.
+    """
+    derivatives = derivatives_of(net, episodes.support_x_TECHW, engine)
+    inner = _InnerLoop(derivatives, state, episodes, pulled(state, proximal))
+    for step in range(ask.inner_steps):
+        if ask.measure_all:
+            inner.look(step)
+        inner.step(step)
+    norm = NormPass(state.norm, state.running, 0)
+    support = derivatives.gradient(inner.fast, inner.support, norm, keep=True)
+    query = inner.weigh(ask.inner_steps)
+    still = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}
+
+    def pulled_product(direction: Params) -> Params:
+        products, _ = derivatives.product(support.tape, direction | still)
+        return {name: products[name] + proximal * part for name, part in direction.items()}
+
+    wanted = {name: query.fast[name] for name in state.rates}
+    solved = conjugate_gradient(pulled_product, wanted, cg_steps)
+    products, mixed = derivatives.product(support.tape, solved | still)
+    tasks = len(episodes.query_y_TE)
+    grads = {name: proximal * v.mean(0) for name, v in solved.items()}
+    grads |= {name: (query.fast[name] - products[name]).mean(0) for name in still}
+    for name, rows_RC in state.norm.items():
+        grads[name] = torch.zeros_like(rows_RC)
+        grads[name][0] = (query.norm[name] - mixed[name]) / tasks
+    return inner.measured(grads, {})
+
+
+def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
+    """Solve A x = b for every task, A being given by its products (Hestenes & Stiefel 1952).
+
+    A task stops where it finds no more curvature or nothing left to do; of indefinite A the solution is that
+    on the directions found so far.
+    """
+    x = {name: torch.zeros_like(part) for name, part in b.items()}
+    residual, direction = dict(b), dict(b)
+    squared_T = _dots(residual, residual)
+    for _ in range(steps):
+        along = product(direction)
+        curvature_T = _dots(direction, along)
+        good_T = (curvature_T > 0) & (squared_T > 0)
+        length_T = torch.where(good_T, squared_T / curvature_T, 0)
+        x = _plus(x, length_T, direction)
+        residual = _plus(residual, -length_T, along)
+        new_T = _dots(residual, residual)
+        # A task that stops keeps its residual, and moves no more: its direction becomes 0.
+        turn_T = torch.where(good_T, new_T / squared_T, 0)
+        direction = _plus(
+            {name: part * _like(good_T, part) for name, part in residual.items()}, turn_T, direction
+        )
+        squared_T = torch.where(good_T, new_T, 0)
+    return x
+
+
+def _dots(one: Params, two: Params) -> Tensor:
+    """Inner products over all of a task's tensors -> _T."""
+    return torch.stack([(part * two[name]).flatten(1).sum(1) for name, part in one.items()]).sum(0)
+
+
+def _plus(one: Params, times_T: Tensor, two: Params) -> Params:
+    return {name: part + _like(times_T, part) * two[name] for name, part in one.items()}
+
+
+def _like(values_T: Tensor, part: Tensor) -> Tensor:
+    return values_T.view(-1, *[1] * (part.dim() - 1))

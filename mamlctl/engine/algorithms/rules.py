@@ -1,0 +1,71 @@
+"""Which settings go with which algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
+from mamlctl.settings.schema import FIELDS, TrainConfig
+
+# Settings that mean something to the algorithms that own them only.
+OWNED = {name for entry in ALGORITHMS.values() for name in entry.own}
+
+
+def algorithm_problems(config: TrainConfig) -> list[Problem]:
+    """Settings that would make the algorithm another one than its name says, or have no meaning for it."""
+    if config.algo not in ALGORITHMS:
+        return []
+    entry, problems = ALGORITHMS[config.algo], list[Problem]()
+    for name, wanted in entry.fixed.items():
+        if getattr(config, name) != wanted:
+            fact = f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}"
+            steps = name == "inner_steps" and "eval_inner_steps" not in entry.fixed
+            problems.append((fact, "use --eval-inner-steps" if steps else "use another --algo"))
+    for name, why in entry.refuses.items():
+        if getattr(config, name) != _unset(entry, name):
+            problems.append((f"{flag(name)} has no effect with --algo {config.algo}: {why}", "leave it out"))
+    for name in sorted(OWNED - set(entry.own)):
+        if getattr(config, name) is not None:
+            owners = ", ".join(algo for algo, other in ALGORITHMS.items() if name in other.own)
+            problems.append(
+                (f"{flag(name)} has no effect with --algo {config.algo}", f"it belongs to {owners}")
+            )
+    for name in entry.own:
+        if getattr(config, name) is None and entry.defaults.get(name) is not None:
+            problems.append((f"--algo {config.algo} needs {flag(name)}", "leave it out for its default"))
+    if config.adapts not in entry.may_adapt:
+        fact = f"--adapts {config.adapts} does nothing with --algo {config.algo}: its head begins with zeros"
+        problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
+    if config.inner_steps == 0 and entry.fixed.get("inner_steps") != 0:
+        problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
+    if config.cuda_graph and not entry.captured:
+        problems.append((f"--cuda-graph does not go with --algo {config.algo}", "leave it out"))
+    if config.task_chunk != "auto" and entry.whole_batches:
+        why = "its meta-batch is one batch, whose statistics belong together"
+        problems.append((f"--task-chunk has no effect with --algo {config.algo}: {why}", "leave it out"))
+    return problems
+
+
+def _unset(entry: Algorithm, name: str) -> Any:
+    return entry.defaults.get(name, FIELDS[name].default)
+
+
+def forced_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that can have one value only with this algorithm, and that value."""
+    entry = ALGORITHMS.get(config.algo)
+    if entry is None:
+        return {}
+    unused = (OWNED - set(entry.own)) | entry.refuses.keys()
+    return {name: _unset(entry, name) for name in unused} | dict(entry.fixed)
+
+
+def algorithm_defaults(name: str, *, curves: bool = False) -> Mapping[str, Any]:
+    """What `--algo name` implies, on images or curves. Raises SettingsError for an unknown name."""
+    if name not in ALGORITHMS:
+        hint = nearest(name, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
+        raise SettingsError([(f"unknown algorithm '{name}'", hint)])
+    entry = ALGORITHMS[name]
+    return {**entry.defaults, **(entry.on_curves or {} if curves else {})}

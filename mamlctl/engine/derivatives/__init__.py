@@ -1,0 +1,1 @@
+"""How losses and their first and second derivatives are computed."""

@@ -1,0 +1,1 @@
+"""Adapted models and their predictions."""

@@ -1,0 +1,93 @@
+"""How good one or several models are on a fixed list of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DivergedError, MamlctlError
+from mamlctl.data.tasks.episodes import Episodes, Tasks
+from mamlctl.engine.derivatives.interface import Derivatives
+from mamlctl.engine.derivatives.selection import tasks_per_pass
+from mamlctl.engine.evaluation.prediction import Predict, adapted
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.batch_norm import Statistics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Each task's score, of the objective's metric, after 0, 1 ... I inner steps."""
+
+    single: list[NDArray[np.float64]]  # one per model, [tasks, inner_steps + 1]
+    ensemble: NDArray[np.float64]  # of the averaged class scores or values
+
+
+class Stopped(Exception):
+    """Evaluation was asked to stop before its end."""
+
+
+@torch.no_grad()
+def evaluate(
+    derivatives: Derivatives,
+    states: Sequence[MetaState],
+    stream: Tasks,
+    *,
+    tasks: int,
+    inner_steps: int,
+    statistics: Statistics,
+    predict: Predict = adapted,
+    on_progress: Callable[[int], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Scores:
+    """Adapt every model to tasks 0 .. tasks-1 of the stream, as `predict` does, and judge its predictions.
+
+    The ensemble averages raw class scores over models, as the published code does. Nothing stored changes.
+    Raises Stopped when `should_stop` says so between two chunks, DivergedError when a prediction is not
+    finite: the largest of NaNs is no prediction, MamlctlError when a CUDA device has no memory for a task.
+    """
+    states = [state.frozen() for state in states]
+    single: list[list[torch.Tensor]] = [[] for _ in states]
+    ensemble: list[torch.Tensor] = []
+    along = stream.shots if statistics is Statistics.SUPPORT else 0
+    examples = stream.ways * max(stream.shots, stream.queries + along)
+    chunk = min(tasks, tasks_per_pass(derivatives.net, examples, stream.device))
+    first = 0
+    while first < tasks:
+        if should_stop():
+            raise Stopped
+        episodes = stream.episodes(first, min(chunk, tasks - first))
+        try:
+            per_model = [
+                predict(derivatives, state, episodes, inner_steps=inner_steps, statistics=statistics)
+                for state in states
+            ]
+        except torch.OutOfMemoryError as error:
+            if chunk == 1:
+                message = f"{stream.device} has no memory for one task"
+                raise MamlctlError(message, hint="use fewer ways or queries, or --device cpu") from error
+            chunk = (chunk + 1) // 2
+            continue
+        for scores, outputs_ITEN in zip(single, per_model, strict=True):
+            scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+            if not bool(outputs_ITEN.isfinite().all()):
+                raise DivergedError(
+                    f"predictions in tasks {first} to {first + len(outputs_ITEN[0]) - 1} are not finite",
+                    hint="the model has diverged: start a new run with a lower --meta-lr or --inner-lr",
+                )
+        ensemble.append(_scores_TI(derivatives, torch.stack(per_model).mean(0), episodes))
+        first += len(episodes.query_y_TE)
+        on_progress(first)
+    joined = [torch.cat(scores).cpu().numpy() for scores in (*single, ensemble)]
+    return Scores(joined[:-1], joined[-1])
+
+
+def _scores_TI(derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: Episodes) -> torch.Tensor:
+    objective = derivatives.net.objective
+    # In float64, so that the mean over many tasks is that of the printed table.
+    return torch.stack(
+        [objective.score(outputs_TEN.double(), episodes.query_y_TE) for outputs_TEN in outputs_ITEN], dim=1
+    )

@@ -1,0 +1,93 @@
+"""Conv4: four convolution blocks and a linear head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, halved, head, task_conv, xavier_uniform
+from mamlctl.engine.nets.batch_norm import NormPass, Params
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """Four times convolution, batch norm, activation, 2x2 max-pool (or stride 2); then a linear head.
+
+    The convolutions have no bias: batch norm subtracts it again (the published code carries 4 x filters such
+    numbers, and learning rates for them, whose gradients are 0).
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    outputs: int
+    filters: int
+    compute: torch.dtype | None = None
+    pooling: str = "max"  # or stride: the convolutions halve the maps themselves
+    readout: str = "flatten"  # or mean: over the places that are left
+    activation: str = "leaky_relu"
+
+    blocks = 4
+    objective = CLASSIFICATION
+
+    @property
+    def norm_layers(self) -> dict[str, int]:
+        """Norm layer -> channels."""
+        return {f"norm{block}": self.filters for block in range(1, self.blocks + 1)}
+
+    @property
+    def largest(self) -> int:
+        """The first block's output."""
+        return self.filters * math.prod(self.image_shape[1:]) // (4 if self.pooling == "stride" else 1)
+
+    @property
+    def features_shape(self) -> tuple[int, int, int]:
+        """Of the last block's output: C, H, W."""
+        _, height, width = self.image_shape
+        for _ in range(self.blocks):
+            # A stride of 2 rounds up, a window of 2 rounds down.
+            up = self.pooling == "stride"
+            height, width = (height + up) // 2, (width + up) // 2
+        return self.filters, height, width
+
+    @property
+    def places(self) -> int:
+        """Of the last block's output."""
+        return math.prod(self.features_shape[1:])
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether `conv4.py` has its derivatives."""
+        return self.pooling == "max" and self.readout == "flatten"
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
+        """Xavier-uniform weights and zero biases, as in the published code."""
+        params: Params = {}
+        channels = self.image_shape[0]
+        for block in range(1, self.blocks + 1):
+            params[f"conv{block}.weight"] = xavier_uniform((self.filters, channels, 3, 3), generator, dtype)
+            channels = self.filters
+        features = self.filters if self.readout == "mean" else math.prod(self.features_shape)
+        params["linear.weight"] = xavier_uniform((self.outputs, features), generator, dtype)
+        params["linear.bias"] = torch.zeros(self.outputs, dtype=dtype)
+        return params
+
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """The last block's output -> f_TEF."""
+        x_ETCHW = x.transpose(0, 1)
+        stride = 2 if self.pooling == "stride" else 1
+        for block in range(1, self.blocks + 1):
+            c_ETCHW = task_conv(x_ETCHW, fast[f"conv{block}.weight"], self.compute, stride)
+            x_ETCHW = F.leaky_relu(norm(f"norm{block}", c_ETCHW, fast), SLOPES[self.activation])
+            if stride == 1:
+                x_ETCHW = halved(x_ETCHW)
+        if self.readout == "mean":
+            x_ETCHW = x_ETCHW.mean((3, 4))
+        return x_ETCHW.flatten(2).transpose(0, 1)
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Class scores of every example under its task's weights -> outputs_TEN."""
+        return head(fast, self.features(fast, x, norm))

@@ -1,0 +1,91 @@
+"""ResNet-12, the field's common larger network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamlctl.engine.nets.base import CLASSIFICATION, halved, head, task_conv
+from mamlctl.engine.nets.batch_norm import NormPass, Params
+
+LEAK = 0.1  # negative slope in the published ResNet-12 (Lee et al. 2019, MetaOptNet)
+
+GROWTH = (1, 2.5, 5, 10)  # widths of its four blocks: 64, 160, 320, 640
+
+
+@dataclass(frozen=True)
+class ResNet12:
+    """Four residual blocks of three convolutions, each halved by max-pool; mean over places; linear head.
+
+    Lee et al. 2019 (arXiv:1904.03758), without its DropBlock. Batch norm is composed of plain operations, and
+    convolutions have no bias, as in Conv4.
+    """
+
+    image_shape: tuple[int, int, int]  # C, H, W
+    outputs: int
+    filters: int  # of the first block; 64 published
+    compute: torch.dtype | None = None
+
+    objective = CLASSIFICATION
+
+    def _convolutions(self) -> Iterator[tuple[str, int, int, int]]:
+        """Name, inputs, outputs and size of every convolution."""
+        inputs = self.image_shape[0]
+        for block, growth in enumerate(GROWTH, 1):
+            width = int(self.filters * growth)
+            for layer in (1, 2, 3):
+                yield f"{block}.{layer}", inputs if layer == 1 else width, width, 3
+            yield f"{block}.skip", inputs, width, 1
+            inputs = width
+
+    @property
+    def norm_layers(self) -> dict[str, int]:
+        """Norm layer -> channels."""
+        return {f"norm{name}": width for name, _, width, _ in self._convolutions()}
+
+    @property
+    def largest(self) -> int:
+        """The first block's maps."""
+        return self.filters * math.prod(self.image_shape[1:])
+
+    @property
+    def places(self) -> int:
+        """Of the last block's maps."""
+        return math.prod(side >> len(GROWTH) for side in self.image_shape[1:])
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
+        """He-normal convolutions by their outputs (the published start), and a head of small numbers."""
+        params: Params = {}
+        width = 0
+        for name, inputs, width, size in self._convolutions():
+            drawn = torch.randn(width, inputs, size, size, generator=generator, dtype=torch.float64)
+            deviation = math.sqrt(2 / (1 + LEAK**2) / (width * size * size))
+            params[f"conv{name}.weight"] = (drawn * deviation).to(dtype)
+        uniform = torch.rand(self.outputs, width, generator=generator, dtype=torch.float64)
+        params["linear.weight"] = ((2 * uniform - 1) / math.sqrt(width)).to(dtype)
+        params["linear.bias"] = torch.zeros(self.outputs, dtype=dtype)
+        return params
+
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Mean over the last block's places -> f_TEF."""
+        x_ETCHW = x.transpose(0, 1)
+
+        def normed(name: str, given: Tensor) -> Tensor:
+            return norm(f"norm{name}", task_conv(given, fast[f"conv{name}.weight"], self.compute), fast)
+
+        for block in range(1, len(GROWTH) + 1):
+            inner = x_ETCHW
+            for layer in (1, 2):
+                inner = F.leaky_relu(normed(f"{block}.{layer}", inner), LEAK)
+            both = normed(f"{block}.3", inner) + normed(f"{block}.skip", x_ETCHW)
+            x_ETCHW = halved(F.leaky_relu(both, LEAK))
+        return x_ETCHW.mean((3, 4)).transpose(0, 1)
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        """Class scores of every example -> outputs_TEN."""
+        return head(fast, self.features(fast, x, norm))

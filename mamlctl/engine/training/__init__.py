@@ -1,0 +1,1 @@
+"""Meta-steps, checkpoints and the training loop."""

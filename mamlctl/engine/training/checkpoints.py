@@ -1,0 +1,94 @@
+"""Checkpoints: tensors and plain numbers, loaded without running code, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.core.files import replacing
+from mamlctl.engine.inner_loop import MetaState
+
+FORMAT = 3
+
+
+def save(path: Path, content: Mapping[str, Any], *, owner: str) -> None:
+    """Write `content` (dicts, lists, numbers, words, tensors) with format, owner and digest, in one move."""
+    stored = {"format": FORMAT, "owner": owner, "digest": _digest(content), "content": dict(content)}
+    # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
+    whole = io.BytesIO()
+    torch.save(stored, whole)
+    with replacing(path) as file:
+        file.write(whole.getbuffer())
+
+
+def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save` wrote. Raises MamlctlError if it is absent, damaged, of another format or another run."""
+    if not path.is_file():
+        raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
+    # torch reads other files as its old format, whose reader fails on odd bytes in any way there is.
+    if not zipfile.is_zipfile(path):
+        raise damaged(path, "cannot be read (it is no archive)")
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise damaged(path, f"cannot be read ({reason[:100]})") from error
+    if not isinstance(stored, dict) or not {"format", "owner", "digest", "content"} <= stored.keys():
+        raise damaged(path, "is not a checkpoint of mamlctl")
+    if stored["format"] != FORMAT:
+        raise damaged(path, f"has format {stored['format']}, but this mamlctl reads format {FORMAT}")
+    if stored["digest"] != _digest(stored["content"]):
+        raise damaged(path, "does not have the content it was written with: its digest differs")
+    if stored["owner"] != owner:
+        raise damaged(path, "was written by a run of other settings")
+    content: dict[str, Any] = stored["content"]
+    return content
+
+
+def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Copy stored tensors into a state, in place. Raises MamlctlError unless names and shapes agree."""
+    own = state.stored()
+    if set(own) != set(stored):
+        odd = sorted(set(own) ^ set(stored))[0]
+        raise damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
+            shapes = f"{list(stored[name].shape)}, but the settings need {list(tensor.shape)}"
+            raise damaged(path, f"does not fit the run's settings: '{name}' has shape {shapes}")
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
+
+
+def damaged(path: Path, what: str) -> MamlctlError:
+    """The error that a checkpoint is not what it should be."""
+    return MamlctlError(f"checkpoint {path} {what}", hint="use another checkpoint of the run, or train again")
+
+
+def _digest(content: Any) -> str:
+    digest = hashlib.sha256()
+    _feed(digest, content)
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib._Hash, item: Any) -> None:
+    if isinstance(item, Mapping):
+        for key in item:
+            digest.update(repr(key).encode())
+            _feed(digest, item[key])
+    elif isinstance(item, list | tuple):
+        for part in item:
+            _feed(digest, part)
+    elif isinstance(item, Tensor):
+        digest.update(f"{item.dtype}{list(item.shape)}".encode())
+        digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    else:
+        digest.update(repr(item).encode())

@@ -1,0 +1,71 @@
+"""From settings to a network and the state that meta-training starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.devices import tensor_dtype
+from mamlctl.engine.evaluation.prediction import body_of
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import HEAD, Net
+from mamlctl.engine.nets.batch_norm import init_params, init_running
+from mamlctl.engine.nets.factory import NETS
+from mamlctl.settings.schema import TrainConfig
+
+
+def build(
+    config: TrainConfig, example_shape: Sequence[int], device: torch.device, *, classes: int | None = None
+) -> tuple[Net, MetaState]:
+    """The network and its starting state: a function of the settings, the same on every device.
+
+    `example_shape`: C, H, W of images, or D of curves. `classes`: of the training split, for algorithms that
+    tell them all apart. Raises SettingsError where the network leaves nothing of such images.
+    """
+    entry = ALGORITHMS[config.algo]
+    curves = len(example_shape) == 1
+    outputs = 1 if curves else config.ways
+    if entry.head == "classes" and classes is not None and not curves:
+        outputs = classes
+    net = NETS[config.net](config, example_shape, outputs)
+    dtype = tensor_dtype(config.precision)
+    seed = config.seed if config.init_seed is None else config.init_seed
+    slow = net.init(torch.Generator().manual_seed(seed), dtype)
+    if net.places == 0:
+        size = "x".join(map(str, example_shape[1:]))
+        raise SettingsError([(f"--net {config.net} leaves nothing of images of {size}", "use --net mlp")])
+    slow = {name: weight.to(device) for name, weight in slow.items()}
+    if entry.head == "none":
+        slow = body_of(slow)
+    like = torch.empty((), dtype=dtype, device=device)
+    steps = config.inner_steps
+    norm = init_params(net.norm_layers, steps if config.bnwb else 1, like)
+    if entry.adapts_norm:
+        slow, norm = slow | {name: rows_RC[0] for name, rows_RC in norm.items()}, {}
+    wanted = adapted_names(slow, config.adapts)
+    state = MetaState(
+        slow=slow,
+        norm=norm,
+        rates={name: _rate(slow[name], config, entry.rates, like) for name in wanted},
+        running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
+        rates_learnt=config.lslr or entry.rates != "tensor",
+    )
+    if config.inner_optimizer == "adam":
+        state.moments = {name: torch.zeros_like(weight) for name, weight in slow.items()}
+        state.moments["steps"] = like.new_zeros(())
+    return net, state
+
+
+def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: str) -> list[str]:
+    """The tensors that the inner loop changes."""
+    return [name for name in slow if adapts == "all" or (name in HEAD) == (adapts == "head")]
+
+
+def _rate(weight: Tensor, config: TrainConfig, kind: str, like: Tensor) -> Tensor:
+    """The inner rate of a tensor at the start: one a step, one, or one for each weight."""
+    shape = (1, *weight.shape) if kind == "weight" else (config.inner_steps if config.lslr else 1,)
+    return like.new_full(shape, config.inner_lr)

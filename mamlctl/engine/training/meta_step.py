@@ -1,0 +1,151 @@
+"""One meta-step: schedules, meta-gradient, clipping, the outer optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.derivatives.selection import tasks_per_pass
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import Net
+from mamlctl.engine.nets.batch_norm import accumulate
+from mamlctl.engine.training.schedules import cosine_meta_lr, is_first_order, linear_meta_lr, msl_weights
+from mamlctl.settings.schema import TrainConfig
+
+
+class MetaStep:
+    """The outer loop's body: everything that one meta-batch changes."""
+
+    def __init__(self, config: TrainConfig, net: Net, state: MetaState) -> None:
+        self.config, self.net, self.state = config, net, state
+        entry = ALGORITHMS[config.algo]
+        self.outer = entry.outer(config)
+        self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
+        self.device = next(iter(self.learnable.values())).device
+        self.optimizer = entry.optimizer(self.learnable, config)
+        given = config.task_chunk
+        self.chunk = None if given == "auto" else min(int(given), config.meta_batch_size)
+        if entry.whole_batches:
+            self.chunk = config.meta_batch_size
+        self.whole = entry.whole_batches
+
+    def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
+        """MSL weights, whether in first order, and meta learning rate of an epoch.
+
+        `done`: the share of all meta-steps that lies behind, for what moves within an epoch.
+        """
+        config = self.config
+        weights = msl_weights(config.inner_steps, epoch, (config.msl_epochs or 0) if config.msl else 0)
+        first_order = config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
+        meta_lr = config.meta_lr
+        if config.ca:
+            meta_lr = cosine_meta_lr(epoch, config.epochs, meta_lr, config.min_meta_lr or 0.0)
+        elif config.meta_lr_final is not None:
+            meta_lr = linear_meta_lr(done, meta_lr, config.meta_lr_final)
+        return weights, first_order, meta_lr
+
+    def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> Measured:
+        """Losses and clipped meta-gradients; nothing moves yet.
+
+        Raises MamlctlError if a CUDA device has no room even for one task at a time.
+        """
+        weights, first_order, _ = self.schedule(epoch)
+        ask = Ask(self.config.inner_steps, weights, first_order, measure_all)
+        if self.chunk is None:
+            examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
+            self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
+        while True:
+            try:
+                return self.measure_as(episodes, ask)
+            except torch.OutOfMemoryError as error:
+                if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
+                    hint = (
+                        "use a smaller --meta-batch-size"
+                        if self.whole
+                        else "use --task-chunk auto, or a smaller net"
+                    )
+                    message = f"{self.device} has no memory for {self.chunk} tasks at a time"
+                    raise MamlctlError(message, hint=hint) from error
+                self.chunk = (self.chunk + 1) // 2
+            torch.cuda.empty_cache()
+
+    def measure_as(self, episodes: Episodes, ask: Ask) -> Measured:
+        """`measure` with the schedule's values given, and no second try with less memory."""
+        split = episodes.split(len(episodes.query_y_TE) if self.chunk is None else self.chunk)
+        parts = [self.outer(self.net, self.state, part, ask) for part in split]
+        measured = joined(parts, [len(part.query_y_TE) for part in split])
+        self._clip(measured.grads)
+        return measured
+
+    def apply(self, measured: Measured, epoch: int, done: float = 0.0) -> None:
+        """The optimiser's step, and the running statistics'."""
+        self.set_meta_lr(epoch, done)
+        self.move(measured)
+
+    def set_meta_lr(self, epoch: int, done: float = 0.0) -> None:
+        """Tell the optimiser the present learning rate."""
+        self.optimizer.set_lr(self.schedule(epoch, done)[2])
+
+    def move(self, measured: Measured) -> None:
+        """`apply` at the learning rate that the optimiser has."""
+        self.optimizer.step(measured.grads)
+        accumulate(self.state.running, measured.norm_passes)
+        for name, moment in measured.moments.items():
+            self.state.moments[name].copy_(moment)
+
+    def _clip(self, grads: dict[str, Tensor]) -> None:
+        if self.config.clip_value is not None:
+            for name, grad in grads.items():
+                if not name.startswith("rate."):  # the published code leaves the learnt rates alone
+                    grad.clamp_(-self.config.clip_value, self.config.clip_value)
+        if self.config.clip_norm is not None:
+            norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+            scale = (self.config.clip_norm / (norm + 1e-12)).clamp(max=1.0)  # 1e-12: no division by 0
+            for grad in grads.values():
+                grad.mul_(scale)
+
+
+def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
+    """What was measured on all tasks, from what was measured on some at a time."""
+    if len(parts) == 1:
+        return parts[0]
+    shares = [count / sum(tasks) for count in tasks]
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
+
+    def means(field: str) -> dict[Any, Tensor]:
+        dicts = [getattr(part, field) for part in parts]
+        return {key: mean(each[key] for each in dicts) for key in dicts[0]}
+
+    return Measured(
+        means("grads"),
+        mean(part.meta_loss for part in parts),
+        mean(part.support_losses_I for part in parts),
+        means("query_losses"),
+        means("query_scores"),
+        [norm_pass for part in parts for norm_pass in part.norm_passes],
+        means("moments"),
+    )
+
+
+def what_is_not_finite(measured: Measured) -> str | None:
+    """The first loss or gradient that is NaN or infinite, in words, or None. Syncs with the device."""
+    for step, loss in enumerate(measured.support_losses_I.tolist()):
+        if not math.isfinite(loss):
+            return f"the support loss after {step} inner steps is {loss}"
+    for steps, loss in measured.query_losses.items():
+        if not math.isfinite(value := loss.item()):
+            return f"the query loss after {steps} inner steps is {value}"
+    for name, grad in measured.grads.items():
+        if not bool(grad.isfinite().all()):
+            return f"the meta-gradient of {name} is not finite"
+    return None

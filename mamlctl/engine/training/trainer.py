@@ -1,0 +1,299 @@
+"""The outer loop: meta-steps, reports, validation, checkpoints, and a clean way out at every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamlctl.core.errors import DivergedError
+from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.core.results import named
+from mamlctl.core.statistics import mean_ci95
+from mamlctl.data.tasks.episodes import Tasks
+from mamlctl.engine.algorithms.meta_gradient import Measured
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.devices import memory_bytes
+from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import CLASSIFICATION, Net
+from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.cuda_graphs import Captured
+from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
+from mamlctl.run_folder import RunFolder
+from mamlctl.settings.schema import TrainConfig
+
+KEPT = (
+    5  # best checkpoints kept: those of the published code's ensemble (experiment_builder.py, top_n_models=5)
+)
+
+
+@dataclass
+class Period:
+    """Sums since the last report; in checkpoints, so that a resumed run reports the same."""
+
+    sums: Tensor  # query losses after 0..I steps, query scores after 0..I, support loss, meta-loss
+    counts: Tensor  # on the CPU, wherever the sums are
+
+    @classmethod
+    def empty(cls, inner_steps: int, device: torch.device) -> Period:
+        """Nothing measured yet."""
+        zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64)
+        return cls(zeros.to(device, copy=True), zeros)
+
+    def add_no_sync(self, measured: Measured) -> None:
+        """Add one meta-step; what it did not measure counts for nothing."""
+        steps = range((len(self.sums) - 2) // 2)
+        values = [part.get(step) for part in (measured.query_losses, measured.query_scores) for step in steps]
+        support = measured.support_losses_I
+        values += [support.mean() if len(support) else None, measured.meta_loss]
+        nothing = self.sums.new_zeros(())
+        self.sums += torch.stack([nothing if value is None else value.double() for value in values])
+        self.counts += torch.tensor([value is not None for value in values])
+
+    def means(self) -> list[float]:
+        """Means of all sums; the one host sync of a report period."""
+        means: list[float] = (self.sums.cpu() / self.counts).tolist()
+        return means
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the tensors, all that a resume needs."""
+
+    step: int = 0  # meta-steps done
+    validated: int = 0  # epochs validated
+    top: list[list[float]] = field(default_factory=list)  # best first: epoch, validation score, half width
+
+
+class Trainer:
+    """Runs meta-steps from a position to the end, or until asked to stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        net: Net,
+        state: MetaState,
+        streams: Mapping[str, Tasks],
+        run: RunFolder,
+        *,
+        device: torch.device,
+        on_event: OnEvent,
+        stop_reason: Callable[[], str],
+        judged_net: Net | None = None,
+    ) -> None:
+        """`judged_net`: with a head for a task's classes, where training has another one.
+
+        `stop_reason`: empty to go on; asked between meta-steps and between chunks of validation tasks.
+        """
+        self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
+        self.device, self.on_event, self.stop_reason = device, on_event, stop_reason
+        self.meta_step = MetaStep(config, net, state)
+        entry = ALGORITHMS[config.algo]
+        captured = device.type == "cuda" and config.cuda_graph is not False and entry.captured
+        self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
+        self.predict = entry.predict(config)
+        self.unrolls = entry.unrolls
+        self.derivatives = derivatives_of(judged_net or net, next(iter(state.slow.values())), config.engine)
+        self.metric = net.objective.metric
+        self.position = Position()
+        self.period = Period.empty(config.inner_steps, device)
+        self._latest: Measured | None = None
+        self._saved_epoch = False  # whether the last epoch's end is in `last.pt`
+        self._moved = False  # whether this process did any meta-step or validation
+        self._reported_at = time.perf_counter()
+        self._tasks_since = 0
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a resume starts from."""
+        return self.run.checkpoints / "last.pt"
+
+    def train(self) -> str:
+        """Go on to the end; return why it stopped before, or "". Raises DivergedError."""
+        config, position = self.config, self.position
+        self._reported_at, self._tasks_since = time.perf_counter(), 0
+        if position.step == 0:
+            self.save()  # so that a divergence in the first epoch leaves something good behind
+        while True:
+            if position.step // config.steps_per_epoch > position.validated:
+                try:
+                    self._validate()
+                except Stopped:
+                    self.save()
+                    return self._stop()
+            if position.step >= config.total_steps:
+                return ""
+            if reason := self._stop():
+                self._check(position.step)  # a CUDA device has not been asked since the last report
+                self.save()
+                return reason
+            self._step()
+            self._moved = True
+
+    def _stop(self) -> str:
+        """Why to stop, or "". A time limit waits for one step or validation, so that resuming leads on."""
+        reason = self.stop_reason()
+        return "" if reason == "time limit" and not self._moved else reason
+
+    def _step(self) -> None:
+        config, position = self.config, self.position
+        epoch = position.step // config.steps_per_epoch
+        step = position.step + 1
+        reports = step == 1 or step % config.report_every == 0 or step % config.steps_per_epoch == 0
+        episodes = self.streams["train"].episodes(
+            position.step * config.meta_batch_size, config.meta_batch_size
+        )
+        measured = self.runner.measure(episodes, epoch, measure_all=reports)
+        self._latest = measured
+        # On a CPU looking is free, so a bad step never moves the weights; CUDA is asked once a report.
+        if reports or self.device.type == "cpu":
+            self._check(step)
+        self.runner.apply(measured, epoch, position.step / config.total_steps)
+        self.period.add_no_sync(measured)
+        self._tasks_since += config.meta_batch_size
+        position.step = step
+        self.on_event(MetaStepDone(step, epoch))
+        if reports:
+            self._report(epoch)
+
+    def _not_captured(self, why: str) -> None:
+        self.on_event(Notice(f"no CUDA graph, so meta-steps are launched one by one: {why}"))
+
+    def _check(self, step: int) -> None:
+        what = what_is_not_finite(self._latest) if self._latest else None
+        if what:
+            clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
+            raise DivergedError(
+                f"training diverged at meta-step {step}: {what}",
+                hint=f"start anew with a lower --inner-lr or --meta-lr{clip}; "
+                f"the last good checkpoint is {self.last}",
+            )
+
+    def _report(self, epoch: int) -> None:
+        steps = self.config.inner_steps
+        means = self.period.means()  # the only sync of the period on a CUDA device
+        now = time.perf_counter()
+        losses, scores = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
+        accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
+        weights, first_order, _ = self.meta_step.schedule(epoch)
+        learnt = self.state.rates.items() if self.state.rates_learnt else ()
+        report = TrainReport(
+            step=self.position.step,
+            epoch=epoch,
+            support_loss=means[-2] if steps else None,
+            query_losses=tuple(losses),
+            query_accuracies=accuracies,
+            query_accuracy=accuracies[-1] if accuracies else None,
+            meta_loss=means[-1],
+            msl_weights=weights,
+            meta_lr=self.meta_step.optimizer.lr_now(),
+            first_order=first_order if self.unrolls else None,
+            tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
+            memory_bytes=memory_bytes(self.device),
+            # Of rates for each weight, their mean.
+            rates={
+                name: tuple(rate.flatten(1).mean(1).tolist() if rate.dim() > 1 else rate.tolist())
+                for name, rate in learnt
+            },
+        )
+        self.period = Period.empty(steps, self.device)
+        self._reported_at, self._tasks_since = now, 0
+        self.run.append_metrics(
+            {key: value for key, value in vars(report).items() if key != "rates" or value}
+        )
+        self.on_event(report)
+
+    def _validate(self) -> None:
+        config, position = self.config, self.position
+        self._saved_epoch = False
+        scores = evaluate(
+            self.derivatives,
+            [self.state],
+            self.streams["val"],
+            tasks=config.val_tasks,
+            inner_steps=config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
+            statistics=Statistics(config.bn),
+            predict=self.predict,
+            on_progress=self._validated_some,
+            should_stop=lambda: bool(self._stop()),
+        ).single[0]
+        position.validated += 1
+        self._moved = True
+        score, ci95 = mean_ci95(scores[:, -1])
+        self._keep_best(position.validated, score, ci95)
+        best_epoch, best_score, best_ci95 = position.top[0]
+        done = ValidationDone(
+            step=position.step,
+            epoch=position.validated,
+            metric=self.metric,
+            val_score=score,
+            val_ci95=ci95,
+            val_per_step=tuple(scores.mean(0).tolist()),
+            val_tasks=config.val_tasks,
+            bn=config.bn if self.net.norm_layers else "none",
+            best_val_score=best_score,
+            best_val_ci95=best_ci95,
+            best_epoch=int(best_epoch),
+        )
+        self.run.append_metrics(named(done))
+        self.save()
+        # Only now: until `last.pt` names the new ones, a reader may still look for the old.
+        kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}
+        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
+            path.unlink()
+        self.on_event(done)
+        # The time that validation took is no training time.
+        self._reported_at, self._tasks_since = time.perf_counter(), 0
+
+    def _validated_some(self, done: int) -> None:
+        if not self._saved_epoch:
+            # The epoch's work should outlive a crash in the rest of validation; its scores are finite.
+            self.save()
+            self._saved_epoch = True
+        self.on_event(Progress("validating", done, self.config.val_tasks))
+
+    def _keep_best(self, epoch: int, score: float, ci95: float) -> None:
+        top = self.position.top
+        top.append([float(epoch), score, ci95])
+        sign = 1 if self.metric == "mse" else -1
+        top.sort(key=lambda entry: (sign * entry[1], entry[0]))  # of equals, the earlier
+        del top[KEPT:]
+        content = {"stored": self.state.stored(), "epoch": epoch, "val_score": score, "val_ci95": ci95}
+        if any(entry[0] == epoch for entry in top):
+            checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
+        if top[0][0] == epoch:
+            checkpoints.save(self.run.checkpoints / "best.pt", content, owner=self.run.owner)
+
+    def save(self) -> None:
+        """Write `last.pt`: everything that a resume needs."""
+        content: dict[str, Any] = {
+            "stored": self.state.stored(),
+            "optimizer": self.meta_step.optimizer.stored(),
+            "period": vars(self.period),
+            "position": vars(self.position),
+        }
+        checkpoints.save(self.last, content, owner=self.run.owner)
+
+    def resume(self) -> None:
+        """Go back to where `last.pt` was written. Raises MamlctlError if it is not whole."""
+        content = checkpoints.load(self.last, owner=self.run.owner, device=self.device)
+        if "optimizer" not in content:
+            raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
+        checkpoints.restore(self.state, content["stored"], self.last)
+        self.meta_step.optimizer.restore(content["optimizer"])
+        self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
+        self.position = Position(**content["position"])
+        self.run.rewind_metrics(self.position.step, self.position.validated)
+
+
+def epoch_file(run: RunFolder, epoch: int) -> Path:
+    """The checkpoint of an epoch, counted from 1."""
+    return run.checkpoints / f"epoch-{epoch:04d}.pt"

@@ -1,0 +1,1 @@
+"""Commands as functions: they return results and print nothing."""

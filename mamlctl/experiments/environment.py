@@ -1,0 +1,60 @@
+"""The machine, the versions and the code that a run was started with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mamlctl
+from mamlctl.data.tasks.streams import Source
+from mamlctl.engine.devices import cpu_model, device_words, precision_of
+from mamlctl.settings.schema import TrainConfig
+
+
+def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to run the same again: versions, machine, code, data, seeds."""
+    return {
+        "mamlctl": mamlctl.__version__,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device_words(device),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": precision_of(config.precision, device),
+        "platform": platform.platform(),
+        "dataset_digest": source.digest,
+        "brightness": source.brightness,
+        "seeds": {
+            "init": config.init_seed,
+            "train": config.train_seed,
+            "split": config.split_seed,
+            "eval": config.eval_seed,
+        },
+        "executable": sys.executable,
+    }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and dirt of the checkout that this package runs from; None in an installed wheel."""
+    root = Path(mamlctl.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit, dirt = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+            )
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(dirt.stdout.strip())}

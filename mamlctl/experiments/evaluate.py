@@ -1,0 +1,140 @@
+"""`eval`: a trained run judged on a fixed list of tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mamlctl.core.events import OnEvent, Progress
+from mamlctl.core.files import replacing, write_json
+from mamlctl.core.results import EvalResult, EvalRow, named
+from mamlctl.core.statistics import mean_ci95
+from mamlctl.data.tasks.label_permutations import Relabelled
+from mamlctl.engine.devices import device_words
+from mamlctl.engine.evaluation.evaluator import Scores, evaluate
+from mamlctl.experiments.trained_model import Judged, open_judged
+from mamlctl.settings.schema import EvalConfig
+
+
+def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:
+    """Judge a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
+
+    Raises what `open_judged` does.
+    """
+    started = time.monotonic()
+    judged = open_judged(path, settings, offline=offline, on_event=on_event)
+    protocol = _protocol(judged, settings)
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
+    folder = judged.run.path / "eval" / f"{settings.split}-{digest}"
+    # Before the work, so that a folder that cannot be written loses none.
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = _scores(judged, settings, on_event)
+    rows = _rows(judged, settings, scores)
+    seconds = time.monotonic() - started
+    document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
+    document |= {"notes": judged.notes, "step": judged.run.status().get("step")}
+    machine = {"device": device_words(judged.device), "seconds": seconds}
+    # The summary last: where it is, the rest is.
+    _write_tasks(folder / "tasks.csv", rows, scores)
+    write_json(folder / "summary.json", document | machine)
+    config = judged.config
+    return EvalResult(
+        str(judged.run.path),
+        config.dataset,
+        config.algo,
+        str(folder),
+        seconds,
+        tuple(rows),
+        notes=judged.notes,
+    )
+
+
+def _scores(judged: Judged, settings: EvalConfig, on_event: OnEvent) -> Scores:
+    """Every task's scores, means over the orders of its labels."""
+    orders = settings.label_permutations
+    scores = evaluate(
+        judged.derivatives,
+        judged.states,
+        judged.stream if orders == 1 else Relabelled(judged.stream, orders),
+        tasks=settings.tasks * orders,
+        inner_steps=judged.inner_steps,
+        statistics=judged.statistics,
+        predict=judged.predict,
+        on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
+    )
+    if orders == 1:
+        return scores
+    *single, ensemble = (
+        part.reshape(settings.tasks, orders, -1).mean(1) for part in (*scores.single, scores.ensemble)
+    )
+    return Scores(single, ensemble)
+
+
+def _protocol(judged: Judged, settings: EvalConfig) -> dict[str, Any]:
+    """All that decides the tasks and how models are judged on them; runs that agree here can be compared."""
+    names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
+    names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
+    protocol: dict[str, Any] = {name: getattr(judged.config, name) for name in names}
+    # Where they are set only, so that evaluations made before there were such settings keep their folders.
+    more = ("disjoint", "label_permutations")
+    changed = {
+        name: value for name in more if (value := getattr(settings, name)) != getattr(EvalConfig, name)
+    }
+    return (
+        protocol
+        | changed
+        | {
+            "bn": judged.bn,
+            "dataset_digest": judged.source.digest,
+            "split": settings.split,
+            "tasks": settings.tasks,
+            "inner_steps": judged.inner_steps,
+        }
+    )
+
+
+def _rows(judged: Judged, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
+    config, epochs = judged.config, judged.epochs
+    common: Mapping[str, Any] = {
+        "metric": judged.derivatives.net.objective.metric,
+        "tasks": settings.tasks,
+        "split": settings.split,
+        "ways": config.ways,
+        "shots": config.shots,
+        "queries": config.queries,
+        "inner_steps": judged.inner_steps,
+        "bn": judged.bn,
+    }
+    models = [("best" if epochs else "last", scores.single[0], tuple(epochs[:1]))]
+    if epochs:
+        models.append((f"ensemble-{len(judged.states)}", scores.ensemble, tuple(epochs)))
+    rows = []
+    for model, right, used in models:
+        per_step = [mean_ci95(column) for column in right.T]
+        rows.append(
+            EvalRow(
+                model=model,
+                score=per_step[-1][0],
+                ci95=per_step[-1][1],
+                epochs=used,
+                per_step=tuple(mean for mean, _ in per_step),
+                per_step_ci95=tuple(half for _, half in per_step),
+                **common,
+            )
+        )
+    return rows
+
+
+def _write_tasks(path: Path, rows: Sequence[EvalRow], scores: Scores) -> None:
+    """One line a task: its number and each row's score after the last inner step."""
+    columns = [scores.single[0][:, -1], scores.ensemble[:, -1]][: len(rows)]
+    with replacing(path) as file:
+        file.write(("task," + ",".join(row.model for row in rows) + "\n").encode())
+        for task, values in enumerate(np.stack(columns, axis=1).tolist()):
+            file.write((f"{task}," + ",".join(f"{value:.6f}" for value in values) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Grids: many runs, and their table."""

@@ -1,0 +1,153 @@
+"""`ablate`: a grid of trainings brought to its end, cell by cell, and its table."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.data.tasks.streams import open_streams
+from mamlctl.engine.training.initial_state import build
+from mamlctl.experiments.executors.jobs import Ended, Executor
+from mamlctl.experiments.grid.build_table import Source, Wanted, tabulate
+from mamlctl.experiments.grid.command_lines import train_arguments
+from mamlctl.experiments.grid.grid import CELLS, Grid, GridCell
+from mamlctl.experiments.grid.grid_folder import save_plan, working_on
+from mamlctl.experiments.grid.scheduler import _failed, _Filling, _is_left, _why
+from mamlctl.experiments.interrupts import StopRequests
+from mamlctl.experiments.settings import complete
+from mamlctl.experiments.trained_model import test_problems
+from mamlctl.report.report_folder import write_files
+from mamlctl.report.table import Table
+from mamlctl.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """How far a grid has come, and its table."""
+
+    folder: Path
+    table: Table
+    reason: str  # why it stopped before its end; "" if it did not
+    failed: Mapping[str, str]  # cells whose commands failed -> what they said last
+    left: int  # cells that are not done
+    files: tuple[Path, ...]
+
+
+def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
+    """Fetch and open what the cells will need and build their networks, so that what fails does so once.
+
+    Raises SettingsError for tasks that a split is too small for or images that a network cannot take,
+    DataError for missing or damaged data.
+    """
+    evaluate, configs = grid.evaluate, [complete(row.config) for row in grid.rows]
+    if problems := [problem for config in configs for problem in test_problems(config, evaluate)]:
+        raise SettingsError(list(dict.fromkeys(problems)))
+    cpu = torch.device("cpu")
+    _, source = open_streams(
+        configs[0], ("train", "val"), cpu, torch.float32, offline=offline, on_event=on_event
+    )
+    open_streams(
+        configs[0],
+        (evaluate.split,),
+        cpu,
+        torch.float32,
+        offline=offline,
+        on_event=on_event,
+        disjoint=evaluate.disjoint,
+    )
+    for config in configs:
+        build(config, source.example_shape, torch.device("meta"), classes=source.classes.get("train"))
+    for cell in grid.cells:
+        known = RunFolder(cell.folder, cell.config).environment().get("dataset_digest", source.digest)
+        if known != source.digest:
+            here = f"{configs[0].dataset} has digest {source.digest:.12}"
+            fact = f"{here}, but {cell.folder} was trained on {known:.12}"
+            raise DataError(fact, hint="choose another --out: rows of one table see the same images")
+
+
+def ablate(
+    grid: Grid,
+    executor: AbstractContextManager[Executor],
+    *,
+    time_limit_s: float | None,
+    on_event: OnEvent,
+    offline: bool = False,
+) -> GridResult:
+    """Train and test whatever of the grid is missing, then make its table and its files.
+
+    Raises MamlctlError if another process fills the grid, or for a damaged cell.
+    """
+    started = time.monotonic()
+    with working_on(grid):
+        save_plan(grid)
+        waiting = [cell.name for cell in grid.cells if _is_left(cell, grid)]
+        if grid.left_out:
+            told = ", ".join(grid.left_out)
+            on_event(Notice(f"left out or renamed, since an improvement means nothing there: {told}"))
+        reason, ended = "", dict[str, Ended]()
+        if waiting:
+            on_event(Notice(f"into {grid.folder}"))
+            limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)
+            with limited as stop, executor as running:
+                filling = _Filling(grid, waiting, running, stop, on_event, offline)
+                reason, ended = filling.run(), filling.ended
+        failed = {name: _why(end) for name, end in ended.items() if _failed(end)}
+        table = grid_table(grid, failed)
+        left = sum(_is_left(cell, grid) for cell in grid.cells)
+        files = write_files(table, grid.folder)
+    return GridResult(grid.folder, table, reason, failed, left, tuple(files))
+
+
+def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
+    """The table of what the grid's folder holds now."""
+    rows = [
+        Wanted(
+            row.label,
+            row.config,
+            tuple(
+                Source(cell.seed, cell.folder, shlex.join(_train_line(cell)), failed.get(cell.name, ""))
+                for cell in grid.cells
+                if cell.row == row
+            ),
+        )
+        for row in grid.rows
+    ]
+    return tabulate(grid.plan, rows, grid.evaluate, root=grid.folder, commands=[grid.command])
+
+
+def _train_line(cell: GridCell) -> list[str]:
+    return ["mamlctl", "train", *train_arguments(cell.config), "--out", f"{CELLS}/{cell.name}"]
+
+
+@contextmanager
+def local_executor(grid: Grid, workers: int) -> Iterator[Executor]:
+    """Workers on this machine, each with a CUDA device where there are some."""
+    from mamlctl.experiments.executors.local import LocalExecutor
+
+    executor = LocalExecutor(workers, grid.folder / "logs", cuda_devices=_cuda_devices(grid))
+    try:
+        yield executor
+    finally:
+        executor.stop(signal.SIGTERM)  # what still runs after an error would train on
+
+
+def workers_here(grid: Grid, workers: int | None) -> int:
+    """As asked for; else one for each CUDA device that cells may take; on a CPU one, with all threads."""
+    return max(len(_cuda_devices(grid)), 1) if workers is None else workers
+
+
+def _cuda_devices(grid: Grid) -> list[str]:
+    """Devices to share out; none where cells name their own, or the CPU."""
+    from mamlctl.experiments.executors.local import visible_cuda_devices
+
+    wants = {row.config.device for row in grid.rows}
+    return visible_cuda_devices() if wants <= {"auto", "cuda"} else []

@@ -1,0 +1,90 @@
+"""Settings as command lines that give them: plain lines to run by hand, a script for a cluster's queue."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from mamlctl.core.problems import flag
+from mamlctl.data.sets.registry import is_curves
+from mamlctl.experiments.grid.grid import Grid, GridCell
+from mamlctl.experiments.settings import resolve_settings
+from mamlctl.run_folder import CONFIG
+from mamlctl.settings.schema import EvalConfig, TrainConfig
+
+
+def train_arguments(config: TrainConfig) -> tuple[str, ...]:
+    """Arguments of `mamlctl train` that give these settings, and no more than it takes."""
+    named = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
+    if is_curves(config.dataset):
+        del named["ways"]
+    if config.net != TrainConfig.net:
+        named["net"] = config.net
+    defaults = asdict(resolve_settings([("flag", named)], checked=False).config)
+    wanted = asdict(config)
+    differing = {name: value for name, value in wanted.items() if defaults[name] != value}
+    return settings_arguments({**named, **differing})
+
+
+def settings_arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flags that give settings these values."""
+    return tuple(word for name, value in values.items() for word in _spelt(name, value))
+
+
+def _spelt(name: str, value: Any) -> list[str]:
+    if value is None:  # a flag cannot take back what the algorithm or the data set implies
+        return ["--set", f"{name}=null"]
+    if isinstance(value, bool):
+        return [flag(name) if value else flag("no_" + name)]
+    return [flag(name), str(value)]
+
+
+def eval_arguments(settings: EvalConfig) -> tuple[str, ...]:
+    """Arguments of `mamlctl eval` after the run folder."""
+    values = {item.name: (getattr(settings, item.name), item.default) for item in fields(settings)}
+    return settings_arguments(
+        {name: value for name, (value, default) in values.items() if name == "tasks" or value != default}
+    )
+
+
+def cell_lines(grid: Grid) -> list[str]:
+    """A shell line for every cell that trains it, or goes on with it, and tests it."""
+    return [_cell_line(cell, cell_test(cell, grid.evaluate)) for cell in grid.cells]
+
+
+def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:
+    """Arguments of `mamlctl eval` after a cell's folder: the grid's test, where the cell trains."""
+    return eval_arguments(replace(evaluate, device=cell.config.device, data_root=cell.config.data_root))
+
+
+def _cell_line(cell: GridCell, evaluate: Sequence[str]) -> str:
+    folder = os.path.relpath(cell.folder)
+    train = shlex.join(["mamlctl", "train", *train_arguments(cell.config), "--out", folder])
+    resume = shlex.join(["mamlctl", "train", "--resume", folder])
+    test = shlex.join(["mamlctl", "eval", folder, *evaluate])
+    # A queue may start a job again that it has stopped.
+    begun = f"[ -e {shlex.quote(folder)}/{CONFIG} ]"
+    return f"if {begun}; then {resume}; else {train}; fi && {test}"
+
+
+def slurm_script(name: str, commands: Sequence[str]) -> str:
+    """A SLURM array job with one of the commands for each of its tasks.
+
+    Time, memory and partition are the user's: sbatch takes them as options.
+    """
+    name = re.sub(r"[^\w.+-]", "_", name)
+    listed = "\n".join(f"  {shlex.quote(command)}" for command in commands)
+    return f"""#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{len(commands) - 1}
+#SBATCH --ntasks=1
+#SBATCH --output={name}-%a.log
+commands=(
+{listed}
+)
+eval "${{commands[$SLURM_ARRAY_TASK_ID]}}"
+"""

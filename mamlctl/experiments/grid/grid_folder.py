@@ -1,0 +1,156 @@
+"""A grid's folder: its plan saved and loaded, locked while a process fills it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.files import one_writer, write_text
+from mamlctl.core.problems import Problem, flag
+from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
+from mamlctl.experiments.settings import complete
+from mamlctl.run_folder import CONFIG, MOVABLE, lasting, open_run, shared
+from mamlctl.settings.merge import evaluation_settings, resolve
+from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+
+
+def open_grid(
+    folder: Path | None,
+    plan: str,
+    rows: Sequence[GridRow],
+    seeds: Sequence[int],
+    evaluate: EvalConfig,
+    command: str,
+) -> Grid:
+    """A new grid, or one that is there and has the same rows; it may have other seeds and test tasks.
+
+    `folder`: None for the one under runs/ that belongs to these settings. Raises SettingsError where the
+    folder has rows with other settings, MamlctlError where it is something else.
+    """
+    path = (folder or _default_folder(plan, rows)).expanduser().absolute()
+    grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)
+    if path.exists() and not path.is_dir():
+        raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
+    if (path / PLAN).is_file():
+        if problems := _differences(load_grid(path), grid):
+            raise SettingsError(problems)
+    elif path.is_dir() and any(entry.name not in (CELLS, "lock") for entry in path.iterdir()):
+        raise MamlctlError(f"{path} is no folder of a grid: it has no {PLAN}", hint="choose another --out")
+    if problems := [problem for cell in grid.cells for problem in _cell_problems(cell)]:
+        raise SettingsError(problems)
+    return grid
+
+
+def save_plan(grid: Grid) -> None:
+    """Write plan.yaml: what a second call goes on with."""
+    common = shared([asdict(row.config) for row in grid.rows])
+    document = {
+        "format": FORMAT,
+        "plan": grid.plan,
+        "command": grid.command,
+        "seeds": list(grid.seeds),
+        "evaluate": not_default(grid.evaluate),
+        "rows": [
+            {"row": row.label, "folder": row.slug, "settings": _own(row.config, common)} for row in grid.rows
+        ],
+        "settings": common,
+    }
+    (grid.folder / CELLS).mkdir(parents=True, exist_ok=True)
+    write_text(grid.folder / PLAN, yaml.safe_dump(document, sort_keys=False, width=100))
+
+
+def load_grid(folder: Path) -> Grid:
+    """The grid of a folder. Raises MamlctlError for a folder that has none, or a damaged one."""
+    path = folder.expanduser().absolute()
+    try:
+        document = yaml.safe_load((path / PLAN).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "name the folder that 'mamlctl ablate' printed"
+        raise MamlctlError(f"{path} has no {PLAN} that can be read", hint=hint) from error
+    except yaml.YAMLError as error:
+        raise _damaged(path, "not YAML") from error
+    try:
+        if document["format"] != FORMAT or not document["rows"] or not document["seeds"]:
+            raise ValueError(f"format {document['format']} with {len(document['rows'])} rows")
+        rows = [_loaded_row(path, document["settings"], row) for row in document["rows"]]
+        seeds = tuple(int(seed) for seed in document["seeds"])
+        evaluate = evaluation_settings(document["evaluate"], str(path / PLAN))
+        return Grid(path, str(document["plan"]), tuple(rows), seeds, evaluate, str(document["command"]))
+    except (KeyError, TypeError, ValueError, AttributeError, SettingsError) as error:
+        raise _damaged(path, f"{type(error).__name__} {error}".splitlines()[0]) from error
+
+
+def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -> GridRow:
+    values = {**common, **row["settings"]}
+    if missing := FIELDS.keys() - values.keys():
+        raise ValueError(f"{len(missing)} settings are missing, such as {min(missing)}")
+    # Every setting is there, so no algorithm's defaults are asked for.
+    return GridRow(str(row["row"]), str(row["folder"]), resolve([(str(path / PLAN), values)], list).config)
+
+
+def _damaged(path: Path, why: str) -> MamlctlError:
+    return MamlctlError(f"{path / PLAN} is damaged: {why}", hint="give the plan again, with another --out")
+
+
+def working_on(grid: Grid) -> AbstractContextManager[None]:
+    """Be the one who fills the grid's cells. Raises MamlctlError if another process is."""
+    grid.folder.mkdir(parents=True, exist_ok=True)
+    return one_writer(grid.folder, "folder")
+
+
+def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
+    """One folder for the same settings, so that the same command finds what it began."""
+    first = complete(rows[0].config)
+    told = [[row.label, lasting(row.config)] for row in rows]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
+    ways = f"{first.ways}w" if first.ways > 1 else ""
+    return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
+
+
+def _differences(there: Grid, wanted: Grid) -> list[Problem]:
+    """Why the grid that is there cannot take the rows that are wanted: (fact, way out) pairs."""
+    way = "choose another --out, or the settings of the one that is there"
+    old = {row.label: row.config for row in there.rows}
+    if list(old) != [row.label for row in wanted.rows]:
+        fact = f"{there.folder} has the rows of {there.plan} ({len(old)}), not of {wanted.plan}"
+        return [(f"{fact} ({len(wanted.rows)})", way)]
+    changed: dict[tuple[str, Any, Any], list[str]] = {}
+    for row in wanted.rows:
+        before, now = lasting(old[row.label]), lasting(row.config)
+        for key in now:
+            if before[key] != now[key]:
+                changed.setdefault((key, now[key], before[key]), []).append(row.label)
+    everywhere = len(wanted.rows)
+    return [
+        (
+            f"{flag(key)} is {now}{'' if len(labels) == everywhere else f' for {labels[0]}'}, "
+            f"but {there.folder} has {before}",
+            way,
+        )
+        for (key, now, before), labels in changed.items()
+    ]
+
+
+def _cell_problems(cell: GridCell) -> list[Problem]:
+    """Why the run folder that is there is not this cell's: (fact, way out) pairs."""
+    if not (cell.folder / CONFIG).is_file():
+        return []
+    there, wanted = asdict(open_run(cell.folder).config), asdict(cell.config)
+    way = "choose another --out, or move that folder away"
+    return [
+        (f"{cell.folder} was trained with {key} {there[key]}, not {wanted[key]}", way)
+        for key in wanted
+        if key not in MOVABLE and there[key] != wanted[key]
+    ][:3]
+
+
+def _own(config: TrainConfig, common: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key not in common}

@@ -1,0 +1,207 @@
+"""A trained run adapted to the user's own classes: what predicts, and what can be saved of it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DivergedError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import replacing
+from mamlctl.data.reading.image_files import FILTERS
+from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.tasks.episodes import Episodes, mini_batches
+from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
+from mamlctl.data.tasks.user_images import OwnSupport, Reader, read_support
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.devices import tensor_dtype
+from mamlctl.engine.evaluation.adapted_model import Fitted, fit, plain_weights, with_ways
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import HEAD
+from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training.initial_state import build
+from mamlctl.experiments.trained_model import as_asked, checkpoint_files, eval_steps, load_state
+from mamlctl.run_folder import RunFolder, open_run
+from mamlctl.settings.schema import EvalConfig, TrainConfig
+
+FORMAT = 1  # of the file that `save_adapted` writes
+
+PLAIN = 0.2  # a mean brightness at least so far from the middle tells the colour of the paper
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A run's best checkpoint adapted to the user's own classes."""
+
+    run: RunFolder
+    config: TrainConfig  # complete, with what evaluation replaces
+    name: str
+    support: OwnSupport
+    read: Reader
+    device: torch.device
+    fitted: Fitted
+    head: str  # what tells the classes apart
+
+    @property
+    def bn(self) -> str:
+        """What normalises the images; none without batch norm."""
+        return self.config.bn if self.fitted.derivatives.net.norm_layers else "none"
+
+    @property
+    def inner_steps(self) -> int:
+        """Taken on the support set."""
+        return eval_steps(self.config)
+
+    def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Of every class -> _MN. Raises DivergedError where there are none."""
+        scores_MN = self.fitted.scores(_values(self.config, x_MCHW, self.device))
+        if not bool(scores_MN.isfinite().all()):
+            hint = "use fewer --inner-steps, a lower --inner-lr, or another run"
+            raise DivergedError("the adapted model's predictions are not finite", hint=hint)
+        found: NDArray[np.float64] = scores_MN.double().softmax(1).cpu().numpy()
+        return found
+
+
+def adapt_to(
+    path: Path, settings: EvalConfig, support_path: Path, *, to_save: bool, on_event: OnEvent
+) -> OwnModel:
+    """Adapt a run's best checkpoint to class folders; the data that it was trained on are not needed.
+
+    `to_save`: as layers. Raises SettingsError for what the run cannot do, DataError for images that are not
+    there, MamlctlError for a damaged run.
+    """
+    run = open_run(path)
+    if is_curves(run.config.dataset):
+        fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
+        raise SettingsError([(fact, "name a run of images")])
+    config, device = as_asked(run, _independent(run, settings), on_event)
+    entry, shape = ALGORITHMS[config.algo], _example_shape(config)
+    if to_save and entry.tells_by == "neighbours":
+        fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
+        raise SettingsError([(fact, "leave it out, or use a run of protonet")])
+    files, epochs = checkpoint_files(run, on_event)
+    learnt = load_state(run, files[0], settings, shape, device)
+    read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
+    support = read_support(support_path, read)
+    _tell_of_support(run, support, on_event)
+    ways = len(support.classes)
+    head = _head_words(config, learnt, ways)
+    state = with_ways(learnt, ways, entry.tells_by)
+    net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
+    fitted = fit(
+        derivatives_of(net, next(iter(state.slow.values())), config.engine),
+        state,
+        _episode(config, support, device),
+        inner_steps=eval_steps(config),
+        statistics=Statistics(config.bn),
+        tells_by=entry.tells_by,
+        proximal=config.proximal,
+        inner_optimizer=config.inner_optimizer,
+    )
+    name = f"best, epoch {epochs[0]}" if epochs else "last"
+    return OwnModel(run, config, name, support, read, device, fitted, head)
+
+
+def _independent(run: RunFolder, settings: EvalConfig) -> EvalConfig:
+    """The settings with a batch norm that lets no image's prediction depend on the others asked about.
+
+    Unless --bn says otherwise: transductive is the custom of papers, not what anyone expects of a classifier.
+    """
+    if settings.bn is None and run.config.bn == Statistics.OWN.value:
+        return replace(settings, bn=Statistics.SUPPORT.value)
+    return settings
+
+
+def _example_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """C, H, W of the run's images."""
+    assert config.channels is not None and config.image_size is not None  # as `complete` leaves them
+    return config.channels, config.image_size, config.image_size
+
+
+def _tell_of_support(run: RunFolder, support: OwnSupport, on_event: OnEvent) -> None:
+    for problem in support.unreadable:
+        on_event(Notice(f"left out: {problem}"))
+    if copies := len(support.digests) - len(set(support.digests)):
+        on_event(Notice(f"support files that are copies of another, and count again: {copies}"))
+    # Older runs, which do not tell, had sets with dark ink on white paper.
+    trained = float(run.environment().get("brightness") or 0.9)
+    own = float(support.x_ECHW.mean() / 255)
+    if abs(trained - 0.5) > PLAIN and (own - 0.5) * (trained - 0.5) < 0:
+        paper = "dark on white" if trained > 0.5 else "bright on black"
+        fact = f"mean brightness {own:.2f}, where {run.config.dataset} has {trained:.2f}"
+        on_event(Notice(f"support images have {fact}: the run knows images {paper}, so invert yours"))
+
+
+def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
+    """What tells so many classes apart. Raises SettingsError where the run's head cannot be made to."""
+    match ALGORITHMS[config.algo].tells_by:
+        case "prototypes":
+            return "prototypes: the mean features of each class"
+        case "neighbours":
+            return "nearest support image in the features"
+        case "zeros":
+            return "a new head of zeros"
+    if ways == config.ways:
+        return "the learnt head"
+    adapted = not learnt.rates.keys().isdisjoint(HEAD)
+    if ways > config.ways and not adapted:
+        fact = f"there are {ways} classes, but the run learnt a head for {config.ways}, which is not adapted"
+        raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
+    some = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
+    return f"the learnt head of {config.ways} classes, {some}"
+
+
+def _episode(config: TrainConfig, support: OwnSupport, device: torch.device) -> Episodes:
+    """The support set as a task without queries."""
+    x_ECHW = _values(config, support.x_ECHW, device)
+    y_E, steps, size = torch.from_numpy(support.y_E).to(device), eval_steps(config), config.eval_inner_batch
+    batches_TIB = None
+    if size is not None and size < len(y_E):
+        batches = mini_batches(config.eval_seed, "own batches", 0, len(y_E), steps, size)
+        batches_TIB = torch.from_numpy(batches).to(device).unsqueeze(0)
+    return Episodes(x_ECHW.unsqueeze(0), y_E.unsqueeze(0), x_ECHW[None, :0], y_E[None, :0], None, batches_TIB)
+
+
+def _values(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """Images as the network sees them."""
+    values = PixelValues(
+        ink=int(config.ink or 0),
+        normalize=str(config.normalize),
+        channels=x_MCHW.shape[1],
+        device=device,
+        dtype=tensor_dtype(config.precision),
+    )
+    return values(torch.from_numpy(x_MCHW).to(device))
+
+
+def save_adapted(path: Path, model: OwnModel, on_event: OnEvent) -> None:
+    """Write weights that torch's own layers load, and all else that predicting without mamlctl takes."""
+    if model.bn == Statistics.OWN.value:
+        on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
+    config, read = model.config, model.read
+    colours = config.normalize == "imagenet"
+    named = ("net", "filters", "hidden", "pooling", "readout", "activation")
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "classes": list(model.support.classes),
+        "channels": read.channels,
+        "side": read.side,
+        "resize": read.resize,
+        "ink": config.ink,  # a pixel is value / 255, and with ink 1 one minus that,
+        "mean": list(IMAGENET_MEAN) if colours else [0.0],  # less the mean,
+        "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],  # over the deviation
+        "settings": {name: getattr(config, name) for name in named} | {"algo": config.algo},
+        "weights": plain_weights(model.fitted),
+    }
+    # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    with replacing(path) as file:
+        file.write(whole.getbuffer())

@@ -1,0 +1,63 @@
+"""Ways to ask a run to stop: Ctrl-C, SIGTERM, a time limit."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from types import FrameType, TracebackType
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.events import Notice, OnEvent
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "90", "90s", "9m" or "1h30m". Raises SettingsError for anything else."""
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?[smhd]?))+", text.strip()) and re.findall(
+        r"(\d+(?:\.\d+)?)([smhd]?)", text
+    )
+    seconds = sum(float(number) * UNITS_S[unit or "s"] for number, unit in parts or ())
+    if seconds <= 0:
+        raise SettingsError([(f"--time-limit '{text}' is not a duration", "write 90s, 9m or 1h30m")])
+    return seconds
+
+
+class StopRequests:
+    """While entered, turns the first SIGINT or SIGTERM into a request; a second SIGINT leaves at once."""
+
+    def __init__(self, on_event: OnEvent, *, time_limit_s: float | None, started: float) -> None:
+        """`started`: time.monotonic() from which the limit counts."""
+        self._on_event = on_event
+        self._deadline = None if time_limit_s is None else started + time_limit_s
+        self._signal, self._told = "", False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def reason(self) -> str:
+        """Why to stop: "", "SIGINT", "SIGTERM" or "time limit"."""
+        if self._signal and not self._told:
+            self._told = True
+            self._on_event(Notice(f"{self._signal}: saving; Ctrl-C leaves at once, unsaved"))
+        if self._signal:
+            return self._signal
+        return "time limit" if self._deadline is not None and time.monotonic() >= self._deadline else ""
+
+    def __enter__(self) -> StopRequests:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = self._signal or signal.Signals(number).name
+        self._on_event(
+            Notice(f"{self._signal}: stopping after this meta-step; Ctrl-C leaves at once, unsaved")
+        )

@@ -1,0 +1,204 @@
+"""The pictures of a run: curves or images before and after adaptation, training, learnt rates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.tasks.curve_tasks import CurveStream
+from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Tasks
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.training.initial_state import build
+from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.train import resume, train
+from mamlctl.experiments.trained_model import Judged, open_judged
+from mamlctl.report.figures import run_figures
+from mamlctl.report.figures.style import save
+from mamlctl.run_folder import open_run
+from mamlctl.settings.schema import EvalConfig
+
+TASKS = 3  # of each kind in a picture
+
+POINTS = 200  # of a drawn curve
+
+STEPS = (0, 1, 5, 10)  # inner steps whose curves are drawn, as in MAML's own picture
+
+# What a pre-trained start shares with the run that it stands beside.
+SHARED: tuple[str, ...] = (
+    "dataset",
+    "shots",
+    "queries",
+    "net",
+    "hidden",
+    "activation",
+    "meta_batch_size",
+    "epochs",
+)
+
+SHARED += (
+    "steps_per_epoch",
+    "val_tasks",
+    "precision",
+    "seed",
+    "init_seed",
+    "train_seed",
+    "eval_seed",
+    "inner_lr",
+)
+
+
+def draw(
+    path: Path, settings: EvalConfig, beside: Sequence[Path], *, offline: bool, on_event: OnEvent
+) -> list[Path]:
+    """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
+
+    `beside`: runs whose curves stand beside this one's; without any, a start pre-trained on all curves by as
+    many meta-steps is made and kept in plots/. Raises what `open_judged` and `train` do, KeyboardInterrupt or
+    SystemExit when that pre-training is stopped.
+    """
+    judged = open_judged(path, settings, offline=offline, on_event=on_event)
+    folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
+    if is_curves(judged.config.dataset):
+        others = list(beside)
+        if not others and ALGORITHMS[judged.config.algo].start != "pre-trained":
+            others = [_pretrained(judged, folder / "pretrained", offline, on_event)]
+        opened = [open_judged(other, settings, offline=offline, on_event=on_event) for other in others]
+        for other in opened:
+            if other.source.digest != judged.source.digest:
+                fact = (
+                    f"{other.run.path} has curves of {other.config.dataset}, this run {judged.config.dataset}"
+                )
+                raise SettingsError([(fact, "name runs of the same data set")])
+        figures = {"regression": run_figures.regression(_panels([judged, *opened]), name)}
+    elif beside:
+        raise SettingsError([("--beside is for curves, and this run has images", "leave it out")])
+    else:
+        figures = {"tasks": run_figures.tasks(_task_pictures(judged), name)}
+    metrics = judged.run.metrics()
+    reports = [entry for entry in metrics if "query_losses" in entry]
+    if reports:
+        validations = [entry for entry in metrics if "val_tasks" in entry]
+        figures["training"] = run_figures.training(
+            reports, validations, "mse" if is_curves(judged.config.dataset) else "accuracy"
+        )
+    state = judged.states[0]
+    if state.rates_learnt:
+        learnt = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
+        figures["rates"] = run_figures.rates(learnt, name)
+    return [file for stem, figure in figures.items() for file in save(figure, folder / stem)]
+
+
+def _pretrained(judged: Judged, path: Path, offline: bool, on_event: OnEvent) -> Path:
+    """A run of `transfer` with as many meta-steps, made once; one that was stopped goes on."""
+    given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
+    if path.is_dir() and open_run(path).status().get("status") == "finished":
+        return path
+    on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
+    if path.is_dir():
+        result = resume(path, {}, **given)
+    else:
+        values = {name: getattr(judged.run.config, name) for name in SHARED} | {
+            "device": judged.config.device
+        }
+        wanted = {name: value for name, value in values.items() if value is not None}
+        layer = wanted | {"algo": "transfer", "report_every": 1000}
+        result = train(resolve_settings([("run", layer)]).config, out=path, **given)
+    if result.reason == "SIGINT":
+        raise KeyboardInterrupt
+    if result.reason:
+        raise SystemExit(ExitCode.TERMINATED)
+    return path
+
+
+def _panels(judged: Sequence[Judged]) -> list[list[run_figures.Panel]]:
+    """A row a task of the first run: each start, and a random one, before and after adaptation."""
+    first = judged[0]
+    starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in judged]
+    if not any(title.startswith("random") for title, _ in starts):
+        scratch = replace(first, predict=adapted, states=[_random_start(first)], stream=_bare(first.stream))
+        starts.append(("random start", scratch))
+    stream = _bare(first.stream)
+    assert isinstance(stream, CurveStream)
+    return [[_panel(run, stream, task, title) for title, run in starts] for task in range(TASKS)]
+
+
+def _bare(stream: Tasks) -> Tasks:
+    """The stream without its mini-batches."""
+    return stream.stream if isinstance(stream, MiniBatches) else stream
+
+
+def _random_start(judged: Judged) -> MetaState:
+    _, state = build(judged.config, judged.source.example_shape, judged.device)
+    return state
+
+
+def _panel(judged: Judged, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
+    """The curve of one task, and what a start makes of it."""
+    own = judged.stream
+    # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
+    seen_by = MiniBatches(stream, max(STEPS), own.size) if isinstance(own, MiniBatches) else stream
+    episodes = seen_by.episodes(task, 1)
+    low, high = stream.family.window
+    x = np.linspace(low, high, POINTS)
+    truth = stream.curve(task, x)
+    like = episodes.support_x_TECHW
+    seen = replace(
+        episodes,
+        query_x_TECHW=torch.from_numpy(x).to(like).view(1, -1, 1),
+        query_y_TE=torch.from_numpy(truth).to(like).view(1, -1),
+    )
+    most = max(STEPS)
+    outputs_ITEN = _outputs(judged, seen, most)
+    curves = []
+    for steps in STEPS:
+        y = outputs_ITEN[steps, 0, :, 0].double().cpu().numpy()
+        curves.append(run_figures.Curve(steps, y, float(((y - truth) ** 2).mean())))
+    support_x, support_y = (
+        part[0].flatten().double().cpu().numpy() for part in (like, episodes.support_y_TE)
+    )
+    return run_figures.Panel(title, x, truth, support_x, support_y, curves)
+
+
+def _outputs(judged: Judged, episodes: Episodes, inner_steps: int) -> torch.Tensor:
+    with torch.no_grad():
+        return judged.predict(
+            judged.derivatives,
+            judged.states[0].frozen(),
+            episodes,
+            inner_steps=inner_steps,
+            statistics=judged.statistics,
+        )
+
+
+def _task_pictures(judged: Judged) -> list[run_figures.TaskPicture]:
+    """The first test tasks with the predictions after all inner steps."""
+    episodes = judged.stream.episodes(0, TASKS)
+    predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1).cpu()
+    config = judged.config
+    # One query of every class after the other, so that the first ones are of all classes.
+    order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()
+
+    def shown(x: torch.Tensor) -> NDArray[np.float64]:
+        # Ink is dark on paper, whatever its value in the network.
+        return (1 - x if config.ink == 1 and x.shape[-3] == 1 else x).double().cpu().numpy()
+
+    return [
+        run_figures.TaskPicture(
+            shown(episodes.support_x_TECHW[task].unflatten(0, (config.ways, -1))),  # type: ignore[no-untyped-call]
+            shown(episodes.query_x_TECHW[task])[order],
+            episodes.query_y_TE[task].cpu()[order].numpy(),
+            predicted_TE[task][order].numpy(),
+        )
+        for task in range(TASKS)
+    ]

@@ -1,0 +1,253 @@
+"""A trained run made ready to predict: its checkpoints, its data, and how its algorithm adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.problems import Problem, flag
+from mamlctl.data.sets.registry import absolute, find, is_curves
+from mamlctl.data.tasks.disjoint import DisjointTasks
+from mamlctl.data.tasks.episodes import MiniBatches, Tasks
+from mamlctl.data.tasks.streams import Source, open_streams
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.derivatives.interface import Derivatives
+from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.devices import device_problems, open_device, tensor_dtype
+from mamlctl.engine.evaluation.prediction import Predict
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.initial_state import adapted_names, build
+from mamlctl.engine.training.trainer import epoch_file
+from mamlctl.experiments.settings import complete
+from mamlctl.run_folder import RunFolder, open_run
+from mamlctl.settings.rules import limit_problems
+from mamlctl.settings.schema import EvalConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run with all that evaluating it takes."""
+
+    run: RunFolder
+    config: TrainConfig  # complete, with what evaluation replaces
+    source: Source
+    stream: Tasks
+    device: torch.device
+    derivatives: Derivatives
+    predict: Predict
+    states: Sequence[MetaState]  # best first
+    epochs: Sequence[int]  # of the states; empty before any validation
+    inner_steps: int
+    notes: tuple[str, ...] = ()  # what a reader of the results must know
+
+    @property
+    def statistics(self) -> Statistics:
+        """What normalises a query set."""
+        return Statistics(self.config.bn)
+
+    @property
+    def bn(self) -> str:
+        """The same in words; none without batch norm."""
+        return self.config.bn if self.derivatives.net.norm_layers else "none"
+
+
+def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> Judged:
+    """Open a run as the settings ask for.
+
+    Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
+    """
+    run = open_run(path)
+    config, device = as_asked(run, settings, on_event)
+    files, epochs = checkpoint_files(run, on_event)
+    streams, source = open_streams(
+        config,
+        (settings.split,),
+        device,
+        tensor_dtype(config.precision),
+        offline=offline,
+        on_event=on_event,
+        stored=run.classes() if settings.dataset is None else None,
+        disjoint=settings.disjoint,
+    )
+    stream = streams[settings.split]
+    known = run.environment().get("dataset_digest", source.digest)
+    notes = _notes(complete(run.config), config) + _notes_of_tasks(stream, settings)
+    if settings.dataset is None and source.digest != known:
+        notes += ("these data are not those of the training: images or classes have changed",)
+        on_event(Notice(notes[-1]))
+    states = [load_state(run, file, settings, source.example_shape, device) for file in files]
+    net, _ = build(config, source.example_shape, torch.device("meta"))
+    return Judged(
+        run,
+        config,
+        source,
+        stream,
+        device,
+        derivatives_of(net, next(iter(states[0].slow.values())), config.engine),
+        ALGORITHMS[config.algo].predict(config),
+        states,
+        epochs,
+        eval_steps(config),
+        notes,
+    )
+
+
+def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
+    """What was done to another data set's images for the run's network."""
+    if config.dataset == trained.dataset:
+        return ()
+    note = f"trained on {trained.dataset}, tested on {config.dataset}"
+    if is_curves(config.dataset):
+        return (note,)
+    data_set = find(config.dataset)
+    channels, side, _ = data_set.image_shape_CHW
+    if data_set.open_shaped is not None or side != config.image_size:
+        note += f", its images brought to {config.image_size}x{config.image_size} pixels"
+    if data_set.open_shaped is None and channels < (config.channels or channels):
+        note += ", grey repeated in three colours"
+    return (note,)
+
+
+def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
+    """How often images are used and labels reordered, where that was asked for."""
+    drawn = stream.stream if isinstance(stream, MiniBatches) else stream
+    notes = [drawn.words(settings.tasks)] if isinstance(drawn, DisjointTasks) else []
+    if settings.label_permutations > 1:
+        notes.append(
+            f"each task judged under {settings.label_permutations} orders of its labels, and averaged"
+        )
+    return tuple(notes)
+
+
+def as_asked(run: RunFolder, settings: EvalConfig, on_event: OnEvent) -> tuple[TrainConfig, torch.device]:
+    """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
+    trained = complete(run.config)
+    problems = limit_problems(settings) + device_problems(settings.device, "float32")
+    if problems := problems + test_problems(trained, settings) + _problems_of_other_data(trained, settings):
+        raise SettingsError(problems)
+    config = complete(_judged(trained, settings))
+    device = open_device(config.device, config.precision)
+    if config.precision == "tf32" and device.type == "cpu":
+        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
+    return config, device
+
+
+def load_state(
+    run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
+) -> MetaState:
+    """A checkpoint, with the inner rates that the settings leave or replace. Raises MamlctlError."""
+    stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
+    bias = stored.get("linear.bias")
+    classes = None if bias is None else len(bias)
+    _, state = build(complete(run.config), example_shape, device, classes=classes)
+    checkpoints.restore(state, stored, file)
+    return _with_rates(state, settings)
+
+
+def eval_steps(config: TrainConfig) -> int:
+    """Inner steps of evaluation."""
+    return config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps
+
+
+def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
+    """The run's settings, with those that only evaluation reads replaced."""
+    names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
+    given = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
+    judged = replace(trained, **{name: value for name, value in given.items() if value is not None})
+    if settings.dataset is None:
+        return judged
+    # What belongs to a data set is the other one's; what the network takes stays. Of the user's own images
+    # nobody knows which value ink should have: the run's.
+    own = is_curves(settings.dataset) or find(settings.dataset).own_files
+    return replace(
+        judged,
+        dataset=absolute(settings.dataset),
+        split_scheme=None,
+        split_fractions=None,
+        resize=None,
+        rotations=None,
+        ink=judged.ink if own else None,
+    )
+
+
+def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """Why a run cannot be judged on another data set: (fact, way out) pairs."""
+    if settings.dataset is None:
+        return []
+    if is_curves(settings.dataset) != is_curves(trained.dataset):
+        kinds = ("curves", "images") if is_curves(settings.dataset) else ("images", "curves")
+        fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
+        return [(fact, "test it on data of its own kind")]
+    if is_curves(settings.dataset):
+        return []
+    data_set = find(settings.dataset)  # raises SettingsError for an unknown one
+    if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
+        fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
+        return [(fact, "train with --channels 3, or test on grey images")]
+    return []
+
+
+def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """What of the settings the run's algorithm or data set has no use for."""
+    entry, problems = ALGORITHMS[trained.algo], list[Problem]()
+    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.refuses.items()}
+    fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
+    unused |= {
+        name: f"--algo {trained.algo}, which fixes it"
+        for name, setting in fixed.items()
+        if setting in entry.fixed
+    }
+    if is_curves(trained.dataset):
+        unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
+        if settings.disjoint:
+            problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
+        if settings.label_permutations != 1:
+            fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
+            problems.append((fact, "leave it out"))
+    if trained.lslr or entry.rates != "tensor":
+        unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
+    if settings.adapts is not None and settings.adapts not in entry.may_adapt:
+        problems.append(
+            (f"--adapts {settings.adapts} does nothing with --algo {trained.algo}", "use all or head")
+        )
+    for name, why in unused.items():
+        if getattr(settings, name, None) is not None:
+            problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))
+    return problems
+
+
+def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
+    """The state with the inner rates that the settings leave or replace. Raises SettingsError."""
+    rates = state.rates
+    if settings.adapts is not None:
+        wanted = adapted_names(state.slow, settings.adapts)
+        if state.rates_learnt and not set(wanted) <= rates.keys():
+            fact = f"--adapts is {settings.adapts}, but the run learnt no rates for that"
+            raise SettingsError([(fact, "leave it out")])
+        rate = next(iter(rates.values()))
+        rates = {name: rates.get(name, rate) for name in wanted}
+    if settings.inner_lr is not None:
+        lr = settings.inner_lr
+        rates = {name: torch.full_like(rate, lr) for name, rate in rates.items()}
+    return replace(state, rates=rates)
+
+
+def checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
+    """The best checkpoints, best first, and their epochs; before any validation, the last one."""
+    last = run.checkpoints / "last.pt"
+    content = checkpoints.load(last, owner=run.owner)
+    if "position" not in content:
+        raise checkpoints.damaged(last, "does not tell which epochs were best")
+    top = content["position"]["top"]
+    if not top:
+        on_event(Notice(f"{run.path} has not been validated yet: its last checkpoint is judged"))
+        return [last], []
+    epochs = [int(entry[0]) for entry in top]
+    return [epoch_file(run, epoch) for epoch in epochs], epochs

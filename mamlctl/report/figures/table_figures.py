@@ -1,0 +1,323 @@
+"""A table of runs in pictures: training, differences, adaptation, learnt rates."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.report.columns import significant
+from mamlctl.report.figures.style import BLUE, CALM, DIM, INK, RED, SMALL, WIDTH, drawing, plain, save
+from mamlctl.report.table import Cell, Row, Score, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+PANELS, BARS, HEATS = 24, 40, 9  # rows a picture: more would not go on a printed page
+
+NUMBERED = 6  # inner steps whose rates can be written into a third of a page
+
+# The ink on a coloured cell is the same on a dark page: its own values, so that nothing takes it for INK.
+DARK_ON_CELL, LIGHT_ON_CELL = "#232323", "#fdfdfd"
+
+REACH = 3.0  # an interval is cut at this many times the range of all others' inner parts
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its files, and what it shows."""
+
+    name: str
+    title: str
+    figure: Figure
+
+
+def pictures(table: Table) -> Iterator[Picture]:
+    """The pictures that the table has numbers for; many rows are parted into several pictures."""
+    others = [row for row in table.rows if row.label != table.baseline] or list(table.rows)
+    trained = [row for row in others if any(cell.validation for cell in row.cells)]
+    yield from _parts(table, "training", "Validation over meta-steps", trained, PANELS, training)
+    measured = [row for row in others if _differences(row)]
+    title = f"Differences to {table.baseline}"
+    yield from _parts(table, "differences", title, measured, BARS, differences)
+    adapted = [row for row in others if row.best and len(row.best.per_step) > 1]
+    yield from _parts(table, "adaptation", "Test score after each inner step", adapted, PANELS, adaptation)
+    learnt = [row for row in table.rows if mean_rates(row)]
+    yield from _parts(table, "rates", "Learnt inner rates, mean over seeds", learnt, HEATS, rates)
+
+
+def save_all(table: Table, folder: Path) -> list[Path]:
+    """Every picture as PNG and SVG under `folder`."""
+    return [path for each in pictures(table) for path in save(each.figure, folder / each.name)]
+
+
+def _parts(
+    table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Any
+) -> Iterator[Picture]:
+    count = math.ceil(len(rows) / most)
+    for part in range(count):
+        number, told = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
+        figure = draw(table, rows[part * most : (part + 1) * most], title + told)
+        yield Picture(name + number, title + told, figure)
+
+
+def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
+    """A panel for each row: its validation's mean and range over seeds, with the baseline's in grey."""
+    with _panels(table, rows, title, "meta-step") as (figure, axes):
+        for row, ax in zip(rows, axes, strict=False):
+            base = _baseline(table, row)
+            if base:
+                _curve(ax, base, CALM, f"{table.baseline}: mean, range over seeds")
+            _curve(ax, row, BLUE, "this row: mean, range over seeds")
+            for cell in row.cells:
+                if cell.status != "finished" and cell.validation:
+                    _ended(ax, cell)
+            ax.locator_params(axis="x", integer=True, nbins=4)
+        _legend(figure, axes)
+    return figure
+
+
+def _curve(ax: Axes, row: Row, colour: str, label: str) -> None:
+    steps, values_SV = curves(row)
+    if len(steps):
+        ax.fill_between(steps, values_SV.min(0), values_SV.max(0), color=colour, alpha=0.3, linewidth=0)
+        ax.plot(steps, values_SV.mean(0), color=colour, linewidth=1.3, label=plain(label))
+
+
+def curves(row: Row) -> tuple[Floats, Floats]:
+    """The finished runs' validations at the meta-steps that all of them have: steps, seeds x steps."""
+    known = [dict(cell.validation) for cell in row.cells if cell.status == "finished" and cell.validation]
+    shared = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
+    values = np.array([[curve[step] for step in shared] for curve in known], dtype=np.float64)
+    return np.array(shared, dtype=np.float64), values
+
+
+def _ended(ax: Axes, cell: Cell) -> None:
+    steps, values = zip(*cell.validation, strict=True)
+    ax.plot(steps, values, color=RED, linewidth=0.9, linestyle=":", label="a run that did not finish")
+    ax.plot(steps[-1:], values[-1:], "x", color=RED, markersize=5)
+
+
+def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
+    """A panel for each row: its test score after 0, 1 ... inner steps, with the baseline's in grey."""
+    with _panels(table, rows, title, "inner steps taken") as (figure, axes):
+        shown = [row for row in (*rows, *table.rows) if row.best and row in (*rows, _baseline(table))]
+        for row, ax in zip(rows, axes, strict=False):
+            base = _baseline(table, row)
+            if base and base.best:
+                _steps(ax, base.best, CALM, table.baseline)
+            assert row.best is not None  # rows without were left out
+            _steps(ax, row.best, BLUE, "this row")
+            ax.locator_params(axis="x", integer=True, nbins=5)
+        _cut(figure, axes[0], [row.best.per_step for row in shown if row.best])
+        _legend(figure, axes)
+    return figure
+
+
+def _steps(ax: Axes, score: Score, colour: str, label: str) -> None:
+    ax.plot(range(len(score.per_step)), score.per_step, ".-", color=colour, linewidth=1.3, label=plain(label))
+
+
+def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
+    """Leave out the score before adaptation where it would press all others into a line."""
+    before = [curve[0] for curve in curves]
+    after = [value for curve in curves for value in curve[1:]]
+    span = (max(after) - min(after)) or 0.01
+    if len(curves[0]) > 2 and (min(after) - min(before) > span or max(before) - max(after) > span):
+        ax.set_ylim(min(after) - 0.08 * span, max(after) + 0.08 * span)
+        low, high = (ax.yaxis.get_major_formatter()(value) for value in (min(before), max(before)))
+        told = low if low == high else f"{low} to {high}"
+        figure.text(
+            0.99, 0.01, f"before adaptation, not shown: {told}", ha="right", color=DIM, fontsize=SMALL
+        )
+
+
+def _baseline(table: Table, than: Row | None = None) -> Row | None:
+    """The baseline's row, unless it is the one that is drawn."""
+    row = next((row for row in table.rows if row.label == table.baseline), None)
+    return None if row is than else row
+
+
+class _panels:
+    """A figure of small panels with shared axes, a row's name over each."""
+
+    def __init__(self, table: Table, rows: Sequence[Row], title: str, x: str) -> None:
+        self.table, self.rows, self.x = table, rows, x
+        across = min(len(rows), 3 if len(rows) <= 9 else 4)
+        self.shape = math.ceil(len(rows) / across), across
+        lines = max(len(_name(table, row, across).splitlines()) for row in rows)
+        height = 0.95 + (1.15 + 0.13 * lines) * self.shape[0] + (0.5 if self.shape[0] == 1 else 0)
+        self.drawing = drawing(WIDTH, height, title)
+
+    def __enter__(self) -> tuple[Figure, list[Axes]]:
+        figure = self.drawing.__enter__()
+        axes = figure.subplots(*self.shape, sharex=True, sharey=True, squeeze=False)
+        for row, ax in zip(self.rows, axes.flat, strict=False):
+            ax.set_title(_name(self.table, row, self.shape[1]), fontsize=8)
+            ax.grid(True)
+        if self.table.metric == "accuracy":
+            axes[0, 0].yaxis.set_major_formatter(lambda share, _=None: f"{100 * share:.4g} %")
+        else:
+            axes[0, 0].yaxis.set_major_formatter(lambda value, _=None: f"{value:.4g}")
+        for ax in _lowest(axes, len(self.rows)):
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel(self.x)
+        return figure, list(axes.flat)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.drawing.__exit__(*exception)
+
+
+def _lowest(axes: Any, used: int) -> list[Axes]:
+    """Each column's last panel that is used; those after the last row are taken away."""
+    for ax in axes.flat[used:]:
+        ax.set_axis_off()
+    return list(axes.flat[max(used - axes.shape[1], 0) : used])
+
+
+def _name(table: Table, row: Row, across: int) -> str:
+    """A row's label without the baseline's part, in lines that fit over a panel."""
+    label = plain(" ".join(row.label.split())).removeprefix(f"{table.baseline} ")
+    return "\n".join(textwrap.wrap(label, {1: 90, 2: 52, 3: 34}.get(across, 26))) or "?"
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    lines = {str(line.get_label()): line for ax in axes for line in ax.lines}
+    figure.legend(
+        handles=[line for label, line in lines.items() if label[:1] != "_"], loc="outside lower left", ncols=3
+    )
+
+
+def _differences(row: Row) -> list[Score]:
+    return [score for score in (row.best, row.ensemble) if score and score.difference]
+
+
+def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
+    """A forest of differences to the baseline: thick of these models, thin of new seeds too."""
+    models = {"single best": [row.best for row in rows], "ensemble": [row.ensemble for row in rows]}
+    models = {name: scores for name, scores in models.items() if any(s and s.difference for s in scores)}
+    with drawing(WIDTH, 1.05 + 0.2 * len(rows), title) as figure:
+        axes = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
+        low, high = _range([score for scores in models.values() for score in scores])
+        for (name, scores), ax in zip(models.items(), axes, strict=True):
+            ax.axvline(0, color=DIM, linewidth=0.8)
+            for place, score in enumerate(scores):
+                if score and score.difference:
+                    _bar(ax, place, score, (low, high))
+            ax.set(title=name, xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
+            ax.grid(True, axis="x")
+            ax.locator_params(axis="x", nbins=6)  # as many whatever the width, which the layout then keeps
+            ax.tick_params(axis="y", length=0)
+            if table.metric == "accuracy":
+                ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+.3g}" if share else "0")
+        names = ["\n".join(textwrap.wrap(plain(row.label), 48)) or "?" for row in rows]
+        axes[0].set_yticks(range(len(rows)), names, color=INK)
+        unit = "points" if table.metric == "accuracy" else "mean squared error, less is better"
+        for ax in axes:
+            ax.set_xlabel(unit)
+        figure.legend(handles=_forest_legend(), loc="outside lower left", ncols=4, fontsize=SMALL)
+    return figure
+
+
+def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
+    """Limits that hold zero, all inner intervals, and outer ones that do not reach too far."""
+    known = [score.difference for score in scores if score and score.difference]
+    inner = np.array([[d.mean, d.tasks_low, d.tasks_high] for d in known] + [[0.0] * 3])
+    inner = inner[np.isfinite(inner)]
+    span = float(np.ptp(inner)) or 0.01
+    ends = np.array([end for d in known for end in (d.low, d.high) if math.isfinite(end)])
+    held = np.concatenate([inner, ends.clip(inner.min() - REACH * span, inner.max() + REACH * span)])
+    return float(held.min()) - 0.05 * span, float(held.max()) + 0.05 * span
+
+
+def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> None:
+    difference = score.difference
+    assert difference is not None
+    colour = BLUE if significant(score) else DIM
+    low, high = (value if np.isfinite(value) else np.nan for value in (difference.low, difference.high))
+    ax.plot([max(low, limits[0]), min(high, limits[1])], [place] * 2, color=colour, linewidth=1.0)
+    for end, limit, marker in ((low, limits[0], "<"), (high, limits[1], ">")):
+        if min(max(end, limits[0]), limits[1]) == limit:  # it goes on beyond the picture
+            ax.plot(limit, place, marker, color=colour, markersize=4, clip_on=False)
+    ax.plot([difference.tasks_low, difference.tasks_high], [place] * 2, color=colour, linewidth=3.2)
+    filled = colour if significant(score) else "white"
+    ax.plot(difference.mean, place, "o", color=colour, markerfacecolor=filled, markersize=5, zorder=3)
+
+
+def _forest_legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    empty: list[float] = []
+    return [
+        Line2D(empty, empty, color=BLUE, marker="o", linewidth=0, label="p < 0.05 after Holm"),
+        Line2D(empty, empty, color=DIM, marker="o", mfc="white", linewidth=0, label="not significant"),
+        Line2D(empty, empty, color=DIM, linewidth=3.2, label="95 %, these models, new tasks"),
+        Line2D(empty, empty, color=DIM, linewidth=1.0, label="95 %, new seeds and tasks"),
+    ]
+
+
+def mean_rates(row: Row) -> Mapping[str, Floats]:
+    """Learnt inner rates by tensor, one an inner step, mean over the seeds that have them."""
+    learnt = [cell.rates for cell in row.cells if cell.rates]
+    if not learnt:
+        return {}
+    return {name: np.mean([rates[name] for rates in learnt if name in rates], axis=0) for name in learnt[0]}
+
+
+def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
+    """A heat map of learnt inner rates for each row: tensors down, inner steps across, one scale for all."""
+    from matplotlib import colormaps
+
+    known = [mean_rates(row) for row in rows]
+    names = list(dict.fromkeys(name for rates_of in known for name in rates_of))
+    steps = max(len(values) for rates_of in known for values in rates_of.values())
+    across = min(len(rows), 3)
+    down = math.ceil(len(rows) / across)
+    every = np.concatenate([values for rates_of in known for values in rates_of.values()])
+    every = every[np.isfinite(every)]
+    most = float(abs(every).max(initial=0)) or 1.0
+    least = -most if (every < 0).any() else 0.0
+    scale = colormaps["Blues" if least == 0 else "PuOr"].with_extremes(bad=(0, 0, 0, 0))
+    with drawing(WIDTH, 0.75 + (0.45 + 0.17 * len(names)) * down, title) as figure:
+        axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for rates_of, row, ax in zip(known, rows, axes.flat, strict=False):
+            table_LI = np.full((len(names), steps), np.nan)
+            for place, name in enumerate(names):
+                values = rates_of.get(name, np.zeros(0))
+                table_LI[place, : len(values)] = values
+            mesh = ax.pcolormesh(
+                table_LI, cmap=scale, vmin=least, vmax=most, edgecolors="face", linewidth=0.2
+            )
+            if steps <= NUMBERED or across == 1:
+                _numbers(ax, mesh, table_LI, most)
+            ax.set_title(_name(table, row, across), fontsize=8)
+            ax.tick_params(length=0)
+            ax.spines[:].set_visible(False)
+        axes[0, 0].set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])
+        axes[0, 0].set_xticks(np.arange(steps) + 0.5, [str(step + 1) for step in range(steps)])
+        axes[0, 0].set_ylim(len(names), 0)
+        for ax in _lowest(axes, len(rows)):
+            ax.tick_params(labelbottom=True)
+            ax.set_xlabel("inner step")
+        if steps > NUMBERED and across > 1:
+            figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=40)
+    return figure
+
+
+def _numbers(ax: Axes, mesh: Any, table_LI: Floats, most: float) -> None:
+    digits = max(2 - math.floor(math.log10(most)), 0)
+    for (row, step), rate in np.ndenumerate(table_LI):
+        if np.isfinite(rate):
+            # Rec. 709's shares of red, green and blue in what the eye takes for light.
+            light = np.dot(mesh.to_rgba(rate)[:3], (0.2126, 0.7152, 0.0722))
+            ink = DARK_ON_CELL if light > 0.5 else LIGHT_ON_CELL
+            ax.text(step + 0.5, row + 0.5, f"{rate:.{digits}f}", c=ink, ha="center", va="center", fontsize=6)

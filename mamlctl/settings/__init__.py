@@ -1,0 +1,1 @@
+"""Settings: their schema, rules, presets and merging."""

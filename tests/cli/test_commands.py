@@ -1,0 +1,483 @@
+"""Every command as a user calls it: words in, streams and exit code out."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import mamlctl
+from mamlctl.cli.app import main
+from mamlctl.data.reading.packs import load_pack, pack, save_pack
+from mamlctl.run_folder import open_run
+
+QUICK = """
+--dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3
+--val-tasks 6
+"""
+QUICK_WORDS = QUICK.split()
+PROMISED = """
+--algo --dataset --ways --shots --queries --inner-steps --inner-lr --meta-lr --meta-batch-size --epochs
+--steps-per-epoch --val-tasks --seed --device --precision --bn --out --resume --preset --config --set
+--print-config --data-root --time-limit --offline --json --quiet --split-scheme --rotations
+--msl --no-msl --da --no-da --bnrs --no-bnrs --bnwb --no-bnwb --lslr --no-lslr --ca --no-ca
+"""
+COMMANDS = ["fetch", "train", "eval", "compare", "ablate"]
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, glyphs_root):
+    """Call the command line in this process -> exit code, stdout, stderr."""
+
+    def call(*words, data_root=glyphs_root):
+        if words[0] in {"train", "eval", "fetch"} and "--help" not in words and "--data-root" not in words:
+            words = (*words, "--data-root", str(data_root))
+        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, glyphs_root):
+    """A run of six meta-steps, made by the front door."""
+    run = tmp_path_factory.mktemp("runs") / "quick"
+    subprocess.run([*program(), "train", *QUICK_WORDS, "--out", run, "--data-root", glyphs_root], check=True)
+    return run
+
+
+def program():
+    return [sys.executable, "-m", "mamlctl"]
+
+
+def assert_two_lines(err, fact, hint):
+    """The whole of stderr is the fact and the way out."""
+    lines = err.strip().splitlines()
+    assert len(lines) == 2, err
+    assert lines[0].startswith("error: ")
+    assert fact in lines[0]
+    assert lines[1].startswith("hint:  ")
+    assert hint in lines[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_exit_code_of_0(cli, command):
+    code, out, err = cli(command, "--help")
+    assert code == 0
+    assert f"mamlctl {command}" in out.replace("python -m ", "")
+    assert err == ""
+
+
+def test_the_bare_command_prints_help(cli, capsys, monkeypatch):
+    code, out, _ = cli("--help")
+    assert code == 0
+    monkeypatch.setattr(sys, "argv", ["mamlctl"])
+    with pytest.raises(SystemExit):
+        main()
+    bare = capsys.readouterr()
+    assert (bare.out.strip(), bare.err) == (out.strip(), "")
+    assert all(command in out for command in COMMANDS)
+    assert cli("--version")[:2] == (0, f"mamlctl {mamlctl.__version__}\n")
+
+
+def test_help_of_train_has_its_panels_and_every_promised_flag(cli):
+    _, out, _ = cli("train", "--help")
+    for panel in ("Episode", "Inner loop", "Meta-optimiser", "MAML++", "Hardware", "Output"):
+        assert f" {panel} " in out
+    words = set(re.findall(r"--[a-z-]+", out))
+    promised = set(PROMISED.split())
+    assert promised <= words, promised - words
+
+
+def test_the_command_line_opens_without_torch():
+    code = "import sys, mamlctl.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_train_leaves_a_run_that_tells_itself(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.yaml",
+        "command.txt",
+        "environment.json",
+        "lock",
+        "status.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "classes.json",
+    }
+    status = json.loads((trained / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("finished", 6)
+    environment = json.loads((trained / "environment.json").read_text())
+    assert {"python", "torch", "cuda", "git", "dataset_digest", "seeds"} <= environment.keys()
+    assert environment["seeds"] == {"init": 0, "train": 0, "split": 0, "eval": 0}
+    assert (trained / "command.txt").read_text().startswith("mamlctl train --dataset glyphs")
+
+
+def test_training_says_one_plain_line_a_report_when_nobody_watches(cli, tmp_path):
+    code, out, err = cli("train", *QUICK_WORDS, "--out", tmp_path / "run")
+    assert code == 0
+    assert "\x1b" not in out + err
+    lines = [line for line in err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 4, "steps 1, 3, 5 and 6"
+    assert "mamlctl eval" in out
+
+
+def test_train_json_is_one_document(cli, tmp_path):
+    code, out, err = cli("train", *QUICK_WORDS, "--out", tmp_path / "run", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert document["format"] == 1
+    assert document["result"]["status"] == "finished"
+    assert document["result"]["step"] == 6
+
+
+def test_eval_json_is_the_promised_document(cli, trained):
+    code, out, _ = cli("eval", trained, "--split", "test", "--tasks", "9", "--json")
+    assert code == 0
+    document = json.loads(out)
+    best, ensemble = document["results"]
+    assert (best["model"], ensemble["model"]) == ("best", "ensemble-2")
+    for row in (best, ensemble):
+        assert {"accuracy", "ci95", "tasks", "split", "bn", "per_step"} <= row.keys()
+        assert (row["tasks"], row["split"], row["bn"]) == (9, "test", "transductive")
+        assert len(row["per_step"]) == 3
+        assert row["per_step"][-1] == row["accuracy"]
+    folder = Path(document["folder"])
+    assert folder.parent == trained / "eval"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["results"] == document["results"]
+    lines = (folder / "tasks.csv").read_text().splitlines()
+    assert lines[0] == "task,best,ensemble-2"
+    assert len(lines) == 10
+    mean = sum(float(line.split(",")[1]) for line in lines[1:]) / 9
+    assert mean == pytest.approx(best["accuracy"], abs=1e-5)
+
+
+def test_eval_is_a_function_of_its_settings(cli, trained):
+    one, two = (cli("eval", trained, "--tasks", "9", "--json")[1] for _ in range(2))
+    assert one == two
+    modes = {
+        bn: json.loads(cli("eval", trained, "--tasks", "30", "--bn", bn, "--json")[1])["results"][0]
+        for bn in ("transductive", "running", "support")
+    }
+    assert {bn: row["bn"] for bn, row in modes.items()} == {bn: bn for bn in modes}
+    assert len({row["accuracy"] for row in modes.values()}) > 1
+
+
+def test_eval_table_names_both_rows_and_the_protocol(cli, trained):
+    code, out, _ = cli("eval", trained, "--tasks", "9")
+    assert code == 0
+    for word in ("best", "ensemble-2", "±", "transductive", "9"):
+        assert word in out
+
+
+def test_eval_takes_other_numbers_of_inner_steps(cli, trained):
+    for steps in (1, 4):
+        row = json.loads(cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--json")[1])[
+            "results"
+        ][0]
+        assert len(row["per_step"]) == steps + 1
+
+
+def test_print_config_shows_values_and_origins(cli, tmp_path):
+    code, out, _ = cli("train", "--preset", "demo", "--ways", "7", "--no-lslr", "--print-config")
+    assert code == 0
+    lines = dict(line.split(":", 1) for line in out.splitlines())
+    assert lines["ways"].split() == ["7", "#", "flag"]
+    assert lines["dataset"].split() == ["glyphs", "#", "preset", "demo"]
+    assert lines["msl"].split() == ["true", "#", "algorithm", "maml++"]
+    assert lines["lslr"].split() == ["false", "#", "flag"]
+    assert lines["init_seed"].split() == ["null", "#", "derived:", "0"]
+    (tmp_path / "again.yaml").write_text(out)
+    code, again, _ = cli("train", "--config", tmp_path / "again.yaml", "--print-config")
+    assert code == 0
+    assert dict(line.split(":", 1) for line in again.splitlines())["ways"].split()[0] == "7"
+
+
+BAD = [
+    (
+        "train --ways 50 --dataset glyphs",
+        2,
+        "glyphs 'val' has 40 classes, but --ways is 50",
+        "--ways 40 or fewer",
+    ),
+    (
+        "train --dataset glyphs --shots 15 --queries 10",
+        2,
+        "--shots 15 + --queries 10 is 25",
+        "sum to 20 or fewer",
+    ),
+    ("train --dataset glyphs --preset omniglot-20w1s", 2, "unknown preset 'omniglot-20w1s'", "did you mean"),
+    ("train --dataset glyphs --algo mamml", 2, "unknown algorithm 'mamml'", "did you mean"),
+    ("train --dataset glyps", 2, "unknown data set 'glyps'", "did you mean 'glyphs'"),
+    (
+        "train --dataset glyphs --set inner_stesp=3",
+        2,
+        "unknown setting 'inner_stesp'",
+        "did you mean 'inner_steps'",
+    ),
+    ("train --dataset glyphs --device gpu", 2, "unknown device 'gpu'", "auto, cpu, cuda"),
+    ("train --dataset glyphs --device cuda:7", 2, "CUDA devices", "--device cpu"),
+    (
+        "train --dataset glyphs --algo maml --da-epochs 3",
+        2,
+        "--da-epochs has no effect without --da",
+        "add --da",
+    ),
+    ("train --dataset glyphs --precision tf32 --device cpu", 2, "no effect on a CPU", "float32"),
+    ("train --dataset glyphs --split-scheme lake", 2, "glyphs has no --split-scheme 'lake'", "own"),
+    ("train --dataset glyphs --time-limit soon", 2, "'soon' is not a duration", "9m"),
+    ("train --dataset glyphs --ways x", 2, "--ways", "mamlctl train --help"),
+    ("train --dataset glyphs --wyas 3", 2, "--wyas", "mamlctl train --help"),
+    ("train --config nowhere.yaml", 2, "nowhere.yaml cannot be read", "YAML"),
+    ("train --dataset glyphs --algo fomaml --no-first-order", 2, "--first-order is False", "another --algo"),
+    ("train --dataset glyphs --meta-batch-size 100000000", 2, "must be below", "less than"),
+    ("train --dataset glyphs --seed 18446744073709551616", 2, "must be below", "less than"),
+    ("train --resume nowhere", 1, "no run folder nowhere", "mamlctl train"),
+    ("eval nowhere", 1, "no run folder nowhere", "mamlctl train"),
+    ("trian", 2, "trian", "mamlctl"),
+    ("fetch omniglott", 2, "unknown data set 'omniglott'", "did you mean 'omniglot'"),
+    ("fetch omniglot --from nowhere", 3, "nowhere", ""),
+    ("fetch", 2, "fetch needs the name of a data set", "mamlctl fetch --list"),
+    ("fetch glyphs --list --force", 2, "--force has no effect with --list", "leave it out"),
+    ("fetch --verify --mirror http://x", 2, "--mirror has no effect with --verify", "leave it out"),
+    ("fetch omniglot --mirror folder", 2, "--mirror folder is not a web address", "--from"),
+    ("fetch omniglot --offline --mirror http://x", 2, "no effect with --offline", "leave out"),
+    ("fetch glyphs --force --mirror http://x", 2, "--mirror has no effect on glyphs", "leave it out"),
+    ("fetch --verify omniglot", 3, "omniglot is not at", "mamlctl fetch omniglot"),
+    ("fetch --list nothing", 2, "unknown data set 'nothing'", "use "),
+    ("compare runs/a runs/b", 1, "no run folder runs/a", "mamlctl train"),
+    ("compare", 2, "nothing to compare", "--algos maml,maml++"),
+    ("compare runs/a --algos maml", 2, "--algos has no effect with run folders", "leave it out"),
+    ("compare runs/a --ways 5", 2, "--ways has no effect with run folders", "leave it out"),
+    ("compare --algos maml,mamll --dataset glyphs", 2, "unknown algorithm 'mamll'", "did you mean"),
+    ("compare --algos maml,maml --dataset glyphs", 2, "--algos is 'maml,maml'", "each algorithm once"),
+    ("compare --algos maml --algo maml", 2, "--algo has no effect with --algos", "leave it out"),
+    ("ablate --dataset glyphs --plan one-one", 2, "--plan is 'one-one'", "one-on, one-off"),
+    ("ablate --dataset glyphs --msl", 2, "--msl is what the plan varies", "leave it out"),
+    ("ablate --dataset glyphs --order msl-da", 2, "--order has no effect", "cumulative"),
+    ("ablate --dataset glyphs --plan cumulative --order msl-dada", 2, "names 'dada'", "did you mean 'da'"),
+    ("ablate --dataset glyphs --plan full --grid msl=true", 2, "--plan and --grid", "one of them"),
+    ("ablate --dataset glyphs --grid inner_lr", 2, "--grid inner_lr has no values", "inner_lr=0.1,0.4"),
+    ("ablate --dataset glyphs --grid inner_rl=1", 2, "unknown setting 'inner_rl'", "did you mean 'inner_lr'"),
+    ("ablate --dataset glyphs --grid ways=5,20", 2, "--grid cannot vary ways", "a table for each"),
+    ("ablate --dataset glyphs --grid inner_steps=2,x", 2, "inner_steps is 'x'", "a whole number"),
+    ("ablate --dataset glyphs --csv --json", 2, "--json and --csv are given together", "choose one"),
+    ("ablate --dataset glyphs --sort bset", 2, "cannot sort by 'bset'", "did you mean 'best'"),
+    ("ablate --dataset glyphs --executor slurm", 2, "--executor is 'slurm'", "use local or ray"),
+    ("ablate --dataset glyphs --address auto", 2, "--address has no effect", "--executor ray"),
+    ("ablate --dataset glyphs --split tset", 2, "--split is 'tset'", "did you mean 'test'"),
+    ("ablate --dataset glyphs --cg-steps 3", 2, "--cg-steps has no effect in any row", "leave it out"),
+    ("ablate --resume nowhere", 1, "nowhere has no plan.yaml", "mamlctl ablate"),
+    ("ablate --resume nowhere --ways 5", 2, "--ways has no effect with --resume", "leave it out"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "fact", "hint"), BAD, ids=[case[0] for case in BAD])
+def test_bad_input_gets_two_lines_and_its_exit_code(cli, tmp_path, monkeypatch, line, code, fact, hint):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = cli(*line.split())
+    assert (found, out) == (code, "")
+    assert_two_lines(err, fact, hint)
+    assert list(tmp_path.iterdir()) == [], "nothing may be left behind"
+
+
+def test_all_settings_problems_are_told_at_once(cli):
+    code, _, err = cli(
+        "train", "--dataset", "glyphs", "--ways", "1", "--no-da", "--da-epochs", "3", "--bn", "x"
+    )
+    assert code == 2
+    assert err.startswith("error: 3 settings are wrong\n")
+    assert all(word in err for word in ("--ways is 1", "--da-epochs", "--bn is 'x'"))
+
+
+def test_offline_without_the_data_is_exit_3_with_the_command_to_run(cli, tmp_path):
+    code, _, err = cli("train", "--dataset", "omniglot", "--offline", data_root=tmp_path)
+    assert code == 3
+    assert_two_lines(err, "omniglot is not", "mamlctl fetch omniglot")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_run_is_not_overwritten_and_keeps_its_settings(cli, trained):
+    code, _, err = cli("train", *QUICK_WORDS, "--out", trained)
+    assert code == 1
+    assert_two_lines(err, "already holds a run", "--resume")
+    code, _, err = cli("train", "--resume", trained, "--ways", "4")
+    assert code == 2
+    assert_two_lines(err, "--ways is 4, but the run to resume has 3", "start a new run")
+    code, _, err = cli("train", "--resume", trained, "--set", "device=cuda:9")
+    assert code == 2
+    assert_two_lines(err, "cuda:9", "--device cpu")
+    code, _, err = cli("train", "--resume", trained, "--print-config")
+    assert code == 2
+    assert_two_lines(err, "--print-config has no effect with --resume", "leave it out")
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_so(cli, trained):
+    before = (trained / "metrics.jsonl").read_text()
+    code, _, err = cli("train", "--resume", trained, "--ways", "3")
+    assert code == 0
+    assert "finished already" in err
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_a_truncated_checkpoint_is_exit_1(cli, trained, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    last = copy / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    for words in (("eval", copy), ("train", "--resume", copy)):
+        code, _, err = cli(*words)
+        assert code == 1
+        assert_two_lines(err, "last.pt cannot be read", "another checkpoint")
+
+
+def test_divergence_is_exit_4_and_says_where(cli, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = cli("train", *QUICK_WORDS, "--algo", "maml", "--inner-lr", "1e30", "--out", run, "--quiet")
+    assert code == 4
+    assert_two_lines(err, "training diverged at meta-step 1: the", "lower --inner-lr")
+    assert json.loads((run / "status.json").read_text())["status"] == "diverged"
+    assert (run / "checkpoints" / "last.pt").is_file()
+
+
+def start(run, root, *words):
+    """A long run in a process of its own, once its first report is there; its stderr is a file beside it."""
+    long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
+    # A file never fills as a pipe does that nobody reads.
+    with run.with_suffix(".err").open("wb") as told:
+        process = subprocess.Popen(
+            [*program(), "train", *map(str, long)], stderr=told, stdout=subprocess.PIPE
+        )
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None, run.with_suffix(".err").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_path, glyphs_root, number, code):
+    run = tmp_path / "run"
+    process = start(run, glyphs_root)
+    busy = cli("train", "--resume", run)
+    assert busy[0] == 1
+    assert_two_lines(busy[2], f"is in use by process {process.pid}", "wait for it")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Traceback" not in run.with_suffix(".err").read_text()
+    assert f"mamlctl train --resume {run}".encode() in out
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", number.name)
+    step = status["step"]
+    limited = cli("train", "--resume", run, "--time-limit", "1s")
+    assert limited[0] == 0
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "time limit")
+    assert status["step"] >= step
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
+    run = tmp_path / "run"
+    # One meta-step of many tasks takes seconds, so that the first request cannot be met before the second.
+    process = start(run, glyphs_root, "--meta-batch-size", "500", "--filters", "16")
+    before = (run / "checkpoints" / "last.pt").read_bytes()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "left at once")
+    assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_eval_changes_no_file_of_the_training(cli, trained):
+    def contents():
+        return {
+            path: path.read_bytes()
+            for path in trained.rglob("*")
+            if path.is_file() and "eval" not in path.parts
+        }
+
+    before = contents()
+    for bn in ("transductive", "running"):
+        assert cli("eval", trained, "--tasks", "4", "--bn", bn)[0] == 0
+    assert contents() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(cli, trained, tmp_path):
+    other = tmp_path / "other"
+    assert cli("train", *QUICK_WORDS, "--seed", "9", "--out", other, "--quiet")[0] == 0
+    (other / "checkpoints" / "last.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
+    code, _, err = cli("eval", other)
+    assert code == 1
+    assert_two_lines(err, "was written by a run of other settings", "another checkpoint")
+
+
+def test_weights_alone_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    (copy / "checkpoints" / "last.pt").write_bytes((copy / "checkpoints" / "best.pt").read_bytes())
+    for words in (("eval", copy), ("train", "--resume", copy)):
+        code, _, err = cli(*words)
+        assert code == 1
+        assert_two_lines(err, "last.pt ", "another checkpoint")
+
+
+def test_other_data_are_refused_by_resume_and_told_by_eval(cli, trained, tmp_path, glyphs_root):
+    changed = load_pack(next(glyphs_root.glob("glyphs/*.npy")), "glyphs")
+    reversed_ = pack(changed.images_MCHW[::-1].copy(), changed.counts, changed.names)
+    save_pack(tmp_path / "glyphs" / next(glyphs_root.glob("glyphs/*.npy")).name, reversed_)
+    code, _, err = cli("train", "--resume", trained, data_root=tmp_path)
+    assert code == 3
+    assert_two_lines(err, "but the run began with", "--data-root")
+    code, _, err = cli("eval", trained, "--tasks", "4", data_root=tmp_path)
+    assert code == 0
+    assert "not those of the training" in err
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(cli, trained, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", trained, copy], check=True)
+    (copy / "checkpoints" / "last.pt").unlink()
+    code, _, err = cli("train", "--resume", copy, "--report-every", "1")
+    assert code == 0
+    assert "no checkpoint yet" in err
+    lasts = [(path / "checkpoints" / "epoch-0002.pt").read_bytes() for path in (copy, trained)]
+    assert lasts[0] == lasts[1], "the same settings give the same weights, however often they report"
+    reported = [entry["step"] for entry in open_run(copy).metrics() if "val_tasks" not in entry]
+    assert reported == [1, 2, 3, 4, 5, 6], "nothing of what was reported before the beginning"
+
+
+@pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_two_lines(cli, out):
+    code, _, err = cli("train", *QUICK_WORDS, "--out", out)
+    assert code == 1
+    assert_two_lines(err, "error: ", "can be written")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
+    words = [*program(), "eval", trained, "--tasks", "4", "--quiet", "--data-root", glyphs_root]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*map(str, words)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert_two_lines(done.stderr, "No space left", "make room")
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(trained):
+    command = f"{sys.executable} -m mamlctl train --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr

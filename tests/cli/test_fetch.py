@@ -1,0 +1,239 @@
+"""`fetch` as it is called: what it lists, verifies, waits for and leaves alone."""
+
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+from datetime import datetime, timedelta
+from io import StringIO
+
+import numpy as np
+import pytest
+from helpers.shared import ignore
+from rich.console import Console
+
+from mamlctl.cli.app import main
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import Notice, Progress
+from mamlctl.data.fetching.locks import locked
+from mamlctl.data.reading import packs
+from mamlctl.data.reading.packs import load_pack, packs_of, save_pack, verified_at
+from mamlctl.data.sets import glyphs, registry
+from mamlctl.display.datasets import show_data_sets
+from mamlctl.experiments.fetch import fetch_all, list_all, verify_all
+
+
+@pytest.fixture
+def root(tmp_path, glyphs_root):
+    """A root of its own with glyphs."""
+    packed = load_pack(packs_of(glyphs_root / "glyphs")[0], "glyphs")
+    save_pack(tmp_path / "root" / "glyphs" / packs_of(glyphs_root / "glyphs")[0].name, packed)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, root):
+    """Call `fetch` -> exit code, stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mamlctl", "fetch", *words, "--data-root", str(root)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return (int(left.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def pack_of(root):
+    return packs_of(root / "glyphs")[0]
+
+
+def damage(root):
+    """Change one pixel, and neither length nor time."""
+    path = pack_of(root)
+    facts = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+def test_list_tells_all_of_every_set(cli, root):
+    code, out, err = cli("--list")
+    assert (code, err) == (0, "")
+    heads, *rows, last = out.splitlines()
+    assert heads.split() == ["name", "here", "download", "licence", "from", "what"]
+    assert [row.split()[0] for row in rows] == list(registry.DATA_SETS)
+    assert "15.2 MiB" in rows[0]
+    assert "github.com/brendenlake/omniglot" in rows[0]
+    assert f"verified {datetime.now().astimezone():%Y-%m-}" in rows[1]
+    assert last == f"prepared data sets lie in {root}"
+
+
+def test_list_as_json(cli, root):
+    code, out, _ = cli("--list", "--json", "glyphs", "omniglot")
+    glyphs_entry, omniglot_entry = json.loads(out)["data_sets"]
+    assert code == 0
+    assert (omniglot_entry["here"], omniglot_entry["verified"]) == (False, None)
+    assert omniglot_entry["download_bytes"] == 9_464_212 + 6_462_886
+    assert glyphs_entry["folder"] == str(root)
+    assert datetime.fromisoformat(glyphs_entry["verified"]) <= datetime.now().astimezone()
+
+
+def test_a_narrow_terminal_gets_blocks(root):
+    for width, blocks in ((60, True), (300, False)):
+        console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
+        show_data_sets(console, list_all(["glyphs"], data_root=str(root)))
+        lines = console.file.getvalue().splitlines()
+        assert ("  licence   MIT (mamlctl)" in lines) == blocks
+
+
+def test_verify_finds_all_whole_and_notes_when(cli, root):
+    path = pack_of(root)
+    long_ago = (datetime.now() - timedelta(days=99)).timestamp()
+    for file in (path, path.with_suffix(".json")):
+        os.utime(file, (long_ago, long_ago))
+    assert verified_at(path) < datetime.now().astimezone() - timedelta(days=98)
+    code, out, _ = cli("--verify")
+    assert (code, out) == (0, f"glyphs: whole, 1 pack in {root}\n")
+    assert verified_at(path) > datetime.now().astimezone() - timedelta(days=1)
+
+
+def test_verify_sees_one_pixel_of_a_large_pack(cli, root, monkeypatch):
+    monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)  # all packs are large
+    damage(root)
+    load_pack(pack_of(root), "glyphs")  # by its shape alone
+    code, out, err = cli("--verify")
+    assert (code, out) == (3, f"glyphs: DAMAGED, 1 pack in {root}\n")
+    error, hint = err.splitlines()
+    assert error.startswith(f"error: {pack_of(root)} is damaged")
+    assert hint == "hint:  mamlctl fetch glyphs --force"
+    code, out, _ = cli("--verify", "--json")
+    assert code == 3
+    assert str(pack_of(root)) in json.loads(out)["data_sets"][0]["damage"]
+    assert cli("glyphs", "--force")[0] == 0
+    assert cli("--verify")[0] == 0
+
+
+def test_list_does_not_call_verified_what_was_changed_or_is_damaged(root):
+    path = pack_of(root)
+    later = path.stat().st_mtime + 9
+    os.utime(path, (later, later))
+    entry = list_all(["glyphs"], data_root=str(root))[0]
+    assert (entry["verified"], entry["damage"]) == (None, None)
+    damage(root)
+    assert "is damaged" in list_all(["glyphs"], data_root=str(root))[0]["damage"]
+
+
+def test_verify_tells_bytes_and_an_empty_root(root, tmp_path):
+    events = []
+    verify_all([], data_root=str(root), on_event=events.append)
+    size = pack_of(root).stat().st_size
+    assert events == [Progress("verify glyphs", size, size, "B")]
+    events.clear()
+    assert verify_all([], data_root=str(tmp_path / "empty"), on_event=events.append) == []
+    assert events == [Notice(f"nothing is at {tmp_path / 'empty'}")]
+
+
+def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
+    before = pack_of(root).read_bytes()
+    written = np.save
+
+    def full(file, *words, **options):
+        written(file, *words, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        glyphs.fetch(root, source=None, offline=True, force=True, on_event=ignore)
+    assert pack_of(root).read_bytes() == before
+    assert [path.suffix for path in sorted((root / "glyphs").iterdir())] == [".json", ".npy"]
+
+
+def test_the_second_of_two_fetches_waits_and_finds_the_set_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.DATA_SETS, "slow", Slow().data_set)
+    told = []
+
+    def on_event(event):
+        told.append(event.text)
+        Slow.go_on.set()
+
+    first = threading.Thread(target=lambda: get(tmp_path, ignore))
+    first.start()
+    assert Slow.begun.wait(10)
+    get(tmp_path, on_event)
+    first.join()
+    assert told[0] == f"process {os.getpid()} is at work on slow: waiting for it"
+    assert Slow.made == 1
+    assert not (tmp_path / "downloads").exists()
+
+
+def get(root, on_event):
+    return fetch_all(
+        ["slow"], source=None, data_root=str(root), force=False, offline=False, on_event=on_event
+    )
+
+
+class Slow:
+    """A data set that waits while it is made."""
+
+    made = 0
+    begun, go_on = threading.Event(), threading.Event()
+
+    @property
+    def data_set(self):
+        return replace(registry.DATA_SETS["glyphs"], name="slow", fetch=self.fetch, is_here=self.is_here)
+
+    def is_here(self, root):
+        return (root / "slow").exists()
+
+    def fetch(self, root, **options):
+        if not self.is_here(root):
+            Slow.made += 1
+            self.begun.set()
+            assert self.go_on.wait(10)
+            (root / "slow").mkdir()
+        return packs.pack(np.zeros((1, 1, 2, 2), np.uint8), np.array([1]), ("a",))
+
+
+def test_a_root_that_cannot_be_written_will_do_for_what_is_there(root, monkeypatch):
+    def no_lock(*words):
+        raise AssertionError("locked")
+
+    monkeypatch.setattr(registry, "locked", no_lock)
+    assert fetch_all(
+        ["glyphs"], source=None, data_root=str(root), force=False, offline=False, on_event=ignore
+    )
+
+
+def test_a_lock_is_gone_afterwards_and_one_left_by_a_crash_does_no_harm(tmp_path):
+    path = tmp_path / "downloads" / "a.lock"
+    path.parent.mkdir()
+    path.write_text("process 1")
+    events = []
+    with locked(path, "a", events.append):
+        assert path.read_text() == f"process {os.getpid()}"
+    assert not path.parent.exists()
+    assert events == []
+
+
+def test_an_interrupted_wait_leaves_the_others_lock(tmp_path):
+    path = tmp_path / "downloads" / "a.lock"
+
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    with locked(path, "a", ignore):
+        with pytest.raises(KeyboardInterrupt), locked(path, "a", interrupt):
+            raise AssertionError("both")
+        assert path.exists()
+
+
+def test_a_place_that_cannot_be_locked_is_two_lines(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write") as raised, locked(tmp_path / "file/x", "a", ignore):
+        raise AssertionError("locked")
+    assert "--data-root" in raised.value.hint

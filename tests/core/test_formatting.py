@@ -1,0 +1,33 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mamlctl.core import formatting
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(None, "-:--"), (math.nan, "-:--"), (-3, "0:00"), (72, "1:12"), (8020, "2:13:40"), (273600, "3 d 04 h")],
+)
+def test_clock(seconds: float | None, told: str):
+    assert formatting.clock(seconds) == told
+
+
+def test_numbers_as_people_read_them():
+    assert [formatting.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
+        *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),
+    ]
+    assert formatting.amount(1200, 3000) == "1,200/3,000"
+    assert formatting.amount(1200, 0) == "1,200"
+    assert formatting.amount(2**21, 9 * 2**20, "B", 2**20) == "2.0/9.0 MiB  1.0 MiB/s"
+    assert formatting.amount(2**19, 9 * 2**20, "B") == "512.0 KiB/9.0 MiB"
+    assert formatting.amount(2**19, 0, "B", 2048.0) == "512.0 KiB  2.0 KiB/s"
+    assert [formatting.size(count) for count in (12, 2048, 3 * 2**29)] == ["12 B", "2.0 KiB", "1.5 GiB"]
+    assert formatting.middle("runs/abcdefgh", 7) == "run…fgh"
+    assert [list(formatting.chosen(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [
+        *([0, 1, 2], [0, 10, 20], [8], [], []),
+    ]

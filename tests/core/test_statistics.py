@@ -1,0 +1,274 @@
+"""Statistics against scipy, slow loops and closed forms; and how often their intervals hold the truth."""
+
+import itertools
+import math
+import warnings
+from dataclasses import asdict, astuple
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from mamlctl.core.statistics import (
+    bootstrap95,
+    crossed_t,
+    difference,
+    holm,
+    mean_ci95,
+    over_seeds,
+    paired_t,
+    permutation_p,
+)
+
+EXPERIMENTS = 1000
+# Three standard deviations of a share of 1,000 whose truth is 5 %.
+ERROR = 3 * math.sqrt(0.05 * 0.95 / EXPERIMENTS)
+
+
+def scores(seed=0, seeds=3, tasks=40):
+    """A row and its baseline, seeds x tasks, with seeds and tasks in common."""
+    generator = np.random.default_rng(seed)
+    common_T = 0.6 + 0.2 * generator.normal(size=tasks)
+    row_ST, baseline_ST = common_T + 0.1 * generator.normal(size=(2, seeds, tasks))
+    return row_ST + 0.05 * generator.normal(size=(seeds, 1)), baseline_ST
+
+
+def crossed(generator, seeds, tasks, by_seed, by_task, rest):
+    """Differences without any true one: deviations by seed, by task and of what is left."""
+    normal = generator.normal
+    of_seed, of_task = by_seed * normal(size=(seeds, 1)), by_task * normal(size=tasks)
+    return of_seed + of_task + rest * normal(size=(seeds, tasks))
+
+
+def test_over_seeds_is_the_standard_library_s():
+    import statistics
+
+    values = [0.5, 0.75, 0.25, 0.875]
+    assert over_seeds(values) == (statistics.mean(values), pytest.approx(statistics.stdev(values), rel=1e-15))
+    assert over_seeds([0.5]) == (0.5, None)
+
+
+@pytest.mark.parametrize(("wider", "deviations"), [("both", (0.1, 0.3, 0.1)), ("seeds", (0.2, 0.1, 0.05))])
+def test_mean_squares_and_degrees_of_freedom_are_a_slow_loop_s(wider, deviations):
+    """The wider of two: of both effects, and of the seeds alone."""
+    d = 0.02 + crossed(np.random.default_rng(1), 4, 7, *deviations)
+    seeds, tasks = range(4), range(7)
+    mean = sum(d[s, t] for s in seeds for t in tasks) / 28
+    row = [sum(d[s, t] for t in tasks) / 7 for s in seeds]
+    column = [sum(d[s, t] for s in seeds) / 4 for t in tasks]
+    by_seed = sum((row[s] - mean) ** 2 for s in seeds for t in tasks) / 3
+    by_task = sum((column[t] - mean) ** 2 for s in seeds for t in tasks) / 6
+    rest = sum((d[s, t] - row[s] - column[t] + mean) ** 2 for s in seeds for t in tasks) / 18
+    assert by_seed > rest < by_task  # so that no floor is in play
+    variance = by_seed + by_task - rest
+    df = variance**2 / (by_seed**2 / 3 + by_task**2 / 6 + rest**2 / 18)
+    square, degrees = {"both": (variance, df), "seeds": (by_seed, 3)}[wider]
+    half = scipy_stats.t.ppf(0.975, degrees) * math.sqrt(square / 28)
+    p = 2 * scipy_stats.t.sf(abs(mean) / math.sqrt(variance / 28), df)
+    p = max(p, scipy_stats.ttest_1samp(row, 0).pvalue)
+    np.testing.assert_allclose(crossed_t(d), (mean - half, mean + half, p, degrees), rtol=1e-12)
+
+
+@pytest.mark.parametrize("along", ["seeds", "tasks"])
+def test_where_one_of_both_makes_all_the_difference_it_is_the_t_test_over_that_one(along):
+    values = np.random.default_rng(2).normal(0.3, 1, 9)
+    d = np.tile(values[:, None], 20) if along == "seeds" else np.tile(values, (3, 1))
+    want = scipy_stats.ttest_1samp(values, 0)
+    low, high = want.confidence_interval()
+    np.testing.assert_allclose(crossed_t(d), (low, high, want.pvalue, 8), rtol=1e-12)
+
+
+def test_one_seed_is_the_paired_t_test_over_tasks():
+    row, baseline = scores(seeds=1)
+    found, want = difference(row, baseline), scipy_stats.ttest_rel(row[0], baseline[0])
+    low, high = want.confidence_interval()
+    np.testing.assert_allclose(
+        (found.low, found.high, found.p, found.df), (low, high, want.pvalue, 39), rtol=1e-12
+    )
+    np.testing.assert_allclose((found.tasks_low, found.tasks_high, found.tasks_p), (low, high, want.pvalue))
+
+
+def test_interval_over_tasks_is_scipy_s_paired_t_of_the_seeds_mean():
+    row, baseline = scores()
+    found, want = difference(row, baseline), scipy_stats.ttest_rel(row.mean(0), baseline.mean(0))
+    low, high = want.confidence_interval()
+    np.testing.assert_allclose((found.tasks_low, found.tasks_high, found.tasks_p), (low, high, want.pvalue))
+    mean, half = mean_ci95(row.mean(0) - baseline.mean(0))
+    np.testing.assert_allclose((mean - half, mean + half), (low, high))
+    assert (found.seeds, found.tasks) == (3, 40)
+    assert found.mean == pytest.approx((row - baseline).mean(), rel=1e-12)
+    assert found.low < found.tasks_low < found.mean < found.tasks_high < found.high
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_equal_scores_differ_by_nothing_without_a_warning(seeds):
+    row = scores(seeds=seeds)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = difference(row, row.copy())
+    nothing = (found.mean, found.low, found.high, found.tasks_low, found.tasks_high)
+    assert (*nothing, found.bootstrap_low, found.bootstrap_high) == (0,) * 7
+    assert (found.p, found.tasks_p, found.permutation_p) == (1, 1, 1)
+    assert all(math.isfinite(value) for value in astuple(found))
+
+
+def test_a_constant_difference_is_a_point_and_certain():
+    found = difference(np.full((3, 8), 0.75), np.full((3, 8), 0.5))
+    assert (found.low, found.mean, found.high, found.p) == (0.25, 0.25, 0.25, 0)
+    assert found.permutation_p == 2 / 2**8  # all signs, or none, of 2**8
+
+
+def test_scores_that_are_not_in_pairs_are_refused():
+    row, baseline = scores()
+    for other in (baseline[:2], baseline[:, :7], baseline[:1]):  # numpy would stretch the last
+        with pytest.raises(ValueError, match="not seeds x tasks in pairs"):
+            difference(row, other)
+    with pytest.raises(ValueError, match="not seeds x tasks in pairs"):
+        difference(row[:, :1], baseline[:, :1])
+
+
+def test_permutation_p_counts_all_signs_where_they_are_few():
+    d = np.random.default_rng(3).normal(0.4, 1, 9)
+    signs = np.array(list(itertools.product([-1, 1], repeat=9)))
+    as_far = np.abs((signs * d).mean(1)) >= abs(d.mean()) * (1 - 1e-12)
+    assert permutation_p(d) == as_far.mean()
+
+
+@pytest.mark.parametrize("tasks", [6, 13, 14, 300])
+def test_permutation_p_is_scipy_s(tasks):
+    d = np.random.default_rng(tasks).integers(-4, 5, tasks) / 4  # sums without round-off
+    d[0] += round(math.sqrt(tasks)) - d.sum()  # about two deviations of the sum
+    want = scipy_stats.permutation_test(
+        (d,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(1)
+    )
+    assert 0.01 < want.pvalue < 0.99
+    # Both exact, or four deviations of the difference of two shares of 9,999.
+    error = 1e-12 if tasks <= 13 else 4 * math.sqrt(2 * want.pvalue * (1 - want.pvalue) / 9999)
+    assert permutation_p(d) == pytest.approx(want.pvalue, abs=error)
+
+
+def test_permutation_p_of_sums_that_tie_at_0_is_1():
+    assert permutation_p(np.array([0.1, 0.2, -0.3])) == 1  # their sum is 5.6e-17
+    assert permutation_p(np.array([0.1, 0.2, -0.3] * 9)) == 1
+
+
+def test_permutation_p_of_many_tasks_is_near_the_t_test_s_though_nothing_is_normal():
+    correct = np.random.default_rng(4).binomial(50, [[0.601], [0.60]], (2, 5000)) / 50
+    p, want = permutation_p(correct[0] - correct[1]), scipy_stats.ttest_rel(*correct).pvalue
+    assert 0.01 < want < 0.5
+    assert p == pytest.approx(want, abs=4 * math.sqrt(want * (1 - want) / 9999) + 0.0005)
+
+
+def test_bootstrap_of_two_seeds_and_equal_tasks_has_three_values():
+    # Seeds (0, 0), (0, 1), (1, 1) have means 0, 0.5, 1 a quarter, half and a quarter of the time.
+    assert bootstrap95(np.tile([[0.0], [1.0]], 5)) == (0, 1)
+    assert bootstrap95(np.tile([[1.0], [1.0]], 5)) == (1, 1)
+
+
+def test_bootstrap_is_a_slow_loop_s_and_of_one_seed_scipy_s():
+    d = crossed(np.random.default_rng(5), 3, 30, 0.1, 0.3, 0.2)
+    generator, means = np.random.default_rng(6), []
+    for _ in range(10_000):
+        seeds, tasks = generator.integers(3, size=3), generator.integers(30, size=30)
+        means.append(d[np.ix_(seeds, tasks)].mean())
+    spread = np.std(means)
+    np.testing.assert_allclose(bootstrap95(d), np.quantile(means, [0.025, 0.975]), atol=0.1 * spread)
+    want = scipy_stats.bootstrap((d[0],), np.mean, method="percentile", rng=generator).confidence_interval
+    np.testing.assert_allclose(bootstrap95(d[:1]), want, atol=0.1 * d[0].std() / math.sqrt(30))
+
+
+def test_holm_of_the_hand_computed_example():
+    # 4 x 0.005; 3 x 0.01; then 2 x 0.03, and 1 x 0.04 raised to it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], rel=1e-15)
+    assert holm([0.6, 0.5]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_holm_leaves_out_what_has_no_p():
+    assert holm([None, 0.01, math.nan, 0.04]) == [None, 0.02, None, 0.04]
+
+
+def test_holm_rejects_what_its_steps_reject():
+    """Holm 1979: from the least p on, compare with alpha / (what is left), and stop at the first above."""
+    generator = np.random.default_rng(7)
+    for _ in range(200):
+        p_values = (generator.random(6) ** 3).tolist()
+        for alpha in (0.01, 0.05, 0.3):
+            rejected = set()
+            for left, place in zip(range(6, 0, -1), np.argsort(p_values), strict=True):
+                if p_values[place] > alpha / left:
+                    break
+                rejected.add(place)
+            assert {place for place, p in enumerate(holm(p_values)) if p <= alpha} == rejected
+
+
+# Deviations by seed, by task and of the rest; 3 seeds or 10. Where both hold, the interval is exact but for
+# Satterthwaite's degrees of freedom; where seeds and tasks have no effect of their own, it is too wide.
+REGIMES = {
+    "seeds dominate": ((0.05, 0.02, 0.1), True),
+    "tasks dominate": ((0.0, 0.2, 0.05), True),
+    "both": ((0.012, 0.1, 0.1), True),
+    "seeds hardly": ((0.005, 0.0, 0.1), False),
+    "neither": ((0.0, 0.0, 0.1), False),
+}
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_main_interval_holds_the_truth_in_95_of_100_experiments(regime, seeds):
+    deviations, exact = REGIMES[regime]
+    generator, tasks = np.random.default_rng(8), 300
+    held = 0
+    for _ in range(EXPERIMENTS):
+        found = crossed_t(crossed(generator, seeds, tasks, *deviations))
+        held += found.low <= 0 <= found.high
+        assert (found.p > 0.05) == (found.low <= 0 <= found.high)
+    assert held / EXPERIMENTS >= 0.95 - ERROR
+    if exact:
+        assert held / EXPERIMENTS <= 0.95 + ERROR
+
+
+def test_interval_over_tasks_holds_the_truth_about_these_models():
+    generator = np.random.default_rng(9)
+    held = 0
+    for _ in range(EXPERIMENTS):
+        found = paired_t(crossed(generator, 3, 200, 0.0, 0.1, 0.1).mean(0))
+        held += found.low <= 0 <= found.high
+    assert abs(held / EXPERIMENTS - 0.95) <= ERROR
+
+
+def accuracies(generator, rows, gain=0.0, seeds=3, tasks=200, queries=25):
+    """Rows x seeds x tasks of shares of right queries; the first row has `gain` more in truth."""
+    mean = 0.7 + 0.1 * generator.normal(size=tasks) + 0.015 * generator.normal(size=(rows, seeds, 1))
+    mean[0] += gain
+    return generator.binomial(queries, mean.clip(0, 1)) / queries
+
+
+def test_none_is_found_where_there_is_none_in_one_row_nor_after_holm_in_eight():
+    generator = np.random.default_rng(10)
+    one, any_of_8, uncorrected = 0, 0, 0
+    for _ in range(EXPERIMENTS):
+        baseline, *rows = accuracies(generator, 9)
+        p_values = [crossed_t(row - baseline).p for row in rows]
+        one += p_values[0] <= 0.05
+        any_of_8 += min(holm(p_values)) <= 0.05
+        uncorrected += min(p_values) <= 0.05
+    assert abs(one / EXPERIMENTS - 0.05) <= ERROR
+    assert any_of_8 / EXPERIMENTS <= 0.05 + ERROR
+    assert uncorrected / EXPERIMENTS > 0.1  # what Holm is there for
+
+
+def test_a_planted_difference_is_found():
+    generator = np.random.default_rng(11)
+    row, baseline = accuracies(generator, 2, gain=0.1, tasks=600)
+    found = difference(row, baseline)
+    assert found.low < 0.1 < found.high
+    assert max(found.p, found.tasks_p, found.permutation_p) < 0.05
+    assert min(found.low, found.tasks_low, found.bootstrap_low) > 0
+    reverse = difference(baseline, row)
+    assert (reverse.mean, reverse.low, reverse.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+def test_equal_input_gives_equal_bytes():
+    first, second = difference(*scores()), difference(*scores())
+    assert first == second and repr(asdict(first)) == repr(asdict(second))

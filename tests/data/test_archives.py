@@ -1,0 +1,214 @@
+"""Archives that are not what they should be: told in two lines, nothing left behind."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from helpers.data_cases import png, tiny_members, tiny_part, write_zip
+from helpers.server_cases import HTML
+from helpers.shared import ignore
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.reading import archives
+from mamlctl.data.sets import omniglot
+from mamlctl.data.sets.registry import DATA_SETS
+
+FOLDERS = ("images_background", "images_evaluation")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Members of two tiny archives, and the parts that describe them."""
+    made = {folder: tiny_members(folder, seed) for seed, folder in enumerate(FOLDERS)}
+    members = {folder: pngs for folder, (pngs, _) in made.items()}
+    return members, tuple(tiny_part(folder, pixels) for folder, (_, pixels) in made.items())
+
+
+@pytest.fixture
+def source(tmp_path, tiny):
+    """A folder with the two tiny zips."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, members in tiny[0].items():
+        write_zip(folder / f"{name}.zip", members)
+    return folder
+
+
+@pytest.fixture
+def fetch(tmp_path, tiny):
+    """Fetch the tiny set into a new root."""
+
+    def call(*sources, parts=tiny[1], on_event=ignore, force=False):
+        root = tmp_path / "root"
+        root.mkdir(exist_ok=True)
+        return omniglot.fetch(
+            root, source=sources or None, offline=False, force=force, on_event=on_event, parts=parts
+        )
+
+    return call
+
+
+def assert_refused(fetch, tmp_path, *sources, match):
+    """A DataError of one line with a way out, and an empty root."""
+    with pytest.raises(DataError, match=match) as raised:
+        fetch(*sources)
+    assert raised.value.exit_code == 3
+    assert "\n" not in raised.value.message
+    assert raised.value.hint and "\n" not in raised.value.hint
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def unpacked(source, folder):
+    """The two archives of `source` as folders in `folder`."""
+    for name in FOLDERS:
+        with zipfile.ZipFile(source / f"{name}.zip") as archive:
+            archive.extractall(folder)
+    return folder
+
+
+def test_zips_folders_and_files_hold_the_same_set(fetch, source, tmp_path):
+    digests = {fetch(source).digest}
+    for sources in (
+        [source / f"{name}.zip" for name in FOLDERS],
+        [unpacked(source, tmp_path / "unpacked")],
+        [tmp_path / "unpacked" / name for name in FOLDERS],
+        [source / "images_background.zip", tmp_path / "unpacked" / "images_evaluation"],
+    ):
+        digests.add(fetch(*sources, force=True).digest)
+    assert len(digests) == 1
+
+
+def test_only_verified_files_reach_the_root(fetch, source, tmp_path):
+    packed = fetch(source)
+    assert packed.names[:2] == ("background/Alphabet_0/character01", "background/Alphabet_0/character02")
+    assert packed.counts.tolist() == [4] * 12
+    names = sorted(file.name for file in (tmp_path / "root" / "omniglot").iterdir())
+    assert names == [
+        f"{stem}.{kind}" for stem in ("28x28-bilinear", "originals-105") for kind in ("json", "npy")
+    ]
+
+
+def test_damaged_original_is_told_and_force_mends_it(fetch, source, tmp_path):
+    digest = fetch(source).digest
+    original = tmp_path / "root" / "omniglot" / "originals-105.npy"
+    original.write_bytes(original.read_bytes()[:-9])
+    with pytest.raises(DataError, match="originals-105") as raised:
+        omniglot.open_pack(tmp_path / "root", "box", on_event=ignore)
+    assert raised.value.hint == "mamlctl fetch omniglot --force"
+    assert fetch(source, force=True).digest == digest
+    omniglot.open_pack(tmp_path / "root", "box", on_event=ignore)
+
+
+def test_truncated_zip(fetch, source, tmp_path):
+    path = source / "images_evaluation.zip"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert_refused(fetch, tmp_path, source, match="images_evaluation.zip is a zip that is cut off")
+
+
+def test_zip_with_damaged_bytes(fetch, source, tmp_path):
+    path = source / "images_background.zip"
+    data = bytearray(path.read_bytes())
+    data[300:310] = bytes(10)
+    path.write_bytes(data)
+    assert_refused(
+        fetch, tmp_path, source, match=r"images_background.zip is damaged at images_background/Alph"
+    )
+
+
+def test_html_page_in_place_of_a_zip(fetch, source, tmp_path):
+    (source / "images_background.zip").write_bytes(HTML)
+    assert_refused(
+        fetch,
+        tmp_path,
+        source,
+        match=r"images_background.zip is an HTML page \(Quota exceeded\), not an archive",
+    )
+
+
+def test_wrong_count_names_both_numbers(fetch, source, tmp_path, tiny):
+    members = dict(list(tiny[0]["images_background"].items())[:-1])
+    write_zip(source / "images_background.zip", members)
+    match = "holds 2 alphabets, 6 characters and 23 images, but Omniglot has 2, 6 and 24 there"
+    assert_refused(fetch, tmp_path, source, match=match)
+
+
+def test_other_pixels(fetch, source, tmp_path, tiny):
+    members = dict(tiny[0]["images_background"])
+    first, second, *_ = members
+    members[first] = members[second]
+    write_zip(source / "images_background.zip", members)
+    assert_refused(fetch, tmp_path, source, match="but not its pixels: digest")
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png", "..\\evil"]
+)
+def test_unsafe_name(fetch, source, tmp_path, tiny, name):
+    write_zip(source / "images_background.zip", {**tiny[0]["images_background"], name: b"evil"})
+    assert_refused(fetch, tmp_path, source, match="holds a file with the unsafe name")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_member_of_absurd_size(fetch, source, tmp_path, tiny):
+    bomb = {**tiny[0]["images_background"], "images_background/bomb.png": bytes(archives.MEMBER_BYTES + 1)}
+    write_zip(source / "images_background.zip", bomb)
+    assert_refused(fetch, tmp_path, source, match="at most 16,777,216 are sane")
+
+
+def test_encrypted_member(fetch, source, tmp_path):
+    path = source / "images_background.zip"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1  # the encryption bit of the first entry of the directory
+    path.write_bytes(data)
+    assert_refused(fetch, tmp_path, source, match="holds the encrypted file")
+
+
+def small_png():
+    return png(np.ones((8, 8), dtype=bool))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda data: b"not an image", "cannot read image images_background/Alphabet_0/character02"),
+        (lambda data: data[: len(data) // 2], "cannot read image images_background/Alphabet_0/character02"),
+        (lambda data: b"", "cannot read image images_background/Alphabet_0/character02"),
+        (lambda data: small_png(), "is 1 8x8, but Omniglot's are 1-bit 105x105"),
+    ],
+)
+def test_unreadable_image_is_named(fetch, source, tmp_path, tiny, damage, match):
+    members = dict(tiny[0]["images_background"])
+    name = "images_background/Alphabet_0/character02/0002_03.png"
+    members[name] = damage(members[name])
+    write_zip(source / "images_background.zip", members)
+    assert_refused(fetch, tmp_path, source, match=match)
+
+
+def test_places_without_archives(fetch, source, tmp_path):
+    assert_refused(fetch, tmp_path, tmp_path / "nowhere", match=r"there is no .*nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(fetch, tmp_path, empty, match="holds neither images_background.zip nor a folder")
+    only = source / "images_background.zip"
+    assert_refused(fetch, tmp_path, only, match="holds neither images_evaluation.zip nor a folder")
+
+
+def test_offline_names_the_command(tmp_path):
+    with pytest.raises(DataError, match="--offline forbids") as raised:
+        omniglot.fetch(tmp_path, source=None, offline=True, force=False, on_event=ignore)
+    assert "mamlctl fetch omniglot" in raised.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_upstream_is_torchvisions():
+    sources = omniglot.omniglot_sources()
+    assert [source.file for source in sources] == [f"{name}.zip" for name in FOLDERS]
+    urls = [(source.file, url) for source in sources for url in source.urls]
+    assert len(urls) == 4
+    assert all(url.startswith("https://") and url.endswith(file) for file, url in urls)
+    assert sum(source.bytes for source in sources) == DATA_SETS["omniglot"].download_bytes
+    # As noted in ../shared/data/README.md from the upstream files.
+    assert [source.md5 for source in sources] == [
+        "68d2efa1b9178cc56df9314c21c6e718",
+        "6b91aef0f799c5bb55b94e3f2daec811",
+    ]

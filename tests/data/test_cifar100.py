@@ -1,0 +1,336 @@
+"""CIFAR-100 from its archive: every pixel in its class, every wrong file named; and the published splits."""
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers.shared import ignore
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.sets import cifar100, class_splits
+from mamlctl.data.sets.cifar100 import CifarPart
+from mamlctl.data.sets.registry import DATA_SETS
+
+NAMES = cifar100.class_names()
+PER_CLASS = {"train": 3, "test": 2}
+META = {"fine_label_names": list(NAMES), "coarse_label_names": ["fish"]}
+
+
+def content(file, seed):
+    """What the file of a small CIFAR-100 holds: labels in any order, images in rows of colour planes."""
+    generator = np.random.default_rng(seed)
+    labels = generator.permutation(np.repeat(np.arange(len(NAMES)), PER_CLASS[file]))
+    rows = generator.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
+    return {"fine_labels": labels.tolist(), "data": rows, "coarse_labels": [0], "filenames": ["x.png"]}
+
+
+CONTENTS = {file: content(file, seed) for seed, file in enumerate(PER_CLASS)}
+
+
+def files(**changed):
+    """Name in the archive -> bytes, with the pickles of some files replaced."""
+    contents = {"meta": META, **CONTENTS}
+    return {
+        f"cifar-100-python/{file}": changed.get(file, pickle.dumps(contents[file], 2)) for file in contents
+    }
+
+
+PARTS = tuple(
+    CifarPart(file, PER_CLASS[file], hashlib.md5(files()[f"cifar-100-python/{file}"]).hexdigest())
+    for file in PER_CLASS
+)
+
+
+def write_tar(path, members, mode="w:gz"):
+    with tarfile.open(path, mode, **({"compresslevel": 1} if mode == "w:gz" else {})) as archive:
+        folder = tarfile.TarInfo("cifar-100-python")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in {"cifar-100-python/file.txt~": b"", **members}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path):
+    (tmp_path / "source").mkdir()
+    return write_tar(tmp_path / "source" / "cifar-100-python.tar.gz", files())
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """Fetch the small set into a new root."""
+
+    def call(*sources, parts=PARTS, name="cifar-fs", force=False, on_event=ignore):
+        root = tmp_path / "root"
+        root.mkdir(exist_ok=True)
+        options = {"offline": True, "force": force, "on_event": on_event, "parts": parts, "name": name}
+        return cifar100.fetch(root, source=sources or None, **options)
+
+    return call
+
+
+def refused(fetch, tmp_path, *sources, match):
+    """A DataError of one line with a way out, and an empty root."""
+    with pytest.raises(DataError, match=match) as raised:
+        fetch(*sources)
+    assert "\n" not in raised.value.message
+    assert raised.value.hint and "\n" not in raised.value.hint
+    assert list((tmp_path / "root").iterdir()) == []
+
+
+def test_classes_and_pixels(fetch, archive):
+    packed = fetch(archive)
+    assert packed.names == NAMES
+    assert packed.counts.tolist() == [5] * 100
+    assert packed.images_MCHW.shape == (500, 3, 32, 32)
+    for label in (0, 41, 99):
+        # Train's images first; of each file in its order; a row is three planes of 1,024 bytes.
+        rows = np.concatenate(
+            [held["data"][np.array(held["fine_labels"]) == label] for held in CONTENTS.values()]
+        )
+        images = packed.images_MCHW[packed.starts[label] : packed.starts[label + 1]]
+        assert np.array_equal(images[:, 0].reshape(5, 1024), rows[:, :1024])
+        assert np.array_equal(images[:, 2].reshape(5, 1024), rows[:, 2048:])
+        assert images[4, 1, 2, 3] == rows[4, 1024 + 2 * 32 + 3]
+
+
+def test_archive_and_folder_hold_the_same_set(fetch, archive, tmp_path):
+    digests = {fetch(archive).digest, fetch(archive.parent, force=True).digest}
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / "unpacked", filter="data")
+    for source in (tmp_path / "unpacked", tmp_path / "unpacked" / "cifar-100-python"):
+        digests.add(fetch(source, force=True).digest)
+    digests.add(fetch(write_tar(tmp_path / "plain.tar", files(), "w"), force=True).digest)
+    digests.add(fetch(tmp_path / "nothing-yet", archive, force=True).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_of_any_protocol(fetch, tmp_path, protocol):
+    changed = {file: pickle.dumps(held, protocol) for file, held in CONTENTS.items()}
+    parts = [
+        CifarPart(file, PER_CLASS[file], hashlib.md5(data).hexdigest()) for file, data in changed.items()
+    ]
+    packed = fetch(write_tar(tmp_path / "other.tar.gz", files(**changed)), parts=parts)
+    assert packed.images_MCHW.shape == (500, 3, 32, 32)
+
+
+def test_one_pack_serves_both_sets(fetch, archive, tmp_path):
+    fetch(archive, name="fc100")
+    root = tmp_path / "root"
+    assert [str(file.relative_to(root)) for file in sorted(root.rglob("*.npy"))] == ["cifar-100/32x32.npy"]
+    digests = set()
+    for name in ("cifar-fs", "fc100"):
+        assert DATA_SETS[name].is_here(root)
+        packed = DATA_SETS[name].open_pack(root, "none", on_event=ignore)
+        splits = DATA_SETS[name].split_classes(packed, DATA_SETS[name].split_schemes[0], 0)
+        assert packed.images_MCHW.shape[1:] == DATA_SETS[name].image_shape_CHW
+        assert {split: len(classes) for split, classes in splits.items()} == {
+            "cifar-fs": {"train": 64, "val": 16, "test": 20},
+            "fc100": {"train": 60, "val": 20, "test": 20},
+        }[name]
+        digests.add(packed.digest)
+        told = []
+        DATA_SETS[name].fetch(root, source=None, offline=True, force=False, on_event=told.append)
+        assert told[0].text.startswith(f"{name} is already at")
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
+def test_absent_set_names_its_own_command(tmp_path, name):
+    data_set = DATA_SETS[name]
+    with pytest.raises(DataError, match=f"^{name} is not at") as raised:
+        data_set.open_pack(tmp_path, "none", on_event=ignore)
+    assert raised.value.hint == f"mamlctl fetch {name}"
+    with pytest.raises(DataError, match="--offline forbids") as raised:
+        data_set.fetch(tmp_path, source=None, offline=True, force=False, on_event=ignore)
+    assert raised.value.hint.startswith(f"mamlctl fetch {name}")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def changed(file, **values):
+    return pickle.dumps({**CONTENTS[file], **values}, 2)
+
+
+def labels_with(label):
+    return [label, *CONTENTS["train"]["fine_labels"][1:]]
+
+
+FIRST = CONTENTS["train"]["fine_labels"][0]
+WRONG = {
+    "counts": (
+        {"train": changed("train", fine_labels=labels_with((FIRST + 1) % 100))},
+        r"train in .* holds [24] images of class [a-z_]+, but CIFAR-100 has 3 there",
+    ),
+    "fewer": (
+        {"test": changed("test", fine_labels=[0], data=CONTENTS["test"]["data"][:1])},
+        "test in .* holds 1 images of class apple, but CIFAR-100 has 2 there",
+    ),
+    "pixels": (
+        {"test": changed("test", data=CONTENTS["test"]["data"] ^ 1)},
+        "test in .* but not its bytes: md5",
+    ),
+    "label beyond": ({"train": changed("train", fine_labels=labels_with(100))}, "not from 0 to 99"),
+    "label negative": ({"train": changed("train", fine_labels=labels_with(-1))}, "not from 0 to 99"),
+    "label of another kind": ({"train": changed("train", fine_labels=labels_with("a"))}, "not from 0 to 99"),
+    "rows missing": (
+        {"train": changed("train", data=CONTENTS["train"]["data"][1:])},
+        r"train in .* holds uint8 \(299, 3072\), not 300 rows of 3,072 bytes",
+    ),
+    "floats": (
+        {"train": changed("train", data=CONTENTS["train"]["data"].astype("f4"))},
+        r"holds float32 \(300, 3072\)",
+    ),
+    "no labels": (
+        {"train": pickle.dumps({"data": CONTENTS["train"]["data"]})},
+        "has no list called fine_labels",
+    ),
+    "no data": ({"train": changed("train", data=[1, 2])}, "train in .* has no ndarray called data"),
+    "a list": ({"train": pickle.dumps([1, 2])}, "train in .* has no ndarray called data"),
+    "names": ({"meta": pickle.dumps({"fine_label_names": list(NAMES[::-1])})}, "meta in .* does not name"),
+    "no names": ({"meta": pickle.dumps({})}, "meta in .* has no list called fine_label_names"),
+    "cut off": ({"test": files()["cifar-100-python/test"][:-50]}, "test in .* is cut off or unreadable"),
+    "no pickle": ({"train": b"<html>"}, "train in .* is no sound pickle of arrays"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_file_is_named(fetch, tmp_path, wrong):
+    replaced, match = WRONG[wrong]
+    refused(fetch, tmp_path, write_tar(tmp_path / "cifar.tar.gz", files(**replaced)), match=match)
+
+
+def test_attack_inside_runs_nothing(fetch, tmp_path):
+    mark = tmp_path / "ran"
+    for file in ("meta", "train", "test"):
+        evil = pickle.dumps({**(CONTENTS | {"meta": META})[file], "batch_label": Touch(mark)}, 2)
+        path = write_tar(tmp_path / "evil.tar.gz", files(**{file: evil}))
+        refused(
+            fetch, tmp_path, path, match=f"{file} in .*evil.tar.gz is refused: it asks for 'posix.system'"
+        )
+    assert not mark.exists()
+
+
+def test_archive_that_is_cut_off_or_damaged(fetch, archive, tmp_path):
+    data = archive.read_bytes()
+    for length in (0, 10, 1000, len(data) // 2, len(data) - 1000):
+        archive.write_bytes(data[:length])
+        refused(fetch, tmp_path, archive, match="is not a tar or is cut off|holds no file")
+    archive.write_bytes(data[:5000] + bytes(100) + data[5100:])
+    refused(fetch, tmp_path, archive, match="is not a tar or is cut off")
+    archive.write_bytes(b"<html>Quota exceeded</html>")
+    refused(fetch, tmp_path, archive, match="is not a tar or is cut off")
+
+
+def test_archive_without_a_file(fetch, tmp_path):
+    members = files()
+    del members["cifar-100-python/test"]
+    path = write_tar(tmp_path / "less.tar.gz", members)
+    refused(fetch, tmp_path, path, match=r"less.tar.gz holds no file cifar-100-python/test")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "C:\\evil", "..\\evil"])
+def test_unsafe_name(fetch, tmp_path, name):
+    path = write_tar(tmp_path / "evil.tar.gz", {name: b"evil", **files()})
+    refused(fetch, tmp_path, path, match="holds a file with the unsafe name")
+
+
+def test_file_of_absurd_size(fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar100, "FILE_BYTES", 1000)
+    refused(fetch, tmp_path, write_tar(tmp_path / "a.tar.gz", files()), match="bytes; at most 1,000 are sane")
+
+
+def test_links_are_not_followed(fetch, tmp_path):
+    path = tmp_path / "links.tar"
+    with tarfile.open(path, "w") as archive:
+        for file in ("meta", "train", "test"):
+            link = tarfile.TarInfo(f"cifar-100-python/{file}")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(link)
+    refused(fetch, tmp_path, path, match="holds no file cifar-100-python/meta")
+
+
+def test_places_without_cifar(fetch, tmp_path):
+    for folder in ("train", "test", "meta"):  # of another set
+        (tmp_path / "other" / folder).mkdir(parents=True)
+    refused(fetch, tmp_path, tmp_path / "other", match="holds neither cifar-100-python.tar.gz nor a folder")
+
+
+def test_upstream_is_torchvisions():
+    from torchvision.datasets import CIFAR100
+
+    source = cifar100.cifar_source()
+    assert source.file == CIFAR100.filename == "cifar-100-python.tar.gz"
+    (url,) = source.urls
+    assert url.startswith("https://") and url.endswith(source.file)
+    assert source.md5 == "eb9058c3a382ffc7106e4002c42a8d85"
+    known = dict(CIFAR100.train_list + CIFAR100.test_list)
+    assert {part.file: part.md5 for part in cifar100.PARTS} == known
+
+
+# The published splits.
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("mini-imagenet", (64, 16, 20)), ("cifar-fs", (64, 16, 20)), ("fc100", (60, 20, 20))],
+)
+def test_lists_are_whole_and_disjoint(name, numbers):
+    listed = class_splits.listed_split(name)
+    assert len(listed) == 100  # each class once
+    assert Counter(listed.values()) == dict(zip(class_splits.SPLITS, numbers, strict=True))
+
+
+def test_both_cifar_lists_are_of_the_same_classes():
+    assert class_splits.listed_split("fc100").keys() == set(NAMES)
+    assert (NAMES[0], NAMES[19], NAMES[-1]) == ("apple", "cattle", "worm")  # labels 0, 19 and 99
+
+
+def test_fc100_never_splits_a_superclass():
+    listed = class_splits.listed_split("fc100")
+    for superclass, split in (
+        ("beaver dolphin otter seal whale", "val"),
+        ("bear leopard lion tiger wolf", "test"),
+        ("bicycle bus motorcycle pickup_truck train", "train"),
+    ):
+        found = {listed[name] for name in superclass.split()}
+        assert len(found) == 1, (superclass, split)
+
+
+def test_lists_are_those_of_the_sources():
+    from conftest import SHARED
+
+    folder = SHARED / "splits"
+    if not folder.is_dir():
+        pytest.skip("the class lists are not in ../shared/data/splits")
+    for name in ("cifar-fs", "fc100"):
+        listed = class_splits.listed_split(name)
+        for split in class_splits.SPLITS:
+            wanted = (folder / name / f"{split}_classes.txt").read_text().split()
+            assert [one for one, place in listed.items() if place == split] == wanted
+    listed = class_splits.listed_split("mini-imagenet")
+    for split in class_splits.SPLITS:
+        lines = (folder / "miniImagenet" / f"{split}.csv").read_text().split()[1:]
+        wanted = dict.fromkeys(line.split(",")[1] for line in lines)
+        assert [one for one, place in listed.items() if place == split] == list(wanted)
+
+
+def test_classes_of_another_set_are_told(fetch, archive):
+    packed = fetch(archive)
+    with pytest.raises(DataError, match="the classes are not those of mini-imagenet: 200 differ, such as"):
+        class_splits.split_classes(packed, "ravi", 0)

@@ -1,0 +1,459 @@
+"""Everything that goes wrong with downloads, against a server on this machine."""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.server_cases import HTML, Page, Twist, serving
+from helpers.shared import SHARED, ignore
+
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice, Progress
+from mamlctl.data.fetching.downloads import Source, download, downloaded
+from mamlctl.data.fetching.partial_files import Part
+from mamlctl.data.fetching.responses import Patience, check_mirrors
+from mamlctl.data.sets import omniglot
+
+QUICK = Patience(tries=3, pause_s=0.001, longest_pause_s=1.0, timeout_s=10.0)
+HINT = "mamlctl fetch it --from FOLDER"
+PATH, MIRROR = "/images_evaluation.zip", "/mirror/images_evaluation.zip"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def archive():
+    """The real archive where there is one, else bytes of about its kind."""
+    path = SHARED / "omniglot" / "images_evaluation.zip"
+    return path.read_bytes() if path.is_file() else np.random.default_rng(0).bytes(500_000)
+
+
+@pytest.fixture
+def get(server, archive, tmp_path):
+    """Download the archive from `paths` of the server -> the file's bytes."""
+
+    def call(*paths, patience=QUICK, on_event=ignore, **options):
+        source = server.source(archive, *(paths or (PATH,)))
+        path = download(source, tmp_path / "root", hint=HINT, patience=patience, on_event=on_event, **options)
+        assert left(tmp_path) == [path.name]
+        return path.read_bytes()
+
+    return call
+
+
+def left(tmp_path):
+    """The files below the root."""
+    return sorted(path.name for path in (tmp_path / "root").rglob("*"))
+
+
+def statuses(server):
+    return [asked.status for asked in server.asked]
+
+
+def notices(events):
+    return [event.text for event in events if isinstance(event, Notice)]
+
+
+def refused(get, *paths, match, **options):
+    """A DataError of one line with a way out."""
+    with pytest.raises(DataError, match=match) as raised:
+        get(*paths, **options)
+    assert raised.value.exit_code == 3
+    assert "\n" not in raised.value.message + raised.value.hint
+    assert raised.value.hint
+    return raised.value
+
+
+def test_whole_with_bytes_and_speed(server, get, archive, capfd):
+    server.pages[PATH] = Page(archive)
+    events = []
+    assert get(on_event=events.append) == archive
+    last = events[-1]
+    assert last == Progress(
+        "download images_evaluation.zip", len(archive), len(archive), "B", last.per_second
+    )
+    assert last.per_second > 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_there_and_verified_is_not_downloaded_again(server, get, archive, tmp_path):
+    server.pages[PATH] = Page(archive)
+    assert get() == get() == archive
+    assert len(server.asked) == 1
+    (tmp_path / "root" / PATH[1:]).write_bytes(archive[:-1])
+    assert get() == archive
+    assert len(server.asked) == 2
+
+
+def test_a_cut_is_resumed_and_only_the_rest_is_sent(server, get, archive):
+    half = len(archive) // 2
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=half)])
+    events = []
+    assert get(on_event=events.append) == archive
+    assert statuses(server) == [200, 206]
+    assert [asked.sent for asked in server.asked] == [half, len(archive) - half]
+    assert server.asked[1].headers["If-Range"] == '"first"'
+    assert "broke off" in notices(events)[0]
+    done = [event.done for event in events if isinstance(event, Progress)]
+    assert done == sorted(done)
+
+
+def test_the_next_fetch_goes_on_where_the_last_one_failed(server, get, archive, tmp_path):
+    third = len(archive) // 3
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=third), *[Twist(503)] * 2])
+    refused(get, match=r"cannot download .*: http.* answers 503")
+    assert left(tmp_path) == ["images_evaluation.zip.part", "images_evaluation.zip.part.json"]
+    server.asked.clear()
+    assert get() == archive
+    assert [asked.sent for asked in server.asked] == [len(archive) - third]
+
+
+def test_a_cut_is_resumed_at_another_mirror(server, get, archive):
+    half = len(archive) // 2
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=half), *[Twist(500)] * 2])
+    server.pages[MIRROR] = Page(archive, etag='"another server\'s"')
+    assert get(PATH, MIRROR) == archive
+    assert (server.asked[-1].path, server.asked[-1].sent) == (MIRROR, len(archive) - half)
+    assert "If-Range" not in server.asked[-1].headers
+
+
+def test_many_cuts_are_borne_as_long_as_each_try_brings_something(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=len(archive) // 10)] * 8)
+    assert get() == archive
+    assert len(server.asked) == 9
+
+
+def test_an_answer_that_does_not_tell_its_length(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(chunked=True, cut_after=1000)])
+    assert get() == archive
+    assert statuses(server) == [200, 206]
+    server.pages[MIRROR] = Page(archive, twists=[Twist(chunked=True)])
+    assert get(MIRROR) == archive
+
+
+def test_a_server_without_ranges_begins_anew(server, get, archive):
+    server.pages[PATH] = Page(archive, ranges=False, twists=[Twist(cut_after=1000)])
+    assert get() == archive
+    assert statuses(server) == [200, 200]
+    assert server.asked[1].headers["Range"] == "bytes=1000-"
+
+
+def test_a_range_that_is_refused_begins_anew(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), Twist(416)])
+    assert get() == archive
+    assert statuses(server) == [200, 416, 200]
+    assert "Range" not in server.asked[2].headers
+
+
+def test_a_file_that_has_changed_since_comes_whole(server, get, archive, tmp_path):
+    page = server.pages[PATH] = Page(
+        bytes(len(archive)), etag='"old"', twists=[Twist(cut_after=1000), *[Twist(500)] * 2]
+    )
+    refused(get, match="answers 500")
+    page.data, page.etag = archive, '"new"'
+    assert get() == archive
+    assert (server.asked[-1].status, server.asked[-1].headers["If-Range"]) == (200, '"old"')
+
+
+def test_a_beginning_of_other_bytes_is_caught_by_the_checksum_and_dropped(server, get, archive):
+    other = bytes(len(archive))
+    server.pages[PATH] = Page(other, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
+    server.pages[MIRROR] = Page(archive)
+    assert get(PATH, MIRROR) == archive
+    assert statuses(server)[-2:] == [206, 200]
+
+
+def test_a_stop_between_the_last_byte_and_the_checksum(server, get, archive, tmp_path):
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
+    refused(get, match="answers 500")
+    (tmp_path / "root" / "images_evaluation.zip.part").write_bytes(archive)
+    server.asked.clear()
+    assert get() == archive
+    assert server.asked == []
+
+
+def test_a_slow_server_is_waited_for(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.05)])
+    events = []
+    # Longer in all than the time without a byte that a server is given up after.
+    assert get(patience=Patience(tries=1, timeout_s=0.4), on_event=events.append) == archive
+    bars = [event for event in events if isinstance(event, Progress)]
+    assert len(bars) >= 4
+    assert bars[-1].per_second < len(archive) / 0.45
+
+
+def test_a_stalled_server_is_left(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000), Twist(held_after=0)])
+    server.pages[MIRROR] = Page(archive)
+    events = []
+    patience = Patience(tries=2, pause_s=0.001, timeout_s=0.2)
+    assert get(PATH, MIRROR, patience=patience, on_event=events.append) == archive
+    assert any("sent nothing for 0.2 s; trying" in text for text in notices(events))
+    # The kept bytes count for the mirror too.
+    assert server.asked[-1].path == MIRROR
+    assert server.asked[-1].status == 206
+
+
+def test_wrong_bytes_are_not_asked_for_twice(server, get, archive, tmp_path):
+    server.pages[PATH] = Page(archive[:-1] + b"?")
+    refused(get, match=rf"{PATH[1:]} does not have the md5 [0-9a-f]{{32}}$")
+    assert len(server.asked) == 1
+    assert left(tmp_path) == []
+
+
+def test_wrong_length_is_told_before_anything_is_received(server, archive, tmp_path):
+    server.pages[PATH] = Page(archive[:-7])
+    source = server.source(archive, PATH, bytes=len(archive))
+    with pytest.raises(DataError, match=f"has {len(archive) - 7:,} bytes instead of {len(archive):,}"):
+        download(source, tmp_path / "root", hint=HINT, patience=QUICK, on_event=ignore)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_mirror_without_the_file_is_left_at_once(server, get, archive, status):
+    server.pages[PATH] = Page(archive, twists=[Twist(status)])
+    server.pages[MIRROR] = Page(archive)
+    events = []
+    assert get(PATH, MIRROR, on_event=events.append) == archive
+    assert statuses(server) == [status, 200]
+    assert f"answers {status}; trying {server.address}{MIRROR}" in notices(events)[0]
+
+
+def test_the_users_mirror_is_asked_first(server, get, archive):
+    server.pages |= {PATH: Page(archive), MIRROR: Page(archive)}
+    assert get(mirrors=[f"{server.address}/nothing/", f"{server.address}/mirror/"]) == archive
+    assert [asked.path for asked in server.asked] == [f"/nothing{PATH}", MIRROR]
+
+
+def test_a_quota_page_is_told_with_its_title(server, get, archive, tmp_path):
+    server.pages[PATH] = Page(HTML)
+    refused(get, match=r"is an HTML page \(Quota exceeded\), not an archive")
+    assert len(server.asked) == 1
+    assert left(tmp_path) == []
+
+
+def test_a_quota_page_costs_nothing_of_what_was_there(server, get, archive):
+    page = server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
+    refused(get, match="answers 500")
+    page.data, page.ranges = HTML, False
+    refused(get, match="is an HTML page")
+    page.data, page.ranges = archive, True
+    assert get() == archive
+    assert server.asked[-1].sent == len(archive) - 1000
+
+
+def test_503_then_fine_after_the_pause_that_was_asked_for(server, get, archive, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server.pages[PATH] = Page(
+        archive, twists=[Twist(503), Twist(429, {"Retry-After": "1"}), Twist(cut_after=1000)]
+    )
+    assert get() == archive
+    assert statuses(server) == [503, 429, 200, 206]
+    assert pauses[:2] == [0.001, 1.0]
+
+
+def test_a_server_that_asks_for_an_hour_is_left(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(429, {"Retry-After": "3600"})])
+    server.pages[MIRROR] = Page(archive)
+    assert get(PATH, MIRROR) == archive
+    assert statuses(server) == [429, 200]
+
+
+def test_pauses_grow(server, get, archive, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server.pages[PATH] = Page(archive, twists=[Twist(500)] * 9)
+    refused(get, match="answers 500", patience=Patience(tries=4))
+    assert pauses == [1.0, 2.0, 4.0]
+
+
+def test_every_mirror_is_named_with_its_reason(server, archive, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/a.zip"
+    server.pages |= {"/wrong/a.zip": Page(b"wrong"), "/page/a.zip": Page(HTML)}
+    urls = [f"http://me:secret@{server.address[7:]}/none/a.zip", closed, "http://nowhere.invalid/a.zip"]
+    urls += [f"{server.address}/{name}/a.zip" for name in ("wrong", "page")]
+    with pytest.raises(DataError) as raised:
+        download(
+            Source("a.zip", tuple(urls), "0" * 32, "MIT"),
+            tmp_path / "root",
+            hint=HINT,
+            patience=QUICK,
+            on_event=ignore,
+        )
+    told = raised.value.message.removeprefix("cannot download a.zip: ").split("; ")
+    assert [reason.split(" ")[0] for reason in told] == [url.replace("me:secret@", "") for url in urls]
+    words = ["answers 404", "refused", "cannot be read", "does not have the md5", "is an HTML page"]
+    assert all(word in reason for word, reason in zip(words, told, strict=True)), told
+    assert raised.value.hint == HINT
+
+
+def test_two_at_once_download_once(server, archive, tmp_path):
+    server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000)])
+    events, got = [], []
+
+    def get(on_event):
+        source = server.source(archive, PATH)
+        path = download(source, tmp_path / "root", hint=HINT, patience=QUICK, on_event=on_event)
+        got.append(path.read_bytes())
+
+    def told(event):
+        events.append(event)
+        server.released.set()  # not before the second one waits
+
+    first = threading.Thread(target=get, args=[ignore])
+    first.start()
+    assert server.held.wait(10)
+    get(told)
+    first.join()
+    assert got == [archive, archive]
+    assert len(server.asked) == 1
+    assert notices(events) == [f"process {os.getpid()} is at work on images_evaluation.zip: waiting for it"]
+    assert left(tmp_path) == ["images_evaluation.zip"]
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(server, get, archive, tmp_path, monkeypatch):
+    server.pages[PATH] = Page(archive)
+    room = namedtuple("room", "total used free")(10**9, 10**9 - 4096, 4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    error = refused(get, match=r"images_evaluation.zip needs .*, but .* has 4.0 KiB left")
+    assert "make room" in error.hint
+    assert left(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_disk_that_fills_up_gets_back_what_it_gave(server, get, archive, tmp_path, monkeypatch):
+    server.pages[PATH] = Page(archive)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "older.zip").write_bytes(b"older")
+    begin = Part.begin
+
+    def begin_on_a_full_disk(part, *facts):
+        begin(part, *facts)
+        part.path.symlink_to("/dev/full")
+
+    monkeypatch.setattr(Part, "begin", begin_on_a_full_disk)
+    error = refused(get, match=r"cannot write .*: No space left on device")
+    assert "make room" in error.hint
+    assert left(tmp_path) == ["older.zip"]
+
+
+def test_a_disk_that_fills_up_keeps_what_an_earlier_try_left(tmp_path):
+    part = Part(tmp_path / "a.zip.part")
+    part.path.write_bytes(b"earlier")
+
+    def chunks():
+        yield b"more"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        part.append(chunks(), ignore)
+    assert part.path.read_bytes() == b"earlier"
+
+
+def test_archives_are_deleted_when_the_block_ends_well_only(server, archive, tmp_path):
+    server.pages[PATH] = Page(archive)
+    options = {"hint": HINT, "patience": QUICK, "on_event": ignore}
+    sources = [server.source(archive, PATH)]
+    with pytest.raises(DataError), downloaded(sources, tmp_path / "root", **options):
+        raise DataError("cannot pack")
+    assert left(tmp_path) == ["images_evaluation.zip"]
+    with downloaded(sources, tmp_path / "root", **options) as paths:
+        assert [path.read_bytes() for path in paths] == [archive]
+    assert not (tmp_path / "root").exists()
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("mirror", ["ftp://x/y", "folder", "http://", "http://[x", ""])
+def test_a_mirror_that_is_no_web_address_is_refused(mirror):
+    with pytest.raises(SettingsError, match="is not a web address") as raised:
+        check_mirrors(["https://fine.example/data", mirror])
+    assert "--from" in raised.value.hint
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from mamlctl.data import downloads, omniglot
+source = downloads.Source("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
+omniglot.omniglot_sources = lambda: (source,)
+omniglot._read_verified = lambda paths, *rest: sys.exit(f"got {paths[0].stat().st_size}")
+from mamlctl.cli import main
+main()
+"""
+
+
+def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tmp_path):
+    third = len(archive) // 3
+    server.pages[PATH] = Page(archive, twists=[Twist(held_after=third)])
+    source = server.source(archive, PATH)
+    words = [sys.executable, "-c", INTERRUPTED, source.urls[0], source.md5]
+    words += ["fetch", "omniglot", "--data-root", str(tmp_path / "root")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        assert server.held.wait(60)
+        part = tmp_path / "root" / "downloads" / "images_evaluation.zip.part"
+        while not part.exists() or part.stat().st_size == 0:
+            assert process.poll() is None
+            time.sleep(0.01)
+        while process.poll() is None:
+            # Python loses an interrupt that comes while an object is being deleted; people press again.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "are kept: the same command goes on from there" in err
+    kept = part.stat().st_size
+    assert 0 < kept <= third
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert f"got {len(archive)}" in done.stderr
+    assert (server.asked[1].status, server.asked[1].sent) == (206, len(archive) - kept)
+
+
+def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatch):
+    sources = []
+    for name in ("images_background.zip", "images_evaluation.zip"):
+        data = (omniglot_zips / name).read_bytes()
+        server.pages[f"/{name}"] = Page(data, twists=[Twist(cut_after=len(data) // 2)])
+        sources.append(server.source(data, f"/missing/{name}", f"/{name}", bytes=len(data)))
+    monkeypatch.setattr(omniglot, "omniglot_sources", lambda: tuple(sources))
+    monkeypatch.setattr("time.sleep", ignore)
+    packed = omniglot.fetch(tmp_path, source=None, offline=False, force=False, on_event=ignore)
+    assert (len(packed.names), len(packed.images_MCHW)) == (1623, 32460)
+    assert statuses(server) == [404, 200, 206] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["omniglot"]
+
+
+def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp_path, monkeypatch):
+    shutil.copytree(omniglot_root / "omniglot", tmp_path / "omniglot")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()}
+
+    def full(*words, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        omniglot.fetch(tmp_path, source=[SHARED / "omniglot"], offline=True, force=True, on_event=ignore)
+    monkeypatch.setattr(omniglot, "omniglot_sources", lambda: (server.source(b"", "/gone.zip"),))
+    with pytest.raises(DataError, match="answers 404"):
+        omniglot.fetch(tmp_path, source=None, offline=False, force=True, on_event=ignore)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()} == before

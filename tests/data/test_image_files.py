@@ -1,0 +1,98 @@
+"""Images of every mode and size become arrays of one shape, with the right pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.reading.image_files import class_folders, read_image
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(image, kind="PNG", *, side=8, channels=3, **options):
+    return read_image(encoded(image, kind, **options), "x", side=side, channels=channels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_the_colour_that_it_shows(mode, channels):
+    grey = 255 if mode == "1" else 120
+    image = Image.new("L", (8, 8), grey)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(np.full((8, 8), grey * 257, dtype=np.uint16 if mode == "I;16" else np.int32))
+    elif mode == "F":
+        image = Image.fromarray(np.full((8, 8), grey / 255, dtype=np.float32))
+    elif mode == "P":
+        image = image.convert("RGB").quantize(4)
+    elif mode != "L":
+        image = image.convert("RGB").convert(mode) if mode == "CMYK" else image.convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "F", "I") else "PNG"
+    found = read(image, kind, channels=channels)
+    assert found.shape == (channels, 8, 8) and found.dtype == np.uint8
+    assert np.abs(found.astype(int) - grey).max() <= 1
+
+
+def test_transparent_pixels_lie_on_white():
+    pixels = np.zeros((4, 4, 4), dtype=np.uint8)
+    pixels[:, :2] = (200, 10, 30, 255)
+    found = read(Image.fromarray(pixels, "RGBA"), side=4)
+    assert (found[:, :, :2] == np.array([200, 10, 30])[:, None, None]).all() and (
+        found[:, :, 2:] == 255
+    ).all()
+    palette = Image.fromarray(np.repeat([[0, 1]], 2, axis=0).astype(np.uint8), "P")
+    palette.putpalette([9, 9, 9, 7, 7, 7])
+    assert (read(palette, side=2, channels=1, transparency=0)[0] == [255, 7]).all()
+
+
+def test_a_longer_side_is_cut_evenly():
+    strip = np.zeros((4, 12), dtype=np.uint8)
+    strip[:, 4:8] = 200
+    assert (read(Image.fromarray(strip), side=4, channels=1) == 200).all()
+
+
+def test_exif_turns_are_followed():
+    pixels = np.zeros((4, 4), dtype=np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    found = read(Image.fromarray(pixels), side=4, channels=1, exif=exif)
+    assert (found[0, 3] == 255).all() and (found[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image at all", encoded(Image.new("L", (50, 50)))[:60]])
+def test_what_is_no_image_is_told_by_name(data):
+    with pytest.raises(DataError, match=r"cannot read image cat/7\.png: ") as raised:
+        read_image(data, "cat/7.png", side=4, channels=1)
+    assert "\n" not in str(raised.value)
+
+
+def test_class_folders_are_listed_without_what_is_no_image(tmp_path):
+    for name in (
+        "b/2.png",
+        "b/deep/1.jpg",
+        "a/x.bmp",
+        "a/notes.txt",
+        "a/.hidden.png",
+        ".git/x.png",
+        "__MACOSX/y.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    found = class_folders(tmp_path)
+    assert {name: [file.name for file in files] for name, files in found.items()} == {
+        "a": ["x.bmp"],
+        "b": ["2.png", "1.jpg"],
+        "empty": [],
+    }
+    with pytest.raises(DataError, match="holds no folders"):
+        class_folders(tmp_path / "empty")
+    with pytest.raises(DataError, match="is not a folder"):
+        class_folders(tmp_path / "a" / "x.bmp")

@@ -1,0 +1,284 @@
+"""A folder of anybody's images: odd sizes and modes, broken files, splits by folders or by fractions."""
+
+import io
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.shared import ignore
+from PIL import Image
+
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice
+from mamlctl.data.sets import image_folder
+from mamlctl.data.sets.registry import find, open_images
+from mamlctl.data.tasks.streams import open_streams, split_of
+from mamlctl.experiments.settings import complete, resolve_settings
+
+CPU = torch.device("cpu")
+MODES = ("RGB", "L", "RGBA", "P", "I;16")
+
+
+def picture(mode, number, size):
+    """A picture of one colour, which tells the class, in any mode."""
+    grey = 20 + 10 * number
+    if mode == "I;16":
+        return Image.fromarray(np.full(size[::-1], grey * 257, dtype=np.uint16))
+    image = Image.new("RGB", size, (grey, grey, grey))
+    return image.quantize(2) if mode == "P" else image.convert(mode)
+
+
+def make(path, classes=12, images=5, split="", first=0):
+    """Class folders of pictures of all modes and many sizes."""
+    for number in range(first, first + classes):
+        home = path / split / f"class {number:02d}"
+        home.mkdir(parents=True)
+        for image in range(images):
+            size = (20 + 3 * image, 43 - 2 * number)
+            picture(MODES[(number + image) % len(MODES)], number, size).save(home / f"{image}.png")
+    return path
+
+
+def settings(path, root, **more):
+    base = {"dataset": str(path), "image_size": 8, "channels": 1, "ways": 2, "data_root": str(root)}
+    return complete(resolve_settings([("flag", base | {"filters": 4} | more)]).config)
+
+
+def opened(path, root, notices=None, **more):
+    found = notices if notices is not None else []
+    return open_streams(
+        settings(path, root, **more),
+        ("train", "val", "test"),
+        CPU,
+        torch.float32,
+        offline=True,
+        on_event=found.append,
+    )
+
+
+def test_every_image_becomes_the_shape_that_is_asked_for(tmp_path):
+    path = make(tmp_path / "mine")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=3, on_event=ignore)
+    assert packed.images_MCHW.shape == (60, 3, 8, 8)
+    assert packed.names == tuple(f"class {number:02d}" for number in range(12))
+    for number in range(12):
+        images = packed.images_MCHW[packed.starts[number] : packed.starts[number + 1]]
+        assert np.abs(images.astype(int) - (20 + 10 * number)).max() <= 1
+    grey = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    assert grey.images_MCHW.shape == (60, 1, 8, 8)
+
+
+def test_it_is_packed_once_and_anew_when_a_file_changes(tmp_path):
+    path, notices = make(tmp_path / "mine"), []
+    first = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore)
+    assert (
+        image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append).digest
+        == first.digest
+    )
+    assert notices == []
+    picture("L", 11, (9, 9)).save(path / "class 00" / "new.png")
+    again = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append)
+    assert [event.text for event in notices if isinstance(event, Notice)] == [
+        f"{path} has changed since it was packed: packing it anew"
+    ]
+    assert again.digest != first.digest and again.counts[0] == first.counts[0] + 1
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """With a broken file, an empty class, a class of broken files alone and a class that is too small."""
+    path = make(tmp_path / "mine")
+    (path / "class 03" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    (path / "nothing").mkdir()
+    (path / "broken").mkdir()
+    (path / "broken" / "x.png").write_bytes(b"")
+    (path / "small").mkdir()
+    picture("L", 3, (9, 9)).save(path / "small" / "one.png")
+    (path / "class 03" / "notes.txt").write_text("no image")
+    return path
+
+
+def test_what_is_bad_is_told_once_and_left_out(flawed, tmp_path):
+    notices = []
+    streams, _ = opened(flawed, tmp_path / "root", notices)
+    told = [event.text for event in notices if isinstance(event, Notice)]
+    assert len(told) == 2
+    assert told[0].startswith("3 left out: nothing (an empty class); cannot read image broken/x.png: ")
+    assert "cannot read image class 03/broken.jpg: " in told[0]
+    assert (
+        told[1] == "left out: 1 classes have fewer than 2 images, --shots and --queries together: small (1)"
+    )
+    assert sum(stream.pool for stream in streams.values()) == 12
+    again = []
+    opened(flawed, tmp_path / "root", again)
+    assert [event.text for event in again if isinstance(event, Notice)] == told
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_strict_refuses_what_is_bad(flawed, tmp_path, mended):
+    if mended:
+        (flawed / "nothing").rmdir()
+        (flawed / "broken" / "x.png").unlink()
+        (flawed / "broken").rmdir()
+        (flawed / "class 03" / "broken.jpg").unlink()
+    with pytest.raises(
+        DataError,
+        match="1 classes have fewer than 2" if mended else "--strict is on, but 3 cannot be used: nothing",
+    ) as raised:
+        opened(flawed, tmp_path / "root", strict=True)
+    assert raised.value.exit_code == 3 and raised.value.hint
+
+
+def names(config, packed):
+    return {split: [packed.names[n] for n in classes] for split, classes in split_of(config, packed).items()}
+
+
+def test_tasks_too_large_for_every_class_are_told(tmp_path):
+    with pytest.raises(SettingsError) as raised:
+        opened(make(tmp_path / "mine"), tmp_path / "root", shots=4, queries=2)
+    facts = [fact for fact, _ in raised.value.problems]
+    assert facts == [f"{tmp_path / 'mine'} has 5 images per class, but --shots 4 + --queries 2 is 6"]
+
+
+def test_classes_are_split_by_fractions_and_seed(tmp_path):
+    path = make(tmp_path / "mine")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    one = names(settings(path, tmp_path, split_fractions="50-25-25"), packed)
+    assert {split: len(found) for split, found in one.items()} == {"train": 6, "val": 3, "test": 3}
+    assert sorted(itertools.chain(*one.values())) == list(packed.names)
+    assert one == names(settings(path, tmp_path, split_fractions="2-1-1"), packed)
+    assert one != names(settings(path, tmp_path, split_fractions="2-1-1", split_seed=1), packed)
+
+
+def test_folders_train_val_and_test_are_the_split(tmp_path):
+    path = tmp_path / "mine"
+    for split, first, classes in (("train", 0, 4), ("val", 4, 2), ("test", 6, 3)):
+        make(path, classes, split=split, first=first)
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    found = names(settings(path, tmp_path), packed)
+    assert {split: len(classes) for split, classes in found.items()} == {"train": 4, "val": 2, "test": 3}
+    assert all(name.startswith(f"{split}/") for split, classes in found.items() for name in classes)
+
+
+def test_a_val_that_is_missing_is_taken_from_train(tmp_path):
+    path = tmp_path / "mine"
+    make(path, 10, split="train")
+    make(path, 3, split="test", first=10)
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    found = names(settings(path, tmp_path), packed)
+    assert {split: len(classes) for split, classes in found.items()} == {"train": 8, "val": 2, "test": 3}
+    assert all(name.startswith("train/") for name in found["val"])
+
+
+@pytest.mark.parametrize(
+    ("more", "fact"),
+    [
+        ({"split_fractions": "a-b"}, "--split-fractions is 'a-b'"),
+        ({"split_fractions": "1-1"}, "--split-fractions is '1-1'"),
+        ({"split_fractions": "0-1-1"}, "--split-fractions is '0-1-1'"),
+        ({"split_scheme": "vinyals"}, "has no --split-scheme 'vinyals'"),
+        ({"normalize": "imagenet"}, "--normalize imagenet is for colours"),
+        ({"dataset": "glyphs", "strict": True}, "--strict has no effect"),
+        ({"dataset": "nowhere"}, "unknown data set 'nowhere'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, more, fact):
+    with pytest.raises(SettingsError) as raised:
+        settings(make(tmp_path / "mine", 2, 2), tmp_path, **more)
+    assert any(fact in problem for problem, _ in raised.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("form", "fact"),
+    [
+        ("absent", "is not a folder"),
+        ("file", "is not a folder"),
+        ("flat", "holds no folders"),
+        ("empty", "holds no images"),
+    ],
+)
+def test_what_is_no_such_folder_is_told(tmp_path, form, fact):
+    path = tmp_path / "mine"
+    if form == "file":
+        path.write_text("")
+    elif form != "absent":
+        path.mkdir()
+        (path / "notes").mkdir() if form == "empty" else picture("L", 1, (8, 8)).save(path / "x.png")
+    with pytest.raises(DataError, match=fact):
+        opened(path, tmp_path / "root")
+
+
+def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
+    flags = {"dataset": "glyphs", "image_size": 16, "channels": 3, "data_root": str(tmp_path)}
+    config = complete(resolve_settings([("flag", flags)]).config)
+    streams, source = open_streams(config, ("train",), CPU, torch.float32, offline=True, on_event=ignore)
+    assert source.example_shape == (3, 16, 16)
+    x = streams["train"].episodes(0, 2).support_x_TECHW
+    assert x.shape == (2, 5, 3, 16, 16) and torch.equal(x[:, :, 0], x[:, :, 2])
+    packed = open_images(find("glyphs"), tmp_path, resize="none", side=16, channels=3, on_event=ignore)
+    whole = find("glyphs").open_pack(tmp_path, "none", on_event=ignore)
+    one = Image.fromarray(whole.images_MCHW[7, 0]).resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(packed.images_MCHW[7, 0], np.asarray(one)) and packed.names == whole.names
+
+
+def test_a_data_set_of_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    make(tmp_path / "mine", 2, 2)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_settings([("flag", {"dataset": "./mine"})]).config.dataset == str(tmp_path / "mine")
+    assert resolve_settings([("flag", {"dataset": "mine"})]).config.dataset == str(tmp_path / "mine")
+    # A name that is known stays that name, whatever lies about.
+    make(tmp_path / "glyphs", 2, 2)
+    assert resolve_settings([("flag", {"dataset": "glyphs"})]).config.dataset == "glyphs"
+
+
+def test_a_truncated_file_in_a_pack_of_many_keeps_the_order(tmp_path):
+    """Left-out images move those after them, not their classes."""
+    path = make(tmp_path / "mine", 3, 4)
+    whole = io.BytesIO()
+    picture("RGB", 1, (30, 30)).save(whole, "JPEG")
+    (path / "class 01" / "0.jpg").write_bytes(whole.getvalue()[:-200])
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    assert packed.counts.tolist() == [4, 4, 4]
+    assert np.abs(packed.images_MCHW.reshape(3, -1).astype(int) - [[20], [30], [40]]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "fact"),
+    [
+        ({"train": 3, "val": 3}, "has class 'class 00' in train and in val"),
+        ({"val": 3, "test": 3}, "has test and val, but no folder train beside them"),
+        ({"train": 3, "test": 3, "valid": 2}, "has test and train, but a folder valid beside them"),
+    ],
+)
+def test_splits_that_are_none_are_told(tmp_path, splits, fact):
+    for split, classes in splits.items():
+        make(tmp_path / "mine", classes, split=split)
+    with pytest.raises(DataError, match=fact):
+        opened(tmp_path / "mine", tmp_path / "root")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    path = make(tmp_path / "mine", 3)
+    (path / "class 00").rename(path / "train")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    assert packed.names == ("class 01", "class 02", "train")
+
+
+def test_a_run_keeps_its_split_when_classes_come(tmp_path):
+    path = make(tmp_path / "mine")
+    config = settings(path, tmp_path / "root")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    stored = names(config, packed)
+    for number in range(3):
+        (path / f"a{number}").mkdir()
+        picture("L", number, (9, 9)).save(path / f"a{number}" / "x.png")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    found = split_of(config, packed, stored)
+    assert {split: [packed.names[n] for n in part] for split, part in found.items()} == stored
+    assert names(config, packed) != stored
+    shutil.rmtree(path / "class 03")
+    packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+    with pytest.raises(DataError, match="has no class 'class 03' any more"):
+        split_of(config, packed, stored)

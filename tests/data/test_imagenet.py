@@ -1,0 +1,224 @@
+"""mini-ImageNet and tieredImageNet from what users have, in any form; what is wrong is named."""
+
+import io
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from helpers.shared import SHARED, ignore
+from PIL import Image
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import Notice
+from mamlctl.data.sets import imagenet
+from mamlctl.data.sets.class_splits import listed_split, split_classes
+from mamlctl.data.sets.imagenet import MINI, TIERED
+
+CLASSES = listed_split("mini-imagenet")
+IMAGES = 2
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """mini-ImageNet with two images a class."""
+    monkeypatch.setattr(imagenet, "PER_CLASS", IMAGES)
+
+
+def jpeg(number, size=(84, 84)):
+    file = io.BytesIO()
+    pixels = np.full((*size, 3), number % 256, dtype=np.uint8)
+    # Blocks that tell the number, since close colours become one in a JPEG.
+    pixels[: size[0] // 2, :, 1:] = (
+        200 * np.array([number >> bit & 1 for bit in range(12)]).repeat(7)[:, None]
+    )
+    Image.fromarray(pixels).save(file, "JPEG", subsampling=0)
+    return file.getvalue()
+
+
+def members(form):
+    """File name -> content, as people have it."""
+    found = {}
+    for number, (label, split) in enumerate(sorted(CLASSES.items())):
+        for image in range(IMAGES):
+            file = f"{label}{image:08d}.jpg"
+            folder = {"split": f"{split}/{label}/", "classes": f"images/{label}/", "flat": "images/"}[form]
+            found[folder + file] = jpeg(2 * number + image)
+    found["notes.txt"] = b"no image"
+    found["__MACOSX/._n01532829.jpg"] = b"resource fork"
+    return found
+
+
+def as_folder(path, files):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return [path]
+
+
+def as_zip(path, files):
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return [path.with_suffix(".zip")]
+
+
+def as_tar(path, files):
+    with tarfile.open(path.with_suffix(".tar"), "w") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return [path.with_suffix(".tar")]
+
+
+def as_split_zips(path, files):
+    """A folder with train.zip, val.zip, test.zip."""
+    path.mkdir()
+    for split in ("train", "val", "test"):
+        as_zip(path / split, {name: data for name, data in files.items() if name.startswith(split)})
+    return [path]
+
+
+def fetch(root, source, which=MINI, on_event=ignore, force=False):
+    return imagenet.fetch(which, root, source=source, offline=False, force=force, on_event=on_event)
+
+
+@pytest.mark.parametrize("form", ["split", "classes", "flat"])
+@pytest.mark.parametrize("kind", [as_folder, as_zip, as_tar])
+def test_every_form_gives_the_same_pack(small, tmp_path, form, kind):
+    packed = fetch(tmp_path / "root", kind(tmp_path / "source", members(form)))
+    assert packed.images_MCHW.shape == (200, 3, 84, 84) and packed.names == tuple(sorted(CLASSES))
+    splits = split_classes(packed, "ravi", 0)
+    assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
+    assert all(CLASSES[packed.names[number]] == split for split, found in splits.items() for number in found)
+    assert np.abs(packed.images_MCHW[:, 0].mean((1, 2)) - np.arange(200)).max() < 5  # JPEG's error
+
+
+def test_split_zips_in_a_folder_are_found(small, tmp_path):
+    packed = fetch(tmp_path / "root", as_split_zips(tmp_path / "source", members("split")))
+    assert packed.images_MCHW.shape == (200, 3, 84, 84)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fact"),
+    [
+        (lambda files: files.pop("flat/n0153282900000001.jpg"), "n01532829 has 1 images instead of 2"),
+        (lambda files: files.update({"flat/n0153282900000009.jpg": jpeg(1)}), "n01532829 has 3 images"),
+        (
+            lambda files: files.update({"flat/n9999999900000000.jpg": jpeg(1)}),
+            "1 classes do not belong to it",
+        ),
+        (
+            lambda files: [files.pop(name) for name in list(files) if "n0153282" in name],
+            "1 of its 100 classes",
+        ),
+        (lambda files: files.clear(), "holds no images in folders like n01532829"),
+        (
+            lambda files: files.update({"flat/n0153282900000001.jpg": b"oops"}),
+            "cannot read image .*flat/n01532829",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_stays(small, tmp_path, spoil, fact):
+    files = {name.replace("images/", "flat/"): data for name, data in members("flat").items()}
+    spoil(files)
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(DataError, match=fact) as raised:
+        fetch(tmp_path / "root", as_folder(source, files))
+    assert raised.value.exit_code == 3 and raised.value.hint
+    assert not list((tmp_path / "root").rglob("*.*"))
+
+
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_pickles_give_the_same_tasks_as_images(small, tmp_path, given):
+    """The classes of a split in the same order, and their images."""
+    of_images = fetch(tmp_path / "images", as_folder(tmp_path / "source", members("split")))
+    folder = tmp_path / "pickles"
+    folder.mkdir()
+    for split, classes in split_classes(of_images, "ravi", 0).items():
+        places = np.concatenate([np.arange(IMAGES) + of_images.starts[number] for number in classes])
+        names = [of_images.names[number] for number in classes]
+        class_dict = {name: [IMAGES * at, IMAGES * at + 1] for at, name in enumerate(names)}
+        images_MHWC = of_images.images_MCHW[places].transpose(0, 2, 3, 1).copy()
+        content = {"image_data": np.asarray(images_MHWC), "class_dict": class_dict}
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, 2))
+    packed = fetch(tmp_path / "root", [folder] if given == "folder" else sorted(folder.iterdir()))
+    for split, classes in split_classes(packed, "ravi", 0).items():
+        others = split_classes(of_images, "ravi", 0)[split]
+        assert [packed.names[n] for n in classes] == [of_images.names[n] for n in others]
+        for number, other in zip(classes, others, strict=True):
+            one, two = packed.starts[number], of_images.starts[other]
+            assert np.array_equal(packed.images_MCHW[one : one + 2], of_images.images_MCHW[two : two + 2])
+
+
+def test_images_that_are_the_same_are_told(small, tmp_path):
+    files, notices = members("flat"), []
+    names = sorted(name for name in files if name.endswith(".jpg") and "images/" in name)
+    files[names[0]] = files[names[1]] = files[names[7]]
+    packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), on_event=notices.append)
+    (told,) = [event.text for event in notices if isinstance(event, Notice)]
+    assert "2 pairs of images are the same to the last bit, 1 of them in two classes" in told
+    pairs = [("n01532829", "n01532829"), ("n01532829", "n01749939")]
+    assert [tuple(pair) for pair in packed.facts["twins"]] == pairs
+
+
+def test_it_cannot_be_downloaded_and_says_where_people_get_it(tmp_path):
+    with pytest.raises(DataError, match="cannot be downloaded: ImageNet's terms") as raised:
+        fetch(tmp_path, None)
+    assert "mamlctl fetch mini-imagenet --from" in raised.value.hint
+
+
+def test_tiered_is_split_by_its_folders(tmp_path, monkeypatch):
+    tiny = imagenet.ListedSet("tiered-imagenet", "tieredImageNet", (2, 1, 1), (4, 2, 2), ("ren",), "get it")
+    monkeypatch.setattr(imagenet, "TIERED", tiny)
+    assert TIERED.classes == (351, 97, 160)
+    files = {
+        f"{split}/n0000000{number}/{image}.jpg": jpeg(number)
+        for number, split in enumerate(("train", "train", "val", "test"))
+        for image in range(2)
+    }
+    packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), which=tiny)
+    assert packed.names == ("test/n00000003", "train/n00000000", "train/n00000001", "val/n00000002")
+    found = imagenet.split_by_folders(packed, "ren", 0)
+    assert {split: part.tolist() for split, part in found.items()} == {
+        "train": [1, 2],
+        "val": [3],
+        "test": [0],
+    }
+    files.pop("val/n00000002/1.jpg")
+    with pytest.raises(DataError, match="val has 1 classes and 1 images instead of 1 and 2"):
+        fetch(tmp_path / "other", as_zip(tmp_path / "fewer", files), which=tiny)
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """The real set, packed from its zips."""
+    source = SHARED / "mini-imagenet"
+    if not (source / "train.zip").is_file():
+        pytest.skip("real mini-ImageNet is not in ../shared/data/mini-imagenet")
+    notices = []
+    root = tmp_path_factory.mktemp("mini-root")
+    return fetch(root, [source], on_event=notices.append), notices, root
+
+
+def test_the_real_set_has_its_counts_and_its_eight_twins(real):
+    packed, notices, _ = real
+    assert packed.images_MCHW.shape == (60_000, 3, 84, 84) and set(packed.counts) == {600}
+    splits = split_classes(packed, "ravi", 0)
+    assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
+    assert len(packed.facts["twins"]) == 8 and sum(a != b for a, b in packed.facts["twins"]) == 7
+    assert any(
+        "8 pairs of images are the same" in event.text for event in notices if isinstance(event, Notice)
+    )
+
+
+def test_the_real_sets_pixels_are_those_that_pillow_decodes(real):
+    packed, _, _ = real
+    with zipfile.ZipFile(SHARED / "mini-imagenet" / "val.zip") as archive:
+        name = "val/n01855672/n0185567200000003.jpg"
+        wanted = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")).transpose(2, 0, 1)
+    first = packed.starts[packed.names.index("n01855672")]
+    assert np.array_equal(packed.images_MCHW[first], wanted)

@@ -1,0 +1,182 @@
+"""Tars: read by several threads at once, and refused where they hold what no honest one does."""
+
+import gzip
+import io
+import random
+import tarfile
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.reading import archives
+from mamlctl.data.reading.archives import open_members
+
+HINT = "get it anew"
+FILES = {f"train/n{c:04d}/{i:05d}.jpg": bytes([c, i]) * (c * i + 1) for c in range(20) for i in range(50)}
+
+
+def entry(name, data=b"", **facts):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for fact, value in facts.items():
+        setattr(member, fact, value)
+    return member, io.BytesIO(data)
+
+
+def write_tar(path, *extra, kind="", files=FILES, **options):
+    """A tar with a folder entry, `files` and what else is given."""
+    with tarfile.open(path, f"w:{kind}", **options) as archive:
+        archive.addfile(*entry("train", type=tarfile.DIRTYPE))
+        for name, data in files.items():
+            archive.addfile(*entry(name, data))
+        for member in extra:
+            archive.addfile(*member)
+    return path
+
+
+def write_zip(path, files=FILES):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def refused(path, match):
+    with pytest.raises(DataError, match=match) as raised, open_members(path, hint=HINT) as members:
+        for name in members.names:
+            members.read(name)
+    assert "\n" not in raised.value.message
+    return raised.value
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+def test_every_kind_of_tar_holds_the_same_files(tmp_path, kind):
+    # Known by its first bytes, whatever its name.
+    path = write_tar(tmp_path / "images.bin", kind=kind)
+    with open_members(path, hint=HINT) as members:
+        assert members.names == tuple(FILES)
+        assert {name: members.read(name) for name in members.names} == FILES
+    assert [file.name for file in tmp_path.iterdir()] == ["images.bin"], "nothing is unpacked"
+
+
+@pytest.mark.parametrize(("make", "name"), [(write_tar, "a.tar"), (write_zip, "a.zip")])
+def test_threads_read_at_once(tmp_path, make, name):
+    names = list(FILES) * 5
+    random.Random(0).shuffle(names)
+    with open_members(make(tmp_path / name), hint=HINT) as members, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(members.read, names)) == [FILES[name] for name in names]
+
+
+def test_names_lose_their_leading_dot_and_the_last_of_two_counts(tmp_path):
+    path = write_tar(tmp_path / "a.tar", entry("./a.png", b"old"), entry("./a.png", b"new"), files={})
+    with open_members(path, hint=HINT) as members:
+        assert members.names == ("a.png",)
+        assert members.read("a.png") == b"new"
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_in_every_format(tmp_path, format):
+    name = "/".join(["x" * 60, "y" * 60, "z" * 60 + ".png"])
+    with open_members(write_tar(tmp_path / "a.tar", files={name: b"1"}, format=format), hint=HINT) as members:
+        assert members.names == (name,)
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil", "..\\evil"])
+def test_unsafe_names(tmp_path, name):
+    refused(write_tar(tmp_path / "a.tar", entry(name, b"evil")), "holds a file with the unsafe name")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", entry("train/x", type=kind, linkname="/etc/passwd"))
+    refused(path, "holds 'train/x', which is a link or a device, not a file")
+
+
+def test_link_in_a_zip(tmp_path):
+    link = zipfile.ZipInfo("train/x")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    refused(tmp_path / "a.zip", "which is a link")
+
+
+def test_a_member_of_absurd_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MEMBER_BYTES", 100)
+    refused(
+        write_tar(tmp_path / "a.tar", entry("train/x", bytes(101))), "holds .* bytes; at most 100 are sane"
+    )
+
+
+@pytest.mark.parametrize("kind", ["zip", "gz"])
+def test_a_bomb_is_not_expanded(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(archives, "EXPANSION_FLOOR", 10_000)
+    path = tmp_path / "a"
+    files = {f"{number}": bytes(10**6) for number in range(5)}
+    if kind == "zip":
+        write_zip(path, files)
+    else:
+        write_tar(path, kind="gz", files=files)
+    refused(path, "expands to more than [0-9,]+ bytes, which is not sane")
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+def test_a_tar_that_is_cut_off(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", entry("last", bytes(range(256)) * 100), kind=kind)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(bytes(range(250, 256))) - 9000 if not kind else len(data) // 2])
+    refused(path, "cut off")
+
+
+def test_damaged_compression(tmp_path):
+    path = write_tar(tmp_path / "a.tgz", kind="gz")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+    path.write_bytes(data)
+    refused(path, "is damaged or cut off")
+
+
+def test_compressed_but_no_tar(tmp_path):
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"filename,label\n" * 100))
+    refused(tmp_path / "a.csv.gz", "is not a tar or is cut off")
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (b"Rar!\x1a\x07\x01\x00", "a RAR archive"),
+        (b"7z\xbc\xaf\x27\x1c", "7z"),
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+    ],
+)
+def test_other_archives_are_to_be_unpacked(tmp_path, start, told):
+    (tmp_path / "a").write_bytes(start + bytes(1000))
+    assert refused(tmp_path / "a", told).hint == "unpack it, then --from FOLDER"
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00" * 2000, b"hello " * 100, np.random.default_rng(0).bytes(5000)])
+def test_what_is_no_archive(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    refused(tmp_path / "a", "is neither a zip nor a tar")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_no_room_to_expand(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tgz", kind="gz")
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: io.FileIO("/dev/full", "r+"))
+    assert "TMPDIR" in refused(path, "cannot expand .*: No space left on device").hint
+
+
+def test_a_large_tar_is_indexed_in_seconds_and_read_anywhere(tmp_path):
+    files = {f"n{number // 600:08d}/{number:08d}.jpg": number.to_bytes(4, "big") for number in range(20_000)}
+    path = write_tar(tmp_path / "large.tar", files=files)
+    with open_members(path, hint=HINT) as members:
+        assert len(members.names) == 20_000
+        # Backwards, so that nothing can rely on the order.
+        assert all(members.read(name) == files[name] for name in reversed(members.names))

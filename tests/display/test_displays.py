@@ -1,0 +1,240 @@
+"""What people see: the live view and the plain lines, errors, results and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
+from rich.console import Console
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.events import MetaStepDone, Notice, Progress
+from mamlctl.core.results import EvalResult, EvalRow, TrainResult
+from mamlctl.display.console import show_error, write_json
+from mamlctl.display.displays import LiveDisplay, PlainDisplay, SilentDisplay, open_display
+from mamlctl.display.run_results import show_eval_result, show_train_result
+from mamlctl.display.training_view import render
+
+
+@pytest.fixture(autouse=True)
+def a_capable_terminal(monkeypatch: pytest.MonkeyPatch):
+    """What the surroundings of the tests say about their terminal must not decide them."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def terminal(width: int = 80, height: int = 24) -> Console:
+    return Console(file=Tty(), width=width, height=height, force_terminal=True, legacy_windows=False)
+
+
+def pipe() -> Console:
+    return Console(file=StringIO(), width=40, force_terminal=False)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+class Tty(StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_markup_and_control_codes_in_names_stay_text():
+    run = replace(RUN, run="runs/[red]x[/x]:smile:\x1b[2J", dataset="[bold]omni", device="[/]")
+    text = "\n".join(frame(state_after(run, a_report()), 120, 40))
+    assert "runs/[red]x[/x]:smile:?[2J" in text
+    assert "[bold]omni" in text
+    for console in (terminal(), pipe()):
+        show_error(console, MamlctlError("no folder data[/x]:smile:", hint="try [red]y"))
+        assert "no folder data[/x]:smile:" in written(console)
+        assert "try [red]y" in written(console)
+
+
+def test_the_live_view_draws_on_a_terminal_and_leaves_its_last_frame():
+    console = terminal()
+    with open_display(console, quiet=False) as display:
+        assert isinstance(display, LiveDisplay)
+        for event in (Notice("made [now]"), RUN, MetaStepDone(30, 0), a_report(), VALIDATION):
+            display(event)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written(console))
+    assert "made [now]" in text
+    assert "0.5000" in text
+    assert "93.12 ± 0.61 %" in text
+    assert written(console).endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_a_live_view_that_saw_nothing_writes_nothing():
+    console = terminal()
+    with open_display(console, quiet=False):
+        pass
+    assert written(console) == ""
+
+
+def test_a_resize_starts_on_a_clean_screen():
+    console = terminal(120, 40)
+    with LiveDisplay(console) as display:
+        display(RUN)
+        before = written(console).count("\x1b[2J")
+        console.size = (80, 24)  # type: ignore[assignment]
+    assert before == 0
+    assert written(console).count("\x1b[2J") == 1
+
+
+def test_no_colour_is_honoured(monkeypatch: pytest.MonkeyPatch):
+    colour = re.compile(r"\x1b\[(?:[12];)?3[0-9]")
+    for expected in (True, False):
+        console = terminal()
+        console.print(render(state_after(RUN, a_report()), 80, 24))
+        assert bool(colour.search(written(console))) is expected
+        monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_a_pipe_gets_one_plain_line_per_report(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colours may be forced, cursor movements may not
+    console = Console(file=StringIO(), width=40)
+    with open_display(console, quiet=False) as display:
+        assert isinstance(display, PlainDisplay)
+        for event in (Notice("made [now]"), RUN, MetaStepDone(30, 0), a_report(), VALIDATION):
+            display(event)
+    assert "\x1b" not in written(console)
+    assert written(console).splitlines() == [
+        "made [now]",
+        "run runs/omniglot-20w1s-maml++-s0  maml++ (msl da bnrs bnwb lslr ca)  omniglot 20-way 1-shot  "
+        "8 tasks a meta-step  112,084 parameters  bn transductive  cpu (x86_64, 2 threads)",
+        "step 30/500  epoch 1/10  support 0.812  query 3.000>1.500>1.000>0.750>0.600>0.500  acc 95.0 %  "
+        "lr 0.00100  order 1  38.1 tasks/s",
+        "epoch 1/10  val 93.1 ± 0.6 % (600 tasks, transductive)  best 93.1 % at epoch 1",
+    ]
+
+
+def test_plain_progress_is_rare():
+    now = [0.0]
+    console = pipe()
+    display = PlainDisplay(console, clock=lambda: now[0])
+    for done in range(0, 1001):  # a thousand parts in a hundred seconds
+        now[0] = done / 10
+        display(Progress("packing", done, 1000))
+    lines = written(console).splitlines()
+    assert lines[0] == "packing  10 %  100/1,000"
+    assert lines[-1] == "packing  100 %  1,000/1,000"
+    assert len(lines) == 10
+    for done in range(0, 1001):  # quick work says nothing
+        now[0] += 0.001
+        display(Progress("validating", done, 1000))
+    assert len(written(console).splitlines()) == 10
+
+
+def test_an_encoding_without_the_letters_is_no_failure():
+    class Ascii(Tty):
+        encoding = "ascii"
+
+    console = Console(file=Ascii(), force_terminal=True, legacy_windows=False)
+    with open_display(console, quiet=False) as display:
+        display(VALIDATION)
+    assert "93.1 ? 0.6 %" in written(console)
+
+
+def test_quiet_is_silent():
+    console = terminal()
+    with open_display(console, quiet=True) as display:
+        assert isinstance(display, SilentDisplay)
+        for event in (Notice("made"), RUN, a_report(), VALIDATION):
+            display(event)
+    assert written(console) == ""
+
+
+def test_an_error_is_two_lines_in_a_pipe_and_coloured_on_a_terminal():
+    error = MamlctlError(
+        "mini-imagenet 'test' has 20 classes, but --ways is 25", hint="use --ways 20 or fewer"
+    )
+    console = pipe()  # 40 columns: nothing may be wrapped
+    show_error(console, error)
+    assert written(console) == f"error: {error.message}\nhint:  {error.hint}\n"
+    console = terminal()
+    show_error(console, error)
+    assert "\x1b[1;31merror:" in written(console)
+
+
+def test_an_error_of_many_settings_tells_them_all_without_an_empty_hint():
+    console = pipe()
+    show_error(console, SettingsError([("--ways is 1", "use 2"), ("--shots is 0", "use 1")]))
+    assert written(console) == "error: 2 settings are wrong\n  --ways is 1 (use 2)\n  --shots is 0 (use 1)\n"
+
+
+TRAINED = TrainResult(
+    "runs/a b", "finished", "", 500, 500, "accuracy", 0.9312, 0.0061, 7, 600, "transductive", 482.0
+)
+
+
+def test_a_training_ends_with_the_next_command():
+    console = pipe()
+    show_train_result(console, TRAINED)
+    assert written(console).splitlines() == [
+        "finished  runs/a b",
+        "steps  500 of 500 meta-steps in 8:02",
+        "best   93.12 ± 0.61 % after epoch 7 (600 validation tasks, transductive)",
+        "test   mamlctl eval 'runs/a b'",
+    ]
+    console = pipe()
+    none = replace(TRAINED, best_val_score=None, best_val_ci95=None, best_epoch=None)
+    show_train_result(console, replace(none, status="interrupted", reason="SIGINT", step=3))
+    assert "interrupted (SIGINT)" in written(console)
+    assert "no validation yet" in written(console)
+    assert "mamlctl train --resume 'runs/a b'" in written(console)
+
+
+def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
+    per_step = tuple(0.05 + 0.9 * k / inner_steps for k in range(inner_steps + 1))
+    best = EvalRow(
+        *("best", "accuracy", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive", (93,)),
+        per_step=per_step,
+        per_step_ci95=(0.01,) * (inner_steps + 1),
+    )
+    rows = (best, replace(best, model="ensemble-5", score=0.978, epochs=(93, 91)))
+    return EvalResult("runs/a", "omniglot", "maml++", "runs/a/eval/test-0123", 12.3, rows)
+
+
+def test_an_evaluation_is_a_table_of_plain_aligned_text_in_a_pipe():
+    console = pipe()
+    show_eval_result(console, an_evaluation())
+    lines = written(console).splitlines()
+    rows = [line for line in lines if line.startswith(("model", "best ", "ensemble-5 "))]
+    assert rows[1].split("  ")[0] == "best"
+    assert rows[1].endswith("97.31 ± 0.25 %    600   test  transductive            5")
+    assert "97.80 ± 0.25 %" in rows[2]
+    assert len({len(row) for row in rows[:3]}) == 1
+    assert rows[4].split() == ["best", "5.00", "23.00", "41.00", "59.00", "77.00", "95.00"]
+    assert "chance: 5.00 %" in lines[-1]
+    assert "runs/a/eval/test-0123" in lines[-1]
+    assert "\x1b" not in written(console)
+
+
+def test_an_evaluation_of_many_steps_is_not_broken_by_a_terminal():
+    console = terminal(80)
+    show_eval_result(console, an_evaluation(20, math.inf))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", written(console))
+    assert "97.31 ± ? %" in text
+    tables = text.split("accuracy in %")[1].split("epoch")[0].splitlines()
+    assert max(map(len, tables)) <= 80
+    assert " ".join(tables).count("best ") == 3  # 8, 8 and 5 steps
+
+
+def test_json_is_one_line_and_what_is_not_finite_is_null():
+    stream = StringIO()
+    write_json(stream, {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf, "d": True}, "e": "ä" * 500})
+    assert stream.getvalue().count("\n") == 1
+    assert json.loads(stream.getvalue()) == {
+        "a": [None, [None, 1.5]],
+        "b": {"c": None, "d": True},
+        "e": "ä" * 500,
+    }

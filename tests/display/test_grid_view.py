@@ -1,0 +1,75 @@
+"""The live view of a grid, drawn for any size, and its lines in a log."""
+
+from dataclasses import replace
+
+import pytest
+
+from mamlctl.core.events import CellState, GridChanged
+from mamlctl.display.grid_view import SIGNS, changed_cells, grid_frame
+from mamlctl.display.training_view import LiveState, render
+
+STATES = ("done", "training", "testing", "diverged", "failed", "waiting", "elsewhere")
+
+
+def grid_of(rows, seeds, metric="accuracy"):
+    cells = tuple(
+        CellState(f"row {row}", seed, STATES[(row + seed) % 7], 30 * row, 3000, 0.5 if row % 2 else None)
+        for row in range(rows)
+        for seed in range(seeds)
+    )
+    return GridChanged("omniglot 5-way 1-shot, full", metric, 2, cells, 754.0)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 64])
+@pytest.mark.parametrize("seeds", [1, 3, 12])
+@pytest.mark.parametrize(("width", "height"), [(40, 10), (80, 24), (120, 30), (200, 80)])
+def test_a_frame_fits_its_terminal(rows, seeds, width, height):
+    lines = render(LiveState(0.0, grid=grid_of(rows, seeds)), width, height).renderables
+    assert len(lines) <= height
+    assert max(line.cell_len for line in lines) <= width
+    told = "\n".join(line.plain for line in lines)
+    assert "omniglot 5-way 1-shot" in told
+    assert "12:34 left" in told
+    shown = sum(line.plain.startswith(" row ") for line in lines)
+    assert shown == rows or f"{rows - shown} more rows" in told
+
+
+def test_rows_that_move_are_shown_before_those_that_rest():
+    cells = [CellState(f"row {row}", 0, "done" if row < 50 else "waiting", 0, 10) for row in range(64)]
+    cells[40] = replace(cells[40], state="training")
+    told = "\n".join(
+        line.plain for line in grid_frame(GridChanged("t", "accuracy", 1, tuple(cells), None), 80, 12)
+    )
+    assert "row 40" in told
+    assert "row 50" in told
+    assert "row 1 " not in told
+
+
+def test_every_state_has_its_sign_and_its_words():
+    told = "\n".join(line.plain for line in grid_frame(grid_of(7, 1), 100, 30))
+    for state in STATES:
+        assert SIGNS[state][0] in told
+    for word in ("testing", "diverged 90", "failed 50.0 %"[:6], "elsewhere", "▶ 30 50.0 %"):
+        assert word in told
+    assert "1/7 done, 1 diverged, 1 failed" in told
+
+
+def test_a_log_tells_each_change_once():
+    before = grid_of(7, 1)
+    first = changed_cells(None, before)
+    assert "7 cells, 3 over already, 2 at a time" in first[0]
+    assert changed_cells(before, before) == []
+    cells = list(before.cells)
+    cells[1] = replace(cells[1], state="done", score=0.875)
+    cells[5] = replace(cells[5], state="training")
+    lines = changed_cells(before, replace(before, cells=tuple(cells)))
+    assert len(lines) == 2
+    assert lines[0].startswith("row 1, seed 0: done  87.5 %")
+    assert "12:34 left" in lines[0]
+    assert lines[1] == "row 5, seed 0: training"
+
+
+def test_an_error_of_curves_is_no_share():
+    told = "\n".join(line.plain for line in grid_frame(grid_of(2, 1, metric="mse"), 100, 30))
+    assert "0.500" in told
+    assert "%" not in told.replace("0 %", "").replace("1 %", "").split("\n")[3]

@@ -1,0 +1,140 @@
+"""The frame of the live view: what it shows, and that it fits."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
+from rich.cells import cell_len
+
+from mamlctl.core import formatting
+from mamlctl.core.events import MetaStepDone, Progress
+from mamlctl.display.training_view import LiveState, advance
+
+SIZES = [(80, 24), (100, 30), (120, 40), (200, 60), (60, 15), (40, 8), (10, 2)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("inner_steps", [1, 5, 20])
+def test_every_frame_fits_its_terminal(width: int, height: int, inner_steps: int):
+    run = replace(RUN, inner_steps=inner_steps, run="runs/" + "long-name-" * 30, device="d" * 90)
+    reports = [a_report(step, inner_steps) for step in range(1, 60)]
+    states = [state_after(), state_after(Progress("packing", 1, 9)), state_after(run)]
+    states.append(state_after(run, *reports, VALIDATION, Progress("validating", 200, 600)))
+    for state in states:
+        lines = frame(state, width, height)
+        assert len(lines) <= height
+        assert max(map(cell_len, lines), default=0) <= width
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 23), (120, 39)])
+def test_a_frame_shows_all_that_a_training_tells(width: int, height: int):
+    text = "\n".join(frame(state_after(RUN, MetaStepDone(30, 0), a_report(), VALIDATION), width, height))
+    for shown in (
+        *("maml++", "msl da bnrs bnwb lslr ca", "omniglot 20-way 1-shot", "112,084 parameters", "cpu"),
+        *("epoch 1/10", "30/50", "30/500", "support loss 0.8120", "meta lr 0.001", "first order"),
+        *("3.0000", "1.5000", "0.5000", "95.0 %", "chance: 2.9957, 5.0 %", "1.00", "tasks/s 38.1"),
+        *("meta-step 210 ms", "memory 1.5 GiB", "93.12 ± 0.61 % epoch 1", "bn transductive", "600 tasks"),
+        *("Learnt inner rates", "step 5", "conv1.weight", "0.1400"),
+    ):
+        assert shown in text, shown
+    assert "second order" in "\n".join(frame(state_after(RUN, a_report(first_order=False)), width, height))
+
+
+def test_rates_go_first_when_lines_are_few_and_are_absent_when_fixed():
+    state = state_after(RUN, a_report(), VALIDATION)
+    assert "linear.bias" in "\n".join(frame(state, 80, 40))
+    small = "\n".join(frame(state, 80, 19))
+    assert "LSLR" not in small
+    assert "93.12" in small
+    assert "LSLR" not in "\n".join(frame(state_after(RUN, a_report(rates={})), 80, 40))
+
+
+def test_too_many_inner_steps_leave_the_first_and_the_last():
+    lines = frame(state_after(replace(RUN, inner_steps=20), a_report(inner_steps=20)), 80, 24)
+    rows = [int(match[1]) for line in lines if (match := re.match(r" {1,4}(\d+)  .*[█▏▎▍▌▋▊▉]", line))]
+    assert rows[0] == 0
+    assert rows[-1] == 20
+    assert rows == sorted(set(rows))
+    assert 5 < len(rows) < 21
+
+
+def test_weights_move_to_the_last_step():
+    rows = {}
+    for epoch, weights in (("early", (0.2,) * 5), ("late", (0.0, 0.0, 0.0, 0.0, 1.0))):
+        lines = frame(state_after(RUN, a_report(msl_weights=weights)), 80, 24)
+        rows[epoch] = [line.split()[1:3] for line in lines if re.match(r"    [0-5]  ", line)]
+    assert [row[0] for row in rows["early"]] == ["–", "▂", "▂", "▂", "▂", "▂"]
+    assert rows["early"][1][1] == "0.20"
+    assert [row[0] for row in rows["late"]] == ["–"] * 5 + ["█"]
+
+
+def test_losses_that_are_not_finite_are_drawn_as_such():
+    losses = (3.0, math.nan, math.inf, -math.inf, 1e30, 0.4)
+    report = a_report(query_losses=losses, support_loss=math.nan, meta_loss=math.inf, tasks_per_second=0.0)
+    rates = {"conv1.weight": (math.nan, 0.1, math.inf, 0.1, -0.2)}
+    text = "\n".join(
+        frame(state_after(replace(RUN, ways=2, guesses=2), a_report(), replace(report, rates=rates)), 80, 40)
+    )
+    for shown in ("nan", "inf", "-inf", "1.00e+30", "support loss nan", "chance: 0.6931, 50.0 %", "-0.2000"):
+        assert shown in text
+    assert "·" in text.split("Per-step losses")[1]
+
+
+def test_bars_advance_with_meta_steps_and_tell_the_time_left():
+    def filled(state: LiveState) -> list[int]:
+        return [line.count("━") for line in frame(state, 120, 40)[2:] if "━" in line or " left" in line]
+
+    start = state_after(RUN, MetaStepDone(1, 0), a_report(1))
+    later = advance(start, MetaStepDone(25, 0), 9.0)
+    assert filled(later)[0] > filled(start)[0]
+    assert filled(later)[1] >= filled(start)[1]
+    text = "\n".join(frame(later, 120, 40))
+    assert "25/50" in text
+    assert "25/500" in text
+    assert (
+        formatting.clock(25 * 8 / 38.1) + " left" in text
+    )  # meta-steps left x tasks a meta-step / tasks a second
+    assert formatting.clock(475 * 8 / 38.1) + " left" in text
+
+
+def test_the_run_bar_counts_the_validations_to_come():
+    state = state_after(RUN, MetaStepDone(50, 0), a_report(50))
+    state = advance(state, Progress("validating", 300, 600), 13.0)
+    state = advance(state, replace(VALIDATION, step=50), 23.0)
+    assert state.validation_s == 20.0  # from the event before the first progress, at 3 s
+    assert formatting.clock(450 * 8 / 38.1 + 9 * 20) + " left" in "\n".join(frame(state, 80, 24))
+
+
+def test_other_work_is_a_third_bar_while_under_way():
+    state = state_after(RUN, a_report(), Progress("validating", 200, 600))
+    assert any("validating" in line and "200/600" in line for line in frame(state, 80, 24))
+    state = advance(state, VALIDATION, 9.0)
+    assert not any("validating" in line for line in frame(state, 80, 24))
+    download = state_after(Progress("download a.zip", 2**20, 9 * 2**20, "B", 2.0**20))
+    assert "1.0/9.0 MiB  1.0 MiB/s      0:08 left" in frame(download, 80, 24)[0]
+    long = [Progress(f"download images_{part}.zip", 1, 2, "B") for part in ("background", "evaluation")]
+    rows = [line.split(" ━")[0] for line in frame(state_after(*long), 80, 24)]
+    assert len(set(rows)) == 2, "two files can be told apart"
+
+
+def test_a_resumed_run_starts_where_it_stopped_and_tells_the_best_before():
+    text = "\n".join(
+        frame(
+            state_after(
+                replace(RUN, first_step=120),
+                MetaStepDone(121, 2),
+                a_report(121),
+                replace(VALIDATION, epoch=3, best_epoch=2, best_val_score=0.9555, best_val_ci95=0.0049),
+            ),
+            80,
+            24,
+        )
+    )
+    assert "epoch 3/10" in text
+    assert " 21/50 " in text
+    assert "121/500" in text
+    assert "best 95.55 ± 0.49 % epoch 2" in text

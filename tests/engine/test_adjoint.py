@@ -1,0 +1,360 @@
+"""The adjoint engine and the derivatives by hand, held to double backward through the unrolled loop."""
+
+import importlib
+import itertools
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.derivative_cases import (
+    BY_HAND,
+    CPU,
+    HAS_C,
+    IMAGES,
+    SETTINGS,
+    WAYS,
+    assert_equal_measurements,
+    measured_by,
+    needs_c,
+    prepared,
+)
+from helpers.engine_cases import small_config
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.data.tasks.streams import open_streams
+from mamlctl.engine.algorithms import adjoint as adjoint_module
+from mamlctl.engine.algorithms.adjoint import adjoint
+from mamlctl.engine.algorithms.meta_gradient import unrolled
+from mamlctl.engine.derivatives.interface import Autograd
+from mamlctl.engine.derivatives.selection import better_block, derivatives_of
+from mamlctl.engine.kernels import c_block
+from mamlctl.engine.kernels.block import TorchTape
+from mamlctl.engine.kernels.fused_block import KernelTape
+from mamlctl.engine.nets.base import LEAK
+from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep
+from mamlctl.experiments.settings import complete
+
+triton_block = importlib.import_module("mamlctl.engine.kernels.triton_block") if find_spec("triton") else None
+
+
+needs_triton = pytest.mark.skipif(triton_block is None, reason="torch came without Triton")
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize(("settings", "image"), list(itertools.product(SETTINGS, IMAGES)))
+@pytest.mark.parametrize("way", ["autograd", *BY_HAND])
+def test_adjoint_equals_double_backward(way, settings, image, first_order):
+    learner = prepared(image, **settings)
+    wanted = measured_by(unrolled, *learner, first_order)
+    found = measured_by(adjoint, *learner, first_order, derivatives=WAYS[way](learner[1]))
+    assert_equal_measurements(found, wanted, learner[2])
+
+
+def block_by_autograd(x, weight, gamma, beta, groups):
+    """The block as anybody would write it."""
+    c = F.conv2d(x, weight, padding=1, groups=groups)
+    mean, var = c.mean((0, 2, 3), keepdim=True), c.var((0, 2, 3), correction=0, keepdim=True)
+    z = (c - mean) / (var + EPS).sqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
+    return F.max_pool2d(F.leaky_relu(z, LEAK), 2)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
+@pytest.mark.parametrize("way", [*BY_HAND, pytest.param("triton", marks=needs_triton)])
+def test_a_block_has_the_derivatives_of_autograd(way, first):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    tasks, channels, filters = 3, 2, 5
+    x, weight = normal(4, tasks * channels, 7, 6), normal(tasks * filters, channels, 3, 3)
+    x = x.contiguous(memory_format=torch.channels_last)
+    gamma, beta = normal(tasks * filters), normal(tasks * filters)
+    x_t = None if first else normal(*x.shape).contiguous(memory_format=torch.channels_last)
+    weight_t = normal(*weight.shape)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, gamma, beta)]
+    out = block_by_autograd(*leaves, tasks)
+    ga, ga_t = normal(*out.shape), normal(*out.shape)
+    ga, ga_t = (part.contiguous(memory_format=torch.channels_last) for part in (ga, ga_t))
+    grads = torch.autograd.grad((out * ga).sum(), leaves, create_graph=True)
+    # The gradient's change along (x_t, weight_t) with ga along ga_t: differentiate what they pair with.
+    along = sum(((grads[1] * weight_t).sum(), *(() if first else ((grads[0] * x_t).sum(),))))
+    seconds = torch.autograd.grad(along, leaves, retain_graph=True, materialize_grads=True)
+    by_ga = torch.autograd.grad((out * ga_t).sum(), leaves, retain_graph=True)
+    moved = torch.autograd.functional.jvp(
+        lambda x, w: block_by_autograd(x, w, gamma, beta, tasks),
+        (x, weight),
+        (torch.zeros_like(x) if first else x_t, weight_t),
+    )[1]
+
+    make = {
+        "torch": TorchTape,
+        "c": c_block.native_block,
+        "triton": triton_block and triton_block.triton_block,
+    }[way]
+    # Triton takes numbers of Python as float32, such as the norm's epsilon and the activation's slope.
+    near = {"atol": 1e-6 if way == "triton" else 1e-10}
+    extra = c_block.prepare(x, tasks, None) if way == "c" and first else None
+    settings = {"groups": tasks, "compute": None, "given": None, "measured": None}
+    tape = make(x, weight, gamma, beta, **settings, first=first, extra=extra)
+    assert torch.allclose(tape.out, out.detach(), **near)
+    found = tape.backward(ga, keep=True)
+    for name, value in zip(("x", "weight", "gamma_X", "beta_X"), grads, strict=True):
+        if not (first and name == "x"):
+            assert torch.allclose(getattr(found, name), value, **near), name
+    assert torch.allclose(tape.tangent(x_t, weight_t), moved, **near)
+    found_t = tape.tangent_backward(ga_t)
+    for name, second, by in zip(("x", "weight", "gamma_X", "beta_X"), seconds, by_ga, strict=True):
+        if not (first and name == "x"):
+            value = getattr(found_t, name)
+            value = value if name != "x" or found_t.x_2 is None else value + found_t.x_2
+            assert torch.allclose(value, second + by, **near), name
+
+
+@pytest.mark.parametrize("statistics", list(Statistics))
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("way", BY_HAND)
+def test_class_scores_by_hand_equal_the_net_in_every_norm_mode(way, image, statistics):
+    _, net, state, episodes = prepared(image, algo="maml++")
+    for rows in state.running.values():
+        rows.mul_(1.3).add_(0.1)
+    fast = {name: weight.detach().expand(2, *weight.shape) for name, weight in state.slow.items()}
+    along = 3 if statistics is Statistics.SUPPORT else 0
+    logits = []
+    for derivatives in (Autograd(net), WAYS[way](net)):
+        norm = NormPass(state.frozen().norm, state.running, 1, statistics, along)
+        ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along or None)
+        logits.append(derivatives.logits(fast, ready, norm))
+    assert torch.allclose(*logits, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "plain"])
+@pytest.mark.parametrize("chunk", ["1", "2", "5"])
+def test_tasks_a_few_at_a_time_give_the_same(engine, chunk):
+    measured = []
+    for task_chunk in ("auto", chunk):
+        config, net, state, episodes = prepared(
+            algo="maml++", da=False, meta_batch_size=5, engine=engine, task_chunk=task_chunk
+        )
+        measured.append(MetaStep(config, net, state).measure(episodes, 0, measure_all=True))
+    assert_equal_measurements(measured[1], measured[0], state)
+
+
+def test_memory_that_runs_out_halves_the_tasks_per_pass():
+    config, net, state, episodes = prepared(algo="maml++", da=False, meta_batch_size=5)
+    wanted = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
+    step, asked = MetaStep(config, net, state), []
+    outer = step.outer
+
+    def small_device(net, state, part, ask):
+        asked.append(len(part.query_y_TE))
+        if asked[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+        return outer(net, state, part, ask)
+
+    step.outer = small_device
+    assert_equal_measurements(step.measure(episodes, 0, measure_all=True), wanted, state)
+    assert asked == [5, 3, 2, 2, 1], "and it stays at two"
+    step.measure(episodes, 0, measure_all=True)
+    assert asked[5:] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("chunk", ["auto", "3"])
+def test_no_memory_at_all_is_told_in_words(chunk):
+    config, net, state, episodes = prepared(algo="maml", meta_batch_size=3, task_chunk=chunk)
+    step = MetaStep(config, net, state)
+
+    def full_device(*args, **named):
+        raise torch.OutOfMemoryError("no room")
+
+    step.outer = full_device
+    with pytest.raises(MamlctlError, match="no memory for"):
+        step.measure(episodes, 0, measure_all=False)
+
+
+def test_only_the_last_steps_are_kept_for_the_way_back():
+    """What makes memory flat: no more tapes are alive at once than KEPT, however many inner steps."""
+    config, net, state, episodes = prepared(algo="maml++", da=False, inner_steps=3 * adjoint_module.KEPT)
+
+    class Counting(Autograd):
+        alive = most = made = 0
+
+        def gradient(self, *args, keep=False):
+            Counting.made += 1
+            Counting.alive += keep
+            Counting.most = max(Counting.most, Counting.alive)
+            return super().gradient(*args, keep=keep)
+
+        def product(self, *args):
+            Counting.alive -= 1
+            return super().product(*args)
+
+    measured_by(adjoint, config, net, state, episodes, False, derivatives=Counting(net))
+    assert (Counting.most, Counting.alive) == (adjoint_module.KEPT, 0)
+    again = 2 * adjoint_module.KEPT
+    assert Counting.made == 2 * config.inner_steps + again, "support, query, and the early supports again"
+
+
+def test_the_fastest_derivatives_follow_device_type_and_engine(monkeypatch):
+    _, net, state, _ = prepared(algo="maml")
+    like = state.slow["linear.bias"]
+    assert isinstance(derivatives_of(net, like, "plain"), Autograd)
+    chosen = derivatives_of(net, like)
+    assert (chosen.make_block is c_block.native_block) == HAS_C
+    monkeypatch.setattr(c_block, "library", lambda dtype: None)
+    assert derivatives_of(net, like).make_block is TorchTape
+
+
+@needs_c
+def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    fresh = c_block.library.__wrapped__
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        without.setenv("CC", "no-such-compiler")
+        assert fresh(torch.float32) is None
+    monkeypatch.setenv("CC", "cc -g0")
+    assert fresh(torch.float32) is not None, "with words of its own"
+    (built,) = tmp_path.rglob("*.so")
+    built.unlink()  # this process has it mapped: another file, not the same one cut short
+    built.write_bytes(b"damaged")
+    assert fresh(torch.float32) is not None, "a damaged one is built again"
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(c_block, "TUNING", ("-march=native", "--no-such-option"))
+    assert fresh(torch.float32) is not None, "by cc instead, without what it does not know"
+    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: Path("/proc/nowhere"))
+    assert fresh(torch.float32) is not None, "without a cache"
+    assert fresh(torch.int8) is None
+
+
+@pytest.mark.parametrize("ink", [1, 0])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
+    """Mostly blank images make the first layer's variance a small difference: there an error would show.
+
+    Meta-gradient of 3 inner steps, relative to float64's norm. Measured: 5e-7 to 2e-6 (12 cases); a pooling
+    window that falls the other way by rounding costs about 1e-3. Patch moments in float32 gave 2e-2.
+    """
+    grads = {}
+    for precision in ("float64", "float32"):
+        named = {"algo": "maml++", "da": False, "dataset": "glyphs", "filters": 32, "inner_steps": 3}
+        config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
+        config = complete(replace(config, data_root=str(glyphs_root)))
+        streams, source = open_streams(
+            config, ("train",), CPU, getattr(torch, precision), offline=True, on_event=lambda event: None
+        )
+        net, state = build(config, source.example_shape, CPU)
+        for tensor in state.learnable().values():
+            tensor.requires_grad_()
+        derivatives = Autograd(net) if precision == "float64" else WAYS[way](net)
+        tasks = streams["train"].episodes(0, 2)
+        found = measured_by(adjoint, config, net, state, tasks, False, derivatives=derivatives)
+        grads[precision] = torch.cat([grad.double().flatten() for grad in found.grads.values()])
+    error = (grads["float32"] - grads["float64"]).norm() / grads["float64"].norm()
+    assert float(error) < 5e-3
+
+
+def test_another_block_is_taken_only_where_it_is_faster_and_right():
+    """As Triton's kernels are on a CUDA device."""
+
+    class Wrong(TorchTape):
+        def tangent(self, *args):
+            return 1.2 * super().tangent(*args)
+
+    class Broken(TorchTape):
+        def backward(self, *args, **named):
+            raise RuntimeError("no kernel image is available")
+
+    class Good(TorchTape):
+        pass
+
+    def chosen(other, slow, fast):
+        times = iter((slow, fast))  # of the other, of the sure one
+        return better_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
+
+    assert chosen(Good, 1.0, 2.0) is Good
+    for other, times in ((Good, (2.0, 1.0)), (Wrong, (1.0, 2.0)), (Broken, (1.0, 2.0))):
+        assert chosen(other, *times) is TorchTape
+
+
+@needs_c
+@pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
+def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
+    """Every pass; each result is stored with 8 bits, so that a per cent is round-off.
+
+    Behind the first block the norm's gradient is a difference of such sums: 5 % measured.
+    """
+    generator, bf16 = torch.Generator().manual_seed(5), torch.bfloat16
+
+    def normal(*size):
+        values = torch.randn(*size, generator=generator)
+        return values.contiguous(memory_format=torch.channels_last) if len(size) == 4 else values
+
+    tasks, filters, channels = 2, 20, 1 if first else 6
+    x, x_t = (normal(6, tasks * channels, 9, 8).to(bf16).float() for _ in range(2))
+    ga, ga_t, other = (normal(6, tasks * filters, 4, 4).to(bf16) for _ in range(3))
+    weight, weight_t = (normal(tasks * filters, channels, 3, 3) for _ in range(2))
+    gamma, beta = normal(tasks * filters), normal(tasks * filters)
+    results = []
+    for make in (TorchTape, c_block.native_block):
+        in_c = make is c_block.native_block
+        settings = {"groups": tasks, "given": None, "measured": None, "first": first}
+        # The first block in C multiplies in float32, more exactly than asked for.
+        settings["compute"] = bf16 if in_c or not first else None
+        settings["extra"] = c_block.prepare(x, tasks, None) if in_c and first else None
+        stored = bf16 if in_c else torch.float32
+        tape = make(x if first else x.to(stored), weight, gamma, beta, **settings)
+        one = tape.backward(ga.to(stored), keep=True)
+        moved = tape.tangent(None if first else x_t.to(stored), weight_t)
+        two = tape.tangent_backward(ga_t.to(stored), other.to(stored))
+        found = {"out": tape.out, "moved": moved}
+        found |= {"weight": one.weight, "gamma": one.gamma_X, "beta": one.beta_X}
+        found |= {"weight_t": two.weight, "gamma_t": two.gamma_X, "beta_t": two.beta_X}
+        if not first:
+            found |= {"x": one.x, "x_t": two.x if two.x_2 is None else two.x.float() + two.x_2.float()}
+        results.append({name: value.double() for name, value in found.items()})
+    for name, wanted in results[0].items():
+        error = (results[1][name] - wanted).norm() / wanted.norm()
+        assert float(error) < (0.08 if first else 0.02), (name, float(error))
+
+
+@pytest.mark.parametrize("way", [BY_HAND[1], pytest.param("triton", marks=needs_triton)])
+def test_kernels_read_one_task_with_one_channel_aright(way):
+    """There torch may answer a convolution in the other memory layout."""
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((3, 1, 6, 6), (5, 1, 3, 3))
+    )
+    gamma, beta = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    kernels = c_block.Native(torch.float64) if way == "c" else triton_block.Triton(triton_block.tl.float64)
+    settings = {"groups": 1, "compute": None, "given": None, "measured": None, "first": True, "extra": None}
+    tape = KernelTape(x, weight, gamma, beta, kernels=kernels, **settings)
+    sure = TorchTape(x, weight, gamma, beta, **settings)
+    ga = torch.randn(sure.out.shape, generator=generator, dtype=torch.float64)
+    ga = ga.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(tape.out, sure.out, atol=1e-6)
+    assert torch.allclose(tape.backward(ga, keep=True).weight, sure.backward(ga, keep=True).weight, atol=1e-6)
+    assert torch.allclose(tape.tangent(None, weight), sure.tangent(None, weight), atol=1e-6)
+    pair = (each.tangent_backward(ga).weight for each in (tape, sure))
+    assert torch.allclose(*pair, atol=1e-5)
+
+
+@needs_c
+def test_flat_images_leave_the_first_block_its_precision():
+    """The variance of a flat image under a filter of one tap is all border: sums in float32 lost it."""
+    x = torch.full((4, 1, 12, 12), 0.5).contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(3, 1, 3, 3)
+    weight[:, 0, 1, 1] = torch.tensor([3.0, 30.0, 0.1])
+    weight[:, 0, 0, 0] = 0.01
+    settings = {"groups": 1, "given": None, "measured": None, "first": True, "compute": None}
+    tape = c_block.native_block(
+        x, weight, torch.ones(3), torch.zeros(3), **settings, extra=c_block.prepare(x, 1, None)
+    )
+    sure = TorchTape(x.double(), weight.double(), torch.ones(3).double(), torch.zeros(3).double(), **settings)
+    assert bool(tape.out.isfinite().all())
+    assert torch.allclose(tape.statistics[1].double(), sure.statistics[1], rtol=1e-4, atol=1e-9)

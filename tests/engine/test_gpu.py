@@ -1,0 +1,99 @@
+"""The same numbers on a CUDA device as on the CPU."""
+
+import pytest
+import torch
+from helpers.engine_cases import IMAGE, random_episodes, small_config
+
+from mamlctl.engine.devices import memory_bytes, open_device
+from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
+from mamlctl.engine.training.cuda_graphs import Captured
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
+from mamlctl.engine.training.trainer import Period
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def on(device, config, meta_steps=2):
+    """The learner after some meta-steps on a device, and its last measurement."""
+    net, state = build(config, IMAGE, device)
+    step = MetaStep(config, net, state)
+    for number in range(meta_steps):
+        episodes = random_episodes(config, seed=number)
+        moved = type(episodes)(*(tensor.to(device) for tensor in episodes.sets))
+        measured = step.measure(moved, 0, measure_all=True)
+        step.apply(measured, 0)
+    return state, measured
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_cuda_gives_the_numbers_of_the_cpu(first_order):
+    config = small_config(algo="maml++", da=False, first_order=first_order)
+    device = open_device("cuda", "float64")
+    (state, measured), (cuda_state, cuda_measured) = (on(torch.device("cpu"), config), on(device, config))
+    assert what_is_not_finite(cuda_measured) is None
+    for name, grad in measured.grads.items():
+        assert torch.allclose(grad, cuda_measured.grads[name].cpu(), rtol=1e-7, atol=1e-10), name
+    for name, tensor in state.stored().items():
+        assert torch.allclose(tensor, cuda_state.stored()[name].cpu(), rtol=1e-7, atol=1e-9), name
+    assert memory_bytes(device) > 0
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("engine", ["adjoint", "plain"])
+def test_replayed_meta_steps_give_the_eager_numbers(engine, first_order):
+    """Schedules move in between: MSL weights, learning rate, and which query losses count."""
+    device = open_device("cuda", "float64")
+    states, failures = [], []
+    for captured in (False, True):
+        config = small_config(
+            algo="maml++", da=False, first_order=first_order, engine=engine, msl_epochs=3, epochs=5
+        )
+        net, state = build(config, IMAGE, device)
+        step = MetaStep(config, net, state)
+        runner = Captured(step, on_failure=failures.append) if captured else step
+        for number in range(20):
+            episodes = random_episodes(config, seed=number)
+            moved = type(episodes)(*(tensor.to(device) for tensor in episodes.sets))
+            measured = runner.measure(moved, number // 4, measure_all=number % 3 == 0)
+            runner.apply(measured, number // 4)
+        states.append(state.stored())
+    assert not failures
+    for name, tensor in states[0].items():
+        assert torch.allclose(tensor, states[1][name], rtol=1e-9, atol=1e-11), name
+
+
+def test_meta_steps_ask_the_device_nothing():
+    """No host sync between reports, eager or replayed."""
+    device = open_device("cuda", "float32")
+    config = small_config(algo="maml++", precision="float32")
+    net, state = build(config, IMAGE, device)
+    episodes = random_episodes(config)
+    ready = type(episodes)(
+        *(t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for t in episodes.sets)
+    )
+    runner, period = Captured(MetaStep(config, net, state)), Period.empty(config.inner_steps, device)
+    for number in range(6):
+        # The first of a kind may time convolutions, and the second is recorded.
+        torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
+        try:
+            measured = runner.measure(ready, 0, measure_all=False)
+            runner.apply(measured, 0)
+            period.add_no_sync(measured)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert what_is_not_finite(measured) is None
+
+
+def test_both_ways_to_convolve_agree_on_the_device():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, g = (
+        torch.randn(size, generator=generator, dtype=torch.float64).cuda()
+        for size in ((5, 6, 9, 8), (12, 2, 3, 3), (5, 12, 9, 8))
+    )
+    assert torch.allclose(GROUPED.forward(x, weight, 3), PRODUCTS.forward(x, weight, 3), atol=1e-10)
+    for one, other in zip(*(way.backward(g, x, weight, 3, True) for way in (GROUPED, PRODUCTS)), strict=True):
+        assert torch.allclose(one, other, atol=1e-10)

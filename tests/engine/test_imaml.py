@@ -1,0 +1,101 @@
+"""iMAML against closed forms and central differences."""
+
+import weakref
+
+import pytest
+import torch
+from helpers.algorithm_cases import CPU, close, joined, linear_tasks, measured, quadratic, random_line
+from helpers.engine_cases import IMAGE, fastest, random_episodes, small_config
+
+from mamlctl.engine.algorithms import imaml
+from mamlctl.engine.algorithms.imaml import conjugate_gradient, implicit
+from mamlctl.engine.algorithms.meta_gradient import Ask
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep
+
+
+def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
+    """Minimum of loss + p/2 |v - v0|^2: the gradient by v0 is p (A + p)^-1 times the query gradient there."""
+    slow, support, query = random_line()
+    net, state, episodes = linear_tasks(*support, slow, inner_lr=0.05, queries=query)
+    found = implicit(
+        net, state, episodes, Ask(2000, (), False, False), engine="adjoint", proximal=0.7, cg_steps=3
+    )
+    wanted = 0
+    for x, y, qx, qy in zip(*support, *query, strict=True):
+        hessian, gradient = quadratic(x, y)
+        shifted = hessian + 0.7 * torch.eye(3).double()
+        v0 = joined(slow).detach()
+        v = v0 - torch.linalg.solve(shifted, gradient(v0))
+        wanted = wanted + 0.7 * torch.linalg.solve(shifted, quadratic(qx, qy)[1](v)) / len(support[0])
+    assert close(joined(found.grads), wanted, 1e-10)
+
+
+def test_conjugate_gradient_solves_every_task_and_stands_still_where_there_is_no_curvature():
+    generator = torch.Generator().manual_seed(0)
+    root_TDD = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64)
+    matrix_TDD = root_TDD @ root_TDD.transpose(1, 2) + torch.eye(5)
+    matrix_TDD[2] = -matrix_TDD[2]
+    b_TD = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+
+    def product(direction):
+        both = torch.cat([direction["a"], direction["b"]], 1).unsqueeze(2)
+        out = (matrix_TDD @ both).squeeze(2)
+        return {"a": out[:, :2], "b": out[:, 2:]}
+
+    found = conjugate_gradient(product, {"a": b_TD[:, :2], "b": b_TD[:, 2:]}, steps=5)
+    x_TD = torch.cat([found["a"], found["b"]], 1)
+    assert close(x_TD[:2], torch.linalg.solve(matrix_TDD[:2], b_TD[:2]), 1e-8)
+    assert (x_TD[2] == 0).all()
+    beyond = conjugate_gradient(product, {"a": b_TD[:, :2], "b": b_TD[:, 2:]}, steps=50)
+    assert close(beyond["a"][:2], found["a"][:2], 1e-8)
+
+
+def test_the_implicit_gradient_of_a_net_is_its_central_differences():
+    """The inner problem solved to its end, then the query loss as a function of weights and norm.
+
+    The head alone is adapted, since a minimum over the body likes to lie on a kink of its activations.
+    """
+    settings = {
+        "proximal": 0.5,
+        "cg_steps": 15,
+        "inner_steps": 400,
+        "inner_lr": 0.3,
+        "meta_batch_size": 1,
+    }
+    step, found = measured("imaml", uneven=False, adapts="head", **settings)
+    episodes = random_episodes(step.config)
+    for name in ("conv3.weight", "linear.bias", "norm2.weight"):
+        tensor, at = step.learnable[name], (0,) * step.learnable[name].dim()
+        losses = []
+        for change in (1e-6, -2e-6):
+            with torch.no_grad():
+                tensor[at] += change
+            losses.append(float(step.measure(episodes, 0, measure_all=False).meta_loss))
+        with torch.no_grad():
+            tensor[at] += 1e-6
+        difference = (losses[0] - losses[1]) / 2e-6
+        assert float(found.grads[name][at]) == pytest.approx(difference, rel=1e-5, abs=1e-8), name
+
+
+def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch):
+    """Of all gradients that were made, no more than the last two are alive at any time before the end."""
+    config = small_config(algo="imaml", inner_steps=12)
+    net, state = build(config, IMAGE, CPU)
+    real = fastest(net)
+    made, alive = [], []
+
+    class Watched:
+        net = real.net
+        prepare, logits, product = real.prepare, real.logits, real.product
+
+        def gradient(self, fast, prepared, norm, *, keep=False):
+            found = real.gradient(fast, prepared, norm, keep=keep)
+            made.append(weakref.ref(found.fast["conv1.weight"]))
+            alive.append(sum(ref() is not None for ref in made))
+            return found
+
+    monkeypatch.setattr(imaml, "derivatives_of", lambda *args: Watched())
+    MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False)
+    assert len(alive) == 12 + 2
+    assert max(alive) <= 2

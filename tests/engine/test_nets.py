@@ -1,0 +1,414 @@
+"""The networks against torch's own layers, task by task, and their derivatives against each other's."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.derivative_cases import (
+    BY_HAND,
+    CPU,
+    IMAGES,
+    WAYS,
+    assert_equal_measurements,
+    measured_by,
+    prepared,
+)
+from helpers.engine_cases import build_uneven, random_episodes, small_config
+from torch import nn
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.algorithms.adjoint import adjoint
+from mamlctl.engine.algorithms.meta_gradient import unrolled
+from mamlctl.engine.derivatives.interface import Autograd
+from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, REGRESSION
+from mamlctl.engine.nets.batch_norm import NormPass, Statistics
+from mamlctl.engine.nets.conv4 import Conv4
+from mamlctl.engine.nets.mlp import Mlp
+from mamlctl.engine.nets.resnet12 import ResNet12
+from mamlctl.engine.training.initial_state import build
+from mamlctl.settings.schema import TrainConfig
+
+TASKS, EXAMPLES = 2, 5
+
+
+def normal(*size, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def own_weights(net, tasks=TASKS):
+    """Weights, and norm weights and biases of both signs, that differ from task to task."""
+    weights = net.init(torch.Generator().manual_seed(1), torch.float64)
+    fast = {
+        name: weight + 0.3 * (float(weight.abs().mean()) or 1) * normal(tasks, *weight.shape, seed=number)
+        for number, (name, weight) in enumerate(weights.items())
+    }
+    for number, (name, channels) in enumerate(net.norm_layers.items(), len(fast)):
+        fast[f"{name}.weight"] = 1 + normal(tasks, channels, seed=number)
+        fast[f"{name}.bias"] = normal(tasks, channels, seed=2 * number)
+    return fast
+
+
+def of_task(fast, task):
+    return {name: weight[task] for name, weight in fast.items()}
+
+
+def assert_equals_its_twin(net, twin, shape):
+    """`twin`(one task's weights, x) is the same network in torch's own layers; all tasks, and once again
+    with the first one's norm as the row that all share."""
+    fast, x = own_weights(net), normal(TASKS, EXAMPLES, *shape, seed=7)
+    outputs_TEN = net(fast, x, NormPass({}, {}, 0))
+    for task in range(TASKS):
+        wanted_EN = twin(of_task(fast, task), x[task])
+        assert wanted_EN.shape == (EXAMPLES, net.outputs)
+        assert torch.allclose(outputs_TEN[task], wanted_EN, rtol=1e-10, atol=1e-10)
+    weights = {name: weight for name, weight in fast.items() if not name.startswith("norm")}
+    rows = {name: weight[:1] for name, weight in fast.items() if name.startswith("norm")}
+    outputs_TEN = net(weights, x, NormPass(rows, {}, 0))
+    wanted_EN = twin(of_task(weights, 1) | of_task(rows, 0), x[1])
+    assert torch.allclose(outputs_TEN[1], wanted_EN, rtol=1e-10, atol=1e-10)
+
+
+def normed(weights, name, x):
+    """Torch's own batch norm."""
+    return F.batch_norm(x, None, None, weights[f"{name}.weight"], weights[f"{name}.bias"], training=True)
+
+
+ACTIVATIONS = {"relu": F.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.01)}
+
+
+def plain_conv4_maps(net, weights, x):
+    """Conv4's blocks, without a word from nets.py."""
+    for block in range(1, 5):
+        x = F.conv2d(x, weights[f"conv{block}.weight"], stride=2 if net.pooling == "stride" else 1, padding=1)
+        x = ACTIVATIONS[net.activation](normed(weights, f"norm{block}", x))
+        if net.pooling == "max":
+            x = F.max_pool2d(x, 2)
+    return x
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("readout", ["flatten", "mean"])
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+@pytest.mark.parametrize("image", [*IMAGES, (1, 28, 28)], ids=str)
+def test_conv4_is_the_plain_network_in_all_its_variants(image, pooling, readout, activation):
+    """Odd sizes: a stride rounds up, pooling rounds down."""
+    net = Conv4(image, 3, 4, pooling=pooling, readout=readout, activation=activation)
+
+    def twin(weights, x):
+        maps = plain_conv4_maps(net, weights, x)
+        assert maps.shape[1:] == net.features_shape
+        f_EF = maps.mean((2, 3)) if readout == "mean" else maps.flatten(1)
+        return F.linear(f_EF, weights["linear.weight"], weights["linear.bias"])
+
+    assert_equals_its_twin(net, twin, image)
+
+
+def test_conv4_with_strides_leaves_a_place_of_any_image():
+    net = Conv4((1, 5, 3), 3, 4, pooling="stride")
+    assert net.features_shape == (4, 1, 1)
+    assert net.features(own_weights(net), normal(TASKS, EXAMPLES, 1, 5, 3), NormPass({}, {}, 0)).shape[2] == 4
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_mlp_on_images_is_the_plain_network(activation):
+    net = Mlp((1, 6, 5), 3, (8, 7, 6, 6), CLASSIFICATION, activation)
+
+    def twin(weights, x):
+        x = x.flatten(1)
+        for layer in range(1, 5):
+            x = normed(weights, f"norm{layer}", F.linear(x, weights[f"hidden{layer}.weight"]))
+            x = ACTIVATIONS[activation](x)
+        return F.linear(x, weights["linear.weight"], weights["linear.bias"])
+
+    assert_equals_its_twin(net, twin, (1, 6, 5))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_mlp_on_curves_is_the_plain_network_without_norm(activation):
+    net = Mlp((1,), 1, (40, 40), REGRESSION, activation)
+    assert net.norm_layers == {}
+
+    def twin(weights, x):
+        for layer in (1, 2):
+            x = F.linear(x, weights[f"hidden{layer}.weight"], weights[f"hidden{layer}.bias"])
+            x = ACTIVATIONS[activation](x)
+        return F.linear(x, weights["linear.weight"], weights["linear.bias"])
+
+    assert_equals_its_twin(net, twin, (1,))
+
+
+class Block(nn.Module):
+    """A residual block as anybody would write it."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        sizes = {"1": (inputs, 3), "2": (width, 3), "3": (width, 3), "skip": (inputs, 1)}
+        self.conv = nn.ModuleDict(
+            {
+                name: nn.Conv2d(into, width, size, padding=size // 2, bias=False)
+                for name, (into, size) in sizes.items()
+            }
+        )
+        self.norm = nn.ModuleDict({name: nn.BatchNorm2d(width) for name in sizes})
+
+    def forward(self, x):
+        inner = F.leaky_relu(self.norm["1"](self.conv["1"](x)), 0.1)
+        inner = F.leaky_relu(self.norm["2"](self.conv["2"](inner)), 0.1)
+        both = self.norm["3"](self.conv["3"](inner)) + self.norm["skip"](self.conv["skip"](x))
+        return F.max_pool2d(F.leaky_relu(both, 0.1), 2)
+
+
+@pytest.mark.parametrize("image", [(1, 28, 28), (3, 19, 16)], ids=str)
+def test_resnet12_is_the_plain_network(image):
+    net = ResNet12(image, 3, 4)
+
+    def twin(weights, x):
+        widths = (image[0], 4, 10, 20, 40)
+        plain = nn.Sequential(*(Block(*pair) for pair in itertools.pairwise(widths)))
+        plain.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(40, 3)).double()
+        numbers = plain.state_dict()
+        for name, value in weights.items():
+            kind, place = name.removesuffix(".weight").removesuffix(".bias"), name.rpartition(".")[2]
+            layer, _, part = kind.removeprefix("conv").removeprefix("norm").partition(".")
+            key = f"6.{place}" if kind == "linear" else f"{int(layer) - 1}.{kind[:4]}.{part}.{place}"
+            numbers[key].copy_(value)
+        return plain(x)
+
+    assert_equals_its_twin(net, twin, image)
+
+
+def numbers_of(net):
+    weights = net.init(torch.Generator().manual_seed(0), torch.float32)
+    head = sum(weights[name].numel() for name in HEAD)
+    return sum(map(torch.numel, weights.values())) - head, head, 2 * sum(net.norm_layers.values())
+
+
+def test_the_networks_have_the_published_sizes():
+    """Body, head, norm. The regression network: 1,761; ResNet-12: 12.4 M."""
+    curves = numbers_of(Mlp((1,), 1, (40, 40), REGRESSION))
+    assert curves == (40 + 40 + 40 * 40 + 40, 40 + 1, 0)
+    assert sum(curves) == 1761
+    images = numbers_of(Mlp((1, 28, 28), 5, (256, 128, 64, 64), CLASSIFICATION))
+    assert images == (784 * 256 + 256 * 128 + 128 * 64 + 64 * 64, 64 * 5 + 5, 2 * (256 + 128 + 64 + 64))
+    assert sum(images) == 247_109
+    # 9 taps a convolution and 1 a skip; the body and its norms are what is published as 12.4 M.
+    resnet12 = numbers_of(ResNet12((3, 84, 84), 5, 64))
+    widths = (3, 64, 160, 320, 640)
+    taps = [10 * a * b + 18 * b * b for a, b in itertools.pairwise(widths)]
+    assert resnet12 == (sum(taps), 640 * 5 + 5, 8 * (64 + 160 + 320 + 640))
+    assert resnet12[0] + resnet12[2] == 12_424_320
+    # Published: 111,749 with 4 x 64 biases in front of norms.
+    assert sum(numbers_of(Conv4((1, 28, 28), 5, 64))[:2]) == 111_749 - 4 * 64
+    for readout, features in (("flatten", 2 * 2 * 64), ("mean", 64)):
+        body, head, _ = numbers_of(Conv4((1, 28, 28), 5, 64, pooling="stride", readout=readout))
+        assert (body, head) == (9 * 64 + 3 * 9 * 64 * 64, features * 5 + 5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"readout": "mean"}, {"net": "resnet12"}],
+    ids=["conv4", "conv4-mean", "resnet12"],
+)
+def test_images_that_a_network_leaves_nothing_of_are_told_at_once(settings):
+    """Four halvings leave one place of 16 pixels, and none of 15."""
+    config = TrainConfig(filters=2, **settings)
+    net, _ = build(config, (1, 16, 16), CPU)
+    assert net(own_weights(net), normal(TASKS, EXAMPLES, 1, 16, 16), NormPass({}, {}, 0)).shape[2] == 5
+    with pytest.raises(SettingsError, match="leaves nothing of images of 15x16") as caught:
+        build(config, (1, 15, 16), CPU)
+    assert "\n" not in caught.value.message
+    assert caught.value.hint == "use --net mlp"
+
+
+VARIANTS = {
+    "relu": ({"activation": "relu"}, (1, 16, 16)),
+    "stride": ({"pooling": "stride"}, (2, 9, 7)),
+    "stride-mean-relu": ({"pooling": "stride", "readout": "mean", "activation": "relu"}, (1, 16, 13)),
+    "max-mean": ({"readout": "mean"}, (1, 16, 32)),
+    "mlp": ({"net": "mlp", "hidden": "8-6"}, (1, 5, 4)),
+    "resnet12": ({"net": "resnet12", "filters": 2}, (1, 16, 16)),
+}
+ALGORITHMS = {
+    "maml": {},
+    "maml++": {"da": False},
+    "boil": {},
+    "meta-sgd": {},
+}
+
+
+@pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
+@pytest.mark.parametrize("algo", list(ALGORITHMS))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_adjoint_equals_double_backward_for_every_network(variant, algo, first_order):
+    settings, image = VARIANTS[variant]
+    learner = prepared(image, algo=algo, inner_steps=2, **ALGORITHMS[algo] | settings)
+    wanted = measured_by(unrolled, *learner, first_order)
+    found = measured_by(adjoint, *learner, first_order)
+    assert_equal_measurements(found, wanted, learner[2], tolerance=1e-9)
+
+
+@pytest.mark.parametrize("algo", list(ALGORITHMS))
+def test_adjoint_equals_double_backward_on_curves(algo):
+    no_norm = {"bnrs": False, "bnwb": False}
+    config = small_config(algo=algo, net="mlp", hidden="7-6", **ALGORITHMS[algo] | no_norm)
+    net, state = build_uneven(config, image=(1,))
+    for tensor in state.learnable().values():
+        tensor.requires_grad_()
+    parts = normal(4, TASKS, EXAMPLES, 1)
+    episodes = Episodes(parts[0], parts[1].squeeze(-1), parts[2], parts[3].squeeze(-1))
+    learner = config, net, state, episodes, False
+    wanted = measured_by(unrolled, *learner)
+    assert_equal_measurements(measured_by(adjoint, *learner), wanted, state, tolerance=1e-9)
+
+
+def test_only_what_conv4_py_knows_is_differentiated_by_hand():
+    """Those of the variants that differ from the default by the activation alone."""
+    like = torch.empty(0, dtype=torch.float64)
+    for variant, (settings, image) in VARIANTS.items():
+        net, _ = build(small_config(**settings), image, CPU)
+        assert isinstance(derivatives_of(net, like), Autograd) == (variant != "relu"), variant
+
+
+def assert_close(found, wanted, tolerance=1e-9):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        scale = float(value.abs().max())
+        assert scale > 0, f"{name} tests nothing"
+        assert float((found[name] - value).abs().max()) < tolerance * scale, name
+
+
+def by_hand_and_not(way, image, activation):
+    """Derivatives two ways, weights of every task's own, a set, and two directions for products."""
+    net = Conv4(image, 3, 4, activation=activation)
+    fast = own_weights(net)
+    episodes = random_episodes(small_config(), image=image)
+    directions = [
+        {
+            name: normal(*weight.shape, seed=10 * number + turn)
+            for number, (name, weight) in enumerate(fast.items())
+        }
+        for turn in (1, 2)
+    ]
+    return Autograd(net), WAYS[way](net), fast, episodes, directions
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("image", IMAGES, ids=str)
+@pytest.mark.parametrize("way", BY_HAND)
+def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activation):
+    """Products twice: what one leaves on the tape must not reach the next."""
+    *both, fast, episodes, directions = by_hand_and_not(way, image, activation)
+    weights = {name: weight for name, weight in fast.items() if not name.startswith("norm")}
+    rows = {name: weight[:1] for name, weight in fast.items() if name.startswith("norm")}
+    found = []
+    for derivatives in both:
+        norm = NormPass(rows, {}, 0)
+        ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+        gradient = derivatives.gradient(weights, ready, norm, keep=True)
+        products = [derivatives.product(gradient.tape, directions[turn]) for turn in (0, 1, 0)]
+        assert all(torch.equal(products[2][0][name], value) for name, value in products[0][0].items())
+        assert all(torch.equal(products[2][1][name], value) for name, value in products[0][1].items())
+        found.append((gradient, products, norm))
+    (wanted, wanted_products, wanted_norm), (gradient, products, norm) = found
+    assert torch.allclose(gradient.loss_T, wanted.loss_T, rtol=1e-11)
+    assert torch.allclose(gradient.logits_TEN, wanted.logits_TEN, rtol=1e-9, atol=1e-11)
+    assert_close(gradient.fast, wanted.fast)
+    assert_close(gradient.norm, wanted.norm)
+    for one, two in zip(products, wanted_products, strict=True):
+        assert_close(one[0], two[0])
+        assert_close(one[1], two[1])
+    for name, seen in wanted_norm.seen.items():
+        assert all(torch.allclose(*pair) for pair in zip(norm.seen[name], seen, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (Mlp((1, 4, 4), 3, (6, 5), CLASSIFICATION), (1, 4, 4)),
+        (ResNet12((1, 16, 16), 3, 2), (1, 16, 16)),
+        (Conv4((2, 9, 7), 3, 4, pooling="stride", readout="mean"), (2, 9, 7)),
+    ],
+    ids=["mlp", "resnet12", "stride-mean"],
+)
+def test_products_of_any_network_are_differences_of_gradients_and_can_be_asked_for_twice(net, shape):
+    """Over so short a way that no place of a window and no activation changes sides."""
+    fast, derivatives, length = own_weights(net), Autograd(net), 1e-7
+    ready = normal(TASKS, EXAMPLES, *shape), torch.arange(EXAMPLES).expand(TASKS, EXAMPLES) % 3
+    tape = derivatives.gradient(fast, ready, NormPass({}, {}, 0), keep=True).tape
+    direction = {name: normal(*weight.shape) for name, weight in fast.items()}
+    one, two = (derivatives.product(tape, direction)[0] for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in fast)
+    before, after = (
+        {name: weight + sign * length * direction[name] for name, weight in fast.items()} for sign in (-1, 1)
+    )
+    before, after = (derivatives.gradient(at, ready, NormPass({}, {}, 0)).fast for at in (before, after))
+    differences = {name: (after[name] - before[name]) / (2 * length) for name in fast}
+    assert_close(one, differences, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("way", BY_HAND)
+def test_norm_weights_that_are_adapted_have_autograds_gradient_by_hand(way, activation):
+    """Reptile's and transfer's: every task has its own."""
+    *both, fast, episodes, directions = by_hand_and_not(way, IMAGES[1], activation)
+    for algo in ("reptile", "transfer"):
+        _, state = build(small_config(algo=algo, ways=3), IMAGES[1], CPU)
+        assert state.slow.keys() == fast.keys()
+        assert state.norm == {}
+    found = []
+    for derivatives in both:
+        ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+        found.append(derivatives.gradient(fast, ready, NormPass({}, {}, 0)))
+    assert found[0].norm == found[1].norm == {}
+    assert_close(found[1].fast, found[0].fast)
+    assert torch.allclose(found[1].logits_TEN, found[0].logits_TEN, rtol=1e-9, atol=1e-11)
+    ready = both[1].prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+    tape = both[1].gradient(fast, ready, NormPass({}, {}, 0), keep=True).tape
+    with pytest.raises(AssertionError, match="second derivatives by an adapted norm"):
+        both[1].product(tape, directions[0])
+
+
+@pytest.mark.parametrize("statistics", list(Statistics))
+@pytest.mark.parametrize("adapted_norm", [False, True])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_features_by_hand_are_autograds_and_so_is_the_way_back(way, adapted_norm, statistics):
+    """Without the head's weights; back where training goes, through a set's own statistics."""
+    *both, fast, episodes, _ = by_hand_and_not(way, IMAGES[1], "relu")
+    body = {name: weight for name, weight in fast.items() if name not in HEAD}
+    rows = {} if adapted_norm else {name: weight[:1] for name, weight in body.items() if "norm" in name}
+    body = {name: weight for name, weight in body.items() if name not in rows}
+    running = {
+        f"norm{block}.{kind}": 1 + 0.1 * normal(1, 4).abs()
+        for block in range(1, 5)
+        for kind in ("mean", "var")
+    }
+    along = 3 if statistics is Statistics.SUPPORT else None
+    found = []
+    for derivatives in both:
+        norm = NormPass(rows, running, 0, statistics, along or 0)
+        ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along)
+        f_TEF, tape = derivatives.features(body, ready, norm)
+        assert not f_TEF.requires_grad
+        back = (
+            derivatives.back_through(tape, normal(*f_TEF.shape)) if statistics is Statistics.OWN else ({}, {})
+        )
+        found.append((f_TEF, *back))
+    assert torch.allclose(found[1][0], found[0][0], rtol=1e-9, atol=1e-11)
+    assert_close(found[1][1], found[0][1])
+    assert_close(found[1][2], found[0][2])
+
+
+def test_weights_start_within_their_laws_bounds():
+    """Glorot's for Conv4 and image layers, torch's own for curves, He's by outputs in ResNet-12."""
+    generator = torch.Generator().manual_seed(0)
+    conv = Conv4((1, 28, 28), 5, 64).init(generator, torch.float64)["conv2.weight"]
+    assert float(conv.abs().max()) == pytest.approx(math.sqrt(6 / (128 * 9)), rel=1e-3)
+    curve = Mlp((1,), 1, (40, 40), REGRESSION).init(generator, torch.float64)
+    for name in ("hidden2.weight", "hidden2.bias", "linear.weight"):
+        assert 0.9 / math.sqrt(40) < float(curve[name].abs().max()) <= 1 / math.sqrt(40), name
+    skip = ResNet12((3, 84, 84), 5, 64).init(generator, torch.float64)["conv4.2.weight"]
+    assert float(skip.std()) == pytest.approx(math.sqrt(2 / 1.01 / (640 * 9)), rel=1e-2)

@@ -1,0 +1,235 @@
+"""A run stopped anywhere and resumed is, to the bit, the run that nobody stopped."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.trainer_cases import CPU, comparable, config_of, make_run, trainer_of
+
+from mamlctl.core.errors import DivergedError, MamlctlError
+from mamlctl.core.events import MetaStepDone, TrainReport, ValidationDone
+from mamlctl.engine.evaluation.evaluator import evaluate
+from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.trainer import KEPT
+from mamlctl.run_folder import open_run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody stopped."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "run", config_of())
+    assert trainer_of(run, run.config).train() == ""
+    return run
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [4], [5], [2, 2], [3, 0, 4], [1] * 40])
+def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
+    """`stops` after so many questions; questions come before steps and inside validation."""
+    run = make_run(tmp_path / "run", config_of())
+    trainer = trainer_of(run, run.config, stop_at=stops[0])
+    reason = trainer.train()
+    assert reason == "asked"
+    for stop_at in [*stops[1:], None]:
+        trainer = trainer_of(run, run.config, stop_at=stop_at)
+        trainer.resume()
+        reason = trainer.train()
+        if not reason:
+            break
+    assert reason == ""
+    assert comparable(run) == comparable(whole)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(
+        path.name for path in whole.checkpoints.iterdir()
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algo": "reptile", "inner_optimizer": "adam", "train_shots": 4, "inner_batch": 2, "meta_lr": 0.5},
+        {"algo": "reptile", "inner_optimizer": "sgd", "inner_batch": 2, "meta_lr": 0.5, "inner_steps": 2},
+        {"algo": "alpha-maml", "hyper_lr": 0.02},
+        {"algo": "meta-sgd"},
+        {"algo": "anil", "adapts": "head"},
+        {"algo": "imaml", "proximal": 2.0, "cg_steps": 2, "inner_steps": 2},
+        {"algo": "transfer", "inner_steps": 0, "eval_inner_steps": 2},
+        {"algo": "protonet", "inner_steps": 0},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_each_algorithm_goes_on_to_the_bit(tmp_path, settings):
+    config = config_of(
+        **settings, bnrs=False, epochs=2, meta_lr_final=0.0 if "reptile" in settings.values() else None
+    )
+    whole = make_run(tmp_path / "whole", config)
+    assert trainer_of(whole, config).train() == ""
+    run = make_run(tmp_path / "run", config)
+    assert trainer_of(run, config, stop_at=3).train() == "asked"
+    trainer = trainer_of(run, config)
+    trainer.resume()
+    assert trainer.train() == ""
+    assert comparable(run) == comparable(whole)
+
+
+def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):
+    run = make_run(tmp_path / "run", config_of())
+    trainer_of(run, run.config, stop_at=2).train()
+    run.append_metrics({"step": 9, "epoch": 2, "val_accuracy": 0.9, "val_tasks": 4})
+    trainer = trainer_of(run, run.config)
+    trainer.resume()
+    trainer.train()
+    assert comparable(run) == comparable(whole)
+
+
+def test_metrics_have_what_readers_count_on(whole):
+    metrics = whole.metrics()
+    reports = [entry for entry in metrics if "val_accuracy" not in entry]
+    validations = [entry for entry in metrics if "val_accuracy" in entry]
+    assert [entry["step"] for entry in reports] == [1, 3, 4, 6, 8, 9, 12]
+    assert [entry["epoch"] for entry in validations] == [1, 2, 3]
+    wanted = {"step", "epoch", "support_loss", "query_losses", "query_accuracy", "meta_lr", "first_order"}
+    for entry in reports:
+        assert wanted | {"tasks_per_second"} <= entry.keys()
+        assert len(entry["query_losses"]) == 4, "index = inner steps taken, 0 before adaptation"
+        assert entry["query_accuracies"][-1] == entry["query_accuracy"]
+    assert [entry["first_order"] for entry in reports] == [True] * 3 + [False] * 4
+    assert all(entry["val_ci95"] >= 0 for entry in validations)
+
+
+def test_a_report_is_the_mean_of_its_meta_steps(tmp_path):
+    every, third = (
+        config_of(report_every=number, da=False, epochs=1, steps_per_epoch=6) for number in (1, 3)
+    )
+    runs = [make_run(tmp_path / name, config) for name, config in (("every", every), ("third", third))]
+    for run in runs:
+        trainer_of(run, run.config).train()
+    single, mean = ([entry for entry in run.metrics() if "support_loss" in entry] for run in runs)
+    assert [entry["step"] for entry in mean] == [1, 3, 6]
+    for name in ("support_loss", "meta_loss", "query_accuracy"):
+        assert mean[2][name] == pytest.approx(np.mean([entry[name] for entry in single[3:6]]))
+
+
+def test_the_five_best_and_the_best_are_kept(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=8, steps_per_epoch=1, inner_steps=2))
+    events = []
+    trainer = trainer_of(run, run.config, events=events)
+    trainer.train()
+    accuracy = {event.epoch: event.val_score for event in events if isinstance(event, ValidationDone)}
+    best = sorted(accuracy, key=lambda epoch: (-accuracy[epoch], epoch))[:KEPT]
+    names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt"}
+    assert {path.name for path in run.checkpoints.iterdir()} == names
+    assert checkpoints.load(run.checkpoints / "best.pt", owner=run.owner)["epoch"] == best[0]
+
+
+def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
+    content = checkpoints.load(whole.checkpoints / "best.pt", owner=whole.owner)
+    trainer = trainer_of(whole, whole.config)
+    checkpoints.restore(trainer.state, content["stored"], whole.checkpoints / "best.pt")
+    scores = evaluate(
+        trainer.derivatives,
+        [trainer.state],
+        trainer.streams["val"],
+        tasks=10,
+        inner_steps=3,
+        statistics=Statistics.OWN,
+    )
+    assert scores.single[0][:, -1].mean() == pytest.approx(content["val_score"], abs=1e-12)
+    assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one is that one"
+
+
+def test_every_meta_step_is_announced_and_reports_come_on_time(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=1))
+    events = []
+    trainer_of(run, run.config, events=events).train()
+    assert [event.step for event in events if isinstance(event, MetaStepDone)] == [1, 2, 3, 4]
+    reports = [event for event in events if isinstance(event, TrainReport)]
+    assert [event.step for event in reports] == [1, 3, 4]
+    assert list(reports[0].rates) == [f"conv{block}.weight" for block in range(1, 5)] + [
+        "linear.weight",
+        "linear.bias",
+    ]
+    assert all(len(rates) == 3 for rates in reports[0].rates.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_path):
+    config = config_of(inner_lr=1e200, first_order=True, da=False, inner_steps=3)
+    run = make_run(tmp_path / "run", config)
+    trainer = trainer_of(run, config)
+    with pytest.raises(
+        DivergedError, match=r"diverged at meta-step 1: the support loss after \d inner steps is"
+    ):
+        trainer.train()
+    stored = checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["stored"]
+    assert all(bool(tensor.isfinite().all()) for tensor in stored.values())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainer.state.stored().values())
+
+
+def test_scores_that_are_not_finite_are_divergence_and_no_accuracy(tmp_path):
+    run = make_run(tmp_path / "run", config_of(epochs=1, steps_per_epoch=1, meta_lr=1e200))
+    with pytest.raises(DivergedError, match="predictions in tasks 0 to 9 are not finite"):
+        trainer_of(run, run.config).train()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["last.pt"]
+    assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 0
+
+
+def test_a_time_limit_lets_every_start_move_on(tmp_path):
+    run = make_run(tmp_path / "run", config_of())
+    starts = 0
+    reason = "time limit"
+    while reason:
+        trainer = trainer_of(run, run.config)
+        trainer.stop_reason = lambda: "time limit"
+        if starts:
+            trainer.resume()
+        reason, starts = trainer.train(), starts + 1
+    assert starts == 12 + 3, "one meta-step or validation each, and the last one finds the end"
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "format", "foreign", "garbage", "shape", "owner"])
+def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
+    source = (whole.checkpoints / "last.pt").read_bytes()
+    path = tmp_path / "last.pt"
+    if harm == "truncate":
+        path.write_bytes(source[: len(source) // 2])
+    elif harm == "garbage":
+        path.write_bytes(b"<html>quota exceeded</html>")
+    elif harm == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        stored = torch.load(whole.checkpoints / "last.pt", weights_only=True)
+        if harm == "format":
+            stored["format"] = 99
+        elif harm == "flip":
+            stored["content"]["stored"]["conv1.weight"][0] += 1e-9
+        torch.save(stored, path)
+    if harm == "shape":
+        _, state = build(config_of(filters=5), (1, 16, 16), CPU)
+        with pytest.raises(MamlctlError, match="does not fit the run's settings"):
+            checkpoints.restore(state, checkpoints.load(path, owner=whole.owner)["stored"], path)
+        return
+    with pytest.raises(MamlctlError, match=r"checkpoint .*last.pt") as caught:
+        checkpoints.load(path, owner="another" if harm == "owner" else whole.owner)
+    assert caught.value.hint
+
+
+def test_the_run_folder_opens_with_its_settings(whole):
+    assert open_run(whole.path).config == whole.config
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
+    trainer = trainer_of(whole, whole.config)
+    asked = []
+
+    def small_device(derivatives, state, episodes, **named):
+        asked.append(len(episodes.query_y_TE))
+        if asked[-1] > 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(derivatives, state, episodes, **named)
+
+    real = adapted
+    named = {"tasks": 10, "inner_steps": 3, "statistics": Statistics.OWN}
+    judged = trainer.derivatives, [trainer.state], trainer.streams["val"]
+    wanted = evaluate(*judged, **named)
+    assert np.array_equal(evaluate(*judged, **named, predict=small_device).ensemble, wanted.ensemble)
+    assert asked == [10, 5, 3, 3, 3, 1]

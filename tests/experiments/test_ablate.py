@@ -1,0 +1,239 @@
+"""A grid from its plan to its table: what runs, what goes on, what is never mixed."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers.grid_cases import PROGRAM, QUICK_WORDS, TESTED, TINY, filled, ignore, tiny_grid, without_times
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.events import GridChanged
+from mamlctl.core.statistics import difference, holm, mean_ci95
+from mamlctl.experiments.grid.ablate import grid_table
+from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
+from mamlctl.experiments.train import train
+from mamlctl.report.export import document
+from mamlctl.run_folder import open_run, status_of
+from mamlctl.settings.schema import EvalConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, glyphs_root):
+    """Three rows, one of which diverges, two seeds of each; what was told on the way."""
+    events = []
+    grid = tiny_grid(tmp_path_factory.mktemp("grid") / "g", glyphs_root, "inner_lr=0.1,1e30,0.4")
+    return grid, filled(grid, on_event=events.append), events
+
+
+def copied(done, tmp_path):
+    """The same grid in a folder of its own."""
+    grid = done[0]
+    shutil.copytree(grid.folder, tmp_path / "g")
+    return load_grid(tmp_path / "g")
+
+
+def scores_of(folder, column="best"):
+    (path,) = folder.glob("eval/*/tasks.csv")
+    with path.open() as file:
+        return np.array([float(row[column]) for row in csv.DictReader(file)])
+
+
+def test_rows_are_the_means_of_their_runs_tasks(done):
+    grid, result, _ = done
+    first, diverged, last = result.table.rows
+    assert [row.label for row in result.table.rows] == ["inner_lr=0.1", "inner_lr=1e30", "inner_lr=0.4"]
+    cells = {cell.name: cell.folder for cell in grid.cells}
+    ours = np.stack([scores_of(cells[f"inner_lr=0.4-s{seed}"]) for seed in (0, 1)])
+    theirs = np.stack([scores_of(cells[f"inner_lr=0.1-s{seed}"]) for seed in (0, 1)])
+    assert last.best.per_seed == tuple(ours.mean(1))
+    assert (last.best.mean, last.best.ci95) == mean_ci95(ours.mean(0))
+    assert last.best.deviation == pytest.approx(ours.mean(1).std(ddof=1))
+    assert last.best.difference == difference(ours, theirs)
+    assert first.best.difference is None
+    assert last.best.p_holm == holm([last.best.difference.p])[0]
+    assert first.ensemble_size == 2
+    assert (diverged.best, diverged.divergences) == (None, 2)
+
+
+def test_a_row_that_diverges_says_so_and_the_rest_goes_on(done):
+    _, result, _ = done
+    assert (result.failed, result.left, result.reason) == ({}, 0, "")
+    cells = result.table.rows[1].cells
+    assert {cell.status for cell in cells} == {"diverged"}
+    assert all("diverged at meta-step" in cell.reason for cell in cells)
+    assert {cell.status for row in result.table.rows[::2] for cell in row.cells} == {"finished"}
+
+
+def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
+    grid = done[0]
+    cell = grid.cells[-1]
+    train(cell.config, out=tmp_path / "alone", offline=True, time_limit_s=None, command="", on_event=ignore)
+    ours, alone = (
+        torch.load(path / "checkpoints" / "best.pt", weights_only=True)["content"]["stored"]
+        for path in (cell.folder, tmp_path / "alone")
+    )
+    assert ours.keys() == alone.keys()
+    assert all(torch.equal(ours[name], alone[name]) for name in ours)
+
+
+def test_a_second_call_does_nothing_and_says_the_same(done):
+    grid, result, _ = done
+    events = []
+    before = {path: path.stat().st_mtime_ns for path in grid.folder.glob("cells/*/**/*.*")}
+    again = filled(load_grid(grid.folder), on_event=events.append)
+    assert not any(isinstance(event, GridChanged) for event in events)
+    assert {path: path.stat().st_mtime_ns for path in grid.folder.glob("cells/*/**/*.*")} == before
+    assert json.dumps(document(again.table)) == json.dumps(document(result.table))
+
+
+def test_events_tell_each_cell_to_its_end(done):
+    grid, _, events = done
+    told = [event for event in events if isinstance(event, GridChanged)]
+    assert {len(event.cells) for event in told} == {6}
+    seen = {(cell.row, cell.seed, cell.state) for event in told for cell in event.cells}
+    for cell in grid.cells:
+        end = "diverged" if "1e30" in cell.row.label else "done"
+        assert (cell.row.label, cell.seed, "training") in seen
+        assert (cell.row.label, cell.seed, end) in seen
+    assert all(sum(cell.state in ("training", "testing") for cell in event.cells) <= 2 for event in told)
+    assert {cell.state for cell in told[-1].cells} == {"done", "diverged"}
+
+
+def test_more_seeds_and_other_tasks_keep_what_is_there(done, tmp_path):
+    grid = copied(done, tmp_path)
+    trained = [cell for cell in grid.cells if "1e30" not in cell.name]
+    kept = {cell.name: (cell.folder / "checkpoints/best.pt").read_bytes() for cell in trained}
+    more = tiny_grid(
+        grid.folder,
+        grid.rows[0].config.data_root,
+        "inner_lr=0.1,1e30,0.4",
+        seeds=(0,),
+        evaluate=EvalConfig(tasks=7),
+    )
+    table = filled(more).table
+    assert (table.tasks, len(table.rows[0].cells)) == (7, 1)
+    assert table.rows[0].best.mean == pytest.approx(scores_at(more, 7).mean())
+    for cell in trained:
+        assert (cell.folder / "checkpoints/best.pt").read_bytes() == kept[cell.name]
+
+
+def scores_at(grid, tasks):
+    """Tasks are numbered, so fewer of them are the first ones of more."""
+    for path in grid.cells[0].folder.glob("eval/*/tasks.csv"):
+        lines = path.read_text().splitlines()
+        if len(lines) == tasks + 1:
+            return np.array([float(line.split(",")[1]) for line in lines[1:]])
+    raise AssertionError
+
+
+def test_cells_with_other_settings_are_never_mixed(done, tmp_path, glyphs_root):
+    grid = copied(done, tmp_path)
+    with pytest.raises(SettingsError, match=r"--meta-lr is 0\.5"):
+        tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4", meta_lr=0.5)
+    with pytest.raises(SettingsError, match="has the rows of"):
+        tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,0.4")
+    (grid.folder / "plan.yaml").unlink()
+    with pytest.raises(MamlctlError, match=r"no plan\.yaml"):
+        tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4")
+    for extra in ("table.json", "table.csv", "table.md", "table.tex", "report.html"):
+        (grid.folder / extra).unlink()
+    shutil.rmtree(grid.folder / "plots")
+    shutil.rmtree(grid.folder / "logs")
+    with pytest.raises(SettingsError, match="was trained with meta_lr"):
+        tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4", meta_lr=0.5)
+    assert tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4").rows == grid.rows
+
+
+def test_what_failed_is_told_and_tried_again(done, tmp_path):
+    grid = copied(done, tmp_path)
+    cell = grid.cells[0]
+    whole = (cell.folder / "checkpoints/epoch-0001.pt").read_bytes()
+    (cell.folder / "checkpoints/epoch-0001.pt").write_bytes(b"torn")
+    shutil.rmtree(cell.folder / "eval")
+    result = filled(grid)
+    assert list(result.failed) == [cell.name]
+    assert "epoch-0001.pt" in result.failed[cell.name]
+    assert result.left == 1
+    (cell.folder / "checkpoints/epoch-0001.pt").write_bytes(whole)
+    again = filled(grid)
+    assert (again.failed, again.left) == ({}, 0)
+    assert without_times(document(again.table)) == without_times(document(done[1].table))
+
+
+def test_a_test_of_before_the_end_of_training_does_not_count(done, tmp_path):
+    grid = copied(done, tmp_path)
+    (summary,) = grid.cells[0].folder.glob("eval/*/summary.json")
+    old = json.loads(summary.read_text()) | {"step": 3}
+    summary.write_text(json.dumps(old))
+    table = grid_table(grid, {})
+    assert len(table.rows[0].best.per_seed) == 1
+    filled(grid)
+    assert json.loads(summary.read_text())["step"] == 6
+
+
+def test_two_calls_at_once_do_not_meet(done, tmp_path):
+    from mamlctl.experiments.grid.grid_folder import working_on
+
+    grid = copied(done, tmp_path)
+    with working_on(grid), pytest.raises(MamlctlError, match="is in use by process"), working_on(grid):
+        pass
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "format: 1", "rows: 3\nsettings: {}", "\x00", "settings: {foo: 1}\nrows: []"]
+)
+def test_a_damaged_plan_is_two_lines(tmp_path, text):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(MamlctlError):
+        load_grid(tmp_path)
+
+
+def test_a_plan_is_read_as_it_was_written(done, tmp_path):
+    grid = done[0]
+    there = load_grid(grid.folder)
+    assert there == grid
+    save_plan(there)
+    assert load_grid(grid.folder) == grid
+
+
+# Anything from its first imports to its table; a number for each of its kills.
+KILLS_S = (1.2, 4.9, 6.3, 7.7, 9.1)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root):
+    """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
+    words = ["ablate", *QUICK_WORDS, "--grid", "inner_lr=0.1,0.4", "--seeds", "1", "--tasks", "12"]
+    words += ["--data-root", str(glyphs_root), "--json", "--workers", "2"]
+
+    def call(out):
+        return subprocess.Popen(
+            [*PROGRAM, *words, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+
+    whole, _ = call(tmp_path / "whole").communicate()
+    for number, after in enumerate(KILLS_S):
+        process = call(tmp_path / "killed")
+        time.sleep(after)
+        process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
+        process.communicate()
+    again = call(tmp_path / "killed")
+    last, _ = again.communicate()
+    assert again.returncode == 0
+    assert without_times(json.loads(last)) == without_times(json.loads(whole))
+    for cell in load_grid(tmp_path / "whole").cells:
+        ours = open_run(tmp_path / "killed/cells" / cell.name)
+        assert ours.metrics()[-1].get("val_accuracy") == open_run(cell.folder).metrics()[-1]["val_accuracy"]
+        assert status_of(ours.path) == "finished"
+
+
+def test_tiny_settings_are_what_the_words_say():
+    assert len(QUICK_WORDS) == 2 * len(TINY)
+    assert TESTED.tasks == 12

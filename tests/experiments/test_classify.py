@@ -1,0 +1,506 @@
+"""A run on people's own images: held to the evaluator, to plain torch layers and to a loop written out."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.engine_cases import slow_forward
+from PIL import Image
+
+from mamlctl.cli.app import main
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice
+from mamlctl.core.statistics import wilson95
+from mamlctl.data.sets import glyphs
+from mamlctl.data.tasks.user_images import find_queries
+from mamlctl.display.predictions import document
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.evaluation.adapted_model import with_ways
+from mamlctl.experiments.classify import Wanted, predict_own
+from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.train import train
+from mamlctl.experiments.trained_model import open_judged
+from mamlctl.report.figures import contact_sheet
+from mamlctl.report.figures.style import GREEN, RED
+from mamlctl.settings.schema import EvalConfig
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SMALL = {"dataset": "glyphs", "ways": 3, "shots": 2, "queries": 2, "filters": 4, "val_tasks": 2, "epochs": 1}
+SMALL |= {"meta_batch_size": 2, "steps_per_epoch": 2}
+IMAGED = [name for name in ALGORITHMS if name != "fomaml"]  # which is maml when it predicts
+NAMES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")
+
+
+def silent(event):
+    """Nothing."""
+
+
+@pytest.fixture(scope="session")
+def packed(glyphs_root):
+    return glyphs.open_pack(glyphs_root, on_event=silent)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, glyphs_root):
+    """A run of so many settings, made once; its data are gone when it is used."""
+    made = {}
+
+    def make(algo, **settings):
+        key = (algo, *sorted(settings.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(algo)
+            shutil.copytree(glyphs_root, folder / "data")
+            values = {**SMALL, "algo": algo, "data_root": str(folder / "data"), **settings}
+            if algo == "reptile":
+                values = {"inner_steps": 2, "eval_inner_steps": 3, "train_shots": 4, **values}
+            if algo == "scratch":
+                values.pop("epochs"), values.pop("steps_per_epoch")
+            config = resolve_settings([("flag", values)]).config
+            where = {"out": folder / "run", "offline": True, "time_limit_s": None}
+            train(config, **where, command="test", on_event=silent)
+            shutil.rmtree(folder / "data")
+            made[key] = folder / "run"
+        return made[key]
+
+    return make
+
+
+def write(folder, packed, images, name="x"):
+    """Images of the pack as files, in order -> the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}{place:02d}.png" for place in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(packed.images_MCHW[image, 0]).save(file)
+    return files
+
+
+def folders(folder, packed, shots, queries=2, first=0):
+    """Class folders of glyphs: shots[c] support images of class c, and labelled queries."""
+    for label, count in enumerate(shots):
+        start = packed.starts[first + label]
+        write(folder / "learn" / NAMES[label], packed, range(start, start + count))
+        write(folder / "ask" / NAMES[label], packed, range(start + count, start + count + queries))
+    return folder / "learn", folder / "ask"
+
+
+def asked(run, support, *queries, on_event=silent, settings=None, **wanted):
+    return predict_own(run, settings or EvalConfig(), Wanted(support, queries, **wanted), on_event=on_event)
+
+
+def table(result):
+    return np.array([image.probabilities for image in result.images if image.probabilities])
+
+
+@pytest.mark.parametrize("algo", IMAGED)
+def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packed, glyphs_root, tmp_path):
+    """In all three modes, of every algorithm, with the run's own ways."""
+    run = trained(algo)
+    settings = EvalConfig(data_root=str(glyphs_root))
+    stream = open_judged(run, settings, offline=True, on_event=silent).stream
+    images_NE = stream.indices(0, 1)[0][0]
+    for label, images_E in enumerate(images_NE):
+        write(tmp_path / "learn" / NAMES[label], packed, images_E[:2])
+        write(tmp_path / "ask" / NAMES[label], packed, images_E[2:])
+    for bn in ("transductive", "support", "running"):
+        judged = open_judged(run, replace(settings, bn=bn), offline=True, on_event=silent)
+        outputs_ITEN = judged.predict(
+            judged.derivatives,
+            judged.states[0].frozen(),
+            judged.stream.episodes(0, 1),
+            inner_steps=judged.inner_steps,
+            statistics=judged.statistics,
+        )
+        result = asked(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
+        wanted = outputs_ITEN[-1, 0].double().softmax(-1)
+        assert np.allclose(table(result), wanted, atol=2e-5), bn
+        assert (result.labelled, result.bn) == (6, bn)
+        truth = np.repeat(np.arange(3), 2)
+        assert result.right == int((wanted.argmax(-1).numpy() == truth).sum())
+
+
+@pytest.mark.parametrize("algo", IMAGED)
+def test_every_algorithm_takes_other_ways_and_unequal_classes(algo, trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 3])
+    result = asked(trained(algo), support, query)
+    assert table(result).shape == (4, 2) and result.shots == (1, 3)
+    assert np.allclose(table(result).sum(1), 1)
+    more, query = folders(tmp_path / "more", packed, [2, 1, 2, 3, 1])
+    if algo == "boil":
+        with pytest.raises(SettingsError, match="5 classes, but the run learnt a head for 3, which is not"):
+            asked(trained(algo), more, query)
+    else:
+        assert table(asked(trained(algo), more, query)).shape == (10, 5)
+
+
+def test_unequal_classes_weigh_by_their_images(trained, packed, tmp_path):
+    """Steps of gradient descent on the mean loss over all images, by torch's autograd and batch norm."""
+    run = trained("maml++", inner_steps=3)
+    support, query = folders(tmp_path, packed, [1, 4, 2])
+    result = asked(run, support, query, settings=EvalConfig(bn="transductive"))
+    state = open_state(run)
+
+    def pixels(files):
+        images = [np.array(Image.open(file)) for file in files]
+        return 1 - torch.from_numpy(np.stack(images)).unsqueeze(1) / 255
+
+    fast = {name: tensor.clone().requires_grad_() for name, tensor in state.slow.items()}
+    x, y = pixels(sorted(support.rglob("*.png"))), torch.tensor([0, 1, 1, 1, 1, 2, 2])
+    for step in range(3):
+        loss = F.cross_entropy(slow_forward(fast, state.norm, step, x), y)
+        grads = torch.autograd.grad(loss, list(fast.values()))
+        fast = {
+            name: weight - state.rates[name][step] * grad
+            for (name, weight), grad in zip(fast.items(), grads, strict=True)
+        }
+    scores = slow_forward(fast, state.norm, 2, pixels(sorted(query.rglob("*.png"))))
+    assert np.allclose(table(result), scores.softmax(1).detach(), atol=1e-5)
+
+
+def open_state(run):
+    from mamlctl.experiments.trained_model import checkpoint_files, load_state
+    from mamlctl.run_folder import open_run
+
+    opened = open_run(run)
+    files, _ = checkpoint_files(opened, silent)
+    return load_state(opened, files[0], EvalConfig(), (1, 28, 28), torch.device("cpu")).frozen()
+
+
+def test_prototypes_are_means_of_unequal_classes_and_neighbours_the_nearest(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 4, 2])
+    y = np.array([0, 1, 1, 1, 1, 2, 2])
+    for algo in ("protonet", "nearest"):
+        run, found = trained(algo), {}
+        state = open_state(run)
+        eye = {"linear.weight": torch.eye(4), "linear.bias": torch.zeros(4)}
+        for name, folder in (("support", support), ("query", query)):
+            x = np.stack([np.array(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
+            x = 1 - torch.from_numpy(x).unsqueeze(1) / 255
+            found[name] = slow_forward(state.slow | eye, state.norm, 0, x).double()
+        distances = torch.cdist(found["query"], found["support"]).square()
+        per_class = [distances[:, y == label].amin(1) for label in range(3)]
+        if algo == "protonet":
+            means = torch.stack([found["support"][y == label].mean(0) for label in range(3)])
+            per_class = torch.cdist(found["query"], means).square().unbind(1)
+        wanted = (-torch.stack(list(per_class), 1)).softmax(1)
+        result = asked(run, support, query, settings=EvalConfig(bn="transductive"))
+        assert np.allclose(table(result), wanted, atol=2e-4)
+
+
+def test_predictions_are_independent_of_what_else_is_asked(trained, packed, tmp_path, monkeypatch):
+    run = trained("maml++")
+    support, query = folders(tmp_path, packed, [2, 2, 2])
+    whole = asked(run, support, query)
+    assert whole.bn == "support"  # the run's own is transductive
+    files = sorted(query.rglob("*.png"))
+    alone = np.concatenate([table(asked(run, support, file)) for file in files])
+    assert np.allclose(table(whole), alone, atol=1e-6)
+    monkeypatch.setattr("mamlctl.experiments.classify.tasks_per_pass", lambda *_: 4)
+    assert np.allclose(table(asked(run, support, query)), alone, atol=1e-6)
+    monkeypatch.setattr("mamlctl.experiments.classify.MOST_AT_ONCE", 100)
+    with pytest.raises(SettingsError, match="takes all 6 images at once"):
+        asked(run, support, query, settings=EvalConfig(bn="transductive"))
+
+
+def test_a_run_that_was_judged_by_running_statistics_stays_with_them(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 1])
+    assert asked(trained("maml", bn="running"), support, query).bn == "running"
+
+
+def readme_lines():
+    section = README.read_text().split("## Your own images")[1]
+    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("algo", ["maml++", "reptile", "protonet", "transfer"])
+@pytest.mark.parametrize("bn", ["support", "running"])
+def test_the_lines_of_the_readme_give_the_table(algo, bn, trained, packed, tmp_path, monkeypatch, capsys):
+    """By nn.Sequential alone, from the saved file: bnwb's last rows, adapted norms, prototypes as a layer."""
+    support, query = folders(tmp_path, packed, [2, 1, 3])
+    saved = tmp_path / "mine.pt"
+    result = asked(trained(algo), support, query, settings=EvalConfig(bn=bn), save_adapted=saved)
+    monkeypatch.chdir(tmp_path)
+    for image in result.images:
+        shutil.copy(image.file, "ask.png")
+        exec(readme_lines(), {})
+        told = eval(capsys.readouterr().out)
+        assert tuple(told) == result.classes
+        assert np.allclose(list(told.values()), image.probabilities, atol=2e-5)
+
+
+def test_other_networks_are_saved_under_their_own_names(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 2])
+    run = trained("maml", net="mlp", hidden="16-8", filters=64)
+    asked(run, support, query, save_adapted=tmp_path / "mlp.pt")
+    saved = torch.load(tmp_path / "mlp.pt", weights_only=True)
+    assert {"hidden1.weight", "norm2.running_var", "linear.bias"} <= saved["weights"].keys()
+    assert saved["settings"]["hidden"] == "16-8"
+    told = []
+    asked(trained("maml"), support, save_adapted=tmp_path / "t.pt", settings=EvalConfig(bn="transductive"))
+    asked(
+        trained("maml"),
+        support,
+        save_adapted=tmp_path / "t.pt",
+        settings=EvalConfig(bn="transductive"),
+        on_event=told.append,
+    )
+    assert "saved with the support set's statistics" in told[-1].text
+    with pytest.raises(SettingsError, match="--algo nearest compares with the support images"):
+        asked(trained("nearest"), support, save_adapted=tmp_path / "n.pt")
+
+
+def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(trained):
+    state = open_state(trained("meta-sgd"))
+    more, fewer = with_ways(state, 5, "head"), with_ways(state, 2, "head")
+    for name in ("linear.weight", "linear.bias"):
+        assert torch.equal(more.slow[name], state.slow[name][[0, 1, 2, 0, 1]])
+        assert torch.equal(more.rates[name], state.rates[name][:, [0, 1, 2, 0, 1]])
+        assert torch.equal(fewer.slow[name], state.slow[name][:2])
+    reptile = open_state(trained("reptile"))
+    moved = with_ways(reptile, 4, "head")
+    assert moved.moments["linear.weight"].shape[0] == 4 and moved.rates["linear.bias"].shape == (1,)
+    assert torch.equal(moved.moments["steps"], reptile.moments["steps"])
+
+
+def test_colour_size_and_transparency_are_brought_to_the_runs_shape(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 2])
+    plain = table(asked(trained("maml"), support, query))
+    for file in [*support.rglob("*.png"), *query.rglob("*.png")]:
+        image = Image.open(file).convert("L")
+        black = Image.new("L", image.size, 0)
+        Image.merge("RGBA", [black, black, black, image.point(lambda value: 255 - value)]).save(file)
+    assert np.allclose(table(asked(trained("maml"), support, query)), plain, atol=1e-6)
+    Image.open(file).resize((61, 40)).save(tmp_path / "odd.png")
+    assert table(asked(trained("maml"), support, tmp_path / "odd.png")).shape == (1, 2)
+
+
+def test_the_paper_of_the_other_colour_is_told(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 2])
+    told = []
+    asked(trained("maml"), support, query, on_event=told.append)
+    assert not [event for event in told if isinstance(event, Notice)]
+    for file in support.rglob("*.png"):
+        Image.fromarray(255 - np.array(Image.open(file))).save(file)
+    asked(trained("maml"), support, query, on_event=told.append)
+    (notice,) = [event.text for event in told if isinstance(event, Notice)]
+    assert "where glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
+
+
+def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 2])
+    (support / "ant" / "bad.png").write_bytes(b"no image")
+    (query / "bee" / "bad.png").write_bytes(b"no image")
+    (query / "notes.txt").write_text("passed over")
+    shutil.copy(support / "bee" / "x00.png", support / "bee" / "copy.png")
+    shutil.copy(support / "bee" / "x00.png", query / "known.png")
+    told = []
+    result = asked(trained("maml"), support, query, query / "known.png", on_event=told.append)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    assert any("left out: cannot read image" in text for text in notices)
+    assert "support files that are copies of another, and count again: 1" in notices
+    assert "query files named twice, which count once: 1" in notices
+    assert "query images that are in the support set too, which flatters any accuracy: 1" in notices
+    assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)
+    # The order is that of the names, a folder's own files before those of its classes.
+    assert [Path(image.file).name for image in result.images][:2] == ["known.png", "x00.png"]
+    (bad,) = [image for image in result.images if image.predicted is None]
+    assert bad.label == "bee" and "no image that Pillow knows" in bad.problem
+
+
+def test_queries_may_be_files_folders_and_class_folders(packed, tmp_path):
+    _, query = folders(tmp_path, packed, [1, 1])
+    classes = ("ant", "bee")
+    queries, twice = find_queries([query], classes)
+    assert [found.label for found in queries] == ["ant", "ant", "bee", "bee"] and twice == 0
+    flat, _ = find_queries([query / "ant"], classes)
+    assert [found.label for found in flat] == [None, None]
+    both, twice = find_queries([query / "ant", query], classes)
+    assert [found.label for found in both] == ["ant", "ant", "bee", "bee"] and twice == 2
+    with pytest.raises(DataError, match="query folder 'ant' of") as caught:
+        find_queries([query], ("bee", "cow"))
+    assert f"--query {query / 'ant'}" in caught.value.hint
+    for wrong in ("nowhere", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(DataError):
+            find_queries([tmp_path / wrong], classes)
+
+
+def test_the_interval_is_wilsons():
+    """Against the roots of (p - s)^2 = z^2 s (1 - s) / n, which define it."""
+    for right, total in ((0, 5), (20, 20), (7, 12), (1, 1000)):
+        low, high = wilson95(right, total)
+        z, p = 1.959964, right / total
+        roots = sorted(np.roots([1 + z * z / total, -(2 * p + z * z / total), p * p]))
+        assert (low, high) == pytest.approx(tuple(roots), abs=1e-9)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Call the command line in this process -> exit code, stdout, stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, packed, tmp_path):
+    run = trained("maml++")
+    support, query = folders(tmp_path, packed, [2, 1, 2])
+    (query / "bee" / "bad.png").write_bytes(b"no image")
+    words = ("eval", run, "--support", support, "--query", query)
+    code, out, _ = cli(*words)
+    assert code == 0
+    assert "3 classes, 1 to 2 support images each; the learnt head; 5 inner steps, bn support" in out
+    assert "maml++ (best, epoch 1)" in out
+    assert re.search(r"accuracy \d+\.\d %: \d of 6 \(95 % interval .*, Wilson\); chance: 33.3 %", out)
+    assert "left out: 1 of 7 query images" in out and "bad.png: no image that Pillow knows" in out
+    assert str(query / "ant" / "x00.png") in out  # whole names, since this is no terminal
+    extra = ("--plot", "--csv", tmp_path / "o.csv", "--json", "--quiet")
+    code, out, err = cli(*words, *extra)
+    told = json.loads(out)
+    assert (code, err, told["labelled"], told["unreadable"]) == (0, "", 6, 1)
+    assert told["accuracy"] == told["right"] / 6 and len(told["wilson95"]) == 2
+    for entry in told["predictions"]:
+        if entry["problem"]:
+            assert entry["predicted"] is None and entry["probability"] is None
+        else:
+            assert entry["probability"] == max(entry["probabilities"].values())
+            assert entry["probabilities"][entry["predicted"]] == entry["probability"]
+    with (tmp_path / "o.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted"] or None for row in rows] == [entry["predicted"] for entry in told["predictions"]]
+    assert [row["label"] for row in rows] == ["ant"] * 2 + ["bee"] * 3 + ["cow"] * 2
+    with Image.open(told["pictures"][0]) as picture:
+        assert picture.width > 800
+    assert Path(told["pictures"][1]).suffix == ".svg"
+
+
+def test_the_sheet_frames_right_and_wrong_and_shows_the_first():
+    support = [("a", np.zeros((12, 1, 8, 8))), ("b" * 40, np.zeros((1, 3, 8, 8), np.uint8))]
+    rights = [True, False, None] * 25
+    queries = [contact_sheet.QueryPicture(np.ones((1, 8, 8)), "a", 0.75, right) for right in rights]
+    ax = contact_sheet.sheet(support, queries, 75, "run").axes[0]
+    assert len(ax.images) == contact_sheet.SUPPORT_SHOWN + 1 + contact_sheet.SHOWN
+    edges = [matplotlib.colors.to_hex(patch.get_edgecolor()).upper() for patch in ax.patches]
+    assert (edges.count(GREEN), edges.count(RED)) == (20, 20)
+    texts = [text.get_text() for text in ax.texts]
+    assert "and 2 more" in texts and texts.count("75 %") == contact_sheet.SHOWN
+    assert any(text.startswith("Queries (the first 60 of 75)") for text in texts)
+
+
+def test_a_shells_files_follow_query(cli, trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 1])
+    files = sorted((query / "ant").glob("*.png"))
+    code, out, _ = cli("eval", trained("maml"), "--support", support, "--json", "--query", *files)
+    told = json.loads(out)
+    assert code == 0 and len(told["predictions"]) == 2
+    assert told["accuracy"] is None and told["wilson95"] is None
+
+
+def broken(tmp_path, packed, what):
+    """Folders with one thing wrong."""
+    support, query = folders(tmp_path / what, packed, [1, 1])
+    if what == "empty class":
+        (support / "cow").mkdir()
+    elif what == "corrupt class":
+        (support / "bee" / "x00.png").write_bytes(b"no image")
+    elif what == "one class":
+        shutil.rmtree(support / "bee")
+    elif what == "all corrupt":
+        for file in query.rglob("*.png"):
+            file.write_bytes(b"no image")
+    elif what == "strange class":
+        (query / "ant").rename(query / "yak")
+    return support, query
+
+
+@pytest.mark.parametrize(
+    ("what", "fact", "hint"),
+    [
+        ("empty class", "class 'cow' of", "add one, or remove its folder"),
+        ("corrupt class", "has no readable image: cannot read image", "add one"),
+        ("one class", "holds 1 class folder, but it takes 2", "a folder of its own"),
+        ("all corrupt", "none of the 4 query images can be read", "Pillow"),
+        ("strange class", "query folder 'yak' of", "classes: ant, bee"),
+    ],
+)
+def test_folders_that_make_no_sense_are_two_lines(what, fact, hint, cli, trained, packed, tmp_path):
+    support, query = broken(tmp_path, packed, what)
+    code, out, err = cli("eval", trained("maml"), "--support", support, "--query", query, "--quiet")
+    assert_two_lines(err, fact, hint)
+    assert (code, out) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "fact", "hint"),
+    [
+        ("--support {learn}", "--support alone asks for nothing", "add --query, or --save-adapted FILE"),
+        ("--support {learn} --save-adapted a.pt --plot", "--plot has no effect without --query", "leave it"),
+        ("--query {ask}", "--query has no effect without --support", "add --support DIR"),
+        ("--csv a.csv", "--csv has no effect without --support", "add --support DIR"),
+        ("--save-adapted a.pt", "--save-adapted has no effect without --support", "add --support DIR"),
+        ("{ask}", "eval takes one run", "one run at a time"),
+        ("--support {learn} --query {ask} --tasks 9", "--tasks has no effect with --support", "leave it out"),
+        ("--support {learn} --query {ask} --split val", "--split has no effect with", "leave it out"),
+        ("--support {learn} --query {ask} --queries 2", "--queries has no effect with", "leave it out"),
+        ("--support {learn} --query {ask} --eval-seed 2", "--eval-seed has no effect", "leave it out"),
+        ("--support {learn} --query {ask} --data-root x", "--data-root has no effect", "leave it out"),
+        ("--support {learn} --query {ask} --beside x", "--beside is for curves", "leave it out"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(words, fact, hint, cli, trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 1])
+    filled = words.format(learn=support, ask=query).split()
+    code, _, err = cli("eval", trained("maml"), *filled, "--quiet")
+    assert_two_lines(err, fact, hint)
+    assert code == 2
+
+
+def test_runs_of_curves_and_absent_folders_are_refused(cli, trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 1])
+    code, _, err = cli("eval", trained("maml"), "--support", tmp_path / "no", "--query", query)
+    assert_two_lines(err, "is not a folder", "one folder per class")
+    assert code == 3
+    values = {"dataset": "line", "epochs": 1, "steps_per_epoch": 1, "val_tasks": 2}
+    config = resolve_settings([("flag", values)]).config
+    where = {"out": tmp_path / "run", "offline": True, "time_limit_s": None}
+    train(config, **where, command="test", on_event=silent)
+    code, _, err = cli("eval", tmp_path / "run", "--support", support, "--query", query)
+    assert_two_lines(err, "but the run learnt line, which has curves", "name a run of images")
+    assert code == 2
+
+
+def assert_two_lines(err, fact, hint):
+    lines = err.strip().splitlines()
+    assert len(lines) == 2, err
+    assert lines[0].startswith("error: ") and fact in lines[0]
+    assert lines[1].startswith("hint:  ") and hint in lines[1]
+
+
+def test_the_document_has_every_class_of_every_prediction(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [1, 1])
+    told = document(asked(trained("protonet"), support, query))
+    assert told["support"] == {"ant": 1, "bee": 1} and told["head"].startswith("prototypes")
+    assert all(set(entry["probabilities"]) == {"ant", "bee"} for entry in told["predictions"])
+
+
+def test_mini_batches_are_cut_from_all_support_images(trained, packed, tmp_path):
+    """As a run asks for them; of unequal classes, and the same ones each time."""
+    run = trained("reptile", eval_inner_batch=2)
+    support, query = folders(tmp_path, packed, [1, 3, 1, 2])
+    one, two = (table(asked(run, support, query)) for _ in range(2))
+    assert np.array_equal(one, two) and one.shape == (8, 4)
+    assert not np.allclose(one, table(asked(trained("reptile"), support, query)), atol=1e-4)

@@ -1,0 +1,136 @@
+"""Runs side by side: what can be compared, how they are named, and that their numbers are those of `eval`."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from helpers.grid_cases import TESTED, filled, ignore, tiny_grid
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.files import write_json
+from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.grid.compare import compare
+from mamlctl.report.export import document
+from mamlctl.settings.schema import EvalConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory, glyphs_root):
+    """Two algorithms, two seeds, already tested."""
+    grid = tiny_grid(tmp_path_factory.mktemp("compare") / "g", glyphs_root, "algo=maml,protonet")
+    filled(grid)
+    return grid
+
+
+@pytest.fixture
+def copied(grid, tmp_path):
+    shutil.copytree(grid.folder, tmp_path / "g")
+    return tmp_path / "g"
+
+
+def called(paths, evaluate=TESTED, on_event=ignore):
+    return compare(paths, evaluate, offline=True, command="mamlctl compare", on_event=on_event)
+
+
+def test_run_folders_give_the_table_of_their_grid(grid):
+    """However they come: as the grid's folder, or one by one, seeds joined in a row."""
+    runs = [grid.folder / "cells" / f"{algo}-s{seed}" for algo in ("maml", "protonet") for seed in (0, 1)]
+    apart, whole = called(runs), called([grid.folder])
+    assert [row.label for row in apart.rows] == ["maml", "protonet"]
+    assert [row.best for row in apart.rows] == [row.best for row in whole.rows]
+    stored = json.loads((grid.folder / "table.json").read_text())
+    for row, expected in zip(document(whole)["rows"], stored["rows"], strict=True):
+        assert row["best"] == expected["best"]
+        assert row["ensemble"] == expected["ensemble"]
+    assert any("inner steps" in note for note in whole.notes)  # prototypes take none
+
+
+def test_what_lacks_these_test_tasks_is_tested_and_nothing_else(copied):
+    events = []
+    table = called([copied], EvalConfig(tasks=9), events.append)
+    assert sum("testing" in getattr(event, "text", "") for event in events) == 4
+    direct = evaluate_run(copied / "cells" / "maml-s1", EvalConfig(tasks=9), offline=True, on_event=ignore)
+    assert table.rows[0].best.per_seed[1] == pytest.approx(direct.rows[0].score, abs=1e-6)
+    events.clear()
+    assert called([copied], EvalConfig(tasks=9), events.append).rows[0].best == table.rows[0].best
+    assert not any("testing" in getattr(event, "text", "") for event in events)
+
+
+def edited(copied, name, **settings):
+    """A run whose config.yaml says something else."""
+    path = copied / "cells" / name / "config.yaml"
+    lines = path.read_text().splitlines()
+    for key, value in settings.items():
+        assert any(line.startswith(f"{key}:") for line in lines)
+        lines = [f"{key}: {value}" if line.startswith(f"{key}:") else line for line in lines]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ways": 5}, "--ways 5"),
+        ({"shots": 2}, "--shots 2"),
+        ({"queries": 3}, "--queries 3"),
+        ({"split_seed": 7}, "--split-seed 7"),
+        ({"eval_seed": 4}, "--eval-seed 4"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_its_reason(copied, settings, said):
+    edited(copied, "protonet-s0", **settings)
+    with pytest.raises(SettingsError) as refused:
+        called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
+    assert said in refused.value.problems[0][0]
+    assert refused.value.problems[0][1]
+
+
+def test_other_images_are_refused(copied):
+    run = copied / "cells" / "protonet-s0"
+    known = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", known | {"dataset_digest": "f" * 64})
+    with pytest.raises(SettingsError, match="was trained on data ffffffffffff"):
+        called([copied / "cells" / "maml-s0", run])
+
+
+def test_rows_of_one_algorithm_are_told_apart_by_what_differs(copied):
+    shutil.copytree(copied / "cells" / "maml-s0", copied / "other")
+    (copied / "other" / "config.yaml").write_text(
+        (copied / "other" / "config.yaml").read_text().replace("inner_lr: 0.1", "inner_lr: 0.3")
+    )
+    shutil.copytree(copied / "cells" / "maml-s0", copied / "twin")
+    table = called([copied / "cells" / "maml-s0", copied / "other"])
+    assert [row.label for row in table.rows] == ["maml, inner_lr=0.1", "maml, inner_lr=0.3"]
+    table = called([copied / "cells" / "maml-s0", copied / "twin"])
+    assert [row.label for row in table.rows] == [
+        f"maml, {copied / path}" for path in ("cells/maml-s0", "twin")
+    ]
+    assert any("equal on every task" in note for note in table.notes)
+    with pytest.raises(SettingsError, match="is named twice"):
+        called([copied / "twin", copied / "." / "twin"])
+
+
+def test_an_unfinished_run_is_said_to_be_one(copied):
+    run = copied / "cells" / "maml-s0"
+    status = json.loads((run / "status.json").read_text())
+    write_json(run / "status.json", status | {"status": "interrupted", "step": 4})
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= 4]
+    (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    table = called([run, copied / "cells" / "protonet-s0"])
+    assert "maml-s0 stopped at meta-step 4 of 6" in table.notes
+    assert table.rows[0].best is not None
+
+
+def test_a_folder_that_is_no_run_is_two_lines(tmp_path, copied):
+    with pytest.raises(MamlctlError):
+        called([tmp_path / "nothing"])
+    shutil.rmtree(copied / "cells")
+    with pytest.raises(MamlctlError, match="has no finished runs yet"):
+        called([copied])
+
+
+def test_grids_are_values(grid):
+    assert replace(grid, seeds=(0,)).cells == grid.cells[:2]

@@ -1,0 +1,48 @@
+"""How long a grid will take: phases by their closed forms, the sum by hand."""
+
+from collections import Counter
+
+import pytest
+from helpers.grid_cases import ignore, tiny_grid
+
+from mamlctl.experiments.grid import estimate as module
+from mamlctl.experiments.grid.estimate import estimate
+from mamlctl.experiments.settings import complete, resolve_settings
+
+
+def test_phases_are_those_of_the_schedules():
+    """Order changes with da_epochs, queries after every step cost until msl_epochs."""
+    given = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
+    config = complete(resolve_settings([("flag", given)]).config)
+    first_msl, first, second = (True, True), (True, False), (False, False)
+    assert module._phases(config) == Counter({first_msl: 4, first: 6, second: 20})
+    plain = complete(
+        resolve_settings([("flag", {"dataset": "glyphs", "algo": "fomaml", "epochs": 7})]).config
+    )
+    assert module._phases(plain) == Counter({first: 7})
+
+
+def test_the_whole_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
+    """With invented times of every kind, so that the sum is known."""
+    calls = []
+
+    def measured(config, offline, on_event):
+        calls.append(config.inner_steps)
+        return dict.fromkeys(module._phases(config), 0.5) | {"task": 0.01 * config.inner_steps}
+
+    monkeypatch.setattr(module, "_measure", measured)
+    grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_steps=2,3", "meta_lr=0.1,0.01", seeds=(0, 1, 2))
+    found = estimate(grid, 2, offline=True, on_event=ignore)
+    assert sorted(calls) == [2, 3]  # the meta learning rate costs nothing
+    assert (found.cells, found.meta_steps, found.workers) == (12, 12 * 6, 2)
+    each = [6 * 0.5 + 2 * 6 * 0.01 * steps + 12 * 2 * 0.01 * steps for steps in (2, 2, 3, 3)]
+    assert [row.train_s + row.test_s for row in found.rows] == pytest.approx(each)
+    assert found.seconds == pytest.approx(3 * sum(each) / 2)
+    assert [row.step_s for row in found.rows] == pytest.approx([0.5] * 4)
+
+
+def test_real_meta_steps_are_measured_and_nothing_is_written(tmp_path, glyphs_root):
+    grid = tiny_grid(tmp_path / "g", glyphs_root, "algo=maml,protonet", seeds=(0,))
+    found = estimate(grid, 1, offline=True, on_event=ignore)
+    assert all(row.step_s > 0 and row.train_s > 6 * row.step_s and row.test_s > 0 for row in found.rows)
+    assert not (tmp_path / "g").exists()

@@ -1,0 +1,178 @@
+"""Evaluation of whole runs: label orders, tasks without reused images, and what is written of them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.shared import ignore
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.data.tasks.label_permutations import Relabelled
+from mamlctl.engine.evaluation.evaluator import evaluate
+from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.train import train
+from mamlctl.experiments.trained_model import open_judged
+from mamlctl.settings.schema import EvalConfig
+
+WAYS, TASKS = 3, 7
+SMALL_REPTILE = {"eval_inner_batch": 2, "train_shots": 2, "eval_inner_steps": 4, "inner_lr": 0.05}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, glyphs_root):
+    """A run of the algorithm, on glyphs or curves, trained once."""
+    runs = {}
+
+    def run(algo, **settings):
+        key = (algo, *settings.items())
+        if key not in runs:
+            values = {"dataset": "glyphs", "ways": WAYS, "queries": 3, "filters": 4, "epochs": 2}
+            values |= {"steps_per_epoch": 4, "val_tasks": 4, "data_root": str(glyphs_root)}
+            if "dataset" in settings:
+                values = {name: values[name] for name in ("epochs", "steps_per_epoch", "val_tasks")}
+            config = resolve_settings([("flag", {"algo": algo} | values | settings)]).config
+            runs[key] = tmp_path_factory.mktemp(algo) / "run"
+            train(config, out=runs[key], offline=True, time_limit_s=None, command="test", on_event=ignore)
+        return runs[key]
+
+    return run
+
+
+def judged(path, **settings):
+    return open_judged(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
+
+
+def scores_of(path, **settings):
+    """The result, its tasks.csv _T2 and its summary."""
+    result = evaluate_run(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
+    folder = path / "eval" / result.folder.rsplit("/", 1)[-1]
+    with (folder / "tasks.csv").open() as file:
+        rows = [[float(row["best"]), float(row["ensemble-2"])] for row in csv.DictReader(file)]
+    return result, np.array(rows), json.loads((folder / "summary.json").read_text())
+
+
+def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
+    stream = judged(trained("maml")).stream
+    for task in range(3):
+        labels = [Relabelled(stream, WAYS).labels(WAYS * task + order).tolist() for order in range(WAYS)]
+        assert labels == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+
+
+def test_further_orders_are_shifts_of_drawn_ones(trained):
+    stream = judged(trained("maml")).stream
+    labels = np.array([Relabelled(stream, 9).labels(number) for number in range(9 * 200)])
+    assert (np.sort(labels, axis=1) == np.arange(WAYS)).all()
+    labels_TON = labels.reshape(200, 3, WAYS, WAYS)
+    assert (labels_TON == (labels_TON[:, :, :1] + np.arange(WAYS)[:, None]) % WAYS).all()
+    # More orders begin with the fewer, whatever the task.
+    fewer = np.array([Relabelled(stream, 5).labels(number) for number in range(5 * 200)]).reshape(
+        200, 5, WAYS
+    )
+    assert (labels.reshape(200, 9, WAYS)[:, :5] == fewer).all()
+    # Six orders of three classes, each as likely: 99.9 % quantile of chi-square with five degrees of freedom.
+    drawn = labels_TON[:, 1:, 0].reshape(-1, WAYS) @ [9, 3, 1]
+    counts = np.unique(drawn, return_counts=True)[1]
+    assert len(counts) == 6 and ((counts - 400 / 6) ** 2 / (400 / 6)).sum() < 20.5
+
+
+def test_a_reordered_task_has_the_same_images_and_its_labels_mean_the_same_classes(trained):
+    stream = judged(trained("maml")).stream
+    plain, reordered = stream.episodes(2, 4), Relabelled(stream, 5)
+    for first, tasks in ((10, 20), (13, 1), (14, 3)):
+        found = reordered.episodes(first, tasks)
+        for place, number in enumerate(range(first, first + tasks)):
+            task, labels = number // 5 - 2, reordered.labels(number)
+            for part in ("support", "query"):
+                x, y = getattr(found, f"{part}_x_TECHW")[place], getattr(found, f"{part}_y_TE")[place]
+                own = getattr(plain, f"{part}_y_TE")[task]
+                assert torch.equal(x, getattr(plain, f"{part}_x_TECHW")[task])
+                assert y.tolist() == [labels[label] for label in own.tolist()]
+                assert torch.equal(found.class_TN[place][y], plain.class_TN[task][own])
+
+
+@pytest.mark.parametrize("algo", ["protonet", "nearest"])
+def test_a_learner_that_knows_no_labels_does_not_depend_on_their_order(trained, algo):
+    (_, once, _), (_, shifted, _), (_, more, _) = (
+        scores_of(trained(algo), label_permutations=orders) for orders in (1, WAYS, 2 * WAYS + 1)
+    )
+    assert (once == shifted).all() and (once == more).all()
+    assert 1 / WAYS < once.mean() < 1
+
+
+@pytest.mark.parametrize(("algo", "settings"), [("maml", {}), ("reptile", SMALL_REPTILE)])
+def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
+    orders, path = WAYS + 2, trained(algo, **settings)
+    opened = judged(path)
+    want = np.zeros((TASKS, 2))
+    for task in range(TASKS):
+        for order in range(orders):
+            episodes = opened.stream.episodes(task, 1)
+            labels = Relabelled(opened.stream, orders).labels(task * orders + order)
+            for y_TE in (episodes.support_y_TE, episodes.query_y_TE):
+                y_TE[0] = torch.tensor([labels[label] for label in y_TE[0].tolist()])
+            given = {"inner_steps": opened.inner_steps, "statistics": opened.statistics}
+            with torch.no_grad():
+                both = [
+                    opened.predict(opened.derivatives, state.frozen(), episodes, **given)[-1, 0]
+                    for state in opened.states
+                ]
+            for column, logits_EN in enumerate((both[0], torch.stack(both).mean(0))):
+                right = logits_EN.argmax(1) == episodes.query_y_TE[0]
+                want[task, column] += right.double().mean().item() / orders
+    result, scores, _ = scores_of(path, label_permutations=orders)
+    np.testing.assert_allclose(scores, want, atol=1e-6)  # as tasks.csv has them
+    assert [row.score for row in result.rows] == pytest.approx(want.mean(0))
+    assert (scores != scores_of(path)[1]).any()
+
+
+def test_one_order_is_the_evaluation_as_it_was(trained):
+    opened = judged(trained("maml"))
+    scores = evaluate(
+        opened.derivatives,
+        opened.states,
+        opened.stream,
+        tasks=TASKS,
+        inner_steps=opened.inner_steps,
+        statistics=opened.statistics,
+        predict=opened.predict,
+    )
+    result, _, summary = scores_of(trained("maml"))
+    assert result.rows[0].per_step == pytest.approx(scores.single[0].mean(0), abs=0)
+    assert {"disjoint", "label_permutations"}.isdisjoint(summary["protocol"])
+    assert result.notes == () and summary["notes"] == [] and summary["step"] == 8
+
+
+def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
+    plain = scores_of(trained("maml"))[0]
+    result, _, summary = scores_of(trained("maml"), disjoint=True, label_permutations=2)
+    assert result.folder != plain.folder
+    assert summary["protocol"]["disjoint"] is True and summary["protocol"]["label_permutations"] == 2
+    once, orders = result.notes
+    assert once.endswith(f"tasks without reusing an image; {TASKS} asked")
+    assert orders == "each task judged under 2 orders of its labels, and averaged"
+    assert summary["notes"] == [once, orders]
+
+
+def test_disjoint_tasks_share_no_image_and_go_with_mini_batches(trained):
+    opened = judged(trained("reptile", **SMALL_REPTILE), disjoint=True)
+    images = opened.stream.episodes(0, TASKS)
+    assert images.batches_TIB is not None and "without reusing an image" in opened.notes[0]
+    x = torch.cat([images.support_x_TECHW.flatten(0, 1), images.query_x_TECHW.flatten(0, 1)])
+    assert len(torch.unique(x.flatten(1), dim=0)) == len(x)
+
+
+def test_curves_have_neither_images_nor_labels(trained):
+    with pytest.raises(SettingsError) as raised:
+        judged(trained("maml", dataset="sinusoid"), disjoint=True, label_permutations=2)
+    assert list(raised.value.problems) == [
+        ("--disjoint is for images, but sinusoid has curves", "leave it out"),
+        ("--label-permutations reorders classes, but sinusoid has curves", "leave it out"),
+    ]
+
+
+def test_no_order_at_all_is_refused(trained):
+    with pytest.raises(SettingsError, match="--label-permutations is 0, but the least is 1"):
+        judged(trained("maml"), label_permutations=0)

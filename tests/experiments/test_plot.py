@@ -1,0 +1,145 @@
+"""The pictures that `eval --plot` draws: what they show is what the run predicts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.plot import POINTS, STEPS, _panels, _task_pictures, draw
+from mamlctl.experiments.settings import complete, resolve_settings
+from mamlctl.experiments.train import train
+from mamlctl.experiments.trained_model import open_judged
+from mamlctl.run_folder import open_run
+from mamlctl.settings.schema import EvalConfig
+
+SHORT = {"epochs": 1, "steps_per_epoch": 30, "val_tasks": 20}
+
+
+def silent(event):
+    """Nothing."""
+
+
+def trained(path, **settings):
+    config = resolve_settings([("flag", SHORT | settings)]).config
+    train(config, out=path, offline=True, time_limit_s=None, command="test", on_event=silent)
+    return path
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("curves") / "run", dataset="sinusoid", shots=5, report_every=10)
+
+
+def test_the_curves_are_those_of_the_adapted_weights(curves):
+    """The drawn curve after one step against a gradient step written out on the stored weights."""
+    judged = open_judged(curves, EvalConfig(), offline=True, on_event=silent)
+    row = _panels([judged])[0]
+    assert [panel.title for panel in row] == ["meta-learnt (maml)", "random start"]
+    panel, state = row[0], judged.states[0]
+    episodes = judged.stream.episodes(0, 1)
+    assert np.allclose(panel.support_x, episodes.support_x_TECHW.flatten())
+    assert panel.x.shape == (POINTS,) and [curve.steps for curve in panel.curves] == list(STEPS)
+    uniform = FAMILIES["sinusoid"]
+    assert np.ptp(panel.truth) > 0 and (panel.x[0], panel.x[-1]) == uniform.window
+
+    def net(weights, x):
+        f = x.unsqueeze(1)
+        for layer in (1, 2):
+            f = torch.relu(f @ weights[f"hidden{layer}.weight"].T + weights[f"hidden{layer}.bias"])
+        return (f @ weights["linear.weight"].T + weights["linear.bias"])[:, 0]
+
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in state.slow.items()}
+    x = torch.from_numpy(panel.x).float()
+    assert np.allclose(panel.curves[0].y, net(weights, x).detach(), atol=1e-5)
+    loss = (net(weights, episodes.support_x_TECHW[0, :, 0]) - episodes.support_y_TE[0]).square().mean()
+    grads = torch.autograd.grad(loss, list(weights.values()))
+    moved = {name: weights[name] - 0.01 * grad for name, grad in zip(weights, grads, strict=True)}
+    assert np.allclose(panel.curves[1].y, net(moved, x).detach(), atol=1e-5)
+    for curve in panel.curves:
+        assert curve.mse == pytest.approx(((curve.y - panel.truth) ** 2).mean())
+
+
+def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(curves):
+    files = draw(curves, EvalConfig(), [], offline=True, on_event=silent)
+    assert {file.name for file in files} == {
+        f"{stem}.{kind}" for stem in ("regression", "training") for kind in ("png", "svg")
+    }
+    for file in files:
+        if file.suffix == ".png":
+            with Image.open(file) as picture:
+                assert picture.width > 800
+    start = open_run(curves / "plots" / "pretrained")
+    assert start.config.algo == "transfer" and start.config.total_steps == 30
+    assert start.status()["status"] == "finished"
+    before = (start.path / "status.json").stat().st_mtime_ns
+    draw(curves, EvalConfig(), [], offline=True, on_event=silent)
+    assert (start.path / "status.json").stat().st_mtime_ns == before
+
+
+def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
+    found = evaluate_run(curves, EvalConfig(tasks=30, queries=50), offline=True, on_event=silent)
+    row = found.rows[0]
+    assert (row.metric, row.ways, row.inner_steps, row.bn) == ("mse", 1, 10, "none")
+    document = json.loads((curves / "eval").glob("*/summary.json").__next__().read_text())
+    assert document["results"][0]["mse"] == pytest.approx(row.score)
+    assert "accuracy" not in document["results"][0]
+    config = complete(open_run(curves).config)
+    assert config.algo == "maml"  # curves' own default
+    validations = [entry for entry in open_run(curves).metrics() if "val_tasks" in entry]
+    assert validations[0]["val_mse"] > 0
+
+
+def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs_root):
+    path = trained(
+        tmp_path / "run",
+        dataset="glyphs",
+        algo="meta-sgd",
+        filters=8,
+        queries=3,
+        steps_per_epoch=4,
+        data_root=str(glyphs_root),
+    )
+    judged = open_judged(path, EvalConfig(), offline=True, on_event=silent)
+    pictures = _task_pictures(judged)
+    found = evaluate_run(path, EvalConfig(tasks=3), offline=True, on_event=silent)
+    right = np.mean([(picture.query_y_M == picture.predicted_M).mean() for picture in pictures])
+    assert right == pytest.approx(found.rows[0].score)
+    support = pictures[0].support_NKCHW
+    assert support.shape == (5, 1, 1, 28, 28)
+    assert (support == 1).mean() > 0.5  # paper is white, ink dark
+    names = {file.name for file in draw(path, EvalConfig(), [], offline=True, on_event=silent)}
+    assert {"tasks.png", "training.svg", "rates.png"} <= names
+
+
+def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
+    """Reptile, with mini-batches of its own, and a pre-trained run: the same truth and examples."""
+    small = {"dataset": "sinusoid", "shots": 5}
+    reptile = trained(tmp_path / "reptile", algo="reptile", queries=10, steps_per_epoch=4, **small)
+    transfer = trained(tmp_path / "transfer", algo="transfer", seed=3, steps_per_epoch=4, **small)
+    opened = [
+        open_judged(path, EvalConfig(), offline=True, on_event=silent) for path in (curves, reptile, transfer)
+    ]
+    for row in _panels(opened):
+        titles = [panel.title for panel in row]
+        assert titles == [
+            "meta-learnt (maml)",
+            "meta-learnt (reptile)",
+            "pre-trained (transfer)",
+            "random start",
+        ]
+        for panel in row[1:]:
+            assert np.array_equal(panel.truth, row[0].truth)
+            assert np.array_equal(panel.support_x, row[0].support_x)
+            assert np.isfinite([curve.mse for curve in panel.curves]).all()
+    assert draw(curves, EvalConfig(), [transfer], offline=True, on_event=silent)
+
+
+def test_runs_of_other_data_are_not_drawn_beside(curves, tmp_path):
+    other = trained(tmp_path / "line", dataset="line", shots=5, steps_per_epoch=2)
+    with pytest.raises(SettingsError, match="has curves of line, this run sinusoid"):
+        draw(curves, EvalConfig(), [other], offline=True, on_event=silent)

@@ -1,0 +1,330 @@
+"""Cells on a real Ray cluster end, to the bit, as they do without one, whichever node dies on the way."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+from helpers.trainer_cases import comparable, config_of, make_run, trainer_of
+
+import mamlctl
+from mamlctl.core.errors import MamlctlError
+from mamlctl.core.files import one_writer
+from mamlctl.engine.training import checkpoints
+from mamlctl.experiments.executors import ray_cluster
+from mamlctl.experiments.executors.jobs import Job
+from mamlctl.experiments.executors.ray_cluster import open_cluster, room
+from mamlctl.experiments.executors.ray_worker import Files, Place, pack, stamps, unpack
+from mamlctl.run_folder import RunFolder, open_run, status_of, step_of
+
+TINY = """
+--dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --steps-per-epoch 20 --val-tasks 6
+"""
+# Ray's health checks of a node that does not answer; by default they outlast the test.
+SOON = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+ABSENT = "ray is not installed: pip install -e '.[cluster]'"
+TIMES = {"tasks_per_second", "memory_bytes", "seconds", "time", "pid"}  # what no two runs share
+PATIENCE_S = 600  # only against waiting for ever: a minute is enough for this file on an idle machine
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as a cell of one CPU has: sums are rounded otherwise on two threads
+os.environ.update(ray_cluster.ENVIRONMENT)  # ray reads it when it is imported, here before open_cluster
+
+
+def job_of(folder, data_root, *, epochs=10):
+    root = ("--data-root", str(data_root))
+    train = (*TINY.split(), *root, "--quiet", "--epochs", str(epochs), "--seed", str(len(folder.name)))
+    return Job(folder.name, folder, train, ("--tasks", "20", "--quiet", *root))
+
+
+def undisturbed(jobs, parent):
+    """The same commands, side by side, in new folders of this machine -> the folders."""
+    folders = [parent / job.name for job in jobs]
+    for command in (Job.train_command, Job.eval_command):
+        words = [words for job, folder in zip(jobs, folders, strict=True) if (words := command(job, folder))]
+        children = [subprocess.Popen([sys.executable, "-m", "mamlctl", *each]) for each in words]
+        assert [child.wait() for child in children] == [0] * len(children)
+    return folders
+
+
+def without_times(found):
+    if isinstance(found, dict):
+        return {key: without_times(part) for key, part in found.items() if key not in TIMES}
+    return [without_times(part) for part in found] if isinstance(found, list) else found
+
+
+def results(folder):
+    """Every number that a run leaves: metrics, all checkpoints, and what eval wrote."""
+    run = open_run(folder)
+    files = sorted(path.relative_to(folder) for path in folder.glob("checkpoints/*.pt"))
+    digests = {str(name): checkpoints._digest(torch.load(folder / name)) for name in files}
+    tests = {
+        str(path.relative_to(folder)): without_times(json.loads(path.read_text()))
+        if path.suffix == ".json"
+        else path.read_text()
+        for path in sorted(folder.glob("eval/*/*"))
+    }
+    return [without_times(entry) for entry in run.metrics()], digests, tests
+
+
+def kill_node(node):
+    """End all of a node's processes at once, workers and their children too, as when its machine goes."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    doomed = [process.process.pid for each in node.all_processes.values() for process in each]
+    for pid in doomed:
+        doomed += [child for child, parent in parents.items() if parent == pid and child not in doomed]
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def until(executor, condition):
+    """Let the executor work until the condition holds -> the jobs that ended meanwhile."""
+    ended, deadline = [], time.monotonic() + PATIENCE_S
+    while not condition(ended):
+        assert time.monotonic() < deadline, "the cluster takes too long"
+        ended += executor.ended()
+        time.sleep(0.05)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Two nodes of one CPU each on this machine, the second in processes that may be killed."""
+    pytest.importorskip("ray", reason=ABSENT)
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "_system_config": SOON},
+    )
+    try:
+        yield made, made.add_node(num_cpus=1, num_gpus=0)
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.mark.slow
+def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
+    nodes, events, glyphs_root, tmp_path, capfd
+):
+    made, second = nodes
+    jobs = [job_of(tmp_path / name, glyphs_root) for name in ("a", "bb")]
+    jobs[0] = replace(jobs[0], evaluate=())
+    with open_cluster(
+        made.address, slots=None, cpus=1, gpus=0, slice_s=0.5, on_event=events.append
+    ) as executor:
+        assert executor.slots == 2
+        for job in jobs:
+            executor.start(job)
+        of_node = {executor._ray.get(work.node): work.job for work in executor._under_way}
+        victim = of_node[second.node_id]
+        ended = until(executor, lambda _: step_of(victim.folder) > 0)
+        assert status_of(victim.folder) == "interrupted"  # a slice is back, and the next is under way
+        for work in executor._under_way:
+            work.limit_s = 600  # one slice is enough to lose
+        kill_node(second)
+        ended += until(executor, lambda more: len(ended) + len(more) == 2)
+        assert executor.slots == 1
+    assert {(each.name, each.code) for each in ended} == {("a", 0), ("bb", 0)}
+    lost = [event.text for event in events if "lost its place" in event.text]
+    assert len(lost) == 1
+    assert lost[0].startswith(f"{victim.name} lost its place on node ")
+    assert second.node_id[:8] in lost[0]
+    assert any(second.node_id[:8] in event.text and "died: 1 node" in event.text for event in events)
+    assert capfd.readouterr().out == ""
+    for job, alone in zip(jobs, undisturbed(jobs, tmp_path / "alone"), strict=True):
+        assert results(job.folder) == results(alone)
+        assert len(results(job.folder)[2]) == (2 if job.evaluate else 0)
+        commands = (job.folder / "command.txt").read_text().splitlines()
+        assert all(str(job.folder) in line for line in commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(ray_cluster, "HEARD_S", 3.0)
+    names = (f"going-{uuid4().hex}", "waiting")
+    going, waiting = (job_of(tmp_path / name, glyphs_root, epochs=5000) for name in names)
+    with open_cluster(
+        nodes[0].address, slots=2, cpus=1, gpus=0, slice_s=600, on_event=events.append
+    ) as executor:
+        executor.start(going)
+        until(executor, lambda _: [*Path(tempfile.gettempdir()).glob(f"*/{going.name}/checkpoints/last.pt")])
+        executor.start(waiting)
+        with pytest.raises(MamlctlError, match="in use"), one_writer(going.folder):
+            pass
+        executor.stop(number)
+        ended = {each.name: each for each in executor.ended()}
+    assert {name: each.code for name, each in ended.items()} == dict.fromkeys(names, 128 + number)
+    status = open_run(going.folder).status()
+    assert (status["status"], status["reason"]) == ("interrupted", number.name)
+    saved = checkpoints.load(going.folder / "checkpoints/last.pt", owner=open_run(going.folder).owner)
+    assert saved["position"]["step"] == status["step"] > 0
+    with one_writer(going.folder):
+        assert not (waiting.folder / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_what_a_command_cannot_do_is_not_tried_again(nodes, events, glyphs_root, tmp_path):
+    wrong = Job(
+        "wrong", tmp_path / "wrong", (*TINY.split(), "--ways", "4000", "--data-root", str(glyphs_root)), ()
+    )
+    with open_cluster(
+        nodes[0].address, slots=None, cpus=1, gpus=0, slice_s=60, on_event=events.append
+    ) as executor:
+        executor.start(wrong)
+        ended = until(executor, lambda ended: ended)
+    assert [(each.name, each.code) for each in ended] == [("wrong", 2)]
+    assert "4000" in ended[0].said
+    assert not [event for event in events if "lost" in event.text]
+
+
+@pytest.mark.slow
+def test_a_slice_that_kills_every_place_is_given_up(nodes, events, glyphs_root, tmp_path):
+    job = job_of(tmp_path / "run", glyphs_root)
+    with open_cluster(
+        nodes[0].address, slots=None, cpus=1, gpus=0, slice_s=600, on_event=events.append
+    ) as executor:
+        executor.start(job)
+        (work,) = executor._under_way
+        places, ended = 0, []
+        while not ended:
+            place, places = work.place, places + 1
+            executor._ray.kill(place)
+            ended = until(executor, lambda ended, place=place: ended or work.place is not place)
+    assert (places, ended[0].code) == (ray_cluster.TRIES, 1)
+    assert "actor" in ended[0].said
+    assert len([event for event in events if "lost its place" in event.text]) == places - 1
+
+
+@pytest.mark.slow
+def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
+    with (
+        pytest.raises(MamlctlError, match="has 1 CPUs and 8 GPUs") as error,
+        open_cluster(nodes[0].address, slots=None, cpus=1, gpus=8, slice_s=1, on_event=events.append),
+    ):
+        pass
+    assert "ask for less" in error.value.hint
+
+
+def test_a_cluster_that_nobody_answers_for_is_told_at_once(events, monkeypatch):
+    pytest.importorskip("ray", reason=ABSENT)
+    monkeypatch.setattr(ray_cluster, "REACH_S", 3.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        assert_unreachable(f"127.0.0.1:{port}", "refused", events)
+        listener.listen()
+        assert_unreachable(f"127.0.0.1:{port}", "no answer in 3 s", events)
+    assert_unreachable("ray://127.0.0.1:1", "HOST:PORT", events)
+    assert events == []
+
+
+def assert_unreachable(address, why, events):
+    with (
+        pytest.raises(MamlctlError, match=f"no ray cluster can be used at {address}: .*{why}") as error,
+        open_cluster(address, slots=None, cpus=1, gpus=0, slice_s=1, on_event=events.append),
+    ):
+        pass
+    assert "ray start --head" in error.value.hint
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, events):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(MamlctlError, match="ray is not installed") as error,
+        open_cluster("auto", slots=None, cpus=1, gpus=0, slice_s=1, on_event=events.append),
+    ):
+        pass
+    assert error.value.hint == "pip install 'mamlctl[cluster]'"
+
+
+def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
+    place = Place(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
+    came = place.work(pack(tmp_path), "1s")
+    place.leave()
+    assert (came.files, came.code) == (None, 1)
+    assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1\nhint: " in came.said
+
+
+def test_room_counts_whole_jobs_on_each_node():
+    nodes = [{"Resources": has} for has in ({"CPU": 8, "GPU": 2}, {"CPU": 3, "GPU": 4}, {"CPU": 64})]
+    assert room(nodes, 2, 0) == 4 + 1 + 32
+    assert room(nodes, 2, 1) == 2 + 1 + 0
+    assert room(nodes, 0.5, 0.25) == 8 + 6 + 0
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/elsewhere", "a/../../elsewhere"])
+def test_files_cannot_lead_out_of_their_folder(tmp_path, name):
+    folder = tmp_path / "run"
+    with pytest.raises(MamlctlError, match="elsewhere"):
+        unpack(Files(("config.yaml", name), {"config.yaml": b"", name: b""}), folder)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_only_what_changed_travels_and_what_is_gone_goes(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    unpack(Files(("config.yaml", "checkpoints/a.pt"), {"config.yaml": b"1", "checkpoints/a.pt": b"2"}), here)
+    (here / "lock").write_text("process 1")
+    (here / "checkpoints" / ".a.pt.x1").write_text("cut off")
+    unpack(pack(here), there)
+    known = stamps(here)
+    (here / "metrics.jsonl").write_text("{}\n")
+    unpack(Files(("checkpoints/a.pt",), {"checkpoints/a.pt": b"3"}), here / "checkpoints" / "..")
+    (here / "config.yaml").write_text("1")
+    changes = pack(here, known)
+    assert changes.names == ("config.yaml", "checkpoints/a.pt")
+    unpack(changes, there)
+    assert {path.name: path.read_bytes() for path in there.rglob("*") if path.is_file()} == {
+        "config.yaml": b"1",
+        "a.pt": b"3",
+    }
+
+
+@pytest.mark.parametrize("first_stop", [None, 3], ids=["into-nothing", "over-an-earlier-slice"])
+def test_a_folder_cut_off_while_it_came_back_resumes_to_the_same_end(tmp_path, first_stop):
+    """Each number of a slice's files is what a kill of the driver may leave."""
+    whole = make_run(tmp_path / "whole", config_of())
+    trainer_of(whole, whole.config).train()
+    there = make_run(tmp_path / "there", config_of())
+    early = Files((), {})
+    if first_stop is not None:
+        trainer_of(there, there.config, stop_at=first_stop).train()
+        early = pack(there.path)
+    again = trainer_of(there, there.config, stop_at=6)
+    if again.last.exists():
+        again.resume()
+    assert again.train() == "asked"
+    late = pack(there.path)
+    for written in range(1, len(late.names) + 1):
+        run = RunFolder(tmp_path / str(written), there.config)
+        unpack(early, run.path)
+        arrived = late.names[:written]
+        kept = tuple(name for name in early.names if name not in arrived)
+        unpack(Files((*arrived, *kept), late.changed), run.path)
+        rest = trainer_of(run, run.config)
+        if rest.last.exists():
+            rest.resume()
+        else:
+            run.rewind_metrics(0, 0)  # as commands.train does
+        rest.train()
+        assert comparable(run) == comparable(whole)

@@ -1,0 +1,1 @@
+"""Cases and small programs that several tests share."""

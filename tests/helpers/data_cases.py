@@ -1,0 +1,58 @@
+"""Small packs and small archives in Omniglot's form."""
+
+import io
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from mamlctl.data.reading.packs import pack
+from mamlctl.data.sets import omniglot
+
+ALPHABETS, CHARACTERS, DRAWINGS = 2, 3, 4
+
+
+def small_pack(counts, side=4, seed=0):
+    """Random images; class c has counts[c] of them."""
+    counts = np.array(counts)
+    pixels = np.random.default_rng(seed).integers(0, 256, (counts.sum(), 1, side, side), dtype=np.uint8)
+    return pack(pixels, counts, tuple(f"class{number}" for number in range(len(counts))))
+
+
+def png(pixels_HW):
+    """A 1-bit PNG, as Omniglot's."""
+    file = io.BytesIO()
+    Image.fromarray(pixels_HW).convert("1").save(file, "PNG")
+    return file.getvalue()
+
+
+def tiny_members(folder, seed):
+    """Path -> PNG, and path -> pixels, of a tiny Omniglot archive."""
+    generator = np.random.default_rng(seed)
+    pixels = {}
+    for alphabet in range(ALPHABETS):
+        for character in range(1, CHARACTERS + 1):
+            for drawing in range(1, DRAWINGS + 1):
+                name = (
+                    f"{folder}/Alphabet_{alphabet}/character{character:02d}/{character:04d}_{drawing:02d}.png"
+                )
+                pixels[name] = generator.random((omniglot.SIDE, omniglot.SIDE)) < 0.9
+    return {name: png(pixels_HW) for name, pixels_HW in pixels.items()}, pixels
+
+
+def tiny_part(folder, pixels):
+    """What the tiny archive must hold, in the words of `omniglot.PARTS`."""
+    names = sorted(pixels)
+    bits = np.stack([np.packbits(pixels[name], axis=-1) for name in names])
+    characters = ALPHABETS * CHARACTERS
+    digest = omniglot.content_digest(names, bits)
+    return omniglot.OmniglotPart(folder, ALPHABETS, characters, characters * DRAWINGS, digest)
+
+
+def write_zip(path, members):
+    """A zip with `members` (name -> bytes) and what macOS adds."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        archive.writestr("__MACOSX/images_background/._Greek", b"resource fork")
+    return path

@@ -1,0 +1,10 @@
+"""What most tests need: the folder of real data, and an `on_event` that nobody reads."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def ignore(event):
+    """An `on_event` that no test looks at."""

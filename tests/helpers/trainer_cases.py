@@ -1,0 +1,73 @@
+"""Small trainings, whole or interrupted, and what of them is to be equal."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from helpers.engine_cases import small_config
+from mamlctl.data.reading.packs import pack
+from mamlctl.data.tasks.image_tasks import TaskStream
+from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.trainer import Trainer
+from mamlctl.run_folder import new_run
+
+CPU = torch.device("cpu")
+CLASSES, IMAGES = 12, 6
+
+
+TIMES = {"tasks_per_second", "memory_bytes"}  # what no two runs share
+
+
+def patterns():
+    """Classes of random patterns with noise, 16x16."""
+    generator = np.random.default_rng(0)
+    pattern = generator.integers(0, 256, (CLASSES, 1, 1, 16, 16))
+    images = (pattern + generator.integers(-60, 60, (CLASSES, IMAGES, 1, 16, 16))).clip(0, 255)
+    return pack(images.reshape(-1, 1, 16, 16).astype(np.uint8), np.full(CLASSES, IMAGES), ("c",) * CLASSES)
+
+
+def config_of(**settings):
+    defaults = {"algo": "maml++", "epochs": 3, "steps_per_epoch": 4, "report_every": 3, "val_tasks": 10}
+    return small_config(**defaults | {"queries": 1} | settings)
+
+
+def trainer_of(run, config, *, stop_at=None, events=None):
+    """`stop_at`: the number of the question to `stop_reason` that is answered with a stop."""
+    packed = patterns()
+    net, state = build(config, (1, 16, 16), CPU, classes=8)
+    judged_net, _ = build(config, (1, 16, 16), torch.device("meta"))
+    common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
+    streams = {
+        split: TaskStream(packed, classes, split=split, seed=0, device=CPU, dtype=torch.float64, **common)
+        for split, classes in (("train", np.arange(8)), ("val", np.arange(8, 12)))
+    }
+    asked = itertools.count()
+
+    def stop_reason():
+        return "asked" if stop_at is not None and next(asked) >= stop_at else ""
+
+    kept = events if events is not None else []
+    return Trainer(
+        config,
+        net,
+        state,
+        streams,
+        run,
+        device=CPU,
+        on_event=kept.append,
+        stop_reason=stop_reason,
+        judged_net=judged_net,
+    )
+
+
+def make_run(path, config):
+    with new_run(path, config, config, command="test", environment={}) as run:
+        return run
+
+
+def comparable(run):
+    """All metrics but times, and every tensor and number of the last checkpoint."""
+    metrics = [{key: value for key, value in entry.items() if key not in TIMES} for entry in run.metrics()]
+    return metrics, checkpoints._digest(checkpoints.load(run.checkpoints / "last.pt", owner=run.owner))

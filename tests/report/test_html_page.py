@@ -1,0 +1,244 @@
+"""The report is one page that needs nothing else, and a real browser reads the document's numbers in it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from helpers.table_cases import HOSTILE, TABLES, full, one_on
+from PIL import Image
+
+from mamlctl.report.columns import cells
+from mamlctl.report.export import document
+from mamlctl.report.figures.table_figures import curves, mean_rates, pictures, save_all
+from mamlctl.report.html_page import write_report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+SMALL = [name for name in TABLES if name != "64 rows"]
+
+
+class Page(HTMLParser):
+    """A page's elements, the cells of its first table, and the numbers behind them."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.rows, self.values, self.ids = [], [], [], [], [], []
+        self.texts = []
+        self.tables = 0
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [given["id"]] if "id" in given else []
+        self.tables += tag == "table"
+        if self.tables == 1 and tag == "tr":
+            self.rows.append([])
+            self.values.append([])
+        if self.tables == 1 and tag in ("td", "th"):
+            self.rows[-1] += [""] * int(given.get("colspan", 1))
+            self.values[-1] += [None] * int(given.get("colspan", 1))
+            self.span = int(given.get("colspan", 1))
+        if self.tables == 1 and tag == "data":
+            self.values[-1][-1] = float(given["value"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.tables == 1 and self.open and set(self.open) & {"td", "th"}:
+            self.rows[-1][-self.span] += data
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """The page of every table but the largest."""
+    folder = tmp_path_factory.mktemp("reports")
+    return {name: write_report(TABLES[name](), folder / name) for name in SMALL}
+
+
+def holds(page, table):
+    """Whether the first table of a page is the table's cells, and its numbers the document's."""
+    assert [[" ".join(cell.split()) for cell in row] for row in page.rows] == cells(table)
+    heads = page.rows[0]
+    for values, row in zip(page.values[1:], document(table)["rows"], strict=True):
+        known = dict(zip(heads, values, strict=True))
+        best = row["best"]
+        first = next(head for head in heads if head.startswith("best"))
+        assert known[first] == (best["mean"] if best else None)
+        if "difference" in known and best and best["difference"]:
+            assert known["difference"] == best["difference"]["mean"]
+        published = next((value for head, value in known.items() if head.startswith("published")), None)
+        assert published == (row["published"][0]["score"] if row["published"] else None)
+        assert known.get("per step") == row["step_s"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_page_is_well_formed_alone_and_holds_the_documents_numbers(reports, name):
+    text = reports[name].read_text()
+    page = Page(text)
+    holds(page, TABLES[name]())
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
+    for key, value in page.attributes:
+        assert key not in ("src", "srcset", "action", "onload")
+        assert key != "href" or value.startswith("#")
+        assert "http" not in (value or "")
+    style = re.search(r"<style>(.*?)</style>", text, flags=re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style
+    assert len(set(page.ids)) == len(page.ids)
+    pointed = {found for _, value in page.attributes for found in re.findall(r"url\(#([^)]*)\)", value or "")}
+    pointed |= {value[1:] for key, value in page.attributes if key == "href"}
+    assert pointed <= set(page.ids)
+    assert page.tags.count("svg") == len(list(reports[name].parent.glob("plots/*.svg")))
+
+
+def test_hostile_names_are_text(reports):
+    page = Page(reports["hostile"].read_text())
+    texts = "".join(page.texts)
+    assert HOSTILE in texts
+    assert "</style><script src=http://evil.example/x.js></script>" in texts
+    assert "\x1b" not in reports["hostile"].read_text()
+
+
+def test_every_command_and_setting_is_on_the_page(reports):
+    table = one_on()
+    texts = "".join(Page(reports["one-on"].read_text()).texts)
+    wanted = [*table.commands, *table.notes, *table.settings, *table.environment]
+    wanted += [cell.command for row in table.rows for cell in row.cells]
+    wanted += [entry.source for row in table.rows for entry in row.published]
+    for text in wanted:
+        assert text in texts, text
+    assert texts.count("recalled, not verified") >= 6
+
+
+def test_the_same_table_gives_the_same_bytes(reports, tmp_path):
+    again = write_report(one_on(), tmp_path)
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert {"report.html", "plots/training.png", "plots/rates.svg"} <= set(map(str, files))
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (reports["one-on"].parent / name).read_bytes(), name
+    assert again.stat().st_size < 1_500_000
+
+
+def test_a_sorted_report(tmp_path):
+    page = Page(write_report(TABLES["mse"](), tmp_path, "seconds").read_text())
+    assert page.rows == cells(TABLES["mse"](), "seconds")
+
+
+@pytest.mark.slow
+def test_64_rows_are_parted_and_small(tmp_path):
+    page = write_report(full(), tmp_path)
+    holds(Page(page.read_text()), full())
+    names = {path.stem for path in tmp_path.glob("plots/*.png")}
+    assert {"training-3", "differences-2", "rates-4"} <= names
+    assert page.stat().st_size < 3_000_000
+
+
+def browser(*options):
+    """A real browser's answer."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium is here")
+    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_browser_reads_the_same_numbers(reports, name, tmp_path):
+    text = browser(f"--user-data-dir={tmp_path}", "--dump-dom", reports[name].as_uri())
+    holds(Page(text), TABLES[name]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "light"), [(1, True), (0, False)])
+def test_the_page_follows_the_wish_for_dark(reports, scheme, light, tmp_path):
+    shot = tmp_path / "page.png"
+    browser(
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--window-size=1280,1600",
+        f"--screenshot={shot}",
+        reports["one-on"].as_uri(),
+    )
+    with Image.open(shot) as image:
+        pixels = image.convert("L")
+        histogram = pixels.histogram()
+    bright, dark = sum(histogram[225:]), sum(histogram[:60])
+    assert (bright if light else dark) > 0.8 * sum(histogram)  # no picture has a ground of its own
+
+
+def test_pictures_draw_the_given_numbers():
+    table = one_on()
+    found = {picture.name: picture.figure for picture in pictures(table)}
+    assert list(found) == ["training", "differences", "adaptation", "rates"]
+    row = table.rows[1]
+    steps, values = curves(row)
+    line = next(line for line in found["training"].axes[0].lines if "this row" in line.get_label())
+    assert list(line.get_xdata()) == [step for step, _ in row.cells[0].validation]
+    expected = [sum(cell.validation[place][1] for cell in row.cells) / 3 for place in range(len(steps))]
+    assert list(line.get_ydata()) == pytest.approx(expected)
+    assert values.shape == (3, len(steps))
+    best, ensemble = found["differences"].axes
+    dots = [line for line in best.lines if line.get_marker() == "o"]
+    scored = [row for row in table.rows[1:] if row.best]
+    assert [line.get_xdata()[0] for line in dots] == [row.best.difference.mean for row in scored]
+    filled = [line.get_markerfacecolor() != "white" for line in dots]
+    assert filled == [row.best.p_holm < 0.05 for row in scored]
+    assert ensemble.get_title(loc="left") == "ensemble"
+    drawn = found["adaptation"].axes[0].lines[-1].get_ydata()
+    assert tuple(drawn) == row.best.per_step
+    rates = mean_rates(table.rows[6])
+    mesh = found["rates"].axes[0].collections[0]
+    assert mesh.get_array().reshape(len(rates), 5)[3].tolist() == pytest.approx(list(rates["conv2.bias"]))
+
+
+def written(figure):
+    """What a figure says and where: ticks outside an axis are not drawn."""
+    yield from figure.texts
+    for legend in figure.legends:
+        yield from legend.get_texts()
+    for ax in figure.axes:
+        yield from [ax._left_title, *ax.texts]
+        for axis in (ax.xaxis, ax.yaxis) if ax.axison else ():
+            low, high = sorted(axis.get_view_interval())
+            ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=False)
+            yield from [axis.label, *(label for where, label in ticks if low <= where <= high)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_written_overlaps_or_leaves_a_picture(name):
+    drawn = 0
+    for picture in pictures(TABLES[name]()):
+        figure = picture.figure
+        texts = [text for text in written(figure) if text.get_text() and text.get_visible()]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+        for text, box in boxes:
+            assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, (picture.name, text)
+            assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, (picture.name, text)
+        for (text, box), (other, its) in itertools.combinations(boxes, 2):
+            across, down = (
+                min(box.x1, its.x1) - max(box.x0, its.x0),
+                min(box.y1, its.y1) - max(box.y0, its.y0),
+            )
+            assert across < 1 or down < 1, (picture.name, text, other)
+        drawn += 1
+    assert drawn == {"one-on": 4, "mse": 3, "hostile": 3, "empty": 0}[name]
+
+
+def test_an_empty_table_has_no_pictures(tmp_path):
+    assert save_all(TABLES["empty"](), tmp_path) == []

@@ -1,0 +1,131 @@
+"""The published numbers are those of the reference, marked as it marks them, and each is found by a label."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mamlctl.report.published import FILE, entries, parts, published
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = ROOT.parent / "shared" / "reference" / "published.yaml"
+ONE_ON = ["maml", *(f"maml + {letters}" for letters in ("msl", "lslr", "bnrs + bnwb", "ca", "da"))]
+LABELS = [*ONE_ON, "maml++", "fomaml", "reptile", "meta-sgd", "anil", "imaml", "transfer", "nearest"]
+EVERY = [
+    (dataset, source, row)
+    for dataset, sources in entries().items()
+    for source in sources
+    for row in source["rows"]
+]
+
+
+def name(case):
+    dataset, source, row = case
+    return f"{dataset}-{source.get('ways', 1)}w{source['shots']}s-{source['paper'][:8]}-{row['row']}"
+
+
+@pytest.mark.parametrize("case", EVERY, ids=name)
+def test_every_published_number_is_found_by_one_label_and_not_altered(case):
+    dataset, source, row = case
+    ways = source.get("ways", 1)
+    found = {
+        label: [
+            entry
+            for entry in published(dataset, ways, source["shots"], label)
+            if (entry.source, entry.row) == (source["paper"], row["row"])
+        ]
+        for label in LABELS
+    }
+    (entry,) = [entry for entries_ in found.values() for entry in entries_]
+    assert entry.metric == ("accuracy" if "acc" in row else "mse")
+    scale = 100 if "acc" in row else 1
+    assert round(scale * entry.score, 4) == row["acc" if "acc" in row else "mse"]
+    assert (None if entry.half_width is None else round(scale * entry.half_width, 4)) == row.get("pm")
+    assert entry.score == float(f"{entry.score:.4f}")  # no digits that a division leaves
+    assert entry.verified is (row["seen"] == "transcript")
+    assert row["seen"] in {"transcript", "recalled"}
+    assert entry.note == row.get("note", "")
+
+
+def test_the_numbers_are_those_of_the_reference():
+    if not REFERENCE.is_file():
+        pytest.skip("the reference is not in ../shared/reference")
+    assert yaml.safe_load(FILE.read_text()) == yaml.safe_load(REFERENCE.read_text())
+
+
+def first(*key, **how):
+    return published(*key, **how)[0]
+
+
+def test_improvements_are_compared_as_sets():
+    orders = ("maml + bnrs + bnwb", "maml + bnwb + bnrs")
+    one, other = (published("omniglot", 20, 1, label) for label in orders)
+    assert one == other
+    assert one[0].score == 0.9535
+    assert not one[0].verified
+    everything = "maml + msl + da + bnrs + bnwb + lslr + ca"
+    assert published("omniglot", 20, 1, everything) == published("omniglot", 20, 1, "maml++")
+
+
+def test_their_rerun_comes_before_the_first_paper():
+    sources = [(entry.source, entry.row) for entry in published("omniglot", 20, 1, "maml")]
+    assert sources == [
+        ("MAML++ (Antoniou et al. 2019)", "maml (their re-run)"),
+        ("MAML (Finn et al. 2017)", "maml"),
+        ("ANIL (Raghu et al. 2020)", "maml"),
+    ]
+    assert first("omniglot", 5, 1, "maml").source == "MAML (Finn et al. 2017)"
+    assert first("mini-imagenet", 5, 1, "maml").row == "maml (their re-run), 5 steps"
+
+
+def test_inner_steps_choose_and_the_most_come_first():
+    rows = [entry.row for entry in published("mini-imagenet", 5, 1, "maml++")]
+    assert rows == [f"maml++, {steps} step{'s' * (steps > 1)}" for steps in (5, 4, 3, 2, 1)]
+    (only,) = published("mini-imagenet", 5, 1, "maml++", inner_steps=2)
+    assert only.score == 0.5149
+    assert [entry.score for entry in published("sinusoid", 1, 5, "maml", inner_steps=1)] == [0.67]
+    assert [entry.score for entry in published("sinusoid", 1, 5, "transfer")] == [2.19, 2.41]
+
+
+def test_the_way_to_normalise_chooses_reptiles_first_number():
+    assert first("omniglot", 5, 1, "reptile").score == 0.9768
+    assert first("omniglot", 5, 1, "reptile", bn="running").score == 0.9539
+    assert len(published("omniglot", 5, 1, "reptile")) == 2
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        ("omniglot", 20, 1, "maml++ - msl"),  # the paper takes nothing away
+        ("omniglot", 20, 1, "maml + bnrs"),  # the paper never has one without the other
+        ("omniglot", 5, 1, "maml + msl"),
+        ("omniglot", 7, 1, "maml"),
+        ("omniglot", 5, 3, "maml"),
+        ("glyphs", 5, 1, "maml"),
+        ("/a/folder", 5, 1, "maml"),
+        ("omniglot", 20, 1, "inner_lr=0.1"),
+        ("omniglot", 20, 1, ""),
+    ],
+)
+def test_nothing_is_published_for_other_rows(key):
+    assert published(*key) == ()
+
+
+def test_labels_are_taken_apart():
+    assert parts("maml + bnwb + bnrs (their re-run), 5 steps") == {"maml", "bnrs", "bnwb"}
+    assert parts("nearest neighbour") == {"nearest"}
+    assert parts("maml++ - msl") == {"maml++ - msl"}
+
+
+def test_the_wheel_carries_the_file(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling is not installed here")
+    code = "from hatchling.build import build_wheel; import sys; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"mamlctl/report/published.yaml", "mamlctl/report/report.css"} <= names

@@ -1,0 +1,115 @@
+"""The structure of the package: floors, sizes, and what opens without torch."""
+
+import ast
+import itertools
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+
+import pytest
+from helpers.shared import ROOT
+
+PACKAGE = ROOT / "mamlctl"
+# A package imports only from floors before its own; inside a package the only rule is: no cycles.
+FLOORS = [
+    ["core"],
+    ["settings"],
+    ["data", "report", "run_folder"],
+    ["engine", "display"],
+    ["experiments"],
+    ["cli"],
+    ["__main__"],
+]
+ENGINE = [
+    ["devices", "optimizers"],
+    ["nets"],
+    ["kernels", "inner_loop"],
+    ["derivatives"],
+    ["evaluation"],
+    ["algorithms"],
+    ["training"],
+]
+MODULES_PER_PACKAGE = 12  # methods in engine/algorithms are not counted
+FILE_LINES, FUNCTION_LINES = 350, 80
+CODE = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path):
+    """A file's module: mamlctl/core/errors.py -> mamlctl.core.errors."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in CODE}
+
+
+def imported(path):
+    """The package's own modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mamlctl":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & MODULES.keys()) or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "mamlctl"}
+    return found - {"mamlctl"}
+
+
+def climbs(floors, inside):
+    """Imports that do not go down, among the parts of the package `inside`, as (module, imported)."""
+    floor_of = {name: number for number, names in enumerate(floors) for name in names}
+    depth = inside.count(".") + 1
+    for name, path in MODULES.items():
+        if not name.startswith(f"{inside}."):
+            continue
+        here = name.split(".")[depth]
+        for target in imported(path):
+            if target.startswith(f"{inside}."):
+                there = target.split(".")[depth]
+                if there != here and floor_of[there] >= floor_of[here]:
+                    yield name, target
+
+
+@pytest.mark.parametrize(("floors", "inside"), [(FLOORS, "mamlctl"), (ENGINE, "mamlctl.engine")])
+def test_imports_only_go_down(floors, inside):
+    parts = {name.split(".")[inside.count(".") + 1] for name in MODULES if name.startswith(f"{inside}.")}
+    assert parts == set(itertools.chain.from_iterable(floors))
+    assert list(climbs(floors, inside)) == []
+
+
+def test_no_modules_import_each_other():
+    graph = {name: imported(path) - {name} for name, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_packages_files_and_functions_stay_readable():
+    for folder in {path.parent for path in CODE}:
+        count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        assert count <= MODULES_PER_PACKAGE or folder.name == "algorithms", folder
+    for name, path in MODULES.items():
+        text = path.read_text()
+        assert text.count("\n") <= FILE_LINES, f"{name} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{name}.{node.name} is too long"
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in {"everything", "Exception", "BaseException"}, f"{name} catches {caught}"
+
+
+def test_core_settings_and_the_command_line_open_without_torch():
+    low = [name for name in MODULES if name.split(".")[1:2] in (["core"], ["settings"])]
+    code = f"import sys, mamlctl.cli.app, {', '.join(low)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_only_the_first_rooms_are_visible():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = subprocess.run(
+        ["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True
+    ).stdout
+    visible = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
+    assert visible == {"pyproject.toml", "README.md", "Makefile", "LICENSE", "mamlctl", "presets", "tests"}

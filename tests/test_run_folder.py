@@ -1,0 +1,117 @@
+"""The run folder: one writer, whole files, nothing of the user's overwritten."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.core.files import replacing, write_json
+from mamlctl.run_folder import new_run, open_run
+from mamlctl.settings.schema import TrainConfig
+
+
+def make_run(path):
+    return new_run(path, TrainConfig(), TrainConfig(), command="mamlctl train", environment={"python": "3"})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with replacing(path) as file:
+        file.write(b"one")
+    with pytest.raises(KeyError), replacing(path) as file:
+        file.write(b"two, cut o")
+        raise KeyError
+    assert path.read_bytes() == b"one"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_json_holds_no_nan(tmp_path):
+    write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
+
+
+def test_a_new_run_tells_itself(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        names = {path.name for path in run.path.iterdir()}
+    assert names == {"config.yaml", "command.txt", "environment.json", "lock"}
+    assert open_run(run.path).config == TrainConfig()
+
+
+def test_nothing_that_is_there_is_overwritten(tmp_path):
+    with make_run(tmp_path / "run"):
+        pass
+    with pytest.raises(MamlctlError, match="already holds a run"), make_run(tmp_path / "run"):
+        pass
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(MamlctlError, match="is not empty"), make_run(tmp_path / "mine"):
+        pass
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MamlctlError, match="is a file"), make_run(tmp_path / "file"):
+        pass
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_has_one_writer_even_across_processes(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from mamlctl.runs import open_run; "
+        "from mamlctl.errors import MamlctlError\n"
+        "try:\n"
+        "    with open_run(Path(sys.argv[1])).writing(): print('writing')\n"
+        "except MamlctlError as error: print(error.message)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with make_run(tmp_path / "run"):
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert f"is in use by process {os.getpid()}" in told
+        with pytest.raises(MamlctlError, match="is in use"), make_run(tmp_path / "run"):
+            pass
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "writing\n"
+
+
+def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
+    with pytest.raises(MamlctlError, match="there is no run folder"):
+        open_run(tmp_path / "absent")
+    with pytest.raises(MamlctlError, match="is not a run folder"):
+        open_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("ways: [")
+    with pytest.raises(MamlctlError, match="is damaged"):
+        open_run(tmp_path)
+    for text in ("", "ways: 5\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(MamlctlError, match="settings are missing"):
+            open_run(tmp_path)
+
+
+def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text("process 1")
+    with make_run(tmp_path / "run") as run:
+        assert (run.path / "config.yaml").is_file()
+
+
+def test_foreign_lines_in_metrics_are_passed_over(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    (run.path / "metrics.jsonl").write_bytes(b'[1]\n{"step": 1, "epoch": 0}\n\xff\xfe\n')
+    assert [entry["step"] for entry in run.metrics()] == [1]
+
+
+def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    for step in (5, 10):
+        run.append_metrics({"step": step, "epoch": 0})
+    run.append_metrics({"step": 10, "epoch": 1, "val_accuracy": 0.5, "val_tasks": 4})
+    run.append_metrics({"step": 15, "epoch": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "epo')
+    assert [entry["step"] for entry in run.metrics()] == [5, 10, 10, 15]
+    run.rewind_metrics(10, 1)
+    assert [entry["step"] for entry in run.metrics()] == [5, 10, 10]
+    run.rewind_metrics(10, 0)
+    assert [entry["step"] for entry in run.metrics()] == [5, 10]
+    assert not any("val_accuracy" in entry for entry in run.metrics())
