@@ -19,7 +19,7 @@ from mamlctl.settings.merge import resolve
 from mamlctl.settings.presets import load_file, to_yaml
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
-MOVABLE = (
+RESUME_OVERRIDES = (
     "device",
     "data_root",
     "report_every",
@@ -39,7 +39,7 @@ class RunFolder:
     @property
     def owner(self) -> str:
         """What this run's checkpoints carry: a digest of the settings that make it the run it is."""
-        own = asdict(self.config) | dict.fromkeys(MOVABLE)
+        own = asdict(self.config) | dict.fromkeys(RESUME_OVERRIDES)
         return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -99,12 +99,12 @@ class RunFolder:
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
-def lasting(config: TrainConfig) -> dict[str, Any]:
+def identity_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that make a run what it is, but for its seed."""
-    return {key: value for key, value in asdict(config).items() if key not in (*MOVABLE, "seed")}
+    return {key: value for key, value in asdict(config).items() if key not in (*RESUME_OVERRIDES, "seed")}
 
 
-def shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all of these say alike."""
     first, *others = settings
     return {key: value for key, value in first.items() if all(other[key] == value for other in others)}

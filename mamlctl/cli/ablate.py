@@ -15,7 +15,7 @@ from mamlctl.cli.options import with_options, with_settings
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
-from mamlctl.run_folder import MOVABLE
+from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import OUTPUT, TrainConfig
 
@@ -99,8 +99,8 @@ def _resumed(
     from mamlctl.experiments.grid.grid import not_default
     from mamlctl.experiments.grid.grid_folder import load_grid
 
-    moved = {name: value for name, value in asked.items() if name in MOVABLE}
-    own = dict(own) | {flag(name): value for name, value in asked.items() if name not in MOVABLE}
+    moved = {name: value for name, value in asked.items() if name in RESUME_OVERRIDES}
+    own = dict(own) | {flag(name): value for name, value in asked.items() if name not in RESUME_OVERRIDES}
     problems = [
         (f"{name} has no effect with --resume, which keeps the plan", "leave it out")
         for name, value in own.items()

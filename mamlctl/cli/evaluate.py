@@ -74,9 +74,9 @@ class OwnImages:
 
     def __call__(self, run: Path, settings: EvalConfig, *, json: bool, quiet: bool) -> ExitCode:
         """Answer it."""
-        from mamlctl.experiments.classify import Wanted, predict_own
+        from mamlctl.experiments.classify import ClassifyRequest, predict_own
 
-        wanted = Wanted(self.support, self.queries, self.plot, self.csv, self.save_adapted)
+        wanted = ClassifyRequest(self.support, self.queries, self.plot, self.csv, self.save_adapted)
         with open_display(Console(stderr=True), quiet=quiet) as display:
             result = predict_own(run, settings, wanted, on_event=display)
         if json:

@@ -66,13 +66,13 @@ def fill(grid: Grid, options: TableOptions) -> ExitCode:
     if options.print_commands or options.slurm:
         return _print_commands(grid, slurm=options.slurm)
     from mamlctl.experiments.grid import ablate as command
-    from mamlctl.experiments.grid.scheduler import anything_left
+    from mamlctl.experiments.grid.scheduler import has_pending_cells
     from mamlctl.experiments.interrupts import parse_duration
 
     limit = None if options.time_limit is None else parse_duration(options.time_limit)
     with open_display(Console(stderr=True), quiet=options.quiet) as display:
         workers = command.workers_here(grid, options.workers)
-        if options.dry_run or (options.executor == "local" and anything_left(grid)):
+        if options.dry_run or (options.executor == "local" and has_pending_cells(grid)):
             command.check_data(grid, offline=options.offline, on_event=display)
         if options.dry_run:
             return _dry_run(grid, workers, options, display)

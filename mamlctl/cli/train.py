@@ -109,9 +109,9 @@ def _resolve(
 
 def _print_config(resolved: Resolved) -> ExitCode:
     """The settings as a file that --config takes, the origin of each as its comment."""
-    from mamlctl.experiments.settings import complete
+    from mamlctl.experiments.settings import fill_defaults
 
-    lines = to_yaml(resolved.config, complete(resolved.config)).splitlines()
+    lines = to_yaml(resolved.config, fill_defaults(resolved.config)).splitlines()
     width = max(len(line.partition("  #")[0]) for line in lines) + 2
     for line in lines:
         value, _, derived = line.partition("  # ")
@@ -123,7 +123,7 @@ def _moved(
     run: Path, given: Mapping[str, Any], out: Path | None, without_effect: Mapping[str, object]
 ) -> dict[str, Any]:
     """What a resumed run may change of its settings. Raises SettingsError for whatever else is given."""
-    from mamlctl.run_folder import MOVABLE, open_run
+    from mamlctl.run_folder import RESUME_OVERRIDES, open_run
 
     stored = asdict(open_run(run).config)
     problems = [
@@ -132,7 +132,7 @@ def _moved(
             "leave it out, or start a new run",
         )
         for name, value in given.items()
-        if name not in MOVABLE and stored.get(name) != value
+        if name not in RESUME_OVERRIDES and stored.get(name) != value
     ]
     if out is not None and out.expanduser().resolve() != run.resolve():
         problems.append((f"--out is {out}, but --resume goes on in {run}", "leave out --out"))
@@ -143,4 +143,4 @@ def _moved(
             )
     if problems:
         raise SettingsError(problems)
-    return {name: value for name, value in given.items() if name in MOVABLE}
+    return {name: value for name, value in given.items() if name in RESUME_OVERRIDES}

@@ -10,7 +10,7 @@ from pathlib import Path
 CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
 
 
-def safe(text: str) -> str:
+def strip_controls(text: str) -> str:
     """The text without control characters other than line end and tab."""
     return text.translate(CONTROLS)
 
@@ -90,7 +90,7 @@ def amount(done: int, total: int, unit: str = "", per_second: float | None = Non
     return f"{so_far}/{whole}{speed}" if total else f"{size(done)}{speed}"
 
 
-def middle(text: str, width: int) -> str:
+def elide_middle(text: str, width: int) -> str:
     """Shortened in its middle: of a run's name, both the beginning and the end tell something."""
     if len(text) <= width:
         return text
@@ -99,7 +99,7 @@ def middle(text: str, width: int) -> str:
     return f"{text[:head]}…{text[len(text) - tail :]}"
 
 
-def chosen(count: int, room: int) -> Sequence[int]:
+def evenly_spaced(count: int, room: int) -> Sequence[int]:
     """At most `room` of the indices 0..count-1, evenly spread, the first and the last among them."""
     if count <= room:
         return range(count)

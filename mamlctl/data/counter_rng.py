@@ -27,7 +27,7 @@ STREAMS = {
 }
 
 
-def raw_bits(seed: int, stream: str, number: int, count: int) -> NDArray[np.uint64]:
+def random_words(seed: int, stream: str, number: int, count: int) -> NDArray[np.uint64]:
     """The first `count` 64-bit words of block `number`.
 
     Only raw words: numpy guarantees their stream for ever, that of `Generator`'s methods it does not.
@@ -39,7 +39,7 @@ def raw_bits(seed: int, stream: str, number: int, count: int) -> NDArray[np.uint
     return words
 
 
-def smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """Positions of the `count` smallest keys of the last axis, smallest first: a draw without repeats.
 
     A longer draw from the same keys starts with the shorter one.
@@ -54,4 +54,4 @@ def smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
 
 def shuffled(items: int, seed: int, stream: str) -> NDArray[np.int64]:
     """The numbers below `items` in a random order."""
-    return smallest(raw_bits(seed, stream, 0, items), items)
+    return k_smallest(random_words(seed, stream, 0, items), items)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mamlctl.core import formatting
-from mamlctl.report.columns import RECALLED, SCORES, Grid, Line, grid, head_parts
+from mamlctl.report.columns import RECALLED, SCORES, RenderedRow, RenderedTable, grid, head_parts
 from mamlctl.report.export import last_lines
 from mamlctl.report.table import Table
 
@@ -36,7 +36,7 @@ def show_table(console: Console, table: Table, sort: str | None = None) -> None:
     shown = _aligned(grid(table, sort))
     width = console.width if console.is_terminal else None
     lines = [
-        Text(formatting.safe(table.title), "bold"),
+        Text(formatting.strip_controls(table.title), "bold"),
         *_wrapped(", ".join(head_parts(table)), width),
         Text(),
     ]
@@ -54,7 +54,7 @@ def show_table(console: Console, table: Table, sort: str | None = None) -> None:
         _say(console, line)
 
 
-def _aligned(shown: Grid) -> Grid:
+def _aligned(shown: RenderedTable) -> RenderedTable:
     """The same with room behind the numbers that have no mark, so that all numbers end in one place."""
     used = [
         (key, mark)
@@ -71,7 +71,7 @@ def _aligned(shown: Grid) -> Grid:
     return replace(shown, lines=tuple(lines))
 
 
-def fitting(shown: Grid, width: int | None) -> tuple[list[str], list[str]]:
+def fitting(shown: RenderedTable, width: int | None) -> tuple[list[str], list[str]]:
     """The columns that fit side by side, none if not even the first ones do, and those left out for it."""
     keys, left_out = list(shown.heads), []
     while width is not None and _wide(shown, keys) > width:
@@ -83,11 +83,11 @@ def fitting(shown: Grid, width: int | None) -> tuple[list[str], list[str]]:
     return keys, [key for key in shown.heads if key in left_out]
 
 
-def _wide(shown: Grid, keys: Sequence[str]) -> int:
+def _wide(shown: RenderedTable, keys: Sequence[str]) -> int:
     return sum(_widths(shown, keys).values()) + GAP * (len(keys) - 1)
 
 
-def _widths(shown: Grid, keys: Sequence[str]) -> dict[str, int]:
+def _widths(shown: RenderedTable, keys: Sequence[str]) -> dict[str, int]:
     """Columns of the terminal for each column; why a row has no score may go over all columns of scores."""
     widths = {}
     for key in keys:
@@ -99,13 +99,13 @@ def _widths(shown: Grid, keys: Sequence[str]) -> dict[str, int]:
     return widths
 
 
-def _rows(shown: Grid, keys: Sequence[str]) -> list[Text]:
+def _rows(shown: RenderedTable, keys: Sequence[str]) -> list[Text]:
     widths = _widths(shown, keys)
     heads = [_placed(shown.heads[key], widths[key], key) for key in keys]
     return [Text((" " * GAP).join(heads).rstrip(), "dim"), *(_row(line, widths) for line in shown.lines)]
 
 
-def _row(line: Line, widths: Mapping[str, int]) -> Text:
+def _row(line: RenderedRow, widths: Mapping[str, int]) -> Text:
     text = Text()
     over = [key for key in widths if key in SCORES]
     for key, width in widths.items():
@@ -127,13 +127,13 @@ def _placed(text: str, width: int, key: str) -> str:
     return text + spaces if key == "row" else spaces + text
 
 
-def _style(line: Line, key: str) -> str:
+def _style(line: RenderedRow, key: str) -> str:
     if key == "difference" and line.cells[key].endswith("*"):
         return "bold"
     return "red" if key == "diverged" and line.row.divergences else STYLES.get(key, "")
 
 
-def _blocks(shown: Grid, width: int) -> list[Text]:
+def _blocks(shown: RenderedTable, width: int) -> list[Text]:
     widest = max(cell_len(line.cells[key]) for line in shown.lines for key in shown.heads if key != "row")
     longest = min(max(map(cell_len, shown.heads.values())), max(width - widest - 2 * GAP, 0))
     lines = []

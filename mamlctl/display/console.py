@@ -47,6 +47,6 @@ def say(console: Console, *parts: str | tuple[str, str]) -> None:
     for part in parts:
         text, style = (part, "") if isinstance(part, str) else part
         # A pipe's encoding may lack a character such as ±; that is no reason to fail.
-        known = formatting.safe(text).encode(console.encoding, "replace").decode(console.encoding)
+        known = formatting.strip_controls(text).encode(console.encoding, "replace").decode(console.encoding)
         line.append(known, style)
     console.print(line, soft_wrap=True)

@@ -108,7 +108,7 @@ class LiveDisplay:
 
 
 @dataclass
-class Told:
+class ProgressLog:
     """What a plain log has said about a piece of work."""
 
     at: float
@@ -123,7 +123,7 @@ class PlainDisplay:
     console: Console
     clock: Clock = time.monotonic
     _run: RunStarted | None = None
-    _told: dict[str, Told] = field(default_factory=dict)
+    _told: dict[str, ProgressLog] = field(default_factory=dict)
     _grid: GridChanged | None = None
 
     def __call__(self, event: Event) -> None:
@@ -161,7 +161,7 @@ class PlainDisplay:
         now = self.clock()
         told = self._told.get(event.what)
         if told is None or event.done < told.done:  # begun, or begun again
-            told = self._told[event.what] = Told(now)
+            told = self._told[event.what] = ProgressLog(now)
         told.done = event.done
         tenth = 10 * event.done // event.total if event.total else told.tenth + 1
         if now - told.at < PROGRESS_EVERY_S or tenth <= told.tenth:

@@ -68,7 +68,7 @@ def _rows_shown(rows: dict[str, list[CellState]], room: int) -> list[str]:
 
 
 def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric: str) -> Text:
-    line = Text(f" {formatting.middle(name, label):<{label}}  ")
+    line = Text(f" {formatting.elide_middle(name, label):<{label}}  ")
     for cell in row[:room]:
         sign, style = SIGNS[cell.state]
         line.append(f"{sign} {_told(cell, metric)}"[:CELL].ljust(CELL + 1), style)

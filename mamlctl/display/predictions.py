@@ -23,7 +23,7 @@ def cells(result: OwnResult, width: int | None) -> list[list[str]]:
         rows = [[*row[:3], row[3].ljust(widest), row[4]] for row in rows]
     others = [max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:]]
     room = max(width - sum(others) - 1, 12) if width is not None else None
-    return [[formatting.middle(row[0], room) if room else row[0], *row[1:]] for row in rows]
+    return [[formatting.elide_middle(row[0], room) if room else row[0], *row[1:]] for row in rows]
 
 
 def _row(image: OwnImage, labelled: bool) -> list[str]:

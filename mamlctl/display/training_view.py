@@ -132,12 +132,12 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
         return [*head, *bars, Text(" the first report comes after the first meta-step", DIM)]
     report = state.reports[-1]
     if height < SMALL:
-        steps = formatting.chosen(len(report.query_losses), height - 4)
+        steps = formatting.evenly_spaced(len(report.query_losses), height - 4)
         return [*head[:1], *bars[:2], *_chart(state.reports, run, width, steps)[1:]]
     numbers, validation = _numbers(state, run, report, width), _validation(state, run, width)
     losses = len(report.query_losses)
     room = height - len(head) - len(bars) - len(numbers) - len(validation) - 2
-    chart = _chart(state.reports, run, width, formatting.chosen(losses, min(losses, room)))
+    chart = _chart(state.reports, run, width, formatting.evenly_spaced(losses, min(losses, room)))
     rates = _rates(report, width, room - losses)
     sections = [head, bars + numbers, chart, validation, rates]
     spare = room - losses - len(rates)
@@ -152,11 +152,13 @@ def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
 
 def _header(run: RunStarted, width: int) -> list[Text]:
     algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
-    task = Text(formatting.task(formatting.safe(run.dataset), run.ways, run.shots), "bold")
+    task = Text(formatting.task(formatting.strip_controls(run.dataset), run.ways, run.shots), "bold")
     machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
     # Half of the line stays for the run's name, however long the device's words are.
     machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
-    name = Text(" " + formatting.middle(formatting.safe(run.run), width - machine.cell_len - 4))
+    name = Text(
+        " " + formatting.elide_middle(formatting.strip_controls(run.run), width - machine.cell_len - 4)
+    )
     return [widgets.both_ends(algo, task, width), widgets.both_ends(name, machine, width)]
 
 
@@ -324,11 +326,11 @@ def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
     if len(names) >= room:
         # Biases go first: the weights hold nearly all of what is learnt.
         names = [name for name in names if not name.endswith(".bias")]
-    rows = formatting.chosen(len(names), min(len(names), room - 1))
+    rows = formatting.evenly_spaced(len(names), min(len(names), room - 1))
     if not names or len(rows) < min(3, len(names)):
         return []
     inner_steps = len(report.rates[names[0]])
-    columns = formatting.chosen(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
+    columns = formatting.evenly_spaced(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
     cell = min((width - RATES_LABEL - 2) // len(columns), 14)
     finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
     low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
@@ -337,7 +339,7 @@ def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
     lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
     for row in rows:
         line = Text(" ")
-        line.append_text(Text(formatting.middle(names[row], RATES_LABEL - 1).ljust(RATES_LABEL)))
+        line.append_text(Text(formatting.elide_middle(names[row], RATES_LABEL - 1).ljust(RATES_LABEL)))
         for column in columns:
             rate = report.rates[names[row]][column]
             share = (rate - low) / span if math.isfinite(rate) else 0.0

@@ -27,7 +27,7 @@ MOST_AT_ONCE = 2**28  # numbers of the largest tensor with --bn transductive: 1 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClassifyRequest:
     """What to learn from, what to tell apart, what to write."""
 
     support: Path
@@ -37,7 +37,7 @@ class Wanted:
     save_adapted: Path | None = None
 
 
-def predict_own(path: Path, settings: EvalConfig, wanted: Wanted, *, on_event: OnEvent) -> OwnResult:
+def predict_own(path: Path, settings: EvalConfig, wanted: ClassifyRequest, *, on_event: OnEvent) -> OwnResult:
     """Adapt a run's best checkpoint to class folders and tell images apart.
 
     Raises what `adapt_to` does, DataError for queries that are not there or cannot be read.
@@ -76,7 +76,7 @@ def predict_own(path: Path, settings: EvalConfig, wanted: Wanted, *, on_event: O
 
 
 @dataclass
-class _Told:
+class Predictions:
     """What came out, and the pictures of the first ones."""
 
     images: list[OwnImage] = field(default_factory=list)
@@ -84,9 +84,9 @@ class _Told:
     copies: int = 0  # images of the support set
 
 
-def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) -> _Told:
+def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) -> Predictions:
     """Every query, a few at a time, so that memory does not grow with their number."""
-    net, told = model.fitted.derivatives.net, _Told()
+    net, told = model.fitted.derivatives.net, Predictions()
     chunk = tasks_per_pass(net, 1, model.device)
     if model.bn == Statistics.OWN.value:
         chunk = max(len(queries), 1)  # their statistics are those of all of them
@@ -105,7 +105,7 @@ def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) ->
     return told
 
 
-def _tell_part(model: OwnModel, queries: Sequence[Query], told: _Told) -> None:
+def _tell_part(model: OwnModel, queries: Sequence[Query], told: Predictions) -> None:
     """Add what comes out for some queries."""
     read, pixels, known = [], [], set(model.support.digests)
     for query in queries:
@@ -129,7 +129,7 @@ def _tell_part(model: OwnModel, queries: Sequence[Query], told: _Told) -> None:
             told.shown.append(contact_sheet.QueryPicture(image_CHW, predicted, float(p_N.max()), right))
 
 
-def _draw(model: OwnModel, told: _Told) -> tuple[str, ...]:
+def _draw(model: OwnModel, told: Predictions) -> tuple[str, ...]:
     """The contact sheet in the run's folder plots/ -> the files."""
     images, y_E = model.support.x_ECHW, model.support.y_E
     support = [(name, images[y_E == label]) for label, name in enumerate(model.support.classes)]

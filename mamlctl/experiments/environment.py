@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 import mamlctl
-from mamlctl.data.tasks.streams import Source
+from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.engine.devices import cpu_model, device_words, precision_of
 from mamlctl.settings.schema import TrainConfig
 
 
-def environment(config: TrainConfig, source: Source, device: torch.device) -> dict[str, Any]:
+def environment(config: TrainConfig, source: TaskSource, device: torch.device) -> dict[str, Any]:
     """What a reader needs to run the same again: versions, machine, code, data, seeds."""
     return {
         "mamlctl": mamlctl.__version__,

@@ -15,20 +15,20 @@ from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.files import replacing, write_json
 from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
-from mamlctl.data.tasks.label_permutations import Relabelled
+from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import Scores, evaluate
-from mamlctl.experiments.trained_model import Judged, open_judged
+from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.settings.schema import EvalConfig
 
 
 def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:
     """Judge a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
 
-    Raises what `open_judged` does.
+    Raises what `load_trained_model` does.
     """
     started = time.monotonic()
-    judged = open_judged(path, settings, offline=offline, on_event=on_event)
+    judged = load_trained_model(path, settings, offline=offline, on_event=on_event)
     protocol = _protocol(judged, settings)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     folder = judged.run.path / "eval" / f"{settings.split}-{digest}"
@@ -55,13 +55,13 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     )
 
 
-def _scores(judged: Judged, settings: EvalConfig, on_event: OnEvent) -> Scores:
+def _scores(judged: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
     """Every task's scores, means over the orders of its labels."""
     orders = settings.label_permutations
     scores = evaluate(
         judged.derivatives,
         judged.states,
-        judged.stream if orders == 1 else Relabelled(judged.stream, orders),
+        judged.stream if orders == 1 else LabelPermutations(judged.stream, orders),
         tasks=settings.tasks * orders,
         inner_steps=judged.inner_steps,
         statistics=judged.statistics,
@@ -76,7 +76,7 @@ def _scores(judged: Judged, settings: EvalConfig, on_event: OnEvent) -> Scores:
     return Scores(single, ensemble)
 
 
-def _protocol(judged: Judged, settings: EvalConfig) -> dict[str, Any]:
+def _protocol(judged: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
     """All that decides the tasks and how models are judged on them; runs that agree here can be compared."""
     names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
     names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
@@ -99,7 +99,7 @@ def _protocol(judged: Judged, settings: EvalConfig) -> dict[str, Any]:
     )
 
 
-def _rows(judged: Judged, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
+def _rows(judged: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
     config, epochs = judged.config, judged.epochs
     common: Mapping[str, Any] = {
         "metric": judged.derivatives.net.objective.metric,

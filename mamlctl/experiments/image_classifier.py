@@ -20,9 +20,14 @@ from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
 from mamlctl.data.tasks.user_images import OwnSupport, Reader, read_support
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
-from mamlctl.engine.evaluation.adapted_model import Fitted, fit, plain_weights, with_ways
+from mamlctl.engine.evaluation.adapted_model import (
+    AdaptedModel,
+    adapt_to_support_set,
+    plain_weights,
+    resize_head,
+)
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
@@ -46,7 +51,7 @@ class OwnModel:
     support: OwnSupport
     read: Reader
     device: torch.device
-    fitted: Fitted
+    fitted: AdaptedModel
     head: str  # what tells the classes apart
 
     @property
@@ -83,7 +88,7 @@ def adapt_to(
         raise SettingsError([(fact, "name a run of images")])
     config, device = as_asked(run, _independent(run, settings), on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
-    if to_save and entry.tells_by == "neighbours":
+    if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
         raise SettingsError([(fact, "leave it out, or use a run of protonet")])
     files, epochs = checkpoint_files(run, on_event)
@@ -93,15 +98,15 @@ def adapt_to(
     _tell_of_support(run, support, on_event)
     ways = len(support.classes)
     head = _head_words(config, learnt, ways)
-    state = with_ways(learnt, ways, entry.tells_by)
+    state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
-    fitted = fit(
-        derivatives_of(net, next(iter(state.slow.values())), config.engine),
+    fitted = adapt_to_support_set(
+        select_derivatives(net, next(iter(state.slow.values())), config.engine),
         state,
         _episode(config, support, device),
         inner_steps=eval_steps(config),
         statistics=Statistics(config.bn),
-        tells_by=entry.tells_by,
+        classifier=entry.classifier,
         proximal=config.proximal,
         inner_optimizer=config.inner_optimizer,
     )
@@ -141,7 +146,7 @@ def _tell_of_support(run: RunFolder, support: OwnSupport, on_event: OnEvent) -> 
 
 def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
     """What tells so many classes apart. Raises SettingsError where the run's head cannot be made to."""
-    match ALGORITHMS[config.algo].tells_by:
+    match ALGORITHMS[config.algo].classifier:
         case "prototypes":
             return "prototypes: the mean features of each class"
         case "neighbours":

@@ -22,7 +22,7 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import resume, train
-from mamlctl.experiments.trained_model import Judged, open_judged
+from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.report.figures import run_figures
 from mamlctl.report.figures.style import save
 from mamlctl.run_folder import open_run
@@ -64,16 +64,16 @@ def draw(
     """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
 
     `beside`: runs whose curves stand beside this one's; without any, a start pre-trained on all curves by as
-    many meta-steps is made and kept in plots/. Raises what `open_judged` and `train` do, KeyboardInterrupt or
-    SystemExit when that pre-training is stopped.
+    many meta-steps is made and kept in plots/. Raises what `load_trained_model` and `train` do,
+    KeyboardInterrupt or SystemExit when that pre-training is stopped.
     """
-    judged = open_judged(path, settings, offline=offline, on_event=on_event)
+    judged = load_trained_model(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
     if is_curves(judged.config.dataset):
         others = list(beside)
         if not others and ALGORITHMS[judged.config.algo].start != "pre-trained":
             others = [_pretrained(judged, folder / "pretrained", offline, on_event)]
-        opened = [open_judged(other, settings, offline=offline, on_event=on_event) for other in others]
+        opened = [load_trained_model(other, settings, offline=offline, on_event=on_event) for other in others]
         for other in opened:
             if other.source.digest != judged.source.digest:
                 fact = (
@@ -99,7 +99,7 @@ def draw(
     return [file for stem, figure in figures.items() for file in save(figure, folder / stem)]
 
 
-def _pretrained(judged: Judged, path: Path, offline: bool, on_event: OnEvent) -> Path:
+def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
     """A run of `transfer` with as many meta-steps, made once; one that was stopped goes on."""
     given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).status().get("status") == "finished":
@@ -121,7 +121,7 @@ def _pretrained(judged: Judged, path: Path, offline: bool, on_event: OnEvent) ->
     return path
 
 
-def _panels(judged: Sequence[Judged]) -> list[list[run_figures.Panel]]:
+def _panels(judged: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     """A row a task of the first run: each start, and a random one, before and after adaptation."""
     first = judged[0]
     starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in judged]
@@ -138,12 +138,12 @@ def _bare(stream: Tasks) -> Tasks:
     return stream.stream if isinstance(stream, MiniBatches) else stream
 
 
-def _random_start(judged: Judged) -> MetaState:
+def _random_start(judged: TrainedModel) -> MetaState:
     _, state = build(judged.config, judged.source.example_shape, judged.device)
     return state
 
 
-def _panel(judged: Judged, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
+def _panel(judged: TrainedModel, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
     """The curve of one task, and what a start makes of it."""
     own = judged.stream
     # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
@@ -170,7 +170,7 @@ def _panel(judged: Judged, stream: CurveStream, task: int, title: str) -> run_fi
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
 
 
-def _outputs(judged: Judged, episodes: Episodes, inner_steps: int) -> torch.Tensor:
+def _outputs(judged: TrainedModel, episodes: Episodes, inner_steps: int) -> torch.Tensor:
     with torch.no_grad():
         return judged.predict(
             judged.derivatives,
@@ -181,7 +181,7 @@ def _outputs(judged: Judged, episodes: Episodes, inner_steps: int) -> torch.Tens
         )
 
 
-def _task_pictures(judged: Judged) -> list[run_figures.TaskPicture]:
+def _task_pictures(judged: TrainedModel) -> list[run_figures.TaskPicture]:
     """The first test tasks with the predictions after all inner steps."""
     episodes = judged.stream.episodes(0, TASKS)
     predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1).cpu()

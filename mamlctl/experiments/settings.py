@@ -13,7 +13,7 @@ from mamlctl.data.sets.registry import absolute, find, is_curves
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, resolve
-from mamlctl.settings.schema import TrainConfig, derive
+from mamlctl.settings.schema import TrainConfig, fill_schedules
 
 
 def resolve_settings(layers: Sequence[Layer], *, here: bool = False, checked: bool = True) -> Resolved:
@@ -33,12 +33,12 @@ def resolve_settings(layers: Sequence[Layer], *, here: bool = False, checked: bo
     def forced(config: TrainConfig) -> dict[str, Any]:
         return forced_settings(config) | set_forced(config)
 
-    resolved = resolve(layers, implied, problems, forced, checked=checked)
+    resolved = resolve(layers, with_defaults, problems, forced, checked=checked)
     # A run must find its folder from wherever it is resumed.
     return replace(resolved, config=replace(resolved.config, dataset=absolute(resolved.config.dataset)))
 
 
-def implied(layers: Sequence[Layer]) -> list[Layer]:
+def with_defaults(layers: Sequence[Layer]) -> list[Layer]:
     """The layers with what the data set and the algorithm imply.
 
     The algorithm's lies below the layer that names it, and so over a preset or file of another algorithm; of
@@ -48,14 +48,14 @@ def implied(layers: Sequence[Layer]) -> list[Layer]:
     dataset = str(said.get("dataset", TrainConfig.dataset))
     own = set_defaults(dataset)
     algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
-    layers = [(source, _of_any_set(values, dataset)) for source, values in layers]
+    layers = [(source, without_foreign_image_settings(values, dataset)) for source, values in layers]
     layer = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset)))
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     before = [(source, _of_any_algorithm(values, algo)) for source, values in layers[:naming]]
     return [(f"data set {dataset}", own), *before, layer, *layers[naming:]]
 
 
-def _of_any_set(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+def without_foreign_image_settings(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """A layer's values without those of the images of the data set it names, if that is another one."""
     if values.get("dataset", dataset) == dataset:
         return dict(values)
@@ -67,19 +67,19 @@ def _of_any_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
     entry = ALGORITHMS.get(str(values.get("algo", algo)))
     if entry is None or values.get("algo", algo) == algo:
         return dict(values)
-    belong = entry.defaults.keys() | entry.fixed.keys() | set(entry.own)
+    belong = entry.defaults.keys() | entry.forced.keys() | set(entry.exclusive_settings)
     return {name: value for name, value in values.items() if name not in belong}
 
 
-def complete(config: TrainConfig) -> TrainConfig:
+def fill_defaults(config: TrainConfig) -> TrainConfig:
     """The settings with nothing left open. Raises SettingsError if the data set lacks such a thing."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
     if is_curves(config.dataset):
         # One output instead of ways; nothing of the others is read.
         none = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
-        return derive(replace(config, ways=1), none)
+        return fill_schedules(replace(config, ways=1), none)
     own = find(config.dataset).defaults
     if config.channels == 1:
         own["normalize"] = "none"
-    return derive(config, own)
+    return fill_schedules(config, own)

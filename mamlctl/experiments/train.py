@@ -15,7 +15,7 @@ from mamlctl.core.events import Notice, OnEvent, RunStarted
 from mamlctl.core.files import write_json
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Tasks
-from mamlctl.data.tasks.streams import Source, open_streams
+from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.nets.base import CLASSIFICATION
@@ -23,7 +23,7 @@ from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CLASSES, RunFolder, default_run_path, new_run, open_run
 from mamlctl.settings.schema import TrainConfig
 
@@ -42,7 +42,7 @@ def train(
     Raises SettingsError, DataError or MamlctlError before the folder is made, DivergedError after.
     """
     started = time.monotonic()
-    completed = complete(config)
+    completed = fill_defaults(config)
     device = _open_device(completed, config.cuda_graph)
     streams, source = open_streams(
         completed,
@@ -71,14 +71,14 @@ def resume(
 ) -> TrainResult:
     """Go on with a run from its last checkpoint, as if nothing had happened.
 
-    `moved`: values of run_folder.MOVABLE settings instead of the run's own. Raises what `train` does; MamlctlError
-    for a damaged run, DataError if the data are no longer those of the run.
+    `moved`: values of run_folder.RESUME_OVERRIDES settings instead of the run's own. Raises what `train`
+    does; MamlctlError for a damaged run, DataError if the data are no longer those of the run.
     """
     started = time.monotonic()
     run = open_run(path)
     with run.writing():
         run.config = replace(run.config, **moved)
-        completed = complete(run.config)
+        completed = fill_defaults(run.config)
         device = _open_device(completed, moved.get("cuda_graph"))
         streams, source = open_streams(
             completed,
@@ -113,7 +113,7 @@ def _run(
     run: RunFolder,
     config: TrainConfig,
     streams: Mapping[str, Tasks],
-    source: Source,
+    source: TaskSource,
     device: torch.device,
     started: float,
     time_limit_s: float | None,

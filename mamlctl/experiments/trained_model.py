@@ -14,10 +14,10 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.data.sets.registry import absolute, find, is_curves
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Tasks
-from mamlctl.data.tasks.streams import Source, open_streams
+from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_problems, open_device, tensor_dtype
 from mamlctl.engine.evaluation.prediction import Predict
 from mamlctl.engine.inner_loop import MetaState
@@ -25,19 +25,19 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import epoch_file
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.rules import limit_problems
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Judged:
+class TrainedModel:
     """A run with all that evaluating it takes."""
 
     run: RunFolder
     config: TrainConfig  # complete, with what evaluation replaces
-    source: Source
+    source: TaskSource
     stream: Tasks
     device: torch.device
     derivatives: Derivatives
@@ -58,7 +58,7 @@ class Judged:
         return self.config.bn if self.derivatives.net.norm_layers else "none"
 
 
-def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> Judged:
+def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> TrainedModel:
     """Open a run as the settings ask for.
 
     Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
@@ -78,19 +78,19 @@ def open_judged(path: Path, settings: EvalConfig, *, offline: bool, on_event: On
     )
     stream = streams[settings.split]
     known = run.environment().get("dataset_digest", source.digest)
-    notes = _notes(complete(run.config), config) + _notes_of_tasks(stream, settings)
+    notes = _notes(fill_defaults(run.config), config) + _notes_of_tasks(stream, settings)
     if settings.dataset is None and source.digest != known:
         notes += ("these data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
-    return Judged(
+    return TrainedModel(
         run,
         config,
         source,
         stream,
         device,
-        derivatives_of(net, next(iter(states[0].slow.values())), config.engine),
+        select_derivatives(net, next(iter(states[0].slow.values())), config.engine),
         ALGORITHMS[config.algo].predict(config),
         states,
         epochs,
@@ -128,11 +128,11 @@ def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
 
 def as_asked(run: RunFolder, settings: EvalConfig, on_event: OnEvent) -> tuple[TrainConfig, torch.device]:
     """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
-    trained = complete(run.config)
+    trained = fill_defaults(run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
     if problems := problems + test_problems(trained, settings) + _problems_of_other_data(trained, settings):
         raise SettingsError(problems)
-    config = complete(_judged(trained, settings))
+    config = fill_defaults(evaluation_config(trained, settings))
     device = open_device(config.device, config.precision)
     if config.precision == "tf32" and device.type == "cpu":
         on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
@@ -146,7 +146,7 @@ def load_state(
     stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
     bias = stored.get("linear.bias")
     classes = None if bias is None else len(bias)
-    _, state = build(complete(run.config), example_shape, device, classes=classes)
+    _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
     checkpoints.restore(state, stored, file)
     return _with_rates(state, settings)
 
@@ -156,7 +156,7 @@ def eval_steps(config: TrainConfig) -> int:
     return config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps
 
 
-def _judged(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
+def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
     """The run's settings, with those that only evaluation reads replaced."""
     names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
     given = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
@@ -197,12 +197,12 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
 def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     """What of the settings the run's algorithm or data set has no use for."""
     entry, problems = ALGORITHMS[trained.algo], list[Problem]()
-    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.refuses.items()}
+    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
     unused |= {
         name: f"--algo {trained.algo}, which fixes it"
         for name, setting in fixed.items()
-        if setting in entry.fixed
+        if setting in entry.forced
     }
     if is_curves(trained.dataset):
         unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
@@ -211,7 +211,7 @@ def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
         if settings.label_permutations != 1:
             fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
             problems.append((fact, "leave it out"))
-    if trained.lslr or entry.rates != "tensor":
+    if trained.lslr or entry.inner_rates != "tensor":
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:
         problems.append(

@@ -22,7 +22,7 @@ SCORES = ("best", "sd", "ensemble", "difference", "p")  # side by side, and empt
 
 
 @dataclass(frozen=True)
-class Line:
+class RenderedRow:
     """A row of the table in words."""
 
     row: Row
@@ -31,11 +31,11 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Grid:
+class RenderedTable:
     """A whole table in words."""
 
     heads: Mapping[str, str]  # column -> its head
-    lines: tuple[Line, ...]
+    lines: tuple[RenderedRow, ...]
     sources: tuple[tuple[str, str], ...]  # the letters beside published numbers, and what they stand for
     remarks: tuple[str, ...]  # what became of each run that is not finished
 
@@ -52,7 +52,7 @@ def cells(table: Table, sort: str | None = None) -> list[list[str]]:
     return grid(table, sort).texts()
 
 
-def grid(table: Table, sort: str | None = None) -> Grid:
+def grid(table: Table, sort: str | None = None) -> RenderedTable:
     """The table in words, of the columns that tell something; `sort` as in `cells`."""
     rows = ordered(table, sort)
     letters: dict[str, str] = {}
@@ -66,14 +66,14 @@ def grid(table: Table, sort: str | None = None) -> Grid:
         if key in ALWAYS or any(line.cells[key] for line in lines)
     }
     sources = tuple((name, _source(rows, source)) for source, name in letters.items())
-    return Grid(heads, lines, sources, remarks(table))
+    return RenderedTable(heads, lines, sources, remarks(table))
 
 
 def _source(rows: Sequence[Row], source: str) -> str:
     """A source, and what it says about those of its numbers that are shown."""
     shown = [row.published[0] for row in rows if row.published and row.published[0].source == source]
     notes = [f"{entry.row}: {entry.note}" for entry in shown if entry.note]
-    return formatting.safe("; ".join([source, *notes]))
+    return formatting.strip_controls("; ".join([source, *notes]))
 
 
 def letter(place: int) -> str:
@@ -144,7 +144,7 @@ def _heads(table: Table) -> dict[str, str]:
     }
 
 
-def _line(table: Table, row: Row, letters: Mapping[str, str]) -> Line:
+def _line(table: Table, row: Row, letters: Mapping[str, str]) -> RenderedRow:
     told = "" if row.best or row.ensemble else told_of(row)
     alike = len({other.ensemble_size for other in table.rows if other.ensemble}) < 2
     size = "" if alike or not row.ensemble else f" ({row.ensemble_size})"
@@ -164,7 +164,9 @@ def _line(table: Table, row: Row, letters: Mapping[str, str]) -> Line:
         "seconds": "" if row.step_s is None else formatting.duration(row.step_s),
         "diverged": str(row.divergences),
     }
-    return Line(row, {key: " ".join(formatting.safe(text).split()) for key, text in known.items()}, told)
+    return RenderedRow(
+        row, {key: " ".join(formatting.strip_controls(text).split()) for key, text in known.items()}, told
+    )
 
 
 def score_words(metric: str, score: Score | None) -> str:
@@ -231,7 +233,7 @@ def told_of(row: Row) -> str:
     for status in dict.fromkeys(others):
         name = "not tested" if status == "finished" else status
         parts.append(name if len(row.cells) == 1 else f"{others.count(status)} {name}")
-    return formatting.safe("; ".join(parts) or "missing")
+    return formatting.strip_controls("; ".join(parts) or "missing")
 
 
 def diverged_at(cell: Cell) -> int:
@@ -254,7 +256,7 @@ def remarks(table: Table) -> tuple[str, ...]:
     every = [cell.status for row in table.rows for cell in row.cells]
     missing = every.count("missing")
     lines += [f"{missing} of {len(every)} runs {'is' if missing == 1 else 'are'} missing"] * (missing > 0)
-    return tuple(map(formatting.safe, lines))
+    return tuple(map(formatting.strip_controls, lines))
 
 
 def _state(cell: Cell) -> str:
@@ -281,7 +283,7 @@ def head_parts(table: Table) -> list[str]:
         f"seed{'s' * (len(seeds) != 1)} {' '.join(map(str, seeds))}" if seeds else "",
         devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
     ]
-    return [formatting.safe(part) for part in parts if part]
+    return [formatting.strip_controls(part) for part in parts if part]
 
 
 def legend(table: Table, shown: Mapping[str, str]) -> list[str]:
@@ -304,4 +306,4 @@ def legend(table: Table, shown: Mapping[str, str]) -> list[str]:
         "median over seeds.",
         "seconds": "per step: median time of a meta-step, of the median seed.",
     }
-    return [formatting.safe(line) for key, line in told.items() if key in shown]
+    return [formatting.strip_controls(line) for key, line in told.items() if key in shown]

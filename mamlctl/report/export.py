@@ -12,7 +12,7 @@ from typing import Any
 from mamlctl.core import formatting
 from mamlctl.core.files import finite
 from mamlctl.core.statistics import Difference
-from mamlctl.report.columns import SCORES, Grid, Line, grid, head_parts, legend, ordered
+from mamlctl.report.columns import SCORES, RenderedRow, RenderedTable, grid, head_parts, legend, ordered
 from mamlctl.report.table import MODELS, Cell, Row, Score, Table
 
 FORMAT = 1
@@ -143,10 +143,15 @@ def _markdown(text: str) -> str:
     return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
-def last_lines(table: Table, shown: Grid) -> list[str]:
+def last_lines(table: Table, shown: RenderedTable) -> list[str]:
     """What a reader needs below the table: meanings, sources, unfinished runs, notes."""
     sources = [f"{name}: {source}." for name, source in shown.sources]
-    return [*legend(table, shown.heads), *sources, *shown.remarks, *map(formatting.safe, table.notes)]
+    return [
+        *legend(table, shown.heads),
+        *sources,
+        *shown.remarks,
+        *map(formatting.strip_controls, table.notes),
+    ]
 
 
 def to_latex(table: Table, sort: str | None = None) -> str:
@@ -180,7 +185,7 @@ def _tex_prose(sentences: Sequence[str]) -> str:
     return " ".join(tex(text if text.endswith(".") else f"{text}.") for text in sentences)
 
 
-def _tex_line(line: Line, keys: list[str]) -> str:
+def _tex_line(line: RenderedRow, keys: list[str]) -> str:
     """A row's cells; why it has no score goes over all columns of scores."""
     wide = [key for key in keys if key in SCORES]
     cells = {key: tex(line.cells[key]) for key in keys if not (line.told and key in wide[1:])}
@@ -191,6 +196,6 @@ def _tex_line(line: Line, keys: list[str]) -> str:
 
 def tex(text: str) -> str:
     """Text for pdflatex without further packages; a question mark for what its first fonts cannot write."""
-    spaced = re.sub(r"(?<!\w)-(?=\d)", "−", " ".join(formatting.safe(text).split()))
+    spaced = re.sub(r"(?<!\w)-(?=\d)", "−", " ".join(formatting.strip_controls(text).split()))
     spaced = re.sub(r"-(?=-)", "-\u2060", spaced)  # two in a row would become a dash
     return "".join(TEX.get(sign) or (sign if sign in LATIN or sign.isascii() else "?") for sign in spaced)

@@ -11,7 +11,16 @@ from typing import Any
 from mamlctl.core import formatting
 from mamlctl.core.files import write_text
 from mamlctl.core.statistics import Difference
-from mamlctl.report.columns import RECALLED, SCORES, Grid, Line, grid, head_parts, legend, signed
+from mamlctl.report.columns import (
+    RECALLED,
+    SCORES,
+    RenderedRow,
+    RenderedTable,
+    grid,
+    head_parts,
+    legend,
+    signed,
+)
 from mamlctl.report.figures.style import save
 from mamlctl.report.figures.svg import inline
 from mamlctl.report.figures.table_figures import pictures
@@ -46,7 +55,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
     return page
 
 
-def _page(table: Table, shown: Grid, drawn: Sequence[str]) -> str:
+def _page(table: Table, shown: RenderedTable, drawn: Sequence[str]) -> str:
     title = _text(table.title)
     parts = [
         f"<h1>{title}</h1>",
@@ -78,7 +87,7 @@ def _page(table: Table, shown: Grid, drawn: Sequence[str]) -> str:
 
 
 def _text(text: object) -> str:
-    return escape(formatting.safe(str(text)))
+    return escape(formatting.strip_controls(str(text)))
 
 
 def _list(kind: str, lines: Sequence[str]) -> str:
@@ -97,7 +106,7 @@ def _figure(svg: str, why: str, stem: str) -> str:
     return f"<figure>{_scrolled(svg)}{caption}</figure>"
 
 
-def _table(shown: Grid, baseline: str) -> str:
+def _table(shown: RenderedTable, baseline: str) -> str:
     heads = "".join(f'<th scope="col">{_text(head)}</th>' for head in shown.heads.values())
     body = "\n".join(_line(line, list(shown.heads), baseline) for line in shown.lines)
     return _scrolled(
@@ -105,7 +114,7 @@ def _table(shown: Grid, baseline: str) -> str:
     )
 
 
-def _line(line: Line, keys: Sequence[str], baseline: str) -> str:
+def _line(line: RenderedRow, keys: Sequence[str], baseline: str) -> str:
     wide = [key for key in keys if key in SCORES]
     numbers = _numbers(line.row)
     cells = []

@@ -60,7 +60,7 @@ def resolve(
             else:
                 sources[key] = source
     config = TrainConfig(**{str(key): value for key, value in merged.items()})
-    config = _settled(config, sources, forced)
+    config = drop_ineffective(config, sources, forced)
     if checked:
         problems += check(config) + more_problems(config, sources)
     if problems:
@@ -100,7 +100,7 @@ def _set(
     return None
 
 
-def _settled(
+def drop_ineffective(
     config: TrainConfig, sources: dict[str, str], forced: Callable[[TrainConfig], Mapping[str, Any]]
 ) -> TrainConfig:
     """Drop what a preset or file says that a stronger layer made meaningless; flags are refused."""

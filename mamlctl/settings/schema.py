@@ -40,7 +40,7 @@ def setting(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that decides a training run. `None` means: derived, by `derive` or by the data set."""
+    """All that decides a training run. `None` means: derived, by `fill_schedules` or by the data set."""
 
     dataset: str = setting(
         "omniglot",
@@ -327,7 +327,7 @@ IMPROVEMENTS = ("msl", "da", "bnrs", "bnwb", "lslr", "ca")
 FIELDS = {item.name: item for item in fields(TrainConfig)}
 
 
-def derive(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:
+def fill_schedules(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:
     """Fill what was left open: schedules from the epochs, so that short runs keep their shape.
 
     The paper's runs have MSL for 10 of 100 epochs (published configurations) and DA for 50 of 150.

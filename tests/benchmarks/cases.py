@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, derive
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, fill_schedules
 
 INNER_LR = 0.01  # small, so that nothing overflows: random images have nothing to be learnt from
 
@@ -113,4 +113,4 @@ def train_config(case: Case, settings: Mapping[str, Any], algo: str = "maml++") 
         **switches,
         **settings,
     )
-    return derive(config, {"split_scheme": "own", "resize": "none", "rotations": "none"})
+    return fill_schedules(config, {"split_scheme": "own", "resize": "none", "rotations": "none"})

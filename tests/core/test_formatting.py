@@ -27,7 +27,7 @@ def test_numbers_as_people_read_them():
     assert formatting.amount(2**19, 9 * 2**20, "B") == "512.0 KiB/9.0 MiB"
     assert formatting.amount(2**19, 0, "B", 2048.0) == "512.0 KiB  2.0 KiB/s"
     assert [formatting.size(count) for count in (12, 2048, 3 * 2**29)] == ["12 B", "2.0 KiB", "1.5 GiB"]
-    assert formatting.middle("runs/abcdefgh", 7) == "run…fgh"
-    assert [list(formatting.chosen(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [
+    assert formatting.elide_middle("runs/abcdefgh", 7) == "run…fgh"
+    assert [list(formatting.evenly_spaced(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [
         *([0, 1, 2], [0, 10, 20], [8], [], []),
     ]

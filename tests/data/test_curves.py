@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mamlctl.data.counter_rng import raw_bits
+from mamlctl.data.counter_rng import random_words
 from mamlctl.data.sets.curves import FAMILIES, Normal, Uniform
 from mamlctl.data.tasks.curve_tasks import CurveStream, _task_words
 
@@ -56,7 +56,7 @@ PLAIN = {
 def plain_task(name, seed, split, task, shots, queries):
     """support x, support y, query x, query y of one task, word by word."""
     numbers, width, curve, place = PLAIN[name]
-    words = raw_bits(seed, split, task, numbers + 2 * width * max(shots, queries))
+    words = random_words(seed, split, task, numbers + 2 * width * max(shots, queries))
     u = [(int(word) >> 11) / 2**53 for word in words]
     points = [u[start : start + width] for start in range(numbers, len(u), width)]
     support_x = [place(u, point) for point in points[0::2][:shots]]
@@ -81,7 +81,7 @@ def test_tasks_are_their_closed_forms_word_by_word(name, shots, queries):
 def test_words_of_many_tasks_are_the_raw_words_of_each():
     for words in range(1, 10):
         for first in (0, 5, 2**40):
-            want = np.stack([raw_bits(7, "test", first + task, words) for task in range(3)])
+            want = np.stack([random_words(7, "test", first + task, words) for task in range(3)])
             assert (_task_words(7, "test", first, 3, words) == want).all()
 
 
@@ -165,7 +165,7 @@ def test_harmonics_have_the_moments_of_their_laws():
 
 
 def test_normal_numbers_fill_the_quantiles_evenly():
-    uniform_2M = ((raw_bits(0, "train", 0, 2 * MANY) >> np.uint64(11)) / 2.0**53).reshape(2, MANY)
+    uniform_2M = ((random_words(0, "train", 0, 2 * MANY) >> np.uint64(11)) / 2.0**53).reshape(2, MANY)
     drawn = Normal(2.0, 3.0)(uniform_2M)
     # The inverse is statistics' own, Wichura's AS241.
     law = statistics.NormalDist(2.0, 3.0)

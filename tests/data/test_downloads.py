@@ -20,7 +20,7 @@ from helpers.shared import SHARED, ignore
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, Progress
-from mamlctl.data.fetching.downloads import Source, download, downloaded
+from mamlctl.data.fetching.downloads import Archive, download, downloaded
 from mamlctl.data.fetching.partial_files import Part
 from mamlctl.data.fetching.responses import Patience, check_mirrors
 from mamlctl.data.sets import omniglot
@@ -293,7 +293,7 @@ def test_every_mirror_is_named_with_its_reason(server, archive, tmp_path):
     urls += [f"{server.address}/{name}/a.zip" for name in ("wrong", "page")]
     with pytest.raises(DataError) as raised:
         download(
-            Source("a.zip", tuple(urls), "0" * 32, "MIT"),
+            Archive("a.zip", tuple(urls), "0" * 32, "MIT"),
             tmp_path / "root",
             hint=HINT,
             patience=QUICK,
@@ -393,7 +393,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from mamlctl.data import downloads, omniglot
-source = downloads.Source("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
+source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
 omniglot.omniglot_sources = lambda: (source,)
 omniglot._read_verified = lambda paths, *rest: sys.exit(f"got {paths[0].stat().st_size}")
 from mamlctl.cli import main

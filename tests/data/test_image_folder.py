@@ -15,7 +15,7 @@ from mamlctl.core.events import Notice
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import find, open_images
 from mamlctl.data.tasks.streams import open_streams, split_of
-from mamlctl.experiments.settings import complete, resolve_settings
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
 CPU = torch.device("cpu")
 MODES = ("RGB", "L", "RGBA", "P", "I;16")
@@ -43,7 +43,7 @@ def make(path, classes=12, images=5, split="", first=0):
 
 def settings(path, root, **more):
     base = {"dataset": str(path), "image_size": 8, "channels": 1, "ways": 2, "data_root": str(root)}
-    return complete(resolve_settings([("flag", base | {"filters": 4} | more)]).config)
+    return fill_defaults(resolve_settings([("flag", base | {"filters": 4} | more)]).config)
 
 
 def opened(path, root, notices=None, **more):
@@ -212,7 +212,7 @@ def test_what_is_no_such_folder_is_told(tmp_path, form, fact):
 
 def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
     flags = {"dataset": "glyphs", "image_size": 16, "channels": 3, "data_root": str(tmp_path)}
-    config = complete(resolve_settings([("flag", flags)]).config)
+    config = fill_defaults(resolve_settings([("flag", flags)]).config)
     streams, source = open_streams(config, ("train",), CPU, torch.float32, offline=True, on_event=ignore)
     assert source.example_shape == (3, 16, 16)
     x = streams["train"].episodes(0, 2).support_x_TECHW

@@ -29,7 +29,7 @@ from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
 from mamlctl.engine.derivatives.interface import Autograd
-from mamlctl.engine.derivatives.selection import better_block, derivatives_of
+from mamlctl.engine.derivatives.selection import faster_block, select_derivatives
 from mamlctl.engine.kernels import c_block
 from mamlctl.engine.kernels.block import TorchTape
 from mamlctl.engine.kernels.fused_block import KernelTape
@@ -37,7 +37,7 @@ from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 
 triton_block = importlib.import_module("mamlctl.engine.kernels.triton_block") if find_spec("triton") else None
 
@@ -203,11 +203,11 @@ def test_only_the_last_steps_are_kept_for_the_way_back():
 def test_the_fastest_derivatives_follow_device_type_and_engine(monkeypatch):
     _, net, state, _ = prepared(algo="maml")
     like = state.slow["linear.bias"]
-    assert isinstance(derivatives_of(net, like, "plain"), Autograd)
-    chosen = derivatives_of(net, like)
+    assert isinstance(select_derivatives(net, like, "plain"), Autograd)
+    chosen = select_derivatives(net, like)
     assert (chosen.make_block is c_block.native_block) == HAS_C
     monkeypatch.setattr(c_block, "library", lambda dtype: None)
-    assert derivatives_of(net, like).make_block is TorchTape
+    assert select_derivatives(net, like).make_block is TorchTape
 
 
 @needs_c
@@ -244,7 +244,7 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
     for precision in ("float64", "float32"):
         named = {"algo": "maml++", "da": False, "dataset": "glyphs", "filters": 32, "inner_steps": 3}
         config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
-        config = complete(replace(config, data_root=str(glyphs_root)))
+        config = fill_defaults(replace(config, data_root=str(glyphs_root)))
         streams, source = open_streams(
             config, ("train",), CPU, getattr(torch, precision), offline=True, on_event=lambda event: None
         )
@@ -275,7 +275,7 @@ def test_another_block_is_taken_only_where_it_is_faster_and_right():
 
     def chosen(other, slow, fast):
         times = iter((slow, fast))  # of the other, of the sure one
-        return better_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
+        return faster_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
 
     assert chosen(Good, 1.0, 2.0) is Good
     for other, times in ((Good, (2.0, 1.0)), (Wrong, (1.0, 2.0)), (Broken, (1.0, 2.0))):

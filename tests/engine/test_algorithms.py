@@ -10,7 +10,7 @@ from helpers.engine_cases import IMAGE, random_episodes, small_config
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, unrolled
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, unrolled
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
@@ -24,7 +24,7 @@ def test_mamls_gradient_of_quadratic_tasks_has_its_closed_form(steps, first_orde
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, queries=query)
     weights = (0.0,) * (steps - 1) + (1.0,)
-    found = unrolled(net, state, episodes, Ask(steps, weights, first_order, measure_all=False))
+    found = unrolled(net, state, episodes, MetaStepRequest(steps, weights, first_order, measure_all=False))
     wanted = 0
     for x, y, qx, qy in zip(*support, *query, strict=True):
         hessian, gradient = quadratic(x, y)
@@ -46,7 +46,9 @@ def test_fomaml_differs_from_maml_by_the_curvature_alone():
         net, state, episodes = linear_tasks(x, torch.tensor([[3.0]]).double(), slow)
         state.rates = {"linear.weight": torch.full((1,), 0.05, dtype=torch.float64)}
         named = {"inner_steps": 1, "msl_weights": (1.0,), "first_order": first_order, "measure_all": False}
-        grads[first_order] = unrolled(net, state, episodes, Ask(**named)).grads["linear.weight"].item()
+        grads[first_order] = (
+            unrolled(net, state, episodes, MetaStepRequest(**named)).grads["linear.weight"].item()
+        )
     assert grads[True] == pytest.approx(-12 * (1 - 0.05 * 8))  # the gradient at the adapted weight
     assert grads[False] / grads[True] == pytest.approx(1 - 0.05 * 8)
 

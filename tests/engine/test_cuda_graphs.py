@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.engine_cases import IMAGE, random_episodes, small_config
 
-from mamlctl.engine.algorithms.meta_gradient import Measured
+from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS, fastest
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
@@ -52,7 +52,7 @@ class Recorded:
             copy_into(self.first, again)
 
 
-def copy_into(old: Measured, new: Measured):
+def copy_into(old: MetaStepResult, new: MetaStepResult):
     for name in ("grads", "query_losses", "query_scores"):
         for key, value in getattr(new, name).items():
             getattr(old, name)[key].copy_(value)

@@ -7,9 +7,9 @@ import torch
 from helpers.algorithm_cases import CPU, close, joined, linear_tasks, measured, quadratic, random_line
 from helpers.engine_cases import IMAGE, fastest, random_episodes, small_config
 
-from mamlctl.engine.algorithms import imaml
-from mamlctl.engine.algorithms.imaml import conjugate_gradient, implicit
-from mamlctl.engine.algorithms.meta_gradient import Ask
+from mamlctl.engine.algorithms import imaml as imaml_module
+from mamlctl.engine.algorithms.imaml import conjugate_gradient, imaml
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -18,8 +18,14 @@ def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
     """Minimum of loss + p/2 |v - v0|^2: the gradient by v0 is p (A + p)^-1 times the query gradient there."""
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, inner_lr=0.05, queries=query)
-    found = implicit(
-        net, state, episodes, Ask(2000, (), False, False), engine="adjoint", proximal=0.7, cg_steps=3
+    found = imaml(
+        net,
+        state,
+        episodes,
+        MetaStepRequest(2000, (), False, False),
+        engine="adjoint",
+        proximal=0.7,
+        cg_steps=3,
     )
     wanted = 0
     for x, y, qx, qy in zip(*support, *query, strict=True):
@@ -95,7 +101,7 @@ def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch)
             alive.append(sum(ref() is not None for ref in made))
             return found
 
-    monkeypatch.setattr(imaml, "derivatives_of", lambda *args: Watched())
+    monkeypatch.setattr(imaml_module, "select_derivatives", lambda *args: Watched())
     MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False)
     assert len(alive) == 12 + 2
     assert max(alive) <= 2

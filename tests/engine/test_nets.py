@@ -23,7 +23,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
 from mamlctl.engine.derivatives.interface import Autograd
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, REGRESSION
 from mamlctl.engine.nets.batch_norm import NormPass, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
@@ -270,7 +270,7 @@ def test_only_what_conv4_py_knows_is_differentiated_by_hand():
     like = torch.empty(0, dtype=torch.float64)
     for variant, (settings, image) in VARIANTS.items():
         net, _ = build(small_config(**settings), image, CPU)
-        assert isinstance(derivatives_of(net, like), Autograd) == (variant != "relu"), variant
+        assert isinstance(select_derivatives(net, like), Autograd) == (variant != "relu"), variant
 
 
 def assert_close(found, wanted, tolerance=1e-9):

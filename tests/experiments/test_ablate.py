@@ -180,10 +180,10 @@ def test_a_test_of_before_the_end_of_training_does_not_count(done, tmp_path):
 
 
 def test_two_calls_at_once_do_not_meet(done, tmp_path):
-    from mamlctl.experiments.grid.grid_folder import working_on
+    from mamlctl.experiments.grid.grid_folder import lock_grid
 
     grid = copied(done, tmp_path)
-    with working_on(grid), pytest.raises(MamlctlError, match="is in use by process"), working_on(grid):
+    with lock_grid(grid), pytest.raises(MamlctlError, match="is in use by process"), lock_grid(grid):
         pass
 
 

@@ -24,11 +24,11 @@ from mamlctl.data.sets import glyphs
 from mamlctl.data.tasks.user_images import find_queries
 from mamlctl.display.predictions import document
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.evaluation.adapted_model import with_ways
-from mamlctl.experiments.classify import Wanted, predict_own
+from mamlctl.engine.evaluation.adapted_model import resize_head
+from mamlctl.experiments.classify import ClassifyRequest, predict_own
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
-from mamlctl.experiments.trained_model import open_judged
+from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import GREEN, RED
 from mamlctl.settings.schema import EvalConfig
@@ -93,7 +93,9 @@ def folders(folder, packed, shots, queries=2, first=0):
 
 
 def asked(run, support, *queries, on_event=silent, settings=None, **wanted):
-    return predict_own(run, settings or EvalConfig(), Wanted(support, queries, **wanted), on_event=on_event)
+    return predict_own(
+        run, settings or EvalConfig(), ClassifyRequest(support, queries, **wanted), on_event=on_event
+    )
 
 
 def table(result):
@@ -105,13 +107,13 @@ def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packe
     """In all three modes, of every algorithm, with the run's own ways."""
     run = trained(algo)
     settings = EvalConfig(data_root=str(glyphs_root))
-    stream = open_judged(run, settings, offline=True, on_event=silent).stream
+    stream = load_trained_model(run, settings, offline=True, on_event=silent).stream
     images_NE = stream.indices(0, 1)[0][0]
     for label, images_E in enumerate(images_NE):
         write(tmp_path / "learn" / NAMES[label], packed, images_E[:2])
         write(tmp_path / "ask" / NAMES[label], packed, images_E[2:])
     for bn in ("transductive", "support", "running"):
-        judged = open_judged(run, replace(settings, bn=bn), offline=True, on_event=silent)
+        judged = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=silent)
         outputs_ITEN = judged.predict(
             judged.derivatives,
             judged.states[0].frozen(),
@@ -259,13 +261,13 @@ def test_other_networks_are_saved_under_their_own_names(trained, packed, tmp_pat
 
 def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(trained):
     state = open_state(trained("meta-sgd"))
-    more, fewer = with_ways(state, 5, "head"), with_ways(state, 2, "head")
+    more, fewer = resize_head(state, 5, "head"), resize_head(state, 2, "head")
     for name in ("linear.weight", "linear.bias"):
         assert torch.equal(more.slow[name], state.slow[name][[0, 1, 2, 0, 1]])
         assert torch.equal(more.rates[name], state.rates[name][:, [0, 1, 2, 0, 1]])
         assert torch.equal(fewer.slow[name], state.slow[name][:2])
     reptile = open_state(trained("reptile"))
-    moved = with_ways(reptile, 4, "head")
+    moved = resize_head(reptile, 4, "head")
     assert moved.moments["linear.weight"].shape[0] == 4 and moved.rates["linear.bias"].shape == (1,)
     assert torch.equal(moved.moments["steps"], reptile.moments["steps"])
 

@@ -7,16 +7,16 @@ from helpers.grid_cases import ignore, tiny_grid
 
 from mamlctl.experiments.grid import estimate as module
 from mamlctl.experiments.grid.estimate import estimate
-from mamlctl.experiments.settings import complete, resolve_settings
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
 
 def test_phases_are_those_of_the_schedules():
     """Order changes with da_epochs, queries after every step cost until msl_epochs."""
     given = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
-    config = complete(resolve_settings([("flag", given)]).config)
+    config = fill_defaults(resolve_settings([("flag", given)]).config)
     first_msl, first, second = (True, True), (True, False), (False, False)
     assert module._phases(config) == Counter({first_msl: 4, first: 6, second: 20})
-    plain = complete(
+    plain = fill_defaults(
         resolve_settings([("flag", {"dataset": "glyphs", "algo": "fomaml", "epochs": 7})]).config
     )
     assert module._phases(plain) == Counter({first: 7})

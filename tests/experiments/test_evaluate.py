@@ -9,12 +9,12 @@ import torch
 from helpers.shared import ignore
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.data.tasks.label_permutations import Relabelled
+from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.evaluation.evaluator import evaluate
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
-from mamlctl.experiments.trained_model import open_judged
+from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.settings.schema import EvalConfig
 
 WAYS, TASKS = 3, 7
@@ -42,7 +42,7 @@ def trained(tmp_path_factory, glyphs_root):
 
 
 def judged(path, **settings):
-    return open_judged(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
+    return load_trained_model(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
 
 
 def scores_of(path, **settings):
@@ -57,18 +57,20 @@ def scores_of(path, **settings):
 def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
     stream = judged(trained("maml")).stream
     for task in range(3):
-        labels = [Relabelled(stream, WAYS).labels(WAYS * task + order).tolist() for order in range(WAYS)]
+        labels = [
+            LabelPermutations(stream, WAYS).labels(WAYS * task + order).tolist() for order in range(WAYS)
+        ]
         assert labels == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 
 def test_further_orders_are_shifts_of_drawn_ones(trained):
     stream = judged(trained("maml")).stream
-    labels = np.array([Relabelled(stream, 9).labels(number) for number in range(9 * 200)])
+    labels = np.array([LabelPermutations(stream, 9).labels(number) for number in range(9 * 200)])
     assert (np.sort(labels, axis=1) == np.arange(WAYS)).all()
     labels_TON = labels.reshape(200, 3, WAYS, WAYS)
     assert (labels_TON == (labels_TON[:, :, :1] + np.arange(WAYS)[:, None]) % WAYS).all()
     # More orders begin with the fewer, whatever the task.
-    fewer = np.array([Relabelled(stream, 5).labels(number) for number in range(5 * 200)]).reshape(
+    fewer = np.array([LabelPermutations(stream, 5).labels(number) for number in range(5 * 200)]).reshape(
         200, 5, WAYS
     )
     assert (labels.reshape(200, 9, WAYS)[:, :5] == fewer).all()
@@ -80,7 +82,7 @@ def test_further_orders_are_shifts_of_drawn_ones(trained):
 
 def test_a_reordered_task_has_the_same_images_and_its_labels_mean_the_same_classes(trained):
     stream = judged(trained("maml")).stream
-    plain, reordered = stream.episodes(2, 4), Relabelled(stream, 5)
+    plain, reordered = stream.episodes(2, 4), LabelPermutations(stream, 5)
     for first, tasks in ((10, 20), (13, 1), (14, 3)):
         found = reordered.episodes(first, tasks)
         for place, number in enumerate(range(first, first + tasks)):
@@ -110,7 +112,7 @@ def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
     for task in range(TASKS):
         for order in range(orders):
             episodes = opened.stream.episodes(task, 1)
-            labels = Relabelled(opened.stream, orders).labels(task * orders + order)
+            labels = LabelPermutations(opened.stream, orders).labels(task * orders + order)
             for y_TE in (episodes.support_y_TE, episodes.query_y_TE):
                 y_TE[0] = torch.tensor([labels[label] for label in y_TE[0].tolist()])
             given = {"inner_steps": opened.inner_steps, "statistics": opened.statistics}

@@ -14,7 +14,7 @@ from mamlctl.data.sets import glyphs
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
-from mamlctl.experiments.trained_model import open_judged
+from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.settings.schema import EvalConfig
 
 
@@ -68,7 +68,7 @@ def colour(tmp_path_factory, root, mine):
 
 def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
     settings = EvalConfig(dataset=str(mine), split="train", tasks=5)
-    judged = open_judged(grey, settings, offline=True, on_event=ignore)
+    judged = load_trained_model(grey, settings, offline=True, on_event=ignore)
     assert judged.source.example_shape == (1, 28, 28) and judged.config.ink == 1
     x = judged.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 1, 28, 28)
@@ -82,7 +82,7 @@ def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
 
 
 def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
-    judged = open_judged(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
+    judged = load_trained_model(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
     x = judged.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 3, 20, 20) and (x[:, :, 0] == x[:, :, 1]).all()
     brought = "its images brought to 20x20 pixels, grey repeated in three colours"
@@ -92,14 +92,14 @@ def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
 
 def test_the_split_of_a_folder_is_written_into_the_run(colour):
     stored = json.loads((colour / "classes.json").read_text())
-    judged = open_judged(colour, EvalConfig(), offline=True, on_event=ignore)
+    judged = load_trained_model(colour, EvalConfig(), offline=True, on_event=ignore)
     assert stored == judged.source.names
     assert {split: len(names) for split, names in stored.items()} == {"train": 3, "val": 4, "test": 3}
     assert len(set(itertools.chain(*stored.values()))) == 10
 
 
 def test_its_own_data_need_no_note(grey):
-    assert open_judged(grey, EvalConfig(), offline=True, on_event=ignore).notes == ()
+    assert load_trained_model(grey, EvalConfig(), offline=True, on_event=ignore).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_its_own_data_need_no_note(grey):
 )
 def test_what_cannot_fit_is_refused(grey, dataset, fact):
     with pytest.raises(SettingsError) as raised:
-        open_judged(grey, EvalConfig(dataset=dataset), offline=True, on_event=ignore)
+        load_trained_model(grey, EvalConfig(dataset=dataset), offline=True, on_event=ignore)
     assert [problem for problem, _ in raised.value.problems] == [fact]
 
 

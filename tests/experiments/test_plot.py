@@ -11,9 +11,9 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.plot import POINTS, STEPS, _panels, _task_pictures, draw
-from mamlctl.experiments.settings import complete, resolve_settings
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.experiments.train import train
-from mamlctl.experiments.trained_model import open_judged
+from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.run_folder import open_run
 from mamlctl.settings.schema import EvalConfig
 
@@ -37,7 +37,7 @@ def curves(tmp_path_factory):
 
 def test_the_curves_are_those_of_the_adapted_weights(curves):
     """The drawn curve after one step against a gradient step written out on the stored weights."""
-    judged = open_judged(curves, EvalConfig(), offline=True, on_event=silent)
+    judged = load_trained_model(curves, EvalConfig(), offline=True, on_event=silent)
     row = _panels([judged])[0]
     assert [panel.title for panel in row] == ["meta-learnt (maml)", "random start"]
     panel, state = row[0], judged.states[0]
@@ -88,7 +88,7 @@ def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
     document = json.loads((curves / "eval").glob("*/summary.json").__next__().read_text())
     assert document["results"][0]["mse"] == pytest.approx(row.score)
     assert "accuracy" not in document["results"][0]
-    config = complete(open_run(curves).config)
+    config = fill_defaults(open_run(curves).config)
     assert config.algo == "maml"  # curves' own default
     validations = [entry for entry in open_run(curves).metrics() if "val_tasks" in entry]
     assert validations[0]["val_mse"] > 0
@@ -104,7 +104,7 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
         steps_per_epoch=4,
         data_root=str(glyphs_root),
     )
-    judged = open_judged(path, EvalConfig(), offline=True, on_event=silent)
+    judged = load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
     pictures = _task_pictures(judged)
     found = evaluate_run(path, EvalConfig(tasks=3), offline=True, on_event=silent)
     right = np.mean([(picture.query_y_M == picture.predicted_M).mean() for picture in pictures])
@@ -122,7 +122,8 @@ def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
     reptile = trained(tmp_path / "reptile", algo="reptile", queries=10, steps_per_epoch=4, **small)
     transfer = trained(tmp_path / "transfer", algo="transfer", seed=3, steps_per_epoch=4, **small)
     opened = [
-        open_judged(path, EvalConfig(), offline=True, on_event=silent) for path in (curves, reptile, transfer)
+        load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
+        for path in (curves, reptile, transfer)
     ]
     for row in _panels(opened):
         titles = [panel.title for panel in row]

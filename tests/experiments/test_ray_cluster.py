@@ -24,7 +24,7 @@ from mamlctl.engine.training import checkpoints
 from mamlctl.experiments.executors import ray_cluster
 from mamlctl.experiments.executors.jobs import Job
 from mamlctl.experiments.executors.ray_cluster import open_cluster, room
-from mamlctl.experiments.executors.ray_worker import Files, Place, pack, stamps, unpack
+from mamlctl.experiments.executors.ray_worker import Files, WorkerSlot, pack, stamps, unpack
 from mamlctl.run_folder import RunFolder, open_run, status_of, step_of
 
 TINY = """
@@ -259,7 +259,7 @@ def test_without_ray_the_extra_is_named(monkeypatch, events):
 
 
 def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
-    place = Place(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
+    place = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
     came = place.work(pack(tmp_path), "1s")
     place.leave()
     assert (came.files, came.code) == (None, 1)

@@ -5,7 +5,7 @@ import torch
 
 from helpers.engine_cases import build_uneven, random_episodes, small_config
 from mamlctl.engine.algorithms import adjoint as adjoint_module
-from mamlctl.engine.algorithms.meta_gradient import Ask
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives.interface import Autograd
 from mamlctl.engine.kernels import c_block
@@ -56,7 +56,7 @@ def measured_by(function, config, net, state, episodes, first_order, **more):
     steps = config.inner_steps
     weights = [(step + 1) / steps**2 for step in range(steps)] if config.msl else [0.0] * (steps - 1) + [1.0]
     named = {"inner_steps": steps, "msl_weights": weights, "first_order": first_order, "measure_all": True}
-    return function(net, state, episodes, Ask(**named), **more)
+    return function(net, state, episodes, MetaStepRequest(**named), **more)
 
 
 def assert_equal_measurements(found, wanted, state, tolerance=1e-11):

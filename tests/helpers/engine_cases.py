@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.training.initial_state import build
-from mamlctl.settings.schema import TrainConfig, derive
+from mamlctl.settings.schema import TrainConfig, fill_schedules
 
 IMAGE = (1, 16, 16)  # the smallest that four halvings leave a pixel of
 SMALL = {
@@ -26,13 +26,13 @@ def small_config(**settings):
     values = SMALL | {"precision": "float64", "inner_lr": 0.05, "rotations": "none"} | settings
     values = {"algo": "maml"} | values
     entry = ALGORITHMS[values["algo"]]
-    values = dict(entry.defaults) | values | dict(entry.fixed)
-    return derive(TrainConfig(**values), {"split_scheme": "own", "resize": "none"})
+    values = dict(entry.defaults) | values | dict(entry.forced)
+    return fill_schedules(TrainConfig(**values), {"split_scheme": "own", "resize": "none"})
 
 
 def fastest(net):
     """The derivatives that a float64 run on the CPU has."""
-    return derivatives_of(net, torch.empty(0, dtype=torch.float64))
+    return select_derivatives(net, torch.empty(0, dtype=torch.float64))
 
 
 def random_episodes(config, seed=0, image=IMAGE):

@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from mamlctl.data.fetching.downloads import Source
+from mamlctl.data.fetching.downloads import Archive
 
 HTML = b"<!DOCTYPE html>\n<html><head><title>Quota exceeded</title></head><body>Sorry.</body></html>"
 
@@ -109,7 +109,7 @@ class Server(http.server.ThreadingHTTPServer):
         """An archive that is to be at `paths`."""
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         urls = tuple(self.address + path for path in paths)
-        return Source(paths[0].rpartition("/")[2], urls, md5, "MIT", bytes)
+        return Archive(paths[0].rpartition("/")[2], urls, md5, "MIT", bytes)
 
 
 @contextmanager

@@ -329,16 +329,17 @@ def test_any_text_is_written_as_it_is(tmp_path):
 
 
 PROGRAM = """
-import sys, mamlctl.report.plots as plots
+import sys
+from mamlctl.report.figures import run_figures, style
 assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 import matplotlib, pathlib, numpy as np
 before = dict(matplotlib.rcParams.copy())
-plots.save(plots.rates({"w": np.array([0.1, 0.2])}, "Rates"), pathlib.Path(sys.argv[1]))
-plots.training([{"step": 1, "query_losses": [1.0], "meta_lr": 1.0}], [], "mse")
+style.save(run_figures.rates({"w": np.array([0.1, 0.2])}, "Rates"), pathlib.Path(sys.argv[1]))
+run_figures.training([{"step": 1, "query_losses": [1.0], "meta_lr": 1.0}], [], "mse")
 y = np.zeros(1, int)
-plots.tasks([plots.TaskPicture(np.zeros((1, 1, 1, 8, 8)), np.zeros((1, 1, 8, 8)), y, y)], "Task")
+run_figures.tasks([run_figures.TaskPicture(np.zeros((1, 1, 1, 8, 8)), np.zeros((1, 1, 8, 8)), y, y)], "Task")
 x = np.zeros(3)
-plots.regression([[plots.Panel("p", x, x, x, x, [plots.Curve(0, x, 1.0)])]], "Sine")
+run_figures.regression([[run_figures.Panel("p", x, x, x, x, [run_figures.Curve(0, x, 1.0)])]], "Sine")
 assert "matplotlib.pyplot" not in sys.modules
 assert dict(matplotlib.rcParams.copy()) == before
 """

@@ -11,7 +11,7 @@ from mamlctl.experiments.settings import resolve_settings
 from mamlctl.settings.merge import resolve
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names, to_yaml
 from mamlctl.settings.rules import check
-from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig, derive
+from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig, fill_schedules
 
 
 def resolved(*layers):
@@ -100,18 +100,20 @@ def test_what_a_preset_says_of_a_switch_that_a_flag_turns_off_is_dropped():
 
 def test_short_runs_keep_the_shape_of_the_published_schedules():
     on = dict.fromkeys(IMPROVEMENTS, True)
-    assert derive(TrainConfig(epochs=100, **on), {}).msl_epochs == 10
-    assert derive(TrainConfig(epochs=150, **on), {}).da_epochs == 50
-    short = derive(TrainConfig(epochs=3, meta_lr=0.01, seed=4, inner_steps=7, **on), {"resize": "box"})
+    assert fill_schedules(TrainConfig(epochs=100, **on), {}).msl_epochs == 10
+    assert fill_schedules(TrainConfig(epochs=150, **on), {}).da_epochs == 50
+    short = fill_schedules(
+        TrainConfig(epochs=3, meta_lr=0.01, seed=4, inner_steps=7, **on), {"resize": "box"}
+    )
     assert (short.msl_epochs, short.da_epochs, short.min_meta_lr) == (1, 1, pytest.approx(1e-4))
     assert (short.init_seed, short.train_seed, short.eval_inner_steps, short.resize) == (4, 4, 7, "box")
-    plain = derive(TrainConfig(), {"resize": "box"})
+    plain = fill_schedules(TrainConfig(), {"resize": "box"})
     assert (plain.msl_epochs, plain.da_epochs, plain.min_meta_lr) == (None, None, None)
 
 
 def test_a_written_configuration_reads_back_the_same(tmp_path):
     config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
-    completed = derive(config, {"resize": "box"})
+    completed = fill_schedules(config, {"resize": "box"})
     text = to_yaml(config, completed)
     assert "msl_epochs: null  # derived: 10\n" in text
     (tmp_path / "config.yaml").write_text(text)
@@ -120,9 +122,9 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
 
 def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):
     config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
-    (tmp_path / "config.yaml").write_text(to_yaml(config, derive(config, {})))
+    (tmp_path / "config.yaml").write_text(to_yaml(config, fill_schedules(config, {})))
     again = resolved(("file", load_file(tmp_path / "config.yaml")), ("flag", {"seed": 3, "epochs": 20}))
-    completed = derive(again.config, {})
+    completed = fill_schedules(again.config, {})
     assert (completed.init_seed, completed.train_seed, completed.msl_epochs, completed.da_epochs) == (
         3,
         3,

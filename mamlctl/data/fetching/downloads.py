@@ -23,8 +23,8 @@ from mamlctl.data.fetching.partial_files import Part
 from mamlctl.data.fetching.responses import (
     PATIENCE,
     Dropped,
+    MirrorUnusable,
     Patience,
-    Refused,
     extent,
     network_failures_told,
     shown,
@@ -49,7 +49,7 @@ SPEED_OVER_S = 5.0  # shorter jumps about, longer hides a stall
 
 
 @dataclass(frozen=True)
-class Source:
+class Archive:
     """One upstream archive."""
 
     file: str
@@ -63,7 +63,7 @@ class Source:
 class _Job:
     """One archive to get."""
 
-    source: Source
+    source: Archive
     part: Part
     session: Session
     on_event: OnEvent
@@ -72,7 +72,7 @@ class _Job:
 
 @contextmanager
 def downloaded(
-    sources: Sequence[Source],
+    sources: Sequence[Archive],
     folder: Path,
     *,
     mirrors: Sequence[str] = (),
@@ -94,7 +94,7 @@ def downloaded(
 
 
 def download(
-    source: Source,
+    source: Archive,
     folder: Path,
     *,
     mirrors: Sequence[str] = (),
@@ -111,12 +111,12 @@ def download(
         return _download(source, folder, mirrors, hint, on_event, patience)
 
 
-def _lock(folder: Path, source: Source) -> Path:
+def _lock(folder: Path, source: Archive) -> Path:
     return folder / f"{source.file}.lock"
 
 
 def _download(
-    source: Source, folder: Path, mirrors: Sequence[str], hint: str, on_event: OnEvent, patience: Patience
+    source: Archive, folder: Path, mirrors: Sequence[str], hint: str, on_event: OnEvent, patience: Patience
 ) -> Path:
     from requests import Session
 
@@ -158,7 +158,7 @@ def _from_any(job: _Job, urls: Sequence[str], hint: str) -> None:
         try:
             _from_one(job, url)
             return
-        except Refused as refusal:
+        except MirrorUnusable as refusal:
             reasons.append(f"{shown(url)} {refusal}")
     raise DataError(f"cannot download {job.source.file}: {'; '.join(reasons)}", hint=hint)
 
@@ -176,13 +176,16 @@ def _from_one(job: _Job, url: str) -> None:
             failures += 1
             pause = max(dropped.pause_s, patience.pause_s * 2 ** (failures - 1))
             if failures >= patience.tries or dropped.pause_s > patience.longest_pause_s:
-                raise Refused(str(dropped)) from dropped
+                raise MirrorUnusable(str(dropped)) from dropped
             job.on_event(Notice(f"{shown(url)} {dropped}; trying again in {pause:.3g} s"))
             time.sleep(pause)
 
 
 def _try(job: _Job, url: str) -> None:
-    """Ask once for what is missing, and verify the whole. Raises Dropped, Refused or the disk's OSError."""
+    """Ask once for what is missing, and verify the whole.
+
+    Raises Dropped, MirrorUnusable or the disk's OSError.
+    """
     source, part = job.source, job.part
     begin = asked = part.size
     if not part.is_whole(source.bytes):
@@ -192,7 +195,7 @@ def _try(job: _Job, url: str) -> None:
         part.drop()
         if begin:  # the rest may be of another version than the beginning: the next try is of one piece
             raise Dropped(DOES_NOT_FIT)
-        raise Refused(f"does not have the md5 {source.md5}")
+        raise MirrorUnusable(f"does not have the md5 {source.md5}")
 
 
 @contextmanager
@@ -221,9 +224,9 @@ def _receive(job: _Job, url: str, answer: Response, asked: int) -> int:
     # Before the length and the checksum, which would only say that they differ; and before the first byte is
     # written, so that a page for people costs nothing of what an earlier try left.
     if page := html_page(first):
-        raise Refused(f"is {page}, not an archive")
+        raise MirrorUnusable(f"is {page}, not an archive")
     if source.bytes is not None and total not in (None, source.bytes):
-        raise Refused(f"has {total:,} bytes instead of {source.bytes:,}")
+        raise MirrorUnusable(f"has {total:,} bytes instead of {source.bytes:,}")
     whole = total or source.bytes
     _refuse_full(part.path.parent, source.file, (whole or 0) - begin)
     part.begin(begin, shown(url), validator_of(answer), whole)

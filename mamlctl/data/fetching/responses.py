@@ -28,7 +28,7 @@ class Patience:
 PATIENCE = Patience()
 
 
-class Refused(Exception):
+class MirrorUnusable(Exception):
     """Why a mirror will not do, in a few words."""
 
 
@@ -79,7 +79,7 @@ def extent(answer: Response, asked: int) -> tuple[int, int | None]:
         pause = _retry_after(answer)
         asks = f" and asks to wait {pause:.0f} s" if pause else ""
         raise Dropped(f"answers {status}{asks}", pause)
-    raise Refused(f"answers {status}")
+    raise MirrorUnusable(f"answers {status}")
 
 
 def _retry_after(answer: Response) -> float:
@@ -113,7 +113,7 @@ def network_failures_told(patience: Patience) -> Iterator[None]:
         reason = f"cannot be read: {str(inner).split(': ')[-1].splitlines()[0] or type(inner).__name__}"
         final = (exceptions.SSLError, exceptions.InvalidURL, exceptions.TooManyRedirects)
         if isinstance(error, final) or any(isinstance(c, NameResolutionError) for c in _causes(error)):
-            raise Refused(reason) from error
+            raise MirrorUnusable(reason) from error
         if isinstance(inner, IncompleteRead):
             reason = f"broke off {inner.expected or 0:,} bytes before the end"
         raise Dropped(reason) from error

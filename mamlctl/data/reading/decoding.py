@@ -33,7 +33,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ImageShape:
     """What every image becomes."""
 
     side: int
@@ -58,7 +58,7 @@ def of_path(path: Path, root: Path, label: str) -> ImageFile:
 
 def decoded(
     files: Sequence[ImageFile],
-    shape: Shape,
+    shape: ImageShape,
     *,
     what: str,
     on_event: OnEvent,

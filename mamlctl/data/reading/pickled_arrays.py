@@ -30,7 +30,7 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
     GLOBALS[f"{_core}.numeric", "_frombuffer"] = "buffer"
 
 
-class Refused(Exception):
+class UnsafePickle(Exception):
     """What no honest pickle of arrays holds."""
 
 
@@ -64,36 +64,36 @@ class Makers:
         }
 
     def call(self, maker: object, arguments: object) -> Any:
-        """What REDUCE leaves. Raises Refused, or what Python raises for wrong arguments."""
+        """What REDUCE leaves. Raises UnsafePickle, or what Python raises for wrong arguments."""
         if not isinstance(maker, Global) or maker.kind not in self._makers:
-            raise Refused(f"it calls {_word(maker)}")
+            raise UnsafePickle(f"it calls {_word(maker)}")
         if not isinstance(arguments, tuple) or (maker.kind == "bytes" and arguments):
-            raise Refused(f"it calls {_word(maker)} as no pickle does")
+            raise UnsafePickle(f"it calls {_word(maker)} as no pickle does")
         return self._makers[maker.kind](*arguments)  # type: ignore[operator]
 
     def complete(self, made: object, state: object) -> Any:
         """What BUILD leaves: the array or dtype itself."""
         if not isinstance(made, Made) or made.value is not None or not isinstance(state, tuple):
-            raise Refused(f"it alters {_word(made)}")
+            raise UnsafePickle(f"it alters {_word(made)}")
         if made.spec is None:
             *_, shape, dtype, fortran, raw = state
             made.value = self._in_bytes(shape, dtype, "F" if fortran else "C", raw)
         else:
             _, order, *foreign = state
             if order not in ORDERS or any(part is not None for part in foreign[:3]):
-                raise Refused("it holds an array of fields, not of plain numbers")
+                raise UnsafePickle("it holds an array of fields, not of plain numbers")
             made.value = np.dtype(made.spec).newbyteorder(order)
         return made.value
 
     def _array(self, subtype: object, shape: object, code: object) -> Made:
         if subtype != Global("ndarray"):
-            raise Refused("it makes an array of a foreign type")
+            raise UnsafePickle("it makes an array of a foreign type")
         return Made()
 
     def _dtype(self, spec: object, align: object = False, copy: object = True) -> Made:
         if not isinstance(spec, str) or not NUMBERS.fullmatch(spec):
             what = f"{spec!a:.40}" if isinstance(spec, str) else _word(spec)
-            raise Refused(f"it holds an array of {what}, not of plain numbers")
+            raise UnsafePickle(f"it holds an array of {what}, not of plain numbers")
         return Made(spec)
 
     def _scalar(self, dtype: object, raw: object) -> Any:
@@ -105,25 +105,25 @@ class Makers:
 
     def _encode(self, text: object, code: object = "") -> bytes:
         if not isinstance(text, str) or code not in ("latin1", "latin-1"):
-            raise Refused("it encodes what is no bytes")
+            raise UnsafePickle("it encodes what is no bytes")
         self._room -= len(text)
         # What is encoded was read before; only an attack encodes the same again and again.
         if self._room < 0:
-            raise Refused("it grows far beyond its own size")
+            raise UnsafePickle("it grows far beyond its own size")
         return text.encode("latin-1")
 
     def _in_bytes(self, shape: object, dtype: object, order: object, raw: object) -> NDArray[Any]:
         """An array that lies in the bytes themselves, which may be 815 MB."""
         if not isinstance(dtype, np.dtype):
-            raise Refused("it makes an array without a dtype")
+            raise UnsafePickle("it makes an array without a dtype")
         if isinstance(raw, str):  # a short string of Python 2
             raw = self._encode(raw, "latin-1")
         if not isinstance(raw, bytes | bytearray):
-            raise Refused(f"it makes an array of {_word(raw)}")
+            raise UnsafePickle(f"it makes an array of {_word(raw)}")
         if not isinstance(shape, tuple) or len(shape) > MOST_AXES:
-            raise Refused("it makes an array without a shape")
+            raise UnsafePickle("it makes an array without a shape")
         if not all(type(side) is int and side >= 0 for side in shape):
-            raise Refused("it makes an array without a shape")
+            raise UnsafePickle("it makes an array without a shape")
         if math.prod(shape) * dtype.itemsize != len(raw):
             raise ValueError(f"an array of {dtype} {shape} does not lie in {len(raw):,} bytes")
         return np.ndarray(shape, dtype, raw, order="F" if order == "F" else "C")

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from mamlctl.core.errors import DataError
-from mamlctl.data.reading.pickled_arrays import GLOBALS, Global, Made, Makers, Refused
+from mamlctl.data.reading.pickled_arrays import GLOBALS, Global, Made, Makers, UnsafePickle
 
 # Python 2 does not tell text from bytes. A string above this is an array's pixels, which decoding would copy.
 LONGEST_TEXT = 64 * 1024
@@ -38,7 +38,7 @@ def load_arrays(data: bytes | BinaryIO, told: str) -> Any:
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         return _checked(_Machine(file).run())
-    except Refused as error:
+    except UnsafePickle as error:
         message, hint = f"{told} is refused: {error}", "do not trust it: get the file from its authors"
         raise DataError(message, hint=hint) from error
     except (EOFError, OSError, zlib.error) as error:  # of a file, or of the archive that it is read from
@@ -57,7 +57,7 @@ def _checked(result: Any) -> Any:
         if isinstance(value, PLAIN):
             continue
         if not isinstance(value, list | tuple | dict):
-            raise Refused("it holds a function or an unfinished array")
+            raise UnsafePickle("it holds a function or an unfinished array")
         if id(value) not in seen:  # once, since a list may hold itself
             seen.add(id(value))
             waiting += value.values() if isinstance(value, dict) else value
@@ -87,13 +87,13 @@ class _Machine:
             if step is None:
                 self._unknown(code, number)
             step(self)
-        raise Refused(f"it takes more than {MOST_STEPS:,} steps")
+        raise UnsafePickle(f"it takes more than {MOST_STEPS:,} steps")
 
     def _unknown(self, code: bytes, number: int) -> NoReturn:
         if not code:
             raise EOFError
         if code in _FOREIGN and number > 0:  # at the start: any other file, such as a zip
-            raise Refused(_FOREIGN[code])
+            raise UnsafePickle(_FOREIGN[code])
         raise ValueError(f"there is no operation {code!r}")
 
     # Reading. Lengths are held to the file's before anything is allocated for them.
@@ -142,7 +142,7 @@ class _Machine:
     def _top(self, kind: type[Any]) -> Any:
         value = self._pop()
         if type(value) is not kind:
-            raise Refused(f"it treats a {type(value).__name__} as a {kind.__name__}")
+            raise UnsafePickle(f"it treats a {type(value).__name__} as a {kind.__name__}")
         self._stack.append(value)
         return value
 
@@ -203,7 +203,7 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing a tuple goes as deep as the tuple: one of a million levels ends the process.
             if not isinstance(key, str | bytes | int | float):
-                raise Refused(f"it has a {type(key).__name__} as a key")
+                raise UnsafePickle(f"it has a {type(key).__name__} as a key")
             target[key] = value
 
     def _old_dict(self) -> None:
@@ -225,7 +225,7 @@ class _Machine:
         value = self._memo[key]
         if isinstance(value, Made):
             if value.value is None:
-                raise Refused("it uses an array before it is there")
+                raise UnsafePickle("it uses an array before it is there")
             value = value.value
         self._push(value)
 
@@ -233,10 +233,10 @@ class _Machine:
 
     def _global(self, module: object, name: object) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise Refused("it asks for what has no name")
+            raise UnsafePickle("it asks for what has no name")
         kind = GLOBALS.get((module, name))
         if kind is None:
-            raise Refused(f"it asks for {f'{module}.{name}'!a:.80}, which is no array")
+            raise UnsafePickle(f"it asks for {f'{module}.{name}'!a:.80}, which is no array")
         self._push(Global(kind))
 
     def _global_lines(self) -> None:

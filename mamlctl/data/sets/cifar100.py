@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
-from mamlctl.data.fetching.downloads import DOWNLOADS, Source, downloaded
+from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
@@ -60,11 +60,11 @@ PARTS = (
 )
 
 
-def cifar_source() -> Source:
+def cifar_source() -> Archive:
     """The archive as torchvision names it, so that its corrections reach us with its releases."""
     from torchvision.datasets import CIFAR100  # here, since it imports torch
 
-    return Source(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE)
+    return Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE)
 
 
 def fetch(

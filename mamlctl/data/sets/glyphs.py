@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
-from mamlctl.data.counter_rng import raw_bits, shuffled
+from mamlctl.data.counter_rng import random_words, shuffled
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
 NAME = "glyphs"
@@ -112,7 +112,7 @@ def _bell(raw_3: NDArray[np.uint64]) -> NDArray[np.float64]:
 def _shape(number: int) -> NDArray[np.float64]:
     """A glyph's control points, scaled so that its curves fill a box of side 1 around 0: strokes, 4, 2."""
     most = STROKES[1]
-    words = raw_bits(SHAPE_SEED, "glyph shapes", number, 1 + most * CONTROLS * 2)
+    words = random_words(SHAPE_SEED, "glyph shapes", number, 1 + most * CONTROLS * 2)
     strokes = STROKES[0] + int(words[0] % np.uint64(STROKES[1] - STROKES[0] + 1))
     controls = _uniform(words[1:]).reshape(most, CONTROLS, 2)[:strokes]
     drawn = np.stack([_curve(controls[None, ..., axis]) for axis in (0, 1)], axis=-1)[0]
@@ -124,7 +124,7 @@ def _shape(number: int) -> NDArray[np.float64]:
 def _drawings(controls: NDArray[np.float64], number: int) -> NDArray[np.uint8]:
     """Twenty drawings of one glyph -> B, H, W."""
     wobbles = controls.size
-    words = raw_bits(SHAPE_SEED, "glyph drawings", number, DRAWINGS * (wobbles + 7) * 3)
+    words = random_words(SHAPE_SEED, "glyph drawings", number, DRAWINGS * (wobbles + 7) * 3)
     noise = _bell(words.reshape(DRAWINGS, wobbles + 7, 3))
     bent = controls + WOBBLE * noise[:, :wobbles].reshape(DRAWINGS, *controls.shape)
     x, y = bent[..., 0], bent[..., 1]

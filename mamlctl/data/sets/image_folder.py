@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.counter_rng import shuffled
-from mamlctl.data.reading.decoding import ImageFile, Shape, decoded, of_path
+from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_path
 from mamlctl.data.reading.image_files import FILTERS, class_folders
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 
@@ -82,7 +82,7 @@ def open_pack(
         raise DataError(
             f"{folder} holds no images", hint="put the images of each class into a folder of its own"
         )
-    _pack(path, Shape(side, channels, resize), files, left_out, stamp, on_event)
+    _pack(path, ImageShape(side, channels, resize), files, left_out, stamp, on_event)
     packed = load_pack(path, str(folder))
     _tell(packed.facts["left_out"], on_event)
     return packed
@@ -90,7 +90,7 @@ def open_pack(
 
 def _pack(
     path: Path,
-    shape: Shape,
+    shape: ImageShape,
     files: Sequence[ImageFile],
     left_out: list[str],
     stamp: str,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.reading.archives import Members, open_members
-from mamlctl.data.reading.decoding import ImageFile, Shape, decoded, of_members, twins
+from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_members, twins
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
@@ -73,7 +73,7 @@ LISTED = (MINI, TIERED)
 
 PER_CLASS = 600  # mini-ImageNet's images of every class
 
-RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `Shape`'s filter, and told
+RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `ImageShape`'s filter, and told
 
 
 def fetch(
@@ -102,7 +102,7 @@ def fetch(
         found = _by_class(listed, opened)
         _verify(listed, found, source)
         files = [image for name in sorted(found) for image in found[name]]
-        shape, pairs = Shape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
+        shape, pairs = ImageShape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
         stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
     if pairs:

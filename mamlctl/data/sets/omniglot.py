@@ -21,7 +21,7 @@ from PIL import Image
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.counter_rng import shuffled
-from mamlctl.data.fetching.downloads import DOWNLOADS, Source, downloaded
+from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
@@ -92,12 +92,12 @@ SIZES = {"68d2efa1b9178cc56df9314c21c6e718": 9_464_212, "6b91aef0f799c5bb55b94e3
 ORIGIN = "github.com/brendenlake/omniglot"
 
 
-def omniglot_sources() -> tuple[Source, ...]:
+def omniglot_sources() -> tuple[Archive, ...]:
     """The two zips as torchvision names them, so that its corrections reach us with its releases."""
     from torchvision.datasets import Omniglot  # here, since it imports torch
 
     return tuple(
-        Source(
+        Archive(
             f"{name}.zip",
             (f"{Omniglot.download_url_prefix}/{name}.zip", f"https://{ORIGIN}/raw/master/python/{name}.zip"),
             md5,

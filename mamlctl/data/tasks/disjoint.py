@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.data.counter_rng import raw_bits, smallest
+from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.tasks.image_tasks import TURNS, TaskStream
 
 A_PASS = 2**32  # blocks of random words that a pass may take: its images and order one, each task another
@@ -74,19 +74,19 @@ class DisjointTasks(TaskStream):
         classes, most = len(counts), int(counts.max())
         left_C = counts // self._block
         tasks = _most_tasks(left_C, ways)
-        words = raw_bits(self.seed, self._purpose, number * A_PASS, classes * most + tasks)
+        words = random_words(self.seed, self._purpose, number * A_PASS, classes * most + tasks)
         keys_CM = words[: classes * most].reshape(classes, most)
         keys_CM[np.arange(most) >= counts[:, None]] = np.iinfo(np.uint64).max  # as in TaskStream
         class_PN, block_PN, turns_PN = np.zeros((3, tasks, ways), dtype=np.int64)
         for task in range(tasks):
-            raw = raw_bits(self.seed, self._purpose, number * A_PASS + 1 + task, classes + 2 * ways)
+            raw = random_words(self.seed, self._purpose, number * A_PASS + 1 + task, classes + 2 * ways)
             richest = np.lexsort((raw[:classes], -left_C))[:ways]
             chosen = richest[np.argsort(raw[classes : classes + ways])]
             left_C[chosen] -= 1
             class_PN[task], block_PN[task] = chosen, left_C[chosen]
             if self._turns:
                 turns_PN[task] = (raw[classes + ways :] & np.uint64(TURNS - 1)).astype(np.int64)
-        order = smallest(words[classes * most :], tasks)
+        order = k_smallest(words[classes * most :], tasks)
         return Pass(class_PN[order], block_PN[order], turns_PN[order], np.argsort(keys_CM, axis=-1))
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mamlctl.data.counter_rng import raw_bits
+from mamlctl.data.counter_rng import random_words
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def mini_batches(
 ) -> NDArray[np.int64]:
     """The support examples of every inner step of a task, cut from as many shuffles as it takes -> _IB."""
     shuffles = -(-steps * size // examples)
-    keys = raw_bits(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
+    keys = random_words(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
     return np.argsort(keys, axis=-1).reshape(-1)[: steps * size].reshape(steps, size)

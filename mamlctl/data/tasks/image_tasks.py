@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.data.counter_rng import raw_bits, smallest
+from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.reading.packs import PackedImages
 from mamlctl.data.tasks.episodes import Episodes
 
@@ -189,7 +189,9 @@ class TaskStream:
         """Each image mirrored or shifted, or both, by words of its task alone."""
         images, side = len(x_MCHW) // tasks, x_MCHW.shape[-1]
         purpose = f"{self.split} augment"
-        words = np.stack([raw_bits(self.seed, purpose, first + task, 3 * images) for task in range(tasks)])
+        words = np.stack(
+            [random_words(self.seed, purpose, first + task, 3 * images) for task in range(tasks)]
+        )
         flip_M, down_M, right_M = words.reshape(tasks * images, 3).T
         if "flips" in self._augment:
             mirrored_M = self._to_device_no_sync((flip_M & np.uint64(1)).astype(np.int64)).bool()
@@ -214,8 +216,8 @@ class TaskStream:
         # Classes before turns before examples: of two streams that differ in ways, tasks share their first
         # classes; of two that differ in queries, they share the support set.
         words = pool + ways + ways * most
-        raw = np.stack([raw_bits(self.seed, self.split, first + task, words) for task in range(tasks)])
-        class_TN = smallest(raw[:, :pool], ways)
+        raw = np.stack([random_words(self.seed, self.split, first + task, words) for task in range(tasks)])
+        class_TN = k_smallest(raw[:, :pool], ways)
         turns_TN = np.zeros_like(class_TN)
         if self._turns_as_classes > 1:
             turns_TN, class_TN = np.divmod(class_TN, len(self._counts))
@@ -224,7 +226,7 @@ class TaskStream:
         keys_TNM = raw[:, pool + ways :].reshape(tasks, ways, most)
         # Smaller classes leave their last keys unused: the largest key is never among the smallest.
         keys_TNM[np.arange(most) >= self._counts[class_TN][..., None]] = np.iinfo(np.uint64).max
-        return class_TN, smallest(keys_TNM, self.shots + self.queries), turns_TN
+        return class_TN, k_smallest(keys_TNM, self.shots + self.queries), turns_TN
 
     def _to_device_no_sync(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)

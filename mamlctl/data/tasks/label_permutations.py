@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mamlctl.data.counter_rng import raw_bits, smallest
+from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.tasks.episodes import Episodes, Tasks
 
 
-class Relabelled:
+class LabelPermutations:
     """A stream in which every task comes `orders` times in a row, its classes labelled differently each time.
 
     The first orders are the stream's own and its cyclic shifts, so that as many as ways give each class each
@@ -47,6 +47,6 @@ class Relabelled:
         drawn, shift = divmod(place, self.ways)
         order_N = np.arange(self.ways)
         if drawn:
-            keys = raw_bits(self.seed, f"{self.split} labels", task, drawn * self.ways)[-self.ways :]
-            order_N = smallest(keys, self.ways)
+            keys = random_words(self.seed, f"{self.split} labels", task, drawn * self.ways)[-self.ways :]
+            order_N = k_smallest(keys, self.ways)
         return (order_N + shift) % self.ways

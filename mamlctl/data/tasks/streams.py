@@ -24,7 +24,7 @@ from mamlctl.settings.schema import TrainConfig
 
 
 @dataclass(frozen=True)
-class Source:
+class TaskSource:
     """What the streams' tasks are drawn from."""
 
     digest: str  # of all images, or of a family of curves
@@ -44,7 +44,7 @@ def open_streams(
     on_event: OnEvent,
     stored: Mapping[str, Sequence[str]] | None = None,
     disjoint: bool = False,
-) -> tuple[dict[str, Tasks], Source]:
+) -> tuple[dict[str, Tasks], TaskSource]:
     """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
 
     `config`: complete. `dtype`: of the examples. `stored`: the split that a run began with. `disjoint`: as
@@ -56,7 +56,7 @@ def open_streams(
         streams: dict[str, Tasks] = {
             split: CurveStream(family=family, **_common(config, split, device, dtype)) for split in splits
         }
-        source = Source(family.digest, (1,), {}, {})
+        source = TaskSource(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         split = split_of(config, packed, stored)
@@ -68,7 +68,7 @@ def open_streams(
         brightness = float(some_MCHW.mean() / 255)
         shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
         names = {name: [packed.names[number] for number in part] for name, part in split.items()}
-        source = Source(packed.digest, shape, pools, names, brightness)
+        source = TaskSource(packed.digest, shape, pools, names, brightness)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured, counts
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, counts
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, Params
@@ -40,16 +40,21 @@ class _Step:
 
 
 def adjoint(
-    net: Net, state: MetaState, episodes: Episodes, ask: Ask, *, derivatives: Derivatives | None = None
-) -> Measured:
+    net: Net,
+    state: MetaState,
+    episodes: Episodes,
+    ask: MetaStepRequest,
+    *,
+    derivatives: Derivatives | None = None,
+) -> MetaStepResult:
     """The meta-gradient of `meta_gradient.unrolled`, with memory that does not grow with the steps' graphs.
 
     `derivatives`: other than the fastest ones for the net.
     """
     steps, weights = ask.inner_steps, ask.msl_weights
     with torch.no_grad():
-        derivatives = derivatives or derivatives_of(net, episodes.support_x_TECHW)
-        walk = _Walk(derivatives, state, episodes, ask.first_order)
+        derivatives = derivatives or select_derivatives(net, episodes.support_x_TECHW)
+        walk = AdjointPass(derivatives, state, episodes, ask.first_order)
         for step in range(steps):
             if ask.measure_all and not (step and counts(weights[step - 1])):
                 walk.look(step)
@@ -63,7 +68,7 @@ def adjoint(
         return walk.measured()
 
 
-class _Walk:
+class AdjointPass:
     """Forward through the inner steps and back, all tasks of the episodes at once."""
 
     def __init__(
@@ -131,11 +136,11 @@ class _Walk:
         for name, grad in by_norm.items():
             self._at_row(name, step).sub_(grad)
 
-    def measured(self) -> Measured:
+    def measured(self) -> MetaStepResult:
         """Everything, once the walk is back at the initialisation."""
         for name, p in self.p.items():
             self.grads[name].add_(p.sum(0))
-        return Measured(
+        return MetaStepResult(
             self.grads,
             self.meta_loss,
             torch.stack(self.support_losses),

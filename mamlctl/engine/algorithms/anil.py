@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured, unroll
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, unroll
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.prediction import (
     body_of,
     expanded,
@@ -20,14 +20,14 @@ from mamlctl.engine.nets.base import HEAD, HeadNet, Net
 from mamlctl.engine.nets.batch_norm import NormPass
 
 
-def head_only(
+def anil(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
+    ask: MetaStepRequest,
     *,
     engine: str,
-) -> Measured:
+) -> MetaStepResult:
     """ANIL (Raghu et al. 2020, arXiv:1909.09157): the inner loop changes the head alone.
 
     So the body is passed once forward and once backward a set, and what is unrolled is a linear layer.
@@ -54,7 +54,7 @@ class _Bodies:
     """The features of both sets of every task, and the way back from their gradients."""
 
     def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: str) -> None:
-        self.derivatives = derivatives_of(net, episodes.support_x_TECHW, engine)
+        self.derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
         self.episodes, self.tasks = episodes, len(episodes.support_y_TE)
         self.passes: list[NormPass] = []
         self.tapes = []

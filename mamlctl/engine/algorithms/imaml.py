@@ -9,24 +9,24 @@ from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.measured_loop import _InnerLoop
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.inner_loop import MetaState, pulled
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
 @torch.no_grad()
-def implicit(
+def imaml(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
+    ask: MetaStepRequest,
     *,
     engine: str,
     proximal: float,
     cg_steps: int,
-) -> Measured:
+) -> MetaStepResult:
     """iMAML (Rajeswaran et al. 2019, arXiv:1909.04630): the meta-gradient at the inner loop's end alone.
 
     At a minimum of support loss + proximal / 2 |w - w0|^2 the implicit function theorem gives, with H the
@@ -38,7 +38,7 @@ def implicit(
     v comes from `cg_steps` of conjugate gradient, a Hessian-vector product each, for all tasks at once.
     Memory does not depend on the number of inner steps.
     """
-    derivatives = derivatives_of(net, episodes.support_x_TECHW, engine)
+    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
     inner = _InnerLoop(derivatives, state, episodes, pulled(state, proximal))
     for step in range(ask.inner_steps):
         if ask.measure_all:

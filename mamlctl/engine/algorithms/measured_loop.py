@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Measured
+from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
 from mamlctl.engine.evaluation.prediction import (
     expanded,
@@ -62,8 +62,8 @@ class _InnerLoop:
         self.query_losses[steps] = objective.loss(outputs_TEN, y_TE).mean()
         self.query_scores[steps] = objective.score(outputs_TEN, y_TE).mean()
 
-    def measured(self, grads: dict[str, Tensor], moments: Params) -> Measured:
+    def measured(self, grads: dict[str, Tensor], moments: Params) -> MetaStepResult:
         """With the gradients of what is meta-learnt; the meta-loss is that after the last step."""
         losses = self.query_losses, self.query_scores
         last = self.query_losses[max(self.query_losses)]
-        return Measured(grads, last, torch.stack(self.support_losses), *losses, self.passes, moments)
+        return MetaStepResult(grads, last, torch.stack(self.support_losses), *losses, self.passes, moments)

@@ -16,7 +16,7 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
 @dataclass(frozen=True)
-class Measured:
+class MetaStepResult:
     """What one meta-step measured, on the device; the outer optimiser has not moved yet."""
 
     grads: dict[str, Tensor]  # like MetaState.learnable()
@@ -34,7 +34,7 @@ def counts(weight: float | Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Ask:
+class MetaStepRequest:
     """What a meta-step is to find out."""
 
     inner_steps: int
@@ -49,7 +49,9 @@ class Ask:
 class Outer(Protocol):
     """How query losses become gradients of what is meta-learnt; one of these is an algorithm's heart."""
 
-    def __call__(self, net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Measured:
+    def __call__(
+        self, net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest
+    ) -> MetaStepResult:
         """One meta-batch. Weights and order mean nothing to those that do not unroll the inner loop."""
 
 
@@ -63,14 +65,14 @@ class Unrolled:
     query_scores: dict[int, Tensor] = field(default_factory=dict)
     passes: list[NormPass] = field(default_factory=list)
 
-    def measured(self, grads: dict[str, Tensor]) -> Measured:
+    def measured(self, grads: dict[str, Tensor]) -> MetaStepResult:
         """With the gradients of what is meta-learnt."""
         losses = torch.stack(self.support_losses)
         found = self.query_losses, self.query_scores, self.passes
-        return Measured(grads, self.meta_loss.detach(), losses, *found)
+        return MetaStepResult(grads, self.meta_loss.detach(), losses, *found)
 
 
-def unrolled(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Measured:
+def unrolled(net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest) -> MetaStepResult:
     """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to."""
     learnable = state.learnable()
     found = unroll(net, state, episodes, ask)
@@ -78,7 +80,7 @@ def unrolled(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Measur
     return found.measured(dict(zip(learnable, grads, strict=True)))
 
 
-def unroll(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Unrolled:
+def unroll(net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest) -> Unrolled:
     """The inner loop and the meta-loss, to be differentiated."""
     found = Unrolled(episodes.support_x_TECHW.new_zeros(()))
     weights: tuple[float | Tensor, ...] = (0.0, *ask.msl_weights)
@@ -103,6 +105,8 @@ def unroll(net: Net, state: MetaState, episodes: Episodes, ask: Ask) -> Unrolled
     return found
 
 
-def _without_steps(grads: dict[str, Tensor], loss: Tensor, score: Tensor, passes: list[NormPass]) -> Measured:
+def _without_steps(
+    grads: dict[str, Tensor], loss: Tensor, score: Tensor, passes: list[NormPass]
+) -> MetaStepResult:
     """Of an algorithm that trains without an inner loop: a loss after 0 steps."""
-    return Measured(grads, loss, loss.new_zeros(0), {0: loss}, {0: score}, passes)
+    return MetaStepResult(grads, loss, loss.new_zeros(0), {0: loss}, {0: score}, passes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured, _without_steps
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, _without_steps
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.prediction import (
     expanded,
 )
@@ -16,21 +16,21 @@ from mamlctl.engine.nets.batch_norm import NormPass
 
 
 @torch.no_grad()
-def supervised(
+def pretraining(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
+    ask: MetaStepRequest,
     *,
     engine: str,
-) -> Measured:
+) -> MetaStepResult:
     """Pre-training: one network on all classes (or curves) at once, each meta-batch one batch of examples."""
     x_1MCHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1).unsqueeze(0)
     y_TE = torch.cat([episodes.support_y_TE, episodes.query_y_TE], 1)
     if episodes.class_TN is not None:
         y_TE = episodes.class_TN.gather(1, y_TE)
     y_1M = y_TE.reshape(1, -1)
-    derivatives = derivatives_of(net, x_1MCHW, engine)
+    derivatives = select_derivatives(net, x_1MCHW, engine)
     norm = NormPass(state.norm, state.running, 0)
     found = derivatives.gradient(expanded(state.slow, 1), derivatives.prepare(x_1MCHW, y_1M), norm)
     score = net.objective.score(found.logits_TEN, y_1M).mean()
@@ -40,12 +40,12 @@ def supervised(
 
 
 @torch.no_grad()
-def untrained(
+def no_training(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
-) -> Measured:
+    ask: MetaStepRequest,
+) -> MetaStepResult:
     """Nothing is learnt: the loss of the random start, and gradients of 0."""
     norm = NormPass(state.norm, state.running, 0)
     tasks = len(episodes.query_y_TE)

@@ -6,7 +6,7 @@ import torch
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.anil import _Bodies
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured, _without_steps
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, _without_steps
 from mamlctl.engine.evaluation.prediction import (
     class_distances,
     prototypes,
@@ -15,14 +15,14 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
 
 
-def prototypical(
+def protonet(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
+    ask: MetaStepRequest,
     *,
     engine: str,
-) -> Measured:
+) -> MetaStepResult:
     """Prototypical networks (Snell et al. 2017, arXiv:1703.05175): no inner loop, one ordinary gradient."""
     body = _Bodies(net, state, episodes, engine)
     with torch.enable_grad():

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from mamlctl.engine.algorithms.adjoint import adjoint
-from mamlctl.engine.algorithms.anil import head_only
-from mamlctl.engine.algorithms.imaml import implicit
+from mamlctl.engine.algorithms.anil import anil
+from mamlctl.engine.algorithms.imaml import imaml
 from mamlctl.engine.algorithms.meta_gradient import Outer, unrolled
-from mamlctl.engine.algorithms.pretraining import supervised, untrained
-from mamlctl.engine.algorithms.protonet import prototypical
-from mamlctl.engine.algorithms.reptile import interpolated
+from mamlctl.engine.algorithms.pretraining import no_training, pretraining
+from mamlctl.engine.algorithms.protonet import protonet
+from mamlctl.engine.algorithms.reptile import reptile
 from mamlctl.engine.evaluation.prediction import Predict, adapted, by_neighbours, by_prototypes, fine_tuned
 from mamlctl.engine.optimizers import Adam, Hypergradient, Optimizer, Sgd
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
@@ -31,9 +31,9 @@ class Algorithm:
     optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = lambda learnable, config: Adam(
         learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2)
     )
-    rates: str = "tensor"  # one inner rate for each tensor, each weight, or one shared by all
-    head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
-    tells_by: str = "head"  # what tells a task's classes apart: the learnt head, "zeros" for a new one of
+    inner_rates: str = "tensor"  # one inner rate for each tensor, each weight, or one shared by all
+    training_head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
+    classifier: str = "head"  # what tells a task's classes apart: the learnt head, "zeros" for a new one of
     # zeros, "prototypes" or "neighbours"
     adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be parted
@@ -45,9 +45,9 @@ class Algorithm:
     may_adapt: tuple[str, ...] = ("all", "head", "body")
     captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
-    own: tuple[str, ...] = ()  # settings that it reads, and most others do not
-    refuses: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
+    forced: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
+    exclusive_settings: tuple[str, ...] = ()  # settings that it reads, and most others do not
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
 
 
 def _unrolled(config: TrainConfig) -> Outer:
@@ -56,17 +56,17 @@ def _unrolled(config: TrainConfig) -> Outer:
 
 
 def _head_only(config: TrainConfig) -> Outer:
-    return unrolled if config.engine == "plain" else partial(head_only, engine=config.engine)
+    return unrolled if config.engine == "plain" else partial(anil, engine=config.engine)
 
 
 def _implicit(config: TrainConfig) -> Outer:
     assert config.proximal is not None and config.cg_steps is not None
-    return partial(implicit, engine=config.engine, proximal=config.proximal, cg_steps=config.cg_steps)
+    return partial(imaml, engine=config.engine, proximal=config.proximal, cg_steps=config.cg_steps)
 
 
 def _interpolated(config: TrainConfig) -> Outer:
     assert config.inner_optimizer is not None
-    return partial(interpolated, engine=config.engine, inner_optimizer=config.inner_optimizer)
+    return partial(reptile, engine=config.engine, inner_optimizer=config.inner_optimizer)
 
 
 def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
@@ -97,7 +97,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         unrolls=True,
         captured=True,
         defaults={"first_order": True},
-        fixed={"first_order": True},
+        forced={"first_order": True},
     ),
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
@@ -111,8 +111,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         _head_only,
         unrolls=True,
         defaults={"adapts": "head"},
-        fixed={"adapts": "head"},
-        refuses=_refusals("the body is passed once a task, whatever the steps", "bnrs", "bnwb"),
+        forced={"adapts": "head"},
+        unsupported=_refusals("the body is passed once a task, whatever the steps", "bnrs", "bnwb"),
     ),
     "boil": Algorithm(
         "Oh et al. 2021 (arXiv:2008.08882): the inner loop changes the body alone",
@@ -120,25 +120,27 @@ ALGORITHMS: dict[str, Algorithm] = {
         unrolls=True,
         captured=True,
         defaults={"adapts": "body"},
-        fixed={"adapts": "body"},
+        forced={"adapts": "body"},
     ),
     "meta-sgd": Algorithm(
         "Li et al. 2017 (arXiv:1707.09835): an inner rate learnt for each weight, of either sign",
         _unrolled,
         unrolls=True,
         captured=True,
-        rates="weight",
-        refuses=_refusals("it learns a rate for each weight already", "lslr"),
+        inner_rates="weight",
+        unsupported=_refusals("it learns a rate for each weight already", "lslr"),
     ),
     "alpha-maml": Algorithm(
         "Behl et al. 2019 (arXiv:1905.07435): both learning rates follow hypergradients",
         _unrolled,
         unrolls=True,
         optimizer=_hypergradient,
-        rates="shared",
+        inner_rates="shared",
         defaults={"hyper_lr": 0.02},
-        own=("hyper_lr",),
-        refuses=_refusals("both learning rates follow their hypergradients", "lslr", "ca", "meta_lr_final"),
+        exclusive_settings=("hyper_lr",),
+        unsupported=_refusals(
+            "both learning rates follow their hypergradients", "lslr", "ca", "meta_lr_final"
+        ),
     ),
     "imaml": Algorithm(
         "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the inner loop's end",
@@ -147,8 +149,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         # Omniglot 5-way 1-shot: with a pull of 1, steps of 0.1 diverge after 200 meta-steps; steps of 0.05
         # with this pull get worse after 600 (84.4 %, then 70.0 % at 1,000), those of 0.02 do not (83.5 %).
         defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
-        own=("proximal", "cg_steps"),
-        refuses=_refusals(
+        exclusive_settings=("proximal", "cg_steps"),
+        unsupported=_refusals(
             "the implicit gradient is taken at the last weights alone",
             *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
         ),
@@ -170,8 +172,8 @@ ALGORITHMS: dict[str, Algorithm] = {
             "meta_lr_final": 0.0,
             "meta_batch_size": 5,
         },
-        own=("inner_optimizer", "inner_batch", "eval_inner_batch"),
-        refuses=_refusals(
+        exclusive_settings=("inner_optimizer", "inner_batch", "eval_inner_batch"),
+        unsupported=_refusals(
             "its gradient is the way to the adapted weights, not the query loss's",
             *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
         )
@@ -179,53 +181,53 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "transfer": Algorithm(
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
-        lambda config: partial(supervised, engine=config.engine),
+        lambda config: partial(pretraining, engine=config.engine),
         lambda config: fine_tuned,
-        tells_by="zeros",
-        head="classes",
+        classifier="zeros",
+        training_head="classes",
         adapts_norm=True,
         whole_batches=True,
         start="pre-trained",
         may_adapt=("all", "head"),  # the new head of zeros gives the body no gradient to begin with
         on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING,
-        fixed={"inner_steps": 0},
-        refuses=NO_LOOP,
+        forced={"inner_steps": 0},
+        unsupported=NO_LOOP,
     ),
     "scratch": Algorithm(
         "a random start, fine-tuned on each test task",
-        lambda config: untrained,
+        lambda config: no_training,
         lambda config: fine_tuned,
-        tells_by="zeros",
+        classifier="zeros",
         adapts_norm=True,
         start="random start",
         may_adapt=("all", "head"),
         on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
-        fixed={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
-        refuses=NO_LOOP | _refusals("nothing is trained", "ca", "meta_lr", "meta_lr_final"),
+        forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
+        unsupported=NO_LOOP | _refusals("nothing is trained", "ca", "meta_lr", "meta_lr_final"),
     ),
     "protonet": Algorithm(
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
-        lambda config: partial(prototypical, engine=config.engine),
+        lambda config: partial(protonet, engine=config.engine),
         lambda config: by_prototypes,
-        tells_by="prototypes",
-        head="none",
+        classifier="prototypes",
+        training_head="none",
         on_curves=None,
         defaults=NO_STEPS,
-        fixed=NO_STEPS,
-        refuses=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
+        forced=NO_STEPS,
+        unsupported=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
     ),
     "nearest": Algorithm(
         "the nearest support example in the features of a classifier of all training classes",
-        lambda config: partial(supervised, engine=config.engine),
+        lambda config: partial(pretraining, engine=config.engine),
         lambda config: by_neighbours,
-        tells_by="neighbours",
-        head="classes",
+        classifier="neighbours",
+        training_head="classes",
         on_curves=None,
         whole_batches=True,
         defaults=NO_STEPS,
-        fixed=NO_STEPS,
-        refuses=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
+        forced=NO_STEPS,
+        unsupported=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
     ),
 }

@@ -6,28 +6,28 @@ import torch
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.measured_loop import _InnerLoop
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.inner_loop import AdamSteps, MetaState
 from mamlctl.engine.nets.base import Net
 
 
 @torch.no_grad()
-def interpolated(
+def reptile(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: Ask,
+    ask: MetaStepRequest,
     *,
     engine: str,
     inner_optimizer: str,
-) -> Measured:
+) -> MetaStepResult:
     """Reptile (Nichol et al. 2018, arXiv:1803.02999): the way back from the tasks' adapted weights.
 
     So that an outer step of SGD with rate e moves the slow weights by e towards their mean. The query set is
     only looked at.
     """
-    derivatives = derivatives_of(net, episodes.support_x_TECHW, engine)
+    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
     tasks = len(episodes.support_y_TE)
     adam = AdamSteps(state, tasks) if inner_optimizer == "adam" else None
     inner = _InnerLoop(derivatives, state, episodes, adam or state.stepped)

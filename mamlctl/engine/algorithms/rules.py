@@ -11,7 +11,7 @@ from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Settings that mean something to the algorithms that own them only.
-OWNED = {name for entry in ALGORITHMS.values() for name in entry.own}
+OWNED = {name for entry in ALGORITHMS.values() for name in entry.exclusive_settings}
 
 
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
@@ -19,27 +19,27 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     if config.algo not in ALGORITHMS:
         return []
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
-    for name, wanted in entry.fixed.items():
+    for name, wanted in entry.forced.items():
         if getattr(config, name) != wanted:
             fact = f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}"
-            steps = name == "inner_steps" and "eval_inner_steps" not in entry.fixed
+            steps = name == "inner_steps" and "eval_inner_steps" not in entry.forced
             problems.append((fact, "use --eval-inner-steps" if steps else "use another --algo"))
-    for name, why in entry.refuses.items():
+    for name, why in entry.unsupported.items():
         if getattr(config, name) != _unset(entry, name):
             problems.append((f"{flag(name)} has no effect with --algo {config.algo}: {why}", "leave it out"))
-    for name in sorted(OWNED - set(entry.own)):
+    for name in sorted(OWNED - set(entry.exclusive_settings)):
         if getattr(config, name) is not None:
-            owners = ", ".join(algo for algo, other in ALGORITHMS.items() if name in other.own)
+            owners = ", ".join(algo for algo, other in ALGORITHMS.items() if name in other.exclusive_settings)
             problems.append(
                 (f"{flag(name)} has no effect with --algo {config.algo}", f"it belongs to {owners}")
             )
-    for name in entry.own:
+    for name in entry.exclusive_settings:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
             problems.append((f"--algo {config.algo} needs {flag(name)}", "leave it out for its default"))
     if config.adapts not in entry.may_adapt:
         fact = f"--adapts {config.adapts} does nothing with --algo {config.algo}: its head begins with zeros"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
-    if config.inner_steps == 0 and entry.fixed.get("inner_steps") != 0:
+    if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
     if config.cuda_graph and not entry.captured:
         problems.append((f"--cuda-graph does not go with --algo {config.algo}", "leave it out"))
@@ -58,8 +58,8 @@ def forced_settings(config: TrainConfig) -> dict[str, Any]:
     entry = ALGORITHMS.get(config.algo)
     if entry is None:
         return {}
-    unused = (OWNED - set(entry.own)) | entry.refuses.keys()
-    return {name: _unset(entry, name) for name in unused} | dict(entry.fixed)
+    unused = (OWNED - set(entry.exclusive_settings)) | entry.unsupported.keys()
+    return {name: _unset(entry, name) for name in unused} | dict(entry.forced)
 
 
 def algorithm_defaults(name: str, *, curves: bool = False) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ LARGEST = {"cpu": 2**22, "cuda": 2**27}
 SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
 
 
-def derivatives_of(net: Net, like: Tensor, engine: str = "adjoint") -> Derivatives:
+def select_derivatives(net: Net, like: Tensor, engine: str = "adjoint") -> Derivatives:
     """The fastest derivatives of a net for tensors of the device and type of `like`.
 
     `engine`: with "plain", torch's own.
@@ -49,10 +49,10 @@ def _cuda_block(where: torch.device, dtype: torch.dtype, compute: torch.dtype | 
         from mamlctl.engine.kernels.triton_block import triton_block
     except ImportError:  # torch without Triton
         return TorchTape
-    return better_block(TorchTape, triton_block, where, dtype, compute, time_of=cuda_ms, refused=TritonError)
+    return faster_block(TorchTape, triton_block, where, dtype, compute, time_of=cuda_ms, refused=TritonError)
 
 
-def better_block(
+def faster_block(
     sure: MakeBlock,
     other: MakeBlock,
     where: torch.device,
@@ -100,7 +100,7 @@ def better_block(
 
 def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
     """What would make a run on this machine faster, in words, or None."""
-    found = derivatives_of(net, like, engine)
+    found = select_derivatives(net, like, engine)
     if like.device.type == "cpu" and isinstance(found, Conv4Derivatives) and found.make_block is TorchTape:
         return "no C compiler (cc) that works: torch's operations do its part, about 1.8 times slower"
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_block.lacks_bfloat16():

@@ -26,7 +26,7 @@ class MeasuringPass(NormPass):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class AdaptedModel:
     """The network of one task after its last inner step; every tensor has an axis of 1 in front."""
 
     derivatives: Derivatives
@@ -41,8 +41,8 @@ class Fitted:
         """Class scores -> _MN; with fixed statistics each image's are its own affair."""
         statistics = Statistics.RUNNING if self.fixed else Statistics.OWN
         norm = NormPass(self.norm, self.fixed, 0, statistics)
-        nobody_knows = torch.zeros(1, len(x_MCHW), dtype=torch.long, device=x_MCHW.device)
-        prepared = self.derivatives.prepare(x_MCHW.unsqueeze(0), nobody_knows)
+        dummy_labels = torch.zeros(1, len(x_MCHW), dtype=torch.long, device=x_MCHW.device)
+        prepared = self.derivatives.prepare(x_MCHW.unsqueeze(0), dummy_labels)
         if self.neighbours is None:
             return self.derivatives.logits(self.weights, prepared, norm)[0]
         f_TEF, _ = self.derivatives.features(self.weights, prepared, norm)
@@ -50,21 +50,21 @@ class Fitted:
 
 
 @torch.no_grad()
-def fit(
+def adapt_to_support_set(
     derivatives: Derivatives,
     state: MetaState,
     support: Episodes,
     *,
     inner_steps: int,
     statistics: Statistics,
-    tells_by: str,
+    classifier: str,
     proximal: float | None = None,
     inner_optimizer: str | None = None,
-) -> Fitted:
+) -> AdaptedModel:
     """Adapt a state, whose head has the task's ways, to the support set of one task.
 
-    `tells_by`: as in an algorithm's entry. Predicts what the algorithm's `predict` does after all steps, but
-    for rounding: the statistics of Statistics.SUPPORT are measured once and kept.
+    `classifier`: as in an algorithm's entry. Predicts what the algorithm's `predict` does after all steps,
+    but for rounding: the statistics of Statistics.SUPPORT are measured once and kept.
     """
     state = state.frozen()
     adapting = fast_weights(derivatives, state, support, inner_steps, proximal, inner_optimizer)
@@ -81,11 +81,11 @@ def fit(
     }
     if statistics is Statistics.RUNNING:  # which support features must then share to be compared
         f_TEF, _ = derivatives.features(body_of(weights), prepared, NormPass(norm, running, 0, statistics))
-    neighbours = (f_TEF, support.support_y_TE) if tells_by == "neighbours" else None
-    if tells_by == "prototypes":
+    neighbours = (f_TEF, support.support_y_TE) if classifier == "neighbours" else None
+    if classifier == "prototypes":
         weights = weights | prototype_head(prototypes(f_TEF, support.support_y_TE, derivatives.net.outputs))
     fixed = {Statistics.RUNNING: running, Statistics.SUPPORT: own, Statistics.OWN: Params()}[statistics]
-    return Fitted(derivatives, weights, norm, own, fixed, neighbours)
+    return AdaptedModel(derivatives, weights, norm, own, fixed, neighbours)
 
 
 def _row(rows: Mapping[str, Tensor], step: int) -> Params:
@@ -102,16 +102,16 @@ def prototype_head(prototypes_TNF: Tensor) -> Params:
     return dict(zip(HEAD, values, strict=True))
 
 
-def with_ways(state: MetaState, ways: int, tells_by: str) -> MetaState:
+def resize_head(state: MetaState, ways: int, classifier: str) -> MetaState:
     """The state with a head for so many classes.
 
     Rows of a learnt head, with their rates, are taken in turn: as many as it takes, and from the first again
     beyond the last.
     """
-    if tells_by in ("prototypes", "neighbours"):
+    if classifier in ("prototypes", "neighbours"):
         return replace(state, slow=body_of(state.slow), rates={}, moments={})
     weight, bias = (state.slow[name] for name in HEAD)
-    if tells_by == "zeros":
+    if classifier == "zeros":
         zeros = weight.new_zeros(ways, weight.shape[1]), bias.new_zeros(ways)
         return replace(state, slow=state.slow | dict(zip(HEAD, zeros, strict=True)))
     # Measured against a head of zeros (the same as one of mean rows: what classes share leaves no trace in
@@ -137,7 +137,7 @@ def with_ways(state: MetaState, ways: int, tells_by: str) -> MetaState:
     return replace(state, slow=slow, rates=rates, moments=moments)
 
 
-def plain_weights(model: Fitted) -> Params:
+def plain_weights(model: AdaptedModel) -> Params:
     """What torch's own layers of the same names load: batch norm with fixed statistics, all in float32.
 
     The statistics are those that predictions are made with, or else the support set's.

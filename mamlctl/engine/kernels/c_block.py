@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mamlctl.engine.devices import cpu_line
 from mamlctl.engine.kernels.block import BlockGradient
-from mamlctl.engine.kernels.fused_block import KernelTape, Row, Shape, shape_of
+from mamlctl.engine.kernels.fused_block import BlockShape, ChannelRow, KernelTape, shape_of
 
 SOURCES = Path(__file__).parent / "c"
 
@@ -44,7 +44,7 @@ OPTIONS = (
     "-fPIC",
 )
 
-SIX = Row.S, Row.SLOPE, Row.B, Row.S_T, Row.SLOPE_T, Row.B_T
+SIX = ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B, ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T
 
 VEC = 16  # filters side by side in the first block, as in c/first.c
 
@@ -140,23 +140,23 @@ class Native:
 
     stored: torch.dtype
 
-    def partial_rows(self, shape: Shape) -> int:
+    def partial_rows(self, shape: BlockShape) -> int:
         """Sums are joined by example."""
         return int(shape.examples)
 
-    def forward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def forward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         _call(self.stored, "forward", shape, *tensors)
 
-    def backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         _call(self.stored, "backward", shape, *tensors)
 
-    def tangent(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         _call(self.stored, "tangent", shape, *tensors)
 
-    def tangent_backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent_backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         _call(self.stored, "tangent_backward", shape, *tensors)
 
@@ -173,8 +173,10 @@ class NativeFirstTape(KernelTape):
         weight_TDO = self._by_patch(self.weight)
         self.along_TDO = extra.covariance_TDD @ weight_TDO
         if self.shape.measured:
-            self.d[Row.MEAN] = _inner(extra.mean_TD1, weight_TDO)
-            self.d[Row.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)  # rounding of a flat image
+            self.d[ChannelRow.MEAN] = _inner(extra.mean_TD1, weight_TDO)
+            self.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(
+                min=0
+            )  # rounding of a flat image
         outs = self.p, self.where, self.out
         _call(self.stored, "first_forward", self.shape, extra.x, self._padded(weight_TDO), *outs, self.d)
 
@@ -183,16 +185,16 @@ class NativeFirstTape(KernelTape):
         self.ga, gw = ga.to(self.stored), self._empty_padded()
         parts = self.planes.x, self.ga, self.p, self.where
         _call(self.stored, "first_backward", self.shape, *parts, self.d, self.partial, gw)
-        s, slope, b = self._row(Row.S), self._row(Row.SLOPE), self._row(Row.B)
+        s, slope, b = self._row(ChannelRow.S), self._row(ChannelRow.SLOPE), self._row(ChannelRow.B)
         statistics = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), Row.G, Row.B)
+        return self._gradient(None, self._by_filter(gw, statistics), ChannelRow.G, ChannelRow.B)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         """Forward tangent."""
         weight_TDO = self._by_patch(weight_t)
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
-        self.d[Row.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
-        self.d[Row.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
+        self.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
+        self.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
         self.p_t, a_t = self._empty(), self._empty()
         parts = self.planes.x, self._padded(weight_TDO), self.p, self.where, self.p_t, a_t
         _call(self.stored, "first_tangent", self.shape, *parts, self.d)
@@ -206,7 +208,7 @@ class NativeFirstTape(KernelTape):
         s, slope, b, s_t, slope_t, b_t = (self._row(row) for row in SIX)
         statistics = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
         statistics -= (s_t * b + s * b_t) * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), Row.G_T, Row.B_T)
+        return self._gradient(None, self._by_filter(gw, statistics), ChannelRow.G_T, ChannelRow.B_T)
 
     def _row(self, row: int) -> Tensor:
         return self.d[row].view(self.groups, 1, -1)
@@ -241,7 +243,7 @@ def native_block(x: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Kern
     )
 
 
-def _call(stored: torch.dtype, name: str, shape: Shape, *tensors: Tensor | None) -> None:
+def _call(stored: torch.dtype, name: str, shape: BlockShape, *tensors: Tensor | None) -> None:
     """Call a compiled function. The tensors must be whole: it sees their memory only."""
     found = library(stored)
     assert found is not None

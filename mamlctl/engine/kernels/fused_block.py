@@ -20,7 +20,7 @@ from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS
 
 
-class Row(IntEnum):
+class ChannelRow(IntEnum):
     """The rows of `d`; the letters are those of `blocks.py`, and the order that of c/common.h."""
 
     (
@@ -45,7 +45,7 @@ class Row(IntEnum):
     ) = range(18)
 
 
-class Shape(ctypes.Structure):
+class BlockShape(ctypes.Structure):
     """`shape` of c/common.h."""
 
     _fields_ = [
@@ -56,29 +56,29 @@ class Shape(ctypes.Structure):
     ]
 
 
-def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = LEAK) -> Shape:
+def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = LEAK) -> BlockShape:
     """The shape of a block: its input, channels behind it, and examples that its statistics come from."""
     examples, inputs, height, width = x.shape
     sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
-    return Shape(*sizes, EPS, leak)
+    return BlockShape(*sizes, EPS, leak)
 
 
 class Kernels(Protocol):
     """What lies between two convolutions. Every tensor is whole, and outputs are written in place."""
 
-    def partial_rows(self, shape: Shape) -> int:
+    def partial_rows(self, shape: BlockShape) -> int:
         """How many rows of sums they want room for."""
 
-    def forward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def forward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """c -> p, where, out; then d, partial."""
 
-    def backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """ga, p, where, c -> gc; then d, partial."""
 
-    def tangent(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """c_t += a second part or None; c, p, where -> p_t, a_t; then d, partial."""
 
-    def tangent_backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent_backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """ga_t + a second part or None; ga, p, p_t, where, c; c_t -> gc_t in its place; then d, partial."""
 
 
@@ -110,10 +110,10 @@ class KernelTape:
         behind = 0 if given is not None else examples if measured is None else measured
         self.shape = shape_of(x, channels, behind, groups, leak)
         self.count = behind * height * width
-        self.d = torch.empty(len(Row), channels, dtype=torch.float64, device=x.device)
-        self.d[Row.GAMMA], self.d[Row.BETA] = gamma_X, beta_X
+        self.d = torch.empty(len(ChannelRow), channels, dtype=torch.float64, device=x.device)
+        self.d[ChannelRow.GAMMA], self.d[ChannelRow.BETA] = gamma_X, beta_X
         if given is not None:
-            self.d[Row.MEAN], self.d[Row.VAR] = given
+            self.d[ChannelRow.MEAN], self.d[ChannelRow.VAR] = given
         rows = kernels.partial_rows(self.shape)
         self.partial = torch.empty(rows, 2, channels, dtype=torch.float64, device=x.device)
         self.pooled = examples, channels, height // 2, width // 2
@@ -129,7 +129,7 @@ class KernelTape:
     @property
     def statistics(self) -> Statistics_X:
         """Mean and biased variance a channel."""
-        return self.d[Row.MEAN].to(self.type), self.d[Row.VAR].to(self.type)
+        return self.d[ChannelRow.MEAN].to(self.type), self.d[ChannelRow.VAR].to(self.type)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """First derivatives."""
@@ -139,7 +139,7 @@ class KernelTape:
         gx, weight = conv_backward(gc, self.x, self.weight, self.groups, by_input=not self.first)
         if keep:
             self.ga, self.gc = ga, gc
-        return self._gradient(gx, weight, Row.G, Row.B)
+        return self._gradient(gx, weight, ChannelRow.G, ChannelRow.B)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         """Forward tangent."""
@@ -159,10 +159,10 @@ class KernelTape:
         gc_t, by_input = self.c_t, not self.first
         gx_t, weight_t = conv_backward(gc_t, self.x, self.weight, self.groups, by_input=by_input)
         if self.x_t is None:
-            return self._gradient(gx_t, weight_t, Row.G_T, Row.B_T)
+            return self._gradient(gx_t, weight_t, ChannelRow.G_T, ChannelRow.B_T)
         # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
         gx_2, weight_2 = conv_backward(self.gc, self.x_t, self.weight_t, self.groups, by_input=by_input)
-        return self._gradient(gx_t, weight_t + weight_2, Row.G_T, Row.B_T, gx_2)
+        return self._gradient(gx_t, weight_t + weight_2, ChannelRow.G_T, ChannelRow.B_T, gx_2)
 
     def _gradient(
         self, gx: Tensor | None, weight: Tensor, gamma: int, beta: int, gx_2: Tensor | None = None

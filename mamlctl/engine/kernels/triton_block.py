@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mamlctl.engine.kernels import triton_kernels as programs
-from mamlctl.engine.kernels.fused_block import KernelTape, Shape
+from mamlctl.engine.kernels.fused_block import BlockShape, KernelTape
 
 CHANNELS = 128  # that a program takes; not measured
 
@@ -23,11 +23,11 @@ class Triton:
 
     real: Any  # Triton's type of the arithmetic
 
-    def partial_rows(self, shape: Shape) -> int:
+    def partial_rows(self, shape: BlockShape) -> int:
         """Sums are joined by row of pooling windows."""
         return int(shape.examples * ((shape.height + 1) // 2))
 
-    def forward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def forward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         c, p, where, out, d, partial = tensors
         count, rows = _behind(shape)
@@ -35,14 +35,14 @@ class Triton:
         self._channels(programs.statistics, shape, d, partial, rows, count, shape.eps)
         self._pooled(programs.activate, shape, p, out, d)
 
-    def backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         ga, p, where, c, gc, d, partial = tensors
         self._rows(programs.backward_sums, shape, ga, p, d, partial)
         self._channels(programs.backward_numbers, shape, d, partial, _pooled_rows(shape), _behind(shape)[0])
         self._windows(programs.backward_spread, shape, ga, p, where, c, gc, d, shape.leak)
 
-    def tangent(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         c_t, other, c, p, where, p_t, a_t, d, partial = tensors
         count, rows = _behind(shape)
@@ -51,7 +51,7 @@ class Triton:
         self._channels(programs.tangent_numbers, shape, d, partial, rows, count)
         self._pooled(programs.tangent_activate, shape, p, p_t, a_t, d)
 
-    def tangent_backward(self, shape: Shape, *tensors: Tensor | None) -> None:
+    def tangent_backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
         """See `Kernels`."""
         ga_t, other, ga, p, p_t, where, c, c_t, d, partial = tensors
         two = {"TWO": other is not None}
@@ -61,17 +61,17 @@ class Triton:
         parts = ga_t, other, ga, p, where, c, c_t
         self._windows(programs.tangent_spread, shape, *parts, d, shape.leak, **two)
 
-    def _windows(self, program: Any, shape: Shape, *arguments: Any, **more: Any) -> None:
+    def _windows(self, program: Any, shape: BlockShape, *arguments: Any, **more: Any) -> None:
         """One program a row of pooling windows, the odd last row too."""
         sizes = shape.height, shape.width, shape.channels
         self._run(program, self.partial_rows(shape), shape.channels, *arguments, *sizes, **more)
 
-    def _rows(self, program: Any, shape: Shape, *arguments: Any, **more: Any) -> None:
+    def _rows(self, program: Any, shape: BlockShape, *arguments: Any, **more: Any) -> None:
         """One program a row of pooled values."""
         sizes = shape.leak, shape.width // 2, shape.channels
         self._run(program, _pooled_rows(shape), shape.channels, *arguments, *sizes, **more)
 
-    def _pooled(self, program: Any, shape: Shape, *arguments: Any) -> None:
+    def _pooled(self, program: Any, shape: BlockShape, *arguments: Any) -> None:
         """One program some pooled values."""
         total = _pooled_rows(shape) * (shape.width // 2) * shape.channels
         programs_ = -(-total // CHANNELS)
@@ -80,12 +80,12 @@ class Triton:
     def _run(self, program: Any, count: int, channels: int, *arguments: Any, **more: Any) -> None:
         program[(count, -(-channels // CHANNELS))](*arguments, REAL=self.real, BX=CHANNELS, **more)
 
-    def _channels(self, program: Any, shape: Shape, *arguments: Any) -> None:
+    def _channels(self, program: Any, shape: BlockShape, *arguments: Any) -> None:
         """One program some channels."""
         program[(1, -(-shape.channels // TILE["BX"]))](*arguments, shape.channels, **TILE)
 
 
-def _behind(shape: Shape) -> tuple[float, int]:
+def _behind(shape: BlockShape) -> tuple[float, int]:
     """Values a channel behind the statistics, and rows of partial sums that hold them."""
     return (
         float(shape.measured * shape.height * shape.width),
@@ -93,7 +93,7 @@ def _behind(shape: Shape) -> tuple[float, int]:
     )
 
 
-def _pooled_rows(shape: Shape) -> int:
+def _pooled_rows(shape: BlockShape) -> int:
     return int(shape.examples * (shape.height // 2))
 
 

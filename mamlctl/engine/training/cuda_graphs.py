@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.training.meta_step import MetaStep
 
 
@@ -22,10 +22,10 @@ class Graph(Protocol):
         """Run it on what its inputs hold now."""
 
 
-Record = Callable[[Callable[[], Measured | None]], Graph]  # run a function once, recording it
+Record = Callable[[Callable[[], MetaStepResult | None]], Graph]  # run a function once, recording it
 
 
-def record(work: Callable[[], Measured | None]) -> Graph:
+def record(work: Callable[[], MetaStepResult | None]) -> Graph:
     """Record what a function launches on the device, without running it."""
     graph = torch.cuda.CUDAGraph()
     recording: AbstractContextManager[None] = torch.cuda.graph(graph)
@@ -40,7 +40,7 @@ class _Recorded:
 
     measure: Graph
     move: Graph
-    measured: Measured
+    measured: MetaStepResult
 
 
 class Captured:
@@ -67,7 +67,7 @@ class Captured:
         self._weights = like.new_zeros(step.config.inner_steps, requires_grad=False)
         self._weights_now: tuple[float, ...] = ()
 
-    def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> Measured:
+    def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
         """As `MetaStep.measure`; the next call overwrites what this returns."""
         weights, first_order, _ = self.step.schedule(epoch)
         kind = first_order, tuple(weight != 0 for weight in weights), measure_all
@@ -84,7 +84,7 @@ class Captured:
         recorded.measure.replay()
         return recorded.measured
 
-    def apply(self, measured: Measured, epoch: int, done: float = 0.0) -> None:
+    def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
         """As `MetaStep.apply`."""
         for recorded in self._kinds.values():
             if recorded is not None and recorded.measured is measured:
@@ -108,8 +108,8 @@ class Captured:
         counted: list[float | Tensor] = [
             self._weights[step] if weight else 0.0 for step, weight in enumerate(weights)
         ]
-        ask = Ask(self.step.config.inner_steps, counted, first_order, measure_all)
-        measured: list[Measured] = []
+        ask = MetaStepRequest(self.step.config.inner_steps, counted, first_order, measure_all)
+        measured: list[MetaStepResult] = []
         try:
             measure = self._record(lambda: measured.append(self.step.measure_as(tasks, ask)))
             move = self._record(lambda: self.step.move(measured[0]))

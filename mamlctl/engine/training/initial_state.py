@@ -29,7 +29,7 @@ def build(
     entry = ALGORITHMS[config.algo]
     curves = len(example_shape) == 1
     outputs = 1 if curves else config.ways
-    if entry.head == "classes" and classes is not None and not curves:
+    if entry.training_head == "classes" and classes is not None and not curves:
         outputs = classes
     net = NETS[config.net](config, example_shape, outputs)
     dtype = tensor_dtype(config.precision)
@@ -39,7 +39,7 @@ def build(
         size = "x".join(map(str, example_shape[1:]))
         raise SettingsError([(f"--net {config.net} leaves nothing of images of {size}", "use --net mlp")])
     slow = {name: weight.to(device) for name, weight in slow.items()}
-    if entry.head == "none":
+    if entry.training_head == "none":
         slow = body_of(slow)
     like = torch.empty((), dtype=dtype, device=device)
     steps = config.inner_steps
@@ -50,9 +50,9 @@ def build(
     state = MetaState(
         slow=slow,
         norm=norm,
-        rates={name: _rate(slow[name], config, entry.rates, like) for name in wanted},
+        rates={name: _rate(slow[name], config, entry.inner_rates, like) for name in wanted},
         running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
-        rates_learnt=config.lslr or entry.rates != "tensor",
+        rates_learnt=config.lslr or entry.inner_rates != "tensor",
     )
     if config.inner_optimizer == "adam":
         state.moments = {name: torch.zeros_like(weight) for name, weight in slow.items()}

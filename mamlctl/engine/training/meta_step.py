@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import Ask, Measured
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.inner_loop import MetaState
@@ -52,13 +52,13 @@ class MetaStep:
             meta_lr = linear_meta_lr(done, meta_lr, config.meta_lr_final)
         return weights, first_order, meta_lr
 
-    def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> Measured:
+    def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
         """Losses and clipped meta-gradients; nothing moves yet.
 
         Raises MamlctlError if a CUDA device has no room even for one task at a time.
         """
         weights, first_order, _ = self.schedule(epoch)
-        ask = Ask(self.config.inner_steps, weights, first_order, measure_all)
+        ask = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
         if self.chunk is None:
             examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
@@ -77,7 +77,7 @@ class MetaStep:
                 self.chunk = (self.chunk + 1) // 2
             torch.cuda.empty_cache()
 
-    def measure_as(self, episodes: Episodes, ask: Ask) -> Measured:
+    def measure_as(self, episodes: Episodes, ask: MetaStepRequest) -> MetaStepResult:
         """`measure` with the schedule's values given, and no second try with less memory."""
         split = episodes.split(len(episodes.query_y_TE) if self.chunk is None else self.chunk)
         parts = [self.outer(self.net, self.state, part, ask) for part in split]
@@ -85,7 +85,7 @@ class MetaStep:
         self._clip(measured.grads)
         return measured
 
-    def apply(self, measured: Measured, epoch: int, done: float = 0.0) -> None:
+    def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
         """The optimiser's step, and the running statistics'."""
         self.set_meta_lr(epoch, done)
         self.move(measured)
@@ -94,7 +94,7 @@ class MetaStep:
         """Tell the optimiser the present learning rate."""
         self.optimizer.set_lr(self.schedule(epoch, done)[2])
 
-    def move(self, measured: Measured) -> None:
+    def move(self, measured: MetaStepResult) -> None:
         """`apply` at the learning rate that the optimiser has."""
         self.optimizer.step(measured.grads)
         accumulate(self.state.running, measured.norm_passes)
@@ -113,7 +113,7 @@ class MetaStep:
                 grad.mul_(scale)
 
 
-def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
+def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepResult:
     """What was measured on all tasks, from what was measured on some at a time."""
     if len(parts) == 1:
         return parts[0]
@@ -126,7 +126,7 @@ def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
         dicts = [getattr(part, field) for part in parts]
         return {key: mean(each[key] for each in dicts) for key in dicts[0]}
 
-    return Measured(
+    return MetaStepResult(
         means("grads"),
         mean(part.meta_loss for part in parts),
         mean(part.support_losses_I for part in parts),
@@ -137,7 +137,7 @@ def joined(parts: Sequence[Measured], tasks: Sequence[int]) -> Measured:
     )
 
 
-def what_is_not_finite(measured: Measured) -> str | None:
+def what_is_not_finite(measured: MetaStepResult) -> str | None:
     """The first loss or gradient that is NaN or infinite, in words, or None. Syncs with the device."""
     for step, loss in enumerate(measured.support_losses_I.tolist()):
         if not math.isfinite(loss):

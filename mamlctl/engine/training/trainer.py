@@ -16,9 +16,9 @@ from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainRe
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
-from mamlctl.engine.algorithms.meta_gradient import Measured
+from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.derivatives.selection import derivatives_of
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
 from mamlctl.engine.inner_loop import MetaState
@@ -48,7 +48,7 @@ class Period:
         zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64)
         return cls(zeros.to(device, copy=True), zeros)
 
-    def add_no_sync(self, measured: Measured) -> None:
+    def add_no_sync(self, measured: MetaStepResult) -> None:
         """Add one meta-step; what it did not measure counts for nothing."""
         steps = range((len(self.sums) - 2) // 2)
         values = [part.get(step) for part in (measured.query_losses, measured.query_scores) for step in steps]
@@ -101,11 +101,13 @@ class Trainer:
         self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
         self.predict = entry.predict(config)
         self.unrolls = entry.unrolls
-        self.derivatives = derivatives_of(judged_net or net, next(iter(state.slow.values())), config.engine)
+        self.derivatives = select_derivatives(
+            judged_net or net, next(iter(state.slow.values())), config.engine
+        )
         self.metric = net.objective.metric
         self.position = Position()
         self.period = Period.empty(config.inner_steps, device)
-        self._latest: Measured | None = None
+        self._latest: MetaStepResult | None = None
         self._saved_epoch = False  # whether the last epoch's end is in `last.pt`
         self._moved = False  # whether this process did any meta-step or validation
         self._reported_at = time.perf_counter()

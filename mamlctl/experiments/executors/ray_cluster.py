@@ -19,7 +19,7 @@ from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import one_writer
 from mamlctl.experiments.executors.jobs import Ended, Job
-from mamlctl.experiments.executors.ray_worker import Place, Slice, pack, unpack
+from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pack, unpack
 from mamlctl.run_folder import step_of
 
 TRIES = 4  # of one slice: so many places do not die by chance within one
@@ -67,7 +67,7 @@ class RayExecutor:
         self._ray, self._on_event, self._slice_s = ray, on_event, slice_s
         self._cpus, self._gpus, self._fixed = cpus, gpus, slots
         # One thread works, another takes the stop meanwhile, a third tells where it is.
-        self._actor = ray.remote(Place).options(
+        self._actor = ray.remote(WorkerSlot).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=3
         )
         self._under_way: list[UnderWay] = []
@@ -150,7 +150,7 @@ class RayExecutor:
         """A slice that came back, or did not."""
         errors = self._ray.exceptions
         try:
-            came: Slice = self._ray.get(work.slice)
+            came: SliceResult = self._ray.get(work.slice)
         except errors.RayTaskError as error:  # the node cannot do it, or we made a mistake
             self._end(work, ExitCode.FAILED, str(error))
         except errors.RayError as error:  # the place is gone

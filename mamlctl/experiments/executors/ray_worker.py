@@ -45,7 +45,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Slice:
+class SliceResult:
     """What one command on a node came to."""
 
     files: Files | None  # None: nothing was tried
@@ -90,7 +90,7 @@ def unpack(files: Files, folder: Path) -> None:
         (folder / name).unlink()
 
 
-class Place:
+class WorkerSlot:
     """A job's place on a node: a folder of its own there, and the command under way in it.
 
     Its methods may be called from several threads.
@@ -109,12 +109,12 @@ class Place:
         self._child: subprocess.Popen[bytes] | None = None
         self._stopped, self._turn = 0, threading.Lock()
 
-    def work(self, files: Files | None, time_limit: str) -> Slice:
+    def work(self, files: Files | None, time_limit: str) -> SliceResult:
         """One command: train on for so long, or test. `files`: None: as the last slice left them here."""
         if self._version != mamlctl.__version__:
             here = f"{socket.gethostname()} has mamlctl {mamlctl.__version__}"
             said = f"error: {here}, but the command is {self._version}\nhint:  install one release everywhere"
-            return Slice(None, ExitCode.FAILED, said)
+            return SliceResult(None, ExitCode.FAILED, said)
         if files is not None:
             unpack(files, self._folder)
             self._known = stamps(self._folder)
@@ -125,7 +125,7 @@ class Place:
             write_text(path, self._as_it_lasts(path.read_text()))
         changed = pack(self._folder, self._known)
         self._known = stamps(self._folder)
-        return Slice(changed, code, self._as_it_lasts(said))
+        return SliceResult(changed, code, self._as_it_lasts(said))
 
     def stop(self, number: int) -> None:
         """Pass a signal on to the command under way, and let none begin; does not wait."""

@@ -17,13 +17,13 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.executors.jobs import Ended, Executor
-from mamlctl.experiments.grid.build_table import Source, Wanted, tabulate
+from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.grid.grid import CELLS, Grid, GridCell
-from mamlctl.experiments.grid.grid_folder import save_plan, working_on
-from mamlctl.experiments.grid.scheduler import _failed, _Filling, _is_left, _why
+from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
+from mamlctl.experiments.grid.scheduler import Scheduler, _failed, _is_left, _why
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import test_problems
 from mamlctl.report.report_folder import write_files
 from mamlctl.report.table import Table
@@ -48,7 +48,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     Raises SettingsError for tasks that a split is too small for or images that a network cannot take,
     DataError for missing or damaged data.
     """
-    evaluate, configs = grid.evaluate, [complete(row.config) for row in grid.rows]
+    evaluate, configs = grid.evaluate, [fill_defaults(row.config) for row in grid.rows]
     if problems := [problem for config in configs for problem in test_problems(config, evaluate)]:
         raise SettingsError(list(dict.fromkeys(problems)))
     cpu = torch.device("cpu")
@@ -87,7 +87,7 @@ def ablate(
     Raises MamlctlError if another process fills the grid, or for a damaged cell.
     """
     started = time.monotonic()
-    with working_on(grid):
+    with lock_grid(grid):
         save_plan(grid)
         waiting = [cell.name for cell in grid.cells if _is_left(cell, grid)]
         if grid.left_out:
@@ -98,7 +98,7 @@ def ablate(
             on_event(Notice(f"into {grid.folder}"))
             limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)
             with limited as stop, executor as running:
-                filling = _Filling(grid, waiting, running, stop, on_event, offline)
+                filling = Scheduler(grid, waiting, running, stop, on_event, offline)
                 reason, ended = filling.run(), filling.ended
         failed = {name: _why(end) for name, end in ended.items() if _failed(end)}
         table = grid_table(grid, failed)
@@ -110,11 +110,11 @@ def ablate(
 def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
     """The table of what the grid's folder holds now."""
     rows = [
-        Wanted(
+        RowSpec(
             row.label,
             row.config,
             tuple(
-                Source(cell.seed, cell.folder, shlex.join(_train_line(cell)), failed.get(cell.name, ""))
+                RunReference(cell.seed, cell.folder, shlex.join(_train_line(cell)), failed.get(cell.name, ""))
                 for cell in grid.cells
                 if cell.row == row
             ),

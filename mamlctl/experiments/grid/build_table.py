@@ -16,17 +16,17 @@ from mamlctl.core import formatting
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.sets.registry import is_curves
 from mamlctl.experiments.grid.plans import label_of
-from mamlctl.experiments.grid.stored_evaluations import Tested, find_test, read_cell
-from mamlctl.experiments.settings import complete, resolve_settings
+from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
-from mamlctl.run_folder import CONFIG, RunFolder, lasting, open_run, shared, status_of
+from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, status_of
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 
 @dataclass(frozen=True)
-class Source:
+class RunReference:
     """One run of a row: where it is, the command that trains it alone, and why its last try failed."""
 
     seed: int
@@ -36,26 +36,26 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowSpec:
     """A row to be filled: its label, its settings (with any seed), its runs."""
 
     label: str
     config: TrainConfig
-    sources: tuple[Source, ...]
+    sources: tuple[RunReference, ...]
 
 
 @dataclass(frozen=True)
 class _Filled:
     """A row's runs as they are, and the tests of those that have one."""
 
-    wanted: Wanted
+    wanted: RowSpec
     cells: tuple[Cell, ...]
-    tested: Mapping[int, Tested]  # by seed
+    tested: Mapping[int, StoredEvaluation]  # by seed
 
 
 def tabulate(
     name: str,
-    rows: Sequence[Wanted],
+    rows: Sequence[RowSpec],
     evaluate: EvalConfig,
     *,
     root: Path,
@@ -69,12 +69,12 @@ def tabulate(
     """
     filled = [_filled(row, evaluate, root, unfinished) for row in rows]
     scores = {kind: _scores(filled, kind) for kind in MODELS}
-    common = shared([lasting(row.config) for row in rows])
+    common = common_settings([identity_settings(row.config) for row in rows])
     found = [
         _row(row, scores["best"][place], scores["ensemble"][place], evaluate, common)
         for place, row in enumerate(filled)
     ]
-    first = complete(rows[0].config)
+    first = fill_defaults(rows[0].config)
     queries = evaluate.queries or first.queries
     metric = "mse" if is_curves(first.dataset) else "accuracy"
     return Table(
@@ -98,7 +98,7 @@ def tabulate(
     )
 
 
-def _filled(row: Wanted, evaluate: EvalConfig, root: Path, unfinished: bool) -> _Filled:
+def _filled(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) -> _Filled:
     cells, tested = [], {}
     for source in row.sources:
         run = open_run(source.folder) if (source.folder / CONFIG).is_file() else None
@@ -108,7 +108,7 @@ def _filled(row: Wanted, evaluate: EvalConfig, root: Path, unfinished: bool) -> 
         )
         ended = run is not None and status_of(run.path) == "finished"
         counts = ended or (unfinished and cells[-1].status != "diverged")
-        test = find_test(run, evaluate) if run is not None and counts else None
+        test = find_evaluation(run, evaluate) if run is not None and counts else None
         if test is not None:
             tested[source.seed] = test
     return _Filled(row, tuple(cells), tested)
@@ -160,14 +160,16 @@ def _row(
     evaluate: EvalConfig,
     common: Mapping[str, Any],
 ) -> Row:
-    config = complete(row.wanted.config)
+    config = fill_defaults(row.wanted.config)
     tests = list(row.tested.values())
     steps = eval_steps(config) if evaluate.inner_steps is None else evaluate.inner_steps
     without = "none" if is_curves(config.dataset) else evaluate.bn or config.bn
     bn = str(tests[0].protocol["bn"]) if tests else without
     return Row(
         label=row.wanted.label,
-        settings={key: value for key, value in lasting(row.wanted.config).items() if key not in common},
+        settings={
+            key: value for key, value in identity_settings(row.wanted.config).items() if key not in common
+        },
         cells=row.cells,
         best=best,
         ensemble=ensemble,

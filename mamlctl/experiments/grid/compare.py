@@ -11,14 +11,14 @@ from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.evaluate import evaluate_run
-from mamlctl.experiments.grid.build_table import Source, Wanted, tabulate
+from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.grid import PLAN
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import OF_TASKS, label_of
-from mamlctl.experiments.grid.stored_evaluations import find_test
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.table import Table
-from mamlctl.run_folder import CONFIG, RunFolder, lasting, open_run, status_of, step_of
+from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, status_of, step_of
 from mamlctl.settings.schema import EvalConfig
 
 # What an evaluation may set for all runs, so that they may differ in it.
@@ -56,11 +56,11 @@ def compare(
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run unless it has been, or has diverged. Raises DataError if its images are others by now."""
-    if status_of(run.path) == "diverged" or find_test(run, evaluate) is not None:
+    if status_of(run.path) == "diverged" or find_evaluation(run, evaluate) is not None:
         return
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
-    if find_test(run, evaluate) is None:
+    if find_evaluation(run, evaluate) is None:
         fact = f"{run.path} was trained on other images than {run.config.dataset} has now"
         raise DataError(fact, hint="compare it with the --data-root that it was trained with")
 
@@ -96,7 +96,7 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
         for name in OF_TASKS:
             if name == "strict" or (name in SETTLED and getattr(evaluate, name) is not None):
                 continue
-            ours, theirs = (getattr(complete(folder.config), name) for folder in (first, run))
+            ours, theirs = (getattr(fill_defaults(folder.config), name) for folder in (first, run))
             if ours != theirs:
                 way = f"compare them apart, or give {flag(name)}" if name in SETTLED else "compare them apart"
                 problems.append((f"{run.path} has {flag(name)} {theirs}, but {first.path} has {ours}", way))
@@ -109,7 +109,7 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
     return problems
 
 
-def _rows(runs: Sequence[_Run]) -> list[Wanted]:
+def _rows(runs: Sequence[_Run]) -> list[RowSpec]:
     """Runs that differ in their seed alone are a row; its label says what sets it apart from the others."""
     groups: list[list[_Run]] = []
     for run in runs:
@@ -125,13 +125,15 @@ def _rows(runs: Sequence[_Run]) -> list[Wanted]:
         for place, label in enumerate(labels)
     ]
     return [
-        Wanted(label, group[0].folder.config, tuple(_source(run.folder) for run in group))
+        RowSpec(label, group[0].folder.config, tuple(_source(run.folder) for run in group))
         for label, group in zip(labels, groups, strict=True)
     ]
 
 
 def _same_but_seed(one: _Run, other: _Run) -> bool:
-    return one.label == other.label and lasting(one.folder.config) == lasting(other.folder.config)
+    return one.label == other.label and identity_settings(one.folder.config) == identity_settings(
+        other.folder.config
+    )
 
 
 def _seeds(group: Sequence[_Run]) -> set[int]:
@@ -140,9 +142,9 @@ def _seeds(group: Sequence[_Run]) -> set[int]:
 
 def _apart(groups: Sequence[Sequence[_Run]], place: int, labels: Sequence[str]) -> str:
     """The settings in which rows of the same label differ; their folders' names where none do."""
-    ours = lasting(groups[place][0].folder.config)
+    ours = identity_settings(groups[place][0].folder.config)
     rivals = [
-        lasting(group[0].folder.config)
+        identity_settings(group[0].folder.config)
         for other, group in enumerate(groups)
         if other != place and labels[other] == labels[place]
     ]
@@ -152,9 +154,9 @@ def _apart(groups: Sequence[Sequence[_Run]], place: int, labels: Sequence[str]) 
     return ", ".join(f"{key}={ours[key]}" for key in keys)
 
 
-def _source(run: RunFolder) -> Source:
+def _source(run: RunFolder) -> RunReference:
     try:
         command = (run.path / "command.txt").read_text().splitlines()[0]
     except (OSError, IndexError):
         command = shlex.join(["mamlctl", "train", "--config", str(run.path / CONFIG)])
-    return Source(run.config.seed, run.path.absolute(), command)
+    return RunReference(run.config.seed, run.path.absolute(), command)

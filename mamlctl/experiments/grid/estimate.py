@@ -27,7 +27,7 @@ from mamlctl.engine.training.trainer import KEPT, Trainer
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_maml
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import TrainConfig
@@ -49,7 +49,7 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
         rows = []
         for done, row in enumerate(grid.rows):
             on_event(Progress("measuring meta-steps", done, len(grid.rows)))
-            rows.append(_row(row.label, complete(row.config), grid, measured, offline, on_event))
+            rows.append(_row(row.label, fill_defaults(row.config), grid, measured, offline, on_event))
     finally:
         torch.set_num_threads(threads)
     each = sum(row.train_s + row.test_s for row in rows)

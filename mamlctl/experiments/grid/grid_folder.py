@@ -16,8 +16,8 @@ from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import one_writer, write_text
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
-from mamlctl.experiments.settings import complete
-from mamlctl.run_folder import CONFIG, MOVABLE, lasting, open_run, shared
+from mamlctl.experiments.settings import fill_defaults
+from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, common_settings, identity_settings, open_run
 from mamlctl.settings.merge import evaluation_settings, resolve
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
@@ -51,7 +51,7 @@ def open_grid(
 
 def save_plan(grid: Grid) -> None:
     """Write plan.yaml: what a second call goes on with."""
-    common = shared([asdict(row.config) for row in grid.rows])
+    common = common_settings([asdict(row.config) for row in grid.rows])
     document = {
         "format": FORMAT,
         "plan": grid.plan,
@@ -100,7 +100,7 @@ def _damaged(path: Path, why: str) -> MamlctlError:
     return MamlctlError(f"{path / PLAN} is damaged: {why}", hint="give the plan again, with another --out")
 
 
-def working_on(grid: Grid) -> AbstractContextManager[None]:
+def lock_grid(grid: Grid) -> AbstractContextManager[None]:
     """Be the one who fills the grid's cells. Raises MamlctlError if another process is."""
     grid.folder.mkdir(parents=True, exist_ok=True)
     return one_writer(grid.folder, "folder")
@@ -108,8 +108,8 @@ def working_on(grid: Grid) -> AbstractContextManager[None]:
 
 def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     """One folder for the same settings, so that the same command finds what it began."""
-    first = complete(rows[0].config)
-    told = [[row.label, lasting(row.config)] for row in rows]
+    first = fill_defaults(rows[0].config)
+    told = [[row.label, identity_settings(row.config)] for row in rows]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
     return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
@@ -124,7 +124,7 @@ def _differences(there: Grid, wanted: Grid) -> list[Problem]:
         return [(f"{fact} ({len(wanted.rows)})", way)]
     changed: dict[tuple[str, Any, Any], list[str]] = {}
     for row in wanted.rows:
-        before, now = lasting(old[row.label]), lasting(row.config)
+        before, now = identity_settings(old[row.label]), identity_settings(row.config)
         for key in now:
             if before[key] != now[key]:
                 changed.setdefault((key, now[key], before[key]), []).append(row.label)
@@ -148,7 +148,7 @@ def _cell_problems(cell: GridCell) -> list[Problem]:
     return [
         (f"{cell.folder} was trained with {key} {there[key]}, not {wanted[key]}", way)
         for key in wanted
-        if key not in MOVABLE and there[key] != wanted[key]
+        if key not in RESUME_OVERRIDES and there[key] != wanted[key]
     ][:3]
 
 

@@ -17,10 +17,10 @@ from mamlctl.data.sets.registry import is_curves
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
 from mamlctl.experiments.grid.grid import Grid, GridCell
-from mamlctl.experiments.grid.stored_evaluations import find_test
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.settings import complete
-from mamlctl.run_folder import CONFIG, METRICS, MOVABLE, RunFolder, open_run, status_of
+from mamlctl.experiments.settings import fill_defaults
+from mamlctl.run_folder import CONFIG, METRICS, RESUME_OVERRIDES, RunFolder, open_run, status_of
 
 POLL_S = 0.25  # how often jobs are looked after: below what a person notices
 
@@ -32,10 +32,10 @@ def _is_left(cell: GridCell, grid: Grid) -> bool:
     status = status_of(cell.folder)
     if status != "finished":
         return status != "diverged"
-    return find_test(RunFolder(cell.folder, cell.config), grid.evaluate) is None
+    return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate) is None
 
 
-def anything_left(grid: Grid) -> bool:
+def has_pending_cells(grid: Grid) -> bool:
     """Whether any cell is to be trained or tested."""
     return any(_is_left(cell, grid) for cell in grid.cells)
 
@@ -47,7 +47,7 @@ def _job(cell: GridCell, grid: Grid, offline: bool) -> Job | None:
     moved: tuple[str, ...] = ()
     if (cell.folder / CONFIG).is_file():
         there = open_run(cell.folder).config
-        changed = {name: getattr(cell.config, name) for name in MOVABLE}
+        changed = {name: getattr(cell.config, name) for name in RESUME_OVERRIDES}
         moved = settings_arguments(
             {name: value for name, value in changed.items() if value != getattr(there, name)}
         )
@@ -78,7 +78,7 @@ def _why(end: Ended) -> str:
     return errors[-1].removeprefix("error: ") if errors else (said or [f"exit code {end.code}"])[-1].strip()
 
 
-class _Filling:
+class Scheduler:
     """Jobs under way, and what is told about them."""
 
     def __init__(
@@ -96,7 +96,7 @@ class _Filling:
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()
         self._began = time.monotonic()
-        first = complete(grid.rows[0].config)
+        first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
         self._metric = "mse" if is_curves(first.dataset) else "accuracy"
         self._cells = {cell.name: cell for cell in grid.cells}
@@ -184,7 +184,7 @@ class _Filling:
 
 
 def _tested_score(cell: GridCell, grid: Grid) -> float | None:
-    test = find_test(RunFolder(cell.folder, cell.config), grid.evaluate)
+    test = find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
     return None if test is None else float(test.scores["best"].mean())
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
-from mamlctl.experiments.settings import complete
+from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import RunFolder
@@ -27,7 +27,7 @@ SUMMARY, TASKS = "summary.json", "tasks.csv"
 
 
 @dataclass(frozen=True)
-class Tested:
+class StoredEvaluation:
     """A stored evaluation of one run."""
 
     protocol: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Tested:
     notes: tuple[str, ...]
 
 
-def find_test(run: RunFolder, settings: EvalConfig) -> Tested | None:
+def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
     """The evaluation of the run as it is now that the settings ask for; None if there is none yet.
 
     Raises MamlctlError for one that is there and cannot be read.
@@ -65,7 +65,7 @@ _ABSENT = {"disjoint": False, "label_permutations": 1, "adapts": None, "inner_lr
 
 def _wanted(config: TrainConfig, settings: EvalConfig, digest: str) -> dict[str, tuple[Any, ...]]:
     """What a protocol must say to be the one asked for: name -> values that will do."""
-    steps = eval_steps(complete(config)) if settings.inner_steps is None else settings.inner_steps
+    steps = eval_steps(fill_defaults(config)) if settings.inner_steps is None else settings.inner_steps
     exact = {
         "split": settings.split,
         "tasks": settings.tasks,
@@ -82,13 +82,13 @@ def _wanted(config: TrainConfig, settings: EvalConfig, digest: str) -> dict[str,
     return {name: (value,) for name, value in exact.items()} | {"bn": (settings.bn or config.bn, "none")}
 
 
-def _tested(folder: Path, summary: Mapping[str, Any]) -> Tested:
+def _tested(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
     results, metric = summary["results"], "mse" if "mse" in summary["results"][0] else "accuracy"
     with (folder / TASKS).open(newline="") as file:
         columns = list(zip(*csv.reader(file), strict=True))
     values = {head: np.array(column, dtype=np.float64) for head, *column in columns}
     kinds = {row["model"]: "ensemble" if row["model"].startswith("ensemble") else "best" for row in results}
-    return Tested(
+    return StoredEvaluation(
         summary["protocol"],
         metric,
         {kind: values[model] for model, kind in kinds.items()},

@@ -41,7 +41,7 @@ def sheet(
     support: Sequence[tuple[str, Numbers]], queries: Sequence[QueryPicture], total: int, title: str
 ) -> Figure:
     """A row for each class's name and images_MCHW, then the first queries of `total`."""
-    longest = max(len(formatting.middle(name, NAME)) for name, _ in support[:CLASSES_SHOWN])
+    longest = max(len(formatting.elide_middle(name, NAME)) for name, _ in support[:CLASSES_SHOWN])
     label = 0.12 + 0.068 * longest
     across = int((WIDTH - 2 * MARGIN + SPACE) / (QUERY + SPACE))
     support_top = 0.3 + HEAD
@@ -58,7 +58,7 @@ def sheet(
         ax.text(MARGIN, support_top - 0.08, f"Support set: what it learnt from{first}", fontsize=9)
         for row, (name, images_MCHW) in enumerate(some):
             y = support_top + row * (SUPPORT + SPACE)
-            ax.text(MARGIN, y + SUPPORT / 2, formatting.middle(plain(name), NAME), va="center")
+            ax.text(MARGIN, y + SUPPORT / 2, formatting.elide_middle(plain(name), NAME), va="center")
             for place, image_CHW in enumerate(images_MCHW[:SUPPORT_SHOWN]):
                 _image(ax, image_CHW, MARGIN + label + place * (SUPPORT + SPACE / 2), y, SUPPORT, DIM, 0.6)
             if len(images_MCHW) > SUPPORT_SHOWN:
@@ -89,7 +89,7 @@ def _query(ax: Axes, query: QueryPicture, x: float, y: float) -> None:
     if query.right is False:  # not by colour alone
         ax.plot(x + QUERY, y, "X", color=RED, markersize=8, markeredgecolor="white")
     for line, text in enumerate(
-        (formatting.middle(plain(query.predicted), LABEL), f"{100 * query.probability:.0f} %")
+        (formatting.elide_middle(plain(query.predicted), LABEL), f"{100 * query.probability:.0f} %")
     ):
         where = y + QUERY + 0.05 + line * LINE
         ax.text(

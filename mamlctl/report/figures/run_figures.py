@@ -124,7 +124,7 @@ class TaskPicture:
     names: Sequence[str] | None = None  # of the classes; a number stands before each in any case
 
 
-class _Grid:
+class _PictureLayout:
     """Where pictures stand, in inches: blocks of at most FOLD classes, beside each other while they fit."""
 
     def __init__(self, pictures: Sequence[TaskPicture]) -> None:
@@ -154,7 +154,7 @@ class _Grid:
 
 def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
     """Few-shot tasks: a row for a class, its support set and then the queries that were taken for it."""
-    grid = _Grid(pictures)
+    grid = _PictureLayout(pictures)
     with drawing(grid.width, grid.height, "") as figure:
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
@@ -168,7 +168,7 @@ def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
     return figure
 
 
-def _task(ax: Axes, grid: _Grid, task: int, picture: TaskPicture) -> None:
+def _task(ax: Axes, grid: _PictureLayout, task: int, picture: TaskPicture) -> None:
     x, y = grid.corner(task, 0)
     right = int((picture.predicted_M == picture.query_y_M).sum())
     left_out = int((np.bincount(picture.predicted_M) - grid.queries).clip(0).sum())
@@ -179,7 +179,7 @@ def _task(ax: Axes, grid: _Grid, task: int, picture: TaskPicture) -> None:
         if way % FOLD == 0:
             ax.text(x, y - 0.09, "support", color=DIM)
             ax.text(x + grid.first_query, y - 0.09, "queries", color=DIM)
-        name = formatting.middle(plain(picture.names[way]), NAME) if picture.names else ""
+        name = formatting.elide_middle(plain(picture.names[way]), NAME) if picture.names else ""
         ax.text(x, y + grid.tall / 2, f"{way + 1} {name}".strip(), va="center")
         for shot, image_CHW in enumerate(support_KCHW):
             _image(ax, grid, image_CHW, x + grid.label + shot * CELL, y)
@@ -189,7 +189,7 @@ def _task(ax: Axes, grid: _Grid, task: int, picture: TaskPicture) -> None:
             _image(ax, grid, picture.query_MCHW[query], x + grid.first_query + place * CELL, y, wrong)
 
 
-def _image(ax: Axes, grid: _Grid, image_CHW: Numbers, x: float, y: float, wrong: str = "") -> None:
+def _image(ax: Axes, grid: _PictureLayout, image_CHW: Numbers, x: float, y: float, wrong: str = "") -> None:
     pixels_HWC = np.moveaxis(image_CHW / (255 if image_CHW.dtype == np.uint8 else 1), 0, -1).clip(0, 1)
     width, height = CELL - EDGE, grid.tall - EDGE
     ax.imshow(pixels_HWC, extent=(x, x + width, y + height, y), cmap="gray", vmin=0, vmax=1)
@@ -211,7 +211,7 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
     heights = [3.0, 2.2, 1.0] if _finite(score, *trained).size else [3.0, 1.0]
     with drawing(WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
         top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
-        chosen = formatting.chosen(len(losses), LOSS_LINES)
+        chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
         # Yellow, the scale's end, cannot be seen on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _line(top, steps, losses[taken], color=shade, label=str(taken))

@@ -65,7 +65,7 @@ def plain(text: str) -> str:
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
-    return "".join(c if font.get_char_index(ord(c)) else "?" for c in formatting.safe(text))
+    return "".join(c if font.get_char_index(ord(c)) else "?" for c in formatting.strip_controls(text))
 
 
 def _finite(*parts: Numbers) -> NDArray[np.float64]:
