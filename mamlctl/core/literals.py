@@ -1,0 +1,14 @@
+"""The closed sets of words that settings, files and records use."""
+
+from typing import Literal
+
+Split = Literal["train", "val", "test"]
+Metric = Literal["accuracy", "mse"]
+BatchNorm = Literal["transductive", "running", "support"]
+Adapts = Literal["all", "head", "body"]
+# What status.json says of a run.
+RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
+# What a table says of a run: as above, or that there is no run folder yet.
+CellStatus = Literal["running", "finished", "interrupted", "diverged", "failed", "missing"]
+# What the display of a grid says of a cell.
+CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
