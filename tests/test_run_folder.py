@@ -57,8 +57,8 @@ def test_nothing_that_is_there_is_overwritten(tmp_path):
 
 def test_a_run_has_one_writer_even_across_processes(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from mamlctl.runs import open_run; "
-        "from mamlctl.errors import MamlctlError\n"
+        "import sys; from pathlib import Path; from mamlctl.run_folder import open_run; "
+        "from mamlctl.core.errors import MamlctlError\n"
         "try:\n"
         "    with open_run(Path(sys.argv[1])).writing(): print('writing')\n"
         "except MamlctlError as error: print(error.message)"

@@ -1,0 +1,164 @@
+"""What commit 207ec7b wrote stays readable: runs open, evaluate, resume and compare, grids are filled."""
+
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.grid_cases import filled
+from helpers.shared import ignore
+
+from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.grid.ablate import grid_table
+from mamlctl.experiments.grid.compare import compare
+from mamlctl.experiments.grid.grid_folder import load_grid
+from mamlctl.experiments.grid.scheduler import has_pending_cells
+from mamlctl.experiments.train import resume
+from mamlctl.report.columns import told_of
+from mamlctl.run_folder import open_run
+from mamlctl.settings.schema import EvalConfig
+
+STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
+# Of 100 queries that each stored accuracy counts, so many may round to another class on another machine.
+ACCURACY_TOLERANCE = 0.03
+MSE_TOLERANCE = 1e-3  # relative
+TESTED = EvalConfig(tasks=20)
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch, glyphs_root):
+    """The stored folders, with the relative data root that their settings name."""
+    with tarfile.open(STORED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "207ec7b" / "data").symlink_to(glyphs_root)
+    monkeypatch.chdir(tmp_path / "207ec7b")
+    return tmp_path / "207ec7b"
+
+
+@pytest.fixture
+def old_images(old, glyphs_root):
+    """The same, where glyphs have the pixels that the stored runs were trained on."""
+    before = open_run(old / "maml++-glyphs").environment()["dataset_digest"]
+    (described,) = (glyphs_root / "glyphs").glob("*.json")
+    if json.loads(described.read_text())["digest"] != before:
+        pytest.skip("this Pillow draws other glyphs than the one that the stored runs were made with")
+    return old
+
+
+def runs_in(folder):
+    return sorted(path.parent for path in folder.rglob("config.yaml"))
+
+
+def resumed(path):
+    return resume(
+        path, {}, offline=True, time_limit_s=None, command="mamlctl train --resume", on_event=ignore
+    )
+
+
+def assert_same_scores(row, stored):
+    """A row of an evaluation against what a stored summary says of the same model."""
+    metric, names = stored["metric"], ("tasks", "queries", "inner_steps", "bn", "model")
+    assert {name: getattr(row, name) for name in names} == {name: stored[name] for name in names}
+    assert list(row.epochs) == stored["epochs"]
+    near = {"rel": MSE_TOLERANCE} if metric == "mse" else {"abs": ACCURACY_TOLERANCE}
+    assert row.score == pytest.approx(stored[metric], **near)
+    assert list(row.per_step) == pytest.approx(stored["per_step"], **near)
+
+
+def test_every_run_opens_with_its_settings_status_and_metrics(old):
+    paths = runs_in(old)
+    assert len(paths) == 9
+    for path in paths:
+        run = open_run(path)
+        assert run.config.device == "cpu" and run.environment()["git"]["commit"].startswith("207ec7b")
+        assert (not run.metrics()) == (path.name == "diverged-sinusoid")
+
+
+@pytest.mark.parametrize("name", ["maml++-glyphs", "maml-sinusoid"])
+def test_a_finished_run_is_evaluated_to_the_stored_numbers(name, old, request):
+    if "glyphs" in name:
+        request.getfixturevalue("old_images")
+    receipt = json.loads((old / f"{name}.json").read_text())
+    folder = old / receipt["folder"]
+    before = json.loads((folder / "summary.json").read_text())
+    shutil.rmtree(folder)
+    result = evaluate_run(old / name, TESTED, offline=True, on_event=ignore)
+    assert result.folder == str(folder)  # the same protocol, so the same place
+    after = json.loads((folder / "summary.json").read_text())
+    assert after["protocol"] == before["protocol"] and after["step"] == before["step"]
+    metric = "mse" if "sinusoid" in name else "accuracy"
+    for row, stored in zip(result.rows, receipt["results"], strict=True):
+        assert_same_scores(row, stored | {"metric": metric})
+
+
+def test_a_run_that_was_not_evaluated_is_evaluated_now(old_images):
+    result = evaluate_run(old_images / "reptile-glyphs", TESTED, offline=True, on_event=ignore)
+    assert [row.inner_steps for row in result.rows] == [3, 3] and result.notes == ()
+
+
+@pytest.mark.parametrize("name", ["maml++-interrupted", "alpha-maml-interrupted", "sinusoid-interrupted"])
+def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
+    if "sinusoid" not in name:
+        request.getfixturevalue("old_images")
+    path = old / name
+    done, before = open_run(path).status(), open_run(path).metrics()
+    assert done["status"] == "interrupted"
+    result = resumed(path)
+    run = open_run(path)
+    assert result.status == "finished" and result.step == run.config.total_steps > done["step"]
+    metrics = run.metrics()
+    assert metrics[: len(before)] == before  # reported before the checkpoint, so not reported again
+    steps = [entry["step"] for entry in metrics]
+    assert steps == sorted(steps) and steps[-1] == run.config.total_steps
+    stored = torch.load(path / "checkpoints" / "last.pt", weights_only=True)
+    assert stored["content"]["position"]["validated"] == run.config.epochs
+    assert evaluate_run(path, TESTED, offline=True, on_event=ignore).notes == ()
+
+
+def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
+    grid = load_grid(old_images / "grid")
+    stored = {row["label"]: row for row in json.loads((grid.folder / "table.json").read_text())["rows"]}
+    assert len(grid.cells) == 18 and has_pending_cells(grid)
+    shutil.rmtree(grid.folder / "cells" / "maml+da-s0" / "eval")
+    table = grid_table(grid, {})
+    begun = {"maml", "maml + da"}
+    for row in table.rows:
+        states = [cell.status for cell in row.cells]
+        assert states == (["finished", "missing"] if row.label in begun else ["missing", "missing"])
+        assert (row.best is not None) == (row.label == "maml")
+    # The two cells that are there, without the sixteen that would be trained.
+    small = replace(grid, rows=tuple(row for row in grid.rows if row.label in begun), seeds=(0,))
+    kept = {path: path.stat().st_mtime_ns for path in small.cells[0].folder.rglob("*") if path.is_file()}
+    trained = (small.cells[1].folder / "checkpoints" / "last.pt").stat().st_mtime_ns
+    result = filled(small, workers=1)
+    assert (result.failed, result.left) == ({}, 0)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (small.cells[1].folder / "checkpoints" / "last.pt").stat().st_mtime_ns == trained
+    for row in result.table.rows:
+        for kind in ("best", "ensemble"):
+            mean = stored[row.label][kind]["mean"]
+            assert getattr(row, kind).mean == pytest.approx(mean, abs=ACCURACY_TOLERANCE)
+
+
+def test_compare_reads_runs_and_grids(old_images):
+    paths = [old_images / "maml++-glyphs", old_images / "reptile-glyphs"]
+    table = compare(paths, TESTED, offline=True, command="mamlctl compare", on_event=ignore)
+    (receipt,) = (json.loads(path.read_text()) for path in [old_images / "maml++-glyphs.json"])
+    first, second = table.rows
+    assert first.label.startswith("maml++") and second.label.startswith("reptile")
+    assert first.best.mean == pytest.approx(receipt["results"][0]["accuracy"], abs=ACCURACY_TOLERANCE)
+    assert first.cells[0].validation[-1][0] == first.cells[0].steps == 12
+    assert first.cells[0].rates and not second.cells[0].rates
+    whole = compare([old_images / "grid"], TESTED, offline=True, command="", on_event=ignore)
+    assert [row.label for row in whole.rows] == ["maml", "maml + da"]
+
+
+def test_a_diverged_run_is_reported_with_its_meta_step(old):
+    paths = [old / "maml-sinusoid", old / "diverged-sinusoid"]
+    table = compare(paths, TESTED, offline=True, command="mamlctl compare", on_event=ignore)
+    assert [row.divergences for row in table.rows] == [0, 1]
+    assert table.rows[1].cells[0].steps == 0  # the last good one
+    assert told_of(table.rows[1]) == "diverged at meta-step 1"
