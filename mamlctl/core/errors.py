@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     DATA = 3
     DIVERGED = 4
+    LOCKED = 5
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -39,6 +40,12 @@ class DivergedError(MamlctlError):
     """A loss or a gradient stopped being finite."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class LockedError(MamlctlError):
+    """A folder that another process is writing to."""
+
+    exit_code = ExitCode.LOCKED
 
 
 class SettingsError(MamlctlError):

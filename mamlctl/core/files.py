@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import LockedError
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
-    """Lock a folder for the block. Raises MamlctlError if another process has."""
+    """Lock a folder for the block. Raises LockedError if another process has."""
     with (path / "lock").open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
             file.seek(0)
             writer = file.read(32).decode(errors="replace") or "another process"
             message = f"{what} {path} is in use by {writer}"
-            raise MamlctlError(message, hint="wait for it or stop it, or choose another --out") from error
+            raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
         file.truncate(0)
         file.write(f"process {os.getpid()}".encode())
         file.flush()
