@@ -15,6 +15,13 @@ def strip_controls(text: str) -> str:
     return text.translate(CONTROLS)
 
 
+def plural(count: int, noun: str) -> str:
+    """The noun in the form that the count needs: 1 -> 'seed', 3 -> 'seeds', 0 -> 'queries'."""
+    if count == 1:
+        return noun
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
 def percent(accuracy: float, digits: int = 1) -> str:
     """0.9312 -> '93.1 %'."""
     return f"{100 * accuracy:.{digits}f} %"

@@ -37,7 +37,7 @@ def _size(entry: Mapping[str, Any]) -> str:
 
 def verified_line(entry: Mapping[str, Any]) -> str:
     """One data set that was verified again."""
-    packs = f"{entry['packs']} pack{'' if entry['packs'] == 1 else 's'}"
+    packs = f"{entry['packs']} {formatting.plural(entry['packs'], 'pack')}"
     return f"{entry['name']}: {'DAMAGED' if entry['damage'] else 'whole'}, {packs} in {entry['folder']}"
 
 

@@ -38,9 +38,9 @@ def head_line(result: OwnResult) -> str:
     """What the support set is, and how it was learnt."""
     fewest, most = min(result.shots), max(result.shots)
     shots = str(fewest) if fewest == most else f"{fewest} to {most}"
-    each = f"{shots} support image{'s' if most > 1 else ''} each"
+    each = f"{shots} {formatting.plural(most, 'support image')} each"
     taken = result.inner_steps
-    steps = f"{taken} inner step{'s' if taken > 1 else ''}, " if taken else ""
+    steps = f"{taken} {formatting.plural(taken, 'inner step')}, " if taken else ""
     return f"{len(result.classes)} classes, {each}; {result.head}; {steps}bn {result.bn}"
 
 

@@ -190,7 +190,7 @@ def difference_words(table: Table, row: Row, score: Score | None) -> str:
         for value in (score.difference.mean, score.difference.low, score.difference.high)
     )
     paired = score.difference.seeds
-    apart = "" if paired == most_seeds(table) else f" ({paired} seed{'s' * (paired > 1)})"
+    apart = "" if paired == most_seeds(table) else f" ({paired} {formatting.plural(paired, 'seed')})"
     return f"{mean} [{low}, {high}]{apart}{' *' if significant(score) else ''}"
 
 
@@ -250,7 +250,7 @@ def remarks(table: Table) -> tuple[str, ...]:
             if cell.status not in ("finished", "missing"):
                 begun.setdefault((row.label, _state(cell)), []).append(str(cell.seed))
     lines = [
-        f"{label}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}: {state}"
+        f"{label}, {formatting.plural(len(seeds), 'seed')} {', '.join(seeds)}: {state}"
         for (label, state), seeds in begun.items()
     ]
     every = [cell.status for row in table.rows for cell in row.cells]
@@ -275,12 +275,12 @@ def head_parts(table: Table) -> list[str]:
     drawn = "tasks without a shared image as far as they go" if table.disjoint else "tasks"
     parts = [
         formatting.task(table.dataset, table.ways, table.shots),
-        f"{table.queries} quer{'y' if table.queries == 1 else 'ies'}{' a class' if table.ways > 1 else ''}",
+        f"{table.queries} {formatting.plural(table.queries, 'query')}{' a class' if table.ways > 1 else ''}",
         f"{table.split} split",
         f"{table.tasks:,} {drawn} (seed {table.eval_seed})",
         f"{table.label_permutations} orders of labels" if table.label_permutations > 1 else "",
         f"bn {bn.pop()}" if len(bn) == 1 else "",
-        f"seed{'s' * (len(seeds) != 1)} {' '.join(map(str, seeds))}" if seeds else "",
+        f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
         devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
     ]
     return [formatting.strip_controls(part) for part in parts if part]

@@ -236,7 +236,7 @@ def _runs(row: Row) -> str:
     heads = ["seed", "run", "status", "meta-steps", "per step", "to 99 %", "on"]
     table = _scrolled(_pairs(heads, [_run(cell) for cell in row.cells], "plain"))
     commands = "".join(f"<pre>{_text(cell.command)}</pre>" for cell in row.cells)
-    count = f"{len(row.cells)} run{'' if len(row.cells) == 1 else 's'}"
+    count = f"{len(row.cells)} {formatting.plural(len(row.cells), 'run')}"
     return f"<details><summary>{_text(row.label)}: {count}</summary>\n{table}\n{commands}</details>"
 
 

@@ -31,3 +31,17 @@ def test_numbers_as_people_read_them():
     assert [list(formatting.evenly_spaced(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [
         *([0, 1, 2], [0, 10, 20], [8], [], []),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "form"),
+    [
+        (1, "seed", "seed"),
+        (2, "seed", "seeds"),
+        (0, "seed", "seeds"),
+        (1, "query", "query"),
+        (3, "query", "queries"),
+    ],
+)
+def test_nouns_agree_with_their_count(count: int, noun: str, form: str):
+    assert formatting.plural(count, noun) == form

@@ -100,7 +100,9 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tup
     ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=DIM, fontsize=SMALL)
     for curve in panel.curves:
         colour, line = looks[curve.steps]
-        label = f"after {curve.steps} step" + "s" * (curve.steps > 1) if curve.steps else "before adaptation"
+        label = "before adaptation"
+        if curve.steps:
+            label = f"after {curve.steps} {formatting.plural(curve.steps, 'step')}"
         ax.plot(panel.x, curve.y, color=colour, linestyle=line, linewidth=1.5, label=label)
         place = 0.18 + 0.82 * taken.index(curve.steps) / len(taken)
         digits = 3 if 0.001 <= curve.mse < 1000 else 1  # room is short, and 2e-05 says enough
