@@ -77,7 +77,7 @@ def test_imports_only_go_down(floors, inside):
 
 
 def test_no_modules_import_each_other():
-    graph = {name: imported(path) - {name} for name, path in MODULES.items()}
+    graph = {name: imported(path) for name, path in MODULES.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -9,7 +9,6 @@ from rich.console import Console
 from mamlctl.core import formatting
 from mamlctl.core.results import OwnImage, OwnResult
 from mamlctl.core.statistics import wilson95
-from mamlctl.display import predictions
 from mamlctl.display.console import say, say_table
 
 
@@ -120,11 +119,11 @@ def last_lines(result: OwnResult) -> list[str]:
 def show_own_result(console: Console, result: OwnResult) -> None:
     """How the classes were learnt, a row for each image, and what was written."""
     say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
-    say(console, predictions.head_line(result))
+    say(console, head_line(result))
     if result.images:
         say(console)
-        table = predictions.cells(result, console.width if console.is_terminal else None)
+        table = cells(result, console.width if console.is_terminal else None)
         say_table(console, table, left=2)
         say(console)
-    for line in predictions.last_lines(result):
+    for line in last_lines(result):
         say(console, line)

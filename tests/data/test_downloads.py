@@ -392,11 +392,12 @@ def test_a_mirror_that_is_no_web_address_is_refused(mirror):
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from mamlctl.data import downloads, omniglot
+from mamlctl.data.fetching import downloads
+from mamlctl.data.sets import omniglot
 source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
 omniglot.omniglot_sources = lambda: (source,)
 omniglot._read_verified = lambda paths, *rest: sys.exit(f"got {paths[0].stat().st_size}")
-from mamlctl.cli import main
+from mamlctl.cli.app import main
 main()
 """
 
