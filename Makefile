@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 BENCH ?= # options of the benchmark: make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test check lint types format gpu bench wheel clean
+.PHONY: help install demo test quick check lint types format gpu bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,7 +35,10 @@ demo: $(VENV)/installed ## train and test MAML++ on generated characters, in und
 	$(BIN)/mamlctl eval $(DEMO_RUN) --split test --tasks 300
 
 test: $(VENV)/installed-dev ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+quick: $(VENV)/installed-dev ## run the tests that need neither much time nor many processes
+	$(BIN)/python -m pytest $(WORKERS) -m "not (process or cluster or render or montecarlo or realdata or gpu)"
 
 check: lint types test ## everything: format, lint, types, tests
 

@@ -1,23 +1,68 @@
-"""Prepared data, made once a session."""
+"""What the whole session shares: threads, prepared data, and a list of what is slow in the quick tier."""
 
 import os
 import signal
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
-
+from filelock import FileLock
 from helpers.shared import SHARED, ignore
-
-from mamlctl.data.sets import glyphs, omniglot
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
-torch.set_num_threads(1)
+# The tests that `make quick` leaves out; it runs the smoke tests whatever they take.
+HEAVY = {"process", "cluster", "render", "montecarlo", "realdata", "gpu"}
+QUICK_S = 2.0  # of processor time, that no test of the quick tier should need
+
+
+def pytest_sessionstart(session):
+    """Set up torch, except in the process that only hands the tests out to workers."""
+    if session.config.getoption("numprocesses", None):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+    # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that start processes, so that no worker is left with one of them at the end."""
+    long = {item.path for item in items if not {"process", "cluster"}.isdisjoint(item.keywords)}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def processor_s():
+    """The processor time of this process and of the children that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def pytest_runtest_setup(item):
+    item.began_s = processor_s()
+
+
+def pytest_runtest_makereport(item, call):
+    if call.when == "call":
+        item.user_properties.append(("processor_s", processor_s() - item.began_s))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """List the tests of the quick tier that need too much processor time; nothing fails because of it."""
+    for report in terminalreporter.stats.get("passed", []):
+        spent_s = dict(report.user_properties).get("processor_s", 0)
+        if spent_s > QUICK_S and (HEAVY | {"smoke"}).isdisjoint(report.keywords):
+            terminalreporter.write_line(f"slow for `make quick`: {spent_s:.1f} s {report.nodeid}")
+
+
+def shared_folder(tmp_path_factory, name, fill):
+    """A folder that one worker of the session fills and all of them use."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            fill(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +77,20 @@ def omniglot_zips():
 @pytest.fixture(scope="session")
 def omniglot_root(omniglot_zips, tmp_path_factory):
     """A data root with real Omniglot, fetched from the local archives."""
-    root = tmp_path_factory.mktemp("omniglot-root")
-    omniglot.fetch(root, source=[omniglot_zips], offline=True, force=False, on_event=ignore)
-    return root
+    from mamlctl.data.sets import omniglot
+
+    def fetch(root):
+        omniglot.fetch(root, source=[omniglot_zips], offline=True, force=False, on_event=ignore)
+
+    return shared_folder(tmp_path_factory, "omniglot-root", fetch)
 
 
 @pytest.fixture(scope="session")
 def glyphs_root(tmp_path_factory):
     """A data root with the embedded set."""
-    root = tmp_path_factory.mktemp("glyphs-root")
-    glyphs.open_pack(root, on_event=ignore)
-    return root
+    from mamlctl.data.sets import glyphs
+
+    def draw(root):
+        glyphs.open_pack(root, on_event=ignore)
+
+    return shared_folder(tmp_path_factory, "glyphs-root", draw)

@@ -108,7 +108,7 @@ def test_the_machine_tells_its_rate():
     assert rates["bf16"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_workers_go_in_turn_and_one_that_fails_is_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     machine = Machine("cpu")

@@ -366,6 +366,7 @@ def start(run, root, *words):
     return process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_path, glyphs_root, number, code):
     run = tmp_path / "run"
@@ -388,6 +389,7 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
     assert status["step"] >= step
 
 
+@pytest.mark.process
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
     run = tmp_path / "run"
     # One meta-step of many tasks takes seconds, so that the first request cannot be met before the second.
@@ -468,6 +470,7 @@ def test_a_folder_that_cannot_be_written_is_two_lines(cli, out):
     assert_two_lines(err, "error: ", "can be written")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
     words = [*program(), "eval", trained, "--tasks", "4", "--quiet", "--data-root", glyphs_root]

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from helpers.grid_cases import PROGRAM, QUICK_WORDS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 WORDS = [*QUICK_WORDS, "--seeds", "1", "--tasks", "12"]
 
 

@@ -134,6 +134,7 @@ def test_permutation_p_counts_all_signs_where_they_are_few():
     assert permutation_p(d) == as_far.mean()
 
 
+@pytest.mark.montecarlo
 @pytest.mark.parametrize("tasks", [6, 13, 14, 300])
 def test_permutation_p_is_scipy_s(tasks):
     d = np.random.default_rng(tasks).integers(-4, 5, tasks) / 4  # sums without round-off
@@ -165,6 +166,7 @@ def test_bootstrap_of_two_seeds_and_equal_tasks_has_three_values():
     assert bootstrap95(np.tile([[1.0], [1.0]], 5)) == (1, 1)
 
 
+@pytest.mark.montecarlo
 def test_bootstrap_is_a_slow_loop_s_and_of_one_seed_scipy_s():
     d = crossed(np.random.default_rng(5), 3, 30, 0.1, 0.3, 0.2)
     generator, means = np.random.default_rng(6), []
@@ -213,6 +215,7 @@ REGIMES = {
 }
 
 
+@pytest.mark.montecarlo
 @pytest.mark.parametrize("seeds", [3, 10])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_main_interval_holds_the_truth_in_95_of_100_experiments(regime, seeds):
@@ -228,6 +231,7 @@ def test_main_interval_holds_the_truth_in_95_of_100_experiments(regime, seeds):
         assert held / EXPERIMENTS <= 0.95 + ERROR
 
 
+@pytest.mark.montecarlo
 def test_interval_over_tasks_holds_the_truth_about_these_models():
     generator = np.random.default_rng(9)
     held = 0
@@ -244,6 +248,7 @@ def accuracies(generator, rows, gain=0.0, seeds=3, tasks=200, queries=25):
     return generator.binomial(queries, mean.clip(0, 1)) / queries
 
 
+@pytest.mark.montecarlo
 def test_none_is_found_where_there_is_none_in_one_row_nor_after_holm_in_eight():
     generator = np.random.default_rng(10)
     one, any_of_8, uncorrected = 0, 0, 0

@@ -391,7 +391,6 @@ def test_a_mirror_that_is_no_web_address_is_refused(mirror):
 
 INTERRUPTED = """
 import sys
-from pathlib import Path
 from mamlctl.data.fetching import downloads
 from mamlctl.data.sets import omniglot
 source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
@@ -402,6 +401,7 @@ main()
 """
 
 
+@pytest.mark.process
 def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tmp_path):
     third = len(archive) // 3
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=third)])
@@ -430,6 +430,7 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tm
     assert (server.asked[1].status, server.asked[1].sent) == (206, len(archive) - kept)
 
 
+@pytest.mark.realdata
 def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatch):
     sources = []
     for name in ("images_background.zip", "images_evaluation.zip"):
@@ -444,6 +445,7 @@ def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["omniglot"]
 
 
+@pytest.mark.realdata
 def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp_path, monkeypatch):
     shutil.copytree(omniglot_root / "omniglot", tmp_path / "omniglot")
     before = {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()}

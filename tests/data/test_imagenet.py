@@ -204,6 +204,7 @@ def real(tmp_path_factory):
     return fetch(root, [source], on_event=notices.append), notices, root
 
 
+@pytest.mark.realdata
 def test_the_real_set_has_its_counts_and_its_eight_twins(real):
     packed, notices, _ = real
     assert packed.images_MCHW.shape == (60_000, 3, 84, 84) and set(packed.counts) == {600}
@@ -215,6 +216,7 @@ def test_the_real_set_has_its_counts_and_its_eight_twins(real):
     )
 
 
+@pytest.mark.realdata
 def test_the_real_sets_pixels_are_those_that_pillow_decodes(real):
     packed, _, _ = real
     with zipfile.ZipFile(SHARED / "mini-imagenet" / "val.zip") as archive:

@@ -13,6 +13,8 @@ from mamlctl.core.events import Notice, Progress
 from mamlctl.data.sets import omniglot
 from mamlctl.data.sets.registry import find
 
+pytestmark = pytest.mark.realdata
+
 
 @pytest.fixture(scope="module")
 def packed(omniglot_root):

@@ -22,7 +22,7 @@ from mamlctl.report.export import document
 from mamlctl.run_folder import open_run, status_of
 from mamlctl.settings.schema import EvalConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")

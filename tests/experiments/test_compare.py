@@ -14,7 +14,7 @@ from mamlctl.experiments.grid.compare import compare
 from mamlctl.report.export import document
 from mamlctl.settings.schema import EvalConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def events():
     return []
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
     nodes, events, glyphs_root, tmp_path, capfd
 ):
@@ -158,7 +158,7 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
         assert all(str(job.folder) in line for line in commands)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, monkeypatch, number):
     monkeypatch.setattr(ray_cluster, "HEARD_S", 3.0)
@@ -183,7 +183,7 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
         assert not (waiting.folder / "config.yaml").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_what_a_command_cannot_do_is_not_tried_again(nodes, events, glyphs_root, tmp_path):
     wrong = Job(
         "wrong", tmp_path / "wrong", (*TINY.split(), "--ways", "4000", "--data-root", str(glyphs_root)), ()
@@ -198,7 +198,7 @@ def test_what_a_command_cannot_do_is_not_tried_again(nodes, events, glyphs_root,
     assert not [event for event in events if "lost" in event.text]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_slice_that_kills_every_place_is_given_up(nodes, events, glyphs_root, tmp_path):
     job = job_of(tmp_path / "run", glyphs_root)
     with open_cluster(
@@ -216,7 +216,7 @@ def test_a_slice_that_kills_every_place_is_given_up(nodes, events, glyphs_root, 
     assert len([event for event in events if "lost its place" in event.text]) == places - 1
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
     with (
         pytest.raises(MamlctlError, match="has 1 CPUs and 8 GPUs") as error,
@@ -226,6 +226,7 @@ def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
     assert "ask for less" in error.value.hint
 
 
+@pytest.mark.cluster
 def test_a_cluster_that_nobody_answers_for_is_told_at_once(events, monkeypatch):
     pytest.importorskip("ray", reason=ABSENT)
     monkeypatch.setattr(ray_cluster, "REACH_S", 3.0)

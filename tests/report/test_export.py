@@ -193,7 +193,7 @@ PAPER = r"""\documentclass{article}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.render
 @pytest.mark.parametrize("name", TABLES)
 def test_latex_compiles_and_shows_the_cells(name, tmp_path):
     compiler = shutil.which("pdflatex") or shutil.which("tectonic")

@@ -17,6 +17,8 @@ from mamlctl.report.export import document
 from mamlctl.report.figures.table_figures import curves, mean_rates, pictures, save_all
 from mamlctl.report.html_page import write_report
 
+pytestmark = pytest.mark.render
+
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SMALL = [name for name in TABLES if name != "64 rows"]
 
@@ -138,7 +140,6 @@ def test_a_sorted_report(tmp_path):
     assert page.rows == cells(TABLES["mse"](), "seconds")
 
 
-@pytest.mark.slow
 def test_64_rows_are_parted_and_small(tmp_path):
     page = write_report(full(), tmp_path)
     holds(Page(page.read_text()), full())
@@ -157,14 +158,12 @@ def browser(*options):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_browser_reads_the_same_numbers(reports, name, tmp_path):
     text = browser(f"--user-data-dir={tmp_path}", "--dump-dom", reports[name].as_uri())
     holds(Page(text), TABLES[name]())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "light"), [(1, True), (0, False)])
 def test_the_page_follows_the_wish_for_dark(reports, scheme, light, tmp_path):
     shot = tmp_path / "page.png"

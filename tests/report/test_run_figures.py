@@ -93,6 +93,7 @@ def texts_of(figure):
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
 def test_nothing_written_overlaps_or_leaves_the_picture(name):
     figure = PICTURES[name]()
@@ -305,6 +306,7 @@ def test_equal_rates_are_drawn(rate):
     assert [patch.get_data().values.sum() for patch in ax.patches] == ([0, 25] if rate < 0 else [25, 0])
 
 
+@pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
 def test_saved_pictures_open_and_repeat_to_the_byte(name, tmp_path):
     figure = PICTURES[name]()
