@@ -11,6 +11,8 @@ from torch import Tensor
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
+RATE = "rate."  # how the names of learnt inner rates begin, among what the outer optimiser moves
+
 
 @dataclass
 class MetaState:
@@ -26,7 +28,7 @@ class MetaState:
 
     def learnable(self) -> dict[str, Tensor]:
         """Every tensor that the outer optimiser moves, under one flat name."""
-        rates = {f"rate.{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
+        rates = {f"{RATE}{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
         return self.slow | self.norm | rates
 
     def rate(self, name: str, step: int) -> Tensor:
@@ -52,7 +54,7 @@ class MetaState:
     def stored(self) -> dict[str, Tensor]:
         """Every tensor that a checkpoint holds, sharing its memory but no gradient."""
         state = self.frozen()
-        rates = {f"rate.{name}": rate for name, rate in state.rates.items()}
+        rates = {f"{RATE}{name}": rate for name, rate in state.rates.items()}
         running = {f"running.{name}": tensor for name, tensor in state.running.items()}
         moments = {f"moment.{name}": tensor for name, tensor in state.moments.items()}
         return state.slow | state.norm | rates | running | moments

@@ -1,4 +1,4 @@
-"""Adam, by torch's own function of tensors.
+"""The outer optimisers: plain steps, and Adam by torch's own function of tensors.
 
 The class `torch.optim.Adam` imports torch's compiler when it is made: 1.3 of the 3.9 s from start to the
 first meta-step (one core of a 2-core virtual machine).
@@ -14,6 +14,32 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 EPS = 1e-8  # torch's default
+
+
+class Optimizer(Protocol):
+    """Moves the learnable tensors in place; its state is tensors on their device."""
+
+    def set_lr(self, lr: float) -> None:
+        """Follow the schedule, where there is one."""
+
+    def lr_now(self) -> float:
+        """The meta learning rate; syncs with the device where it lives there."""
+
+    def step(self, grads: Mapping[str, Tensor]) -> None:
+        """One step against the gradients."""
+
+    def stored(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds, sharing memory."""
+
+    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy a checkpoint's state, in place."""
+
+
+def copy_state(into: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy a checkpoint's tensors into an optimiser's own, in place and from whichever device."""
+    for part, tensors in into.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[part][name])
 
 
 class Adam:
@@ -68,28 +94,7 @@ class Adam:
 
     def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Copy a checkpoint's state, in place, from whichever device."""
-        for part, own in self.stored().items():
-            for name, tensor in own.items():
-                tensor.copy_(stored[part][name])
-
-
-class Optimizer(Protocol):
-    """Moves the learnable tensors in place; its state is tensors on their device."""
-
-    def set_lr(self, lr: float) -> None:
-        """Follow the schedule, where there is one."""
-
-    def lr_now(self) -> float:
-        """The meta learning rate; syncs with the device where it lives there."""
-
-    def step(self, grads: Mapping[str, Tensor]) -> None:
-        """One step against the gradients."""
-
-    def stored(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds, sharing memory."""
-
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy a checkpoint's state, in place."""
+        copy_state(self.stored(), stored)
 
 
 class Sgd:
@@ -99,89 +104,22 @@ class Sgd:
         self.learnable, self.lr = dict(learnable), lr
 
     def set_lr(self, lr: float) -> None:
-        """Use another rate from now on."""
+        """Use another learning rate from now on."""
         self.lr = lr
 
     def lr_now(self) -> float:
-        """The rate."""
+        """The learning rate."""
         return self.lr
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """One step."""
+        """Move every weight against its gradient, in place."""
         for name, tensor in self.learnable.items():
             tensor.sub_(self.lr * grads[name])
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """Nothing."""
+        """No state."""
         return {}
 
     def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Nothing."""
-
-
-class Hypergradient:
-    """Adam for the weights, while the inner and the meta learning rate follow their own gradients.
-
-    Alpha MAML (Behl et al. 2019, arXiv:1905.07435) subtracts hypergradients from both rates: the meta-loss's
-    derivative by the inner rate, and minus the product of this gradient and the last step's direction for the
-    meta rate (Baydin et al. 2018). Their sizes depend on the task and on the rates themselves, so here they
-    move the logarithms, by Adam with steps of `hyper_lr`: that a start ten times off is mended in about
-    log(10) / hyper_lr meta-steps is the same for all.
-    """
-
-    RATE = "rate."
-
-    def __init__(
-        self, learnable: Mapping[str, Tensor], lr: float, betas: tuple[float, float], hyper_lr: float
-    ) -> None:
-        """`learnable`: the inner rates are those called "rate...", which move as one."""
-        weights = {name: tensor for name, tensor in learnable.items() if not name.startswith(self.RATE)}
-        self.rates = [tensor for name, tensor in learnable.items() if name.startswith(self.RATE)]
-        self.inner = Adam(weights, lr, betas)
-        self.last = {name: torch.zeros_like(tensor.detach()) for name, tensor in weights.items()}
-        like = self.rates[0].detach()
-        # On the CPU, as torch's own Adam wants its rate there; the inner rate stays where it is used.
-        self.logs = {
-            "inner": like.log().reshape(()).double().cpu(),
-            "meta": like.new_tensor(lr).log().double().cpu(),
-        }
-        self.hyper = Adam(self.logs, hyper_lr, betas)
-
-    def set_lr(self, lr: float) -> None:
-        """No schedule: the rate finds its own way."""
-
-    def lr_now(self) -> float:
-        """The meta learning rate as it is now."""
-        return float(self.logs["meta"].exp())
-
-    @torch.no_grad()
-    def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Both rates first, then the weights with the new ones."""
-        inner_rate, meta_lr = (float(self.logs[name].exp()) for name in ("inner", "meta"))
-        by_inner = sum(float(grad.sum()) for name, grad in grads.items() if name.startswith(self.RATE))
-        # The last step moved the weights by -meta_lr * last.
-        by_meta = -sum(float((grads[name] * last).sum()) for name, last in self.last.items())
-        like = self.logs["inner"]
-        self.hyper.step(
-            {"inner": like.new_tensor(inner_rate * by_inner), "meta": like.new_tensor(meta_lr * by_meta)}
-        )
-        for rate in self.rates:
-            rate.fill_(float(self.logs["inner"].exp()))
-        before = {name: tensor.detach().clone() for name, tensor in self.inner.learnable.items()}
-        self.inner.set_lr(self.lr_now())
-        self.inner.step(grads)
-        for name, tensor in self.inner.learnable.items():
-            self.last[name].copy_((before[name] - tensor) / self.lr_now())
-
-    def stored(self) -> dict[str, dict[str, Tensor]]:
-        """Both Adams, the last direction and the rates."""
-        own = {"last": self.last, "logs": self.logs}
-        hyper = {f"hyper.{part}": tensors for part, tensors in self.hyper.stored().items()}
-        return own | self.inner.stored() | hyper
-
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy a checkpoint's state, in place."""
-        for part, own in self.stored().items():
-            for name, tensor in own.items():
-                tensor.copy_(stored[part][name])
+        """There is no state to copy."""

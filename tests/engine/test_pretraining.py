@@ -9,7 +9,8 @@ from helpers.algorithm_cases import CPU, close, measured
 from helpers.engine_cases import IMAGE, build_uneven, fastest, random_episodes, slow_forward, small_config
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.evaluation.prediction import adapted, fine_tuned
+from mamlctl.engine.algorithms.pretraining import fine_tuned
+from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build

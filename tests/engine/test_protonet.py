@@ -7,7 +7,8 @@ from helpers.algorithm_cases import CPU, close, measured
 from helpers.engine_cases import IMAGE, fastest, random_episodes, slow_forward, small_config
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.evaluation.prediction import by_neighbours, by_prototypes
+from mamlctl.engine.algorithms.pretraining import by_neighbours
+from mamlctl.engine.algorithms.protonet import by_prototypes
 from mamlctl.engine.nets.base import CLASSIFICATION
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build

@@ -22,7 +22,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, counts
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
@@ -123,7 +123,7 @@ class AdjointPass:
             found = self.derivatives.gradient(self.fast, self.support, self._norm(step), keep=True)
         if self.state.rates_learnt:
             for name in self.state.rates:
-                grad = self._at_row(f"rate.{name}", step)
+                grad = self._at_row(f"{RATE}{name}", step)
                 grad.sub_((self.p[name] * found.fast[name]).sum_to_size(grad.shape))
         if self.first_order:
             return

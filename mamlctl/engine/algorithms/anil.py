@@ -15,7 +15,7 @@ from mamlctl.engine.evaluation.prediction import (
     expanded,
     head_state,
 )
-from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import HEAD, HeadNet, Net
 from mamlctl.engine.nets.batch_norm import NormPass
 
@@ -36,7 +36,9 @@ def anil(
     body = _Bodies(net, state, episodes, engine)
     with torch.enable_grad():
         learnt = {
-            name: tensor for name, tensor in state.learnable().items() if name in HEAD or "rate." in name
+            name: tensor
+            for name, tensor in state.learnable().items()
+            if name in HEAD or name.startswith(RATE)
         }
         found = unroll(
             HeadNet(net.outputs, net.objective),

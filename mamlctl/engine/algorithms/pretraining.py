@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, _without_steps
+from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.prediction import (
-    expanded,
-)
+from mamlctl.engine.evaluation.prediction import adapted, comparable_features, expanded, nearest_distances
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import NormPass
+from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net
+from mamlctl.engine.nets.batch_norm import NormPass, Statistics
 
 
 @torch.no_grad()
@@ -54,3 +56,36 @@ def no_training(
     score = net.objective.score(outputs_TEN, episodes.query_y_TE).mean()
     grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
     return _without_steps(grads, loss, score, [norm])
+
+
+def fine_tuned(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+) -> Tensor:
+    """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
+    net, slow = derivatives.net, state.slow
+    if net.objective is CLASSIFICATION:
+        weight = slow["linear.weight"]
+        zeros = weight.new_zeros(net.outputs, weight.shape[1]), weight.new_zeros(net.outputs)
+        slow = slow | dict(zip(HEAD, zeros, strict=True))
+    return adapted(
+        derivatives, replace(state, slow=slow), episodes, inner_steps=inner_steps, statistics=statistics
+    )
+
+
+def by_neighbours(
+    derivatives: Derivatives,
+    state: MetaState,
+    episodes: Episodes,
+    *,
+    inner_steps: int,
+    statistics: Statistics,
+) -> Tensor:
+    """The class of the nearest support example, Euclidean in the features."""
+    support_TEF, query_TEF = comparable_features(derivatives, state, episodes, statistics)
+    distances_TEN = nearest_distances(query_TEF, support_TEF, episodes.support_y_TE, derivatives.net.outputs)
+    return -distances_TEN.unsqueeze(0)

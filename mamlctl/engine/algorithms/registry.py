@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from mamlctl.engine.algorithms.adjoint import adjoint
+from mamlctl.engine.algorithms.alpha_maml import Hypergradient
 from mamlctl.engine.algorithms.anil import anil
 from mamlctl.engine.algorithms.imaml import imaml
 from mamlctl.engine.algorithms.meta_gradient import Outer, unrolled
-from mamlctl.engine.algorithms.pretraining import no_training, pretraining
-from mamlctl.engine.algorithms.protonet import protonet
+from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned, no_training, pretraining
+from mamlctl.engine.algorithms.protonet import by_prototypes, protonet
 from mamlctl.engine.algorithms.reptile import reptile
-from mamlctl.engine.evaluation.prediction import Predict, adapted, by_neighbours, by_prototypes, fine_tuned
-from mamlctl.engine.optimizers import Adam, Hypergradient, Optimizer, Sgd
+from mamlctl.engine.evaluation.prediction import Predict, adapted
+from mamlctl.engine.optimizers import Adam, Optimizer, Sgd
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 

@@ -6,7 +6,6 @@ Each predictor returns outputs_ITEN: class scores (or values) after 0, 1 ... inn
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Autograd, Derivatives
 from mamlctl.engine.inner_loop import AdamSteps, MetaState, Stepper, pulled
-from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, HeadNet
+from mamlctl.engine.nets.base import HEAD, HeadNet
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 
 
@@ -167,56 +166,9 @@ def _features(
     return support_TEF, query_TEF[:, along:]
 
 
-def fine_tuned(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
-    """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
-    net, slow = derivatives.net, state.slow
-    if net.objective is CLASSIFICATION:
-        weight = slow["linear.weight"]
-        zeros = weight.new_zeros(net.outputs, weight.shape[1]), weight.new_zeros(net.outputs)
-        slow = slow | dict(zip(HEAD, zeros, strict=True))
-    return adapted(
-        derivatives, replace(state, slow=slow), episodes, inner_steps=inner_steps, statistics=statistics
-    )
-
-
-def _compared(
+def comparable_features(
     derivatives: Derivatives, state: MetaState, episodes: Episodes, statistics: Statistics
 ) -> tuple[Tensor, Tensor]:
     """Features of both sets that can be compared: running statistics, which no weight leaves, for both."""
     of_support = Statistics.RUNNING if statistics is Statistics.RUNNING else Statistics.OWN
     return _features(derivatives, state, episodes, statistics, of_support)
-
-
-def by_prototypes(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
-    """The class of the nearest prototype (Snell et al. 2017)."""
-    support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
-    prototypes_TNF = prototypes(support_TEF, episodes.support_y_TE, derivatives.net.outputs)
-    return -class_distances(query_TEF, prototypes_TNF).unsqueeze(0)
-
-
-def by_neighbours(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
-    """The class of the nearest support example, Euclidean in the features."""
-    support_TEF, query_TEF = _compared(derivatives, state, episodes, statistics)
-    distances_TEN = nearest_distances(query_TEF, support_TEF, episodes.support_y_TE, derivatives.net.outputs)
-    return -distances_TEN.unsqueeze(0)

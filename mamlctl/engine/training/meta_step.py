@@ -14,7 +14,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import tasks_per_pass
-from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import accumulate
 from mamlctl.engine.training.schedules import cosine_meta_lr, is_first_order, linear_meta_lr, msl_weights
@@ -104,7 +104,8 @@ class MetaStep:
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:
             for name, grad in grads.items():
-                if not name.startswith("rate."):  # the published code leaves the learnt rates alone
+                # The published code leaves the learnt rates alone.
+                if not name.startswith(RATE):
                     grad.clamp_(-self.config.clip_value, self.config.clip_value)
         if self.config.clip_norm is not None:
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()

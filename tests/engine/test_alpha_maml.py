@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mamlctl.engine.optimizers import Hypergradient
+from mamlctl.engine.algorithms.alpha_maml import Hypergradient
 
 
 def test_a_hypergradient_is_the_change_of_the_loss_along_both_rates():
