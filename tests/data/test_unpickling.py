@@ -7,7 +7,10 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -354,6 +357,37 @@ def test_damaged_bytes_give_data_or_a_data_error(protocol):
             load_arrays(bytes(damaged), "x")
 
 
+# What reading one file takes of resident memory beyond what the modules take, in MiB.
+MEMORY = """
+import io, pickle, sys
+from mamlctl.data.reading.unpickling import load_arrays
+def peak():
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 1024
+data, before = bytes.fromhex(sys.argv[2]), peak()
+if sys.argv[1] == "standard":
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(name)
+    Reader(io.BytesIO(data)).load()
+else:
+    load_arrays(data, "x")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_nine_bytes_take_gigabytes_of_the_standard_reader_and_nothing_here():
+    def taken(reader, place):
+        data = b"\x80\x02Nr" + struct.pack("<I", place) + b"."
+        words = [sys.executable, "-c", MEMORY, reader, data.hex()]
+        return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+    # 16 bytes for each place before it, so that the last one takes 64 GiB.
+    assert taken("standard", 2**24) > 250
+    assert taken("ours", 2**32 - 1) < 5
+
+
 def test_encoding_the_same_again_and_again_is_refused():
     name = b"c_codecs\nencode\n"
     once = name + text("x" * 1000) + b"q\x02" + text("latin1") + b"q\x03\x86R"
@@ -362,9 +396,9 @@ def test_encoding_the_same_again_and_again_is_refused():
     refused(b"](" + once + 2 * again + b"e.", match="grows far beyond its own size")
 
 
-def test_steps_are_counted(monkeypatch):
-    monkeypatch.setattr(unpickling, "MOST_STEPS", 100)
-    refused(b"(" + b"]" * 1000 + b"t.", match="takes more than 100 steps")
+def test_reads_are_counted(monkeypatch):
+    monkeypatch.setattr(unpickling, "MOST_READS", 100)
+    refused(b"(" + b"]" * 1000 + b"t.", match="takes more than 100 reads")
 
 
 def test_a_list_that_holds_itself():
