@@ -15,7 +15,7 @@ from typing import Any
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import _read_object, finite, one_writer, write_json, write_text
-from mamlctl.settings.merge import resolve
+from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -159,8 +159,7 @@ def open_run(path: Path) -> RunFolder:
         stored = load_file(path / CONFIG)
         if missing := FIELDS.keys() - stored.keys():
             raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
-        # Every setting is there, so no algorithm's defaults are asked for.
-        config = resolve([(str(path / CONFIG), stored)], list).config
+        config = stored_settings(str(path / CONFIG), stored)
     except SettingsError as error:
         raise MamlctlError(
             f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from mamlctl.core.errors import ExitCode
+from mamlctl.settings.rules import VALUE_TYPES
 from mamlctl.settings.schema import HARDWARE, OUTPUT
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
@@ -34,13 +35,12 @@ DataRoot = Annotated[
 
 def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
     """Give a command one option per field of a settings class; those given reach it as the dict `given`."""
-    hints = get_type_hints(config_type)
+    types = VALUE_TYPES[config_type]
     options = []
     for item in fields(config_type):
-        option = typer.Option(
-            help=_words_of(item), rich_help_panel=item.metadata["panel"], show_default=False
-        )
-        kind = hints[item.name]
+        help_text = _help_of(item, types[item.name].choices)
+        option = typer.Option(help=help_text, rich_help_panel=item.metadata["panel"], show_default=False)
+        kind = types[item.name].kind
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         options.append(
             inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -102,11 +102,11 @@ def with_options(options_type: type) -> Callable[[Callable[..., ExitCode]], Call
     return decorate
 
 
-def _words_of(item: Field[Any]) -> str:
-    """Help of a setting: its words, what it can be, and its default unless that is "off" or told in words."""
+def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
+    """A setting's help, what it can be, and its default unless that is "off" or described in the help."""
     parts = [item.metadata["help"]]
-    if item.metadata["choices"]:
-        parts.append(f"One of {', '.join(map(str, item.metadata['choices']))}.")
+    if choices:
+        parts.append(f"One of {', '.join(map(str, choices))}.")
     if item.default is not None and item.default is not False:
         parts.append(f"Default: {item.default}.")
     return " ".join(parts)

@@ -94,7 +94,7 @@ def train(
 
 def _resolve(
     given: Mapping[str, Any], preset: str | None, config: Path | None, sets: list[str], *, here: bool
-) -> Resolved:
+) -> Resolved[TrainConfig]:
     """`here`: the run is to start on this machine, so that its devices count too."""
     from mamlctl.experiments.settings import resolve_settings
 
@@ -107,7 +107,7 @@ def _resolve(
     return resolve_settings(layers, here=here)
 
 
-def _print_config(resolved: Resolved) -> ExitCode:
+def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
     """The settings as a file that --config takes, the origin of each as its comment."""
     from mamlctl.experiments.settings import fill_defaults
 

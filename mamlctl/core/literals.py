@@ -6,6 +6,13 @@ Split = Literal["train", "val", "test"]
 Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
 Adapts = Literal["all", "head", "body"]
+NetName = Literal["conv4", "mlp", "resnet12"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
+EngineName = Literal["adjoint", "plain"]
+# What keeps an improvement of MAML++ from having a meaning with an algorithm or a data set.
+Obstacle = Literal[
+    "no unrolled loop", "one pass of the body", "own inner rates", "own meta learning rate", "no batch norm"
+]
 # What status.json says of a run.
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 # What a table says of a run: as above, or that there is no run folder yet.

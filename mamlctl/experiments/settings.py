@@ -7,52 +7,67 @@ from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.problems import Problem
 from mamlctl.data.rules import OF_ITS_IMAGES, choice_problems, set_defaults, set_forced, set_problems
 from mamlctl.data.sets.registry import absolute, find, is_curves
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_problems, forced_settings
-from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, resolve
-from mamlctl.settings.schema import TrainConfig, fill_schedules
+from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, drop_ineffective, fill_schedules, merge
+from mamlctl.settings.rules import check
+from mamlctl.settings.schema import TrainConfig
 
 
-def resolve_settings(layers: Sequence[Layer], *, here: bool = False, checked: bool = True) -> Resolved:
-    """Settings with all that the data set and the algorithm imply and refuse. Raises SettingsError.
+def resolve_settings(
+    layers: Sequence[Layer], *, here: bool = False, checked: bool = True
+) -> Resolved[TrainConfig]:
+    """Settings with all that the data set and the algorithm imply and refuse.
 
-    `here`: they are to run on this machine, so that its devices count too. `checked`: as `resolve` has it.
+    Args:
+        layers: Where settings come from and what they are, weakest first.
+        here: They are to run on this machine, so that its devices count too.
+        checked: Without it, settings may break rules that a further layer would repair.
+
+    Raises:
+        SettingsError: With every problem: unknown names, wrong types, limits, rules between settings.
     """
-    from mamlctl.engine.devices import device_problems
+    # What the layers name decides whose defaults lie beneath them.
+    named, _ = merge(TrainConfig, layers)
+    dataset, algo = named.config.dataset, named.config.algo
+    if named.sources["algo"] == "default":
+        algo = set_defaults(dataset).get("algo", algo)
+    resolved, problems = merge(TrainConfig, with_defaults(layers, dataset, algo))
 
-    def problems(config: TrainConfig, sources: Mapping[str, str]) -> list[Problem]:
-        found = algorithm_problems(config) + set_problems(config, sources, COMMAND_LINE)
-        entry = ALGORITHMS.get(config.algo)
-        if is_curves(config.dataset) and entry is not None and entry.on_curves is None:
-            found.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
-        return found + (device_problems(config.device, config.precision, config.cuda_graph) if here else [])
+    # What presets and files say gives way to what the algorithm and the data set fix; flags are kept.
+    forced = forced_settings(resolved.config) | set_forced(resolved.config)
+    resolved = drop_ineffective(resolved, forced)
 
-    def forced(config: TrainConfig) -> dict[str, Any]:
-        return forced_settings(config) | set_forced(config)
+    config = resolved.config
+    if checked:
+        problems += check(config) + algorithm_problems(config)
+        problems += set_problems(config, resolved.sources, COMMAND_LINE)
+    if checked and here:
+        from mamlctl.engine.devices import device_problems
 
-    resolved = resolve(layers, with_defaults, problems, forced, checked=checked)
+        problems += device_problems(config.device, config.precision, config.cuda_graph)
+    if problems:
+        raise SettingsError(problems)
     # A run must find its folder from wherever it is resumed.
-    return replace(resolved, config=replace(resolved.config, dataset=absolute(resolved.config.dataset)))
+    return replace(resolved, config=replace(config, dataset=absolute(config.dataset)))
 
 
-def with_defaults(layers: Sequence[Layer]) -> list[Layer]:
+def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Layer]:
     """The layers with what the data set and the algorithm imply.
 
     The algorithm's lies below the layer that names it, and so over a preset or file of another algorithm; of
     that one, what the other algorithm implied is left out.
     """
-    said = {str(key): value for _, values in layers for key, value in values.items()}
-    dataset = str(said.get("dataset", TrainConfig.dataset))
-    own = set_defaults(dataset)
-    algo = str(said.get("algo", own.get("algo", TrainConfig.algo)))
     layers = [(source, without_foreign_image_settings(values, dataset)) for source, values in layers]
-    layer = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset)))
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
-    before = [(source, _of_any_algorithm(values, algo)) for source, values in layers[:naming]]
-    return [(f"data set {dataset}", own), *before, layer, *layers[naming:]]
+    return [
+        (f"data set {dataset}", set_defaults(dataset)),
+        *((source, _without_foreign_algorithm(values, algo)) for source, values in layers[:naming]),
+        (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset))),
+        *layers[naming:],
+    ]
 
 
 def without_foreign_image_settings(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
@@ -62,7 +77,7 @@ def without_foreign_image_settings(values: Mapping[str, Any], dataset: str) -> d
     return {name: value for name, value in values.items() if name not in OF_ITS_IMAGES}
 
 
-def _of_any_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
+def _without_foreign_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
     """A layer's values without those that belong to the algorithm it names, if that is another one."""
     entry = ALGORITHMS.get(str(values.get("algo", algo)))
     if entry is None or values.get("algo", algo) == algo:

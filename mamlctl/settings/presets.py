@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def to_yaml(config: TrainConfig, completed: TrainConfig) -> str:
 
     An open value stays open, so that a seed or a number of epochs laid over the file has its effect.
     """
-    lines = OmegaConf.to_yaml(OmegaConf.structured(config)).splitlines()
+    lines = OmegaConf.to_yaml(asdict(config)).splitlines()
     return "".join(line + _derived_note(line, completed) + "\n" for line in lines)
 
 

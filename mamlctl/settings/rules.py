@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import Field, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, EvalConfig, TrainConfig
 
-# A setting that only its switch gives a meaning to.
-NEEDS = {"msl_epochs": "msl", "da_epochs": "da", "min_meta_lr": "ca"}
+# A setting that only its improvement gives a meaning to.
+COMPANIONS = {
+    name: improvement.name for improvement in IMPROVEMENTS.values() for name in improvement.companions
+}
 
 # A setting that only some networks have.
 OF_NETS = {
@@ -21,11 +27,56 @@ OF_NETS = {
     "activation": ("conv4", "mlp"),
 }
 
+# How a value of each type is read, and what it is called.
+NODES: Mapping[type, Callable[[], ValueNode]] = {
+    bool: BooleanNode,
+    int: IntegerNode,
+    float: FloatNode,
+    str: StringNode,
+}
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What a setting can be."""
+
+    kind: type  # bool, int, float or str
+    optional: bool  # whether None is a value
+    choices: tuple[object, ...]  # of a closed set; empty for any other
+
+    @property
+    def noun(self) -> str:
+        """What a value of this type is called."""
+        return NOUNS[self.kind]
+
+    def read(self, value: Any) -> Any:
+        """The value as this type has it, so that "7" is 7. Raises ValueError for one of another type."""
+        if value is None and not self.optional:
+            raise ValueError(value)
+        return NODES[self.kind]().validate_and_convert(value)
+
+
+def _value_types(config_type: type) -> Mapping[str, ValueType]:
+    types = {}
+    for name, hint in get_type_hints(config_type).items():
+        optional = NoneType in get_args(hint)
+        kind = get_args(hint)[0] if optional else hint
+        choices = get_args(kind)
+        types[name] = ValueType(type(choices[0]) if choices else kind, optional, choices)
+    return types
+
+
+# The type of every setting of each settings class.
+VALUE_TYPES: Mapping[type, Mapping[str, ValueType]] = {
+    config_type: _value_types(config_type) for config_type in (TrainConfig, EvalConfig)
+}
+
 
 def check(config: TrainConfig) -> list[Problem]:
     """Every rule that the settings break, by themselves and with each other."""
     problems = limit_problems(config)
-    for name, switch in NEEDS.items():
+    for name, switch in COMPANIONS.items():
         if getattr(config, name) is not None and not getattr(config, switch):
             problems.append(
                 (f"{flag(name)} has no effect without {flag(switch)}", f"add {flag(switch)} or leave it out")
@@ -71,34 +122,33 @@ def check(config: TrainConfig) -> list[Problem]:
 
 def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:
     """The limits of single fields that the settings break."""
-    found = (_problem_of_limits(item, getattr(config, item.name)) for item in fields(config))
-    return [problem for problem in found if problem]
+    types = VALUE_TYPES[type(config)]
+    problems = (
+        _choice_problem(item.name, getattr(config, item.name), types[item.name].choices)
+        or _limit_problem(item, getattr(config, item.name))
+        for item in fields(config)
+        if getattr(config, item.name) is not None
+    )
+    return [problem for problem in problems if problem]
 
 
-def _problem_of_limits(item: Field[Any], value: Any) -> Problem | None:
-    name, limits = item.name, item.metadata
-    if value is None:
+def _choice_problem(name: str, value: Any, choices: tuple[object, ...]) -> Problem | None:
+    if not choices or value in choices:
         return None
-    if limits["choices"] and value not in limits["choices"]:
-        words = ", ".join(str(choice) for choice in limits["choices"])
-        return f"{flag(name)} is {value!r}, but it can only be one of {words}", nearest(
-            str(value), [str(choice) for choice in limits["choices"]], otherwise=f"use one of {words}"
-        )
+    words = [str(choice) for choice in choices]
+    fact = f"{flag(name)} is {value!r}, but it can only be one of {', '.join(words)}"
+    return fact, nearest(str(value), words, otherwise=f"use one of {', '.join(words)}")
+
+
+def _limit_problem(item: Field[Any], value: Any) -> Problem | None:
+    least, above, below = (item.metadata[limit] for limit in ("least", "above", "below"))
+    fact = f"{flag(item.name)} is {value}"
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{flag(name)} is {value}, which is not a finite number", "use a finite number"
-    if limits["least"] is not None and value < limits["least"]:
-        return (
-            f"{flag(name)} is {value}, but the least is {limits['least']}",
-            f"use {limits['least']} or more",
-        )
-    if limits["above"] is not None and value <= limits["above"]:
-        return (
-            f"{flag(name)} is {value}, but it must be above {limits['above']}",
-            f"use more than {limits['above']}",
-        )
-    if limits["below"] is not None and value >= limits["below"]:
-        return (
-            f"{flag(name)} is {value}, but it must be below {limits['below']}",
-            f"use less than {limits['below']}",
-        )
+        return f"{fact}, which is not a finite number", "use a finite number"
+    if least is not None and value < least:
+        return f"{fact}, but the least is {least}", f"use {least} or more"
+    if above is not None and value <= above:
+        return f"{fact}, but it must be above {above}", f"use more than {above}"
+    if below is not None and value >= below:
+        return f"{fact}, but it must be below {below}", f"use less than {below}"
     return None

@@ -4,22 +4,28 @@ A field's name is its flag, its preset key, its `config.yaml` key and its table 
 its default stands here only.
 """
 
+# ruff: noqa: RUF009 - every default here is a field of a frozen dataclass
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
+
+from mamlctl.core.literals import Adapts, BatchNorm, EngineName, NetName, Obstacle, Precision, Split
 
 SEEDS = 2**63  # seeds are below it: half of a 64-bit word, which every generator here takes
-
 LARGEST = 1e38  # float32 holds no larger number
+MOST_TASKS = 100_001  # per meta-step: larger values are almost certainly typos
 
-MOST_TASKS = 100_001  # per meta-step: beyond this a slip of the finger is likelier than a wish
-
-EPISODE, NETWORK, INNER, OUTER = "Episode", "Network", "Inner loop", "Meta-optimiser"
-
-MAMLPP, HARDWARE, OUTPUT = "MAML++", "Hardware", "Output"
-
+# The panels of the help.
+EPISODE = "Episode"
+NETWORK = "Network"
+INNER = "Inner loop"
+OUTER = "Meta-optimiser"
+MAMLPP = "MAML++"
+HARDWARE = "Hardware"
+OUTPUT = "Output"
 OWN_IMAGES = "Own images"
 
 
@@ -28,14 +34,36 @@ def setting(
     panel: str,
     text: str,
     *,
-    choices: Sequence[object] = (),
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field with the words and the limits that help, checks and completion share."""
-    limits = {"choices": tuple(choices), "least": least, "above": above, "below": below}
+    """A field with the help and the limits that help, checks and completion share."""
+    limits = {"least": least, "above": above, "below": below}
     return field(default=default, metadata={"panel": panel, "help": text, **limits})
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """An improvement of MAML++, as the field of `TrainConfig` that turns it on describes it."""
+
+    name: str
+    help: str
+    companions: tuple[str, ...]  # settings that only this improvement gives a meaning to
+    unsupported_by: tuple[Obstacle, ...]  # where it has no meaning
+    paper_group: str  # improvements of one group are one improvement in the paper
+
+
+def improvement(
+    text: str,
+    *,
+    companions: tuple[str, ...] = (),
+    unsupported_by: tuple[Obstacle, ...] = (),
+    paper_group: str = "",
+) -> Any:
+    """The field of an improvement: the one place where it is declared; without a group it is its own."""
+    record = Improvement("", text, companions, unsupported_by, paper_group)
+    return field(default=False, metadata={**setting(False, MAMLPP, text).metadata, "improvement": record})
 
 
 @dataclass(frozen=True)
@@ -66,32 +94,27 @@ class TrainConfig:
     strict: bool = setting(
         False, EPISODE, "Refuse a folder with unreadable images or too small classes; else they are left out."
     )
-    rotations: str | None = setting(
-        None,
-        EPISODE,
-        "Quarter turns of training classes: one a task, new classes, or none.",
-        choices=("augment", "classes", "none"),
+    rotations: Literal["augment", "classes", "none"] | None = setting(
+        None, EPISODE, "Quarter turns of training classes: one a task, new classes, or none."
     )
-    augment: str | None = setting(
+    augment: Literal["flips", "crops", "flips+crops", "none"] | None = setting(
         None,
         EPISODE,
         "Random changes of every training image: mirrored, shifted by up to an eighth, both, or none.",
-        choices=("flips", "crops", "flips+crops", "none"),
     )
-    ink: int | None = setting(
-        None, EPISODE, "Value of ink (black); paper has the other. Default: 1 for characters.", choices=(0, 1)
+    ink: Literal[0, 1] | None = setting(
+        None, EPISODE, "Value of ink (black); paper has the other. Default: 1 for characters."
     )
-    normalize: str | None = setting(
+    normalize: Literal["none", "imagenet"] | None = setting(
         None,
         EPISODE,
         "Shift and scale colours by ImageNet's mean and deviation. Default: sets of colour images.",
-        choices=("none", "imagenet"),
     )
     image_size: int | None = setting(
         None, EPISODE, "Pixels of a side. Default: the data set's; 84 for a folder.", least=4, below=1025
     )
-    channels: int | None = setting(
-        None, EPISODE, "1 (grey) or 3 (colour). Default: the data set's; 3 for a folder.", choices=(1, 3)
+    channels: Literal[1, 3] | None = setting(
+        None, EPISODE, "1 (grey) or 3 (colour). Default: the data set's; 3 for a folder."
     )
     resize: str | None = setting(
         None,
@@ -99,34 +122,25 @@ class TrainConfig:
         "Filter that shrinks the originals (omniglot: bilinear, bicubic, lanczos, box, nearest).",
     )
 
-    net: str = setting("conv4", NETWORK, "Network.", choices=("conv4", "mlp", "resnet12"))
+    net: NetName = setting("conv4", NETWORK, "Network.")
     filters: int = setting(
         64, NETWORK, "Filters of every convolution; of the first block with resnet12.", least=1
     )
     hidden: str | None = setting(
         None, NETWORK, "Widths of mlp's layers. Default: 256-128-64-64 for images, 40-40 for curves."
     )
-    pooling: str | None = setting(
-        None,
-        NETWORK,
-        "How conv4 halves its maps: max-pool, or stride 2. Default: max.",
-        choices=("max", "stride"),
+    pooling: Literal["max", "stride"] | None = setting(
+        None, NETWORK, "How conv4 halves its maps: max-pool, or stride 2. Default: max."
     )
-    readout: str | None = setting(
-        None,
-        NETWORK,
-        "What conv4's head reads: all places, or their mean. Default: flatten.",
-        choices=("flatten", "mean"),
+    readout: Literal["flatten", "mean"] | None = setting(
+        None, NETWORK, "What conv4's head reads: all places, or their mean. Default: flatten."
     )
-    activation: str | None = setting(
-        None,
-        NETWORK,
-        "Of conv4 and mlp. Default: leaky_relu in conv4, relu in mlp.",
-        choices=("leaky_relu", "relu"),
+    activation: Literal["leaky_relu", "relu"] | None = setting(
+        None, NETWORK, "Of conv4 and mlp. Default: leaky_relu in conv4, relu in mlp."
     )
 
     algo: str = setting("maml++", INNER, "Algorithm; README tells them all.")
-    adapts: str = setting("all", INNER, "What the inner loop changes.", choices=("all", "head", "body"))
+    adapts: Adapts = setting("all", INNER, "What the inner loop changes.")
     inner_steps: int = setting(5, INNER, "Gradient steps on the support set in training.", least=0)
     eval_inner_steps: int | None = setting(
         None,
@@ -137,8 +151,8 @@ class TrainConfig:
     inner_lr: float = setting(
         0.1, INNER, "Inner learning rate; with --lslr its starting value.", above=0, below=LARGEST
     )
-    inner_optimizer: str | None = setting(
-        None, INNER, "Rule of the inner steps; adam has beta1 = 0.", choices=("sgd", "adam")
+    inner_optimizer: Literal["sgd", "adam"] | None = setting(
+        None, INNER, "Rule of the inner steps; adam has beta1 = 0."
     )
     inner_batch: int | None = setting(
         None, INNER, "Support examples of every inner step in training. Default: all.", least=1
@@ -148,12 +162,11 @@ class TrainConfig:
         None, INNER, "Strength of the pull towards the initialisation.", above=0, below=LARGEST
     )
     first_order: bool = setting(False, INNER, "Do not differentiate the inner gradients.")
-    bn: str = setting(
+    bn: BatchNorm = setting(
         "transductive",
         INNER,
         "Batch norm of queries in evaluation: their own statistics, those kept in training, "
         "or the support set's.",
-        choices=("transductive", "running", "support"),
     )
 
     meta_lr: float = setting(0.001, OUTER, "Meta learning rate.", above=0, below=LARGEST)
@@ -166,10 +179,7 @@ class TrainConfig:
     cg_steps: int | None = setting(None, OUTER, "Steps of conjugate gradient.", least=1)
     meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", least=1, below=MOST_TASKS)
     epochs: int = setting(
-        100,
-        OUTER,
-        "Epochs; a unit of schedules and validation, not a pass over data.",
-        least=1,
+        100, OUTER, "Epochs; a unit of schedules and validation, not a pass over data.", least=1
     )
     steps_per_epoch: int = setting(500, OUTER, "Meta-steps per epoch.", least=1)
     val_tasks: int = setting(600, OUTER, "Fixed validation tasks after every epoch.", least=2)
@@ -182,16 +192,13 @@ class TrainConfig:
         above=0,
     )
     clip_norm: float | None = setting(
-        None,
-        OUTER,
-        "Scale the whole meta-gradient down to this norm.",
-        above=0,
+        None, OUTER, "Scale the whole meta-gradient down to this norm.", above=0
     )
 
-    msl: bool = setting(
-        False,
-        MAMLPP,
+    msl: bool = improvement(
         "Multi-step loss: query loss after every inner step, weight moving to the last.",
+        companions=("msl_epochs",),
+        unsupported_by=("no unrolled loop",),
     )
     msl_epochs: int | None = setting(
         None,
@@ -199,62 +206,61 @@ class TrainConfig:
         "Epochs until the last step has all the weight. Default: a tenth of the epochs.",
         least=1,
     )
-    da: bool = setting(
-        False,
-        MAMLPP,
+    da: bool = improvement(
         "Derivative-order annealing: first order at first, second order after --da-epochs.",
+        companions=("da_epochs",),
+        unsupported_by=("no unrolled loop",),
     )
     da_epochs: int | None = setting(
-        None,
-        MAMLPP,
-        "Epochs in first order. Default: a third of the epochs.",
-        least=0,
+        None, MAMLPP, "Epochs in first order. Default: a third of the epochs.", least=0
     )
-    bnrs: bool = setting(
-        False,
-        MAMLPP,
+    # The paper describes statistics and weights of batch norm as one improvement (section 4); apart, only the
+    # weights matter where queries are normalised by their own statistics.
+    bnrs: bool = improvement(
         "Batch-norm running statistics kept for each inner step (used by --bn running).",
+        unsupported_by=("no unrolled loop", "one pass of the body", "no batch norm"),
+        paper_group="batch norm",
     )
-    bnwb: bool = setting(False, MAMLPP, "Batch-norm weight and bias learnt for each inner step.")
-    lslr: bool = setting(False, MAMLPP, "Inner learning rate learnt for each layer and inner step.")
-    ca: bool = setting(False, MAMLPP, "Cosine annealing of the meta learning rate to --min-meta-lr.")
+    bnwb: bool = improvement(
+        "Batch-norm weight and bias learnt for each inner step.",
+        unsupported_by=("no unrolled loop", "one pass of the body", "no batch norm"),
+        paper_group="batch norm",
+    )
+    lslr: bool = improvement(
+        "Inner learning rate learnt for each layer and inner step.",
+        unsupported_by=("no unrolled loop", "own inner rates"),
+    )
+    ca: bool = improvement(
+        "Cosine annealing of the meta learning rate to --min-meta-lr.",
+        companions=("min_meta_lr",),
+        unsupported_by=("own meta learning rate",),
+    )
     min_meta_lr: float | None = setting(
-        None,
-        MAMLPP,
-        "Where --ca ends. Default: a hundredth of --meta-lr.",
-        least=0,
+        None, MAMLPP, "Where --ca ends. Default: a hundredth of --meta-lr.", least=0
     )
 
     device: str = setting(
-        "auto",
-        HARDWARE,
-        "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one.",
+        "auto", HARDWARE, "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."
     )
-    precision: str = setting(
+    precision: Precision = setting(
         "auto",
         HARDWARE,
         "Arithmetic of convolutions; everything else is float32 (float64: all). auto: tf32 on a CUDA device, "
         "float32 on a CPU.",
-        choices=("auto", "float32", "tf32", "bf16", "float64"),
     )
-    engine: str = setting(
+    engine: EngineName = setting(
         "adjoint",
         HARDWARE,
         "How meta-gradients are computed: adjoint, or plain double backward, which it is held to.",
-        choices=("adjoint", "plain"),
     )
     task_chunk: str = setting(
-        "auto",
-        HARDWARE,
-        "Tasks per pass, less memory for the same result: a number, or auto.",
+        "auto", HARDWARE, "Tasks per pass, less memory for the same result: a number, or auto."
     )
     cuda_graph: bool | None = setting(
         None, HARDWARE, "Replay meta-steps as CUDA graphs. Default: on a CUDA device."
     )
     data_root: str | None = setting(
-        None,
-        HARDWARE,
-        "Folder of prepared data sets. Default: the platform's cache folder.",
+        None, HARDWARE, "Folder of prepared data sets. Default: the platform's cache folder."
     )
     seed: int = setting(0, HARDWARE, "Seed of initial weights and of training tasks.", least=0, below=SEEDS)
     init_seed: int | None = setting(
@@ -275,15 +281,20 @@ class TrainConfig:
 
     @property
     def improvements(self) -> tuple[str, ...]:
-        """The MAML++ letters that are on, in the paper's order."""
+        """The improvements of MAML++ that are on, in the paper's order."""
         return tuple(name for name in IMPROVEMENTS if getattr(self, name))
+
+    @property
+    def evaluation_inner_steps(self) -> int:
+        """Inner steps of validation and of tests."""
+        return self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """How a trained run is judged. `None` means: as the run was trained."""
 
-    split: str = setting("test", EPISODE, "Class split to draw tasks from.", choices=("test", "val", "train"))
+    split: Split = setting("test", EPISODE, "Class split to draw tasks from.")
     tasks: int = setting(600, EPISODE, "Tasks.", least=2)
     queries: int | None = setting(
         None, EPISODE, "Query examples per class. Default: as in training.", least=1
@@ -298,52 +309,39 @@ class EvalConfig:
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the task list. Default: the run's.", least=0, below=SEEDS
     )
-    adapts: str | None = setting(
-        None, INNER, "What the inner loop changes. Default: the run's.", choices=("all", "head", "body")
-    )
+    adapts: Adapts | None = setting(None, INNER, "What the inner loop changes. Default: the run's.")
     inner_steps: int | None = setting(
         None, INNER, "Gradient steps on the support set. Default: the run's.", least=0
     )
     inner_lr: float | None = setting(
         None, INNER, "Inner learning rate, unless it was learnt. Default: the run's.", above=0, below=LARGEST
     )
-    bn: str | None = setting(
+    bn: BatchNorm | None = setting(
         None,
         INNER,
         "Batch norm of queries: their own statistics, those kept in training, or the support set's. Default: "
         "the run's.",
-        choices=("transductive", "running", "support"),
     )
     device: str = setting(
-        "auto",
-        HARDWARE,
-        "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one.",
+        "auto", HARDWARE, "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."
     )
     data_root: str | None = setting(None, HARDWARE, "Folder of prepared data sets. Default: the run's.")
 
 
-IMPROVEMENTS = ("msl", "da", "bnrs", "bnwb", "lslr", "ca")
-
 FIELDS = {item.name: item for item in fields(TrainConfig)}
 
+# In the paper's order (section 4), which is that of the fields.
+IMPROVEMENTS: Mapping[str, Improvement] = {
+    name: replace(record, name=name, paper_group=record.paper_group or name)
+    for name, item in FIELDS.items()
+    if (record := item.metadata.get("improvement"))
+}
 
-def fill_schedules(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:
-    """Fill what was left open: schedules from the epochs, so that short runs keep their shape.
 
-    The paper's runs have MSL for 10 of 100 epochs (published configurations) and DA for 50 of 150.
-    """
-    open_values: dict[str, Any] = {
-        **data_set_defaults,
-        "eval_inner_steps": config.inner_steps,
-        "init_seed": config.seed,
-        "train_seed": config.seed,
-    }
-    if config.msl:
-        open_values["msl_epochs"] = max(1, round(config.epochs / 10))
-    if config.da:
-        open_values["da_epochs"] = round(config.epochs / 3)
-    if config.ca:
-        open_values["min_meta_lr"] = config.meta_lr / 100
-    return replace(
-        config, **{key: value for key, value in open_values.items() if getattr(config, key) is None}
+def improvements_without_meaning(*obstacles: Obstacle) -> tuple[str, ...]:
+    """The improvements that have no meaning where one of these holds."""
+    return tuple(
+        name
+        for name, improvement in IMPROVEMENTS.items()
+        if not set(obstacles).isdisjoint(improvement.unsupported_by)
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, fill_schedules
+from mamlctl.settings.merge import fill_schedules
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 INNER_LR = 0.01  # small, so that nothing overflows: random images have nothing to be learnt from
 

@@ -7,7 +7,8 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.training.initial_state import build
-from mamlctl.settings.schema import TrainConfig, fill_schedules
+from mamlctl.settings.merge import fill_schedules
+from mamlctl.settings.schema import TrainConfig
 
 IMAGE = (1, 16, 16)  # the smallest that four halvings leave a pixel of
 SMALL = {

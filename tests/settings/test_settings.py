@@ -8,10 +8,10 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_problems
 from mamlctl.experiments.settings import resolve_settings
-from mamlctl.settings.merge import resolve
+from mamlctl.settings.merge import fill_schedules, stored_settings
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names, to_yaml
 from mamlctl.settings.rules import check
-from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig, fill_schedules
+from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 
 def resolved(*layers):
@@ -117,7 +117,7 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
     text = to_yaml(config, completed)
     assert "msl_epochs: null  # derived: 10\n" in text
     (tmp_path / "config.yaml").write_text(text)
-    assert resolve([("file", load_file(tmp_path / "config.yaml"))], list).config == config
+    assert stored_settings("file", load_file(tmp_path / "config.yaml")) == config
 
 
 def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):

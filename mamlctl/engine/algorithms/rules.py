@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.data.sets.registry import is_curves
 from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -17,8 +17,11 @@ OWNED = {name for entry in ALGORITHMS.values() for name in entry.exclusive_setti
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
     """Settings that would make the algorithm another one than its name says, or have no meaning for it."""
     if config.algo not in ALGORITHMS:
-        return []
+        hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
+        return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
+    if entry.on_curves is None and is_curves(config.dataset):
+        problems.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
     for name, wanted in entry.forced.items():
         if getattr(config, name) != wanted:
             fact = f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}"
@@ -63,9 +66,8 @@ def forced_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def algorithm_defaults(name: str, *, curves: bool = False) -> Mapping[str, Any]:
-    """What `--algo name` implies, on images or curves. Raises SettingsError for an unknown name."""
-    if name not in ALGORITHMS:
-        hint = nearest(name, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
-        raise SettingsError([(f"unknown algorithm '{name}'", hint)])
-    entry = ALGORITHMS[name]
-    return {**entry.defaults, **(entry.on_curves or {} if curves else {})}
+    """What `--algo name` implies, on images or curves; nothing for an unknown name."""
+    entry = ALGORITHMS.get(name)
+    if entry is None:
+        return {}
+    return {**entry.defaults, **((entry.on_curves or {}) if curves else {})}

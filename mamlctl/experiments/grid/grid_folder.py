@@ -18,7 +18,7 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, common_settings, identity_settings, open_run
-from mamlctl.settings.merge import evaluation_settings, resolve
+from mamlctl.settings.merge import evaluation_settings, stored_settings
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
 
@@ -92,8 +92,7 @@ def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -
     values = {**common, **row["settings"]}
     if missing := FIELDS.keys() - values.keys():
         raise ValueError(f"{len(missing)} settings are missing, such as {min(missing)}")
-    # Every setting is there, so no algorithm's defaults are asked for.
-    return GridRow(str(row["row"]), str(row["folder"]), resolve([(str(path / PLAN), values)], list).config)
+    return GridRow(str(row["row"]), str(row["folder"]), stored_settings(str(path / PLAN), values))
 
 
 def _damaged(path: Path, why: str) -> MamlctlError:
