@@ -17,7 +17,7 @@ from mamlctl.experiments.grid.compare import compare
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.scheduler import has_pending_cells
 from mamlctl.experiments.train import resume
-from mamlctl.report.columns import told_of
+from mamlctl.report.rendered_table import missing_reason
 from mamlctl.run_folder import open_run
 from mamlctl.settings.schema import EvalConfig
 
@@ -161,4 +161,4 @@ def test_a_diverged_run_is_reported_with_its_meta_step(old):
     table = compare(paths, TESTED, offline=True, command="mamlctl compare", on_event=ignore)
     assert [row.divergences for row in table.rows] == [0, 1]
     assert table.rows[1].cells[0].steps == 0  # the last good one
-    assert told_of(table.rows[1]) == "diverged at meta-step 1"
+    assert missing_reason(table.rows[1]) == "diverged at meta-step 1"

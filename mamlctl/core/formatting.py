@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mamlctl.core.literals import Metric
+
 # A file's name may hold escape codes, and a terminal would obey them.
 CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
 
@@ -41,6 +43,14 @@ def score(metric: str, value: float, ci95: float | None, digits: int = 2) -> str
         return interval(value, ci95, digits)
     half = "" if ci95 is None else f" ± {ci95:.3f}" if math.isfinite(ci95) else " ± ?"
     return f"{value:.3f}{half}"
+
+
+def signed(metric: Metric, value: float) -> str:
+    """'+1.23' points or '-0.012' of an mse; '?' where a single value gives no interval."""
+    if not math.isfinite(value):
+        return "?"
+    scale, digits = (100, 2) if metric == "accuracy" else (1, 3)
+    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.00
 
 
 def task(dataset: str, ways: int, shots: int) -> str:

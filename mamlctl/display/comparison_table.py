@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from rich.cells import cell_len
@@ -11,21 +11,22 @@ from rich.console import Console
 from rich.text import Text
 
 from mamlctl.core import formatting
-from mamlctl.report.columns import RECALLED, SCORES, RenderedRow, RenderedTable, grid, head_parts
-from mamlctl.report.export import last_lines
+from mamlctl.report.columns import Column
+from mamlctl.report.rendered_table import (
+    RenderedRow,
+    RenderedTable,
+    head_parts,
+    meanings,
+    render_table,
+    warnings,
+)
 from mamlctl.report.table import Table
 
-GAP = 2
+GAP = 2  # columns of the terminal between two columns of the table
 
-# What goes first where the terminal is narrow: what is alike in most rows, or told below the table too.
-# Row, best and difference stay, or a row becomes a block of lines.
-LEAST = ("seeds", "seconds", "inner_steps", "bn", "diverged", "steps", "sd", "p", "ensemble", "published")
+NOTE_WIDTH = 110  # columns of the terminal: longer lines of prose are hard to read
 
-STYLES = {"row": "bold", "best": "green", "published": "dim"}
-
-NOTE_WIDTH = 110  # columns: longer lines of prose are hard to read
-
-MARKS = {"difference": " *", "published": RECALLED}  # behind some of a column's numbers
+MISSING = "red"  # why a row has no score
 
 
 def show_table(console: Console, table: Table, sort: str | None = None) -> None:
@@ -33,118 +34,115 @@ def show_table(console: Console, table: Table, sort: str | None = None) -> None:
 
     Raises SettingsError for a column that cannot be sorted by.
     """
-    shown = _aligned(grid(table, sort))
+    whole = _aligned(render_table(table, sort))
     width = console.width if console.is_terminal else None
+    shown = fitting(whole, width)
     lines = [
         Text(formatting.strip_controls(table.title), "bold"),
         *_wrapped(", ".join(head_parts(table)), width),
         Text(),
+        *(_blocks(whole, console.width) if shown is None else _side_by_side(shown)),
+        Text(),
     ]
-    keys, left_out = fitting(shown, width)
-    lines += _rows(shown, keys) if keys else _blocks(shown, console.width)
-    lines.append(Text())
+    shown = shown or whole
+    left_out = [head for key, head in whole.heads.items() if key not in shown.heads]
     if left_out:
-        names = ", ".join(shown.heads[key] for key in left_out)
+        names = ", ".join(left_out)
         lines += _wrapped(f"no room for: {names} (a wider terminal or --csv shows them)", width)
-    heads = {key: shown.heads[key] for key in keys or shown.heads}
-    sources = shown.sources if "published" in heads else ()
-    for told in last_lines(table, replace(shown, heads=heads, sources=sources)):
-        lines += _wrapped(told, width)
+    for note in (*meanings(table, shown), *warnings(table, shown)):
+        lines += _wrapped(note, width)
     for line in lines:
-        _say(console, line)
+        _print_line(console, line)
 
 
 def _aligned(shown: RenderedTable) -> RenderedTable:
     """The same with room behind the numbers that have no mark, so that all numbers end in one place."""
-    used = [
-        (key, mark)
-        for key, mark in MARKS.items()
-        if any(line.cells[key].endswith(mark) for line in shown.lines)
-    ]
-    lines = []
-    for line in shown.lines:
-        cells = dict(line.cells)
-        for key, mark in used:
-            if cells[key] and not cells[key].endswith(mark):
-                cells[key] += " " * len(mark)
-        lines.append(replace(line, cells=cells))
-    return replace(shown, lines=tuple(lines))
+    rooms = {
+        column.key: len(column.mark)
+        for column in shown.columns
+        if column.mark and any(row.texts[column.key].endswith(column.mark) for row in shown.rows)
+    }
+    rows = []
+    for row in shown.rows:
+        texts = dict(row.texts)
+        for column in shown.columns:
+            text = texts[column.key]
+            if text and column.key in rooms and not text.endswith(column.mark):
+                texts[column.key] = text + " " * rooms[column.key]
+        rows.append(replace(row, texts=texts))
+    return replace(shown, rows=tuple(rows))
 
 
-def fitting(shown: RenderedTable, width: int | None) -> tuple[list[str], list[str]]:
-    """The columns that fit side by side, none if not even the first ones do, and those left out for it."""
-    keys, left_out = list(shown.heads), []
-    while width is not None and _wide(shown, keys) > width:
-        key = next((key for key in LEAST if key in keys), None)
-        if key is None:
-            return [], []
-        keys.remove(key)
-        left_out.append(key)
-    return keys, [key for key in shown.heads if key in left_out]
+def fitting(shown: RenderedTable, width: int | None) -> RenderedTable | None:
+    """The table with the columns that fit side by side; None if not even those fit that always stay."""
+    while width is not None and sum(_widths(shown).values()) + GAP * (len(shown.columns) - 1) > width:
+        ranks = {column.key: column.drop_rank for column in shown.columns if column.drop_rank is not None}
+        if not ranks:
+            return None
+        dropped = min(ranks, key=lambda key: ranks[key])
+        columns = tuple(column for column in shown.columns if column.key != dropped)
+        heads = {column.key: shown.heads[column.key] for column in columns}
+        shown = replace(shown, columns=columns, heads=heads)
+    return shown
 
 
-def _wide(shown: RenderedTable, keys: Sequence[str]) -> int:
-    return sum(_widths(shown, keys).values()) + GAP * (len(keys) - 1)
-
-
-def _widths(shown: RenderedTable, keys: Sequence[str]) -> dict[str, int]:
+def _widths(shown: RenderedTable) -> dict[str, int]:
     """Columns of the terminal for each column; why a row has no score may go over all columns of scores."""
-    widths = {}
-    for key in keys:
-        cells = [line.cells[key] for line in shown.lines if not (line.told and key == "best")]
-        widths[key] = max(map(cell_len, [shown.heads[key], *cells]))
-    over = [key for key in keys if key in SCORES]
-    told = max((cell_len(line.told) for line in shown.lines), default=0)
-    widths["best"] += max(told - sum(widths[key] + GAP for key in over) + GAP, 0)
+    widths = {key: cell_len(head) for key, head in shown.heads.items()}
+    longest_reason = 0
+    for row in shown.rows:
+        for column, text, span in shown.across(row):
+            if span:
+                longest_reason = max(longest_reason, cell_len(text))
+            else:
+                widths[column.key] = max(widths[column.key], cell_len(text))
+    widths[shown.score_keys[0]] += max(longest_reason - _reason_room(shown, widths), 0)
     return widths
 
 
-def _rows(shown: RenderedTable, keys: Sequence[str]) -> list[Text]:
-    widths = _widths(shown, keys)
-    heads = [_placed(shown.heads[key], widths[key], key) for key in keys]
-    return [Text((" " * GAP).join(heads).rstrip(), "dim"), *(_row(line, widths) for line in shown.lines)]
+def _reason_room(shown: RenderedTable, widths: Mapping[str, int]) -> int:
+    """Columns of the terminal that all columns of scores take."""
+    return sum(widths[key] + GAP for key in shown.score_keys) - GAP
 
 
-def _row(line: RenderedRow, widths: Mapping[str, int]) -> Text:
-    text = Text()
-    over = [key for key in widths if key in SCORES]
-    for key, width in widths.items():
-        if line.told and key == "best":
-            room = sum(widths[each] + GAP for each in over) - GAP
-            text.append(line.told + " " * (room - cell_len(line.told)), "red")
-        elif line.told and key in over:
-            continue
-        else:
-            text.append(_placed(line.cells[key], width, key), _style(line, key))
-        text.append(" " * GAP)
-    text.rstrip()
-    return text
+def _side_by_side(shown: RenderedTable) -> list[Text]:
+    widths = _widths(shown)
+    label = shown.columns[0].key
+    heads = [_padded(head, widths[key], key == label) for key, head in shown.heads.items()]
+    lines = [Text((" " * GAP).join(heads).rstrip(), "dim")]
+    for row in shown.rows:
+        line = Text()
+        for column, text, span in shown.across(row):
+            width = _reason_room(shown, widths) if span else widths[column.key]
+            is_left = span > 0 or column.key == label
+            line.append(_padded(text, width, is_left), _style(column, row)).append(" " * GAP)
+        line.rstrip()
+        lines.append(line)
+    return lines
 
 
-def _placed(text: str, width: int, key: str) -> str:
+def _padded(text: str, width: int, is_left: bool) -> str:
     """Words to the left, numbers to the right."""
     spaces = " " * (width - cell_len(text))
-    return text + spaces if key == "row" else spaces + text
+    return text + spaces if is_left else spaces + text
 
 
-def _style(line: RenderedRow, key: str) -> str:
-    if key == "difference" and line.cells[key].endswith("*"):
-        return "bold"
-    return "red" if key == "diverged" and line.row.divergences else STYLES.get(key, "")
+def _style(column: Column, row: RenderedRow) -> str:
+    return MISSING if row.missing_reason and column.is_score else column.style_of(row.row)
 
 
 def _blocks(shown: RenderedTable, width: int) -> list[Text]:
-    widest = max(cell_len(line.cells[key]) for line in shown.lines for key in shown.heads if key != "row")
+    """Each row as a block of lines, a line per text under the row's own."""
+    label, *others = shown.columns
+    widest = max(cell_len(row.texts[column.key]) for row in shown.rows for column in others)
     longest = min(max(map(cell_len, shown.heads.values())), max(width - widest - 2 * GAP, 0))
     lines = []
-    for line in shown.lines:
-        lines.append(Text(line.cells["row"], "bold"))
-        for key, head in list(shown.heads.items())[1:]:
-            if line.cells[key]:
-                style = "red" if line.told and key == "best" else _style(line, key)
-                lines.append(
-                    Text.assemble((f"  {head:<{longest}}  ", "dim"), (line.cells[key].rstrip(), style))
-                )
+    for row in shown.rows:
+        lines.append(Text(row.texts[label.key], label.style_of(row.row)))
+        for column in others:
+            if text := row.texts[column.key].rstrip():
+                head = f"  {shown.heads[column.key]:<{longest}}  "
+                lines.append(Text.assemble((head, "dim"), (text, _style(column, row))))
     return lines
 
 
@@ -155,7 +153,7 @@ def _wrapped(text: str, width: int | None) -> list[Text]:
     return [Text(line) for line in textwrap.wrap(text, min(width, NOTE_WIDTH), subsequent_indent="  ")]
 
 
-def _say(console: Console, line: Text) -> None:
+def _print_line(console: Console, line: Text) -> None:
     """One line as it is, with a question mark for what the console's encoding lacks."""
-    known = line.plain.encode(console.encoding, "replace").decode(console.encoding)
-    console.print(Text(known, line.style, spans=line.spans), soft_wrap=True, highlight=False)
+    text = line.plain.encode(console.encoding, "replace").decode(console.encoding)
+    console.print(Text(text, line.style, spans=line.spans), soft_wrap=True, highlight=False)

@@ -1,309 +1,293 @@
-"""A table of runs in words: its columns, its rows in order, and what a reader must know about them."""
+"""The columns of a table of runs: an entry of COLUMNS is a column in every form of the table."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
-from mamlctl.report.table import Cell, Published, Row, Score, Table
+from mamlctl.report import column_texts as texts
+from mamlctl.report.column_texts import RECALLED
+from mamlctl.report.table import Row, Score, Table
 
-SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
-
-RECALLED = "†"
-
-ALWAYS = ("row", "seeds", "best", "diverged")  # the others are left out where no row has anything to say
-
-SCORES = ("best", "sd", "ensemble", "difference", "p")  # side by side, and empty in a row without any score
+Value = float | str | None
 
 
 @dataclass(frozen=True)
-class RenderedRow:
-    """A row of the table in words."""
+class Column:
+    """What people read in a column, what programs read, and how each form treats it.
 
-    row: Row
-    cells: Mapping[str, str]  # column -> words
-    told: str  # why the row has no score; "" if it has one
-
-
-@dataclass(frozen=True)
-class RenderedTable:
-    """A whole table in words."""
-
-    heads: Mapping[str, str]  # column -> its head
-    lines: tuple[RenderedRow, ...]
-    sources: tuple[tuple[str, str], ...]  # the letters beside published numbers, and what they stand for
-    remarks: tuple[str, ...]  # what became of each run that is not finished
-
-    def texts(self) -> list[list[str]]:
-        """The heads, then the rows."""
-        return [[*self.heads.values()], *([line.cells[key] for key in self.heads] for line in self.lines)]
-
-
-def cells(table: Table, sort: str | None = None) -> list[list[str]]:
-    """The heads, then a list of words for each row, in the plan's order or sorted by a column.
-
-    Raises SettingsError for a column that cannot be sorted by.
+    Every function gets the table, with its rows in the order in which they are shown, and one of its rows.
     """
-    return grid(table, sort).texts()
 
+    key: str  # names the column in --sort and in the page's classes
+    head: str | Callable[[Table], str]
+    text: Callable[[Table, Row], str]  # "" where there is nothing to say
+    value: Callable[[Table, Row], Value] = lambda table, row: None  # the fact behind the text, in full
+    sort: Callable[[Table, Row], Value] | None = None  # least first; None: --sort does not offer it
+    legend: str | Callable[[Table], str] = ""  # a sentence below the table
+    drop_rank: int | None = 0  # narrow terminals leave out the least first; None: never
+    is_always_shown: bool = False  # even where no row has a text
+    is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
+    field: str = ""  # names the value in CSV and JSON; "": as the key does
+    csv: Callable[[Table, Row], Mapping[str, Any]] | None = None  # more or other fields than the value
+    json: Callable[[Table, Row], Mapping[str, Any]] | None = None
+    style: str | Callable[[Row], str] = ""  # in a terminal
+    mark: str = ""  # behind some of the texts; numbers without it end where those with it do
 
-def grid(table: Table, sort: str | None = None) -> RenderedTable:
-    """The table in words, of the columns that tell something; `sort` as in `cells`."""
-    rows = ordered(table, sort)
-    letters: dict[str, str] = {}
-    for row in rows:
-        for entry in row.published[:1]:
-            letters.setdefault(entry.source, letter(len(letters)))
-    lines = tuple(_line(table, row, letters) for row in rows)
-    heads = {
-        key: head
-        for key, head in _heads(table).items()
-        if key in ALWAYS or any(line.cells[key] for line in lines)
-    }
-    sources = tuple((name, _source(rows, source)) for source, name in letters.items())
-    return RenderedTable(heads, lines, sources, remarks(table))
+    def head_of(self, table: Table) -> str:
+        """The head, which may name the table's unit."""
+        return self.head if isinstance(self.head, str) else self.head(table)
 
+    def legend_of(self, table: Table) -> str:
+        """What the column's numbers mean in this table."""
+        return self.legend if isinstance(self.legend, str) else self.legend(table)
 
-def _source(rows: Sequence[Row], source: str) -> str:
-    """A source, and what it says about those of its numbers that are shown."""
-    shown = [row.published[0] for row in rows if row.published and row.published[0].source == source]
-    notes = [f"{entry.row}: {entry.note}" for entry in shown if entry.note]
-    return formatting.strip_controls("; ".join([source, *notes]))
+    def style_of(self, row: Row) -> str:
+        """The style of the row's text in a terminal."""
+        return self.style if isinstance(self.style, str) else self.style(row)
 
+    def csv_fields(self, table: Table, row: Row) -> Mapping[str, Any]:
+        """The columns of a CSV file that hold this one."""
+        return {self.field or self.key: self.value(table, row)} if self.csv is None else self.csv(table, row)
 
-def letter(place: int) -> str:
-    """The name of a footnote: a to z, then a1 ..."""
-    return chr(ord("a") + place % 26) + str(place // 26 or "")
+    def json_fields(self, table: Table, row: Row) -> Mapping[str, Any]:
+        """The fields of a row in a JSON document that hold this column."""
+        return (
+            {self.field or self.key: self.value(table, row)} if self.json is None else self.json(table, row)
+        )
 
 
 def check_sort(sort: str | None) -> None:
     """Raises SettingsError for a column that rows cannot be sorted by; None is the plan's order."""
-    if sort is not None and sort not in SORTS:
-        otherwise = f"columns to sort by: {', '.join(SORTS)}"
-        raise SettingsError([(f"cannot sort by '{sort}'", nearest(sort, SORTS, otherwise=otherwise))])
+    keys = [column.key for column in COLUMNS if column.sort]
+    if sort is not None and sort not in keys:
+        otherwise = f"columns to sort by: {', '.join(keys)}"
+        raise SettingsError([(f"cannot sort by '{sort}'", nearest(sort, keys, otherwise=otherwise))])
 
 
-def ordered(table: Table, sort: str | None) -> list[Row]:
-    """The rows in the plan's order, or best, fewest or first in the alphabet first, without a value last."""
+def sorted_table(table: Table, sort: str | None) -> Table:
+    """The table with its rows in the plan's order, or sorted by a column, rows without a value last.
+
+    Raises SettingsError for a column that cannot be sorted by.
+    """
     check_sort(sort)
-    if sort is None:
-        return list(table.rows)
-    if sort == "row":
-        return sorted(table.rows, key=lambda row: row.label)
-    upwards = sort in ("steps", "seconds") or table.metric == "mse"
+    place = next((column.sort for column in COLUMNS if column.key == sort), None)
+    if place is None:
+        return table
 
-    def place(row: Row) -> tuple[bool, float]:
-        value = SORTS[sort](table, row)
-        if value is None or math.isnan(value):
-            return True, 0.0
-        return False, value if upwards else -value
+    def last_without_value(row: Row) -> tuple[bool, Value]:
+        value = place(table, row)
+        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+        return is_missing, 0.0 if is_missing else value
 
-    return sorted(table.rows, key=place)
+    return replace(table, rows=tuple(sorted(table.rows, key=last_without_value)))
 
 
-def _difference(table: Table, row: Row) -> float | None:
-    if row.label == table.baseline:
-        return 0.0
-    return row.best.difference.mean if row.best and row.best.difference else None
+def _best_first(table: Table, score: float | None) -> float | None:
+    """A score as a number that is least for the best."""
+    return score if score is None or table.metric == "mse" else -score
 
 
-SORTS: Mapping[str, Callable[[Table, Row], float | None]] = {
-    "row": lambda table, row: None,  # by its label instead
-    "best": lambda table, row: row.best.mean if row.best else None,
-    "ensemble": lambda table, row: row.ensemble.mean if row.ensemble else None,
-    "difference": _difference,
-    "published": lambda table, row: row.published[0].score if row.published else None,
-    "steps": lambda table, row: row.steps_to_99,
-    "seconds": lambda table, row: row.step_s,
-}
+def _mean(score: Score | None) -> float | None:
+    return None if score is None else score.mean
 
 
-def _heads(table: Table) -> dict[str, str]:
-    unit = " %" if table.metric == "accuracy" else " mse"
-    sizes = {row.ensemble_size for row in table.rows if row.ensemble}
-    ensemble = f"ensemble-{sizes.pop()}" if len(sizes) == 1 else "ensemble"
-    return {
-        "row": "row",
-        "seeds": "seeds",
-        "bn": "bn",
-        "inner_steps": "inner steps",
-        "best": f"best{unit}",
-        "sd": "sd",
-        "ensemble": f"{ensemble}{unit}",
-        "difference": "difference",
-        "p": "p (Holm)",
-        "published": f"published{unit}",
-        "steps": "to 99 %",
-        "seconds": "per step",
-        "diverged": "diverged",
+def _mean_difference(row: Row) -> float | None:
+    return None if row.best is None or row.best.difference is None else row.best.difference.mean
+
+
+def _run_counts(table: Table, row: Row) -> dict[str, int]:
+    statuses = [cell.status for cell in row.cells]
+    counts = {f"runs_{status}": statuses.count(status) for status in ("finished", "diverged")}
+    return {"runs": len(statuses), **counts}
+
+
+def _score_fields(model: str, score: Score | None) -> dict[str, Any]:
+    """A score in full, for CSV."""
+    from mamlctl.core.statistics import Difference  # here, so that --sort is checked without numpy
+
+    difference, names = score.difference if score else None, [item.name for item in fields(Difference)]
+    figures = {
+        "seeds": len(score.per_seed) if score else 0,
+        **{key: getattr(score, key, None) for key in ("mean", "ci95", "deviation")},
+        **{f"difference_{key}": getattr(difference, key, None) for key in names},
+        "difference_p_holm": score.p_holm if score else None,
     }
+    return {f"{model}_{key}": value for key, value in figures.items()}
 
 
-def _line(table: Table, row: Row, letters: Mapping[str, str]) -> RenderedRow:
-    told = "" if row.best or row.ensemble else told_of(row)
-    alike = len({other.ensemble_size for other in table.rows if other.ensemble}) < 2
-    size = "" if alike or not row.ensemble else f" ({row.ensemble_size})"
-    scored = len(row.best.per_seed) if row.best else len(row.ensemble.per_seed) if row.ensemble else 0
-    known = {
-        "row": row.label,
-        "seeds": str(scored) if scored == len(row.cells) else f"{scored} of {len(row.cells)}",
-        "bn": row.bn if len({other.bn for other in table.rows}) > 1 else "",
-        "inner_steps": str(row.inner_steps) if len({other.inner_steps for other in table.rows}) > 1 else "",
-        "best": told or score_words(table.metric, row.best),
-        "sd": deviation_words(table.metric, row.best),
-        "ensemble": score_words(table.metric, row.ensemble) + size,
-        "difference": difference_words(table, row, row.best),
-        "p": p_words(row.best),
-        "published": published_words(row.published[0], letters) if row.published else "",
-        "steps": "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
-        "seconds": "" if row.step_s is None else formatting.duration(row.step_s),
-        "diverged": str(row.divergences),
-    }
-    return RenderedRow(
-        row, {key: " ".join(formatting.strip_controls(text).split()) for key, text in known.items()}, told
-    )
+def _published_fields(table: Table, row: Row) -> dict[str, Any]:
+    entry = row.published[0] if row.published else None
+    keys = ("score", "half_width", "source", "row", "verified")
+    return {f"published_{key}": getattr(entry, key, None) for key in keys}
 
 
-def score_words(metric: str, score: Score | None) -> str:
-    """'97.43 ± 0.36', the unit being in the column's head."""
-    return "" if score is None else formatting.score(metric, score.mean, score.ci95).removesuffix(" %")
+def _published_score(table: Table, row: Row) -> float | None:
+    return row.published[0].score if row.published else None
 
 
-def deviation_words(metric: str, score: Score | None) -> str:
-    """'0.21', nothing of one seed."""
-    if score is None or score.deviation is None:
-        return ""
-    return f"{100 * score.deviation:.2f}" if metric == "accuracy" else f"{score.deviation:.3f}"
+def _no_fields(table: Table, row: Row) -> dict[str, Any]:
+    """Nothing of its own in a file, since another column's fields hold it."""
+    return {}
 
 
-def difference_words(table: Table, row: Row, score: Score | None) -> str:
-    """'+1.23 [+0.40, +2.06] *' in points, 'baseline', or nothing."""
-    if score is None or score.difference is None:
-        return "baseline" if score and row.label == table.baseline else ""
-    mean, low, high = (
-        signed(table.metric, value)
-        for value in (score.difference.mean, score.difference.low, score.difference.high)
-    )
-    paired = score.difference.seeds
-    apart = "" if paired == most_seeds(table) else f" ({paired} {formatting.plural(paired, 'seed')})"
-    return f"{mean} [{low}, {high}]{apart}{' *' if significant(score) else ''}"
-
-
-def most_seeds(table: Table) -> int:
-    """Seeds of the row that has been tested with most of them."""
-    return max((len(row.best.per_seed) for row in table.rows if row.best), default=0)
-
-
-def signed(metric: str, value: float) -> str:
-    """'+1.23' points or '-0.012' of an mse; '?' where a single value gives no interval."""
-    if not math.isfinite(value):
-        return "?"
-    scale, digits = (100, 2) if metric == "accuracy" else (1, 3)
-    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.00
-
-
-def significant(score: Score | None) -> bool:
-    """Whether the difference's corrected p is below 0.05."""
-    return score is not None and score.p_holm is not None and score.p_holm < SIGNIFICANT
-
-
-def p_words(score: Score | None) -> str:
-    """'0.012' or '<0.001'."""
-    if score is None or score.p_holm is None or math.isnan(score.p_holm):
-        return ""
-    return "<0.001" if score.p_holm < 0.001 else f"{score.p_holm:.3f}"
-
-
-def published_words(entry: Published, letters: Mapping[str, str]) -> str:
-    """'95.77 ± 0.38 a†': a's number, recalled and not verified."""
-    text = formatting.score(entry.metric, entry.score, entry.half_width).removesuffix(" %")
-    return f"{text} {letters.get(entry.source, '')}{'' if entry.verified else RECALLED}".rstrip()
-
-
-def told_of(row: Row) -> str:
-    """Why a row has no score: 'diverged at meta-step 40, 52; 1 missing'."""
-    steps = sorted({diverged_at(cell) for cell in row.cells if cell.status == "diverged"})
-    parts = [f"diverged at meta-step {', '.join(map(str, steps))}"] if steps else []
-    others = [cell.status for cell in row.cells if cell.status != "diverged"]
-    for status in dict.fromkeys(others):
-        name = "not tested" if status == "finished" else status
-        parts.append(name if len(row.cells) == 1 else f"{others.count(status)} {name}")
-    return formatting.strip_controls("; ".join(parts) or "missing")
-
-
-def diverged_at(cell: Cell) -> int:
-    """The meta-step at which a training diverged, which may be later than its last good one."""
-    said = re.search(r"meta-step (\d+)", cell.reason)
-    return int(said[1]) if said else cell.steps
-
-
-def remarks(table: Table) -> tuple[str, ...]:
-    """A line for each way in which runs of a row are not finished, and one for all that are missing."""
-    begun: dict[tuple[str, str], list[str]] = {}
-    for row in table.rows:
-        for cell in row.cells:
-            if cell.status not in ("finished", "missing"):
-                begun.setdefault((row.label, _state(cell)), []).append(str(cell.seed))
-    lines = [
-        f"{label}, {formatting.plural(len(seeds), 'seed')} {', '.join(seeds)}: {state}"
-        for (label, state), seeds in begun.items()
-    ]
-    every = [cell.status for row in table.rows for cell in row.cells]
-    missing = every.count("missing")
-    lines += [f"{missing} of {len(every)} runs {'is' if missing == 1 else 'are'} missing"] * (missing > 0)
-    return tuple(map(formatting.strip_controls, lines))
-
-
-def _state(cell: Cell) -> str:
-    if cell.status == "diverged":
-        at = f"diverged at meta-step {diverged_at(cell)}"
-        rest = cell.reason.partition(at)[2].lstrip(": ") if at in cell.reason else cell.reason
-        return f"{at}{': ' * bool(rest)}{rest}"
-    return f"{cell.status} after {cell.steps} meta-steps{': ' * bool(cell.reason)}{cell.reason}"
-
-
-def head_parts(table: Table) -> list[str]:
-    """What all rows of the table share, for its head line."""
-    seeds = sorted({cell.seed for row in table.rows for cell in row.cells})
-    devices = list(dict.fromkeys(cell.device for row in table.rows for cell in row.cells if cell.device))
-    bn = {row.bn for row in table.rows}
-    drawn = "tasks without a shared image as far as they go" if table.disjoint else "tasks"
-    parts = [
-        formatting.task(table.dataset, table.ways, table.shots),
-        f"{table.queries} {formatting.plural(table.queries, 'query')}{' a class' if table.ways > 1 else ''}",
-        f"{table.split} split",
-        f"{table.tasks:,} {drawn} (seed {table.eval_seed})",
-        f"{table.label_permutations} orders of labels" if table.label_permutations > 1 else "",
-        f"bn {bn.pop()}" if len(bn) == 1 else "",
-        f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
-        devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
-    ]
-    return [formatting.strip_controls(part) for part in parts if part]
-
-
-def legend(table: Table, shown: Mapping[str, str]) -> list[str]:
-    """What the numbers of the shown columns mean."""
-    accuracy = table.metric == "accuracy"
-    alone = most_seeds(table) < 2
-    new = "new tasks alone, since there is one seed" if alone else "new seeds and new tasks"
-    better = "" if accuracy else "; less is better"
-    fewer = any(row.best and row.best.difference and row.best.difference.seeds == 1 for row in table.rows)
-    one = "; on 1 seed, for new tasks alone and without p" if fewer and not alone else ""
-    told = {
-        "best": f"±: 95 % interval over tasks of the seeds' mean, of these very models{better}.",
-        "sd": "sd: standard deviation over seeds.",
-        "difference": f"difference: to {table.baseline} on the same tasks and seeds"
-        f"{', in points' if accuracy else ''}, with its 95 % interval for {new}; "
-        f"*: p below {SIGNIFICANT} after Holm's correction over the rows{one}.",
-        "published": "published: what the source prints, at its own length of training, and its ± is not "
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        "row",
+        head="row",
+        text=lambda table, row: row.label,
+        sort=lambda table, row: row.label,
+        drop_rank=None,
+        is_always_shown=True,
+        csv=lambda table, row: {"label": row.label, "metric": table.metric},
+        json=lambda table, row: {"label": row.label, "settings": row.settings},
+        style="bold",
+    ),
+    Column(
+        "seeds",
+        head="seeds",
+        text=texts.seeds_text,
+        drop_rank=1,
+        is_always_shown=True,
+        csv=_run_counts,
+        json=_no_fields,
+    ),
+    Column(
+        "bn",
+        head="bn",
+        text=lambda table, row: row.bn if len({other.bn for other in table.rows}) > 1 else "",
+        value=lambda table, row: row.bn,
+        drop_rank=4,
+    ),
+    Column(
+        "inner_steps",
+        head="inner steps",
+        text=lambda table, row: (
+            str(row.inner_steps) if len({other.inner_steps for other in table.rows}) > 1 else ""
+        ),
+        drop_rank=3,
+        csv=lambda table, row: {"inner_steps": row.inner_steps, "tasks": table.tasks},
+        json=lambda table, row: {"inner_steps": row.inner_steps},
+    ),
+    Column(
+        "best",
+        head=lambda table: f"best{texts.unit(table)}",
+        text=lambda table, row: texts.score_text(table.metric, row.best),
+        value=lambda table, row: _mean(row.best),
+        sort=lambda table, row: _best_first(table, _mean(row.best)),
+        legend=lambda table: (
+            "±: 95 % interval over tasks of the seeds' mean, of these very models"
+            f"{'' if table.metric == 'accuracy' else '; less is better'}."
+        ),
+        drop_rank=None,
+        is_always_shown=True,
+        is_score=True,
+        csv=lambda table, row: _score_fields("best", row.best),
+        json=lambda table, row: {"best": asdict(row.best) if row.best else None},
+        style="green",
+    ),
+    Column(
+        "sd",
+        head="sd",
+        text=lambda table, row: texts.deviation_text(table.metric, row.best),
+        value=lambda table, row: row.best.deviation if row.best else None,
+        legend="sd: standard deviation over seeds.",
+        drop_rank=7,
+        is_score=True,
+        csv=_no_fields,
+        json=_no_fields,
+    ),
+    Column(
+        "ensemble",
+        head=texts.ensemble_head,
+        text=texts.ensemble_text,
+        value=lambda table, row: _mean(row.ensemble),
+        sort=lambda table, row: _best_first(table, _mean(row.ensemble)),
+        drop_rank=9,
+        is_score=True,
+        csv=lambda table, row: {
+            **_score_fields("ensemble", row.ensemble),
+            "ensemble_size": row.ensemble_size,
+        },
+        json=lambda table, row: {
+            "ensemble": asdict(row.ensemble) if row.ensemble else None,
+            "ensemble_size": row.ensemble_size,
+        },
+    ),
+    Column(
+        "difference",
+        head="difference",
+        text=texts.difference_text,
+        value=lambda table, row: _mean_difference(row),
+        sort=lambda table, row: (
+            0.0 if row.label == table.baseline else _best_first(table, _mean_difference(row))
+        ),
+        legend=texts.difference_legend,
+        drop_rank=None,
+        is_score=True,
+        csv=_no_fields,
+        json=_no_fields,
+        style=lambda row: "bold" if row.best and row.best.is_significant else "",
+        mark=" *",
+    ),
+    Column(
+        "p",
+        head="p (Holm)",
+        text=lambda table, row: texts.p_text(row.best),
+        value=lambda table, row: row.best.p_holm if row.best else None,
+        drop_rank=8,
+        is_score=True,
+        csv=_no_fields,
+        json=_no_fields,
+    ),
+    Column(
+        "published",
+        head=lambda table: f"published{texts.unit(table)}",
+        text=texts.published_text,
+        value=_published_score,
+        sort=lambda table, row: _best_first(table, _published_score(table, row)),
+        legend="published: what the source prints, at its own length of training, and its ± is not "
         f"always a 95 % interval; {RECALLED}: recalled, not verified.",
-        "steps": "to 99 %: meta-steps to the first validation at 99 % of the last one's score, "
+        drop_rank=10,
+        csv=_published_fields,
+        json=lambda table, row: {"published": [asdict(entry) for entry in row.published]},
+        style="dim",
+        mark=RECALLED,
+    ),
+    Column(
+        "steps",
+        head="to 99 %",
+        text=lambda table, row: "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
+        value=lambda table, row: row.steps_to_99,
+        sort=lambda table, row: row.steps_to_99,
+        legend="to 99 %: meta-steps to the first validation at 99 % of the last one's score, "
         "median over seeds.",
-        "seconds": "per step: median time of a meta-step, of the median seed.",
-    }
-    return [formatting.strip_controls(line) for key, line in told.items() if key in shown]
+        drop_rank=6,
+        field="steps_to_99",
+    ),
+    Column(
+        "seconds",
+        head="per step",
+        text=lambda table, row: "" if row.step_s is None else formatting.duration(row.step_s),
+        value=lambda table, row: row.step_s,
+        sort=lambda table, row: row.step_s,
+        legend="per step: median time of a meta-step, of the median seed.",
+        drop_rank=2,
+        field="step_s",
+    ),
+    Column(
+        "diverged",
+        head="diverged",
+        text=lambda table, row: str(row.divergences),
+        value=lambda table, row: row.divergences,
+        drop_rank=5,
+        is_always_shown=True,
+        csv=_no_fields,
+        style=lambda row: "red" if row.divergences else "",
+    ),
+)

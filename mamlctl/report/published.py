@@ -80,13 +80,13 @@ def _distance(row: str, bn: str) -> tuple[bool, int]:
 
 
 def _entry(paper: str, row: Mapping[str, Any]) -> Published:
-    metric, scale = ("accuracy", 100) if "acc" in row else ("mse", 1)
-    half = row.get("pm")
+    is_accuracy, half = "acc" in row, row.get("pm")
+    scale = 100 if is_accuracy else 1
     return Published(
         source=paper,
         row=row["row"],
-        metric=metric,
-        score=_scaled(row["acc" if "acc" in row else "mse"], scale),
+        metric="accuracy" if is_accuracy else "mse",
+        score=_scaled(row["acc" if is_accuracy else "mse"], scale),
         half_width=None if half is None else _scaled(half, scale),
         verified=row["seen"] == "transcript",
         note=row.get("note", ""),

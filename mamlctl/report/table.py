@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mamlctl.core.statistics import Difference
+from mamlctl.core.literals import CellStatus, Metric
+
+if TYPE_CHECKING:
+    from mamlctl.core.statistics import Difference
+
+SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
 
 MODELS = ("best", "ensemble")  # the single best checkpoint, the ensemble of the best ones: never mixed
 
@@ -20,7 +25,7 @@ class Published:
 
     source: str  # "MAML++ (Antoniou et al. 2019)"
     row: str  # in the source's words
-    metric: str  # accuracy (0..1) or mse
+    metric: Metric  # of the score: an accuracy is 0..1
     score: float
     half_width: float | None  # what the source prints after ±, which is not always a 95 % interval
     verified: bool  # read in a transcription; False: recalled, printed with a mark
@@ -39,6 +44,11 @@ class Score:
     difference: Difference | None  # to the baseline; None in the baseline's own row, or without shared seeds
     p_holm: float | None  # the difference's p, corrected over the rows of the table
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference's corrected p is below 0.05."""
+        return self.p_holm is not None and self.p_holm < SIGNIFICANT
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -46,7 +56,7 @@ class Cell:
 
     seed: int
     run: str  # its folder, relative to the table's
-    status: str  # finished, diverged, failed, interrupted, running, missing
+    status: CellStatus
     reason: str  # why it is not finished; "" if it is
     steps: int  # meta-steps done
     steps_to_99: int | None  # meta-steps to the first validation at 99 % of the last one's score
@@ -55,6 +65,7 @@ class Cell:
     rates: Mapping[str, tuple[float, ...]]  # last learnt inner rates: tensor -> one per inner step; or empty
     command: str  # that trains it alone
     device: str = ""  # what it was trained on
+    diverged_at: int | None = None  # the meta-step whose loss or gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Table:
     ways: int
     shots: int
     queries: int
-    metric: str  # accuracy or mse
+    metric: Metric
     split: str
     tasks: int
     eval_seed: int
@@ -100,3 +111,8 @@ class Table:
     environment: Mapping[str, Any]  # versions and machine of the first cell
     commands: tuple[str, ...]  # that make this table again
     notes: tuple[str, ...] = field(default=())  # what a reader of the numbers must know
+
+    @property
+    def most_seeds(self) -> int:
+        """Seeds of the row that has been tested with most of them."""
+        return max((len(row.best.per_seed) for row in self.rows if row.best), default=0)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mamlctl.core.statistics import Difference
 from mamlctl.report.published import published
+from mamlctl.report.rendered_table import render_table
 from mamlctl.report.table import Cell, Row, Score, Table
 
 ONE_ON = ("maml", *(f"maml + {part}" for part in ("msl", "da", "bnrs", "bnwb", "bnrs + bnwb", "lslr", "ca")))
@@ -76,12 +77,13 @@ def cell(rng, label, seed, *, mean=0.93, steps=300, learns_rates=False, metric="
     )
 
 
-def unfinished(ended, status, *, steps=120, reason=""):
+def unfinished(ended, status, *, steps=120, reason="", diverged_at=None):
     """A run that has ended badly, or has not begun."""
     return replace(
         ended,
         status=status,
         reason=reason,
+        diverged_at=diverged_at,
         steps=steps,
         steps_to_99=None,
         step_s=None,
@@ -150,10 +152,10 @@ def one_on():
     """9 rows x 3 seeds; one row has diverged, one run of another is missing, one has failed."""
     rng = np.random.default_rng(6)
     rows = [row(rng, label, place) for place, label in enumerate((*ONE_ON, "maml++"))]
-    why = "training diverged at meta-step 121: the query loss is nan"
+    why = {"reason": "training diverged at meta-step 121: the query loss is nan", "diverged_at": 121}
     rows[4] = replace(
         rows[4],
-        cells=tuple(unfinished(ended, "diverged", reason=why) for ended in rows[4].cells),
+        cells=tuple(unfinished(ended, "diverged", **why) for ended in rows[4].cells),
         best=None,
         ensemble=None,
         ensemble_size=0,
@@ -230,6 +232,11 @@ def empty():
         for each in given.rows
     ]
     return table(rows)
+
+
+def text_rows(table, sort=None):
+    """The heads, then each row's texts."""
+    return render_table(table, sort).lines()
 
 
 TABLES = {"one-on": one_on, "mse": curves, "64 rows": full, "hostile": hostile, "empty": empty}

@@ -12,13 +12,14 @@ from dataclasses import asdict, replace
 from io import StringIO
 
 import pytest
-from helpers.table_cases import HOSTILE, TABLES, curves, empty, full, hostile, one_on
+from helpers.table_cases import HOSTILE, TABLES, curves, empty, full, hostile, one_on, text_rows
 from rich.cells import cell_len
 from rich.console import Console
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.display.comparison_table import show_table
-from mamlctl.report.columns import SORTS, cells, letter
+from mamlctl.report.column_texts import letter
+from mamlctl.report.columns import COLUMNS
 from mamlctl.report.export import document, to_csv, to_latex, to_markdown
 
 
@@ -79,7 +80,7 @@ def test_csv_reads_back_to_the_same_numbers(name):
 @pytest.mark.parametrize("name", TABLES)
 def test_markdown_and_the_pipe_hold_the_cells(name):
     table = TABLES[name]()
-    expected = cells(table)
+    expected = text_rows(table)
     assert markdown_cells(to_markdown(table)) == expected
     piped = [re.split(r"  +", line.strip()) for line in shown(table).splitlines()]
     for row in expected:
@@ -90,7 +91,7 @@ def test_markdown_and_the_pipe_hold_the_cells(name):
 def test_words_are_the_numbers_rounded(name):
     table = TABLES[name]()
     scale, digits = (100, 2) if table.metric == "accuracy" else (1, 3)
-    heads, *rows = cells(table)
+    heads, *rows = text_rows(table)
     for words, row in zip(rows, table.rows, strict=True):
         line = dict(zip(heads, words, strict=True))
         best = next(line[head] for head in heads if head.startswith("best"))
@@ -116,7 +117,7 @@ def test_a_row_without_a_score_says_why_and_no_run_is_passed_over():
 
 
 def test_recalled_numbers_carry_their_mark_and_sources_are_named():
-    heads, *rows = cells(one_on())
+    heads, *rows = text_rows(one_on())
     published = {row[0]: row[heads.index("published %")] for row in rows}
     assert published["maml + lslr"] == "95.77 ± 0.38 a†"
     assert published["maml++"] == "97.65 ± 0.05 a"
@@ -140,7 +141,7 @@ def test_no_line_is_wider_than_the_terminal(name, width):
         assert max(map(cell_len, text.splitlines())) <= width
     for row in table.rows[:9]:
         assert " ".join(row.label.split()).replace("\x1b", "?") in text
-    heads = [cell for cell in cells(table)[0][1:] if cell not in re.sub(r"no room for:[^(]*", "", text)]
+    heads = [cell for cell in text_rows(table)[0][1:] if cell not in re.sub(r"no room for:[^(]*", "", text)]
     for head in heads:  # what is left out is said
         assert head in " ".join(text.split())
 
@@ -148,9 +149,12 @@ def test_no_line_is_wider_than_the_terminal(name, width):
 @pytest.mark.parametrize(("sort", "upwards"), [("best", False), ("difference", False), ("seconds", True)])
 def test_sorting_puts_rows_without_a_value_last(sort, upwards):
     table = one_on()
-    labels = [row[0] for row in cells(table, sort)[1:]]
+    labels = [row[0] for row in text_rows(table, sort)[1:]]
     assert labels[-1] == "maml + bnwb"
-    values = [SORTS[sort](table, next(row for row in table.rows if row.label == label)) for label in labels]
+    value = next(column.value for column in COLUMNS if column.key == sort)
+    values = [value(table, next(row for row in table.rows if row.label == label)) for label in labels]
+    if sort == "difference":
+        values[labels.index(table.baseline)] = 0.0
     known = [value for value in values if value is not None]
     assert known == sorted(known, reverse=not upwards)
     assert [row["label"] for row in document(table, sort)["rows"]] == labels
@@ -159,27 +163,27 @@ def test_sorting_puts_rows_without_a_value_last(sort, upwards):
 
 def test_of_an_mse_the_least_is_the_best():
     table = curves()
-    assert [row[0] for row in cells(table, "best")[1:]] == ["maml", "transfer"]
-    assert cells(table)[2][2] == f"{table.rows[1].best.mean:.3f} ± {table.rows[1].best.ci95:.3f}"
-    assert "%" not in "".join(cells(table)[0]).replace("99 %", "")
+    assert [row[0] for row in text_rows(table, "best")[1:]] == ["maml", "transfer"]
+    assert text_rows(table)[2][2] == f"{table.rows[1].best.mean:.3f} ± {table.rows[1].best.ci95:.3f}"
+    assert "%" not in "".join(text_rows(table)[0]).replace("99 %", "")
     assert "less is better" in shown(table)
     assert "since there is one seed" in shown(table)
 
 
 def test_an_unknown_column_is_refused_with_the_nearest():
     with pytest.raises(SettingsError, match="cannot sort by 'diference'") as refused:
-        cells(one_on(), "diference")
+        text_rows(one_on(), "diference")
     assert refused.value.hint == "did you mean 'difference'?"
     with pytest.raises(SettingsError) as refused:
-        cells(one_on(), "qqq")
+        text_rows(one_on(), "qqq")
     assert "published" in refused.value.hint
 
 
 def test_ways_to_normalise_and_steps_are_columns_only_where_they_differ():
     table = one_on()
-    assert "bn" not in cells(table)[0]
+    assert "bn" not in text_rows(table)[0]
     rows = (replace(table.rows[0], bn="running", inner_steps=3, ensemble_size=4), *table.rows[1:])
-    heads, first, second, *_ = cells(replace(table, rows=rows))
+    heads, first, second, *_ = text_rows(replace(table, rows=rows))
     assert dict(zip(heads, first, strict=True))["bn"] == "running"
     assert dict(zip(heads, second, strict=True))["inner steps"] == "5"
     assert first[heads.index("ensemble %")].endswith(" (4)")
@@ -211,7 +215,7 @@ def test_latex_compiles_and_shows_the_cells(name, tmp_path):
     if shutil.which("pdftotext") and name == "one-on":
         subprocess.run(["pdftotext", "-layout", "paper.pdf"], cwd=tmp_path, check=True)
         text = " ".join((tmp_path / "paper.txt").read_text().split())
-        for line in cells(table)[1:]:
+        for line in text_rows(table)[1:]:
             assert line[0] in text
             assert line[2] in text
 
@@ -221,7 +225,7 @@ def test_latex_escapes_and_spans():
     assert r"\textless{}b\textgreater{}\&\_\%\$\#\textasciitilde{}\textasciicircum{}\{\}" in text
     assert HOSTILE not in text
     rows = [line for line in to_latex(one_on()).splitlines() if line.endswith(r"\\")]
-    columns = len(cells(one_on())[0])
+    columns = len(text_rows(one_on())[0])
     assert r"\multicolumn{5}{l}{diverged at meta-step 121}" in to_latex(one_on())
     for row in rows:
         spanned = sum(int(number) - 1 for number in re.findall(r"\\multicolumn\{(\d+)\}", row))

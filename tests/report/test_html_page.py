@@ -9,10 +9,9 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from helpers.table_cases import HOSTILE, TABLES, full, one_on
+from helpers.table_cases import HOSTILE, TABLES, full, one_on, text_rows
 from PIL import Image
 
-from mamlctl.report.columns import cells
 from mamlctl.report.export import document
 from mamlctl.report.figures.table_figures import curves, mean_rates, pictures, save_all
 from mamlctl.report.html_page import write_report
@@ -74,7 +73,7 @@ def reports(tmp_path_factory):
 
 def holds(page, table):
     """Whether the first table of a page is the table's cells, and its numbers the document's."""
-    assert [[" ".join(cell.split()) for cell in row] for row in page.rows] == cells(table)
+    assert [[" ".join(cell.split()) for cell in row] for row in page.rows] == text_rows(table)
     heads = page.rows[0]
     for values, row in zip(page.values[1:], document(table)["rows"], strict=True):
         known = dict(zip(heads, values, strict=True))
@@ -137,7 +136,7 @@ def test_the_same_table_gives_the_same_bytes(reports, tmp_path):
 
 def test_a_sorted_report(tmp_path):
     page = Page(write_report(TABLES["mse"](), tmp_path, "seconds").read_text())
-    assert page.rows == cells(TABLES["mse"](), "seconds")
+    assert page.rows == text_rows(TABLES["mse"](), "seconds")
 
 
 def test_64_rows_are_parted_and_small(tmp_path):

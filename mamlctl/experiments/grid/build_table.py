@@ -76,14 +76,13 @@ def tabulate(
     ]
     first = fill_defaults(rows[0].config)
     queries = evaluate.queries or first.queries
-    metric = "mse" if is_curves(first.dataset) else "accuracy"
     return Table(
         title=f"{formatting.task(first.dataset, first.ways, first.shots)}, {name}",
         dataset=first.dataset,
         ways=first.ways,
         shots=first.shots,
         queries=queries,
-        metric=metric,
+        metric="mse" if is_curves(first.dataset) else "accuracy",
         split=evaluate.split,
         tasks=evaluate.tasks,
         eval_seed=first.eval_seed if evaluate.eval_seed is None else evaluate.eval_seed,

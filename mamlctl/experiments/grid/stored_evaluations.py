@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
+from mamlctl.core.literals import CellStatus
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.table import Cell
@@ -101,28 +102,31 @@ def _tested(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
 def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, failed: str = "") -> Cell:
     """How a run's training went; `run` is None before it began, `failed`: why its last commands ended so."""
     if run is None:
-        status = "failed" if failed else "missing"
+        status: CellStatus = "failed" if failed else "missing"
         return Cell(seed, place, status, failed, 0, None, None, (), {}, command)
     stored, metrics = run.status(), run.metrics()
     reports = [entry for entry in metrics if "query_losses" in entry]
     validations = [entry for entry in metrics if "val_tasks" in entry]
-    state = str(stored.get("status", "running"))
-    if failed and state != "diverged":
-        state = "failed"
-    elif state == "running" and not is_locked(run.path):
-        state = "interrupted"  # killed: it could not say so
+    status = stored.get("status", "running")
+    if failed and status != "diverged":
+        status = "failed"
+    elif status == "running" and not is_locked(run.path):
+        status = "interrupted"  # killed: it could not say so
+    steps = max(int(stored.get("step", 0)), *(int(entry["step"]) for entry in metrics[-1:]), 0)
     return Cell(
         seed=seed,
         run=place,
-        status=state,
-        reason=failed if state == "failed" else str(stored.get("reason", "") or ""),
-        steps=max(int(stored.get("step", 0)), *(int(entry["step"]) for entry in metrics[-1:]), 0),
+        status=status,
+        reason=failed if status == "failed" else str(stored.get("reason", "") or ""),
+        steps=steps,
         steps_to_99=_steps_to_99(validations) if stored.get("status") == "finished" else None,
         step_s=_step_s(reports, run.config.meta_batch_size),
         validation=tuple((entry["step"], _score(entry)) for entry in validations),
         rates=next((entry["rates"] for entry in reversed(reports) if entry.get("rates")), {}),
         command=command,
         device=str(run.environment().get("device", "")),
+        # Older runs do not say at which meta-step: it is the one after the last that was applied.
+        diverged_at=int(stored.get("diverged_at", steps + 1)) if status == "diverged" else None,
     )
 
 

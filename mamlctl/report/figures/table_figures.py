@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.report.columns import significant
 from mamlctl.report.figures.style import BLUE, CALM, DIM, INK, RED, SMALL, WIDTH, drawing, plain, save
 from mamlctl.report.table import Cell, Row, Score, Table
 
@@ -242,14 +241,14 @@ def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
 def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> None:
     difference = score.difference
     assert difference is not None
-    colour = BLUE if significant(score) else DIM
+    colour = BLUE if score.is_significant else DIM
     low, high = (value if np.isfinite(value) else np.nan for value in (difference.low, difference.high))
     ax.plot([max(low, limits[0]), min(high, limits[1])], [place] * 2, color=colour, linewidth=1.0)
     for end, limit, marker in ((low, limits[0], "<"), (high, limits[1], ">")):
         if min(max(end, limits[0]), limits[1]) == limit:  # it goes on beyond the picture
             ax.plot(limit, place, marker, color=colour, markersize=4, clip_on=False)
     ax.plot([difference.tasks_low, difference.tasks_high], [place] * 2, color=colour, linewidth=3.2)
-    filled = colour if significant(score) else "white"
+    filled = colour if score.is_significant else "white"
     ax.plot(difference.mean, place, "o", color=colour, markerfacecolor=filled, markersize=5, zorder=3)
 
 

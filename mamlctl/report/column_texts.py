@@ -1,0 +1,101 @@
+"""What the columns of a table of runs say to people."""
+
+from __future__ import annotations
+
+import math
+
+from mamlctl.core import formatting
+from mamlctl.core.literals import Metric
+from mamlctl.report.table import SIGNIFICANT, Row, Score, Table
+
+RECALLED = "†"  # behind a published number that nobody has read in a transcription
+
+
+def source_letters(table: Table) -> dict[str, str]:
+    """The sources of the published numbers that are shown, each with the name of its footnote."""
+    sources = dict.fromkeys(row.published[0].source for row in table.rows if row.published)
+    return {source: letter(place) for place, source in enumerate(sources)}
+
+
+def letter(place: int) -> str:
+    """The name of a footnote: a to z, then a1 ..."""
+    return chr(ord("a") + place % 26) + str(place // 26 or "")
+
+
+def unit(table: Table) -> str:
+    return " %" if table.metric == "accuracy" else " mse"
+
+
+def seeds_text(table: Table, row: Row) -> str:
+    score = row.best or row.ensemble
+    scored = len(score.per_seed) if score else 0
+    return str(scored) if scored == len(row.cells) else f"{scored} of {len(row.cells)}"
+
+
+def score_text(metric: Metric, score: Score | None) -> str:
+    """'97.43 ± 0.36', the unit being in the column's head."""
+    return "" if score is None else formatting.score(metric, score.mean, score.ci95).removesuffix(" %")
+
+
+def deviation_text(metric: Metric, score: Score | None) -> str:
+    """'0.21', nothing of one seed."""
+    if score is None or score.deviation is None:
+        return ""
+    return f"{100 * score.deviation:.2f}" if metric == "accuracy" else f"{score.deviation:.3f}"
+
+
+def _ensemble_sizes(table: Table) -> set[int]:
+    return {row.ensemble_size for row in table.rows if row.ensemble}
+
+
+def ensemble_head(table: Table) -> str:
+    sizes = _ensemble_sizes(table)
+    return f"ensemble{f'-{sizes.pop()}' if len(sizes) == 1 else ''}{unit(table)}"
+
+
+def ensemble_text(table: Table, row: Row) -> str:
+    size = f" ({row.ensemble_size})" if row.ensemble and len(_ensemble_sizes(table)) > 1 else ""
+    return score_text(table.metric, row.ensemble) + size
+
+
+def difference_text(table: Table, row: Row) -> str:
+    """'+1.23 [+0.40, +2.06] *' in points, 'baseline', or nothing."""
+    score = row.best
+    if score is None or score.difference is None:
+        return "baseline" if score and row.label == table.baseline else ""
+    mean, low, high = (
+        formatting.signed(table.metric, value)
+        for value in (score.difference.mean, score.difference.low, score.difference.high)
+    )
+    seeds = score.difference.seeds
+    note = "" if seeds == table.most_seeds else f" ({seeds} {formatting.plural(seeds, 'seed')})"
+    return f"{mean} [{low}, {high}]{note}{' *' if score.is_significant else ''}"
+
+
+def difference_legend(table: Table) -> str:
+    has_one_seed = table.most_seeds < 2
+    new = "new tasks alone, since there is one seed" if has_one_seed else "new seeds and new tasks"
+    differences = [row.best.difference for row in table.rows if row.best and row.best.difference]
+    fewer = any(difference.seeds == 1 for difference in differences) and not has_one_seed
+    note = "; on 1 seed, for new tasks alone and without p" if fewer else ""
+    return (
+        f"difference: to {table.baseline} on the same tasks and seeds"
+        f"{', in points' if table.metric == 'accuracy' else ''}, with its 95 % interval for {new}; "
+        f"*: p below {SIGNIFICANT} after Holm's correction over the rows{note}."
+    )
+
+
+def p_text(score: Score | None) -> str:
+    """'0.012' or '<0.001'."""
+    if score is None or score.p_holm is None or math.isnan(score.p_holm):
+        return ""
+    return "<0.001" if score.p_holm < 0.001 else f"{score.p_holm:.3f}"
+
+
+def published_text(table: Table, row: Row) -> str:
+    """'95.77 ± 0.38 a†': a's number, recalled and not verified."""
+    if not row.published:
+        return ""
+    entry = row.published[0]
+    text = formatting.score(entry.metric, entry.score, entry.half_width).removesuffix(" %")
+    return f"{text} {source_letters(table)[entry.source]}{'' if entry.verified else RECALLED}"

@@ -1,0 +1,165 @@
+"""A table of runs in words: its columns, its rows in order, and what a reader must know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mamlctl.core import formatting
+from mamlctl.report import columns
+from mamlctl.report.column_texts import source_letters
+from mamlctl.report.columns import Column
+from mamlctl.report.table import Cell, Row, Table
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row of the table in words."""
+
+    row: Row
+    texts: Mapping[str, str]  # by the column's key
+    missing_reason: str  # why the row has no score; "" if it has one
+
+
+class RenderedText(NamedTuple):
+    """A text of a row, or why it has no score, which stands over several columns."""
+
+    column: Column
+    text: str
+    reason_span: int  # the columns that the reason stands over; 0: an ordinary text
+
+
+@dataclass(frozen=True)
+class RenderedTable:
+    """A whole table in words."""
+
+    columns: tuple[Column, ...]
+    heads: Mapping[str, str]  # by the column's key
+    rows: tuple[RenderedRow, ...]
+    sources: tuple[tuple[str, str], ...]  # the letters beside published numbers, and what they stand for
+    remarks: tuple[str, ...]  # what became of each run that is not finished
+
+    @property
+    def score_keys(self) -> list[str]:
+        """The columns of scores, side by side."""
+        return [column.key for column in self.columns if column.is_score]
+
+    def across(self, row: RenderedRow) -> Iterator[RenderedText]:
+        """The row's texts from left to right; why it has no score stands for all columns of scores."""
+        score_keys = self.score_keys
+        for column in self.columns:
+            if not (row.missing_reason and column.is_score):
+                yield RenderedText(column, row.texts[column.key], 0)
+            elif column.key == score_keys[0]:
+                yield RenderedText(column, row.missing_reason, len(score_keys))
+
+    def lines(self) -> list[list[str]]:
+        """The heads, then each row's texts."""
+        keys = [column.key for column in self.columns]
+        return [[self.heads[key] for key in keys], *([row.texts[key] for key in keys] for row in self.rows)]
+
+
+def render_table(table: Table, sort: str | None = None) -> RenderedTable:
+    """The table in words, with the columns that tell something, in the plan's order or sorted by a column.
+
+    Raises SettingsError for a column that cannot be sorted by.
+    """
+    ordered = columns.sorted_table(table, sort)
+    rows = tuple(_rendered_row(ordered, row) for row in ordered.rows)
+    shown = tuple(
+        column
+        for column in columns.COLUMNS
+        if column.is_always_shown or any(row.texts[column.key] for row in rows)
+    )
+    heads = {column.key: column.head_of(table) for column in shown}
+    letters = source_letters(ordered)
+    sources = tuple((name, _source_and_notes(ordered.rows, source)) for source, name in letters.items())
+    return RenderedTable(shown, heads, rows, sources, remarks(table))
+
+
+def _rendered_row(table: Table, row: Row) -> RenderedRow:
+    reason = "" if row.best or row.ensemble else missing_reason(row)
+    texts = {column.key: column.text(table, row) for column in columns.COLUMNS}
+    if reason:
+        first_score = next(column.key for column in columns.COLUMNS if column.is_score)
+        texts[first_score] = reason
+    on_one_line = {key: " ".join(formatting.strip_controls(text).split()) for key, text in texts.items()}
+    return RenderedRow(row, on_one_line, reason)
+
+
+def _source_and_notes(rows: Sequence[Row], source: str) -> str:
+    """A source, and what it says about those of its numbers that are shown."""
+    entries = [row.published[0] for row in rows if row.published and row.published[0].source == source]
+    notes = [f"{entry.row}: {entry.note}" for entry in entries if entry.note]
+    return formatting.strip_controls("; ".join([source, *notes]))
+
+
+def missing_reason(row: Row) -> str:
+    """Why a row has no score: 'diverged at meta-step 40, 52; 1 missing'."""
+    steps = sorted({cell.diverged_at for cell in row.cells if cell.diverged_at is not None})
+    reasons = [f"diverged at meta-step {', '.join(map(str, steps))}"] if steps else []
+    statuses = [cell.status for cell in row.cells if cell.diverged_at is None]
+    for status in dict.fromkeys(statuses):
+        name = "not tested" if status == "finished" else status
+        reasons.append(name if len(row.cells) == 1 else f"{statuses.count(status)} {name}")
+    return formatting.strip_controls("; ".join(reasons) or "missing")
+
+
+def remarks(table: Table) -> tuple[str, ...]:
+    """A line for each way in which runs of a row are not finished, and one for all that are missing."""
+    seeds_by_end: dict[tuple[str, str], list[str]] = {}
+    for row in table.rows:
+        for cell in row.cells:
+            if cell.status not in ("finished", "missing"):
+                seeds_by_end.setdefault((row.label, _how_it_ended(cell)), []).append(str(cell.seed))
+    lines = [
+        f"{label}, {formatting.plural(len(seeds), 'seed')} {', '.join(seeds)}: {end}"
+        for (label, end), seeds in seeds_by_end.items()
+    ]
+    statuses = [cell.status for row in table.rows for cell in row.cells]
+    missing = statuses.count("missing")
+    if missing:
+        lines.append(f"{missing} of {len(statuses)} runs {'is' if missing == 1 else 'are'} missing")
+    return tuple(map(formatting.strip_controls, lines))
+
+
+def _how_it_ended(cell: Cell) -> str:
+    if cell.diverged_at is None:
+        end, cause = f"{cell.status} after {cell.steps} meta-steps", cell.reason
+    else:
+        end = f"diverged at meta-step {cell.diverged_at}"
+        cause = cell.reason.removeprefix(f"training {end}: ")  # which would say the same again
+    return f"{end}: {cause}" if cause else end
+
+
+def head_parts(table: Table) -> list[str]:
+    """What all rows of the table share, for its head line."""
+    seeds = sorted({cell.seed for row in table.rows for cell in row.cells})
+    devices = list(dict.fromkeys(cell.device for row in table.rows for cell in row.cells if cell.device))
+    bn = {row.bn for row in table.rows}
+    tasks = "tasks without a shared image as far as they go" if table.disjoint else "tasks"
+    per_class = " a class" if table.ways > 1 else ""
+    parts = [
+        formatting.task(table.dataset, table.ways, table.shots),
+        f"{table.queries} {formatting.plural(table.queries, 'query')}{per_class}",
+        f"{table.split} split",
+        f"{table.tasks:,} {tasks} (seed {table.eval_seed})",
+        f"{table.label_permutations} orders of labels" if table.label_permutations > 1 else "",
+        f"bn {bn.pop()}" if len(bn) == 1 else "",
+        f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
+        devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
+    ]
+    return [formatting.strip_controls(part) for part in parts if part]
+
+
+def meanings(table: Table, shown: RenderedTable) -> list[str]:
+    """What the numbers of the shown columns mean, and where the published ones are from."""
+    legends = [formatting.strip_controls(column.legend_of(table)) for column in shown.columns]
+    sources = [f"{name}: {source}." for name, source in shown.sources if "published" in shown.heads]
+    return [*filter(None, legends), *sources]
+
+
+def warnings(table: Table, shown: RenderedTable) -> list[str]:
+    """Which runs are not finished, and what else a reader of the numbers must know."""
+    return [*shown.remarks, *map(formatting.strip_controls, table.notes)]
