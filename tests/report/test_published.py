@@ -128,4 +128,5 @@ def test_the_wheel_carries_the_file(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"mamlctl/report/published.yaml", "mamlctl/report/report.css"} <= names
+    files = ("published.yaml", "templates/report.css", "templates/report.html.j2")
+    assert {f"mamlctl/report/{file}" for file in files} <= names

@@ -1,0 +1,80 @@
+"""A column is one entry of COLUMNS: every form of the table has it, and no second list names it."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from io import StringIO
+
+import pytest
+from helpers.table_cases import one_on, text_rows
+from rich.console import Console
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.display.comparison_table import show_table
+from mamlctl.report import columns, html_page
+from mamlctl.report.columns import COLUMNS, Column
+from mamlctl.report.export import document, to_csv, to_latex, to_markdown
+
+RUNS = Column(
+    "runs_done",
+    head="runs done",
+    text=lambda table, row: f"{_runs_done(row)} done" if _runs_done(row) else "",
+    value=lambda table, row: _runs_done(row),
+    sort=lambda table, row: -_runs_done(row),
+    legend="runs done: runs that came to their end.",
+)
+
+
+def _runs_done(row):
+    return sum(cell.status == "finished" for cell in row.cells)
+
+
+def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path):
+    with pytest.raises(SettingsError):
+        text_rows(one_on(), "runs_done")
+    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, RUNS))
+    table = one_on()
+    counts = {row.label: _runs_done(row) for row in table.rows}
+    assert sorted(set(counts.values())) == [0, 2, 3]
+    heads, *rows = text_rows(table, "runs_done")
+    assert heads[-1] == "runs done"
+    assert [counts[row[0]] for row in rows] == sorted(counts.values(), reverse=True)
+    assert {row[0]: row[-1] for row in rows} == {
+        label: f"{count} done" if count else "" for label, count in counts.items()
+    }
+    assert [row["runs_done"] for row in document(table)["rows"]] == list(counts.values())
+    read = csv.DictReader(StringIO(to_csv(table)))
+    assert [int(row["runs_done"]) for row in read] == list(counts.values())
+    out = StringIO()
+    show_table(Console(file=out), table)
+    monkeypatch.setattr(html_page, "pictures", lambda table: ())
+    page = html_page.write_report(table, tmp_path).read_text()
+    for form in (out.getvalue(), to_markdown(table).replace("\\", ""), to_latex(table), page):
+        assert "runs done" in form
+        assert form.count("3 done") == list(counts.values()).count(3)
+        assert RUNS.legend in form
+    assert '<td class="runs_done"><data value="2">2 done</data></td>' in page
+
+
+def test_narrow_terminals_leave_a_new_column_out_first(monkeypatch):
+    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, RUNS))
+    out = StringIO()
+    show_table(Console(file=out, width=120, force_terminal=True, color_system=None), one_on())
+    assert "3 done" not in out.getvalue()
+    assert "runs done" in out.getvalue().partition("no room for: ")[2]
+
+
+def test_keys_are_names_and_only_some_columns_always_stay():
+    assert len({column.key for column in COLUMNS}) == len(COLUMNS)
+    assert [column.key for column in COLUMNS if column.drop_rank is None] == ["row", "best", "difference"]
+    scores = [place for place, column in enumerate(COLUMNS) if column.is_score]
+    assert scores == list(range(scores[0], scores[-1] + 1))  # side by side
+
+
+def test_columns_are_known_without_torch_and_numpy():
+    code = (
+        "import sys, mamlctl.report.columns; sys.exit(bool({'torch', 'numpy', 'jinja2'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
