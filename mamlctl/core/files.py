@@ -61,24 +61,31 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
-    """Lock a folder for the block. Raises LockedError if another process has."""
-    with (path / "lock").open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            writer = file.read(32).decode(errors="replace") or "another process"
-            message = f"{what} {path} is in use by {writer}"
-            raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()}".encode())
-        file.flush()
+    """Lock a folder for the block. Raises LockedError if another process or thread has locked it."""
+    from filelock import FileLock, Timeout  # here, since its import takes as long as the command line's
+
+    try:
+        held = FileLock(path / "lock", thread_local=False).acquire(blocking=False)
+    except Timeout as error:
+        message = f"{what} {path} is in use by {lock_holder(path / 'lock')}"
+        raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
+    with held:
+        (path / "lock").write_text(f"process {os.getpid()}")
         yield
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process is writing to the run folder."""
+def lock_holder(path: Path) -> str:
+    """The process that wrote its number into the lock file."""
     try:
+        return path.read_text(errors="replace")[:32] or "another process"
+    except FileNotFoundError:
+        return "another process"
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is writing to the run folder, which may be another user's."""
+    try:
+        # Not filelock, which would have to write to the folder in order to ask.
         with (path / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

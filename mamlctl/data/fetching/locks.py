@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import lock_holder
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 # What a file system says that has no locks, as clusters' often have not.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
-TRIES = 100  # to open a file whose folder others take away; /proc never has one
+# How often to make the folder that other processes remove; /proc never has one.
+TRIES = 100
 
 
 @contextmanager
@@ -25,52 +29,39 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
 
     Raises DataError where no file can be written.
     """
-    while True:
-        with _opened(path) as file:
-            _wait(file, what, on_event)
-            if not _is_at(file, path):
-                continue  # its holder deleted it while we waited, and others lock a new one
-            try:
-                with suppress(OSError):  # a full disk: then those who wait do not learn for whom
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()}".encode())
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # not empty, most often
-                    path.parent.rmdir()
-        return
+    from filelock import FileLock  # here, since its import takes as long as that of the command line
+
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        _acquire(lock, path, what, on_event)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            message = f"cannot write {path.parent}: {error.strerror or error}"
+            raise DataError(message, hint="make room or choose another --data-root") from error
+        on_event(Notice(f"no locks on this file system: let no other process fetch {what} now"))
+    try:
+        with suppress(OSError):  # a full disk: then those who wait do not learn for whom
+            path.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # those who wait for it see that, and lock a new one
+        lock.release()
+        with suppress(OSError):  # not empty, most often
+            path.parent.rmdir()
 
 
-def _opened(path: Path) -> FileIO:
+def _acquire(lock: BaseFileLock, path: Path, what: str, on_event: OnEvent) -> None:
+    from filelock import Timeout
+
+    is_waiting = False
     for tries_left in reversed(range(TRIES)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return FileIO(path, "a+")  # unbuffered: nothing is left to fail when it is closed
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and tries_left:
-                continue  # another process took the empty folder away in between
-            message = f"cannot write {path.parent}: {error.strerror or error}"
-            raise DataError(message, hint="make room or choose another --data-root") from error
-    raise AssertionError("the last try returns or raises")
-
-
-def _wait(file: FileIO, what: str, on_event: OnEvent) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        other = file.read(32).decode(errors="replace") or "another process"
-        on_event(Notice(f"{other} is at work on {what}: waiting for it"))
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        on_event(Notice(f"no locks on this file system: let no other process fetch {what} now"))
-
-
-def _is_at(file: FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+            lock.acquire(blocking=is_waiting)
+            return
+        except Timeout:
+            is_waiting = True
+            on_event(Notice(f"{lock_holder(path)} is at work on {what}: waiting for it"))
+        except FileNotFoundError:  # another process has removed the empty folder in between
+            if not tries_left:
+                raise
