@@ -8,7 +8,7 @@ from typing import Any
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.registry import find, is_curves
+from mamlctl.data.sets.registry import find_data_set, is_curve_family
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # What curves are usually learnt with (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
@@ -36,15 +36,15 @@ OF_ITS_IMAGES = (
 
 def set_defaults(name: str) -> Mapping[str, Any]:
     """The settings that `--dataset name` implies."""
-    return CURVE_DEFAULTS if is_curves(name) else {}
+    return CURVE_DEFAULTS if is_curve_family(name) else {}
 
 
 def set_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have one value only with the data set, and that value."""
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         return {setting: FIELDS[setting].default for setting in OF_IMAGES}
     try:
-        data_set = find(config.dataset)
+        data_set = find_data_set(config.dataset)
     except SettingsError:
         return {}
     forced: dict[str, Any] = {} if data_set.own_files else {"split_fractions": None, "strict": False}
@@ -60,7 +60,7 @@ def set_forced(config: TrainConfig) -> dict[str, Any]:
 def set_problems(config: TrainConfig, sources: Mapping[str, str], given: Sequence[str]) -> list[Problem]:
     """What does not go with the data set, of what comes from a source in `given`."""
     problems = choice_problems(config)
-    if not is_curves(config.dataset):
+    if not is_curve_family(config.dataset):
         return problems
     for name, why in OF_IMAGES.items():
         if sources[name] in given and getattr(config, name) is not False:
@@ -74,10 +74,10 @@ def set_problems(config: TrainConfig, sources: Mapping[str, str], given: Sequenc
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
     """What the data set does not have of what the settings ask: (fact, way out) pairs."""
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         return []
     try:
-        data_set = find(config.dataset)
+        data_set = find_data_set(config.dataset)
     except SettingsError as error:
         return list(error.problems)
     problems = []

@@ -11,7 +11,7 @@ from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.fetching.responses import check_mirrors
 from mamlctl.data.reading.packs import data_root as folder_of
 from mamlctl.data.reading.packs import load_pack, packs_of, verified_at, verify_pack
-from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_set, find
+from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_set, find_data_set
 
 
 def fetch_all(
@@ -59,7 +59,7 @@ def _check(
     if not names:
         hint = "mamlctl fetch --list shows them"
         raise SettingsError([("fetch needs the name of a data set", hint)])
-    sets = [find(name) for name in names]
+    sets = [find_data_set(name) for name in names]
     if source and len(sets) > 1:
         raise SettingsError([(f"--from is given for {len(sets)} data sets", "fetch them one at a time")])
     for switch, given in (("--from", source), ("--offline", offline)):
@@ -75,7 +75,7 @@ def _check(
 def list_all(names: Sequence[str], *, data_root: str | None) -> list[dict[str, Any]]:
     """Every data set, or those of `names`: what it is, where it comes from, whether it is here and whole."""
     root = folder_of(data_root)
-    sets = [find(name) for name in names] or list(DATA_SETS.values())
+    sets = [find_data_set(name) for name in names] or list(DATA_SETS.values())
     return [_entry(data_set, root) for data_set in dict.fromkeys(sets)]
 
 
@@ -118,9 +118,9 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
     """
     root = folder_of(data_root)
     for name in names:
-        if not find(name).is_here(root):
+        if not find_data_set(name).is_here(root):
             raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
-    packs = {name: packs_of(find(name).home(root)) for name in dict.fromkeys(names or DATA_SETS)}
+    packs = {name: packs_of(find_data_set(name).home(root)) for name in dict.fromkeys(names or DATA_SETS)}
     total, done = sum(_bytes(path) for paths in packs.values() for path in paths), 0
     if not total and not names:
         on_event(Notice(f"nothing is at {root}"))

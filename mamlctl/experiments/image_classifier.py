@@ -15,7 +15,7 @@ from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import replacing
 from mamlctl.data.reading.image_files import FILTERS
-from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
 from mamlctl.data.tasks.user_images import OwnSupport, Reader, read_support
@@ -83,7 +83,7 @@ def adapt_to(
     there, MamlctlError for a damaged run.
     """
     run = open_run(path)
-    if is_curves(run.config.dataset):
+    if is_curve_family(run.config.dataset):
         fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
         raise SettingsError([(fact, "name a run of images")])
     config, device = as_asked(run, _independent(run, settings), on_event)

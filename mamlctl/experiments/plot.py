@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.events import Notice, OnEvent
-from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Tasks
 from mamlctl.engine.algorithms.registry import ALGORITHMS
@@ -69,7 +69,7 @@ def draw(
     """
     judged = load_trained_model(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
-    if is_curves(judged.config.dataset):
+    if is_curve_family(judged.config.dataset):
         others = list(beside)
         if not others and ALGORITHMS[judged.config.algo].start != "pre-trained":
             others = [_pretrained(judged, folder / "pretrained", offline, on_event)]
@@ -90,7 +90,7 @@ def draw(
     if reports:
         validations = [entry for entry in metrics if "val_tasks" in entry]
         figures["training"] = run_figures.training(
-            reports, validations, "mse" if is_curves(judged.config.dataset) else "accuracy"
+            reports, validations, "mse" if is_curve_family(judged.config.dataset) else "accuracy"
         )
     state = judged.states[0]
     if state.rates_learnt:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.rules import OF_ITS_IMAGES, choice_problems, set_defaults, set_forced, set_problems
-from mamlctl.data.sets.registry import absolute, find, is_curves
+from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_problems, forced_settings
 from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, drop_ineffective, fill_schedules, merge
@@ -51,7 +51,7 @@ def resolve_settings(
     if problems:
         raise SettingsError(problems)
     # A run must find its folder from wherever it is resumed.
-    return replace(resolved, config=replace(config, dataset=absolute(config.dataset)))
+    return replace(resolved, config=replace(config, dataset=absolute_data_set(config.dataset)))
 
 
 def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Layer]:
@@ -65,7 +65,7 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
     return [
         (f"data set {dataset}", set_defaults(dataset)),
         *((source, _without_foreign_algorithm(values, algo)) for source, values in layers[:naming]),
-        (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curves(dataset))),
+        (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curve_family(dataset))),
         *layers[naming:],
     ]
 
@@ -90,11 +90,11 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     """The settings with nothing left open. Raises SettingsError if the data set lacks such a thing."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         # One output instead of ways; nothing of the others is read.
         none = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         return fill_schedules(replace(config, ways=1), none)
-    own = find(config.dataset).defaults
+    own = find_data_set(config.dataset).defaults
     if config.channels == 1:
         own["normalize"] = "none"
     return fill_schedules(config, own)

@@ -11,7 +11,7 @@ import torch
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
-from mamlctl.data.sets.registry import absolute, find, is_curves
+from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
@@ -104,9 +104,9 @@ def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         return (note,)
-    data_set = find(config.dataset)
+    data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW
     if data_set.open_shaped is not None or side != config.image_size:
         note += f", its images brought to {config.image_size}x{config.image_size} pixels"
@@ -165,10 +165,10 @@ def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig
         return judged
     # What belongs to a data set is the other one's; what the network takes stays. Of the user's own images
     # nobody knows which value ink should have: the run's.
-    own = is_curves(settings.dataset) or find(settings.dataset).own_files
+    own = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
         judged,
-        dataset=absolute(settings.dataset),
+        dataset=absolute_data_set(settings.dataset),
         split_scheme=None,
         split_fractions=None,
         resize=None,
@@ -181,13 +181,13 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     """Why a run cannot be judged on another data set: (fact, way out) pairs."""
     if settings.dataset is None:
         return []
-    if is_curves(settings.dataset) != is_curves(trained.dataset):
-        kinds = ("curves", "images") if is_curves(settings.dataset) else ("images", "curves")
+    if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
+        kinds = ("curves", "images") if is_curve_family(settings.dataset) else ("images", "curves")
         fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
         return [(fact, "test it on data of its own kind")]
-    if is_curves(settings.dataset):
+    if is_curve_family(settings.dataset):
         return []
-    data_set = find(settings.dataset)  # raises SettingsError for an unknown one
+    data_set = find_data_set(settings.dataset)  # raises SettingsError for an unknown one
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
         fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
         return [(fact, "train with --channels 3, or test on grey images")]
@@ -204,7 +204,7 @@ def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
         for name, setting in fixed.items()
         if setting in entry.forced
     }
-    if is_curves(trained.dataset):
+    if is_curve_family(trained.dataset):
         unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
         if settings.disjoint:
             problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))

@@ -12,7 +12,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.data.reading.packs import load_pack
 from mamlctl.data.rules import choice_problems
 from mamlctl.data.sets import glyphs
-from mamlctl.data.sets.registry import DATA_SETS, find
+from mamlctl.data.sets.registry import DATA_SETS, find_data_set
 from mamlctl.data.tasks.image_tasks import TaskStream
 from mamlctl.settings.schema import TrainConfig
 
@@ -159,7 +159,7 @@ def test_local_archives_have_no_effect_on_a_drawn_set(tmp_path):
 
 
 def test_sets_are_opened_by_name(glyphs_root):
-    data_set = find("glyphs")
+    data_set = find_data_set("glyphs")
     packed = data_set.open_pack(glyphs_root, "none", on_event=ignore)
     assert packed.images_MCHW.shape[1:] == data_set.image_shape_CHW
     assert set(data_set.split_classes(packed, "own", 0)) == {"train", "val", "test"}

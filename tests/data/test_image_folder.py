@@ -13,7 +13,7 @@ from PIL import Image
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.registry import find, open_images
+from mamlctl.data.sets.registry import find_data_set, open_images
 from mamlctl.data.tasks.streams import open_streams, split_of
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
@@ -217,8 +217,10 @@ def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
     assert source.example_shape == (3, 16, 16)
     x = streams["train"].episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 5, 3, 16, 16) and torch.equal(x[:, :, 0], x[:, :, 2])
-    packed = open_images(find("glyphs"), tmp_path, resize="none", side=16, channels=3, on_event=ignore)
-    whole = find("glyphs").open_pack(tmp_path, "none", on_event=ignore)
+    packed = open_images(
+        find_data_set("glyphs"), tmp_path, resize="none", side=16, channels=3, on_event=ignore
+    )
+    whole = find_data_set("glyphs").open_pack(tmp_path, "none", on_event=ignore)
     one = Image.fromarray(whole.images_MCHW[7, 0]).resize((16, 16), Image.Resampling.BILINEAR)
     assert np.array_equal(packed.images_MCHW[7, 0], np.asarray(one)) and packed.names == whole.names
 

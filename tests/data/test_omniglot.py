@@ -11,7 +11,7 @@ from PIL import Image
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, Progress
 from mamlctl.data.sets import omniglot
-from mamlctl.data.sets.registry import find
+from mamlctl.data.sets.registry import find_data_set
 
 pytestmark = pytest.mark.realdata
 
@@ -130,7 +130,7 @@ def test_fetch_again_changes_nothing_and_says_so(omniglot_root, packed):
 
 def test_absent_set_is_told_with_the_command(tmp_path):
     with pytest.raises(DataError, match=f"omniglot is not at {tmp_path}") as raised:
-        find("omniglot").open_pack(tmp_path, "box", on_event=ignore)
+        find_data_set("omniglot").open_pack(tmp_path, "box", on_event=ignore)
     assert raised.value.hint == "mamlctl fetch omniglot"
     assert list(tmp_path.iterdir()) == []
 

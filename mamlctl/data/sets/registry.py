@@ -188,31 +188,31 @@ DATA_SETS = {
 NAMES = [*DATA_SETS, *FAMILIES]
 
 
-def is_curves(name: str) -> bool:
+def is_curve_family(name: str) -> bool:
     """Whether the tasks of a data set are curves, not classes of images."""
     return name in FAMILIES
 
 
-def is_path(name: str) -> bool:
+def is_image_folder(name: str) -> bool:
     """Whether a data set is named by where it lies."""
     return name not in NAMES and (os.sep in name or name.startswith((".", "~")) or Path(name).is_dir())
 
 
-def absolute(name: str) -> str:
+def absolute_data_set(name: str) -> str:
     """The name of a data set from wherever it is asked for."""
-    return os.path.abspath(Path(name).expanduser()) if is_path(name) else name  # noqa: PTH100 - without following links
+    return os.path.abspath(Path(name).expanduser()) if is_image_folder(name) else name  # noqa: PTH100 - without following links
 
 
-def find(name: str, *, fractions: str | None = None) -> DataSet:
+def find_data_set(name: str, *, fractions: str | None = None) -> DataSet:
     """The data set `name` of images, or that of a folder, split by `fractions` if it has no splits.
 
     Raises SettingsError, with the nearest name, if there is none.
     """
-    if is_curves(name):
+    if is_curve_family(name):
         fact = f"{name} is drawn anew for every task: there is nothing to fetch"
         raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
-    if is_path(name):
-        return _of_folder(Path(absolute(name)), fractions or image_folder.FRACTIONS)
+    if is_image_folder(name):
+        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS)
     if name not in DATA_SETS:
         raise SettingsError(
             [(f"unknown data set {name!r}", nearest(name, NAMES, otherwise=f"use {' or '.join(NAMES)}"))]
@@ -258,7 +258,7 @@ def fetch_set(
 
     Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
     """
-    data_set = find(name)
+    data_set = find_data_set(name)
 
     def fetch() -> PackedImages:
         return data_set.fetch(

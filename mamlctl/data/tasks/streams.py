@@ -15,7 +15,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.registry import fetch_set, find, is_curves, open_images
+from mamlctl.data.sets.registry import fetch_set, find_data_set, is_curve_family, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Tasks
@@ -51,7 +51,7 @@ def open_streams(
     far as a split allows, its tasks share no image. Raises SettingsError for tasks that a split is too small
     for, DataError for missing or damaged data.
     """
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         family = FAMILIES[config.dataset]
         streams: dict[str, Tasks] = {
             split: CurveStream(family=family, **_common(config, split, device, dtype)) for split in splits
@@ -95,7 +95,7 @@ def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
 
 
 def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:
-    data_set, root = find(config.dataset), data_root(config.data_root)
+    data_set, root = find_data_set(config.dataset), data_root(config.data_root)
     if not data_set.own_files and not data_set.is_here(root):
         if offline:
             message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
@@ -125,13 +125,13 @@ def split_of(
 
     Of the user's own images only: another's classes do not change. Raises DataError for one that is gone.
     """
-    if stored and find(config.dataset).own_files:
+    if stored and find_data_set(config.dataset).own_files:
         places = {name: number for number, name in enumerate(packed.names)}
         if gone := [name for names in stored.values() for name in names if name not in places]:
             message = f"{config.dataset} has no class {gone[0]!r} any more, which the run was split with"
             raise DataError(message, hint="bring it back, or train a new run")
         return {split: np.array([places[name] for name in names], int) for split, names in stored.items()}
-    data_set = find(config.dataset, fractions=config.split_fractions)
+    data_set = find_data_set(config.dataset, fractions=config.split_fractions)
     return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
 
 
@@ -145,7 +145,7 @@ def _large_enough(
     """The classes with as many images as a task takes; of the user's own images, small ones are left out."""
     small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
     nothing_left = len(small) == sum(map(len, classes.values()))
-    if not small or nothing_left or not find(config.dataset).own_files:
+    if not small or nothing_left or not find_data_set(config.dataset).own_files:
         return dict(classes)
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
     told = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"

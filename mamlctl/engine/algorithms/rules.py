@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -20,7 +20,7 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
-    if entry.on_curves is None and is_curves(config.dataset):
+    if entry.on_curves is None and is_curve_family(config.dataset):
         problems.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
     for name, wanted in entry.forced.items():
         if getattr(config, name) != wanted:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core import formatting
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
-from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.grid.plans import label_of
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -82,7 +82,7 @@ def tabulate(
         ways=first.ways,
         shots=first.shots,
         queries=queries,
-        metric="mse" if is_curves(first.dataset) else "accuracy",
+        metric="mse" if is_curve_family(first.dataset) else "accuracy",
         split=evaluate.split,
         tasks=evaluate.tasks,
         eval_seed=first.eval_seed if evaluate.eval_seed is None else evaluate.eval_seed,
@@ -162,7 +162,7 @@ def _row(
     config = fill_defaults(row.wanted.config)
     tests = list(row.tested.values())
     steps = eval_steps(config) if evaluate.inner_steps is None else evaluate.inner_steps
-    without = "none" if is_curves(config.dataset) else evaluate.bn or config.bn
+    without = "none" if is_curve_family(config.dataset) else evaluate.bn or config.bn
     bn = str(tests[0].protocol["bn"]) if tests else without
     return Row(
         label=row.wanted.label,

@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from mamlctl.core.problems import flag
-from mamlctl.data.sets.registry import is_curves
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.run_folder import CONFIG
@@ -20,7 +20,7 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     """Arguments of `mamlctl train` that give these settings, and no more than it takes."""
     named = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
-    if is_curves(config.dataset):
+    if is_curve_family(config.dataset):
         del named["ways"]
     if config.net != TrainConfig.net:
         named["net"] = config.net
