@@ -9,7 +9,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import find_data_set, is_curve_family
-from mamlctl.settings.schema import FIELDS, TrainConfig
+from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
 # What curves are usually learnt with (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
 CURVE_DEFAULTS: dict[str, Any] = {
@@ -25,7 +25,9 @@ OF_IMAGES = dict.fromkeys(
 
 OF_IMAGES |= dict.fromkeys(("ink", "resize", "normalize", "image_size", "channels"), "has no images")
 
-OF_IMAGES |= dict.fromkeys(("bn", "bnrs", "bnwb"), "is learnt without batch norm")
+OF_IMAGES |= dict.fromkeys(
+    ("bn", *improvements_without_meaning("no batch norm")), "is learnt without batch norm"
+)
 
 # What a preset says of one data set's images, and not of another's.
 OF_ITS_IMAGES = (

@@ -5,21 +5,111 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from mamlctl.core.literals import Adapts
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, improvements_without_meaning
 
-from mamlctl.engine.algorithms.adjoint import adjoint
-from mamlctl.engine.algorithms.alpha_maml import Hypergradient
-from mamlctl.engine.algorithms.anil import anil
-from mamlctl.engine.algorithms.imaml import imaml
-from mamlctl.engine.algorithms.meta_gradient import Outer, unrolled
-from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned, no_training, pretraining
-from mamlctl.engine.algorithms.protonet import by_prototypes, protonet
-from mamlctl.engine.algorithms.reptile import reptile
-from mamlctl.engine.evaluation.prediction import Predict, adapted
-from mamlctl.engine.optimizers import Adam, Optimizer, Sgd
-from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mamlctl.engine.algorithms.meta_gradient import Outer
+    from mamlctl.engine.evaluation.prediction import Predict
+    from mamlctl.engine.optimizers import Optimizer
+
+# The functions below import what they need when they are called, so that names, help and settings of all
+# algorithms can be read without torch.
+
+
+def _unrolled(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.adjoint import adjoint
+    from mamlctl.engine.algorithms.meta_gradient import unrolled
+
+    # Of a small network the adjoint saves no memory worth it: 9 ms a meta-step against 7 (curves, 5 steps).
+    return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
+
+
+def _anil(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.anil import anil
+    from mamlctl.engine.algorithms.meta_gradient import unrolled
+
+    return unrolled if config.engine == "plain" else partial(anil, engine=config.engine)
+
+
+def _imaml(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.imaml import imaml
+
+    assert config.proximal is not None and config.cg_steps is not None
+    return partial(imaml, engine=config.engine, proximal=config.proximal, cg_steps=config.cg_steps)
+
+
+def _reptile(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.reptile import reptile
+
+    assert config.inner_optimizer is not None
+    return partial(reptile, engine=config.engine, inner_optimizer=config.inner_optimizer)
+
+
+def _pretraining(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.pretraining import pretraining
+
+    return partial(pretraining, engine=config.engine)
+
+
+def _no_training(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.pretraining import no_training
+
+    return no_training
+
+
+def _protonet(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.protonet import protonet
+
+    return partial(protonet, engine=config.engine)
+
+
+def _adapted(config: TrainConfig) -> Predict:
+    from mamlctl.engine.evaluation.prediction import adapted
+
+    return partial(adapted, proximal=config.proximal, inner_optimizer=config.inner_optimizer)
+
+
+def _fine_tuned(config: TrainConfig) -> Predict:
+    from mamlctl.engine.algorithms.pretraining import fine_tuned
+
+    return fine_tuned
+
+
+def _by_prototypes(config: TrainConfig) -> Predict:
+    from mamlctl.engine.algorithms.protonet import by_prototypes
+
+    return by_prototypes
+
+
+def _by_neighbours(config: TrainConfig) -> Predict:
+    from mamlctl.engine.algorithms.pretraining import by_neighbours
+
+    return by_neighbours
+
+
+def _adam(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    from mamlctl.engine.optimizers import Adam
+
+    return Adam(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
+
+
+def _sgd(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    from mamlctl.engine.optimizers import Sgd
+
+    return Sgd(learnable, config.meta_lr)
+
+
+def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    from mamlctl.engine.algorithms.alpha_maml import Hypergradient
+
+    assert config.hyper_lr is not None
+    betas = config.adam_beta1, config.adam_beta2
+    return Hypergradient(learnable, config.meta_lr, betas, config.hyper_lr)
 
 
 @dataclass(frozen=True)
@@ -28,65 +118,43 @@ class Algorithm:
 
     summary: str
     outer: Callable[[TrainConfig], Outer]  # the meta-gradient
-    predict: Callable[[TrainConfig], Predict] = lambda config: adapted
-    optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = lambda learnable, config: Adam(
-        learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2)
-    )
-    inner_rates: str = "tensor"  # one inner rate for each tensor, each weight, or one shared by all
-    training_head: str = "ways"  # outputs while training: those of a task, all classes, or no head at all
-    classifier: str = "head"  # what tells a task's classes apart: the learnt head, "zeros" for a new one of
-    # zeros, "prototypes" or "neighbours"
+    predict: Callable[[TrainConfig], Predict] = _adapted
+    optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = _adam
+    # One inner rate for each tensor, each weight, or one shared by all.
+    inner_rates: Literal["tensor", "weight", "shared"] = "tensor"
+    # Outputs while training: those of a task, all classes, or no head at all.
+    training_head: Literal["ways", "classes", "none"] = "ways"
+    # What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
+    classifier: Literal["head", "zeros", "prototypes", "neighbours"] = "head"
     adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
-    whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be parted
-    on_curves: Mapping[str, Any] | None = field(
-        default_factory=dict
-    )  # defaults there; None: it needs classes
+    whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be divided
+    on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
     unrolls: bool = False  # whether the inner loop is differentiated, so that there is an order
-    start: str = "meta-learnt"  # what its weights are, in words for pictures
-    may_adapt: tuple[str, ...] = ("all", "head", "body")
+    start: Literal["meta-learnt", "pre-trained", "random start"] = "meta-learnt"  # what its weights are
+    may_adapt: tuple[Adapts, ...] = ("all", "head", "body")
     captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
+    improves: str | None = None  # the algorithm that this one is with all improvements on
     defaults: Mapping[str, Any] = field(default_factory=dict)
     forced: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
     exclusive_settings: tuple[str, ...] = ()  # settings that it reads, and most others do not
     unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
 
 
-def _unrolled(config: TrainConfig) -> Outer:
-    # Of a small network the adjoint saves no memory worth it: 9 ms a meta-step against 7 (curves, 5 steps).
-    return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
-
-
-def _head_only(config: TrainConfig) -> Outer:
-    return unrolled if config.engine == "plain" else partial(anil, engine=config.engine)
-
-
-def _implicit(config: TrainConfig) -> Outer:
-    assert config.proximal is not None and config.cg_steps is not None
-    return partial(imaml, engine=config.engine, proximal=config.proximal, cg_steps=config.cg_steps)
-
-
-def _interpolated(config: TrainConfig) -> Outer:
-    assert config.inner_optimizer is not None
-    return partial(reptile, engine=config.engine, inner_optimizer=config.inner_optimizer)
-
-
-def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
-    assert config.hyper_lr is not None
-    betas = config.adam_beta1, config.adam_beta2
-    return Hypergradient(learnable, config.meta_lr, betas, config.hyper_lr)
-
-
 def _refusals(why: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, why)
 
 
-NO_LOOP = _refusals("there is no inner loop in training", "msl", "da", "first_order", "lslr", "bnrs", "bnwb")
+# What only a differentiated inner loop gives a meaning to.
+OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order")
+
+NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
 
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
-FINE_TUNING_CURVES = {"inner_lr": 0.01}  # values as large as 5 make steps of 0.1 diverge
+# Curves have values as large as 5, with which steps of 0.1 diverge.
+FINE_TUNING_CURVES = {"inner_lr": 0.01}
 
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
@@ -105,15 +173,19 @@ ALGORITHMS: dict[str, Algorithm] = {
         _unrolled,
         unrolls=True,
         captured=True,
+        improves="maml",
         defaults=dict.fromkeys(IMPROVEMENTS, True),
     ),
     "anil": Algorithm(
         "Raghu et al. 2020 (arXiv:1909.09157): the inner loop changes the head alone",
-        _head_only,
+        _anil,
         unrolls=True,
         defaults={"adapts": "head"},
         forced={"adapts": "head"},
-        unsupported=_refusals("the body is passed once a task, whatever the steps", "bnrs", "bnwb"),
+        unsupported=_refusals(
+            "the body is passed once a task, whatever the steps",
+            *improvements_without_meaning("one pass of the body"),
+        ),
     ),
     "boil": Algorithm(
         "Oh et al. 2021 (arXiv:2008.08882): the inner loop changes the body alone",
@@ -129,7 +201,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         unrolls=True,
         captured=True,
         inner_rates="weight",
-        unsupported=_refusals("it learns a rate for each weight already", "lslr"),
+        unsupported=_refusals(
+            "it learns a rate for each weight already", *improvements_without_meaning("own inner rates")
+        ),
     ),
     "alpha-maml": Algorithm(
         "Behl et al. 2019 (arXiv:1905.07435): both learning rates follow hypergradients",
@@ -140,27 +214,24 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"hyper_lr": 0.02},
         exclusive_settings=("hyper_lr",),
         unsupported=_refusals(
-            "both learning rates follow their hypergradients", "lslr", "ca", "meta_lr_final"
+            "both learning rates follow their hypergradients",
+            *improvements_without_meaning("own inner rates", "own meta learning rate"),
+            "meta_lr_final",
         ),
     ),
     "imaml": Algorithm(
         "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the inner loop's end",
-        _implicit,
-        lambda config: partial(adapted, proximal=config.proximal),
+        _imaml,
         # Omniglot 5-way 1-shot: with a pull of 1, steps of 0.1 diverge after 200 meta-steps; steps of 0.05
         # with this pull get worse after 600 (84.4 %, then 70.0 % at 1,000), those of 0.02 do not (83.5 %).
         defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
         exclusive_settings=("proximal", "cg_steps"),
-        unsupported=_refusals(
-            "the implicit gradient is taken at the last weights alone",
-            *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
-        ),
+        unsupported=_refusals("the implicit gradient is taken at the last weights alone", *OF_UNROLLED),
     ),
     "reptile": Algorithm(
         "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): towards the adapted weights",
-        _interpolated,
-        lambda config: partial(adapted, inner_optimizer=config.inner_optimizer),
-        lambda learnable, config: Sgd(learnable, config.meta_lr),
+        _reptile,
+        optimizer=_sgd,
         adapts_norm=True,
         defaults={
             "inner_optimizer": "adam",
@@ -175,15 +246,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
         exclusive_settings=("inner_optimizer", "inner_batch", "eval_inner_batch"),
         unsupported=_refusals(
-            "its gradient is the way to the adapted weights, not the query loss's",
-            *("msl", "da", "first_order", "lslr", "bnrs", "bnwb"),
+            "its gradient is the way to the adapted weights, not the query loss's", *OF_UNROLLED
         )
         | _refusals("its outer step is plain interpolation, not Adam", "adam_beta1", "adam_beta2"),
     ),
     "transfer": Algorithm(
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
-        lambda config: partial(pretraining, engine=config.engine),
-        lambda config: fine_tuned,
+        _pretraining,
+        _fine_tuned,
         classifier="zeros",
         training_head="classes",
         adapts_norm=True,
@@ -197,8 +267,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "scratch": Algorithm(
         "a random start, fine-tuned on each test task",
-        lambda config: no_training,
-        lambda config: fine_tuned,
+        _no_training,
+        _fine_tuned,
         classifier="zeros",
         adapts_norm=True,
         start="random start",
@@ -206,12 +276,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
         forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
-        unsupported=NO_LOOP | _refusals("nothing is trained", "ca", "meta_lr", "meta_lr_final"),
+        unsupported=NO_LOOP
+        | _refusals(
+            "nothing is trained",
+            *improvements_without_meaning("own meta learning rate"),
+            "meta_lr",
+            "meta_lr_final",
+        ),
     ),
     "protonet": Algorithm(
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
-        lambda config: partial(protonet, engine=config.engine),
-        lambda config: by_prototypes,
+        _protonet,
+        _by_prototypes,
         classifier="prototypes",
         training_head="none",
         on_curves=None,
@@ -221,8 +297,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "nearest": Algorithm(
         "the nearest support example in the features of a classifier of all training classes",
-        lambda config: partial(pretraining, engine=config.engine),
-        lambda config: by_neighbours,
+        _pretraining,
+        _by_neighbours,
         classifier="neighbours",
         training_head="classes",
         on_curves=None,

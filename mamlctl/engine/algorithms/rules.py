@@ -6,49 +6,51 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.data.rules import CURVE_DEFAULTS
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
-# Settings that mean something to the algorithms that own them only.
+# Settings that have a meaning only with the algorithms that own them.
 OWNED = {name for entry in ALGORITHMS.values() for name in entry.exclusive_settings}
 
 
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
     """Settings that would make the algorithm another one than its name says, or have no meaning for it."""
+    algo = f"--algo {config.algo}"
     if config.algo not in ALGORITHMS:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
     if entry.on_curves is None and is_curve_family(config.dataset):
-        problems.append((f"--algo {config.algo} needs classes, but {config.dataset} has curves", "use maml"))
-    for name, wanted in entry.forced.items():
-        if getattr(config, name) != wanted:
-            fact = f"{flag(name)} is {getattr(config, name)}, but --algo {config.algo} means {wanted}"
-            steps = name == "inner_steps" and "eval_inner_steps" not in entry.forced
-            problems.append((fact, "use --eval-inner-steps" if steps else "use another --algo"))
+        fact = f"{algo} needs classes, but {config.dataset} has curves"
+        problems.append((fact, f"use {CURVE_DEFAULTS['algo']}"))
+    for name, value in entry.forced.items():
+        if getattr(config, name) != value:
+            fact = f"{flag(name)} is {getattr(config, name)}, but {algo} means {value}"
+            only_training = name == "inner_steps" and "eval_inner_steps" not in entry.forced
+            problems.append((fact, "use --eval-inner-steps" if only_training else "use another --algo"))
     for name, why in entry.unsupported.items():
         if getattr(config, name) != _unset(entry, name):
-            problems.append((f"{flag(name)} has no effect with --algo {config.algo}: {why}", "leave it out"))
+            problems.append((f"{flag(name)} has no effect with {algo}: {why}", "leave it out"))
     for name in sorted(OWNED - set(entry.exclusive_settings)):
         if getattr(config, name) is not None:
-            owners = ", ".join(algo for algo, other in ALGORITHMS.items() if name in other.exclusive_settings)
-            problems.append(
-                (f"{flag(name)} has no effect with --algo {config.algo}", f"it belongs to {owners}")
-            )
+            owners = [owner for owner, other in ALGORITHMS.items() if name in other.exclusive_settings]
+            hint = f"it belongs to {', '.join(owners)}"
+            problems.append((f"{flag(name)} has no effect with {algo}", hint))
     for name in entry.exclusive_settings:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
-            problems.append((f"--algo {config.algo} needs {flag(name)}", "leave it out for its default"))
+            problems.append((f"{algo} needs {flag(name)}", "leave it out for its default"))
     if config.adapts not in entry.may_adapt:
-        fact = f"--adapts {config.adapts} does nothing with --algo {config.algo}: its head begins with zeros"
+        fact = f"--adapts {config.adapts} does nothing with {algo}: its head begins with zeros"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
     if config.cuda_graph and not entry.captured:
-        problems.append((f"--cuda-graph does not go with --algo {config.algo}", "leave it out"))
+        problems.append((f"--cuda-graph does not go with {algo}", "leave it out"))
     if config.task_chunk != "auto" and entry.whole_batches:
         why = "its meta-batch is one batch, whose statistics belong together"
-        problems.append((f"--task-chunk has no effect with --algo {config.algo}: {why}", "leave it out"))
+        problems.append((f"--task-chunk has no effect with {algo}: {why}", "leave it out"))
     return problems
 
 
@@ -65,7 +67,7 @@ def forced_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: _unset(entry, name) for name in unused} | dict(entry.forced)
 
 
-def algorithm_defaults(name: str, *, curves: bool = False) -> Mapping[str, Any]:
+def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:
     """What `--algo name` implies, on images or curves; nothing for an unknown name."""
     entry = ALGORITHMS.get(name)
     if entry is None:

@@ -26,7 +26,7 @@ from mamlctl.engine.training.schedules import is_first_order
 from mamlctl.engine.training.trainer import KEPT, Trainer
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
-from mamlctl.experiments.grid.plans import as_maml
+from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.run_folder import RunFolder
@@ -100,7 +100,7 @@ def _cost_key(config: TrainConfig) -> str:
             "inner_lr",
         )
     )
-    return repr(asdict(as_maml(config)) | same)
+    return repr(asdict(as_unimproved(config)) | same)
 
 
 def _phases(config: TrainConfig) -> Counter[Any]:

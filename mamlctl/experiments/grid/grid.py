@@ -9,14 +9,20 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag
-from mamlctl.experiments.grid.plans import OF_TASKS, PlannedRow, as_maml
+from mamlctl.experiments.grid.plans import OF_TASKS, PlannedRow, as_unimproved
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
-FORMAT, PLAN, CELLS = 1, "plan.yaml", "cells"
+# Of plan.yaml.
+FORMAT = 1
 
-HERE = ("device", "data_root")  # of an evaluation: where it runs, not what it finds
+# What the folder of a grid holds.
+PLAN = "plan.yaml"
+CELLS = "cells"
+
+# Settings of an evaluation that say where it runs, not what it finds.
+HERE = ("device", "data_root")
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,12 @@ def resolve_rows(
     one then. `here`: they are to run on this machine. Raises SettingsError with every problem, and for a flag
     without effect in all rows.
     """
-    found, problems = list[GridRow](), list[tuple[str, Problem]]()
+    resolved_rows, problems = list[GridRow](), list[tuple[str, Problem]]()
     flags = {name: value for name, value in given.items() if name not in ("algo", "seed")}
     unused = set(flags)
     for row in rows:
         algo = row.algo or given.get("algo")
-        naming = [("plan", {"algo": algo})] if algo is not None else []
+        naming = [] if algo is None else [("plan", {"algo": algo})]
         stack: list[Layer] = [*layers, *naming, ("flags", flags), ("plan", {**row.values, "seed": seed})]
         try:
             resolved = resolve_settings(stack, here=here)
@@ -97,29 +103,30 @@ def resolve_rows(
             problems += [(row.label, problem) for problem in error.problems]
             continue
         unused -= {name for name in flags if resolved.sources[name] == "flags" or name in row.values}
-        made, refused = _made(row, resolved.config)
-        problems += [(row.label, problem) for problem in refused]
-        if not (row.of_improvements and as_maml(made.config) in [as_maml(other.config) for other in found]):
-            found.append(made)
-    told = _grouped(problems, len(rows)) or _alike(found)
-    told = told or [(f"{flag(name)} has no effect in any row", "leave it out") for name in sorted(unused)]
-    if told:
-        raise SettingsError(told)
-    return found
+        grid_row, row_problems = _grid_row(row, resolved.config)
+        problems += [(row.label, problem) for problem in row_problems]
+        others = [as_unimproved(other.config) for other in resolved_rows]
+        if not (row.of_improvements and as_unimproved(grid_row.config) in others):
+            resolved_rows.append(grid_row)
+    refusals = _grouped(problems, len(rows)) or _alike(resolved_rows)
+    refusals = refusals or [
+        (f"{flag(name)} has no effect in any row", "leave it out") for name in sorted(unused)
+    ]
+    if refusals:
+        raise SettingsError(refusals)
+    return resolved_rows
 
 
-def _made(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:
-    """The row as its settings became: without improvements that mean nothing; nothing else may get lost."""
+def _grid_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:
+    """The row with its settings: without improvements that mean nothing; nothing else may get lost."""
     lost = [name for name, value in row.values.items() if getattr(config, name) != value]
-    label = row.label
     if row.of_improvements:
-        for name in lost:
-            label = label.replace(f" + {name}", "")
+        row = row.without(lost)
         lost = [name for name in lost if name not in IMPROVEMENTS]
     problems = [
         (f"{flag(name)} {row.values[name]} has no effect", "leave it out of the grid") for name in lost
     ]
-    return GridRow(label, replace(row, label=label).slug, config), problems
+    return GridRow(row.label, row.slug, config), problems
 
 
 def _grouped(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem]:

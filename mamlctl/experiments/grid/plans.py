@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +14,26 @@ from yaml import YAMLError
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
+from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 PLANS = ("one-on", "one-off", "cumulative", "full")
 
-# The paper tells statistics and weights of batch norm as one improvement (section 4); apart, only the weights
-# matter where queries are normalised by their own statistics.
-JOINED = ("bnrs", "bnwb")
+# The improvements as the paper counts them, in its order.
+GROUPS: tuple[tuple[str, ...], ...] = tuple(
+    tuple(group) for _, group in itertools.groupby(IMPROVEMENTS, lambda name: IMPROVEMENTS[name].paper_group)
+)
 
-ALONE = ((), ("msl",), ("da",), JOINED, *zip(JOINED), ("lslr",), ("ca",))
+# None, and each improvement alone: groups as one, and their members apart.
+ALONE: tuple[tuple[str, ...], ...] = (
+    (),
+    *itertools.chain.from_iterable(
+        (group, *((name,) for name in group)) if len(group) > 1 else (group,) for group in GROUPS
+    ),
+)
 
-ORDER = "msl-da-bnrs+bnwb-lslr-ca"  # the paper's, section 4
-
-PLUS_PLUS = "maml++"
+# What --order takes.
+ORDER = "-".join("+".join(group) for group in GROUPS)
 
 # Rows of one table are judged on the same tasks, so nothing that decides those can vary.
 OF_TASKS = (
@@ -37,39 +44,56 @@ OF_TASKS = (
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row to be: its name, the algorithm it begins with, and the settings laid over everything else."""
+    """A row to be: what it is called, the algorithm it begins with, and the settings laid over all others."""
 
-    label: str
+    base: str  # its name, but for the improvements
     algo: str | None  # None: as asked for
     values: Mapping[str, Any]
+    added: tuple[str, ...] = ()  # improvements that the base does not have
+    removed: tuple[str, ...] = ()  # improvements that the base has
+
+    @property
+    def label(self) -> str:
+        """The base and its improvements: "maml + msl"."""
+        return _label(self.base, self.added, self.removed)
 
     @property
     def of_improvements(self) -> bool:
         """Whether the row says of every improvement if it is on."""
-        return set(IMPROVEMENTS) <= self.values.keys()
+        return IMPROVEMENTS.keys() <= self.values.keys()
 
     @property
     def slug(self) -> str:
         """The label as part of a folder's name."""
         return re.sub(r"[^\w.+=,-]", "_", self.label.replace(" ", ""))
 
+    def without(self, improvements: Collection[str]) -> PlannedRow:
+        """The row as it is called where these improvements mean nothing."""
+        return replace(self, added=tuple(name for name in self.added if name not in improvements))
+
 
 def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRow]:
-    """The rows of a plan of improvements, the baseline first. Raises SettingsError for a wrong `order`.
+    """The rows of a plan of improvements, the baseline first.
 
-    `algo`: what improvements are laid on; maml++ counts as maml, since it is maml with all of them.
+    Args:
+        plan: One of PLANS.
+        algo: What improvements are laid on; maml++ counts as maml, since it is maml with all of them.
+        order: Of the plan "cumulative": improvements, or groups of them joined by "+", joined by "-".
+
+    Raises:
+        SettingsError: For a wrong `order`.
     """
-    base = "maml" if algo == PLUS_PLUS else algo
+    base = _without_improvements(algo)
     if plan == "one-on":
-        return [_with(base, on) for on in [*ALONE, IMPROVEMENTS]]
+        return [_with(base, on) for on in [*ALONE, tuple(IMPROVEMENTS)]]
     if plan == "one-off":
         return [_without(base, off) for off in ALONE]
     if plan == "cumulative":
         steps = _ordered(order)
         return [_with(base, [*itertools.chain(*steps[:count])]) for count in range(len(steps) + 1)]
-    subsets = itertools.product((False, True), repeat=len(IMPROVEMENTS))
-    chosen = [tuple(itertools.compress(IMPROVEMENTS, subset)) for subset in subsets]
-    return [_with(base, on) for on in sorted(chosen, key=len)]
+    switches = itertools.product((False, True), repeat=len(IMPROVEMENTS))
+    subsets = [tuple(itertools.compress(IMPROVEMENTS, switch)) for switch in switches]
+    return [_with(base, on) for on in sorted(subsets, key=len)]
 
 
 def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
@@ -93,21 +117,22 @@ def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
             problems.append((fact, "make a table for each"))
         else:
             axes.append([(key, word) for word in words])
-    if repeated := sorted({axis[0][0] for axis in axes if [a[0][0] for a in axes].count(axis[0][0]) > 1}):
+    keys = [axis[0][0] for axis in axes]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
         problems.append((f"--grid names {', '.join(repeated)} twice", "give all values at once"))
     if problems:
         raise SettingsError(problems)
-    return [_of_grid(choice) for choice in itertools.product(*axes)]
+    return [_grid_row(choice) for choice in itertools.product(*axes)]
 
 
-def _of_grid(choice: Sequence[tuple[str, str]]) -> PlannedRow:
-    values = {key: _value(key, word) for key, word in choice}
+def _grid_row(choice: Sequence[tuple[str, str]]) -> PlannedRow:
+    values = {key: _parsed_value(key, word) for key, word in choice}
     algo = values.pop("algo", None)
-    label = ", ".join(word if key == "algo" else f"{key}={word}" for key, word in choice)
-    return PlannedRow(label, None if algo is None else str(algo), values)
+    name = ", ".join(word if key == "algo" else f"{key}={word}" for key, word in choice)
+    return PlannedRow(name, None if algo is None else str(algo), values)
 
 
-def _value(key: str, word: str) -> Any:
+def _parsed_value(key: str, word: str) -> Any:
     """What YAML makes of the word, as --set does. Raises SettingsError if it makes nothing of it."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={word}"]))[key]  # type: ignore[index,call-overload]
@@ -123,40 +148,56 @@ def algorithm_rows(names: str) -> list[PlannedRow]:
     return [PlannedRow(algo, algo, {}) for algo in algos]
 
 
-def _with(base: str, on: Iterable[str]) -> PlannedRow:
+def _with(base: str, on: Collection[str]) -> PlannedRow:
     """The base with these improvements."""
     values = {name: name in on for name in IMPROVEMENTS}
-    if base == "maml" and all(values.values()):
-        return PlannedRow(PLUS_PLUS, PLUS_PLUS, values)
-    return PlannedRow(" + ".join([base, *(name for name in IMPROVEMENTS if values[name])]), base, values)
+    improved = _with_improvements(base)
+    if improved and all(values.values()):
+        return PlannedRow(improved, improved, values)
+    return PlannedRow(base, base, values, added=tuple(name for name in IMPROVEMENTS if values[name]))
 
 
-def _without(base: str, off: Sequence[str]) -> PlannedRow:
+def _without(base: str, off: tuple[str, ...]) -> PlannedRow:
     """The base with all improvements but these."""
-    algo, name = (PLUS_PLUS, PLUS_PLUS) if base == "maml" else (base, f"{base} with all")
-    values = {improvement: improvement not in off for improvement in IMPROVEMENTS}
-    return PlannedRow(" - ".join([name, *off]), algo, values)
+    improved = _with_improvements(base)
+    values = {name: name not in off for name in IMPROVEMENTS}
+    return PlannedRow(improved or f"{base} with all", improved or base, values, removed=off)
+
+
+def _with_improvements(algo: str) -> str | None:
+    """The name of an algorithm with all improvements, as maml++ is maml's; None where it has no such name."""
+    return next((name for name, entry in ALGORITHMS.items() if entry.improves == algo), None)
+
+
+def _without_improvements(algo: str) -> str:
+    """The name of an algorithm without its improvements: maml for maml++."""
+    entry = ALGORITHMS.get(algo)
+    return algo if entry is None or entry.improves is None else entry.improves
+
+
+def _label(base: str, added: Collection[str], removed: Collection[str]) -> str:
+    return "".join([base, *(f" + {name}" for name in added), *(f" - {name}" for name in removed)])
 
 
 def _ordered(order: str) -> list[list[str]]:
     """ "msl-bnrs+bnwb" -> [[msl], [bnrs, bnwb]]. Raises SettingsError unless each is named once at most."""
     steps = [step.split("+") for step in order.split("-")]
-    named = [*itertools.chain(*steps)]
-    if wrong := [name for name in named if name not in IMPROVEMENTS]:
-        hint = nearest(wrong[0], IMPROVEMENTS, otherwise=f"write it like {ORDER}")
-        raise SettingsError([(f"--order names '{wrong[0]}', which is no improvement", hint)])
-    if len(set(named)) < len(named):
+    names = [*itertools.chain(*steps)]
+    if unknown := [name for name in names if name not in IMPROVEMENTS]:
+        hint = nearest(unknown[0], IMPROVEMENTS, otherwise=f"write it like {ORDER}")
+        raise SettingsError([(f"--order names '{unknown[0]}', which is no improvement", hint)])
+    if len(set(names)) < len(names):
         raise SettingsError([(f"--order {order} names an improvement twice", f"write it like {ORDER}")])
     return steps
 
 
-def as_maml(config: TrainConfig) -> TrainConfig:
-    """maml++ is maml with its flags: where those are looked at, the name says nothing more."""
-    return replace(config, algo="maml") if config.algo == PLUS_PLUS else config
+def as_unimproved(config: TrainConfig) -> TrainConfig:
+    """maml++ as maml with its flags: where those are compared, the name says nothing more."""
+    return replace(config, algo=_without_improvements(config.algo))
 
 
 def label_of(config: TrainConfig) -> str:
-    """A run's algorithm with what it has, or of MAML++ lacks, as plans name rows."""
-    if config.algo == PLUS_PLUS:
-        return " - ".join([PLUS_PLUS, *(name for name in IMPROVEMENTS if not getattr(config, name))])
-    return " + ".join([config.algo, *config.improvements])
+    """A run's algorithm with the improvements that it has, or that MAML++ lacks, as plans name rows."""
+    if _without_improvements(config.algo) == config.algo:
+        return _label(config.algo, config.improvements, ())
+    return _label(config.algo, (), [name for name in IMPROVEMENTS if not getattr(config, name)])
