@@ -6,32 +6,55 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import _read_object, finite, one_writer, write_json, write_text
+from mamlctl.core.files import finite, one_writer, read_object, write_json, write_text
+from mamlctl.core.literals import RunStatus
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
-RESUME_OVERRIDES = (
-    "device",
-    "data_root",
-    "report_every",
-    "cuda_graph",
-    "task_chunk",
-)  # settings that a resumed run may change: no result depends on them but by rounding
+# Settings that a resumed run may change: no result depends on them except by rounding.
+RESUME_OVERRIDES = ("device", "data_root", "report_every", "cuda_graph", "task_chunk")
 
-CONFIG, STATUS, METRICS, CLASSES = "config.yaml", "status.json", "metrics.jsonl", "classes.json"
+CONFIG = "config.yaml"
+STATUS = "status.json"
+METRICS = "metrics.jsonl"
+CLASSES = "classes.json"
+ENVIRONMENT = "environment.json"
+
+# The settings of commit 207ec7b: every config.yaml has them, and every owner digest covers them.
+_FIRST = (
+    "dataset ways shots queries train_shots split_scheme split_fractions strict rotations augment ink "
+    "normalize image_size channels resize net filters hidden pooling readout activation algo adapts "
+    "inner_steps eval_inner_steps inner_lr inner_optimizer inner_batch eval_inner_batch proximal "
+    "first_order bn meta_lr meta_lr_final hyper_lr cg_steps meta_batch_size epochs steps_per_epoch "
+    "val_tasks adam_beta1 adam_beta2 clip_value clip_norm msl msl_epochs da da_epochs bnrs bnwb lslr ca "
+    "min_meta_lr device precision engine task_chunk cuda_graph data_root seed init_seed train_seed "
+    "split_seed eval_seed report_every"
+)
+FIRST_SETTINGS = frozenset(_FIRST.split())
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What status.json says of a run."""
+
+    status: RunStatus | None  # None before the first meta-step, and where the file cannot be read
+    step: int = 0  # meta-steps done
+    reason: str = ""  # why it is not finished
+    diverged_at: int | None = None  # the meta-step that failed, which may be later than the last good one
 
 
 class RunFolder:
-    """One run's files. Opened by `new_run` or `open_run`."""
+    """The files of one run, opened by `new_run` or `open_run`."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         self.path, self.config = path, config
@@ -39,64 +62,69 @@ class RunFolder:
     @property
     def owner(self) -> str:
         """What this run's checkpoints carry: a digest of the settings that make it the run it is."""
-        own = asdict(self.config) | dict.fromkeys(RESUME_OVERRIDES)
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        identity = identity_settings(self.config) | {"seed": self.config.seed}
+        # Digests always had the settings that a resumed run may change, as null.
+        covered = dict.fromkeys(FIRST_SETTINGS) | digested_settings(identity)
+        return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     def writing(self) -> AbstractContextManager[None]:
-        """Be the one writer for the block. Raises MamlctlError if another process is."""
+        """Be the one writer for the block. Raises LockedError if another process is."""
         return one_writer(self.path)
 
-    def status(self) -> dict[str, Any]:
-        """What `set_status` last wrote; empty before."""
-        return _read_object(self.path / STATUS)
+    def state(self) -> RunState:
+        """What `set_state` last wrote."""
+        return run_state(self.path)
 
     def environment(self) -> dict[str, Any]:
-        """What environment.json told at the start; empty if it is not there or damaged."""
-        return _read_object(self.path / "environment.json")
+        """What environment.json recorded at the start; empty if it is missing or damaged."""
+        return read_object(self.path / ENVIRONMENT)
 
     def classes(self) -> dict[str, list[str]]:
         """The classes of every split that training began with; empty for curves."""
-        return _read_object(self.path / CLASSES)
+        return read_object(self.path / CLASSES)
 
-    def set_status(self, state: str, **details: Any) -> None:
-        """running, finished, interrupted or diverged, with the step and whatever else tells how it stands."""
+    def set_state(self, state: RunState) -> None:
+        """Replace status.json."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_json(self.path / STATUS, {"status": state, **details, "pid": os.getpid(), "time": now})
+        write_json(self.path / STATUS, {**asdict(state), "pid": os.getpid(), "time": now})
 
-    def append_metrics(self, entry: Mapping[str, Any]) -> None:
-        """Add one object to metrics.jsonl, flushed, so that a reader may follow."""
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one row to metrics.jsonl, flushed, so that a reader may follow.
+
+        Its `kind` is "report" for the fields of a TrainReport, "validation" for those of a ValidationDone.
+        """
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The objects of metrics.jsonl; a last line cut off by a crash does not count."""
-        entries = []
+        """The rows of metrics.jsonl; a last line cut off by a crash does not count."""
+        rows = []
         try:
             lines = (self.path / METRICS).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         for line in lines:
             try:
-                entry = json.loads(line)
+                row = json.loads(line)
             except ValueError:
                 break
-            if isinstance(entry, dict) and "step" in entry:
-                entries.append(entry)
-        return entries
+            if isinstance(row, dict) and "step" in row:
+                rows.append(upgrade(METRICS, row))
+        return rows
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
         """Drop what was reported after the checkpoint that a resumed run starts from."""
         kept = [
-            entry
-            for entry in self.metrics()
-            if entry["step"] <= step and ("val_tasks" not in entry or entry["epoch"] <= validated_epochs)
+            row
+            for row in self.metrics()
+            if row["step"] <= step and (row["kind"] != "validation" or row["epoch"] <= validated_epochs)
         ]
-        write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
@@ -110,22 +138,34 @@ def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(other[key] == value for other in others)}
 
 
-def status_of(path: Path) -> str:
-    """What a run folder's status.json says; "" where there is none."""
-    return str(_read_object(path / STATUS).get("status", ""))
+def digested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a digest covers: later ones count only where they change what older versions did."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in FIRST_SETTINGS or value != FIELDS[name].metadata["before"]
+    }
 
 
-def step_of(path: Path) -> int:
-    """Meta-steps that a run folder's status.json tells of; 0 where there is none."""
-    step = _read_object(path / STATUS).get("step", 0)
-    return step if isinstance(step, int) else 0
+def run_state(path: Path) -> RunState:
+    """What a run folder's status.json says."""
+    stored = {"status": None} | upgrade(STATUS, read_object(path / STATUS))
+    return RunState(**{item.name: stored[item.name] for item in fields(RunState) if item.name in stored})
 
 
 @contextmanager
 def new_run(
     path: Path, config: TrainConfig, completed: TrainConfig, *, command: str, environment: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
-    """A new run folder, this process its one writer. Raises MamlctlError if something is there already."""
+    """A new run folder with this process as its one writer.
+
+    Args:
+        completed: the settings with nothing left open, for the comments in config.yaml.
+
+    Raises:
+        LockedError: another process writes to the folder.
+        MamlctlError: the folder has something in it, or is a file.
+    """
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
     # A lock alone is what a start leaves that was killed before it wrote its settings.
@@ -140,12 +180,12 @@ def new_run(
             raise MamlctlError(f"{path} already holds a run", hint=hint)
         write_text(path / CONFIG, to_yaml(config, completed))
         write_text(path / "command.txt", command + "\n")
-        write_json(path / "environment.json", environment)
+        write_json(path / ENVIRONMENT, environment)
         yield run
 
 
 def open_run(path: Path) -> RunFolder:
-    """A run folder that is there, not locked. Raises MamlctlError if it is none, or damaged."""
+    """An existing run folder, not locked. Raises MamlctlError if it is not one, or is damaged."""
     if not path.is_dir():
         raise MamlctlError(
             f"there is no run folder {path}", hint="name the folder that 'mamlctl train' printed"
@@ -156,10 +196,7 @@ def open_run(path: Path) -> RunFolder:
             hint="name the folder that 'mamlctl train' printed",
         )
     try:
-        stored = load_file(path / CONFIG)
-        if missing := FIELDS.keys() - stored.keys():
-            raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
-        config = stored_settings(str(path / CONFIG), stored)
+        config = stored_config(load_file(path / CONFIG), str(path / CONFIG))
     except SettingsError as error:
         raise MamlctlError(
             f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"
@@ -167,8 +204,33 @@ def open_run(path: Path) -> RunFolder:
     return RunFolder(path, config)
 
 
+def stored_config(values: Mapping[str, Any], source: str) -> TrainConfig:
+    """The settings that a file of this or an older version holds. Raises SettingsError if it is damaged."""
+    if missing := FIRST_SETTINGS - values.keys():
+        raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
+    return stored_settings(source, upgrade(CONFIG, values))
+
+
+def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What an older version wrote, in today's form; nothing else knows the old forms.
+
+    Args:
+        file: CONFIG, STATUS or METRICS, of which `content` is one row.
+    """
+    added: dict[str, Any] = {}
+    if file == CONFIG:
+        added = {name: item.metadata["before"] for name, item in FIELDS.items() if name not in FIRST_SETTINGS}
+    elif file == STATUS and content.get("status") == "diverged":
+        meta_step = re.search(r"meta-step (\d+)", str(content.get("reason")))
+        added = {"diverged_at": int(meta_step[1]) if meta_step else content.get("step")}
+    elif file == METRICS:
+        kind = "report" if "query_losses" in content else ""
+        added = {"kind": "validation" if "val_tasks" in content else kind}
+    return added | dict(content)
+
+
 def default_run_path(config: TrainConfig) -> Path:
-    """A folder under runs/ that is not there yet; its name tells the run (complete), and when it started."""
+    """A folder under runs/ that does not exist yet, named after the run's complete settings and its start."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
     name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"

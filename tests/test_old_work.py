@@ -1,7 +1,10 @@
 """What commit 207ec7b wrote stays readable: runs open, evaluate, resume and compare, grids are filled."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from helpers.grid_cases import filled
 from helpers.shared import ignore
 
+import mamlctl
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.compare import compare
@@ -18,7 +22,8 @@ from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.scheduler import has_pending_cells
 from mamlctl.experiments.train import resume
 from mamlctl.report.rendered_table import missing_reason
-from mamlctl.run_folder import open_run
+from mamlctl.run_folder import FIRST_SETTINGS, open_run
+from mamlctl.settings.presets import load_file
 from mamlctl.settings.schema import EvalConfig
 
 STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
@@ -68,6 +73,13 @@ def assert_same_scores(row, stored):
     assert list(row.per_step) == pytest.approx(stored["per_step"], **near)
 
 
+def test_stored_checkpoints_belong_to_their_runs(old):
+    for path in runs_in(old):
+        assert load_file(path / "config.yaml").keys() == FIRST_SETTINGS
+        stored = torch.load(path / "checkpoints" / "last.pt", weights_only=True)
+        assert stored["owner"] == open_run(path).owner
+
+
 def test_every_run_opens_with_its_settings_status_and_metrics(old):
     paths = runs_in(old)
     assert len(paths) == 9
@@ -104,11 +116,11 @@ def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
     if "sinusoid" not in name:
         request.getfixturevalue("old_images")
     path = old / name
-    done, before = open_run(path).status(), open_run(path).metrics()
-    assert done["status"] == "interrupted"
+    done, before = open_run(path).state(), open_run(path).metrics()
+    assert done.status == "interrupted"
     result = resumed(path)
     run = open_run(path)
-    assert result.status == "finished" and result.step == run.config.total_steps > done["step"]
+    assert result.status == "finished" and result.step == run.config.total_steps > done.step
     metrics = run.metrics()
     assert metrics[: len(before)] == before  # reported before the checkpoint, so not reported again
     steps = [entry["step"] for entry in metrics]
@@ -118,6 +130,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
     assert evaluate_run(path, TESTED, offline=True, on_event=ignore).notes == ()
 
 
+@pytest.mark.process
 def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
     grid = load_grid(old_images / "grid")
     stored = {row["label"]: row for row in json.loads((grid.folder / "table.json").read_text())["rows"]}
@@ -162,3 +175,53 @@ def test_a_diverged_run_is_reported_with_its_meta_step(old):
     assert [row.divergences for row in table.rows] == [0, 1]
     assert table.rows[1].cells[0].steps == 0  # the last good one
     assert missing_reason(table.rows[1]) == "diverged at meta-step 1"
+
+
+# A later version of the package: one more setting, which older runs did without.
+LATER = """    unroll: int = setting(7, INNER, "A later setting.", least=0, before=3)
+    inner_steps: int"""
+RESUME_AND_TELL = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from mamlctl.core.errors import MamlctlError
+from mamlctl.experiments.train import resume
+from mamlctl.run_folder import RunFolder, open_run
+path = Path("sinusoid-interrupted")
+run = open_run(path)
+owners = [RunFolder(path, replace(run.config, unroll=value)).owner for value in (3, 7)]
+result = resume(path, {}, offline=True, time_limit_s=None, command="", on_event=lambda event: None)
+config = path / "config.yaml"
+before = config.read_text()
+config.write_text(before + "unroll: 7\\n")
+stored = open_run(path)
+config.write_text(before + "unrol: 3\\n")
+try:
+    open_run(path)
+except MamlctlError as error:
+    refused = [error.message, error.hint]
+told = {"missing": run.config.unroll, "owners": [run.owner, *owners], "status": result.status}
+told |= {"set": stored.config.unroll, "owner_of_set": stored.owner, "refused": refused}
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.process
+def test_a_setting_of_a_later_version_leaves_older_runs_what_they_were(old, tmp_path):
+    """A copy of the package with one field more opens and resumes a run that was written without it."""
+    shutil.copytree(Path(mamlctl.__file__).parent, tmp_path / "later" / "mamlctl")
+    schema = tmp_path / "later" / "mamlctl" / "settings" / "schema.py"
+    text = schema.read_text()
+    assert text.count("    inner_steps: int") == 2  # of trainings, then of evaluations
+    schema.write_text(text.replace("    inner_steps: int", LATER, 1))
+    today = open_run(old / "sinusoid-interrupted").owner
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "later"), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", RESUME_AND_TELL]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["missing"], told["status"]) == (3, "finished")
+    same, old_value, new_value = told["owners"]
+    assert same == old_value == today != new_value
+    assert (told["set"], told["owner_of_set"]) == (7, new_value)
+    assert "is damaged: unknown setting 'unrol'" in told["refused"][0] and told["refused"][1]

@@ -9,7 +9,7 @@ import pytest
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import replacing, write_json
-from mamlctl.run_folder import new_run, open_run
+from mamlctl.run_folder import METRICS, STATUS, RunState, new_run, open_run, run_state, upgrade
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -115,3 +115,30 @@ def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
     run.rewind_metrics(10, 0)
     assert [entry["step"] for entry in run.metrics()] == [5, 10]
     assert not any("val_accuracy" in entry for entry in run.metrics())
+
+
+def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        assert run.state() == RunState(None)
+        for state in (RunState("running", 3), RunState("diverged", 7, "the query loss is nan", 8)):
+            run.set_state(state)
+            assert run.state() == run_state(run.path) == state
+    (run.path / "status.json").write_text('{"status": "fini')
+    assert run.state() == RunState(None)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "added"),
+    [
+        (STATUS, {"status": "finished", "step": 12, "reason": ""}, {}),
+        (STATUS, {"status": "diverged", "step": 5, "reason": "at meta-step 6: nan"}, {"diverged_at": 6}),
+        (STATUS, {"status": "diverged", "step": 5, "reason": "predictions are nan"}, {"diverged_at": 5}),
+        (STATUS, {"status": "diverged", "step": 5, "reason": "at meta-step 6", "diverged_at": 7}, {}),
+        (METRICS, {"step": 1, "query_losses": [1.0]}, {"kind": "report"}),
+        (METRICS, {"step": 1, "val_tasks": 8}, {"kind": "validation"}),
+        (METRICS, {"step": 1}, {"kind": ""}),
+        (METRICS, {"step": 1, "val_tasks": 8, "kind": "report"}, {}),
+    ],
+)
+def test_what_older_versions_wrote_is_brought_to_todays_form(file, old, added):
+    assert upgrade(file, old) == old | added

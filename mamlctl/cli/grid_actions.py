@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from mamlctl.core.errors import ExitCode
+from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
 from mamlctl.display.console import say, write_json
 from mamlctl.display.displays import open_display
@@ -111,9 +111,9 @@ def _ending(result: GridResult, console: Console) -> ExitCode:
             f"{result.left} {cells} left; go on: ",
             (f"mamlctl ablate --resume {shlex.quote(str(result.folder))}", "cyan"),
         )
-    codes = {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}
     undone = result.failed or (result.left and not result.reason)
-    return codes.get(result.reason, ExitCode.FAILED if undone else ExitCode.OK)
+    code = STOP_EXIT_CODES[result.reason]
+    return ExitCode.FAILED if code == ExitCode.OK and undone else code
 
 
 def _print_commands(grid: Grid, *, slurm: bool) -> ExitCode:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from mamlctl.cli.options import Json, Offline, Quiet, with_settings
-from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
 from mamlctl.display.console import write_json
@@ -89,7 +89,7 @@ def train(
         write_json(sys.stdout, {"format": 1, "result": named(result)})
     else:
         show_train_result(Console(), result)
-    return {"SIGINT": ExitCode.INTERRUPTED, "SIGTERM": ExitCode.TERMINATED}.get(result.reason, ExitCode.OK)
+    return STOP_EXIT_CODES[result.reason]
 
 
 def _resolve(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
+from mamlctl.core.literals import StopReason
+
 
 class ExitCode(IntEnum):
     """The process's exit codes; the two signals follow the shell's 128 + number."""
@@ -17,6 +19,15 @@ class ExitCode(IntEnum):
     LOCKED = 5
     INTERRUPTED = 130
     TERMINATED = 143
+
+
+# A time limit is a planned end.
+STOP_EXIT_CODES: dict[StopReason, ExitCode] = {
+    "": ExitCode.OK,
+    "time limit": ExitCode.OK,
+    "SIGINT": ExitCode.INTERRUPTED,
+    "SIGTERM": ExitCode.TERMINATED,
+}
 
 
 class MamlctlError(Exception):
@@ -40,6 +51,11 @@ class DivergedError(MamlctlError):
     """A loss or a gradient stopped being finite."""
 
     exit_code = ExitCode.DIVERGED
+
+    def __init__(self, message: str, *, hint: str = "", step: int | None = None) -> None:
+        """`step`: the meta-step that failed; None outside meta-steps."""
+        super().__init__(message, hint=hint)
+        self.step = step
 
 
 class LockedError(MamlctlError):

@@ -95,7 +95,8 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty if the file is missing, damaged or holds anything else."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -13,6 +13,8 @@ EngineName = Literal["adjoint", "plain"]
 Obstacle = Literal[
     "no unrolled loop", "one pass of the body", "own inner rates", "own meta learning rate", "no batch norm"
 ]
+# Why a training ended before its last meta-step; "" if it did not.
+StopReason = Literal["", "time limit", "SIGINT", "SIGTERM"]
 # What status.json says of a run.
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 # What a table says of a run: as above, or that there is no run folder yet.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mamlctl.core.events import ValidationDone
+from mamlctl.core.literals import StopReason
 
 TIMED = 3
 
@@ -39,8 +40,8 @@ class TrainResult:
     """How a training ended."""
 
     run: str
-    status: str  # finished | interrupted
-    reason: str  # "", "time limit", "SIGINT", "SIGTERM"
+    status: Literal["finished", "interrupted"]
+    reason: StopReason
     step: int
     total_steps: int
     metric: str

@@ -38,7 +38,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     rows = _rows(judged, settings, scores)
     seconds = time.monotonic() - started
     document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
-    document |= {"notes": judged.notes, "step": judged.run.status().get("step")}
+    document |= {"notes": judged.notes, "step": judged.run.state().step}
     machine = {"device": device_words(judged.device), "seconds": seconds}
     # The summary last: where it is, the rest is.
     _write_tasks(folder / "tasks.csv", rows, scores)

@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import StopReason
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -31,13 +32,14 @@ class StopRequests:
         """`started`: time.monotonic() from which the limit counts."""
         self._on_event = on_event
         self._deadline = None if time_limit_s is None else started + time_limit_s
-        self._signal, self._told = "", False
+        self._signal: StopReason = ""
+        self._announced = False
         self._previous: dict[signal.Signals, object] = {}
 
-    def reason(self) -> str:
-        """Why to stop: "", "SIGINT", "SIGTERM" or "time limit"."""
-        if self._signal and not self._told:
-            self._told = True
+    def reason(self) -> StopReason:
+        """Why to stop, or ""."""
+        if self._signal and not self._announced:
+            self._announced = True
             self._on_event(Notice(f"{self._signal}: saving; Ctrl-C leaves at once, unsaved"))
         if self._signal:
             return self._signal
@@ -57,7 +59,7 @@ class StopRequests:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = self._signal or signal.Signals(number).name
+        self._signal = self._signal or ("SIGINT" if number == signal.SIGINT else "SIGTERM")
         self._on_event(
             Notice(f"{self._signal}: stopping after this meta-step; Ctrl-C leaves at once, unsaved")
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.errors import STOP_EXIT_CODES, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
@@ -86,9 +86,9 @@ def draw(
     else:
         figures = {"tasks": run_figures.tasks(_task_pictures(judged), name)}
     metrics = judged.run.metrics()
-    reports = [entry for entry in metrics if "query_losses" in entry]
+    reports = [row for row in metrics if row["kind"] == "report"]
     if reports:
-        validations = [entry for entry in metrics if "val_tasks" in entry]
+        validations = [row for row in metrics if row["kind"] == "validation"]
         figures["training"] = run_figures.training(
             reports, validations, "mse" if is_curve_family(judged.config.dataset) else "accuracy"
         )
@@ -102,7 +102,7 @@ def draw(
 def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
     """A run of `transfer` with as many meta-steps, made once; one that was stopped goes on."""
     given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
-    if path.is_dir() and open_run(path).status().get("status") == "finished":
+    if path.is_dir() and open_run(path).state().status == "finished":
         return path
     on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
     if path.is_dir():
@@ -117,7 +117,7 @@ def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEve
     if result.reason == "SIGINT":
         raise KeyboardInterrupt
     if result.reason:
-        raise SystemExit(ExitCode.TERMINATED)
+        raise SystemExit(STOP_EXIT_CODES[result.reason])
     return path
 
 

@@ -24,7 +24,7 @@ from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CLASSES, RunFolder, default_run_path, new_run, open_run
+from mamlctl.run_folder import CLASSES, ENVIRONMENT, RunFolder, RunState, default_run_path, new_run, open_run
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -96,7 +96,7 @@ def resume(
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")
         if not run.environment():  # stopped before it was written
-            write_json(run.path / "environment.json", environment(completed, source, device))
+            write_json(run.path / ENVIRONMENT, environment(completed, source, device))
             if source.names:
                 write_json(run.path / CLASSES, source.names)
         return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=True)
@@ -145,23 +145,24 @@ def _run(
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is finished already"))
         on_event(_run_started(run, trainer, device))
-        run.set_status("running", step=trainer.position.step)
-        status, reason = "failed", "a bug or the machine: see the error"
+        run.set_state(RunState("running", trainer.position.step))
+        end = RunState("failed", reason="a bug or the machine: see the error")
         try:
             reason = trainer.train()
-            status = "interrupted" if reason else "finished"
+            end = RunState("interrupted" if reason else "finished", reason=reason)
         except DivergedError as error:
-            status, reason = "diverged", error.message
+            step = trainer.position.step if error.step is None else error.step
+            end = RunState("diverged", reason=error.message, diverged_at=step)
             raise
         except KeyboardInterrupt:
-            status, reason = "interrupted", "left at once"
+            end = RunState("interrupted", reason="left at once")
             raise
         finally:
-            run.set_status(status, step=trainer.position.step, reason=reason)
+            run.set_state(replace(end, step=trainer.position.step))
     best_epoch, best_score, best_ci95 = trainer.position.top[0] if trainer.position.top else (None,) * 3
     return TrainResult(
         run=str(run.path),
-        status=status,
+        status="interrupted" if reason else "finished",
         reason=reason,
         step=trainer.position.step,
         total_steps=config.total_steps,

@@ -9,7 +9,7 @@ its default stands here only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from mamlctl.core.literals import Adapts, BatchNorm, EngineName, NetName, Obstacle, Precision, Split
@@ -37,9 +37,11 @@ def setting(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    before: Any = MISSING,
 ) -> Any:
-    """A field with the help and the limits that help, checks and completion share."""
-    limits = {"least": least, "above": above, "below": below}
+    """A field with its help and limits. `before`: its value in runs from before it, if not the default."""
+    old = default if before is MISSING else before
+    limits = {"least": least, "above": above, "below": below, "before": old}
     return field(default=default, metadata={"panel": panel, "help": text, **limits})
 
 

@@ -19,7 +19,7 @@ from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
 from mamlctl.experiments.train import train
 from mamlctl.report.export import document
-from mamlctl.run_folder import open_run, status_of
+from mamlctl.run_folder import open_run, run_state
 from mamlctl.settings.schema import EvalConfig
 
 pytestmark = pytest.mark.process
@@ -231,7 +231,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root)
     for cell in load_grid(tmp_path / "whole").cells:
         ours = open_run(tmp_path / "killed/cells" / cell.name)
         assert ours.metrics()[-1].get("val_accuracy") == open_run(cell.folder).metrics()[-1]["val_accuracy"]
-        assert status_of(ours.path) == "finished"
+        assert run_state(ours.path).status == "finished"
 
 
 def test_tiny_settings_are_what_the_words_say():

@@ -75,7 +75,7 @@ def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(cur
                 assert picture.width > 800
     start = open_run(curves / "plots" / "pretrained")
     assert start.config.algo == "transfer" and start.config.total_steps == 30
-    assert start.status()["status"] == "finished"
+    assert start.state().status == "finished"
     before = (start.path / "status.json").stat().st_mtime_ns
     draw(curves, EvalConfig(), [], offline=True, on_event=silent)
     assert (start.path / "status.json").stat().st_mtime_ns == before
@@ -90,7 +90,7 @@ def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
     assert "accuracy" not in document["results"][0]
     config = fill_defaults(open_run(curves).config)
     assert config.algo == "maml"  # curves' own default
-    validations = [entry for entry in open_run(curves).metrics() if "val_tasks" in entry]
+    validations = [entry for entry in open_run(curves).metrics() if entry["kind"] == "validation"]
     assert validations[0]["val_mse"] > 0
 
 

@@ -25,7 +25,7 @@ from mamlctl.experiments.executors import ray_cluster
 from mamlctl.experiments.executors.jobs import Job
 from mamlctl.experiments.executors.ray_cluster import open_cluster, room
 from mamlctl.experiments.executors.ray_worker import Files, WorkerSlot, pack, stamps, unpack
-from mamlctl.run_folder import RunFolder, open_run, status_of, step_of
+from mamlctl.run_folder import RunFolder, open_run, run_state
 
 TINY = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --steps-per-epoch 20 --val-tasks 6
@@ -137,8 +137,8 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
             executor.start(job)
         of_node = {executor._ray.get(work.node): work.job for work in executor._under_way}
         victim = of_node[second.node_id]
-        ended = until(executor, lambda _: step_of(victim.folder) > 0)
-        assert status_of(victim.folder) == "interrupted"  # a slice is back, and the next is under way
+        ended = until(executor, lambda _: run_state(victim.folder).step > 0)
+        assert run_state(victim.folder).status == "interrupted"  # a slice is back, and the next is under way
         for work in executor._under_way:
             work.limit_s = 600  # one slice is enough to lose
         kill_node(second)
@@ -175,10 +175,10 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
         executor.stop(number)
         ended = {each.name: each for each in executor.ended()}
     assert {name: each.code for name, each in ended.items()} == dict.fromkeys(names, 128 + number)
-    status = open_run(going.folder).status()
-    assert (status["status"], status["reason"]) == ("interrupted", number.name)
+    status = open_run(going.folder).state()
+    assert (status.status, status.reason) == ("interrupted", number.name)
     saved = checkpoints.load(going.folder / "checkpoints/last.pt", owner=open_run(going.folder).owner)
-    assert saved["position"]["step"] == status["step"] > 0
+    assert saved["position"]["step"] == status.step > 0
     with one_writer(going.folder):
         assert not (waiting.folder / "config.yaml").exists()
 

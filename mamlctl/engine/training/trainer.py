@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.core.literals import StopReason
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
@@ -86,7 +87,7 @@ class Trainer:
         *,
         device: torch.device,
         on_event: OnEvent,
-        stop_reason: Callable[[], str],
+        stop_reason: Callable[[], StopReason],
         judged_net: Net | None = None,
     ) -> None:
         """`judged_net`: with a head for a task's classes, where training has another one.
@@ -118,7 +119,7 @@ class Trainer:
         """The checkpoint that a resume starts from."""
         return self.run.checkpoints / "last.pt"
 
-    def train(self) -> str:
+    def train(self) -> StopReason:
         """Go on to the end; return why it stopped before, or "". Raises DivergedError."""
         config, position = self.config, self.position
         self._reported_at, self._tasks_since = time.perf_counter(), 0
@@ -140,7 +141,7 @@ class Trainer:
             self._step()
             self._moved = True
 
-    def _stop(self) -> str:
+    def _stop(self) -> StopReason:
         """Why to stop, or "". A time limit waits for one step or validation, so that resuming leads on."""
         reason = self.stop_reason()
         return "" if reason == "time limit" and not self._moved else reason
@@ -177,6 +178,7 @@ class Trainer:
                 f"training diverged at meta-step {step}: {what}",
                 hint=f"start anew with a lower --inner-lr or --meta-lr{clip}; "
                 f"the last good checkpoint is {self.last}",
+                step=step,
             )
 
     def _report(self, epoch: int) -> None:
@@ -208,9 +210,8 @@ class Trainer:
         )
         self.period = Period.empty(steps, self.device)
         self._reported_at, self._tasks_since = now, 0
-        self.run.append_metrics(
-            {key: value for key, value in vars(report).items() if key != "rates" or value}
-        )
+        row = {key: value for key, value in vars(report).items() if key != "rates" or value}
+        self.run.append_metrics({"kind": "report"} | row)
         self.on_event(report)
 
     def _validate(self) -> None:
@@ -245,7 +246,7 @@ class Trainer:
             best_val_ci95=best_ci95,
             best_epoch=int(best_epoch),
         )
-        self.run.append_metrics(named(done))
+        self.run.append_metrics({"kind": "validation"} | named(done))
         self.save()
         # Only now: until `last.pt` names the new ones, a reader may still look for the old.
         kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mamlctl.run_folder import CONFIG, status_of
+from mamlctl.run_folder import CONFIG, run_state
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Job:
         `folder`: where the job's run folder lies now. `time_limit`: after it the same question has another
         answer.
         """
-        if status_of(folder) in ("finished", "diverged"):
+        if run_state(folder).status in ("finished", "diverged"):
             return None
         limit = () if time_limit is None else ("--time-limit", time_limit)
         if (folder / CONFIG).is_file():
@@ -35,7 +35,7 @@ class Job:
 
     def eval_command(self, folder: Path) -> tuple[str, ...] | None:
         """Arguments of `mamlctl` that test the run in `folder`; None when there is nothing to test."""
-        if not self.evaluate or status_of(folder) != "finished":
+        if not self.evaluate or run_state(folder).status != "finished":
             return None
         return ("eval", str(folder), *self.evaluate)
 

@@ -20,7 +20,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import one_writer
 from mamlctl.experiments.executors.jobs import Ended, Job
 from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pack, unpack
-from mamlctl.run_folder import step_of
+from mamlctl.run_folder import run_state
 
 TRIES = 4  # of one slice: so many places do not die by chance within one
 
@@ -156,7 +156,7 @@ class RayExecutor:
         except errors.RayError as error:  # the place is gone
             self._lost(work, error)
         else:
-            step = step_of(work.job.folder)
+            step = run_state(work.job.folder).step
             if came.files is not None:
                 unpack(came.files, work.job.folder)
             if came.code != ExitCode.OK or work.testing:
@@ -164,7 +164,8 @@ class RayExecutor:
                 killed = self._stopped and came.code == -self._stopped
                 self._end(work, 128 + self._stopped if killed else came.code, came.said)
                 return
-            if step_of(work.job.folder) == step:  # too short for its start and a meta-step, or in validation
+            # Too short for its start and a meta-step, or in validation.
+            if run_state(work.job.folder).step == step:
                 work.limit_s *= 2
             work.tries = 0
             self._go_on(work, came.said)
@@ -175,7 +176,7 @@ class RayExecutor:
         if self._stopped or work.tries >= TRIES:
             self._end(work, 128 + self._stopped if self._stopped else ExitCode.FAILED, str(error))
             return
-        step, place = step_of(work.job.folder), self._place_words(work)
+        step, place = run_state(work.job.folder).step, self._place_words(work)
         self._on_event(Notice(f"{work.job.name} lost {place}: it goes on elsewhere from meta-step {step}"))
         self._go_on(work)
 

@@ -14,6 +14,7 @@ import torch
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import StopReason
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.executors.jobs import Ended, Executor
@@ -36,7 +37,7 @@ class GridResult:
 
     folder: Path
     table: Table
-    reason: str  # why it stopped before its end; "" if it did not
+    reason: StopReason
     failed: Mapping[str, str]  # cells whose commands failed -> what they said last
     left: int  # cells that are not done
     files: tuple[Path, ...]
@@ -93,7 +94,8 @@ def ablate(
         if grid.left_out:
             told = ", ".join(grid.left_out)
             on_event(Notice(f"left out or renamed, since an improvement means nothing there: {told}"))
-        reason, ended = "", dict[str, Ended]()
+        reason: StopReason = ""
+        ended: dict[str, Ended] = {}
         if waiting:
             on_event(Notice(f"into {grid.folder}"))
             limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)

@@ -21,7 +21,7 @@ from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
-from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, status_of
+from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, run_state
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 
@@ -105,7 +105,7 @@ def _filled(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) ->
         cells.append(
             read_cell(run, seed=source.seed, place=place, command=source.command, failed=source.failed)
         )
-        ended = run is not None and status_of(run.path) == "finished"
+        ended = run is not None and run_state(run.path).status == "finished"
         counts = ended or (unfinished and cells[-1].status != "diverged")
         test = find_evaluation(run, evaluate) if run is not None and counts else None
         if test is not None:

@@ -18,7 +18,7 @@ from mamlctl.experiments.grid.plans import OF_TASKS, label_of
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.table import Table
-from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, status_of, step_of
+from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.schema import EvalConfig
 
 # What an evaluation may set for all runs, so that they may differ in it.
@@ -56,7 +56,7 @@ def compare(
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run unless it has been, or has diverged. Raises DataError if its images are others by now."""
-    if status_of(run.path) == "diverged" or find_evaluation(run, evaluate) is not None:
+    if run_state(run.path).status == "diverged" or find_evaluation(run, evaluate) is not None:
         return
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
@@ -67,9 +67,9 @@ def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent
 
 def _unfinished(run: RunFolder) -> str:
     """How far a run has come that is not at its end; "" of one that is."""
-    if status_of(run.path) in ENDED:
+    if run_state(run.path).status in ENDED:
         return ""
-    step = max([step_of(run.path), *(entry["step"] for entry in run.metrics()[-1:])])
+    step = max([run_state(run.path).step, *(entry["step"] for entry in run.metrics()[-1:])])
     return f"{run.path.name} stopped at meta-step {step} of {run.config.total_steps}"
 
 
@@ -77,8 +77,8 @@ def _runs(path: Path) -> list[_Run]:
     """A folder's run, or all runs of a grid that have ended. Raises MamlctlError for neither."""
     if not (path / PLAN).is_file():
         return [_Run(open_run(path), "")]
-    cells = load_grid(path).cells
-    found = [_Run(open_run(cell.folder), cell.row.label) for cell in cells if status_of(cell.folder) in ENDED]
+    ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).status in ENDED]
+    found = [_Run(open_run(cell.folder), cell.row.label) for cell in ended]
     if not found:
         raise MamlctlError(f"{path} has no finished runs yet", hint=f"mamlctl ablate --resume {path}")
     # Row by row: cells are in the order in which they are trained.

@@ -17,9 +17,17 @@ from mamlctl.core.files import one_writer, write_text
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, common_settings, identity_settings, open_run
-from mamlctl.settings.merge import evaluation_settings, stored_settings
-from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+from mamlctl.run_folder import (
+    CONFIG,
+    RESUME_OVERRIDES,
+    common_settings,
+    digested_settings,
+    identity_settings,
+    open_run,
+    stored_config,
+)
+from mamlctl.settings.merge import evaluation_settings
+from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 
 def open_grid(
@@ -89,10 +97,8 @@ def load_grid(folder: Path) -> Grid:
 
 
 def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -> GridRow:
-    values = {**common, **row["settings"]}
-    if missing := FIELDS.keys() - values.keys():
-        raise ValueError(f"{len(missing)} settings are missing, such as {min(missing)}")
-    return GridRow(str(row["row"]), str(row["folder"]), stored_settings(str(path / PLAN), values))
+    config = stored_config({**common, **row["settings"]}, str(path / PLAN))
+    return GridRow(str(row["row"]), str(row["folder"]), config)
 
 
 def _damaged(path: Path, why: str) -> MamlctlError:
@@ -108,7 +114,7 @@ def lock_grid(grid: Grid) -> AbstractContextManager[None]:
 def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     """One folder for the same settings, so that the same command finds what it began."""
     first = fill_defaults(rows[0].config)
-    told = [[row.label, identity_settings(row.config)] for row in rows]
+    told = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
     return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"

@@ -13,6 +13,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
+from mamlctl.core.literals import StopReason
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -20,7 +21,7 @@ from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CONFIG, METRICS, RESUME_OVERRIDES, RunFolder, open_run, status_of
+from mamlctl.run_folder import CONFIG, METRICS, RESUME_OVERRIDES, RunFolder, open_run, run_state
 
 POLL_S = 0.25  # how often jobs are looked after: below what a person notices
 
@@ -29,7 +30,7 @@ TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last entry
 
 def _is_left(cell: GridCell, grid: Grid) -> bool:
     """Whether there is anything to do for a cell that would help; what has diverged does so again."""
-    status = status_of(cell.folder)
+    status = run_state(cell.folder).status
     if status != "finished":
         return status != "diverged"
     return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate) is None
@@ -103,7 +104,7 @@ class Scheduler:
         self._states = {name: self._state(cell) for name, cell in self._cells.items()}
         self._first_steps = sum(state.step for state in self._states.values())
 
-    def run(self) -> str:
+    def run(self) -> StopReason:
         """Until every job has ended, or a reason to stop before."""
         while self._waiting or self._running:
             if reason := self._stop.reason():
@@ -167,7 +168,7 @@ class Scheduler:
 
     def _state(self, cell: GridCell) -> CellState:
         config = cell.config
-        status, (step, score) = status_of(cell.folder), _progress(cell.folder)
+        status, (step, score) = run_state(cell.folder).status, _progress(cell.folder)
         if status == "diverged":
             state = "diverged"
         elif status == "finished":

@@ -52,7 +52,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
             asked = {name: protocol.get(name, default) for name, default in _ABSENT.items()} | protocol
             same = all(asked.get(name) in values for name, values in wanted.items())
             # One from before the last training, or of other images, is no result of this run.
-            if same and summary.get("step") == run.status().get("step"):
+            if same and summary.get("step") == run.state().step:
                 return _tested(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             hint = "remove that folder, and it is tested again"
@@ -102,31 +102,28 @@ def _tested(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
 def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, failed: str = "") -> Cell:
     """How a run's training went; `run` is None before it began, `failed`: why its last commands ended so."""
     if run is None:
-        status: CellStatus = "failed" if failed else "missing"
-        return Cell(seed, place, status, failed, 0, None, None, (), {}, command)
-    stored, metrics = run.status(), run.metrics()
-    reports = [entry for entry in metrics if "query_losses" in entry]
-    validations = [entry for entry in metrics if "val_tasks" in entry]
-    status = stored.get("status", "running")
+        return Cell(seed, place, "failed" if failed else "missing", failed, 0, None, None, (), {}, command)
+    state, metrics = run.state(), run.metrics()
+    reports = [row for row in metrics if row["kind"] == "report"]
+    validations = [row for row in metrics if row["kind"] == "validation"]
+    status: CellStatus = state.status or "running"
     if failed and status != "diverged":
         status = "failed"
     elif status == "running" and not is_locked(run.path):
         status = "interrupted"  # killed: it could not say so
-    steps = max(int(stored.get("step", 0)), *(int(entry["step"]) for entry in metrics[-1:]), 0)
     return Cell(
         seed=seed,
         run=place,
         status=status,
-        reason=failed if status == "failed" else str(stored.get("reason", "") or ""),
-        steps=steps,
-        steps_to_99=_steps_to_99(validations) if stored.get("status") == "finished" else None,
+        reason=failed if status == "failed" else state.reason,
+        steps=max(state.step, *(int(row["step"]) for row in metrics[-1:]), 0),
+        steps_to_99=_steps_to_99(validations) if state.status == "finished" else None,
         step_s=_step_s(reports, run.config.meta_batch_size),
         validation=tuple((entry["step"], _score(entry)) for entry in validations),
         rates=next((entry["rates"] for entry in reversed(reports) if entry.get("rates")), {}),
         command=command,
         device=str(run.environment().get("device", "")),
-        # Older runs do not say at which meta-step: it is the one after the last that was applied.
-        diverged_at=int(stored.get("diverged_at", steps + 1)) if status == "diverged" else None,
+        diverged_at=state.diverged_at,
     )
 
 
