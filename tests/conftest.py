@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from filelock import FileLock
+from helpers import preloaded
 from helpers.shared import SHARED, ignore
 
 # A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that.
@@ -25,6 +26,10 @@ def pytest_sessionstart(session):
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
     # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
     torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    preloaded.stop()
 
 
 def pytest_collection_modifyitems(items):

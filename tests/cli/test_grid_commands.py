@@ -7,14 +7,16 @@ import os
 import subprocess
 
 import pytest
-from helpers.grid_cases import PROGRAM, QUICK_WORDS
+from helpers import preloaded
+from helpers.grid_cases import QUICK_WORDS
 
 pytestmark = pytest.mark.process
 WORDS = [*QUICK_WORDS, "--seeds", "1", "--tasks", "12"]
 
 
 def called(*words, code=0, **settings):
-    done = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, **settings)
+    command = [preloaded.python(), "-m", "mamlctl", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, **settings)
     assert done.returncode == code, done.stderr
     return done
 
@@ -75,7 +77,7 @@ def test_printed_commands_fill_the_cells_that_a_queue_would(tmp_path, glyphs_roo
     assert len(lines) == 2
     assert "#SBATCH --array=0-1" in script
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "mamlctl").write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')
+    (tmp_path / "bin" / "mamlctl").write_text(f'#!/bin/sh\nexec {preloaded.python()} -m mamlctl "$@"\n')
     (tmp_path / "bin" / "mamlctl").chmod(0o755)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     for task in ("0", "1", "1"):  # a queue may start a job twice

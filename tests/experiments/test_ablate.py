@@ -4,13 +4,13 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers.grid_cases import PROGRAM, QUICK_WORDS, TESTED, TINY, filled, ignore, tiny_grid, without_times
+from helpers import preloaded
+from helpers.grid_cases import QUICK_WORDS, TESTED, TINY, filled, ignore, tiny_grid, without_times
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import GridChanged
@@ -204,29 +204,33 @@ def test_a_plan_is_read_as_it_was_written(done, tmp_path):
     assert load_grid(grid.folder) == grid
 
 
-# Anything from its first imports to its table; a number for each of its kills.
-KILLS_S = (1.2, 4.9, 6.3, 7.7, 9.1)
+# From its first moment to its table: a kill as soon as such a file is written. The signals take turns.
+KILLS = ("", "plan.yaml", "cells/*/metrics.jsonl", "cells/*/checkpoints/*.pt", "cells/*/eval/*/summary.json")
+
+
+def newest(folder, pattern):
+    return max((path.stat().st_mtime_ns for path in folder.glob(pattern)), default=0) if pattern else 1
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root):
     """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
     words = ["ablate", *QUICK_WORDS, "--grid", "inner_lr=0.1,0.4", "--seeds", "1", "--tasks", "12"]
-    words += ["--data-root", str(glyphs_root), "--json", "--workers", "2"]
+    words += ["--steps-per-epoch", "40", "--data-root", str(glyphs_root), "--json", "--workers", "2"]
 
     def call(out):
-        return subprocess.Popen(
-            [*PROGRAM, *words, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        with out.with_suffix(".json").open("wb") as stdout, out.with_suffix(".err").open("wb") as stderr:
+            return preloaded.Process(["-m", "mamlctl", *words, "--out", out], stdout, stderr)
 
-    whole, _ = call(tmp_path / "whole").communicate()
-    for number, after in enumerate(KILLS_S):
+    assert call(tmp_path / "whole").wait() == 0
+    for number, pattern in enumerate(KILLS):
+        before = newest(tmp_path / "killed", pattern) if pattern else 0
         process = call(tmp_path / "killed")
-        time.sleep(after)
+        while process.poll() is None and newest(tmp_path / "killed", pattern) <= before:
+            time.sleep(0.005)
         process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
-        process.communicate()
-    again = call(tmp_path / "killed")
-    last, _ = again.communicate()
-    assert again.returncode == 0
+        process.wait()
+    assert call(tmp_path / "killed").wait() == 0
+    whole, last = ((tmp_path / name).read_text() for name in ("whole.json", "killed.json"))
     assert without_times(json.loads(last)) == without_times(json.loads(whole))
     for cell in load_grid(tmp_path / "whole").cells:
         ours = open_run(tmp_path / "killed/cells" / cell.name)

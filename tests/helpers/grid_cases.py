@@ -1,7 +1,9 @@
 """Small grids that the tests of `ablate` and `compare` share."""
 
 import sys
+from unittest.mock import patch
 
+from helpers import preloaded
 from mamlctl.experiments.grid.ablate import ablate, local_executor
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.grid_folder import open_grid
@@ -21,7 +23,6 @@ TINY = {
 }
 TESTED = EvalConfig(tasks=12)
 QUICK_WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-PROGRAM = [sys.executable, "-m", "mamlctl"]
 
 
 def ignore(event):
@@ -37,7 +38,8 @@ def tiny_grid(folder, data_root, *pairs, seeds=(0, 1), evaluate=TESTED, **settin
 
 def filled(grid, workers=2, on_event=ignore):
     """Bring the grid to its end -> GridResult."""
-    return ablate(grid, local_executor(grid, workers), time_limit_s=None, on_event=on_event)
+    with patch.object(sys, "executable", preloaded.python()):
+        return ablate(grid, local_executor(grid, workers), time_limit_s=None, on_event=on_event)
 
 
 def without_times(document):

@@ -1,0 +1,205 @@
+"""A Python that has imported torch already, for the many processes that train for six meta-steps.
+
+Such a process spends nearly all of its processor time on imports and on taking them apart. Here a server
+imports everything once and forks for each process that is asked for: with its own signals, streams, folder,
+environment and exit code, as after a real start. Run as a program this file is the server, or it stands for
+`python -m mamlctl ...` and passes signals on to the fork.
+"""
+
+import atexit
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LAUNCHER = '#!/bin/sh\nexec "{python}" -SE "{file}" "{socket}" "$@"\n'
+PRELOADED = [
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "scipy.special",
+    "torch",
+    "mamlctl.cli.app",
+    "mamlctl.display.comparison_table",
+    "mamlctl.display.displays",
+    "mamlctl.display.run_results",
+    "mamlctl.experiments.evaluate",
+    "mamlctl.experiments.executors.local",
+    "mamlctl.experiments.grid.ablate",
+    "mamlctl.experiments.grid.compare",
+    "mamlctl.experiments.grid.estimate",
+    "mamlctl.experiments.train",
+]
+STOP_S = 30  # for what is still running when the session ends
+
+_servers: list[subprocess.Popen] = []
+
+
+@functools.cache
+def python() -> str:
+    """The path to use for sys.executable; starts the server."""
+    folder = Path(tempfile.mkdtemp(prefix="mamlctl-python-"))
+    launcher = folder / "python"
+    launcher.write_text(LAUNCHER.format(python=sys.executable, file=__file__, socket=folder / "socket"))
+    launcher.chmod(0o755)
+    command = [sys.executable, "-P", __file__, "serve", str(launcher)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    server.stdout.readline()
+    _servers.append(server)
+    return str(launcher)
+
+
+def stop():
+    """End the server, so that the time of all its processes counts as that of this one's children."""
+    for server in _servers:
+        server.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_S)
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+class Process:
+    """A forked `python WORDS`, so far as `subprocess.Popen` describes one; its output goes to files."""
+
+    def __init__(self, words, stdout, stderr):
+        connection = connected(Path(python()).with_name("socket"))
+        with Path(os.devnull).open() as nothing:
+            streams = [stream.fileno() for stream in (nothing, stdout, stderr)]
+            self.pid, self._answers = ask(connection, [*map(str, words)], streams)
+        self._connection, self.returncode = connection, None
+
+    def poll(self):
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self):
+        if self.returncode is None:
+            self.returncode = int(self._answers.readline())
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def connected(path):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
+def ask(connection, words, streams):
+    """Have the server fork `python WORDS` -> its process number, and a file where its exit code will come."""
+    request = json.dumps([words, str(Path.cwd()), dict(os.environ)]).encode()
+    socket.send_fds(connection, [request], streams)
+    answers = connection.makefile()
+    return int(answers.readline()), answers
+
+
+def launch(path, words):
+    """Be `python WORDS` for whoever has started this process."""
+    if words[:1] != ["-m"]:
+        os.execv(sys.executable, [sys.executable, *words])
+    if words[1] == "mamlctl.cli.child_process" and sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    pid, answers = ask(connected(path), words, [0, 1, 2])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    code = int(answers.readline())
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+def serve(launcher):
+    """Fork for each connection until the input ends; return in the forked processes too, ready to run."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    sys.argv = ["mamlctl", "train", "--print-config"]  # so that what a command imports late is there too
+    with suppress(SystemExit), redirect_stdout(StringIO()):
+        sys.modules["mamlctl.cli.app"].main()
+    gc.freeze()  # what is there stays, so that no fork looks at it again
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(Path(launcher).with_name("socket")))
+    listener.listen()
+    print(flush=True)  # noqa: T201
+    sys.executable = launcher
+    while listener in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            become_or_wait(connection)
+            return True
+        connection.close()
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    return False
+
+
+def become_or_wait(connection):
+    """Fork once more: return in the process that was asked for, and wait for it in the other."""
+    request, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+    words, folder, environment = json.loads(request)
+    pid = os.fork()
+    if pid:
+        for stream in streams:
+            os.close(stream)
+        with suppress(OSError):
+            connection.sendall(f"{pid}\n".encode())
+        _, status = os.waitpid(pid, 0)
+        with suppress(OSError):
+            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        os._exit(0)
+    connection.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words[1:]
+
+
+def run():
+    """Be the module that is asked for, and leave without taking the imports apart: that takes a second."""
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] != "serve":
+        launch(sys.argv[1], sys.argv[2:])
+    elif serve(sys.argv[2]):
+        run()
