@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import NormPass, Params
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.nets.base import HEAD, Net, Objective
+from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 
 RATE = "rate."  # how the names of learnt inner rates begin, among what the outer optimiser moves
 
@@ -20,8 +21,9 @@ class MetaState:
 
     slow: Params  # the initialisation: no task axis
     norm: Params  # batch-norm weights and biases, _RC
-    rates: Params  # inner learning rates of the tensors that are adapted: _I with LSLR, else _1; or a rate
-    # for each weight, with an axis of 1 in front
+    # Inner learning rates of the tensors that are adapted: _I with LSLR, else _1; or a rate for each weight,
+    # with an axis of 1 in front.
+    rates: Params
     running: Params = field(default_factory=dict)  # batch-norm statistics, _RC; moved, not learnt
     rates_learnt: bool = False
     moments: Params = field(default_factory=dict)  # of the inner Adam, from task to task; moved, not learnt
@@ -30,6 +32,17 @@ class MetaState:
         """Every tensor that the outer optimiser moves, under one flat name."""
         rates = {f"{RATE}{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
         return self.slow | self.norm | rates
+
+    @property
+    def example_tensor(self) -> Tensor:
+        """A tensor of the state's device and type."""
+        return next(iter(self.slow.values()))
+
+    def norm_pass(
+        self, step: int, statistics: Statistics = Statistics.OWN, support_examples: int = 0
+    ) -> NormPass:
+        """Batch norm of one pass at an inner step; arguments as in `NormPass`."""
+        return NormPass(self.norm, self.running, step, statistics, support_examples)
 
     def rate(self, name: str, step: int) -> Tensor:
         """The inner learning rate of a tensor that is adapted; a step beyond the last one reuses it."""
@@ -42,6 +55,13 @@ class MetaState:
             name: weight - self.rate(name, step) * grads[name] if name in self.rates else weight
             for name, weight in fast.items()
         }
+
+    def head_alone(self) -> MetaState:
+        """The head with its rates, as the state of a `HeadNet`."""
+        slow = {name: self.slow[name] for name in HEAD}
+        rates = {name: rate for name, rate in self.rates.items() if name in HEAD}
+        moments = {name: moment for name, moment in self.moments.items() if name in HEAD or name == "steps"}
+        return MetaState(slow, {}, rates, {}, self.rates_learnt, moments)
 
     def frozen(self) -> MetaState:
         """The same tensors without their gradients, so that evaluation builds no graph through them."""
@@ -115,6 +135,48 @@ def query_logits(
     return net(point.fast, query_x_TECHW, norm), norm
 
 
+@dataclass
+class Measurements:
+    """What a meta-step measures along its inner loop: means over the tasks, on the device."""
+
+    objective: Objective
+    support_losses: list[Tensor] = field(default_factory=list)  # of inner step 1, 2, ...
+    query_losses: dict[int, Tensor] = field(default_factory=dict)  # inner steps taken -> mean over tasks
+    query_scores: dict[int, Tensor] = field(default_factory=dict)  # the same, of the objective's metric
+    norm_passes: list[NormPass] = field(default_factory=list)  # of training, whose statistics accumulate
+
+    def add_support(self, loss_T: Tensor, norm: NormPass) -> None:
+        """Note an inner step."""
+        self.support_losses.append(loss_T.mean())
+        self.norm_passes.append(norm)
+
+    def add_query(
+        self, steps: int, outputs_TEN: Tensor, y_TE: Tensor, loss_T: Tensor | None = None
+    ) -> Tensor:
+        """Note the query set after `steps` inner steps; returns the mean loss, with its graph if it has one.
+
+        `loss_T`: where it is known already.
+        """
+        loss = (self.objective.loss(outputs_TEN, y_TE) if loss_T is None else loss_T).mean()
+        self.query_losses[steps] = loss.detach()
+        self.query_scores[steps] = self.objective.score(outputs_TEN.detach(), y_TE).mean()
+        return loss
+
+
+def expanded(slow: Mapping[str, Tensor], tasks: int) -> Params:
+    """Every task's copy of the weights, without copying and without a graph."""
+    return {name: weight.detach().expand(tasks, *weight.shape) for name, weight in slow.items()}
+
+
+def mini_batch(episodes: Episodes, step: int) -> tuple[Tensor, Tensor] | None:
+    """The support examples of an inner step, x_TBCHW and y_TB; None where every step sees all."""
+    if episodes.batches_TIB is None:
+        return None
+    at_TB = episodes.batches_TIB[:, step]
+    task_T1 = torch.arange(len(at_TB), device=at_TB.device).unsqueeze(1)
+    return episodes.support_x_TECHW[task_T1, at_TB], episodes.support_y_TE[task_T1, at_TB]
+
+
 Stepper = Callable[[Params, Params, int], Params]  # fast weights, their gradients, step -> fast weights
 
 
@@ -148,14 +210,32 @@ class AdamSteps:
         }
 
     def __call__(self, fast: Params, grads: Params, step: int) -> Params:
-        """One step."""
+        """v = b v + (1 - b) g^2; then descent along g / (sqrt(v / (1 - b^count)) + eps)."""
         self.count = self.count + 1
-        kept = self.BETA2
-        self.second = {name: kept * v + (1 - kept) * grads[name] ** 2 for name, v in self.second.items()}
-        unbias = 1 - kept**self.count
+        b = self.BETA2
+        self.second = {name: b * v + (1 - b) * grads[name] ** 2 for name, v in self.second.items()}
+        # The moments began with zeros, and are too small by this share.
+        unbias = 1 - b**self.count
         scaled = {name: grads[name] / ((v / unbias).sqrt() + self.EPS) for name, v in self.second.items()}
         return self.state.stepped(fast, scaled, step)
 
     def moments(self) -> Params:
         """What the next tasks begin with."""
         return {name: v.mean(0) for name, v in self.second.items()} | {"steps": self.count}
+
+
+@dataclass(frozen=True)
+class InnerRule:
+    """How an inner step moves the weights along their gradient: plain descent unless something is set."""
+
+    proximal: float | None = None  # iMAML's pull to the initialisation
+    optimizer: str | None = None  # "adam": Reptile's
+
+    def stepper(self, state: MetaState, tasks: int) -> Stepper:
+        """The rule for one inner loop of so many tasks."""
+        if self.optimizer == "adam":
+            return AdamSteps(state, tasks)
+        return state.stepped if self.proximal is None else pulled(state, self.proximal)
+
+
+DESCENT = InnerRule()

@@ -28,7 +28,7 @@ from mamlctl.engine.evaluation.adapted_model import (
     plain_weights,
     resize_head,
 )
-from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
@@ -101,14 +101,13 @@ def adapt_to(
     state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
     fitted = adapt_to_support_set(
-        select_derivatives(net, next(iter(state.slow.values())), config.engine),
+        select_derivatives(net, state.example_tensor, config.engine),
         state,
         _episode(config, support, device),
         inner_steps=eval_steps(config),
         statistics=Statistics(config.bn),
         classifier=entry.classifier,
-        proximal=config.proximal,
-        inner_optimizer=config.inner_optimizer,
+        rule=InnerRule(config.proximal, config.inner_optimizer),
     )
     name = f"best, epoch {epochs[0]}" if epochs else "last"
     return OwnModel(run, config, name, support, read, device, fitted, head)

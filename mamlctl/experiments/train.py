@@ -123,7 +123,7 @@ def _run(
 ) -> TrainResult:
     net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
     judged_net, _ = build(config, source.example_shape, torch.device("meta"))
-    if slower := slower_than_it_could_be(net, next(iter(state.slow.values())), config.engine):
+    if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
         on_event(Notice(slower))
     with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
         trainer = Trainer(

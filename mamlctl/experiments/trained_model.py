@@ -90,7 +90,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         source,
         stream,
         device,
-        select_derivatives(net, next(iter(states[0].slow.values())), config.engine),
+        select_derivatives(net, states[0].example_tensor, config.engine),
         ALGORITHMS[config.algo].predict(config),
         states,
         epochs,

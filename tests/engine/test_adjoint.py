@@ -28,10 +28,10 @@ from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
-from mamlctl.engine.derivatives.interface import Autograd
+from mamlctl.engine.derivatives.autograd import Autograd, AutogradSet
 from mamlctl.engine.derivatives.selection import faster_block, select_derivatives
 from mamlctl.engine.kernels import c_block
-from mamlctl.engine.kernels.block import TorchTape
+from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.fused_block import KernelTape
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
@@ -99,9 +99,9 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
     }[way]
     # Triton takes numbers of Python as float32, such as the norm's epsilon and the activation's slope.
     near = {"atol": 1e-6 if way == "triton" else 1e-10}
-    extra = c_block.prepare(x, tasks, None) if way == "c" and first else None
-    settings = {"groups": tasks, "compute": None, "given": None, "measured": None}
-    tape = make(x, weight, gamma, beta, **settings, first=first, extra=extra)
+    planes = c_block.prepare(x, tasks, None) if way == "c" and first else None
+    settings = BlockSettings(groups=tasks, compute=None, first=first, planes=planes)
+    tape = make(x, weight, gamma, beta, settings)
     assert torch.allclose(tape.out, out.detach(), **near)
     found = tape.backward(ga, keep=True)
     for name, value in zip(("x", "weight", "gamma_X", "beta_X"), grads, strict=True):
@@ -129,7 +129,7 @@ def test_class_scores_by_hand_equal_the_net_in_every_norm_mode(way, image, stati
     for derivatives in (Autograd(net), WAYS[way](net)):
         norm = NormPass(state.frozen().norm, state.running, 1, statistics, along)
         ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along or None)
-        logits.append(derivatives.logits(fast, ready, norm))
+        logits.append(ready.logits(fast, norm))
     assert torch.allclose(*logits, rtol=1e-11, atol=1e-11)
 
 
@@ -184,15 +184,24 @@ def test_only_the_last_steps_are_kept_for_the_way_back():
     class Counting(Autograd):
         alive = most = made = 0
 
+        def prepare(self, *args):
+            return CountingSet(**vars(super().prepare(*args)))
+
+    class CountingSet(AutogradSet):
         def gradient(self, *args, keep=False):
             Counting.made += 1
             Counting.alive += keep
             Counting.most = max(Counting.most, Counting.alive)
-            return super().gradient(*args, keep=keep)
+            gradient = super().gradient(*args, keep=keep)
+            return replace(gradient, tape=CountingTape(gradient.tape)) if keep else gradient
+
+    class CountingTape:
+        def __init__(self, tape):
+            self.tape = tape
 
         def product(self, *args):
             Counting.alive -= 1
-            return super().product(*args)
+            return self.tape.product(*args)
 
     measured_by(adjoint, config, net, state, episodes, False, derivatives=Counting(net))
     assert (Counting.most, Counting.alive) == (adjoint_module.KEPT, 0)
@@ -303,12 +312,15 @@ def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
     results = []
     for make in (TorchTape, c_block.native_block):
         in_c = make is c_block.native_block
-        settings = {"groups": tasks, "given": None, "measured": None, "first": first}
-        # The first block in C multiplies in float32, more exactly than asked for.
-        settings["compute"] = bf16 if in_c or not first else None
-        settings["extra"] = c_block.prepare(x, tasks, None) if in_c and first else None
+        settings = BlockSettings(
+            groups=tasks,
+            # The first block in C multiplies in float32, more exactly than asked for.
+            compute=bf16 if in_c or not first else None,
+            first=first,
+            planes=c_block.prepare(x, tasks, None) if in_c and first else None,
+        )
         stored = bf16 if in_c else torch.float32
-        tape = make(x if first else x.to(stored), weight, gamma, beta, **settings)
+        tape = make(x if first else x.to(stored), weight, gamma, beta, settings)
         one = tape.backward(ga.to(stored), keep=True)
         moved = tape.tangent(None if first else x_t.to(stored), weight_t)
         two = tape.tangent_backward(ga_t.to(stored), other.to(stored))
@@ -332,9 +344,9 @@ def test_kernels_read_one_task_with_one_channel_aright(way):
     )
     gamma, beta = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     kernels = c_block.Native(torch.float64) if way == "c" else triton_block.Triton(triton_block.tl.float64)
-    settings = {"groups": 1, "compute": None, "given": None, "measured": None, "first": True, "extra": None}
-    tape = KernelTape(x, weight, gamma, beta, kernels=kernels, **settings)
-    sure = TorchTape(x, weight, gamma, beta, **settings)
+    settings = BlockSettings(groups=1, compute=None, first=True)
+    tape = KernelTape(x, weight, gamma, beta, settings, kernels)
+    sure = TorchTape(x, weight, gamma, beta, settings)
     ga = torch.randn(sure.out.shape, generator=generator, dtype=torch.float64)
     ga = ga.contiguous(memory_format=torch.channels_last)
     assert torch.allclose(tape.out, sure.out, atol=1e-6)
@@ -351,10 +363,9 @@ def test_flat_images_leave_the_first_block_its_precision():
     weight = torch.zeros(3, 1, 3, 3)
     weight[:, 0, 1, 1] = torch.tensor([3.0, 30.0, 0.1])
     weight[:, 0, 0, 0] = 0.01
-    settings = {"groups": 1, "given": None, "measured": None, "first": True, "compute": None}
-    tape = c_block.native_block(
-        x, weight, torch.ones(3), torch.zeros(3), **settings, extra=c_block.prepare(x, 1, None)
-    )
-    sure = TorchTape(x.double(), weight.double(), torch.ones(3).double(), torch.zeros(3).double(), **settings)
+    settings = BlockSettings(groups=1, compute=None, first=True)
+    in_c = replace(settings, planes=c_block.prepare(x, 1, None))
+    tape = c_block.native_block(x, weight, torch.ones(3), torch.zeros(3), in_c)
+    sure = TorchTape(x.double(), weight.double(), torch.ones(3).double(), torch.zeros(3).double(), settings)
     assert bool(tape.out.isfinite().all())
     assert torch.allclose(tape.statistics[1].double(), sure.statistics[1], rtol=1e-4, atol=1e-9)

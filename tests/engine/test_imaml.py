@@ -10,6 +10,7 @@ from helpers.engine_cases import IMAGE, fastest, random_episodes, small_config
 from mamlctl.engine.algorithms import imaml as imaml_module
 from mamlctl.engine.algorithms.imaml import conjugate_gradient, imaml
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
+from mamlctl.engine.derivatives.conv4 import Conv4Set
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -93,13 +94,16 @@ def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch)
 
     class Watched:
         net = real.net
-        prepare, logits, product = real.prepare, real.logits, real.product
 
-        def gradient(self, fast, prepared, norm, *, keep=False):
-            found = real.gradient(fast, prepared, norm, keep=keep)
-            made.append(weakref.ref(found.fast["conv1.weight"]))
+        def prepare(self, *args):
+            return WatchedSet(**vars(real.prepare(*args)))
+
+    class WatchedSet(Conv4Set):
+        def gradient(self, *args, keep=False):
+            gradient = super().gradient(*args, keep=keep)
+            made.append(weakref.ref(gradient.fast["conv1.weight"]))
             alive.append(sum(ref() is not None for ref in made))
-            return found
+            return gradient
 
     monkeypatch.setattr(imaml_module, "select_derivatives", lambda *args: Watched())
     MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False)

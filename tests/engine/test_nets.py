@@ -22,7 +22,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
-from mamlctl.engine.derivatives.interface import Autograd
+from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, REGRESSION
 from mamlctl.engine.nets.batch_norm import NormPass, Statistics
@@ -308,8 +308,8 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
     for derivatives in both:
         norm = NormPass(rows, {}, 0)
         ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-        gradient = derivatives.gradient(weights, ready, norm, keep=True)
-        products = [derivatives.product(gradient.tape, directions[turn]) for turn in (0, 1, 0)]
+        gradient = ready.gradient(weights, norm, keep=True)
+        products = [gradient.product(directions[turn]) for turn in (0, 1, 0)]
         assert all(torch.equal(products[2][0][name], value) for name, value in products[0][0].items())
         assert all(torch.equal(products[2][1][name], value) for name, value in products[0][1].items())
         found.append((gradient, products, norm))
@@ -336,16 +336,17 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
 )
 def test_products_of_any_network_are_differences_of_gradients_and_can_be_asked_for_twice(net, shape):
     """Over so short a way that no place of a window and no activation changes sides."""
-    fast, derivatives, length = own_weights(net), Autograd(net), 1e-7
-    ready = normal(TASKS, EXAMPLES, *shape), torch.arange(EXAMPLES).expand(TASKS, EXAMPLES) % 3
-    tape = derivatives.gradient(fast, ready, NormPass({}, {}, 0), keep=True).tape
+    fast, length = own_weights(net), 1e-7
+    labels_TE = torch.arange(EXAMPLES).expand(TASKS, EXAMPLES) % 3
+    ready = Autograd(net).prepare(normal(TASKS, EXAMPLES, *shape), labels_TE)
+    gradient = ready.gradient(fast, NormPass({}, {}, 0), keep=True)
     direction = {name: normal(*weight.shape) for name, weight in fast.items()}
-    one, two = (derivatives.product(tape, direction)[0] for _ in range(2))
+    one, two = (gradient.product(direction)[0] for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in fast)
     before, after = (
         {name: weight + sign * length * direction[name] for name, weight in fast.items()} for sign in (-1, 1)
     )
-    before, after = (derivatives.gradient(at, ready, NormPass({}, {}, 0)).fast for at in (before, after))
+    before, after = (ready.gradient(at, NormPass({}, {}, 0)).fast for at in (before, after))
     differences = {name: (after[name] - before[name]) / (2 * length) for name in fast}
     assert_close(one, differences, tolerance=1e-5)
 
@@ -362,14 +363,14 @@ def test_norm_weights_that_are_adapted_have_autograds_gradient_by_hand(way, acti
     found = []
     for derivatives in both:
         ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-        found.append(derivatives.gradient(fast, ready, NormPass({}, {}, 0)))
+        found.append(ready.gradient(fast, NormPass({}, {}, 0)))
     assert found[0].norm == found[1].norm == {}
     assert_close(found[1].fast, found[0].fast)
     assert torch.allclose(found[1].logits_TEN, found[0].logits_TEN, rtol=1e-9, atol=1e-11)
     ready = both[1].prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-    tape = both[1].gradient(fast, ready, NormPass({}, {}, 0), keep=True).tape
+    gradient = ready.gradient(fast, NormPass({}, {}, 0), keep=True)
     with pytest.raises(AssertionError, match="second derivatives by an adapted norm"):
-        both[1].product(tape, directions[0])
+        gradient.product(directions[0])
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
@@ -391,11 +392,9 @@ def test_features_by_hand_are_autograds_and_so_is_the_way_back(way, adapted_norm
     for derivatives in both:
         norm = NormPass(rows, running, 0, statistics, along or 0)
         ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along)
-        f_TEF, tape = derivatives.features(body, ready, norm)
+        f_TEF, tape = ready.features(body, norm)
         assert not f_TEF.requires_grad
-        back = (
-            derivatives.back_through(tape, normal(*f_TEF.shape)) if statistics is Statistics.OWN else ({}, {})
-        )
+        back = tape.back_through(normal(*f_TEF.shape)) if statistics is Statistics.OWN else ({}, {})
         found.append((f_TEF, *back))
     assert torch.allclose(found[1][0], found[0][0], rtol=1e-9, atol=1e-11)
     assert_close(found[1][1], found[0][1])

@@ -6,8 +6,8 @@ import torch
 from helpers.engine_cases import build_uneven, random_episodes, small_config
 from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
+from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
-from mamlctl.engine.derivatives.interface import Autograd
 from mamlctl.engine.kernels import c_block
 from mamlctl.engine.nets.batch_norm import accumulate
 

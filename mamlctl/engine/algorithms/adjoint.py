@@ -1,4 +1,4 @@
-"""The meta-gradient without an unrolled graph: walk back through the inner steps with the adjoint.
+"""MAML's meta-gradient without an unrolled graph: walk back through the inner steps with the adjoint.
 
 With p the gradient of the meta-loss by the fast weights after a step, g the support gradient that made the
 step and H the support loss's Hessian in front of it:
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, counts
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, enters_meta_loss
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
 from mamlctl.engine.derivatives.selection import select_derivatives
+from mamlctl.engine.evaluation.measured_loop import InnerLoop
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import NormPass, Params
+from mamlctl.engine.nets.batch_norm import Params
 
 # Inner steps, counted from the last, whose passes are kept for the Hessian-vector products; earlier ones are
 # made again, at 3 of 15 units of a step's convolutions. So memory stops growing after these.
@@ -32,7 +33,7 @@ KEPT = 5
 
 
 @dataclass
-class _Step:
+class _Point:
     """What stays of an inner step until the walk back."""
 
     fast: Params  # before the step
@@ -43,7 +44,7 @@ def adjoint(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: MetaStepRequest,
+    request: MetaStepRequest,
     *,
     derivatives: Derivatives | None = None,
 ) -> MetaStepResult:
@@ -51,112 +52,83 @@ def adjoint(
 
     `derivatives`: other than the fastest ones for the net.
     """
-    steps, weights = ask.inner_steps, ask.msl_weights
+    steps, weights = request.inner_steps, request.msl_weights
     with torch.no_grad():
         derivatives = derivatives or select_derivatives(net, episodes.support_x_TECHW)
-        walk = AdjointPass(derivatives, state, episodes, ask.first_order)
+        walk = AdjointPass(derivatives, state, episodes, first_order=request.first_order)
         for step in range(steps):
-            if ask.measure_all and not (step and counts(weights[step - 1])):
-                walk.look(step)
-            walk.forward(step, last=step >= steps - KEPT)
-        if ask.measure_all and not counts(weights[-1]):
-            walk.look(steps)
-        for step in range(steps - 1, -1, -1):
-            if counts(weights[step]):
-                walk.weigh(step, weights[step])
-            walk.back(step)
-        return walk.measured()
+            if request.measure_all and not (step and enters_meta_loss(weights[step - 1])):
+                walk.record_query_loss(step)
+            walk.inner_step(step, keep=step >= steps - KEPT)
+        if request.measure_all and not enters_meta_loss(weights[-1]):
+            walk.record_query_loss(steps)
+        for step in reversed(range(steps)):
+            if enters_meta_loss(weights[step]):
+                walk.add_query_gradient(step, weights[step])
+            walk.step_back(step)
+        return walk.result()
 
 
-class AdjointPass:
+class AdjointPass(InnerLoop):
     """Forward through the inner steps and back, all tasks of the episodes at once."""
 
     def __init__(
-        self, derivatives: Derivatives, state: MetaState, episodes: Episodes, first_order: bool
+        self, derivatives: Derivatives, state: MetaState, episodes: Episodes, *, first_order: bool
     ) -> None:
-        self.derivatives, self.state, self.first_order = derivatives, state, first_order
-        self.support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-        self.query = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE)
-        self.query_y_TE, self.tasks = episodes.query_y_TE, len(episodes.query_y_TE)
-        self.fast = {name: weight.expand(self.tasks, *weight.shape) for name, weight in state.slow.items()}
-        self.p = {name: torch.zeros_like(weight) for name, weight in self.fast.items()}
-        self.steps: list[_Step] = []
+        super().__init__(derivatives, state, episodes)
+        self.first_order, self.tasks = first_order, len(episodes.query_y_TE)
+        self.adjoint = {name: torch.zeros_like(weight) for name, weight in self.fast.items()}
         self.grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
         self.meta_loss = episodes.support_x_TECHW.new_zeros(())
-        self.support_losses: list[Tensor] = []
-        self.query_losses: dict[int, Tensor] = {}
-        self.scores: dict[int, Tensor] = {}
-        self.passes: list[NormPass] = []
+        self._points: list[_Point] = []
 
-    def forward(self, step: int, *, last: bool) -> None:
-        """One inner step on the support set; what the walk back asks for is kept of the last ones."""
-        norm = self._norm(step)
-        found = self.derivatives.gradient(self.fast, self.support, norm, keep=last and not self.first_order)
-        self.passes.append(norm)
-        self.support_losses.append(found.loss_T.mean())
-        self.steps.append(_Step(self.fast, found if last or self.first_order else None))
-        self.fast = self.state.stepped(self.fast, found.fast, step)
+    def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
+        """One inner step on the support set; `keep` what the walk back needs of it."""
+        before = self.fast
+        gradient = super().inner_step(step, keep=keep and not self.first_order)
+        # In first order there are no products, and each step's gradient alone is small enough to be kept.
+        self._points.append(_Point(before, gradient if keep or self.first_order else None))
+        return gradient
 
-    def weigh(self, step: int, weight: float | Tensor) -> None:
-        """Add the query loss after a step, and its gradient by the weights there, to what p holds."""
-        norm = self._norm(step)
-        found = self.derivatives.gradient(self.fast, self.query, norm)
-        self.passes.append(norm)
+    def add_query_gradient(self, step: int, weight: float | Tensor) -> None:
+        """Add the weighted query loss after a step to the meta-loss, and its gradients to the adjoint."""
+        query = self.query_gradient(step + 1)
         share = weight / self.tasks
-        self.p = {name: p + found.fast[name] * share for name, p in self.p.items()}
-        for name, grad in found.norm.items():
-            self._at_row(name, step).add_(grad * share)
-        loss = found.loss_T.mean()
-        self.meta_loss = self.meta_loss + weight * loss
-        self._note(step + 1, loss, found.logits_TEN)
+        self.adjoint = {name: p + query.fast[name] * share for name, p in self.adjoint.items()}
+        for name, grad in query.norm.items():
+            self._gradient_row(name, step).add_(grad * share)
+        self.meta_loss = self.meta_loss + weight * self.measurements.query_losses[step + 1]
 
-    def look(self, steps: int) -> None:
-        """The query loss after some steps, which is only measured."""
-        logits_TEN = self.derivatives.logits(self.fast, self.query, self._norm(max(steps - 1, 0)))
-        self._note(steps, self.derivatives.net.objective.loss(logits_TEN, self.query_y_TE).mean(), logits_TEN)
-
-    def back(self, step: int) -> None:
-        """From p after a step to p before it."""
-        taken = self.steps.pop()
-        found, self.fast = taken.gradient, taken.fast
-        if found is None:
-            found = self.derivatives.gradient(self.fast, self.support, self._norm(step), keep=True)
+    def step_back(self, step: int) -> None:
+        """From the adjoint after a step to the adjoint before it."""
+        point = self._points.pop()
+        self.fast, support = point.fast, point.gradient
+        if support is None:
+            support = self.support_gradient(self.state.norm_pass(step), keep=True)
         if self.state.rates_learnt:
+            # By the rate: -<p, g>, summed over whatever shares a rate.
             for name in self.state.rates:
-                grad = self._at_row(f"{RATE}{name}", step)
-                grad.sub_((self.p[name] * found.fast[name]).sum_to_size(grad.shape))
+                grad = self._gradient_row(f"{RATE}{name}", step)
+                grad.sub_((self.adjoint[name] * support.fast[name]).sum_to_size(grad.shape))
         if self.first_order:
             return
+        # What is not adapted has no rate: its direction is 0.
         direction = {
             name: p * self.state.rate(name, step) if name in self.state.rates else torch.zeros_like(p)
-            for name, p in self.p.items()
+            for name, p in self.adjoint.items()
         }
-        products, by_norm = self.derivatives.product(found.tape, direction)
-        self.p = {name: p - products[name] for name, p in self.p.items()}
-        for name, grad in by_norm.items():
-            self._at_row(name, step).sub_(grad)
+        products, mixed = support.product(direction)
+        self.adjoint = {name: p - products[name] for name, p in self.adjoint.items()}
+        for name, grad in mixed.items():
+            self._gradient_row(name, step).sub_(grad)
 
-    def measured(self) -> MetaStepResult:
-        """Everything, once the walk is back at the initialisation."""
-        for name, p in self.p.items():
+    def result(self) -> MetaStepResult:
+        """Everything, once the walk is back at the initialisation, which all tasks share."""
+        for name, p in self.adjoint.items():
             self.grads[name].add_(p.sum(0))
-        return MetaStepResult(
-            self.grads,
-            self.meta_loss,
-            torch.stack(self.support_losses),
-            dict(sorted(self.query_losses.items())),
-            dict(sorted(self.scores.items())),
-            self.passes,
-        )
+        return MetaStepResult.of(self.measurements, self.grads, self.meta_loss)
 
-    def _norm(self, step: int) -> NormPass:
-        return NormPass(self.state.norm, self.state.running, step)
-
-    def _at_row(self, name: str, step: int) -> Tensor:
+    def _gradient_row(self, name: str, step: int) -> Tensor:
         """The gradient of a step's norm row or rate, to be changed in place."""
         grad = self.grads[name]
         return grad[min(step, len(grad) - 1)]
-
-    def _note(self, steps: int, loss: Tensor, logits_TEN: Tensor) -> None:
-        self.query_losses[steps] = loss
-        self.scores[steps] = self.derivatives.net.objective.score(logits_TEN, self.query_y_TE).mean()

@@ -1,4 +1,11 @@
-"""ANIL: the inner loop changes the head alone."""
+"""ANIL: the inner loop changes the head alone.
+
+Raghu, Raghu, Bengio & Vinyals 2020 (arXiv:1909.09157), section 4: MAML in which only the last layer h adapts,
+
+    h_{k+1} = h_k - a_k grad_h L_support(h_k; features)
+
+So a set passes the body once forward and once backward, and what is unrolled is a linear layer.
+"""
 
 from __future__ import annotations
 
@@ -9,83 +16,71 @@ from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, unroll
+from mamlctl.engine.derivatives.interface import BodyTape
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.prediction import (
-    body_of,
-    expanded,
-    head_state,
-)
-from mamlctl.engine.inner_loop import RATE, MetaState
-from mamlctl.engine.nets.base import HEAD, HeadNet, Net
+from mamlctl.engine.inner_loop import RATE, MetaState, expanded
+from mamlctl.engine.nets.base import HEAD, HeadNet, Net, body_of
 from mamlctl.engine.nets.batch_norm import NormPass
 
 
 def anil(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    ask: MetaStepRequest,
-    *,
-    engine: str,
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
 ) -> MetaStepResult:
-    """ANIL (Raghu et al. 2020, arXiv:1909.09157): the inner loop changes the head alone.
+    """MAML's meta-gradient of the head, and an ordinary gradient of the body behind it.
 
-    So the body is passed once forward and once backward a set, and what is unrolled is a linear layer.
-    Arguments are those of `meta_gradient.unrolled`.
+    Args:
+        net, state, episodes, request: as in `meta_gradient.unrolled`.
+        engine: "plain" for torch's own derivatives.
     """
-    body = _Bodies(net, state, episodes, engine)
+    body = BodyFeatures(net, state, episodes, engine)
     with torch.enable_grad():
-        learnt = {
-            name: tensor
-            for name, tensor in state.learnable().items()
-            if name in HEAD or name.startswith(RATE)
-        }
-        found = unroll(
-            HeadNet(net.outputs, net.objective),
-            head_state(state),
-            body.as_episodes(),
-            ask,
-        )
-        wanted = [*learnt.values(), *body.features]
-        grads = torch.autograd.grad(found.meta_loss, wanted, materialize_grads=True)
-    found.passes = body.passes  # the head has no norm
-    return found.measured(body.back(state, grads[len(learnt) :]) | dict(zip(learnt, grads, strict=False)))
+        learnable = state.learnable()
+        learnt = {name: learnable[name] for name in learnable if name in HEAD or name.startswith(RATE)}
+        head = HeadNet(net.outputs, net.objective)
+        measurements, meta_loss = unroll(head, state.head_alone(), body.as_episodes(), request)
+        grads = torch.autograd.grad(meta_loss, [*learnt.values(), *body.features], materialize_grads=True)
+    measurements.norm_passes = body.norm_passes  # the head has no norm
+    by_body = body.back_through(state, grads[len(learnt) :])
+    return MetaStepResult.of(measurements, by_body | dict(zip(learnt, grads, strict=False)), meta_loss)
 
 
-class _Bodies:
+class BodyFeatures:
     """The features of both sets of every task, and the way back from their gradients."""
 
     def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: str) -> None:
-        self.derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
-        self.episodes, self.tasks = episodes, len(episodes.support_y_TE)
-        self.passes: list[NormPass] = []
-        self.tapes = []
-        self.features: list[Tensor] = []
+        self.episodes = episodes
+        self.features: list[Tensor] = []  # f_TEF of the support set and of the query set
+        self.norm_passes: list[NormPass] = []
+        self._tapes: list[BodyTape] = []
+        derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
         with torch.no_grad():
-            slow = expanded(body_of(state.slow), self.tasks)
+            slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
             for x_TECHW, y_TE in (
                 (episodes.support_x_TECHW, episodes.support_y_TE),
                 (episodes.query_x_TECHW, episodes.query_y_TE),
             ):
-                norm = NormPass(state.norm, state.running, 0)
-                f_TEF, tape = self.derivatives.features(slow, self.derivatives.prepare(x_TECHW, y_TE), norm)
+                norm = state.norm_pass(0)
+                f_TEF, tape = derivatives.prepare(x_TECHW, y_TE).features(slow, norm)
                 self.features.append(f_TEF.requires_grad_())
-                self.tapes.append(tape)
-                self.passes.append(norm)
+                self._tapes.append(tape)
+                self.norm_passes.append(norm)
 
     def as_episodes(self) -> Episodes:
         """The tasks with features for images."""
         support, query = self.features
         return Episodes(support, self.episodes.support_y_TE, query, self.episodes.query_y_TE)
 
-    def back(self, state: MetaState, by_features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Gradients of the body's weights and the norm, summed over tasks and sets."""
+    def back_through(self, state: MetaState, by_features: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gradients of the body's weights and the norm, summed over tasks and sets.
+
+        `by_features`: the gradients by `features`, one of each set.
+        """
         grads = {
             name: torch.zeros_like(weight) for name, weight in (body_of(state.slow) | state.norm).items()
         }
         with torch.no_grad():
-            for tape, g_TEF in zip(self.tapes, by_features, strict=True):
-                by_body, by_norm = self.derivatives.back_through(tape, g_TEF)
+            for tape, g_TEF in zip(self._tapes, by_features, strict=True):
+                by_body, by_norm = tape.back_through(g_TEF)
                 for name, grad in by_body.items():
                     grads[name] += grad.sum(0)
                 for name, grad in by_norm.items():

@@ -1,4 +1,18 @@
-"""iMAML: the implicit gradient at the inner loop's end."""
+"""iMAML: the implicit gradient at the inner loop's end.
+
+Rajeswaran, Finn, Kakade & Levine 2019 (arXiv:1909.04630). The inner loop minimises, by equation 3,
+
+    support loss + proximal / 2 |w - w0|^2
+
+At the minimum the implicit function theorem gives, with H the support loss's Hessian there and v solving
+(H + proximal) v = gradient of the query loss (lemma 1),
+
+    by the slow weights   proximal v
+    by the norm and all that is not adapted   the query's own gradient - (mixed second derivative) v
+
+v comes from `cg_steps` of conjugate gradient, a Hessian-vector product each, for all tasks at once. Memory
+does not depend on the number of inner steps.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +22,12 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.measured_loop import _InnerLoop
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
+from mamlctl.engine.evaluation.measured_loop import InnerLoop
 from mamlctl.engine.inner_loop import MetaState, pulled
 from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import NormPass, Params
+from mamlctl.engine.nets.batch_norm import Params
 
 
 @torch.no_grad()
@@ -21,48 +35,43 @@ def imaml(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: MetaStepRequest,
+    request: MetaStepRequest,
     *,
     engine: str,
     proximal: float,
     cg_steps: int,
 ) -> MetaStepResult:
-    """iMAML (Rajeswaran et al. 2019, arXiv:1909.04630): the meta-gradient at the inner loop's end alone.
+    """The meta-gradient at the inner loop's end alone.
 
-    At a minimum of support loss + proximal / 2 |w - w0|^2 the implicit function theorem gives, with H the
-    support loss's Hessian there and v solving (H + proximal) v = gradient of the query loss,
-
-        by the slow weights   proximal v
-        by the norm and all that is not adapted   the query's own gradient - (mixed second derivative) v
-
-    v comes from `cg_steps` of conjugate gradient, a Hessian-vector product each, for all tasks at once.
-    Memory does not depend on the number of inner steps.
+    Args:
+        net, state, episodes, request: as in `meta_gradient.unrolled`.
+        engine: "plain" for torch's own derivatives.
+        proximal: strength of the pull to the initialisation; lambda in the paper.
+        cg_steps: steps of conjugate gradient.
     """
-    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
-    inner = _InnerLoop(derivatives, state, episodes, pulled(state, proximal))
-    for step in range(ask.inner_steps):
-        if ask.measure_all:
-            inner.look(step)
-        inner.step(step)
-    norm = NormPass(state.norm, state.running, 0)
-    support = derivatives.gradient(inner.fast, inner.support, norm, keep=True)
-    query = inner.weigh(ask.inner_steps)
+    loop = InnerLoop(
+        select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, pulled(state, proximal)
+    )
+    loop.run(request.inner_steps, measure_all=request.measure_all)
+    support = loop.support_gradient(state.norm_pass(0), keep=True)
+    query = loop.query_gradient(request.inner_steps)
+    # Of what is not adapted the direction is 0.
     still = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}
 
     def pulled_product(direction: Params) -> Params:
-        products, _ = derivatives.product(support.tape, direction | still)
+        """(H + proximal) times a direction of what is adapted."""
+        products, _ = support.product(direction | still)
         return {name: products[name] + proximal * part for name, part in direction.items()}
 
-    wanted = {name: query.fast[name] for name in state.rates}
-    solved = conjugate_gradient(pulled_product, wanted, cg_steps)
-    products, mixed = derivatives.product(support.tape, solved | still)
-    tasks = len(episodes.query_y_TE)
+    adapted_grads = {name: query.fast[name] for name in state.rates}
+    solved = conjugate_gradient(pulled_product, adapted_grads, cg_steps)
+    products, mixed = support.product(solved | still)
     grads = {name: proximal * v.mean(0) for name, v in solved.items()}
     grads |= {name: (query.fast[name] - products[name]).mean(0) for name in still}
     for name, rows_RC in state.norm.items():
         grads[name] = torch.zeros_like(rows_RC)
-        grads[name][0] = (query.norm[name] - mixed[name]) / tasks
-    return inner.measured(grads, {})
+        grads[name][0] = (query.norm[name] - mixed[name]) / len(episodes.query_y_TE)
+    return MetaStepResult.of(loop.measurements, grads, loop.measurements.query_losses[request.inner_steps])
 
 
 def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
@@ -75,6 +84,7 @@ def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: in
     residual, direction = dict(b), dict(b)
     squared_T = _dots(residual, residual)
     for _ in range(steps):
+        # The step along the direction that leaves no residual along it.
         along = product(direction)
         curvature_T = _dots(direction, along)
         good_T = (curvature_T > 0) & (squared_T > 0)

@@ -1,4 +1,13 @@
-"""Meta-gradients: how the query losses after the inner loop become gradients of what is meta-learnt."""
+"""MAML's meta-gradient by plain double backward, and what every algorithm's meta-gradient is asked for.
+
+Equation 1 of Finn, Abbeel & Levine 2017 (arXiv:1703.03400), with the multi-step loss of Antoniou et al. 2019
+(arXiv:1810.09502, section 4): with w_0 the slow weights, a_k the inner rates and v_k the weights of MSL,
+
+    w_{k+1} = w_k - a_k grad L_support(w_k)        meta-loss = mean over tasks of  sum_k v_k L_query(w_k)
+
+and the meta-gradient is its derivative by w_0, the a_k and the rows of batch norm. In first order the support
+gradients count as constants.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +19,21 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.inner_loop import MetaState, adapt, query_logits
+from mamlctl.engine.inner_loop import Measurements, MetaState, adapt, query_logits
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, Params
+
+
+@dataclass(frozen=True)
+class MetaStepRequest:
+    """What a meta-step is to find out."""
+
+    inner_steps: int
+    # Of the query loss after step 1..I. A weight of 0 costs no training pass; a tensor counts whatever its
+    # value, so that nobody has to ask the device.
+    msl_weights: Sequence[float | Tensor]
+    first_order: bool
+    measure_all: bool  # also measure the query losses that have no weight, without a graph
 
 
 @dataclass(frozen=True)
@@ -27,86 +48,79 @@ class MetaStepResult:
     norm_passes: list[NormPass]  # those that training made, whose statistics accumulate
     moments: Params = field(default_factory=dict)  # what the inner Adam hands on, like MetaState.moments
 
-
-def counts(weight: float | Tensor) -> bool:
-    """Whether a query loss of this weight is part of the meta-loss."""
-    return isinstance(weight, Tensor) or weight != 0
-
-
-@dataclass(frozen=True)
-class MetaStepRequest:
-    """What a meta-step is to find out."""
-
-    inner_steps: int
-    msl_weights: Sequence[
-        float | Tensor
-    ]  # of the query loss after step 1..I; a weight of 0 costs no training
-    # pass, a tensor counts whatever its value, so that nobody has to ask the device
-    first_order: bool
-    measure_all: bool  # also measure the query losses that have no weight, without a graph
+    @classmethod
+    def of(
+        cls,
+        measurements: Measurements,
+        grads: dict[str, Tensor],
+        meta_loss: Tensor,
+        moments: Params | None = None,
+    ) -> MetaStepResult:
+        """What was measured along an inner loop, with the gradients of what is meta-learnt."""
+        losses = measurements.support_losses
+        return cls(
+            grads,
+            meta_loss.detach(),
+            torch.stack(losses) if losses else meta_loss.new_zeros(0),
+            dict(sorted(measurements.query_losses.items())),
+            dict(sorted(measurements.query_scores.items())),
+            measurements.norm_passes,
+            moments or {},
+        )
 
 
 class Outer(Protocol):
     """How query losses become gradients of what is meta-learnt; one of these is an algorithm's heart."""
 
     def __call__(
-        self, net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest
+        self, net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest
     ) -> MetaStepResult:
         """One meta-batch. Weights and order mean nothing to those that do not unroll the inner loop."""
 
 
-@dataclass
-class Unrolled:
-    """An inner loop with its graph, and the query losses along it."""
-
-    meta_loss: Tensor
-    support_losses: list[Tensor] = field(default_factory=list)
-    query_losses: dict[int, Tensor] = field(default_factory=dict)
-    query_scores: dict[int, Tensor] = field(default_factory=dict)
-    passes: list[NormPass] = field(default_factory=list)
-
-    def measured(self, grads: dict[str, Tensor]) -> MetaStepResult:
-        """With the gradients of what is meta-learnt."""
-        losses = torch.stack(self.support_losses)
-        found = self.query_losses, self.query_scores, self.passes
-        return MetaStepResult(grads, self.meta_loss.detach(), losses, *found)
+def enters_meta_loss(weight: float | Tensor) -> bool:
+    """Whether a query loss of this weight is part of the meta-loss."""
+    return isinstance(weight, Tensor) or weight != 0
 
 
-def unrolled(net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest) -> MetaStepResult:
-    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to."""
+def unrolled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
+    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to.
+
+    Args:
+        net: the network, as a function of its weights.
+        state: the slow weights, norm rows and rates; the learnable ones require gradients.
+        episodes: a meta-batch of T tasks.
+        request: inner steps, weights of the query losses, order, and what to measure besides.
+
+    Returns:
+        Gradients of the mean over tasks, like MetaState.learnable(), and what was measured on the way.
+    """
     learnable = state.learnable()
-    found = unroll(net, state, episodes, ask)
-    grads = torch.autograd.grad(found.meta_loss, list(learnable.values()), materialize_grads=True)
-    return found.measured(dict(zip(learnable, grads, strict=True)))
+    measurements, meta_loss = unroll(net, state, episodes, request)
+    grads = torch.autograd.grad(meta_loss, list(learnable.values()), materialize_grads=True)
+    return MetaStepResult.of(measurements, dict(zip(learnable, grads, strict=True)), meta_loss)
 
 
-def unroll(net: Net, state: MetaState, episodes: Episodes, ask: MetaStepRequest) -> Unrolled:
-    """The inner loop and the meta-loss, to be differentiated."""
-    found = Unrolled(episodes.support_x_TECHW.new_zeros(()))
-    weights: tuple[float | Tensor, ...] = (0.0, *ask.msl_weights)
+def unroll(
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest
+) -> tuple[Measurements, Tensor]:
+    """What is measured along the inner loop, and the meta-loss, to be differentiated."""
+    measurements = Measurements(net.objective)
+    meta_loss = episodes.support_x_TECHW.new_zeros(())
+    # Before the first step the query loss is measured only.
+    weights: tuple[float | Tensor, ...] = (0.0, *request.msl_weights)
     support = episodes.support_x_TECHW, episodes.support_y_TE
-    for point in adapt(net, state, *support, steps=ask.inner_steps, first_order=ask.first_order):
+    for point in adapt(net, state, *support, steps=request.inner_steps, first_order=request.first_order):
         if point.support_loss_T is not None and point.norm is not None:
-            found.support_losses.append(point.support_loss_T.mean())
-            found.passes.append(point.norm)
+            measurements.add_support(point.support_loss_T, point.norm)
         weight = weights[point.steps]
-        counted = counts(weight)
-        if not (counted or ask.measure_all):
+        counted = enters_meta_loss(weight)
+        if not (counted or request.measure_all):
             continue
         with torch.set_grad_enabled(counted):
             outputs_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
-            loss = net.objective.loss(outputs_TEN, episodes.query_y_TE).mean()
+            loss = measurements.add_query(point.steps, outputs_TEN, episodes.query_y_TE)
         if counted:
-            found.meta_loss = found.meta_loss + weight * loss
-            found.passes.append(norm)
-        found.query_losses[point.steps] = loss.detach()
-        score_T = net.objective.score(outputs_TEN.detach(), episodes.query_y_TE)
-        found.query_scores[point.steps] = score_T.mean()
-    return found
-
-
-def _without_steps(
-    grads: dict[str, Tensor], loss: Tensor, score: Tensor, passes: list[NormPass]
-) -> MetaStepResult:
-    """Of an algorithm that trains without an inner loop: a loss after 0 steps."""
-    return MetaStepResult(grads, loss, loss.new_zeros(0), {0: loss}, {0: score}, passes)
+            meta_loss = meta_loss + weight * loss
+            measurements.norm_passes.append(norm)
+    return measurements, meta_loss

@@ -1,4 +1,14 @@
-"""Supervised pre-training on all classes, and no training at all."""
+"""The methods without meta-learning: one network for all training classes, or a random start.
+
+Pre-training minimises the cross-entropy over all classes of the training split,
+
+    mean over examples of  -log p(class | x)
+
+(of curves the squared error of all at once), each meta-batch being one batch of examples. On a test task
+`transfer` fine-tunes these weights with a new head of zeros (the baseline of Chen et al. 2019,
+arXiv:1904.04232), and `nearest` takes the class of the support example with the nearest features (that of
+Vinyals et al. 2016, arXiv:1606.04080). `scratch` fine-tunes the random start.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +18,51 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, _without_steps
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.prediction import adapted, comparable_features, expanded, nearest_distances
-from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net
-from mamlctl.engine.nets.batch_norm import NormPass, Statistics
+from mamlctl.engine.evaluation.prediction import adapted, comparable_features, nearest_distances, zero_head
+from mamlctl.engine.inner_loop import Measurements, MetaState, expanded
+from mamlctl.engine.nets.base import CLASSIFICATION, Net
+from mamlctl.engine.nets.batch_norm import Statistics
 
 
 @torch.no_grad()
 def pretraining(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    ask: MetaStepRequest,
-    *,
-    engine: str,
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
 ) -> MetaStepResult:
-    """Pre-training: one network on all classes (or curves) at once, each meta-batch one batch of examples."""
+    """The gradient of one network on both sets of all tasks, as a loss after 0 inner steps.
+
+    Args:
+        net, state, episodes, request: as in `meta_gradient.unrolled`.
+        engine: "plain" for torch's own derivatives.
+    """
+    # All examples are one set of one task: M of them.
     x_1MCHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1).unsqueeze(0)
     y_TE = torch.cat([episodes.support_y_TE, episodes.query_y_TE], 1)
     if episodes.class_TN is not None:
+        # From positions in a task to classes of the split.
         y_TE = episodes.class_TN.gather(1, y_TE)
     y_1M = y_TE.reshape(1, -1)
-    derivatives = select_derivatives(net, x_1MCHW, engine)
-    norm = NormPass(state.norm, state.running, 0)
-    found = derivatives.gradient(expanded(state.slow, 1), derivatives.prepare(x_1MCHW, y_1M), norm)
-    score = net.objective.score(found.logits_TEN, y_1M).mean()
-    grads = {name: grad[0] for name, grad in found.fast.items()}
-    grads |= {name: grad.unsqueeze(0) for name, grad in found.norm.items()}
-    return _without_steps(grads, found.loss_T.mean(), score, [norm])
+    norm = state.norm_pass(0)
+    prepared = select_derivatives(net, x_1MCHW, engine).prepare(x_1MCHW, y_1M)
+    gradient = prepared.gradient(expanded(state.slow, 1), norm)
+    grads = {name: grad[0] for name, grad in gradient.fast.items()}
+    grads |= {name: grad.unsqueeze(0) for name, grad in gradient.norm.items()}
+    measurements = Measurements(net.objective, norm_passes=[norm])
+    loss = measurements.add_query(0, gradient.logits_TEN, y_1M, gradient.loss_T)
+    return MetaStepResult.of(measurements, grads, loss)
 
 
 @torch.no_grad()
-def no_training(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    ask: MetaStepRequest,
-) -> MetaStepResult:
-    """Nothing is learnt: the loss of the random start, and gradients of 0."""
-    norm = NormPass(state.norm, state.running, 0)
-    tasks = len(episodes.query_y_TE)
-    outputs_TEN = net(expanded(state.slow, tasks), episodes.query_x_TECHW, norm)
-    loss = net.objective.loss(outputs_TEN, episodes.query_y_TE).mean()
-    score = net.objective.score(outputs_TEN, episodes.query_y_TE).mean()
+def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
+    """The loss of the random start, and gradients of 0: nothing is learnt."""
+    norm = state.norm_pass(0)
+    outputs_TEN = net(expanded(state.slow, len(episodes.query_y_TE)), episodes.query_x_TECHW, norm)
+    measurements = Measurements(net.objective, norm_passes=[norm])
+    loss = measurements.add_query(0, outputs_TEN, episodes.query_y_TE)
     grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
-    return _without_steps(grads, loss, score, [norm])
+    return MetaStepResult.of(measurements, grads, loss)
 
 
 def fine_tuned(
@@ -69,9 +76,7 @@ def fine_tuned(
     """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
     net, slow = derivatives.net, state.slow
     if net.objective is CLASSIFICATION:
-        weight = slow["linear.weight"]
-        zeros = weight.new_zeros(net.outputs, weight.shape[1]), weight.new_zeros(net.outputs)
-        slow = slow | dict(zip(HEAD, zeros, strict=True))
+        slow = slow | zero_head(slow, net.outputs)
     return adapted(
         derivatives, replace(state, slow=slow), episodes, inner_steps=inner_steps, statistics=statistics
     )
@@ -85,7 +90,7 @@ def by_neighbours(
     inner_steps: int,
     statistics: Statistics,
 ) -> Tensor:
-    """The class of the nearest support example, Euclidean in the features."""
+    """Predict the class of the nearest support example, Euclidean in the features -> outputs_1TEN."""
     support_TEF, query_TEF = comparable_features(derivatives, state, episodes, statistics)
     distances_TEN = nearest_distances(query_TEF, support_TEF, episodes.support_y_TE, derivatives.net.outputs)
     return -distances_TEN.unsqueeze(0)

@@ -1,4 +1,12 @@
-"""Prototypical networks: the nearest class mean in learnt features."""
+"""Prototypical networks: the nearest class mean in learnt features.
+
+Snell, Swersky & Zemel 2017 (arXiv:1703.05175), equations 1 and 2: with f the features and c_n the mean of f
+over the support examples of class n,
+
+    p(class n | x) = softmax over n of  -|f(x) - c_n|^2
+
+There is no inner loop: the meta-gradient is the ordinary one of the query set's cross-entropy.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +14,32 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.anil import _Bodies
-from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, _without_steps
+from mamlctl.engine.algorithms.anil import BodyFeatures
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.evaluation.prediction import class_distances, comparable_features, prototypes
-from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.inner_loop import Measurements, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Statistics
 
 
 def protonet(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    ask: MetaStepRequest,
-    *,
-    engine: str,
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
 ) -> MetaStepResult:
-    """Prototypical networks (Snell et al. 2017, arXiv:1703.05175): no inner loop, one ordinary gradient."""
-    body = _Bodies(net, state, episodes, engine)
+    """The gradient of the query loss, as a loss after 0 inner steps.
+
+    Args:
+        net, state, episodes, request: as in `meta_gradient.unrolled`.
+        engine: "plain" for torch's own derivatives.
+    """
+    body = BodyFeatures(net, state, episodes, engine)
+    measurements = Measurements(net.objective, norm_passes=body.norm_passes)
     with torch.enable_grad():
         support_TEF, query_TEF = body.features
         logits_TEN = -class_distances(query_TEF, prototypes(support_TEF, episodes.support_y_TE, net.outputs))
-        loss = net.objective.loss(logits_TEN, episodes.query_y_TE).mean()
+        loss = measurements.add_query(0, logits_TEN, episodes.query_y_TE)
         grads = torch.autograd.grad(loss, body.features)
-    score = net.objective.score(logits_TEN.detach(), episodes.query_y_TE).mean()
-    return _without_steps(body.back(state, grads), loss.detach(), score, body.passes)
+    return MetaStepResult.of(measurements, body.back_through(state, grads), loss)
 
 
 def by_prototypes(
@@ -42,7 +50,7 @@ def by_prototypes(
     inner_steps: int,
     statistics: Statistics,
 ) -> Tensor:
-    """The class of the nearest prototype (Snell et al. 2017)."""
+    """Predict the class of the nearest prototype -> outputs_1TEN, whatever the inner steps."""
     support_TEF, query_TEF = comparable_features(derivatives, state, episodes, statistics)
     prototypes_TNF = prototypes(support_TEF, episodes.support_y_TE, derivatives.net.outputs)
     return -class_distances(query_TEF, prototypes_TNF).unsqueeze(0)

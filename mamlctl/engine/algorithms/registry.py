@@ -70,8 +70,9 @@ def _protonet(config: TrainConfig) -> Outer:
 
 def _adapted(config: TrainConfig) -> Predict:
     from mamlctl.engine.evaluation.prediction import adapted
+    from mamlctl.engine.inner_loop import InnerRule
 
-    return partial(adapted, proximal=config.proximal, inner_optimizer=config.inner_optimizer)
+    return partial(adapted, rule=InnerRule(config.proximal, config.inner_optimizer))
 
 
 def _fine_tuned(config: TrainConfig) -> Predict:

@@ -1,13 +1,21 @@
-"""Reptile: interpolation towards the adapted weights."""
+"""Reptile: interpolation towards the adapted weights.
+
+Algorithm 2 of Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): with w_I a task's weights after its inner
+loop,
+
+    w0 = w0 + e mean over tasks of (w_I - w0)
+
+So the gradient is w0 - mean w_I, and the outer step one of SGD with rate e.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.measured_loop import _InnerLoop
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
+from mamlctl.engine.evaluation.measured_loop import InnerLoop
 from mamlctl.engine.inner_loop import AdamSteps, MetaState
 from mamlctl.engine.nets.base import Net
 
@@ -17,24 +25,22 @@ def reptile(
     net: Net,
     state: MetaState,
     episodes: Episodes,
-    ask: MetaStepRequest,
+    request: MetaStepRequest,
     *,
     engine: str,
     inner_optimizer: str,
 ) -> MetaStepResult:
-    """Reptile (Nichol et al. 2018, arXiv:1803.02999): the way back from the tasks' adapted weights.
+    """The way back from the tasks' adapted weights; the query set is only measured.
 
-    So that an outer step of SGD with rate e moves the slow weights by e towards their mean. The query set is
-    only looked at.
+    Args:
+        net, state, episodes, request: as in `meta_gradient.unrolled`.
+        engine: "plain" for torch's own derivatives.
+        inner_optimizer: "adam", whose moments the result hands on, or "sgd".
     """
-    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
-    tasks = len(episodes.support_y_TE)
-    adam = AdamSteps(state, tasks) if inner_optimizer == "adam" else None
-    inner = _InnerLoop(derivatives, state, episodes, adam or state.stepped)
-    for step in range(ask.inner_steps):
-        if ask.measure_all:
-            inner.look(step)
-        inner.step(step)
-    inner.look(ask.inner_steps)
-    grads = {name: weight - inner.fast[name].mean(0) for name, weight in state.slow.items()}
-    return inner.measured(grads, {} if adam is None else adam.moments())
+    adam = AdamSteps(state, len(episodes.support_y_TE)) if inner_optimizer == "adam" else None
+    loop = InnerLoop(select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, adam)
+    loop.run(request.inner_steps, measure_all=request.measure_all)
+    loop.record_query_loss(request.inner_steps)
+    grads = {name: weight - loop.fast[name].mean(0) for name, weight in state.slow.items()}
+    loss = loop.measurements.query_losses[request.inner_steps]
+    return MetaStepResult.of(loop.measurements, grads, loss, adam.moments() if adam else None)

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mamlctl.engine.derivatives.conv4 import Conv4Derivatives, MakeBlock
-from mamlctl.engine.derivatives.interface import Autograd, Derivatives
+from mamlctl.engine.derivatives.autograd import Autograd
+from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
+from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.devices import cuda_ms
 from mamlctl.engine.kernels import c_block
-from mamlctl.engine.kernels.block import TorchTape
+from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, TorchTape
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
@@ -80,10 +81,10 @@ def faster_block(
     weight, weight_t, gamma, beta = (
         normal(tasks * channels, *size) for size in ((channels, 3, 3), (channels, 3, 3), (), ())
     )
-    settings = {"groups": tasks, "compute": compute, "given": None, "measured": None, "first": False}
+    settings = BlockSettings(groups=tasks, compute=compute, first=False)
 
     def passes(make: MakeBlock) -> list[Tensor]:
-        tape = make(x, weight, gamma, beta, **settings, extra=None)
+        tape = make(x, weight, gamma, beta, settings)
         grads = tape.backward(ga, keep=True)
         moved = tape.tangent(x_t, weight_t)
         second = tape.tangent_backward(ga)
@@ -100,8 +101,9 @@ def faster_block(
 
 def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
     """What would make a run on this machine faster, in words, or None."""
-    found = select_derivatives(net, like, engine)
-    if like.device.type == "cpu" and isinstance(found, Conv4Derivatives) and found.make_block is TorchTape:
+    derivatives = select_derivatives(net, like, engine)
+    by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
+    if like.device.type == "cpu" and by_torch:
         return "no C compiler (cc) that works: torch's operations do its part, about 1.8 times slower"
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_block.lacks_bfloat16():
         return "this processor has neither avx512_bf16 nor AMX: --precision bf16 is slower here than float32"

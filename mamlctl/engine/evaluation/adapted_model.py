@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives
-from mamlctl.engine.evaluation.prediction import body_of, fast_weights, nearest_distances, prototypes
-from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD
+from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.prediction import nearest_distances, prototypes, zero_head
+from mamlctl.engine.inner_loop import InnerRule, MetaState
+from mamlctl.engine.nets.base import HEAD, body_of
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 
 
@@ -38,14 +38,14 @@ class AdaptedModel:
 
     @torch.no_grad()
     def scores(self, x_MCHW: Tensor) -> Tensor:
-        """Class scores -> _MN; with fixed statistics each image's are its own affair."""
+        """Class scores -> _MN; with fixed statistics those of an image do not depend on the others."""
         statistics = Statistics.RUNNING if self.fixed else Statistics.OWN
         norm = NormPass(self.norm, self.fixed, 0, statistics)
         dummy_labels = torch.zeros(1, len(x_MCHW), dtype=torch.long, device=x_MCHW.device)
         prepared = self.derivatives.prepare(x_MCHW.unsqueeze(0), dummy_labels)
         if self.neighbours is None:
-            return self.derivatives.logits(self.weights, prepared, norm)[0]
-        f_TEF, _ = self.derivatives.features(self.weights, prepared, norm)
+            return prepared.logits(self.weights, norm)[0]
+        f_TEF, _ = prepared.features(self.weights, norm)
         return -nearest_distances(f_TEF, *self.neighbours, self.derivatives.net.outputs)[0]
 
 
@@ -58,29 +58,37 @@ def adapt_to_support_set(
     inner_steps: int,
     statistics: Statistics,
     classifier: str,
-    proximal: float | None = None,
-    inner_optimizer: str | None = None,
+    rule: InnerRule,
 ) -> AdaptedModel:
     """Adapt a state, whose head has the task's ways, to the support set of one task.
 
-    `classifier`: as in an algorithm's entry. Predicts what the algorithm's `predict` does after all steps,
-    but for rounding: the statistics of Statistics.SUPPORT are measured once and kept.
+    Predicts what the algorithm's `predict` does after all steps, but for rounding: the statistics of
+    Statistics.SUPPORT are measured once and kept.
+
+    Args:
+        derivatives: of the network for the task's ways.
+        state: what was meta-learnt.
+        support: one task; its query set is not read.
+        inner_steps: how many to take.
+        statistics: what normalises the queries to come.
+        classifier: as in an algorithm's entry.
+        rule: how a step moves the weights.
     """
     state = state.frozen()
-    adapting = fast_weights(derivatives, state, support, inner_steps, proximal, inner_optimizer)
-    weights = deque(adapting, maxlen=1).pop()
+    loop = InnerLoop(derivatives, state, support, rule.stepper(state, 1))
+    loop.run(inner_steps)
+    weights, prepared = loop.fast, loop.support
     last = max(inner_steps - 1, 0)
-    norm, running = _row(state.norm, last), _row(state.running, last)
-    prepared = derivatives.prepare(support.support_x_TECHW, support.support_y_TE)
+    norm, running = _only_row(state.norm, last), _only_row(state.running, last)
     measuring = MeasuringPass(norm, running, 0)
-    f_TEF, _ = derivatives.features(body_of(weights), prepared, measuring)
+    f_TEF, _ = prepared.features(body_of(weights), measuring)
     own = {
         f"{name}.{kind}": values
         for name, pair in measuring.seen.items()
         for kind, values in zip(("mean", "var"), pair, strict=True)
     }
     if statistics is Statistics.RUNNING:  # which support features must then share to be compared
-        f_TEF, _ = derivatives.features(body_of(weights), prepared, NormPass(norm, running, 0, statistics))
+        f_TEF, _ = prepared.features(body_of(weights), NormPass(norm, running, 0, statistics))
     neighbours = (f_TEF, support.support_y_TE) if classifier == "neighbours" else None
     if classifier == "prototypes":
         weights = weights | prototype_head(prototypes(f_TEF, support.support_y_TE, derivatives.net.outputs))
@@ -88,7 +96,7 @@ def adapt_to_support_set(
     return AdaptedModel(derivatives, weights, norm, own, fixed, neighbours)
 
 
-def _row(rows: Mapping[str, Tensor], step: int) -> Params:
+def _only_row(rows: Mapping[str, Tensor], step: int) -> Params:
     """The row of a step, kept as the only one; a step beyond the last row reuses it."""
     return {name: rows_RC[min(step, len(rows_RC) - 1)].unsqueeze(0) for name, rows_RC in rows.items()}
 
@@ -110,10 +118,8 @@ def resize_head(state: MetaState, ways: int, classifier: str) -> MetaState:
     """
     if classifier in ("prototypes", "neighbours"):
         return replace(state, slow=body_of(state.slow), rates={}, moments={})
-    weight, bias = (state.slow[name] for name in HEAD)
     if classifier == "zeros":
-        zeros = weight.new_zeros(ways, weight.shape[1]), bias.new_zeros(ways)
-        return replace(state, slow=state.slow | dict(zip(HEAD, zeros, strict=True)))
+        return replace(state, slow=state.slow | zero_head(state.slow, ways))
     # Measured against a head of zeros (the same as one of mean rows: what classes share leaves no trace in
     # softmax or gradients) and random mixtures of rows (mostly worse). Accuracy of 5-way 1-shot runs on other
     # ways, rows in turn / zeros: 300 meta-steps, 32 filters, one seed, --bn support, 3 queries a class, 160
@@ -125,6 +131,7 @@ def resize_head(state: MetaState, ways: int, classifier: str) -> MetaState:
     # glyphs   maml++      94.5 / 90.3  91.5 / 72.4   69.2 / 62.8   45.4 / 45.2  98.6 / 69.1   81.7 / 70.5
     # glyphs   meta-sgd    92.4 / 94.7  92.2 / 91.6   80.8 / 80.3   57.0 / 46.1  99.4 / 90.7   95.0 / 86.9
     # glyphs   maml        91.8 / 97.7  90.8 / 93.3   78.2 / 70.5   50.6 / 43.7  99.3 / 95.1   93.9 / 79.6
+    bias = state.slow["linear.bias"]
     row_N = torch.arange(ways, device=bias.device) % len(bias)
     rates = {
         name: rate[:, row_N] if name in HEAD and rate.dim() > 1 else rate

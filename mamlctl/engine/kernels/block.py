@@ -1,6 +1,6 @@
 """Convolution, batch norm, leaky ReLU and 2x2 max-pool as one block, its derivatives by hand.
 
-Every function here is plain tensor arithmetic without autograd; `engine/native.py` has the same four in C.
+Every function here is plain tensor arithmetic without autograd; `c_block.py` has the same four in C.
 Task and channel are one axis, X = T * C, and a convolution in T groups gives every task its own weights.
 
 Max-pool commutes with what follows the convolution where the norm's weight is not negative: so the sign of a
@@ -16,7 +16,7 @@ a prefix g is the loss's gradient by the letter, a suffix _t the tangent along a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,28 @@ from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS
 
 Statistics_X = tuple[Tensor, Tensor]  # mean and biased variance
+
+
+@dataclass(frozen=True)
+class Planes:
+    """What a first block in C wants of a set: padded planes, and the patches' first two moments by task."""
+
+    x: Tensor  # [E, T, C, H + 2, W + 2]
+    mean_TD1: Tensor  # D = 9 C numbers a patch; float64
+    covariance_TDD: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a block is made for, besides its tensors."""
+
+    groups: int  # tasks
+    compute: torch.dtype | None  # type of the convolutions' products; None: that of the weight
+    first: bool  # whether the input is the image, whose gradient nobody asks for
+    statistics: Statistics_X | None = None  # stored ones; None: those of the output itself
+    measured: int | None = None  # how many leading examples give the statistics; None: all
+    leak: float = LEAK  # the activation's slope below 0
+    planes: Planes | None = None  # of the first block's input, for arithmetic that prepares them
 
 
 @dataclass
@@ -40,12 +62,20 @@ class BlockGradient:
     x_2: Tensor | None = None  # to be added to `x`, left to the next block, which reads both
 
 
-class Tape(Protocol):
+class BlockTape(Protocol):
     """One block's forward pass over one set, which its derivatives go on from."""
 
-    out: Tensor  # the block's output
-    statistics: Statistics_X
-    count: int  # values a channel behind the statistics
+    @property
+    def out(self) -> Tensor:
+        """The block's output."""
+
+    @property
+    def statistics(self) -> Statistics_X:
+        """Those of the convolution's output."""
+
+    @property
+    def count(self) -> int:
+        """Values a channel behind the statistics."""
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """Gradients by input, weight and norm, from the output's; `keep` what the two below need."""
@@ -57,50 +87,52 @@ class Tape(Protocol):
         """The gradients' change along the same, `ga_t` + `other` being that of the output's gradient."""
 
 
-@dataclass
+class MakeBlock(Protocol):
+    """A block's forward pass, in some arithmetic."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
+    ) -> BlockTape:
+        """`x`: [E, X_in, H, W], channels last. `weight`: [X, C_in, 3, 3]."""
+
+
 class TorchTape:
     """The block in torch's own operations: any device, any type."""
 
-    x: Tensor  # [E, X_in, H, W]
-    weight: Tensor  # [X, C_in, 3, 3], of the task's own sign
-    gamma_X: Tensor
-    beta_X: Tensor
-    groups: int
-    compute: torch.dtype | None
-    leak: float = LEAK  # the activation's slope below 0
-    given: Statistics_X | None = None  # statistics of elsewhere
-    measured: int | None = None  # how many leading examples give the statistics
-    first: bool = False  # whether the input is the image, whose gradient nobody asks for
-    extra: Any = None  # what other arithmetic prepares for the first block
-
-    def __post_init__(self) -> None:
-        """Forward."""
-        self.sign = torch.where(self.gamma_X < 0, -1.0, 1.0).to(self.gamma_X).view(1, -1, 1, 1)
-        self.folded = self.weight * self.sign.view(-1, 1, 1, 1)
-        c = _conv(self.x, self.folded, self.groups, self.compute)
-        if self.given is not None:
-            mean, var = (_channel(values) for values in self.given)
+    def __init__(
+        self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
+    ) -> None:
+        """Forward; arguments are those of `MakeBlock`."""
+        self.x, self.weight, self.settings = x, weight, settings
+        self.sign = torch.where(gamma_X < 0, -1.0, 1.0).to(gamma_X).view(1, -1, 1, 1)
+        self.folded = weight * self.sign.view(-1, 1, 1, 1)
+        c = self._conv(x, self.folded)
+        measured = c[: settings.measured]
+        if settings.statistics is not None:
+            mean, var = (_channel(values) for values in settings.statistics)
             mean = mean * self.sign
         else:
-            var, mean = torch.var_mean(c[: self.measured], dim=(0, 2, 3), correction=0, keepdim=True)
-        self.count = c[: self.measured].numel() // c.shape[1]
+            var, mean = torch.var_mean(measured, dim=(0, 2, 3), correction=0, keepdim=True)
+        self.count = measured.numel() // c.shape[1]
         self.statistics = (mean * self.sign).flatten(), var.flatten()
         self.r = (var + EPS).rsqrt()
-        self.s = _channel(self.gamma_X) * self.sign * self.r
+        self.s = _channel(gamma_X) * self.sign * self.r
         self.p, self.where = F.max_pool2d(c, 2, return_indices=True)
-        z = torch.addcmul(_channel(self.beta_X) - self.s * mean, self.p, self.s)
+        # z = s p + (beta - s mean)
+        z = torch.addcmul(_channel(beta_X) - self.s * mean, self.p, self.s)
         self.c, self.mean, self.positive = c, mean, z > 0
-        self.out = F.leaky_relu(z, self.leak)
+        self.out = F.leaky_relu(z, settings.leak)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """First derivatives."""
         gz = self._activated(ga)
         beta, product = _sum(gz), _sum(gz * self.p)
         gamma = self.r * (product - self.mean * beta)
+        # Through mean and var every value counts: offset + slope c, beside s gz at the pooled places.
         slope = -self.s * self.r * gamma / self.count
         offset = -self.s * beta / self.count - slope * self.mean
         gc = self._scatter(self.s * gz, torch.addcmul(offset, self.c, slope))
-        gx, weight = _conv_backward(gc, self.x, self.folded, self.groups, self.compute, not self.first)
+        gx, weight = self._conv_backward(gc, self.x, self.folded, not self.settings.first)
         if keep:
             self.gz, self.gc, self.beta, self.gamma, self.product = gz, gc, beta, gamma, product
             self.slope = slope
@@ -109,9 +141,10 @@ class TorchTape:
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         """Forward tangent."""
         self.x_t, self.folded_t = x_t, weight_t * self.sign.view(-1, 1, 1, 1)
-        c_t = _conv(self.x, self.folded_t, self.groups, self.compute)
+        c_t = self._conv(self.x, self.folded_t)
         if x_t is not None:
-            c_t = c_t + _conv(x_t, self.folded, self.groups, self.compute)
+            c_t = c_t + self._conv(x_t, self.folded)
+        # The tangents of mean, of var = <c^2> - mean^2, and of r = 1/sqrt(var + eps).
         self.mean_t = _sum(c_t) / self.count
         var_t = 2 * (_sum(self.c * c_t) / self.count - self.mean * self.mean_t)
         self.r_t = -0.5 * self.r**3 * var_t
@@ -137,11 +170,10 @@ class TorchTape:
         )
         spread = torch.addcmul(torch.addcmul(offset_t, self.c, slope_t), self.c_t, self.slope)
         gc_t = self._scatter(self.s * gz_t + self.s_t * self.gz, spread)
-        shared = self.groups, self.compute
-        gx_t, weight_t = _conv_backward(gc_t, self.x, self.folded, *shared, not self.first)
+        gx_t, weight_t = self._conv_backward(gc_t, self.x, self.folded, not self.settings.first)
         if self.x_t is not None and gx_t is not None:
             # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
-            gx_2, weight_2 = _conv_backward(self.gc, self.x_t, self.folded_t, *shared, True)
+            gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.folded_t, True)
             assert gx_2 is not None
             gx_t, weight_t = gx_t + gx_2, weight_t + weight_2
         return self._gradient(gx_t, weight_t, gamma_t, beta_t)
@@ -152,11 +184,23 @@ class TorchTape:
 
     def _activated(self, change: Tensor) -> Tensor:
         """Times the activation's slope."""
-        return torch.where(self.positive, change, change * self.leak)
+        return torch.where(self.positive, change, change * self.settings.leak)
 
     def _scatter(self, values: Tensor, onto: Tensor) -> Tensor:
         """Add pooled values where they were taken from. Windows do not overlap: no place is hit twice."""
         return onto.flatten(2).scatter_add_(2, self.where.flatten(2), values.flatten(2)).view_as(onto)
+
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        dtype = self.settings.compute or x.dtype
+        return conv(x.to(dtype), weight.to(dtype), self.settings.groups).to(x.dtype)
+
+    def _conv_backward(
+        self, gc: Tensor, x: Tensor, weight: Tensor, by_input: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        dtype = self.settings.compute or x.dtype
+        tensors = gc.to(dtype), x.to(dtype), weight.to(dtype)
+        gx, gw = conv_backward(*tensors, self.settings.groups, by_input=by_input)
+        return None if gx is None else gx.to(x.dtype), gw.to(x.dtype)
 
 
 def _channel(values_X: Tensor) -> Tensor:
@@ -165,16 +209,3 @@ def _channel(values_X: Tensor) -> Tensor:
 
 def _sum(x: Tensor) -> Tensor:
     return x.sum((0, 2, 3), keepdim=True)
-
-
-def _conv(x: Tensor, weight: Tensor, groups: int, compute: torch.dtype | None) -> Tensor:
-    dtype = compute or x.dtype
-    return conv(x.to(dtype), weight.to(dtype), groups).to(x.dtype)
-
-
-def _conv_backward(
-    gc: Tensor, x: Tensor, weight: Tensor, groups: int, compute: torch.dtype | None, by_input: bool
-) -> tuple[Tensor | None, Tensor]:
-    dtype = compute or x.dtype
-    gx, gw = conv_backward(gc.to(dtype), x.to(dtype), weight.to(dtype), groups, by_input=by_input)
-    return None if gx is None else gx.to(x.dtype), gw.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The blocks of `blocks.py` in C on a CPU: fewer passes over the data, bfloat16 where the processor has it.
+"""The blocks of `block.py` in C on a CPU: fewer passes over the data, bfloat16 where the processor has it.
 
 `c/` is compiled once for each type by the machine's C compiler (about 2 s) into the cache folder. Where
 there is none, torch's own operations do the same, slower.
@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
@@ -25,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.engine.devices import cpu_line
-from mamlctl.engine.kernels.block import BlockGradient
-from mamlctl.engine.kernels.fused_block import BlockShape, ChannelRow, KernelTape, shape_of
+from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes
+from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, ChannelRow, KernelTape, shape_of
 
 SOURCES = Path(__file__).parent / "c"
 
@@ -44,8 +43,6 @@ OPTIONS = (
     "-fPIC",
 )
 
-SIX = ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B, ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T
-
 VEC = 16  # filters side by side in the first block, as in c/first.c
 
 
@@ -55,11 +52,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     if dtype not in TYPES:
         return None
     sources = sorted(SOURCES.glob("*.[ch]"))
-    given = shlex.split(os.environ.get("CC", ""))
-    made_of = [*(source.read_text() for source in sources), *OPTIONS, *given, platform.machine(), processor()]
+    compiler = shlex.split(os.environ.get("CC", ""))
+    texts = [source.read_text() for source in sources]
+    made_of = [*texts, *OPTIONS, *compiler, platform.machine(), processor()]
     name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     path = platformdirs.user_cache_path("mamlctl") / "native" / f"{TYPES[dtype].lower()}-{name}.so"
-    return _load(path) or _build([given or ["cc"], ["cc"]], TYPES[dtype], sources, path)
+    return _load(path) or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, path)
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -109,34 +107,25 @@ def lacks_bfloat16() -> bool:
     return flags[:1] == ["flags"] and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
-@dataclass(frozen=True)
-class Planes:
-    """What the first block wants of a set: padded planes, and the patches' first two moments by task."""
-
-    x: Tensor  # [E, T, C, H + 2, W + 2]
-    mean_TD1: Tensor  # D = 9 C numbers a patch; float64
-    covariance_TDD: Tensor
-
-
 def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     """Planes and moments of a set [E, T * C, H, W]; the moments of the leading `measured` examples."""
     examples, channels, height, width = x.shape
     inputs = channels // tasks
     planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
-    behind = examples if measured is None else measured
-    shape = shape_of(x, 0, behind, tasks)
+    count = examples if measured is None else measured
+    shape = shape_of(x, 0, count, tasks)
     mean_TD1 = torch.empty(tasks, 9 * inputs, 1, dtype=torch.float64)
     covariance_TDD = torch.empty(tasks, 9 * inputs, 9 * inputs, dtype=torch.float64)
     _call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
-    mean_TD1 /= behind * height * width
-    covariance_TDD /= behind * height * width
+    mean_TD1 /= count * height * width
+    covariance_TDD /= count * height * width
     covariance_TDD -= mean_TD1 @ mean_TD1.transpose(1, 2)
     return Planes(planes, mean_TD1, covariance_TDD)
 
 
 @dataclass(frozen=True)
 class Native:
-    """The kernels of c/block.c for tensors stored in a type; `kernels.Kernels`."""
+    """The kernels of c/block.c for tensors stored in a type; `fused_block.Kernels`."""
 
     stored: torch.dtype
 
@@ -144,21 +133,36 @@ class Native:
         """Sums are joined by example."""
         return int(shape.examples)
 
-    def forward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
+    def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
         """See `Kernels`."""
-        _call(self.stored, "forward", shape, *tensors)
+        self._call("forward", block, c, block.p, block.where, out)
 
-    def backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
+    def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
         """See `Kernels`."""
-        _call(self.stored, "backward", shape, *tensors)
+        self._call("backward", block, ga, block.p, block.where, c, gc)
 
-    def tangent(self, shape: BlockShape, *tensors: Tensor | None) -> None:
+    def tangent(
+        self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
+    ) -> None:
         """See `Kernels`."""
-        _call(self.stored, "tangent", shape, *tensors)
+        self._call("tangent", block, c_t, other, c, block.p, block.where, p_t, a_t)
 
-    def tangent_backward(self, shape: BlockShape, *tensors: Tensor | None) -> None:
+    def tangent_backward(
+        self,
+        block: BlockMemory,
+        ga_t: Tensor,
+        other: Tensor | None,
+        ga: Tensor,
+        p_t: Tensor,
+        c: Tensor,
+        c_t: Tensor,
+    ) -> None:
         """See `Kernels`."""
-        _call(self.stored, "tangent_backward", shape, *tensors)
+        self._call("tangent_backward", block, ga_t, other, ga, block.p, p_t, block.where, c, c_t)
+
+    def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
+        """The functions of c/block.c end with the channels' numbers and the partial sums."""
+        _call(self.stored, name, block.shape, *tensors, block.d, block.partial)
 
 
 class NativeFirstTape(KernelTape):
@@ -168,66 +172,77 @@ class NativeFirstTape(KernelTape):
     image's patches, which never change: with q a patch, mean = W <q> and var = W cov(q) W.
     """
 
-    def _forward(self, extra: Planes) -> None:
-        self.planes = extra
+    def _forward(self) -> None:
+        assert self.settings.planes is not None
+        self.planes, block = self.settings.planes, self.block
         weight_TDO = self._by_patch(self.weight)
-        self.along_TDO = extra.covariance_TDD @ weight_TDO
-        if self.shape.measured:
-            self.d[ChannelRow.MEAN] = _inner(extra.mean_TD1, weight_TDO)
-            self.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(
-                min=0
-            )  # rounding of a flat image
-        outs = self.p, self.where, self.out
-        _call(self.stored, "first_forward", self.shape, extra.x, self._padded(weight_TDO), *outs, self.d)
+        self.along_TDO = self.planes.covariance_TDD @ weight_TDO
+        if block.shape.measured:
+            block.d[ChannelRow.MEAN] = _inner(self.planes.mean_TD1, weight_TDO)
+            # Rounding can make the variance of a flat image negative.
+            block.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)
+        self._call("first_forward", self._padded(weight_TDO), block.p, block.where, self.out, block.d)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """First derivatives; no gradient by the image."""
-        self.ga, gw = ga.to(self.stored), self._empty_padded()
-        parts = self.planes.x, self.ga, self.p, self.where
-        _call(self.stored, "first_backward", self.shape, *parts, self.d, self.partial, gw)
-        s, slope, b = self._row(ChannelRow.S), self._row(ChannelRow.SLOPE), self._row(ChannelRow.B)
-        statistics = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), ChannelRow.G, ChannelRow.B)
+        self.ga, gw, block = ga.to(self.stored), self._empty_padded(), self.block
+        self._call("first_backward", self.ga, block.p, block.where, block.d, block.partial, gw)
+        s, slope, b = (self._row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
+        # By the weight through the statistics, in addition to `gw`, which is through the pooled values.
+        statistics_TDO = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
+        by_norm = self._of_norm(ChannelRow.G, ChannelRow.B)
+        return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         """Forward tangent."""
-        weight_TDO = self._by_patch(weight_t)
+        weight_TDO, block = self._by_patch(weight_t), self.block
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
-        self.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
-        self.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
+        block.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
+        block.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
         self.p_t, a_t = self._empty(), self._empty()
-        parts = self.planes.x, self._padded(weight_TDO), self.p, self.where, self.p_t, a_t
-        _call(self.stored, "first_tangent", self.shape, *parts, self.d)
+        self._call("first_tangent", self._padded(weight_TDO), block.p, block.where, self.p_t, a_t, block.d)
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
         """Second derivatives."""
-        ga_t, gw = ga_t.to(self.stored), self._empty_padded()
-        parts = self.planes.x, ga_t, other, self.ga, self.p, self.p_t, self.where
-        _call(self.stored, "first_tangent_backward", self.shape, *parts, self.d, self.partial, gw)
-        s, slope, b, s_t, slope_t, b_t = (self._row(row) for row in SIX)
-        statistics = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
-        statistics -= (s_t * b + s * b_t) * self.planes.mean_TD1
-        return self._gradient(None, self._by_filter(gw, statistics), ChannelRow.G_T, ChannelRow.B_T)
+        ga_t, gw, block = ga_t.to(self.stored), self._empty_padded(), self.block
+        pooled = ga_t, other, self.ga, block.p, self.p_t, block.where
+        self._call("first_tangent_backward", *pooled, block.d, block.partial, gw)
+        s, slope, b = (self._row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
+        s_t, slope_t, b_t = (self._row(row) for row in (ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T))
+        statistics_TDO = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
+        statistics_TDO -= (s_t * b + s * b_t) * self.planes.mean_TD1
+        by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
+        return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
 
-    def _row(self, row: int) -> Tensor:
-        return self.d[row].view(self.groups, 1, -1)
+    def _call(self, name: str, *tensors: Tensor | None) -> None:
+        """The functions of c/first.c begin with the planes."""
+        _call(self.stored, name, self.block.shape, self.planes.x, *tensors)
+
+    def _row(self, row: ChannelRow) -> Tensor:
+        """A row of `d`, to be multiplied with _TDO."""
+        return self.block.d[row].view(self.settings.groups, 1, -1)
 
     def _by_patch(self, weight: Tensor) -> Tensor:
         """[X, C, 3, 3] -> _TDO in float64, the type of all that statistics are made of."""
-        return weight.double().view(self.groups, -1, self.shape.inputs * 9).transpose(1, 2)
+        patch = self.block.shape.inputs * 9
+        return weight.double().view(self.settings.groups, -1, patch).transpose(1, 2)
 
     def _by_filter(self, gw: Tensor, statistics_TDO: Tensor) -> Tensor:
+        """The reverse of `_by_patch`, of both parts of the weight's gradient, in the type of the norm."""
         gw_TDO = gw[:, :, : statistics_TDO.shape[2]] + statistics_TDO
-        return gw_TDO.transpose(1, 2).reshape(-1, self.shape.inputs, 3, 3)
+        return gw_TDO.transpose(1, 2).reshape(-1, self.block.shape.inputs, 3, 3).to(self.type)
 
     def _padded(self, weight_TDO: Tensor) -> Tensor:
+        """With filters of zeros up to a multiple of VEC."""
         filters = weight_TDO.shape[2]
         return F.pad(weight_TDO, (0, -filters % VEC)).to(self.type).contiguous()
 
     def _empty_padded(self) -> Tensor:
-        tasks, filters = self.groups, self.shape.channels // self.groups
-        return torch.empty(tasks, self.shape.inputs * 9, filters + -filters % VEC, dtype=self.type)
+        """Room for the gradient of a padded weight."""
+        shape, tasks = self.block.shape, self.settings.groups
+        filters = shape.channels // tasks
+        return torch.empty(tasks, shape.inputs * 9, filters + -filters % VEC, dtype=self.type)
 
 
 def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
@@ -235,17 +250,17 @@ def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
     return (a_TDO * b_TDO).sum(1).flatten()
 
 
-def native_block(x: Tensor, weight: Tensor, *args: Any, **settings: Any) -> KernelTape:
-    """A block in C: `blocks.TorchTape`'s arguments."""
-    kernels = Native(settings["compute"] or weight.dtype)
-    return (NativeFirstTape if settings["first"] else KernelTape)(
-        x, weight, *args, kernels=kernels, **settings
-    )
+def native_block(
+    x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
+) -> KernelTape:
+    """A block in C; see `block.MakeBlock`."""
+    tape = NativeFirstTape if settings.first else KernelTape
+    return tape(x, weight, gamma_X, beta_X, settings, Native(settings.compute or weight.dtype))
 
 
 def _call(stored: torch.dtype, name: str, shape: BlockShape, *tensors: Tensor | None) -> None:
     """Call a compiled function. The tensors must be whole: it sees their memory only."""
-    found = library(stored)
-    assert found is not None
+    compiled = library(stored)
+    assert compiled is not None
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    getattr(found, name)(ctypes.byref(shape), *pointers)
+    getattr(compiled, name)(ctypes.byref(shape), *pointers)

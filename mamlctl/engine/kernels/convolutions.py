@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +73,7 @@ def _products_backward(
 
 GROUPED, PRODUCTS = Way(_grouped, _grouped_backward), Way(_products, _products_backward)
 
-_chosen: dict[tuple[Any, ...], Way] = {}
+_chosen: dict[tuple[object, ...], Way] = {}
 
 
 def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The block kernels of `kernels.py` for CUDA devices, in Triton: the arithmetic of c/block.c, row by row.
+"""The block kernels of `fused_block.py` for CUDA devices, in Triton: the arithmetic of c/block.c, row by row.
 
 Each program takes one row of pooling windows of one example and BX channels; sums go to `partial` by row and
 are joined in float64 in a fixed order, so that results repeat. TRITON_INTERPRET=1 runs them on a CPU, slowly.

@@ -25,6 +25,11 @@ SLOPES = {"leaky_relu": LEAK, "relu": 0.0}
 HEAD = ("linear.weight", "linear.bias")  # every network's last layer; all else is its body
 
 
+def body_of(weights: Mapping[str, Tensor]) -> Params:
+    """All weights but the head's."""
+    return {name: weight for name, weight in weights.items() if name not in HEAD}
+
+
 def cross_entropy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
     """Mean over a task's examples; one loss per task, so that tasks stay independent -> loss_T."""
     return F.cross_entropy(logits_TEN.flatten(0, 1), y_TE.flatten(), reduction="none").view_as(y_TE).mean(1)

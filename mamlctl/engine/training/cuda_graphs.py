@@ -63,7 +63,7 @@ class Captured:
         self._failed = False
         self._kinds: dict[tuple[object, ...], _Recorded | None] = {}
         self._tasks: Episodes | None = None  # what the graphs read
-        like = next(iter(step.learnable.values()))
+        like = step.state.example_tensor
         self._weights = like.new_zeros(step.config.inner_steps, requires_grad=False)
         self._weights_now: tuple[float, ...] = ()
 
@@ -108,10 +108,10 @@ class Captured:
         counted: list[float | Tensor] = [
             self._weights[step] if weight else 0.0 for step, weight in enumerate(weights)
         ]
-        ask = MetaStepRequest(self.step.config.inner_steps, counted, first_order, measure_all)
+        request = MetaStepRequest(self.step.config.inner_steps, counted, first_order, measure_all)
         measured: list[MetaStepResult] = []
         try:
-            measure = self._record(lambda: measured.append(self.step.measure_as(tasks, ask)))
+            measure = self._record(lambda: measured.append(self.step.measure_as(tasks, request)))
             move = self._record(lambda: self.step.move(measured[0]))
         except RuntimeError as error:  # running out of memory too
             self._failed = True

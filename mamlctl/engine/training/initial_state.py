@@ -10,9 +10,8 @@ from torch import Tensor
 from mamlctl.core.errors import SettingsError
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
-from mamlctl.engine.evaluation.prediction import body_of
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD, Net
+from mamlctl.engine.nets.base import HEAD, Net, body_of
 from mamlctl.engine.nets.batch_norm import init_params, init_running
 from mamlctl.engine.nets.factory import NETS
 from mamlctl.settings.schema import TrainConfig

@@ -58,13 +58,13 @@ class MetaStep:
         Raises MamlctlError if a CUDA device has no room even for one task at a time.
         """
         weights, first_order, _ = self.schedule(epoch)
-        ask = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
+        request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
         if self.chunk is None:
             examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
         while True:
             try:
-                return self.measure_as(episodes, ask)
+                return self.measure_as(episodes, request)
             except torch.OutOfMemoryError as error:
                 if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
                     hint = (
@@ -77,10 +77,10 @@ class MetaStep:
                 self.chunk = (self.chunk + 1) // 2
             torch.cuda.empty_cache()
 
-    def measure_as(self, episodes: Episodes, ask: MetaStepRequest) -> MetaStepResult:
+    def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         """`measure` with the schedule's values given, and no second try with less memory."""
         split = episodes.split(len(episodes.query_y_TE) if self.chunk is None else self.chunk)
-        parts = [self.outer(self.net, self.state, part, ask) for part in split]
+        parts = [self.outer(self.net, self.state, part, request) for part in split]
         measured = joined(parts, [len(part.query_y_TE) for part in split])
         self._clip(measured.grads)
         return measured

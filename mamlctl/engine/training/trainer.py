@@ -102,9 +102,7 @@ class Trainer:
         self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
         self.predict = entry.predict(config)
         self.unrolls = entry.unrolls
-        self.derivatives = select_derivatives(
-            judged_net or net, next(iter(state.slow.values())), config.engine
-        )
+        self.derivatives = select_derivatives(judged_net or net, state.example_tensor, config.engine)
         self.metric = net.objective.metric
         self.position = Position()
         self.period = Period.empty(config.inner_steps, device)

@@ -1,0 +1,120 @@
+"""Derivatives of any network by torch's own differentiation: the reference for those by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mamlctl.engine.derivatives.interface import Gradient
+from mamlctl.engine.nets.base import Net, body_of
+from mamlctl.engine.nets.batch_norm import NormPass, Params
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """What a pass is differentiated by: every task's weights, and the norm row that the pass uses."""
+
+    fast: Params
+    rows: Params
+
+    @classmethod
+    def of(cls, fast: Mapping[str, Tensor], norm: NormPass) -> Leaves:
+        """Fresh leaves, so that no graph leads beyond them."""
+        return cls(
+            {name: weight.detach().requires_grad_() for name, weight in fast.items()},
+            {name: norm.row(name).detach().requires_grad_() for name in norm.params},
+        )
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Weights first, then the rows."""
+        return [*self.fast.values(), *self.rows.values()]
+
+    def rows_as_params(self) -> Params:
+        """The rows as a pass reads them, the only row of each."""
+        return {name: row.unsqueeze(0) for name, row in self.rows.items()}
+
+    def named(self, values: Sequence[Tensor]) -> tuple[Params, Params]:
+        """Values in the order of `all`, by the names of the weights and of the rows."""
+        split = len(self.fast)
+        by_fast = dict(zip(self.fast, values[:split], strict=True))
+        return by_fast, dict(zip(self.rows, values[split:], strict=True))
+
+
+@dataclass(frozen=True)
+class AutogradTape:
+    """The graph of a gradient."""
+
+    leaves: Leaves
+    by_fast: Params
+
+    def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
+        """Differentiate the gradient once more, along `direction`."""
+        along = [direction[name] for name in self.by_fast]
+        products = torch.autograd.grad(
+            list(self.by_fast.values()), self.leaves.all, along, materialize_grads=True, retain_graph=True
+        )
+        return self.leaves.named(products)
+
+
+@dataclass(frozen=True)
+class AutogradBodyTape:
+    """The graph of the features."""
+
+    leaves: Leaves
+    f_TEF: Tensor
+
+    def back_through(self, g_TEF: Tensor) -> tuple[Params, Params]:
+        """One backward pass."""
+        return self.leaves.named(torch.autograd.grad(self.f_TEF, self.leaves.all, g_TEF))
+
+
+@dataclass(frozen=True)
+class AutogradSet:
+    """A set as it is."""
+
+    net: Net
+    x_TECHW: Tensor
+    y_TE: Tensor
+
+    def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        """Class scores -> logits_TEN."""
+        with torch.no_grad():
+            return self.net(fast, self.x_TECHW, norm)
+
+    def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
+        """Gradient by one backward pass, whose graph is the tape."""
+        leaves = Leaves.of(fast, norm)
+        with torch.enable_grad():
+            norm_by_leaves = NormPass(leaves.rows_as_params(), norm.running, norm.step)
+            logits_TEN = self.net(leaves.fast, self.x_TECHW, norm_by_leaves)
+            loss_T = self.net.objective.loss(logits_TEN, self.y_TE)
+            # Tasks share no fast weight, so the gradient of the summed loss is every task's own gradient.
+            grads = torch.autograd.grad(loss_T.sum(), leaves.all, create_graph=keep)
+        norm.seen.update(norm_by_leaves.seen)
+        by_fast, by_norm = leaves.named(grads)
+        tape = AutogradTape(leaves, by_fast) if keep else None
+        detached, rows = ({name: g.detach() for name, g in part.items()} for part in (by_fast, by_norm))
+        return Gradient(loss_T.detach(), logits_TEN.detach(), detached, rows, tape)
+
+    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, AutogradBodyTape]:
+        """Forward through the body, whose graph is the tape."""
+        leaves = Leaves.of(body_of(fast), norm)
+        with torch.enable_grad():
+            norm_by_leaves = replace(norm, params=leaves.rows_as_params())  # it notes what it sees in `norm`
+            f_TEF = self.net.features(leaves.fast, self.x_TECHW, norm_by_leaves)
+        return f_TEF.detach(), AutogradBodyTape(leaves, f_TEF)
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """Derivatives of any network, by torch's own differentiation."""
+
+    net: Net
+
+    def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> AutogradSet:
+        """The set as it is; the norm pass knows how many examples are measured."""
+        return AutogradSet(self.net, x_TECHW, y_TE)
