@@ -19,7 +19,7 @@ from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.compare import compare
 from mamlctl.experiments.grid.grid_folder import load_grid
-from mamlctl.experiments.grid.scheduler import has_pending_cells
+from mamlctl.experiments.grid.scheduler import pending_cells
 from mamlctl.experiments.train import resume
 from mamlctl.report.rendered_table import missing_reason
 from mamlctl.run_folder import FIRST_SETTINGS, open_run
@@ -134,7 +134,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
 def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
     grid = load_grid(old_images / "grid")
     stored = {row["label"]: row for row in json.loads((grid.folder / "table.json").read_text())["rows"]}
-    assert len(grid.cells) == 18 and has_pending_cells(grid)
+    assert len(grid.cells) == 18 and pending_cells(grid)
     shutil.rmtree(grid.folder / "cells" / "maml+da-s0" / "eval")
     table = grid_table(grid, {})
     begun = {"maml", "maml + da"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -74,37 +75,43 @@ def share_the_processor() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def main() -> None:
-    """Run the command line and leave with its exit code."""
+def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
+    """Run the command line and leave with its exit code; `on_error` is given the error that was printed."""
     # Training handles SIGTERM itself; elsewhere it should clean up as any exception does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
     share_the_processor()
+    code, error = _run()
+    if error is not None:
+        show_error(Console(stderr=True), error)
+        if on_error is not None:
+            on_error(error)
+    sys.exit(code)
+
+
+def _run() -> tuple[int, MamlctlError | None]:
+    """Run the command line -> its exit code, and the error to print."""
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
     except MamlctlError as error:
-        show_error(Console(stderr=True), error)
-        code = error.exit_code
+        return error.exit_code, error
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message:  # empty after a bare `mamlctl`, which has printed its help
-            show_error(
-                Console(stderr=True), MamlctlError(message, hint=f"{_help_command()} shows what there is")
-            )
-        code = ExitCode.USAGE
+        # Empty after a bare `mamlctl`, which has printed its help.
+        shown = MamlctlError(message, hint=f"{_help_command()} shows what there is") if message else None
+        return ExitCode.USAGE, shown
     except KeyboardInterrupt:
-        code = ExitCode.INTERRUPTED
+        return ExitCode.INTERRUPTED, None
     except BrokenPipeError:
         # The reader left; point stdout elsewhere, so that Python's last flush does not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.FAILED
+        return ExitCode.FAILED, None
     except OSError as error:
-        # Files that cannot be read or written are the machine's state, which the user can mend.
-        where = f"{error.filename}: " if error.filename else ""
+        # Files that cannot be read or written are the machine's state, which the user can change.
+        file = f"{error.filename}: " if error.filename else ""
         hint = "make room, or choose a place that can be written"
-        show_error(Console(stderr=True), MamlctlError(f"{where}{error.strerror or error}", hint=hint))
-        code = ExitCode.FAILED
-    sys.exit(code or 0)
+        return ExitCode.FAILED, MamlctlError(f"{file}{error.strerror or error}", hint=hint)
+    return code or ExitCode.OK, None
 
 
 def _help_command() -> str:

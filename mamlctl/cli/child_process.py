@@ -1,11 +1,18 @@
-"""python -m mamlctl.cli.child_process: mamlctl, ended by SIGTERM when the thread that started it ends."""
+"""python -m mamlctl.cli.child_process FILE ...: `mamlctl ...` as the child of an executor.
+
+It ends when the thread that started it ends, and writes its error to FILE.
+"""
 
 import ctypes
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
 
 from mamlctl.cli.app import main
+from mamlctl.core.errors import MamlctlError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -26,7 +33,28 @@ def hear_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if __name__ == "__main__":
+def report_error(path: Path, error: BaseException) -> None:
+    """Write the error that ends this process, as one line, to a file that the executor reads."""
+    if isinstance(error, MamlctlError):
+        text = error.message
+    else:
+        text = "".join(traceback.format_exception_only(error))
+    line = "; ".join(part.strip() for part in text.strip().splitlines())
+    path.write_text(line, encoding="utf-8", errors="replace")
+
+
+def run(path: Path) -> None:
+    """Be `mamlctl` with the rest of the command line."""
+
+    def on_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        report_error(path, error)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = on_bug
     hear_signals()
     end_with_parent()
-    main()
+    main(on_error=lambda error: report_error(path, error))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv.pop(1)))

@@ -9,68 +9,66 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mamlctl.cli.grid_actions import command_line, fill, grid_of
-from mamlctl.cli.grid_options import PLAN, TableOptions
+from mamlctl.cli.common_options import option, unused
+from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
+from mamlctl.cli.grid_options import DRY, PLAN, GridOptions
 from mamlctl.cli.options import with_options, with_settings
 from mamlctl.core.errors import ExitCode, SettingsError
-from mamlctl.core.problems import Problem, flag
+from mamlctl.core.problems import flag
 from mamlctl.display.console import say
-from mamlctl.display.displays import open_display
 from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
-# Settings of training that, of trained runs, a test has too.
-OF_TESTS = ("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
+# Settings of training that a test of trained runs has too.
+TEST_SETTINGS = ("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
 
-# What trains or plans, and so means nothing with runs that are trained.
-OF_TRAINING = ("seeds", "preset", "config", "workers", "time_limit", "dry_run", "print_commands", "slurm")
+# Options that train or plan, and so mean nothing with runs that are trained.
+TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)
 
 
 @with_settings(TrainConfig)
-@with_options(TableOptions)
+@with_options(GridOptions)
 def compare(
     given: dict[str, Any],
-    options: TableOptions,
+    options: GridOptions,
     runs: Annotated[
         list[Path] | None,
         typer.Argument(help="Run folders, or folders of tables; the first is the baseline."),
     ] = None,
     algos: Annotated[
         str | None,
-        typer.Option(
-            help="Instead of run folders: algorithms, trained where they are missing (maml,maml++,protonet); "
+        option(
+            PLAN,
+            "Instead of run folders: algorithms, trained where they are missing (maml,maml++,protonet); "
             "the first is the baseline.",
-            rich_help_panel=PLAN,
         ),
     ] = None,
 ) -> ExitCode:
     """Compare trained runs, or algorithms that are trained first, on the same test tasks."""
     options.check()
-    asked = options.asked(given)
+    settings = options.command_line_settings(given)
     if runs:
-        return _of_runs(runs, _of_tests(asked, options, algos), options)
+        return _compare_runs(runs, _evaluation_settings(settings, options, algos), options)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
-    if "algo" in asked:
+    if "algo" in settings:
         raise SettingsError([("--algo has no effect with --algos", "leave it out")])
-    return fill(grid_of("algos", algorithm_rows(algos), asked, options), options)
+    return run_grid(planned_grid("algos", algorithm_rows(algos), settings, options), options)
 
 
-def _of_tests(asked: Mapping[str, Any], options: TableOptions, algos: str | None) -> EvalConfig:
+def _evaluation_settings(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> EvalConfig:
     """The test that was asked for. Raises SettingsError for what only training has a use for."""
-    unused = ["algos"] * (algos is not None) + [name for name in OF_TRAINING if getattr(options, name)]
-    unused += ["executor"] * (options.executor != "local") + [name for name in asked if name not in OF_TESTS]
-    problems: list[Problem] = [
-        (f"{flag(name)} has no effect with run folders, which are trained", "leave it out") for name in unused
-    ]
-    if problems:
+    training: dict[str, object] = {"--algos": algos, "--executor": options.executor != "local"}
+    training |= {flag(name): getattr(options, name) for name in TRAINING_OPTIONS}
+    training |= {flag(name): True for name in settings if name not in TEST_SETTINGS}
+    if problems := unused(training, "with run folders, which are trained"):
         raise SettingsError(problems)
-    return evaluation_settings({**options.evaluation(), **asked}, "flag")
+    return evaluation_settings({**options.evaluation(), **settings}, "flag")
 
 
-def _of_runs(runs: list[Path], evaluate: EvalConfig, options: TableOptions) -> ExitCode:
-    from mamlctl.experiments.grid.compare import compare as command
+def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:
+    from mamlctl.experiments.grid.compare import compare
     from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
     from mamlctl.report.report_folder import write_files
     from mamlctl.run_folder import CONFIG
@@ -78,10 +76,10 @@ def _of_runs(runs: list[Path], evaluate: EvalConfig, options: TableOptions) -> E
     out = options.out
     if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
         raise SettingsError([(f"--out {out} has a table or a run of its own", "choose another --out")])
-    with open_display(Console(stderr=True), quiet=options.quiet) as display:
-        table = command(runs, evaluate, offline=options.offline, command=command_line(), on_event=display)
-    files = write_files(table, out.expanduser()) if out is not None else []
-    options.write(table)
+    with options.display() as display:
+        table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
+    files = [] if out is None else write_files(table, out.expanduser())
+    options.write_table(table)
     if files:
         say(Console(stderr=True), f"report  {files[-1]}")
     return ExitCode.OK

@@ -1,62 +1,61 @@
-"""The command line of `fetch`."""
+"""`fetch`: its options, and what it does with them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mamlctl.cli.options import DataRoot, Json, Offline, Quiet
+from mamlctl.cli.common_options import OutputOptions, option, unused
+from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
-from mamlctl.display.console import write_json
+from mamlctl.display.console import say
 from mamlctl.display.datasets import fetched_line, show_data_sets, verified_line
-from mamlctl.display.displays import open_display
+from mamlctl.settings.schema import HARDWARE
 
 
+@with_options(OutputOptions)
 def fetch(
+    options: OutputOptions,
     names: Annotated[
         list[str] | None, typer.Argument(help="Data sets, such as omniglot; --list shows all.")
     ] = None,
     list_: Annotated[
-        bool,
-        typer.Option("--list", help="Show what there is, where from, and whether it is here."),
+        bool, option(None, "Show what there is, where from, and whether it is here.", "--list")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check again, to the last byte, what is here; 3 if damaged.")
+        bool, option(None, "Check again, to the last byte, what is here; 3 if damaged.", "--verify")
     ] = False,
     source: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="Local archives, or a folder that holds them; repeatable."),
+        option(None, "Local archives, or a folder that holds them; repeatable.", "--from"),
     ] = None,
     mirror: Annotated[
         list[str] | None,
-        typer.Option(help="Web address of a folder with the archives, asked first; repeatable."),
+        option(None, "Web address of a folder with the archives, asked first; repeatable."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Prepare it anew even if it is there.")] = False,
-    data_root: DataRoot = None,
-    offline: Offline = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    force: Annotated[bool, option(None, "Prepare it anew even if it is there.", "--force")] = False,
+    data_root: Annotated[
+        str | None,
+        option(HARDWARE, "Folder of prepared data sets. Default: the platform's cache folder."),
+    ] = None,
 ) -> ExitCode:
     """Download or take over data sets, verify them, and pack them once; a download that broke off goes on."""
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
-    looking = "--list" if list_ else "--verify" if verify else None
-    fetching = {"--from": source, "--mirror": mirror, "--force": force, "--offline": offline}
-    if looking:
-        _refuse_others(looking, fetching | {"--verify": verify and list_})
+    if list_ or verify:
+        fetching = {"--from": source, "--mirror": mirror, "--force": force, "--offline": options.offline}
+        fetching["--verify"] = list_ and verify
+        if problems := unused(fetching, f"with {'--list' if list_ else '--verify'}"):
+            raise SettingsError(problems)
     if list_:
         entries = list_all(names or [], data_root=data_root)
-        if json:
-            write_json(sys.stdout, {"format": 1, "data_sets": entries})
-        else:
-            show_data_sets(Console(), entries)
+        options.write(entries, {"format": 1, "data_sets": entries}, show_data_sets)
         return ExitCode.OK
-    with open_display(Console(stderr=True), quiet=quiet) as display:
+    with options.display() as display:
         if verify:
             entries = verify_all(names or [], data_root=data_root, on_event=display)
         else:
@@ -66,21 +65,21 @@ def fetch(
                 mirrors=mirror or [],
                 data_root=data_root,
                 force=force,
-                offline=offline,
+                offline=options.offline,
                 on_event=display,
             )
-    if json:
-        write_json(sys.stdout, {"format": 1, "data_sets": entries})
-    else:
-        for entry in entries:
-            typer.echo(verified_line(entry) if verify else fetched_line(entry))
+    show = _show_verified if verify else _show_fetched
+    options.write(entries, {"format": 1, "data_sets": entries}, show)
     if verify:
         refuse_damage(entries)
     return ExitCode.OK
 
 
-def _refuse_others(switch: str, others: Mapping[str, object]) -> None:
-    """An option that does nothing must say so."""
-    without = [(f"{other} has no effect with {switch}", "leave it out") for other, on in others.items() if on]
-    if without:
-        raise SettingsError(without)
+def _show_verified(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        say(console, verified_line(entry))
+
+
+def _show_fetched(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        say(console, fetched_line(entry))

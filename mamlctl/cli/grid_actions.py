@@ -1,4 +1,4 @@
-"""What `ablate` and `compare` do with a grid: fill it, estimate it, print its commands."""
+"""What `ablate` and `compare` do with a grid: run it, estimate it, print its commands."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from mamlctl.cli.grid_options import GridOptions
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
-from mamlctl.display.console import say, write_json
-from mamlctl.display.displays import open_display
+from mamlctl.core.formatting import plural
+from mamlctl.display.console import say
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
 from mamlctl.settings.merge import evaluation_settings
@@ -25,66 +26,77 @@ if TYPE_CHECKING:
     from mamlctl.experiments.executors.jobs import Executor
     from mamlctl.experiments.grid.ablate import GridResult
     from mamlctl.experiments.grid.grid import Grid
-from mamlctl.cli.grid_options import TableOptions
 
-ASIDE = ("--json", "--csv", "--markdown", "--latex", "--quiet", "--offline")
+# Flags that only decide how a call works and what it prints, without and with a value.
+CALL_FLAGS = ("--json", "--csv", "--markdown", "--latex", "--quiet", "--offline")
 
-ASIDE_WITH_VALUE = ("--time-limit", "--workers", "--sort")
+CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
 
 
-def grid_of(name: str, rows: Sequence[PlannedRow], given: Mapping[str, Any], options: TableOptions) -> Grid:
-    """The grid of these rows, new or there already. Raises SettingsError, MamlctlError."""
+def planned_grid(
+    name: str, rows: Sequence[PlannedRow], settings: Mapping[str, Any], options: GridOptions
+) -> Grid:
+    """The grid of these rows, new or there already.
+
+    Args:
+        name: what the plan is called.
+        rows: as the plan sets them apart.
+        settings: those of the command line.
+        options: the rest of the command line.
+
+    Raises:
+        SettingsError: rows that are wrong, alike or not those of the folder that is there.
+        MamlctlError: that folder is something else.
+    """
     from mamlctl.experiments.grid.grid import check_rows, resolve_rows
     from mamlctl.experiments.grid.grid_folder import open_grid
 
     evaluate = evaluation_settings(options.evaluation(), "flag")
-    layers = options.layers()
-    seed = options.said(given).get("seed", TrainConfig.seed)
-    found = resolve_rows(rows, layers, given, seed, here=options.here)
+    seed = options.all_settings(settings).get("seed", TrainConfig.seed)
+    resolved = resolve_rows(rows, options.file_layers(), settings, seed, here=options.runs_here)
     seeds = 3 if options.seeds is None else options.seeds
-    check_rows(found, seeds)
-    first = found[0].config.seed
-    grid = open_grid(options.out, name, found, range(first, first + seeds), evaluate, command_line())
-    left_out = [row.label for row in rows if row.label not in {row.label for row in found}]
-    return replace(grid, left_out=tuple(left_out))
+    check_rows(resolved, seeds)
+    first = resolved[0].config.seed
+    grid = open_grid(options.out, name, resolved, range(first, first + seeds), evaluate, grid_command())
+    labels = {row.label for row in resolved}
+    return replace(grid, left_out=tuple(row.label for row in rows if row.label not in labels))
 
 
-def command_line() -> str:
+def grid_command() -> str:
     """What was typed, but for what only decides how this call works and what it prints."""
-    words, rest = ["mamlctl"], iter(sys.argv[1:])
-    for word in rest:
+    words, typed = ["mamlctl"], iter(sys.argv[1:])
+    for word in typed:
         name, _, value = word.partition("=")
-        if name in ASIDE_WITH_VALUE and not value:
-            next(rest, None)
-        elif name not in (*ASIDE, *ASIDE_WITH_VALUE):
+        if name in CALL_FLAGS_WITH_VALUE and not value:
+            next(typed, None)
+        elif name not in (*CALL_FLAGS, *CALL_FLAGS_WITH_VALUE):
             words.append(word)
     return shlex.join(words)
 
 
-def fill(grid: Grid, options: TableOptions) -> ExitCode:
+def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
     """Train and test what is missing, or only tell what that would be."""
     if options.print_commands or options.slurm:
         return _print_commands(grid, slurm=options.slurm)
-    from mamlctl.experiments.grid import ablate as command
-    from mamlctl.experiments.grid.scheduler import has_pending_cells
+    from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
+    from mamlctl.experiments.grid.scheduler import pending_cells
     from mamlctl.experiments.interrupts import parse_duration
 
-    limit = None if options.time_limit is None else parse_duration(options.time_limit)
-    with open_display(Console(stderr=True), quiet=options.quiet) as display:
-        workers = command.workers_here(grid, options.workers)
-        if options.dry_run or (options.executor == "local" and has_pending_cells(grid)):
-            command.check_data(grid, offline=options.offline, on_event=display)
+    limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
+    with options.display() as display:
+        workers = workers_here(grid, options.workers)
+        if options.dry_run or (options.executor == "local" and pending_cells(grid)):
+            check_data(grid, offline=options.offline, on_event=display)
         if options.dry_run:
-            return _dry_run(grid, workers, options, display)
-        executor = (
-            _ray(options, display) if options.executor == "ray" else command.local_executor(grid, workers)
-        )
-        result = command.ablate(grid, executor, time_limit_s=limit, on_event=display, offline=options.offline)
-    options.write(result.table)
-    return _ending(result, Console(stderr=True))
+            return _estimate(grid, workers, options, display)
+        local = options.executor == "local"
+        executor = local_executor(grid, workers) if local else _ray_executor(options, display)
+        result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=options.offline)
+    options.write_table(result.table)
+    return _say_what_is_left(result, Console(stderr=True))
 
 
-def _ray(options: TableOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:
+def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:
     from mamlctl.experiments.executors.ray_cluster import open_cluster
     from mamlctl.experiments.interrupts import parse_duration
 
@@ -98,19 +110,18 @@ def _ray(options: TableOptions, on_event: OnEvent) -> AbstractContextManager[Exe
     )
 
 
-def _ending(result: GridResult, console: Console) -> ExitCode:
-    """Where everything is, what is left, and the exit code."""
+def _say_what_is_left(result: GridResult, console: Console) -> ExitCode:
+    """Where everything is, what failed and what is left; then the exit code."""
     if result.files:
         say(console, f"report  {result.files[-1]}")
-    for name, why in result.failed.items():
-        say(console, ("failed  ", "bold red"), f"{name}: {why} (its words are in logs/{name}.txt)")
+    for name, reason in result.failed.items():
+        log = f"logs/{name}.txt"
+        where = f" (its words are in {log})" if (result.folder / log).is_file() else ""
+        say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
-        cells = "cell is" if result.left == 1 else "cells are"
-        say(
-            console,
-            f"{result.left} {cells} left; go on: ",
-            (f"mamlctl ablate --resume {shlex.quote(str(result.folder))}", "cyan"),
-        )
+        cells = f"{plural(result.left, 'cell')} {'is' if result.left == 1 else 'are'}"
+        resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}"
+        say(console, f"{result.left} {cells} left; go on: ", (resume, "cyan"))
     undone = result.failed or (result.left and not result.reason)
     code = STOP_EXIT_CODES[result.reason]
     return ExitCode.FAILED if code == ExitCode.OK and undone else code
@@ -125,12 +136,9 @@ def _print_commands(grid: Grid, *, slurm: bool) -> ExitCode:
     return ExitCode.OK
 
 
-def _dry_run(grid: Grid, workers: int, options: TableOptions, on_event: OnEvent) -> ExitCode:
+def _estimate(grid: Grid, workers: int, options: GridOptions, on_event: OnEvent) -> ExitCode:
     from mamlctl.experiments.grid.estimate import estimate
 
-    found = estimate(grid, workers, offline=options.offline, on_event=on_event)
-    if options.json:
-        write_json(sys.stdout, estimate_document(found))
-    else:
-        show_estimate(Console(), found)
+    result = estimate(grid, workers, offline=options.offline, on_event=on_event)
+    options.write(result, estimate_document(result), show_estimate)
     return ExitCode.OK

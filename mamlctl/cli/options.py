@@ -1,4 +1,4 @@
-"""Command-line options that commands share, and those made from the fields of a settings class."""
+"""Command-line options made from the fields of a settings class, or of a dataclass of options."""
 
 from __future__ import annotations
 
@@ -12,25 +12,6 @@ import typer
 
 from mamlctl.core.errors import ExitCode
 from mamlctl.settings.rules import VALUE_TYPES
-from mamlctl.settings.schema import HARDWARE, OUTPUT
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT)]
-
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUTPUT)]
-
-Offline = Annotated[
-    bool,
-    typer.Option(
-        "--offline", help="Never download; a missing data set ends with exit 3.", rich_help_panel=HARDWARE
-    ),
-]
-
-DataRoot = Annotated[
-    str | None,
-    typer.Option(
-        help="Folder of prepared data sets. Default: the platform's cache folder.", rich_help_panel=HARDWARE
-    ),
-]
 
 
 def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:

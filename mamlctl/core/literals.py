@@ -21,3 +21,5 @@ RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 CellStatus = Literal["running", "finished", "interrupted", "diverged", "failed", "missing"]
 # What the display of a grid says of a cell.
 CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
+# Where the cells of a grid run.
+ExecutorName = Literal["local", "ray"]

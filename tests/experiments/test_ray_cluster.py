@@ -135,12 +135,12 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
         assert executor.slots == 2
         for job in jobs:
             executor.start(job)
-        of_node = {executor._ray.get(work.node): work.job for work in executor._under_way}
+        of_node = {executor._ray.get(running.node): running.job for running in executor._running}
         victim = of_node[second.node_id]
         ended = until(executor, lambda _: run_state(victim.folder).step > 0)
         assert run_state(victim.folder).status == "interrupted"  # a slice is back, and the next is under way
-        for work in executor._under_way:
-            work.limit_s = 600  # one slice is enough to lose
+        for running in executor._running:
+            running.limit_s = 600  # one slice is enough to lose
         kill_node(second)
         ended += until(executor, lambda more: len(ended) + len(more) == 2)
         assert executor.slots == 1
@@ -175,10 +175,10 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
         executor.stop(number)
         ended = {each.name: each for each in executor.ended()}
     assert {name: each.code for name, each in ended.items()} == dict.fromkeys(names, 128 + number)
-    status = open_run(going.folder).state()
-    assert (status.status, status.reason) == ("interrupted", number.name)
+    status = open_run(going.folder).status()
+    assert (status["status"], status["reason"]) == ("interrupted", number.name)
     saved = checkpoints.load(going.folder / "checkpoints/last.pt", owner=open_run(going.folder).owner)
-    assert saved["position"]["step"] == status.step > 0
+    assert saved["position"]["step"] == status["step"] > 0
     with one_writer(going.folder):
         assert not (waiting.folder / "config.yaml").exists()
 
@@ -194,26 +194,26 @@ def test_what_a_command_cannot_do_is_not_tried_again(nodes, events, glyphs_root,
         executor.start(wrong)
         ended = until(executor, lambda ended: ended)
     assert [(each.name, each.code) for each in ended] == [("wrong", 2)]
-    assert "4000" in ended[0].said
+    assert "4000" in ended[0].error
     assert not [event for event in events if "lost" in event.text]
 
 
 @pytest.mark.cluster
-def test_a_slice_that_kills_every_place_is_given_up(nodes, events, glyphs_root, tmp_path):
+def test_a_slice_that_kills_every_slot_is_given_up(nodes, events, glyphs_root, tmp_path):
     job = job_of(tmp_path / "run", glyphs_root)
     with open_cluster(
         nodes[0].address, slots=None, cpus=1, gpus=0, slice_s=600, on_event=events.append
     ) as executor:
         executor.start(job)
-        (work,) = executor._under_way
-        places, ended = 0, []
+        (running,) = executor._running
+        slots, ended = 0, []
         while not ended:
-            place, places = work.place, places + 1
-            executor._ray.kill(place)
-            ended = until(executor, lambda ended, place=place: ended or work.place is not place)
-    assert (places, ended[0].code) == (ray_cluster.TRIES, 1)
-    assert "actor" in ended[0].said
-    assert len([event for event in events if "lost its place" in event.text]) == places - 1
+            slot, slots = running.slot, slots + 1
+            executor._ray.kill(slot)
+            ended = until(executor, lambda ended, slot=slot: ended or running.slot is not slot)
+    assert (slots, ended[0].code) == (ray_cluster.TRIES, 1)
+    assert "actor" in ended[0].error
+    assert len([event for event in events if "lost its place" in event.text]) == slots - 1
 
 
 @pytest.mark.cluster
@@ -260,11 +260,11 @@ def test_without_ray_the_extra_is_named(monkeypatch, events):
 
 
 def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
-    place = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
-    came = place.work(pack(tmp_path), "1s")
-    place.leave()
+    slot = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
+    came = slot.work(pack(tmp_path), "1s")
+    slot.leave()
     assert (came.files, came.code) == (None, 1)
-    assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1\nhint: " in came.said
+    assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1: install one release" in came.error
 
 
 def test_room_counts_whole_jobs_on_each_node():

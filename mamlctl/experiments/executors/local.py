@@ -1,100 +1,87 @@
-"""Jobs on this machine: each a process of its own, so that a crash or a full memory takes one cell only."""
+"""Jobs on this machine, each a process of its own."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from mamlctl.core.errors import ExitCode
-from mamlctl.experiments.executors.jobs import Ended, Job
-
-SAID = 12  # last lines of a log that tell why a cell failed
+from mamlctl.experiments.executors.jobs import Arguments, ChildProcess, Ended, Job
 
 
 @dataclass
 class _Running:
     job: Job
     slot: int
-    process: subprocess.Popen[bytes]
     log: BinaryIO
+    child: ChildProcess
+    testing: bool
 
 
 class LocalExecutor:
-    """So many jobs at a time, sharing the processor's threads, or each with one of the CUDA devices."""
+    """Several jobs at a time, sharing the processor's threads, or each with one of the CUDA devices."""
 
     def __init__(self, slots: int, logs: Path, *, cuda_devices: Sequence[str] = ()) -> None:
-        """`logs`: a folder for what the jobs say. `cuda_devices`: as CUDA_VISIBLE_DEVICES names them."""
+        """`logs`: a folder for the jobs' output. `cuda_devices`: as CUDA_VISIBLE_DEVICES names them."""
         self.slots, self._logs, self._cuda_devices = slots, logs, list(cuda_devices)
         self._running: list[_Running] = []
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, job: Job) -> None:
-        """Begin a job in a free slot."""
-        slot = min(set(range(self.slots)) - {running.slot for running in self._running})
-        log = (self._logs / f"{job.name}.txt").open("ab")
-        command = self._next(job)
+        """Begin a job in a free slot. Raises ValueError for one that has nothing to do."""
+        training = job.train_command(job.folder)
+        command = training or job.eval_command(job.folder)
         if command is None:
             raise ValueError(f"{job.name} has nothing to do")
-        self._running.append(_Running(job, slot, self._process(command, slot, log), log))
+        slot = min(set(range(self.slots)) - {running.slot for running in self._running})
+        log = (self._logs / f"{job.name}.txt").open("ab")
+        child = self._start_command(command, slot, log)
+        self._running.append(_Running(job, slot, log, child, testing=training is None))
 
     def ended(self) -> list[Ended]:
         """The jobs that ended since the last call."""
-        return [ended for running in list(self._running) if (ended := self._looked_at(running)) is not None]
+        ends = [self._poll(running) for running in list(self._running)]
+        return [end for end in ends if end is not None]
 
     def stop(self, number: int) -> None:
         """Pass the signal on, and wait: trainings save after their meta-step."""
         for running in self._running:
-            running.process.send_signal(number)
+            running.child.process.send_signal(number)
         for running in self._running:
-            running.process.wait()
+            running.child.wait()
             running.log.close()
         self._running.clear()
 
-    def _looked_at(self, running: _Running) -> Ended | None:
-        """None while the job goes on; a training that ended well is followed by the job's test."""
-        code = running.process.poll()
-        if code is None:
+    def _poll(self, running: _Running) -> Ended | None:
+        """None while the job is under way; a training that ended well is followed by the job's test."""
+        if running.child.process.poll() is None:
             return None
-        after = self._next(running.job) if code == ExitCode.OK and not _is_test(running.process) else None
-        if after is not None and after[0] == "eval":
-            running.process = self._process(after, running.slot, running.log)
+        job, (code, error) = running.job, running.child.wait()
+        if code == ExitCode.OK and not running.testing and (test := job.eval_command(job.folder)):
+            running.child = self._start_command(test, running.slot, running.log)
+            running.testing = True
             return None
         self._running.remove(running)
         running.log.close()
-        return Ended(running.job.name, code, _last_lines(self._logs / f"{running.job.name}.txt"))
+        return Ended(job.name, code, error)
 
-    def _next(self, job: Job) -> tuple[str, ...] | None:
-        return job.train_command(job.folder) or job.eval_command(job.folder)
-
-    def _process(self, command: Sequence[str], slot: int, log: BinaryIO) -> subprocess.Popen[bytes]:
+    def _start_command(self, command: Arguments, slot: int, log: BinaryIO) -> ChildProcess:
         log.write(f"$ {shlex.join(['mamlctl', *command])}\n".encode())
         log.flush()
-        return subprocess.Popen(
-            [sys.executable, "-m", "mamlctl.cli.child_process", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=self._environment(slot),
-            start_new_session=True,  # Ctrl-C is for whoever started them all, who passes it on
-        )
-
-    def _environment(self, slot: int) -> dict[str, str]:
         environment = dict(os.environ)
         if self._cuda_devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._cuda_devices[slot % len(self._cuda_devices)]
-        # Threads of several cells that want the same cores stop each other; whoever has set them knows why.
+        # Threads of several cells on the same cores stop each other; who set the variable knows better.
         environment.setdefault("OMP_NUM_THREADS", str(threads_each(self.slots)))
-        return environment
+        return ChildProcess(command, environment, log)
 
 
 def threads_each(slots: int) -> int:
-    """Threads of a job, so that all together have one a core."""
+    """Threads of a job, so that all jobs together have one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // slots, 1)
 
@@ -103,15 +90,5 @@ def visible_cuda_devices() -> list[str]:
     """The CUDA devices that a job may be given, as CUDA_VISIBLE_DEVICES names them; empty without any."""
     import torch
 
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named or [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _is_test(process: subprocess.Popen[bytes]) -> bool:
-    return "eval" in list(process.args)[3:4]  # type: ignore[arg-type]
-
-
-def _last_lines(path: Path) -> str:
-    """What a job said last, from its last command on."""
-    text = path.read_text(errors="replace").rpartition("\n$ mamlctl ")[2]
-    return "\n".join(text.splitlines()[-SAID:])
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names or [str(number) for number in range(torch.cuda.device_count())]

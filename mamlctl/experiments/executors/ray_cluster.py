@@ -18,19 +18,20 @@ import mamlctl
 from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import one_writer
+from mamlctl.core.formatting import plural
 from mamlctl.experiments.executors.jobs import Ended, Job
 from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pack, unpack
 from mamlctl.run_folder import run_state
 
-TRIES = 4  # of one slice: so many places do not die by chance within one
+TRIES = 4  # of one slice: that many nodes do not die by chance within one
 
 CONNECT_S = 10.0
 
 REACH_S = 60.0  # for ray's health check, which imports ray: 1 s on an idle machine. ray.init tries for 122 s
 
-STOP_S = 60.0  # for all to save and come back: more than slices.SAVE_S
+STOP_S = 60.0  # for all to save and come back: more than ray_worker.SAVE_S
 
-HEARD_S = 10.0  # for a place to hear of a stop; one that does not has no node yet
+HEARD_S = 10.0  # for a slot to receive a stop; one that does not has no node yet
 
 POLL_S = 0.1
 
@@ -44,16 +45,16 @@ ENVIRONMENT = {
 
 
 @dataclass
-class UnderWay:
-    """A job, the place that it has, and the slice that is awaited from there."""
+class RunningJob:
+    """A job, the slot that it has, and the slice that is awaited from there."""
 
     job: Job
-    locked: ExitStack  # holds the run folder's lock
+    lock: ExitStack  # holds the run folder's lock
     limit_s: float
     tries: int = 0  # of this slice
-    place: Any = None  # ray's handle of a slices.Place
-    slice: Any = None  # ray's reference to a slices.Slice
-    node: Any = None  # ray's reference to the id of the place's node
+    slot: Any = None  # ray's handle of a WorkerSlot
+    slice: Any = None  # ray's reference to a SliceResult
+    node: Any = None  # ray's reference to the id of the slot's node
     testing: bool = False
 
 
@@ -63,82 +64,80 @@ class RayExecutor:
     def __init__(
         self, ray: Any, *, slots: int | None, cpus: float, gpus: float, slice_s: float, on_event: OnEvent
     ) -> None:
-        """`slots`: None: what the nodes have room for, looked up again whenever a node dies."""
+        """Arguments are those of `open_cluster`, which documents them."""
         self._ray, self._on_event, self._slice_s = ray, on_event, slice_s
-        self._cpus, self._gpus, self._fixed = cpus, gpus, slots
-        # One thread works, another takes the stop meanwhile, a third tells where it is.
+        self._cpus, self._gpus, self._fixed_slots = cpus, gpus, slots
+        # One thread works, another takes the stop meanwhile, a third answers which node it is.
         self._actor = ray.remote(WorkerSlot).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=3
         )
-        self._under_way: list[UnderWay] = []
+        self._running: list[RunningJob] = []
         self._ended: list[Ended] = []
-        self._stopped = 0
-        self._alive: dict[str, str] = {}
-        self._looked = -LOOK_S
+        self._stopped_by = 0
+        self._nodes: dict[str, str] = {}  # id -> name, of those alive at the last look
+        self._last_look = -LOOK_S
         self.slots = slots or 1
-        self._look()
+        self._look_at_nodes()
 
     def start(self, job: Job) -> None:
         """Begin a job, as soon as a node has room for it."""
         job.folder.mkdir(parents=True, exist_ok=True)
-        locked = ExitStack()
+        lock = ExitStack()
         try:
-            locked.enter_context(one_writer(job.folder))
+            lock.enter_context(one_writer(job.folder))
         except MamlctlError as error:
-            self._ended.append(
-                Ended(job.name, error.exit_code, f"error: {error.message}\nhint:  {error.hint}")
-            )
+            self._ended.append(Ended(job.name, error.exit_code, error.message))
             return
-        work = UnderWay(job, locked, self._slice_s)
-        self._under_way.append(work)
-        self._go_on(work)
+        running = RunningJob(job, lock, self._slice_s)
+        self._running.append(running)
+        self._continue(running)
 
     def ended(self) -> Sequence[Ended]:
         """The jobs that ended since the last call; takes in what slices have finished, waits for none."""
-        self._take_in()
-        if time.monotonic() > self._looked + LOOK_S:
-            self._look()
+        self._collect_slices()
+        if time.monotonic() > self._last_look + LOOK_S:
+            self._look_at_nodes()
         ended, self._ended = self._ended, []
         return ended
 
     def stop(self, number: int) -> None:
         """Have every job save and end as that signal asks, and its folder brought back; a minute at most."""
-        self._stopped = number
+        self._stopped_by = number
         began = time.monotonic()
-        heard = {work.job.name: work.place.stop.remote(number) for work in self._under_way}
-        while self._under_way and time.monotonic() < began + STOP_S:
-            self._take_in()
+        heard = {running.job.name: running.slot.stop.remote(number) for running in self._running}
+        while self._running and time.monotonic() < began + STOP_S:
+            self._collect_slices()
             if time.monotonic() > began + HEARD_S:
-                for work in [*self._under_way]:
-                    if not self._ready([heard[work.job.name]]):
-                        self._end(work, 128 + number, "stopped before a node had room for it")
+                for running in [*self._running]:
+                    if not self._ready([heard[running.job.name]]):
+                        self._end(running, 128 + number, "stopped before a node had room for it")
             time.sleep(POLL_S)
-        for work in [*self._under_way]:
-            self._end(work, 128 + number, "stopped, but its node did not answer: its last slice is lost")
+        for running in [*self._running]:
+            self._end(running, 128 + number, "stopped, but its node did not answer: its last slice is lost")
 
     def close(self) -> None:
-        """Give every place back, at once."""
-        for work in [*self._under_way]:
-            self._end(work, -signal.SIGKILL, "left at once")
+        """Give every slot back, at once."""
+        for running in [*self._running]:
+            self._end(running, -signal.SIGKILL)
 
-    def _look(self) -> None:
-        """Which nodes there are now: tell those that came and went since the last look, and set `slots`."""
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        alive = {node["NodeID"]: _node_words(node) for node in nodes}
-        self.slots = self._fixed or max(room(nodes, self._cpus, self._gpus), 1)
-        now = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}, {self.slots} jobs at a time"
-        if not self._alive:
-            self._on_event(Notice(f"ray cluster: {now}"))
-        for name in self._alive.keys() ^ alive.keys():
-            if self._alive:
-                change = "joined" if name in alive else "died"
-                self._on_event(Notice(f"node {(self._alive | alive)[name]} {change}: {now}"))
-        self._alive, self._looked = alive, time.monotonic()
+    def _look_at_nodes(self) -> None:
+        """Find the nodes that are alive, report those that came and went, and set `slots`."""
+        nodes = alive_nodes(self._ray)
+        names = {node["NodeID"]: _node_name(node) for node in nodes}
+        self.slots = self._fixed_slots or max(room(nodes, self._cpus, self._gpus), 1)
+        total = f"{len(nodes)} {plural(len(nodes), 'node')}, {self.slots} jobs at a time"
+        if not self._nodes:
+            self._on_event(Notice(f"ray cluster: {total}"))
+        else:
+            for node in self._nodes.keys() ^ names.keys():
+                change = "joined" if node in names else "died"
+                self._on_event(Notice(f"node {(self._nodes | names)[node]} {change}: {total}"))
+        self._nodes, self._last_look = names, time.monotonic()
 
-    def _take_in(self) -> None:
-        waiting = {work.slice: work for work in self._under_way}
-        for reference in self._ready([*waiting]):
-            self._take(waiting[reference])
+    def _collect_slices(self) -> None:
+        by_slice = {running.slice: running for running in self._running}
+        for reference in self._ready([*by_slice]):
+            self._collect(by_slice[reference])
 
     def _ready(self, references: list[Any]) -> list[Any]:
         if not references:
@@ -146,85 +145,95 @@ class RayExecutor:
         ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         return list(ready)
 
-    def _take(self, work: UnderWay) -> None:
-        """A slice that came back, or did not."""
+    def _collect(self, running: RunningJob) -> None:
+        """Take in a slice that came back, or did not."""
         errors = self._ray.exceptions
         try:
-            came: SliceResult = self._ray.get(work.slice)
+            result: SliceResult = self._ray.get(running.slice)
         except errors.RayTaskError as error:  # the node cannot do it, or we made a mistake
-            self._end(work, ExitCode.FAILED, str(error))
-        except errors.RayError as error:  # the place is gone
-            self._lost(work, error)
-        else:
-            step = run_state(work.job.folder).step
-            if came.files is not None:
-                unpack(came.files, work.job.folder)
-            if came.code != ExitCode.OK or work.testing:
-                # A child that has not come as far as to hear a signal dies of it.
-                killed = self._stopped and came.code == -self._stopped
-                self._end(work, 128 + self._stopped if killed else came.code, came.said)
-                return
-            # Too short for its start and a meta-step, or in validation.
-            if run_state(work.job.folder).step == step:
-                work.limit_s *= 2
-            work.tries = 0
-            self._go_on(work, came.said)
-
-    def _lost(self, work: UnderWay, error: Exception) -> None:
-        work.tries += 1
-        self._release(work)
-        if self._stopped or work.tries >= TRIES:
-            self._end(work, 128 + self._stopped if self._stopped else ExitCode.FAILED, str(error))
+            self._end(running, ExitCode.FAILED, f"{type(error.cause).__name__}: {error.cause}")
             return
-        step, place = run_state(work.job.folder).step, self._place_words(work)
-        self._on_event(Notice(f"{work.job.name} lost {place}: it goes on elsewhere from meta-step {step}"))
-        self._go_on(work)
+        except errors.RayError as error:  # the slot is gone
+            self._restart(running, str(error).partition("\n")[0])
+            return
+        step = run_state(running.job.folder).step
+        if result.files is not None:
+            unpack(result.files, running.job.folder)
+        if result.code != ExitCode.OK or running.testing:
+            # A child that cannot handle a signal yet dies of it.
+            killed = self._stopped_by and result.code == -self._stopped_by
+            self._end(running, 128 + self._stopped_by if killed else result.code, result.error)
+            return
+        if (
+            run_state(running.job.folder).step == step
+        ):  # too short for its start and a meta-step, or in validation
+            running.limit_s *= 2
+        running.tries = 0
+        self._continue(running)
 
-    def _place_words(self, work: UnderWay) -> str:
-        if self._ready([work.node]):
+    def _restart(self, running: RunningJob, error: str) -> None:
+        """Try a lost slice in another slot, unless it was tried often enough."""
+        running.tries += 1
+        self._release(running)
+        if self._stopped_by or running.tries >= TRIES:
+            self._end(running, 128 + self._stopped_by if self._stopped_by else ExitCode.FAILED, error)
+            return
+        name, step = running.job.name, run_state(running.job.folder).step
+        node = self._node_of(running)
+        self._on_event(Notice(f"{name} lost its place{node}: it goes on elsewhere from meta-step {step}"))
+        self._continue(running)
+
+    def _node_of(self, running: RunningJob) -> str:
+        """' on node NAME' of the job's slot; empty if it never had one."""
+        if self._ready([running.node]):
             with suppress(self._ray.exceptions.RayError):
-                name = self._ray.get(work.node)
-                return f"its place on node {self._alive.get(name, name[:8])}"
-        return "its place"
+                node = self._ray.get(running.node)
+                return f" on node {self._nodes.get(node, node[:8])}"
+        return ""
 
-    def _go_on(self, work: UnderWay, said: str = "") -> None:
-        """Ask for the next slice, in the place that the job has or in a new one; or end the job."""
-        job, limit = work.job, f"{work.limit_s:.3f}s"
+    def _continue(self, running: RunningJob) -> None:
+        """Ask for the next slice, in the slot that the job has or in a new one; or end the job."""
+        job, limit = running.job, f"{running.limit_s:.3f}s"
         training = job.train_command(job.folder, limit)
-        if self._stopped or not (training or job.eval_command(job.folder)):
-            self._end(work, 128 + self._stopped if self._stopped else ExitCode.OK, said)
+        if self._stopped_by or not (training or job.eval_command(job.folder)):
+            self._end(running, 128 + self._stopped_by if self._stopped_by else ExitCode.OK)
             return
-        work.testing = training is None
+        running.testing = training is None
         files = None
-        if work.place is None:
+        if running.slot is None:
             files = pack(job.folder)
-            work.place = self._actor.remote(job, self._cpus, mamlctl.__version__)
-            work.node = work.place.node.remote()
-        work.slice = work.place.work.remote(files, limit)
+            running.slot = self._actor.remote(job, self._cpus, mamlctl.__version__)
+            running.node = running.slot.node.remote()
+        running.slice = running.slot.work.remote(files, limit)
 
-    def _end(self, work: UnderWay, code: int, said: str) -> None:
-        self._release(work)
-        work.locked.close()
-        self._under_way.remove(work)
-        self._ended.append(Ended(work.job.name, code, said))
+    def _end(self, running: RunningJob, code: int, error: str = "") -> None:
+        self._release(running)
+        running.lock.close()
+        self._running.remove(running)
+        self._ended.append(Ended(running.job.name, code, error))
 
-    def _release(self, work: UnderWay) -> None:
-        """Give a place back: its folder removed if it still answers, its resources free at once."""
-        place, work.place = work.place, None
-        if place is not None:
-            self._ray.wait([place.leave.remote()], timeout=1.0)
-            self._ray.kill(place)
+    def _release(self, running: RunningJob) -> None:
+        """Give a slot back: its folder removed if it still answers, its resources free at once."""
+        slot, running.slot = running.slot, None
+        if slot is not None:
+            self._ray.wait([slot.leave.remote()], timeout=1.0)
+            self._ray.kill(slot)
 
 
-def _node_words(node: Mapping[str, Any]) -> str:
+def alive_nodes(ray: Any) -> list[Mapping[str, Any]]:
+    """The cluster's nodes that are alive, as ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _node_name(node: Mapping[str, Any]) -> str:
     """Several nodes may be on one host, so with the beginning of ray's own name."""
     return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
 
 
-def room(nodes: Sequence[Any], cpus: float, gpus: float) -> int:
+def room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
     """How many jobs of so many CPUs and GPUs ray's nodes have room for, each of them on one node."""
-    asked = {name: number for name, number in (("CPU", cpus), ("GPU", gpus)) if number > 0}
-    rooms = ([int(node["Resources"].get(name, 0) / need) for name, need in asked.items()] for node in nodes)
+    needs = {name: number for name, number in (("CPU", cpus), ("GPU", gpus)) if number > 0}
+    rooms = ([int(node["Resources"].get(name, 0) / need) for name, need in needs.items()] for node in nodes)
     return sum(min(each, default=1) for each in rooms)
 
 
@@ -234,15 +243,22 @@ def open_cluster(
 ) -> Iterator[RayExecutor]:
     """A cluster's executor for the block.
 
-    `address`: HOST:PORT, "auto" (the cluster that this machine is part of) or "local" (started here, ended
-    with the block). `slots`: jobs at a time; None: as many as there is room for. `cpus`, `gpus`: of each job.
-    `slice_s`: seconds of training after which a run folder comes back. Raises MamlctlError if ray is not
-    installed, no cluster answers, or no node has room for one job.
+    Args:
+        address: HOST:PORT, "auto" (the cluster that this machine is part of) or "local" (started here, ended
+            with the block).
+        slots: jobs at a time; None: as many as there is room for, counted again whenever a node dies.
+        cpus: of each job.
+        gpus: of each job; it may be a part of one.
+        slice_s: seconds of training after which a run folder comes back.
+        on_event: receives a notice for every node that joins or dies and every slice that is lost.
+
+    Raises:
+        MamlctlError: ray is not installed, no cluster answers, or no node has room for one job.
     """
     ray = _ray()
     _connect(ray, address)
     try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = alive_nodes(ray)
         if not room(nodes, cpus, gpus):
             fact = f"no node of the cluster ({len(nodes)}) has {cpus:g} CPUs and {gpus:g} GPUs"
             raise MamlctlError(fact, hint="ask for less for each job, or add a node that has them")
@@ -268,10 +284,10 @@ def _ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     if address != "local":
         _reach(address)
-    handler = signal.getsignal(signal.SIGTERM)  # ray puts its own in its place
-    own = {"include_dashboard": False} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)  # ray replaces it
+    options = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise _unreachable(address, str(error).strip().partition("\n")[0]) from error
@@ -284,24 +300,26 @@ def _reach(address: str) -> None:
 
     ray.init tries for two minutes where nobody answers, and then ends its whole process.
     """
-    where = [] if address == "auto" else ["--address", address]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", *where]
+    named = address != "auto"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    if named:
+        command += ["--address", address]
     host, _, port = address.rpartition(":")
-    if where and (not port.isdecimal() or "/" in host):
+    if named and (not port.isdecimal() or "/" in host):
         raise _unreachable(address, "an address is HOST:PORT, as 'ray start --head' told it")
     try:
-        if where:  # where nobody listens, the health check would still try for 40 s
+        if named:  # where nobody listens, the health check would still try for 40 s
             socket.create_connection((host, int(port)), CONNECT_S).close()
     except OSError as error:
         raise _unreachable(address, error.strerror or str(error)) from error
     try:
-        done = subprocess.run(command, capture_output=True, timeout=REACH_S)
+        check = subprocess.run(command, capture_output=True, timeout=REACH_S)
     except subprocess.TimeoutExpired as error:
         raise _unreachable(address, f"no answer in {REACH_S:g} s") from error
-    if done.returncode and b"InvalidAuthToken" in done.stderr:
+    if check.returncode and b"InvalidAuthToken" in check.stderr:
         hint = "set RAY_AUTH_MODE=token here and on every node, with the head's token (ray get-auth-token)"
         raise MamlctlError(f"the ray cluster at {address} asks for a token", hint=hint)
-    if done.returncode:
+    if check.returncode:
         raise _unreachable(address, "its health check failed")
 
 

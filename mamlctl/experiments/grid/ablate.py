@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import StopReason
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
-from mamlctl.experiments.executors.jobs import Ended, Executor
+from mamlctl.experiments.executors.jobs import Executor
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.grid.grid import CELLS, Grid, GridCell
 from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
-from mamlctl.experiments.grid.scheduler import Scheduler, _failed, _is_left, _why
+from mamlctl.experiments.grid.scheduler import Scheduler, pending_cells
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.trained_model import test_problems
@@ -38,7 +39,7 @@ class GridResult:
     folder: Path
     table: Table
     reason: StopReason
-    failed: Mapping[str, str]  # cells whose commands failed -> what they said last
+    failed: Mapping[str, str]  # cells whose jobs failed -> why
     left: int  # cells that are not done
     files: tuple[Path, ...]
 
@@ -46,33 +47,32 @@ class GridResult:
 def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     """Fetch and open what the cells will need and build their networks, so that what fails does so once.
 
-    Raises SettingsError for tasks that a split is too small for or images that a network cannot take,
-    DataError for missing or damaged data.
+    Raises:
+        SettingsError: tasks that a split is too small for, or images that a network cannot take.
+        DataError: missing or damaged data, or others than a cell was trained on.
     """
     evaluate, configs = grid.evaluate, [fill_defaults(row.config) for row in grid.rows]
     if problems := [problem for config in configs for problem in test_problems(config, evaluate)]:
         raise SettingsError(list(dict.fromkeys(problems)))
-    cpu = torch.device("cpu")
-    _, source = open_streams(
-        configs[0], ("train", "val"), cpu, torch.float32, offline=offline, on_event=on_event
-    )
-    open_streams(
+    open_splits = partial(
+        open_streams,
         configs[0],
-        (evaluate.split,),
-        cpu,
-        torch.float32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
         offline=offline,
         on_event=on_event,
-        disjoint=evaluate.disjoint,
     )
+    _, source = open_splits(splits=("train", "val"))
+    open_splits(splits=(evaluate.split,), disjoint=evaluate.disjoint)
     for config in configs:
         build(config, source.example_shape, torch.device("meta"), classes=source.classes.get("train"))
     for cell in grid.cells:
-        known = RunFolder(cell.folder, cell.config).environment().get("dataset_digest", source.digest)
-        if known != source.digest:
-            here = f"{configs[0].dataset} has digest {source.digest:.12}"
-            fact = f"{here}, but {cell.folder} was trained on {known:.12}"
-            raise DataError(fact, hint="choose another --out: rows of one table see the same images")
+        digest = RunFolder(cell.folder, cell.config).environment().get("dataset_digest", source.digest)
+        if digest != source.digest:
+            fact = f"{configs[0].dataset} has digest {source.digest:.12}, but {cell.folder} was trained on"
+            raise DataError(
+                f"{fact} {digest:.12}", hint="choose another --out: rows of one table see the same images"
+            )
 
 
 def ablate(
@@ -85,49 +85,49 @@ def ablate(
 ) -> GridResult:
     """Train and test whatever of the grid is missing, then make its table and its files.
 
-    Raises MamlctlError if another process fills the grid, or for a damaged cell.
+    Args:
+        grid: where the table and its runs are or will be.
+        executor: entered only if there is anything to do.
+        time_limit_s: seconds after which trainings save and stop.
+        on_event: receives a GridChanged whenever cells were looked after, and notices.
+        offline: never download.
+
+    Raises:
+        MamlctlError: another process fills the grid, or a cell is damaged.
     """
     started = time.monotonic()
     with lock_grid(grid):
         save_plan(grid)
-        waiting = [cell.name for cell in grid.cells if _is_left(cell, grid)]
+        pending = pending_cells(grid)
         if grid.left_out:
-            told = ", ".join(grid.left_out)
-            on_event(Notice(f"left out or renamed, since an improvement means nothing there: {told}"))
+            labels = ", ".join(grid.left_out)
+            on_event(Notice(f"left out or renamed, since an improvement means nothing there: {labels}"))
         reason: StopReason = ""
-        ended: dict[str, Ended] = {}
-        if waiting:
+        failed: dict[str, str] = {}
+        if pending:
             on_event(Notice(f"into {grid.folder}"))
             limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)
-            with limited as stop, executor as running:
-                filling = Scheduler(grid, waiting, running, stop, on_event, offline)
-                reason, ended = filling.run(), filling.ended
-        failed = {name: _why(end) for name, end in ended.items() if _failed(end)}
+            with limited as stop, executor as entered:
+                scheduler = Scheduler(grid, pending, entered, stop, on_event, offline)
+                reason, failed = scheduler.run(), scheduler.failed
         table = grid_table(grid, failed)
-        left = sum(_is_left(cell, grid) for cell in grid.cells)
+        left = len(pending_cells(grid))
         files = write_files(table, grid.folder)
     return GridResult(grid.folder, table, reason, failed, left, tuple(files))
 
 
 def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
-    """The table of what the grid's folder holds now."""
-    rows = [
-        RowSpec(
-            row.label,
-            row.config,
-            tuple(
-                RunReference(cell.seed, cell.folder, shlex.join(_train_line(cell)), failed.get(cell.name, ""))
-                for cell in grid.cells
-                if cell.row == row
-            ),
-        )
-        for row in grid.rows
-    ]
+    """The table of what the grid's folder holds now; `failed`: cells whose jobs failed -> why."""
+    rows = []
+    for row in grid.rows:
+        runs = [_run_reference(cell, failed) for cell in grid.cells if cell.row == row]
+        rows.append(RowSpec(row.label, row.config, tuple(runs)))
     return tabulate(grid.plan, rows, grid.evaluate, root=grid.folder, commands=[grid.command])
 
 
-def _train_line(cell: GridCell) -> list[str]:
-    return ["mamlctl", "train", *train_arguments(cell.config), "--out", f"{CELLS}/{cell.name}"]
+def _run_reference(cell: GridCell, failed: Mapping[str, str]) -> RunReference:
+    words = ["mamlctl", "train", *train_arguments(cell.config), "--out", f"{CELLS}/{cell.name}"]
+    return RunReference(cell.seed, cell.folder, shlex.join(words), failed.get(cell.name, ""))
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def local_executor(grid: Grid, workers: int) -> Iterator[Executor]:
 
 
 def workers_here(grid: Grid, workers: int | None) -> int:
-    """As asked for; else one for each CUDA device that cells may take; on a CPU one, with all threads."""
+    """`workers`; if None, one for each CUDA device that cells may take; on a CPU one, with all threads."""
     return max(len(_cuda_devices(grid)), 1) if workers is None else workers
 
 
@@ -151,5 +151,5 @@ def _cuda_devices(grid: Grid) -> list[str]:
     """Devices to share out; none where cells name their own, or the CPU."""
     from mamlctl.experiments.executors.local import visible_cuda_devices
 
-    wants = {row.config.device for row in grid.rows}
-    return visible_cuda_devices() if wants <= {"auto", "cuda"} else []
+    devices = {row.config.device for row in grid.rows}
+    return visible_cuda_devices() if devices <= {"auto", "cuda"} else []

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import StopReason
+from mamlctl.core.literals import CellProgress, StopReason
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
 from mamlctl.experiments.grid.grid import Grid, GridCell
-from mamlctl.experiments.grid.stored_evaluations import find_evaluation
+from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, METRICS, RESUME_OVERRIDES, RunFolder, open_run, run_state
@@ -28,168 +27,152 @@ POLL_S = 0.25  # how often jobs are looked after: below what a person notices
 TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last entry
 
 
-def _is_left(cell: GridCell, grid: Grid) -> bool:
-    """Whether there is anything to do for a cell that would help; what has diverged does so again."""
+def is_pending(cell: GridCell, grid: Grid) -> bool:
+    """Whether a cell is to be trained or tested; one that has diverged would only do so again."""
     status = run_state(cell.folder).status
     if status != "finished":
         return status != "diverged"
-    return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate) is None
+    return _evaluation(cell, grid) is None
 
 
-def has_pending_cells(grid: Grid) -> bool:
-    """Whether any cell is to be trained or tested."""
-    return any(_is_left(cell, grid) for cell in grid.cells)
-
-
-def _job(cell: GridCell, grid: Grid, offline: bool) -> Job | None:
-    """What is left to do for a cell; None when nothing is."""
-    if not _is_left(cell, grid):
-        return None
-    moved: tuple[str, ...] = ()
-    if (cell.folder / CONFIG).is_file():
-        there = open_run(cell.folder).config
-        changed = {name: getattr(cell.config, name) for name in RESUME_OVERRIDES}
-        moved = settings_arguments(
-            {name: value for name, value in changed.items() if value != getattr(there, name)}
-        )
-    offline_too = ("--offline",) if offline else ()
-    return Job(
-        cell.name,
-        cell.folder,
-        (*train_arguments(cell.config), *offline_too),
-        (*cell_test(cell, grid.evaluate), "--quiet", *offline_too),
-        (*moved, *offline_too),
-    )
-
-
-def _failed(end: Ended) -> bool:
-    """Whether a job left its cell undone for a reason of its own."""
-    stopped = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
-    return end.code not in (ExitCode.OK, ExitCode.DIVERGED, *stopped)
-
-
-def _why(end: Ended) -> str:
-    """The error that a job's command printed; the signal that killed it."""
-    if end.code == -signal.SIGKILL:
-        return "killed by SIGKILL: out of memory?"
-    if end.code < 0:
-        return f"killed by signal {-end.code}"
-    said = end.said.splitlines()
-    errors = [line for line in said if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ") if errors else (said or [f"exit code {end.code}"])[-1].strip()
+def pending_cells(grid: Grid) -> list[GridCell]:
+    """The cells that are to be trained or tested."""
+    return [cell for cell in grid.cells if is_pending(cell, grid)]
 
 
 class Scheduler:
-    """Jobs under way, and what is told about them."""
+    """Starts jobs for the pending cells of a grid, and reports how every cell stands."""
 
     def __init__(
         self,
         grid: Grid,
-        waiting: Sequence[str],
+        pending: Sequence[GridCell],
         executor: Executor,
         stop: StopRequests,
         on_event: OnEvent,
         offline: bool,
     ) -> None:
-        self.ended: dict[str, Ended] = {}
+        """`pending`: the cells to bring to their end; the others are only reported."""
+        self.ended: dict[str, Ended] = {}  # the last job of each cell, by the cell's name
         self._grid, self._executor, self._stop, self._on_event = grid, executor, stop, on_event
-        self._waiting, self._offline = list(waiting), offline
+        self._waiting, self._offline = [cell.name for cell in pending], offline
         self._running: set[str] = set()
-        self._elsewhere: set[str] = set()
+        self._elsewhere: set[str] = set()  # waiting cells that another process trains
         self._began = time.monotonic()
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
         self._metric = "mse" if is_curve_family(first.dataset) else "accuracy"
         self._cells = {cell.name: cell for cell in grid.cells}
-        self._states = {name: self._state(cell) for name, cell in self._cells.items()}
+        self._states = {name: self._cell_state(cell) for name, cell in self._cells.items()}
         self._first_steps = sum(state.step for state in self._states.values())
 
+    @property
+    def failed(self) -> dict[str, str]:
+        """Cells whose jobs failed -> why."""
+        return {name: end.reason for name, end in self.ended.items() if end.failed}
+
     def run(self) -> StopReason:
-        """Until every job has ended, or a reason to stop before."""
+        """Run until every job has ended -> ""; or until there is a reason to stop before -> the reason."""
         while self._waiting or self._running:
             if reason := self._stop.reason():
                 self._executor.stop(signal.SIGINT if reason == "SIGINT" else signal.SIGTERM)
                 return reason
             for end in self._executor.ended():
-                self._note_end(end)
-            self._start_some()
-            self._tell()
+                self._record_end(end)
+            self._start_jobs()
+            self._report()
             time.sleep(POLL_S)
-        self._tell()
+        self._report()
         return ""
 
-    def _start_some(self) -> None:
+    def _start_jobs(self) -> None:
         for name in list(self._waiting):
             if len(self._running) >= self._executor.slots:
                 return
-            if is_locked(self._cells[name].folder):
-                # Trained by somebody else, such as a queue's job, or by what a killed call left for a moment.
+            cell = self._cells[name]
+            if is_locked(cell.folder):
+                # Trained by another process, such as a queue's job, or a child of a killed call for a moment.
                 if name not in self._elsewhere:
                     self._elsewhere.add(name)
                     self._on_event(Notice(f"{name} is in use by another process: waiting for it"))
                 continue
             self._elsewhere.discard(name)
             self._waiting.remove(name)
-            # Asked anew: somebody else may have done some of it meanwhile, or all.
-            job = _job(self._cells[name], self._grid, self._offline)
-            if job is None:
-                self._states[name] = self._state(self._cells[name])
-                continue
-            self._running.add(name)
-            self._executor.start(job)
+            # Another process may have done some of it meanwhile, or all.
+            if is_pending(cell, self._grid):
+                self._running.add(name)
+                self._executor.start(self._job(cell))
+            else:
+                self._states[name] = self._cell_state(cell)
 
-    def _note_end(self, end: Ended) -> None:
+    def _job(self, cell: GridCell) -> Job:
+        """What is left to do for a pending cell."""
+        offline = ("--offline",) if self._offline else ()
+        overrides: tuple[str, ...] = ()
+        if (cell.folder / CONFIG).is_file():
+            stored, planned = open_run(cell.folder).config, cell.config
+            changed = [name for name in RESUME_OVERRIDES if getattr(stored, name) != getattr(planned, name)]
+            overrides = settings_arguments({name: getattr(planned, name) for name in changed})
+        return Job(
+            cell.name,
+            cell.folder,
+            train=(*train_arguments(cell.config), *offline),
+            evaluate=(*cell_test(cell, self._grid.evaluate), "--quiet", *offline),
+            overrides=(*overrides, *offline),
+        )
+
+    def _record_end(self, end: Ended) -> None:
         self._running.remove(end.name)
-        if "is in use by" in end.said and _failed(end):  # somebody was quicker
+        if end.code == ExitCode.LOCKED:  # another process was quicker
             self._waiting.append(end.name)
             return
         self.ended[end.name] = end
-        self._states[end.name] = self._state(self._cells[end.name])
-        if _failed(end):
-            self._on_event(Notice(f"{end.name} failed: {_why(end)}"))
+        self._states[end.name] = self._cell_state(self._cells[end.name])
+        if end.failed:
+            self._on_event(Notice(f"{end.name} failed: {end.reason}"))
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         for name in (*self._running, *self._elsewhere):
-            self._states[name] = self._state(self._cells[name])
+            self._states[name] = self._cell_state(self._cells[name])
         states = tuple(self._states.values())
-        told = GridChanged(
-            self._title, self._metric, self._executor.slots, states, self._seconds_left(states)
+        self._on_event(
+            GridChanged(self._title, self._metric, self._executor.slots, states, self._seconds_left(states))
         )
-        self._on_event(told)
 
     def _seconds_left(self, states: Sequence[CellState]) -> float | None:
-        """From the meta-steps done since this call began, or where there are only tests left, from those."""
-        if all(state.step == state.total_steps for state in states if state.state not in OVER):
-            left = sum(state.state not in OVER for state in states)
-            return (time.monotonic() - self._began) * left / len(self.ended) if self.ended else None
-        steps = sum(state.step for state in states) - self._first_steps
-        left = sum(state.total_steps - state.step for state in states if state.state not in OVER)
-        return None if steps <= 0 else (time.monotonic() - self._began) * left / steps
+        """From the meta-steps done since this call began, or where only tests are left, from those."""
+        pending = [state for state in states if state.state not in OVER]
+        steps_left = sum(state.total_steps - state.step for state in pending)
+        if steps_left:
+            done, left = sum(state.step for state in states) - self._first_steps, steps_left
+        else:
+            done, left = len(self.ended), len(pending)
+        return (time.monotonic() - self._began) * left / done if done > 0 else None
 
-    def _state(self, cell: GridCell) -> CellState:
-        config = cell.config
-        status, (step, score) = run_state(cell.folder).status, _progress(cell.folder)
+    def _cell_state(self, cell: GridCell) -> CellState:
+        status, total = run_state(cell.folder).status, cell.config.total_steps
+        step, score = _last_metrics(cell.folder)
+        running = cell.name in self._running
+        state: CellProgress = "training"
         if status == "diverged":
             state = "diverged"
         elif status == "finished":
-            step = config.total_steps
-            test = None if cell.name in self._running else _tested_score(cell, self._grid)
-            state, score = ("testing", score) if test is None else ("done", test)
-        else:
-            state = "training"
-        if state in ("training", "testing") and cell.name not in self._running:
+            state, step = "testing", total
+            evaluation = None if running else _evaluation(cell, self._grid)
+            if evaluation is not None:
+                state, score = "done", float(evaluation.scores["best"].mean())
+        if state in ("training", "testing") and not running:
             state = "elsewhere" if cell.name in self._elsewhere else "waiting"
-            if cell.name in self.ended and _failed(self.ended[cell.name]):
+            if cell.name in self.failed:
                 state = "failed"
-        return CellState(cell.row.label, cell.seed, state, step, config.total_steps, score)
+        return CellState(cell.row.label, cell.seed, state, step, total, score)
 
 
-def _tested_score(cell: GridCell, grid: Grid) -> float | None:
-    test = find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
-    return None if test is None else float(test.scores["best"].mean())
+def _evaluation(cell: GridCell, grid: Grid) -> StoredEvaluation | None:
+    return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
 
 
-def _progress(folder: Path) -> tuple[int, float | None]:
+def _last_metrics(folder: Path) -> tuple[int, float | None]:
     """Meta-steps done and the last validation's score, from the end of metrics.jsonl."""
     try:
         with (folder / METRICS).open("rb") as file:
@@ -198,17 +181,12 @@ def _progress(folder: Path) -> tuple[int, float | None]:
     except OSError:
         return 0, None
     step, score = 0, None
-    for entry in _entries(lines):
-        step = int(entry.get("step", step))
-        score = entry.get("val_accuracy", entry.get("val_mse", score))
-    return step, score
-
-
-def _entries(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:  # the first may begin in its middle, the last may not be whole yet
             continue
         if isinstance(entry, dict):
-            yield entry
+            step = int(entry.get("step", step))
+            score = entry.get("val_accuracy", entry.get("val_mse", score))
+    return step, score
