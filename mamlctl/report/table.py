@@ -5,7 +5,8 @@ Scores are in the metric's own unit: accuracies 0..1, mean squared errors as the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,11 @@ class Cell:
     diverged_at: int | None = None  # the meta-step whose loss or gradient was not finite
 
 
+def _median(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return float(statistics.median(numbers)) if numbers else None
+
+
 @dataclass(frozen=True)
 class Row:
     """All seeds of one setting."""
@@ -81,8 +87,16 @@ class Row:
     published: tuple[Published, ...]
     bn: str
     inner_steps: int
-    steps_to_99: float | None  # median over seeds
-    step_s: float | None  # median over seeds
+
+    @property
+    def steps_to_99(self) -> float | None:
+        """Median over the seeds that have it."""
+        return _median([cell.steps_to_99 for cell in self.cells])
+
+    @property
+    def step_s(self) -> float | None:
+        """Median over the seeds that have it."""
+        return _median([cell.step_s for cell in self.cells])
 
     @property
     def divergences(self) -> int:

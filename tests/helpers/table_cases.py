@@ -112,8 +112,6 @@ def row(
         published=published(dataset, ways, 1 if metric == "accuracy" else 5, label),
         bn="transductive",
         inner_steps=5,
-        steps_to_99=225.0,
-        step_s=float(np.median([ended.step_s for ended in cells])),
     )
 
 
@@ -159,8 +157,6 @@ def one_on():
         best=None,
         ensemble=None,
         ensemble_size=0,
-        steps_to_99=None,
-        step_s=None,
     )
     first, second, third = rows[2].cells
     cells = (first, second, unfinished(third, "missing", steps=0))
@@ -226,8 +222,6 @@ def empty():
             best=None,
             ensemble=None,
             ensemble_size=0,
-            steps_to_99=None,
-            step_s=None,
         )
         for each in given.rows
     ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,27 @@ class RowSpec:
 
     label: str
     config: TrainConfig
-    sources: tuple[RunReference, ...]
+    runs: tuple[RunReference, ...]
+
+
+Scores = Mapping[int, NDArray[np.float64]]  # seed -> a score per task
 
 
 @dataclass(frozen=True)
-class _Filled:
-    """A row's runs as they are, and the tests of those that have one."""
+class _RowRuns:
+    """A row's runs as they are, and the evaluations of those that have one."""
 
-    wanted: RowSpec
+    spec: RowSpec
     cells: tuple[Cell, ...]
-    tested: Mapping[int, StoredEvaluation]  # by seed
+    evaluations: Mapping[int, StoredEvaluation]  # by seed
+
+    def scores(self, model: str) -> Scores:
+        """Every task's score of one of MODELS, for the seeds that have it."""
+        return {
+            seed: evaluation.scores[model]
+            for seed, evaluation in self.evaluations.items()
+            if model in evaluation.scores
+        }
 
 
 def tabulate(
@@ -62,26 +72,32 @@ def tabulate(
     commands: Sequence[str],
     unfinished: bool = False,
 ) -> Table:
-    """The table of these runs, the first row its baseline; runs without a test leave gaps.
+    """Make the table of these runs; runs without an evaluation leave gaps.
 
-    `root`: the folder that runs are told relative to. `unfinished`: runs count that have not come to their
-    end. Raises MamlctlError for a damaged run or test.
+    Args:
+        name: what the table is, for its title: a plan, or "compared".
+        rows: the rows in their order; differences are taken to the first.
+        evaluate: the evaluation that every run is looked up for.
+        root: the folder that the runs' folders are named relative to.
+        commands: the command lines that make this table again.
+        unfinished: whether runs count that have not come to their end.
+
+    Raises:
+        MamlctlError: a run or an evaluation is damaged.
     """
-    filled = [_filled(row, evaluate, root, unfinished) for row in rows]
-    scores = {kind: _scores(filled, kind) for kind in MODELS}
+    filled = [_row_runs(row, evaluate, root, unfinished) for row in rows]
+    best, ensemble = (_model_scores(filled, model) for model in MODELS)
     common = common_settings([identity_settings(row.config) for row in rows])
-    found = [
-        _row(row, scores["best"][place], scores["ensemble"][place], evaluate, common)
-        for place, row in enumerate(filled)
+    made = [
+        _table_row(runs, best[place], ensemble[place], evaluate, common) for place, runs in enumerate(filled)
     ]
     first = fill_defaults(rows[0].config)
-    queries = evaluate.queries or first.queries
     return Table(
         title=f"{formatting.task(first.dataset, first.ways, first.shots)}, {name}",
         dataset=first.dataset,
         ways=first.ways,
         shots=first.shots,
-        queries=queries,
+        queries=evaluate.queries or first.queries,
         metric="mse" if is_curve_family(first.dataset) else "accuracy",
         split=evaluate.split,
         tasks=evaluate.tasks,
@@ -89,95 +105,96 @@ def tabulate(
         disjoint=evaluate.disjoint,
         label_permutations=evaluate.label_permutations,
         baseline=rows[0].label,
-        rows=tuple(found),
+        rows=tuple(made),
         settings=common,
         environment=_environment(filled, root),
         commands=tuple(commands),
-        notes=tuple(_notes(filled, found)),
+        notes=tuple(_notes(filled, made)),
     )
 
 
-def _filled(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) -> _Filled:
-    cells, tested = [], {}
-    for source in row.sources:
-        run = open_run(source.folder) if (source.folder / CONFIG).is_file() else None
-        place = os.path.relpath(source.folder, root)
-        cells.append(
-            read_cell(run, seed=source.seed, place=place, command=source.command, failed=source.failed)
+def _row_runs(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) -> _RowRuns:
+    cells, evaluations = [], {}
+    for reference in row.runs:
+        run = open_run(reference.folder) if (reference.folder / CONFIG).is_file() else None
+        cell = read_cell(
+            run,
+            seed=reference.seed,
+            place=os.path.relpath(reference.folder, root),
+            command=reference.command,
+            failed=reference.failed,
         )
-        ended = run is not None and run_state(run.path).status == "finished"
-        counts = ended or (unfinished and cells[-1].status != "diverged")
-        test = find_evaluation(run, evaluate) if run is not None and counts else None
-        if test is not None:
-            tested[source.seed] = test
-    return _Filled(row, tuple(cells), tested)
+        cells.append(cell)
+        if run is None:
+            continue
+        counts = run_state(run.path).status == "finished" or (unfinished and cell.status != "diverged")
+        evaluation = find_evaluation(run, evaluate) if counts else None
+        if evaluation is not None:
+            evaluations[reference.seed] = evaluation
+    return _RowRuns(row, tuple(cells), evaluations)
 
 
-def _scores(rows: Sequence[_Filled], kind: str) -> list[Score | None]:
+def _model_scores(rows: Sequence[_RowRuns], model: str) -> list[Score | None]:
     """Every row's score for the best checkpoints or the ensembles, with differences to the first row's."""
-    baseline = _by_seed(rows[0], kind)
-    found: list[Score | None] = [_score(row, kind) for row in rows]
-    differences = [None, *(_difference(_by_seed(row, kind), baseline) for row in rows[1:])]
-    most = max((len(score.per_seed) for score in found if score is not None), default=0)
+    baseline = rows[0].scores(model)
+    scores = [_score(row, model) for row in rows]
+    differences = [None, *(_difference(row.scores(model), baseline) for row in rows[1:])]
+    most_seeds = max((len(score.per_seed) for score in scores if score is not None), default=0)
     # Of one seed where there are more, the interval is for other tasks alone: surer than those beside it.
-    corrected = holm([each.p if each and (each.seeds > 1 or most == 1) else None for each in differences])
+    corrected = holm(
+        [each.p if each is not None and (each.seeds > 1 or most_seeds == 1) else None for each in differences]
+    )
     return [
-        score and replace(score, difference=each, p_holm=p)
-        for score, each, p in zip(found, differences, corrected, strict=True)
+        None if score is None else replace(score, difference=each, p_holm=p)
+        for score, each, p in zip(scores, differences, corrected, strict=True)
     ]
 
 
-def _by_seed(row: _Filled, kind: str) -> dict[int, NDArray[np.float64]]:
-    return {seed: test.scores[kind] for seed, test in row.tested.items() if kind in test.scores}
-
-
-def _score(row: _Filled, kind: str) -> Score | None:
-    by_seed = _by_seed(row, kind)
+def _score(row: _RowRuns, model: str) -> Score | None:
+    by_seed = row.scores(model)
     if not by_seed:
         return None
     scores_ST = np.stack(list(by_seed.values()))
     per_seed = tuple(scores_ST.mean(1).tolist())
     mean, ci95 = mean_ci95(scores_ST.mean(0))
-    per_step = np.mean([row.tested[seed].per_step[kind] for seed in by_seed], axis=0)
+    per_step = np.mean([row.evaluations[seed].per_step[model] for seed in by_seed], axis=0)
     return Score(mean, ci95, over_seeds(per_seed)[1], per_seed, tuple(per_step.tolist()), None, None)
 
 
-def _difference(
-    ours: Mapping[int, NDArray[np.float64]], theirs: Mapping[int, NDArray[np.float64]]
-) -> Difference | None:
+def _difference(row: Scores, baseline: Scores) -> Difference | None:
     """On the seeds that both have; None without any."""
-    if not (both := [seed for seed in ours if seed in theirs]):
+    shared = [seed for seed in row if seed in baseline]
+    if not shared:
         return None
-    ours_ST, theirs_ST = (np.stack([scores[seed] for seed in both]) for scores in (ours, theirs))
-    return difference(ours_ST, theirs_ST)
+    row_ST, baseline_ST = (np.stack([scores[seed] for seed in shared]) for scores in (row, baseline))
+    return difference(row_ST, baseline_ST)
 
 
-def _row(
-    row: _Filled,
+def _table_row(
+    runs: _RowRuns,
     best: Score | None,
     ensemble: Score | None,
     evaluate: EvalConfig,
     common: Mapping[str, Any],
 ) -> Row:
-    config = fill_defaults(row.wanted.config)
-    tests = list(row.tested.values())
+    config = fill_defaults(runs.spec.config)
+    evaluations = list(runs.evaluations.values())
     steps = eval_steps(config) if evaluate.inner_steps is None else evaluate.inner_steps
-    without = "none" if is_curve_family(config.dataset) else evaluate.bn or config.bn
-    bn = str(tests[0].protocol["bn"]) if tests else without
+    if evaluations:
+        bn = str(evaluations[0].protocol["bn"])
+    else:
+        bn = "none" if is_curve_family(config.dataset) else evaluate.bn or config.bn
+    settings = identity_settings(runs.spec.config)
     return Row(
-        label=row.wanted.label,
-        settings={
-            key: value for key, value in identity_settings(row.wanted.config).items() if key not in common
-        },
-        cells=row.cells,
+        label=runs.spec.label,
+        settings={key: value for key, value in settings.items() if key not in common},
+        cells=runs.cells,
         best=best,
         ensemble=ensemble,
-        ensemble_size=min((test.ensemble_size for test in tests), default=0),
+        ensemble_size=min((evaluation.ensemble_size for evaluation in evaluations), default=0),
         published=_published(config, evaluate, steps, bn),
         bn=bn,
         inner_steps=steps,
-        steps_to_99=_median(cell.steps_to_99 for cell in row.cells),
-        step_s=_median(cell.step_s for cell in row.cells),
     )
 
 
@@ -194,60 +211,57 @@ def _published(config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: 
     return published(config.dataset, config.ways, config.shots, label, inner_steps=inner_steps, bn=bn)
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(statistics.median(known)) if known else None
-
-
-def _environment(rows: Sequence[_Filled], root: Path) -> dict[str, Any]:
+def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
     """Of the first run that has one; its own seeds and paths left out."""
     for row in rows:
         for cell in row.cells:
             path = root / cell.run
-            if (path / CONFIG).is_file() and (known := RunFolder(path, row.wanted.config).environment()):
-                return {key: value for key, value in known.items() if key not in ("seeds", "executable")}
+            stored = RunFolder(path, row.spec.config).environment() if (path / CONFIG).is_file() else {}
+            if stored:
+                return {key: value for key, value in stored.items() if key not in ("seeds", "executable")}
     return {}
 
 
-def _notes(rows: Sequence[_Filled], found: Sequence[Row]) -> list[str]:
+def _notes(runs: Sequence[_RowRuns], rows: Sequence[Row]) -> list[str]:
     """What a reader of the numbers must know."""
-    notes = [note for row in rows for test in row.tested.values() for note in test.notes]
-    notes += _equal_rows(rows)
-    if len({row.bn for row in found}) > 1:
+    notes = [note for row in runs for evaluation in row.evaluations.values() for note in evaluation.notes]
+    notes += _equal_rows(runs)
+    if len({row.bn for row in rows}) > 1:
         notes.append("rows differ in how queries are normalised: see the column bn")
-    if len({row.inner_steps for row in found}) > 1:
+    if len({row.inner_steps for row in rows}) > 1:
         notes.append("rows differ in inner steps of the test: see the column inner steps")
-    devices = {cell.device for row in found for cell in row.cells if cell.device}
+    devices = {cell.device for row in rows for cell in row.cells if cell.device}
     if len(devices) > 1:
         notes.append(f"trained on different devices ({', '.join(sorted(devices))}): times do not compare")
     return list(dict.fromkeys(notes))
 
 
-def _equal_rows(rows: Sequence[_Filled]) -> list[str]:
+def _equal_rows(rows: Sequence[_RowRuns]) -> list[str]:
     """Rows that agree on every task: what sets them apart changes no prediction."""
-    groups: list[list[_Filled]] = []
+    groups: list[list[_RowRuns]] = []
     for row in rows:
-        for group in groups:
-            if _all_equal(_by_seed(group[0], "best"), _by_seed(row, "best")):
-                group.append(row)
-                break
-        else:
+        group = next(
+            (group for group in groups if _are_equal(group[0].scores("best"), row.scores("best"))), None
+        )
+        if group is None:
             groups.append([row])
+        else:
+            group.append(row)
     notes = [
-        f"equal on every task: {', '.join(r.wanted.label for r in group)}" for group in groups if group[1:]
+        f"equal on every task: {', '.join(row.spec.label for row in group)}" for group in groups if group[1:]
     ]
-    if any(_bnrs_alone(group) for group in groups):
+    if any(_differ_in_bnrs_alone(group) for group in groups):
         notes.append("bnrs keeps statistics that only --bn running reads, so alone it changes nothing here")
     return notes
 
 
-def _all_equal(mine: Mapping[int, NDArray[np.float64]], theirs: Mapping[int, NDArray[np.float64]]) -> bool:
-    if not mine or mine.keys() != theirs.keys():
+def _are_equal(one: Scores, other: Scores) -> bool:
+    if not one or one.keys() != other.keys():
         return False
-    return all(bool(np.array_equal(mine[seed], theirs[seed])) for seed in mine)
+    return all(bool(np.array_equal(one[seed], other[seed])) for seed in one)
 
 
-def _bnrs_alone(group: Sequence[_Filled]) -> bool:
+def _differ_in_bnrs_alone(group: Sequence[_RowRuns]) -> bool:
     """Whether two of these rows differ in nothing but bnrs."""
-    plain = [replace(row.wanted.config, bnrs=False) for row in group]
-    return any(config in plain[:place] for place, config in enumerate(plain))
+    configs = [replace(row.spec.config, bnrs=False) for row in group]
+    return any(config in configs[:place] for place, config in enumerate(configs))
