@@ -19,7 +19,8 @@ from mamlctl.core.events import Notice, Progress
 from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading import packs
 from mamlctl.data.reading.packs import load_pack, packs_of, save_pack, verified_at
-from mamlctl.data.sets import glyphs, registry
+from mamlctl.data.sets import registry
+from mamlctl.data.sets.registry import fetch_set
 from mamlctl.display.datasets import show_data_sets
 from mamlctl.experiments.fetch import fetch_all, list_all, verify_all
 
@@ -148,7 +149,7 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match="No space left on device"):
-        glyphs.fetch(root, source=None, offline=True, force=True, on_event=ignore)
+        fetch_set("glyphs", root, force=True, on_event=ignore)
     assert pack_of(root).read_bytes() == before
     assert [path.suffix for path in sorted((root / "glyphs").iterdir())] == [".json", ".npy"]
 
@@ -185,17 +186,20 @@ class Slow:
 
     @property
     def data_set(self):
-        return replace(registry.DATA_SETS["glyphs"], name="slow", fetch=self.fetch, is_here=self.is_here)
+        glyphs = registry.DATA_SETS["glyphs"]
+        made = {"prepare": self.prepare, "open_pack": self.open_pack, "is_here": self.is_here}
+        return replace(glyphs, name="slow", **made)
 
     def is_here(self, root):
         return (root / "slow").exists()
 
-    def fetch(self, root, **options):
-        if not self.is_here(root):
-            Slow.made += 1
-            self.begun.set()
-            assert self.go_on.wait(10)
-            (root / "slow").mkdir()
+    def prepare(self, root, sources, on_event):
+        Slow.made += 1
+        self.begun.set()
+        assert self.go_on.wait(10)
+        (root / "slow").mkdir()
+
+    def open_pack(self, root, resize, *, on_event):
         return packs.pack(np.zeros((1, 1, 2, 2), np.uint8), np.array([1]), ("a",))
 
 

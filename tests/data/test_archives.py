@@ -1,6 +1,8 @@
 """Archives that are not what they should be: told in two lines, nothing left behind."""
 
 import zipfile
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import DataError
 from mamlctl.data.reading import archives
 from mamlctl.data.sets import omniglot
-from mamlctl.data.sets.registry import DATA_SETS
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open
 
 FOLDERS = ("images_background", "images_evaluation")
 
@@ -41,9 +43,8 @@ def fetch(tmp_path, tiny):
     def call(*sources, parts=tiny[1], on_event=ignore, force=False):
         root = tmp_path / "root"
         root.mkdir(exist_ok=True)
-        return omniglot.fetch(
-            root, source=sources or None, offline=False, force=force, on_event=on_event, parts=parts
-        )
+        data_set = replace(DATA_SETS["omniglot"], prepare=partial(omniglot.prepare, parts=parts))
+        return fetch_or_open(data_set, root, source=sources or None, force=force, on_event=on_event)
 
     return call
 
@@ -195,13 +196,13 @@ def test_places_without_archives(fetch, source, tmp_path):
 
 def test_offline_names_the_command(tmp_path):
     with pytest.raises(DataError, match="--offline forbids") as raised:
-        omniglot.fetch(tmp_path, source=None, offline=True, force=False, on_event=ignore)
+        fetch_or_open(DATA_SETS["omniglot"], tmp_path, offline=True, on_event=ignore)
     assert "mamlctl fetch omniglot" in raised.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
 def test_upstream_is_torchvisions():
-    sources = omniglot.omniglot_sources()
+    sources = omniglot.archives()
     assert [source.file for source in sources] == [f"{name}.zip" for name in FOLDERS]
     urls = [(source.file, url) for source in sources for url in source.urls]
     assert len(urls) == 4

@@ -6,6 +6,8 @@ import os
 import pickle
 import tarfile
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import DataError
 from mamlctl.data.sets import cifar100, class_splits
 from mamlctl.data.sets.cifar100 import CifarPart
-from mamlctl.data.sets.registry import DATA_SETS
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open
 
 NAMES = cifar100.class_names()
 PER_CLASS = {"train": 3, "test": 2}
@@ -71,8 +73,9 @@ def fetch(tmp_path):
     def call(*sources, parts=PARTS, name="cifar-fs", force=False, on_event=ignore):
         root = tmp_path / "root"
         root.mkdir(exist_ok=True)
-        options = {"offline": True, "force": force, "on_event": on_event, "parts": parts, "name": name}
-        return cifar100.fetch(root, source=sources or None, **options)
+        data_set = replace(DATA_SETS[name], prepare=partial(cifar100.prepare, parts=parts))
+        options = {"offline": True, "force": force, "on_event": on_event}
+        return fetch_or_open(data_set, root, source=sources or None, **options)
 
     return call
 
@@ -139,7 +142,7 @@ def test_one_pack_serves_both_sets(fetch, archive, tmp_path):
         }[name]
         digests.add(packed.digest)
         told = []
-        DATA_SETS[name].fetch(root, source=None, offline=True, force=False, on_event=told.append)
+        fetch_or_open(DATA_SETS[name], root, offline=True, on_event=told.append)
         assert told[0].text.startswith(f"{name} is already at")
     assert len(digests) == 1
 
@@ -151,7 +154,7 @@ def test_absent_set_names_its_own_command(tmp_path, name):
         data_set.open_pack(tmp_path, "none", on_event=ignore)
     assert raised.value.hint == f"mamlctl fetch {name}"
     with pytest.raises(DataError, match="--offline forbids") as raised:
-        data_set.fetch(tmp_path, source=None, offline=True, force=False, on_event=ignore)
+        fetch_or_open(data_set, tmp_path, offline=True, on_event=ignore)
     assert raised.value.hint.startswith(f"mamlctl fetch {name}")
 
 
@@ -230,11 +233,11 @@ def test_archive_that_is_cut_off_or_damaged(fetch, archive, tmp_path):
     data = archive.read_bytes()
     for length in (0, 10, 1000, len(data) // 2, len(data) - 1000):
         archive.write_bytes(data[:length])
-        refused(fetch, tmp_path, archive, match="is not a tar or is cut off|holds no file")
+        refused(fetch, tmp_path, archive, match="is damaged or cut off|is neither a zip nor a tar")
     archive.write_bytes(data[:5000] + bytes(100) + data[5100:])
-    refused(fetch, tmp_path, archive, match="is not a tar or is cut off")
+    refused(fetch, tmp_path, archive, match="is damaged or cut off")
     archive.write_bytes(b"<html>Quota exceeded</html>")
-    refused(fetch, tmp_path, archive, match="is not a tar or is cut off")
+    refused(fetch, tmp_path, archive, match="is an HTML page, not an archive")
 
 
 def test_archive_without_a_file(fetch, tmp_path):
@@ -262,7 +265,7 @@ def test_links_are_not_followed(fetch, tmp_path):
             link = tarfile.TarInfo(f"cifar-100-python/{file}")
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             archive.addfile(link)
-    refused(fetch, tmp_path, path, match="holds no file cifar-100-python/meta")
+    refused(fetch, tmp_path, path, match="which is a link or a device")
 
 
 def test_places_without_cifar(fetch, tmp_path):
@@ -274,7 +277,7 @@ def test_places_without_cifar(fetch, tmp_path):
 def test_upstream_is_torchvisions():
     from torchvision.datasets import CIFAR100
 
-    source = cifar100.cifar_source()
+    (source,) = cifar100.archives()
     assert source.file == CIFAR100.filename == "cifar-100-python.tar.gz"
     (url,) = source.urls
     assert url.startswith("https://") and url.endswith(source.file)

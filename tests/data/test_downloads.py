@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from mamlctl.core.events import Notice, Progress
 from mamlctl.data.fetching.downloads import Archive, download, downloaded
 from mamlctl.data.fetching.partial_files import Part
 from mamlctl.data.fetching.responses import Patience, check_mirrors
-from mamlctl.data.sets import omniglot
+from mamlctl.data.sets.registry import DATA_SETS, fetch_set
 
 QUICK = Patience(tries=3, pause_s=0.001, longest_pause_s=1.0, timeout_s=10.0)
 HINT = "mamlctl fetch it --from FOLDER"
@@ -392,10 +393,14 @@ def test_a_mirror_that_is_no_web_address_is_refused(mirror):
 INTERRUPTED = """
 import sys
 from mamlctl.data.fetching import downloads
-from mamlctl.data.sets import omniglot
+from dataclasses import replace
+from mamlctl.data.sets import registry
 source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
-omniglot.omniglot_sources = lambda: (source,)
-omniglot._read_verified = lambda paths, *rest: sys.exit(f"got {paths[0].stat().st_size}")
+registry.DATA_SETS["omniglot"] = replace(
+    registry.DATA_SETS["omniglot"],
+    archives=lambda: (source,),
+    prepare=lambda root, paths, on_event: sys.exit(f"got {paths[0].stat().st_size}"),
+)
 from mamlctl.cli.app import main
 main()
 """
@@ -430,6 +435,11 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tm
     assert (server.asked[1].status, server.asked[1].sent) == (206, len(archive) - kept)
 
 
+def serve_omniglot(monkeypatch, *archives):
+    data_set = replace(DATA_SETS["omniglot"], archives=lambda: archives)
+    monkeypatch.setitem(DATA_SETS, "omniglot", data_set)
+
+
 @pytest.mark.realdata
 def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatch):
     sources = []
@@ -437,9 +447,9 @@ def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatc
         data = (omniglot_zips / name).read_bytes()
         server.pages[f"/{name}"] = Page(data, twists=[Twist(cut_after=len(data) // 2)])
         sources.append(server.source(data, f"/missing/{name}", f"/{name}", bytes=len(data)))
-    monkeypatch.setattr(omniglot, "omniglot_sources", lambda: tuple(sources))
+    serve_omniglot(monkeypatch, *sources)
     monkeypatch.setattr("time.sleep", ignore)
-    packed = omniglot.fetch(tmp_path, source=None, offline=False, force=False, on_event=ignore)
+    packed = fetch_set("omniglot", tmp_path, on_event=ignore)
     assert (len(packed.names), len(packed.images_MCHW)) == (1623, 32460)
     assert statuses(server) == [404, 200, 206] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["omniglot"]
@@ -455,8 +465,8 @@ def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match="No space left on device"):
-        omniglot.fetch(tmp_path, source=[SHARED / "omniglot"], offline=True, force=True, on_event=ignore)
-    monkeypatch.setattr(omniglot, "omniglot_sources", lambda: (server.source(b"", "/gone.zip"),))
+        fetch_set("omniglot", tmp_path, source=[SHARED / "omniglot"], force=True, on_event=ignore)
+    serve_omniglot(monkeypatch, server.source(b"", "/gone.zip"))
     with pytest.raises(DataError, match="answers 404"):
-        omniglot.fetch(tmp_path, source=None, offline=False, force=True, on_event=ignore)
+        fetch_set("omniglot", tmp_path, force=True, on_event=ignore)
     assert {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()} == before

@@ -12,7 +12,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.data.reading.packs import load_pack
 from mamlctl.data.rules import choice_problems
 from mamlctl.data.sets import glyphs
-from mamlctl.data.sets.registry import DATA_SETS, find_data_set
+from mamlctl.data.sets.registry import DATA_SETS, fetch_set, find_data_set
 from mamlctl.data.tasks.image_tasks import TaskStream
 from mamlctl.settings.schema import TrainConfig
 
@@ -133,11 +133,10 @@ def test_damaged_cache_is_told_and_force_mends_it(damage, tmp_path, glyphs_root)
 
 def test_force_draws_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "draw", partial(glyphs.draw, classes=2))
-    fetched = {"source": None, "offline": True, "on_event": ignore}
-    first = glyphs.fetch(tmp_path, force=False, **fetched)
+    first = fetch_set("glyphs", tmp_path, offline=True, on_event=ignore)
     (array,) = (tmp_path / "glyphs").glob("*.npy")
     damage_pixel(array, None)
-    assert glyphs.fetch(tmp_path, force=True, **fetched).digest == first.digest
+    assert fetch_set("glyphs", tmp_path, offline=True, force=True, on_event=ignore).digest == first.digest
     assert sorted(file.suffix for file in (tmp_path / "glyphs").iterdir()) == [".json", ".npy"]
     assert load_pack(array, "glyphs").digest == first.digest
 
@@ -145,7 +144,7 @@ def test_force_draws_anew(tmp_path, monkeypatch):
 def test_root_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
-        glyphs.fetch(tmp_path / "file", source=None, offline=True, force=True, on_event=ignore)
+        fetch_set("glyphs", tmp_path / "file", offline=True, force=True, on_event=ignore)
 
 
 def test_set_is_always_here(tmp_path):
@@ -155,7 +154,7 @@ def test_set_is_always_here(tmp_path):
 
 def test_local_archives_have_no_effect_on_a_drawn_set(tmp_path):
     with pytest.raises(SettingsError, match="--from has no effect on glyphs"):
-        glyphs.fetch(tmp_path, source=[tmp_path], offline=True, force=False, on_event=ignore)
+        fetch_set("glyphs", tmp_path, source=[tmp_path], offline=True, on_event=ignore)
 
 
 def test_sets_are_opened_by_name(glyphs_root):

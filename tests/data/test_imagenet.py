@@ -15,6 +15,7 @@ from mamlctl.core.events import Notice
 from mamlctl.data.sets import imagenet
 from mamlctl.data.sets.class_splits import listed_split, split_classes
 from mamlctl.data.sets.imagenet import MINI, TIERED
+from mamlctl.data.sets.registry import fetch_or_open, imagenet_set
 
 CLASSES = listed_split("mini-imagenet")
 IMAGES = 2
@@ -82,7 +83,7 @@ def as_split_zips(path, files):
 
 
 def fetch(root, source, which=MINI, on_event=ignore, force=False):
-    return imagenet.fetch(which, root, source=source, offline=False, force=force, on_event=on_event)
+    return fetch_or_open(imagenet_set(which, ""), root, source=source, force=force, on_event=on_event)
 
 
 @pytest.mark.parametrize("form", ["split", "classes", "flat"])

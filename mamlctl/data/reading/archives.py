@@ -58,13 +58,22 @@ class Members:
 
 
 @contextmanager
-def open_members(path: Path, *, hint: str) -> Iterator[Members]:
+def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> Iterator[Members]:
     """Read a zip, a tar (plain, gzip, bzip2, xz), or a folder, whose own name starts the members' names.
 
     A compressed tar is expanded once into a nameless temporary file, since nothing in it can be read without
-    all before it. Raises DataError for what is no such archive, is cut off, or has names, kinds of files or
-    sizes that no honest archive has.
+    all before it.
+
+    Args:
+        path: the archive or the folder.
+        hint: the way out, for DataError.
+        member_bytes: the largest file that an honest archive of this kind holds; None: as of images.
+
+    Raises:
+        DataError: it is no such archive, is cut off, or has names, kinds of files or sizes that no honest
+            archive has.
     """
+    member_bytes = MEMBER_BYTES if member_bytes is None else member_bytes
     if path.is_dir():
         inside = (file.relative_to(path.parent) for file in path.rglob("*") if file.is_file())
         yield Members(path, tuple(name.as_posix() for name in inside), _folder_reader(path, hint))
@@ -74,16 +83,16 @@ def open_members(path: Path, *, hint: str) -> Iterator[Members]:
     if compressed:
         with tempfile.TemporaryFile(buffering=0) as expanded:  # nothing is left to fail when it is closed
             _expand(path, compressed, expanded, hint)
-            yield _tar_members(path, expanded, hint)
+            yield _tar_members(path, expanded, hint, member_bytes)
     elif start[257:262] == b"ustar" or path.suffix == ".tar":  # the oldest tars have no mark
         with path.open("rb") as file:
-            yield _tar_members(path, file, hint)
+            yield _tar_members(path, file, hint, member_bytes)
     else:
         what = "is a zip that is cut off" if start.startswith(b"PK") else "is neither a zip nor a tar"
         with _failures_told(path, what, hint):
             archive = zipfile.ZipFile(path)
         with archive:
-            yield _zip_members(path, archive, hint)
+            yield _zip_members(path, archive, hint, member_bytes)
 
 
 def html_page(start: bytes) -> str | None:
@@ -131,14 +140,14 @@ def _folder_reader(path: Path, hint: str) -> Callable[[str], bytes]:
     return read
 
 
-def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str) -> Members:
+def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: int) -> Members:
     files = {_safe_name(m.filename, path, hint): m for m in archive.infolist() if not m.is_dir()}
     for name, member in files.items():
         if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
             raise DataError(f"{path} holds the encrypted file {name!r}", hint=hint)
         if stat.S_ISLNK(member.external_attr >> 16):  # where zip keeps Unix's mode
             raise _no_file(path, name, hint)
-    _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint)
+    _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint, member_bytes)
     one_at_a_time = threading.Lock()  # zipfile guards its reads, but not its count of open members
 
     def read(name: str) -> bytes:
@@ -154,7 +163,7 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str) -> Members:
     return Members(path, tuple(files), read)
 
 
-def _tar_members(path: Path, file: IO[bytes], hint: str) -> Members:
+def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> Members:
     """`file`: the tar itself, not compressed."""
     with (
         _failures_told(path, "is not a tar or is cut off", hint),
@@ -167,7 +176,7 @@ def _tar_members(path: Path, file: IO[bytes], hint: str) -> Members:
         if not member.isreg() or member.issparse():
             raise _no_file(path, name, hint)
         found[name] = member.offset_data, member.size
-    _refuse_bomb(path, {name: size for name, (_, size) in found.items()}, hint)
+    _refuse_bomb(path, {name: size for name, (_, size) in found.items()}, hint, member_bytes)
     number = file.fileno()
 
     def read(name: str) -> bytes:
@@ -216,10 +225,10 @@ def _no_file(path: Path, name: str, hint: str) -> DataError:
     return DataError(f"{path} holds {name!r}, which is a link or a device, not a file", hint=hint)
 
 
-def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str) -> None:
+def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str, member_bytes: int) -> None:
     for name, size in sizes.items():
-        if size > MEMBER_BYTES:
-            message = f"{path} holds {name!r} of {size:,} bytes; at most {MEMBER_BYTES:,} are sane"
+        if size > member_bytes:
+            message = f"{path} holds {name!r} of {size:,} bytes; at most {member_bytes:,} are sane"
             raise DataError(message, hint=hint)
     if sum(sizes.values()) > _most(path):
         raise _bomb(path, _most(path), hint)

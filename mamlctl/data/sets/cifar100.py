@@ -7,20 +7,18 @@ that both share. Its files are pickles, read out of the archive by a reader that
 from __future__ import annotations
 
 import hashlib
-import lzma
-import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.events import Notice, OnEvent, Progress
-from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
+from mamlctl.core.events import OnEvent, Progress
+from mamlctl.data.fetching.downloads import Archive
+from mamlctl.data.reading.archives import open_members
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
@@ -38,8 +36,6 @@ SIZE = 169_001_437  # bytes of the archive
 TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
 
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
-
-CHUNK = 1024**2
 
 HINT = f"name {ARCHIVE}, the folder {FOLDER} unpacked from it, or the folder that holds either"
 
@@ -60,46 +56,21 @@ PARTS = (
 )
 
 
-def cifar_source() -> Archive:
+def archives() -> tuple[Archive, ...]:
     """The archive as torchvision names it, so that its corrections reach us with its releases."""
     from torchvision.datasets import CIFAR100  # here, since it imports torch
 
-    return Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE)
+    return (Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE),)
 
 
-def fetch(
-    root: Path,
-    *,
-    source: Sequence[Path] | None,
-    mirrors: Sequence[str] = (),
-    offline: bool,
-    force: bool,
-    on_event: OnEvent,
-    name: str = "cifar-fs",
-    parts: tuple[CifarPart, ...] = PARTS,
-) -> PackedImages:
-    """Download, or take from `source` (the archive, its unpacked folder, or a folder of either), and pack.
+def prepare(
+    root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[CifarPart, ...] = PARTS
+) -> None:
+    """Verify the archive, its unpacked folder, or a folder of either, and pack it.
 
-    `name`: the data set that was asked for. Raises DataError, with nothing left behind, if it cannot be had
-    or is not CIFAR-100.
+    Raises DataError, with nothing left behind, if it is not CIFAR-100.
     """
-    if is_here(root) and not force:
-        on_event(Notice(f"{name} is already at {root}; --force prepares it anew"))
-        return open_pack(root, on_event=on_event, name=name)
-    if source:
-        packed = _packed(_find(source), parts, on_event)
-    elif offline:
-        message = f"{name} is not at {root}, and --offline forbids downloading it"
-        raise DataError(message, hint=f"mamlctl fetch {name}, or with --from FOLDER")
-    else:
-        on_event(Notice(f"downloading CIFAR-100 ({TERMS})"))
-        hint = f"try again, or get {ARCHIVE} otherwise and run: mamlctl fetch {name} --from FOLDER"
-        with downloaded(
-            [cifar_source()], root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event
-        ) as paths:
-            packed = _packed(paths[0], parts, on_event)
-    save_pack(_path(root), packed)
-    return open_pack(root, on_event=on_event, name=name)
+    save_pack(_path(root), _packed(_find(sources), parts, on_event))
 
 
 def is_here(root: Path) -> bool:
@@ -146,51 +117,16 @@ def _wanted(parts: Sequence[CifarPart]) -> tuple[str, ...]:
 
 def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
     """The bytes of the files of CIFAR that the folder or archive holds. Raises DataError if one is absent."""
-    wanted = _wanted(parts)
-    found = _from_folder(path, wanted) if path.is_dir() else _from_tar(path, wanted)
-    for file in wanted:
-        if file not in found:
-            raise DataError(f"{path} holds no file {FOLDER}/{file}", hint=HINT)
-    return found
-
-
-def _from_folder(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    try:
-        return {file: (path / file).read_bytes() for file in wanted}
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}", hint=HINT) from error
-
-
-def _from_tar(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    found = {}
-    try:
-        # In one pass, since each step back would decompress all that lies before it once more.
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                _refuse_unsafe(member, path)
-                name = PurePosixPath(member.name)
-                file = archive.extractfile(member) if member.isreg() else None
-                if file and name.name in wanted and name.parent.name in ("", FOLDER):
-                    found[name.name] = file.read()
-            # tarfile stops in silence where a header is damaged; the decompressor's checksum is at the end.
-            while archive.fileobj and archive.fileobj.read(CHUNK):
-                pass
-    # What tarfile and the decompressors under it say of a file that is no archive, cut off or broken.
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")  # tarfile lists below it what each format says
-        message = f"{path} is not a tar or is cut off: {reason}"
-        raise DataError(message, hint=HINT) from error
-    return found
-
-
-def _refuse_unsafe(member: tarfile.TarInfo, path: Path) -> None:
-    """Nothing is unpacked, so that no name could do harm; but no honest archive has such a one."""
-    posix, windows = PurePosixPath(member.name), PureWindowsPath(member.name)
-    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise DataError(f"{path} holds a file with the unsafe name {member.name!r}", hint=HINT)
-    if member.size > FILE_BYTES:
-        message = f"{path} holds {member.name!r} of {member.size:,} bytes; at most {FILE_BYTES:,} are sane"
-        raise DataError(message, hint=HINT)
+    contents = {}
+    with open_members(path, hint=HINT, member_bytes=FILE_BYTES) as members:
+        for file in _wanted(parts):
+            for name in (f"{FOLDER}/{file}", f"{path.name}/{file}", file):
+                if name in members.names:
+                    contents[file] = members.read(name)
+                    break
+            else:
+                raise DataError(f"{path} holds no file {FOLDER}/{file}", hint=HINT)
+    return contents
 
 
 def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> PackedImages:

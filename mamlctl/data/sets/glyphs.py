@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.counter_rng import random_words, shuffled
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
@@ -45,30 +44,17 @@ BOX = 19.0  # pixels: the glyph's box inside the image
 PEN = (0.7, 1.4)  # radius in pixels
 
 
-def fetch(
-    root: Path,
-    *,
-    source: Sequence[Path] | None,
-    mirrors: Sequence[str] = (),
-    offline: bool,
-    force: bool,
-    on_event: OnEvent,
-) -> PackedImages:
-    """Draw the set and cache it. Nothing is downloaded, so that `offline` forbids nothing."""
-    for switch, given in (("--from", source), ("--mirror", mirrors)):
-        if given:
-            fact = f"{switch} has no effect on {NAME}, which is drawn by code"
-            raise SettingsError([(fact, "leave it out")])
-    path = _path(root)
-    if force or not is_packed(path):
-        on_event(Notice(f"drawing {NAME} (embedded, no download)"))
-        save_pack(path, draw(on_event))
-    return load_pack(path, NAME)
+def prepare(root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
+    """Draw the set, of which there are no `sources`, and cache it."""
+    on_event(Notice(f"drawing {NAME} (embedded, no download)"))
+    save_pack(_path(root), draw(on_event))
 
 
 def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
     """All images at 28x28, ink 0, paper 255; drawn on first use. Raises DataError if the cache is damaged."""
-    return fetch(root, source=None, offline=True, force=False, on_event=on_event)
+    if not is_packed(_path(root)):
+        prepare(root, (), on_event)
+    return load_pack(_path(root), NAME)
 
 
 def is_here(root: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_path
@@ -29,23 +29,10 @@ FRACTIONS = "64-16-20"  # mini-ImageNet's classes
 TOLD = 5  # files that are named before "and n more"
 
 
-def fetch(
-    folder: Path,
-    root: Path,
-    *,
-    source: Sequence[Path] | None,
-    mirrors: Sequence[str] = (),
-    offline: bool,
-    force: bool,
-    on_event: OnEvent,
-) -> PackedImages:
-    """Pack the folder as `open_pack` does by default. Raises DataError and SettingsError."""
-    if source:
-        raise SettingsError([(f"--from has no effect on {folder}, which is the source", "leave it out")])
-    if force:
-        for sidecar in (root / home_of(folder)).glob("*.json"):
-            sidecar.unlink()
-    return open_pack(folder, root, on_event=on_event)
+def prepare(folder: Path, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
+    """Forget the packs of the folder, so that `open_pack` makes them again; there are no other `sources`."""
+    for sidecar in (root / home_of(folder)).glob("*.json"):
+        sidecar.unlink()
 
 
 def is_here(folder: Path, root: Path) -> bool:

@@ -76,31 +76,18 @@ PER_CLASS = 600  # mini-ImageNet's images of every class
 RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `ImageShape`'s filter, and told
 
 
-def fetch(
-    listed: ListedSet,
-    root: Path,
-    *,
-    source: Sequence[Path] | None,
-    mirrors: Sequence[str] = (),
-    offline: bool,
-    force: bool,
-    on_event: OnEvent,
-) -> PackedImages:
+def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
     """Verify what the user has, and pack it. Raises DataError, with nothing left behind."""
-    if is_here(listed, root) and not (force and source):
-        hint = "with --from" if force else "--force --from ..."
-        on_event(Notice(f"{listed.name} is already at {root}; {hint} prepares it anew"))
-        return open_pack(listed, root, on_event=on_event)
-    if not source:
+    if not sources:
         message = f"{listed.title} cannot be downloaded: ImageNet's terms let nobody pass it on"
         raise DataError(message, hint=listed.hint)
-    if listed is MINI and (pickles := _pickles(source)):
+    if listed is MINI and (pickles := _pickles(sources)):
         _pack_pickles(_path(listed, root), pickles, on_event)
-        return open_pack(listed, root, on_event=on_event)
+        return
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(source)]
+        opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(sources)]
         found = _by_class(listed, opened)
-        _verify(listed, found, source)
+        _verify(listed, found, sources)
         files = [image for name in sorted(found) for image in found[name]]
         shape, pairs = ImageShape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
@@ -111,7 +98,6 @@ def fetch(
             f"{len(pairs)} pairs of images are the same to the last bit, {len(apart)} of them in two classes"
         )
         on_event(Notice(f"{listed.name}: {told}: a known flaw of the set, left as it is"))
-    return open_pack(listed, root, on_event=on_event)
 
 
 def _pickles(sources: Sequence[Path]) -> list[Path]:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.core.events import OnEvent, Progress
 from mamlctl.data.counter_rng import shuffled
-from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
+from mamlctl.data.fetching.downloads import Archive
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
@@ -92,7 +92,7 @@ SIZES = {"68d2efa1b9178cc56df9314c21c6e718": 9_464_212, "6b91aef0f799c5bb55b94e3
 ORIGIN = "github.com/brendenlake/omniglot"
 
 
-def omniglot_sources() -> tuple[Archive, ...]:
+def archives() -> tuple[Archive, ...]:
     """The two zips as torchvision names them, so that its corrections reach us with its releases."""
     from torchvision.datasets import Omniglot  # here, since it imports torch
 
@@ -108,40 +108,16 @@ def omniglot_sources() -> tuple[Archive, ...]:
     )
 
 
-def fetch(
-    root: Path,
-    *,
-    source: Sequence[Path] | None,
-    mirrors: Sequence[str] = (),
-    offline: bool,
-    force: bool,
-    on_event: OnEvent,
-    parts: tuple[OmniglotPart, ...] = PARTS,
-) -> PackedImages:
-    """Download, or take from `source` (zips, unpacked folders, or a folder of either), verify, and pack.
+def prepare(
+    root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[OmniglotPart, ...] = PARTS
+) -> None:
+    """Verify zips, unpacked folders, or folders of either, and pack them.
 
-    Raises DataError if it cannot be had or is not Omniglot; what was there before stays.
+    Raises DataError if they are not Omniglot; what was there before stays.
     """
-    if is_here(root) and not force:
-        on_event(Notice(f"{NAME} is already at {root}; --force prepares it anew"))
-        return open_pack(root, on_event=on_event)
-    if source:
-        originals = _read_verified(source, parts, on_event)
-    elif offline:
-        message = f"{NAME} is not at {root}, and --offline forbids downloading it"
-        raise DataError(message, hint=f"mamlctl fetch {NAME}, or with --from FOLDER")
-    else:
-        on_event(Notice(f"downloading {NAME} (MIT licence)"))
-        hint = (
-            f"try again or with --mirror URL, or get the zips otherwise: mamlctl fetch {NAME} --from FOLDER"
-        )
-        zips = downloaded(omniglot_sources(), root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event)
-        with zips as paths:
-            originals = _read_verified(paths, parts, on_event)
-    save_pack(_originals(root), originals)
+    save_pack(_originals(root), _read_verified(sources, parts, on_event))
     for resize in RESIZES:
         _small(root, resize).with_suffix(".json").unlink(missing_ok=True)
-    return open_pack(root, on_event=on_event)
 
 
 def is_here(root: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import SettingsError
-from mamlctl.core.events import OnEvent
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import nearest
-from mamlctl.data.fetching.downloads import DOWNLOADS
+from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading.decoding import reshaped
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
@@ -23,20 +23,11 @@ from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imag
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.imagenet import ListedSet
 
+# Verify the sources that are there, and pack them into the data root.
+Prepare = Callable[[Path, Sequence[Path], OnEvent], None]
 
-class Fetch(Protocol):
-    """Get, verify and pack a data set; `source` replaces the download, `mirrors` are asked first."""
-
-    def __call__(
-        self,
-        root: Path,
-        *,
-        source: Sequence[Path] | None,
-        mirrors: Sequence[str] = (),
-        offline: bool,
-        force: bool,
-        on_event: OnEvent,
-    ) -> PackedImages: ...
+# The class numbers of train, val and test, by the split scheme and its seed.
+SplitClasses = Callable[[PackedImages, str, int], dict[str, NDArray[np.int64]]]
 
 
 class OpenPack(Protocol):
@@ -51,18 +42,6 @@ class OpenShaped(Protocol):
     def __call__(
         self, root: Path, resize: str, *, side: int, channels: int, on_event: OnEvent
     ) -> PackedImages: ...
-
-
-class SplitClasses(Protocol):
-    """Class numbers of train, val and test."""
-
-    def __call__(self, packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]: ...
-
-
-class IsHere(Protocol):
-    """Whether `open_pack` needs no `fetch` before it."""
-
-    def __call__(self, root: Path) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -80,10 +59,11 @@ class DataSet:
     rotations: str  # the default, as those of `ink` and `normalize`
     ink: int
     normalize: str
-    fetch: Fetch
+    prepare: Prepare
     open_pack: OpenPack
     split_classes: SplitClasses
-    is_here: IsHere
+    is_here: Callable[[Path], bool]  # in a data root: whether `open_pack` needs no `prepare` before it
+    archives: Callable[[], tuple[Archive, ...]] | None = None  # what a download brings, if one can
     open_shaped: OpenShaped | None = None
     own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small
     folder: str = ""  # where its packs lie in the data root; its name where that is none
@@ -116,15 +96,17 @@ def _cifar(name: str, summary: str, scheme: str) -> DataSet:
         rotations="none",
         ink=0,
         normalize="imagenet",
-        fetch=partial(cifar100.fetch, name=name),
+        prepare=cifar100.prepare,
         open_pack=partial(cifar100.open_pack, name=name),
         split_classes=class_splits.split_classes,
         is_here=cifar100.is_here,
+        archives=cifar100.archives,
         folder=cifar100.HOME,
     )
 
 
-def _listed(found: ListedSet, summary: str) -> DataSet:
+def imagenet_set(found: ListedSet, summary: str) -> DataSet:
+    """A set that only the user's own files bring."""
     return DataSet(
         name=found.name,
         summary=summary,
@@ -137,7 +119,7 @@ def _listed(found: ListedSet, summary: str) -> DataSet:
         rotations="none",
         ink=0,
         normalize="imagenet",
-        fetch=partial(imagenet.fetch, found),
+        prepare=partial(imagenet.prepare, found),
         open_pack=partial(imagenet.open_pack, found),
         split_classes=class_splits.split_classes if found is imagenet.MINI else imagenet.split_by_folders,
         is_here=partial(imagenet.is_here, found),
@@ -157,10 +139,11 @@ DATA_SETS = {
         rotations="augment",
         ink=1,
         normalize="none",
-        fetch=omniglot.fetch,
+        prepare=omniglot.prepare,
         open_pack=omniglot.open_pack,
         split_classes=omniglot.split_classes,
         is_here=omniglot.is_here,
+        archives=omniglot.archives,
     ),
     "glyphs": DataSet(
         name="glyphs",
@@ -174,13 +157,17 @@ DATA_SETS = {
         rotations="augment",
         ink=1,
         normalize="none",
-        fetch=glyphs.fetch,
+        prepare=glyphs.prepare,
         open_pack=glyphs.open_pack,
         split_classes=glyphs.split_classes,
         is_here=glyphs.is_here,
     ),
-    "mini-imagenet": _listed(imagenet.MINI, "100 classes of ImageNet, 600 images each (Vinyals et al. 2016)"),
-    "tiered-imagenet": _listed(imagenet.TIERED, "608 classes of ImageNet, split by kind (Ren et al. 2018)"),
+    "mini-imagenet": imagenet_set(
+        imagenet.MINI, "100 classes of ImageNet, 600 images each (Vinyals et al. 2016)"
+    ),
+    "tiered-imagenet": imagenet_set(
+        imagenet.TIERED, "608 classes of ImageNet, split by kind (Ren et al. 2018)"
+    ),
     "cifar-fs": _cifar("cifar-fs", "CIFAR-100's classes as Bertinetto et al. split them", "bertinetto"),
     "fc100": _cifar("fc100", "CIFAR-100's classes split by superclass (Oreshkin et al. 2018)", "oreshkin"),
 }
@@ -235,7 +222,7 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         rotations="none",
         ink=0,
         normalize="none",
-        fetch=partial(image_folder.fetch, path),
+        prepare=partial(image_folder.prepare, path),
         open_pack=partial(image_folder.open_pack, path),
         split_classes=partial(image_folder.split_classes, fractions=fractions),
         is_here=partial(image_folder.is_here, path),
@@ -256,19 +243,69 @@ def fetch_set(
 ) -> PackedImages:
     """Fetch the data set `name`, unless it is there; of two processes the second waits, and finds it there.
 
-    Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
+    Args:
+        name: of a data set, or the path of a folder of images.
+        root: where the packs lie.
+        source: archives and folders that replace the download.
+        mirrors: addresses of folders that are asked before the archives' own.
+        offline: whether downloads are forbidden.
+        force: whether to prepare again what is there.
+        on_event: gets notices and progress.
+
+    Raises:
+        SettingsError: there is no such name, or an option has no effect.
+        DataError: the data are absent, damaged, or not what they should be.
     """
     data_set = find_data_set(name)
-
-    def fetch() -> PackedImages:
-        return data_set.fetch(
-            root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
-        )
-
+    fetch = partial(
+        fetch_or_open,
+        data_set,
+        root,
+        source=source,
+        mirrors=mirrors,
+        offline=offline,
+        force=force,
+        on_event=on_event,
+    )
     if data_set.is_here(root) and not force:
         return fetch()  # writes nothing, so that a root that cannot be written will do
     with locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event):
         return fetch()
+
+
+def fetch_or_open(
+    data_set: DataSet,
+    root: Path,
+    *,
+    source: Sequence[Path] | None = None,
+    mirrors: Sequence[str] = (),
+    offline: bool = False,
+    force: bool = False,
+    on_event: OnEvent,
+) -> PackedImages:
+    """What `fetch_set` does with a data set, without a lock."""
+    name, drawn = data_set.name, data_set.download_bytes == 0
+    for switch, has_value in (("--from", source), ("--mirror", mirrors)):
+        if drawn and has_value:
+            fact = f"{switch} has no effect on {name}, for which there is nothing to download"
+            raise SettingsError([(fact, "leave it out")])
+    if data_set.is_here(root) and not (force and (source or data_set.archives or drawn)):
+        way = "--force" if data_set.archives else "with --from" if force else "--force --from ..."
+        if not drawn:
+            on_event(Notice(f"{name} is already at {root}; {way} prepares it anew"))
+    elif source or data_set.archives is None:
+        data_set.prepare(root, source or (), on_event)
+    elif offline:
+        message = f"{name} is not at {root}, and --offline forbids downloading it"
+        raise DataError(message, hint=f"mamlctl fetch {name}, or with --from FOLDER")
+    else:
+        archives = data_set.archives()
+        on_event(Notice(f"downloading {name} ({data_set.licence})"))
+        files = " and ".join(archive.file for archive in archives)
+        hint = f"try again or with --mirror URL, or get {files} otherwise: mamlctl fetch {name} --from FOLDER"
+        with downloaded(archives, root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event) as paths:
+            data_set.prepare(root, paths, on_event)
+    return data_set.open_pack(root, data_set.resizes[0], on_event=on_event)
 
 
 def open_images(
