@@ -16,7 +16,7 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
 from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.schema import OUTPUT, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, OUTPUT, TrainConfig
 
 if TYPE_CHECKING:
     from mamlctl.experiments.grid.grid import Grid
@@ -32,7 +32,7 @@ def ablate(
         option(
             PLAN,
             f"{', '.join(PLANS)}: maml and each improvement alone; maml++ without each; one after the "
-            "other; all 64. Default: one-on.",
+            f"other; all {2 ** len(IMPROVEMENTS)}. Default: one-on.",
         ),
     ] = None,
     grid: Annotated[

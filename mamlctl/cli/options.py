@@ -11,7 +11,25 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from mamlctl.core.errors import ExitCode
+from mamlctl.data.sets import image_folder
+from mamlctl.data.sets.registry import DATA_SETS, NAMES, DataSet
+from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.rules import VALUE_TYPES
+
+
+def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
+    choices = {name: choices_of(data_set) for name, data_set in DATA_SETS.items()}
+    return "; ".join(f"{name}: {', '.join(words)}" for name, words in choices.items() if len(words) > 1)
+
+
+# What a setting can be where only a table above the schema knows it.
+FROM_TABLES = {
+    "algo": f"One of {', '.join(ALGORITHMS)}.",
+    "dataset": f"Names: {', '.join(NAMES)}.",
+    "split_scheme": f"{_choices_by_data_set(lambda data_set: data_set.split_schemes)}; "
+    f"a folder: {', '.join(image_folder.SPLIT_SCHEMES)}.",
+    "resize": f"{_choices_by_data_set(lambda data_set: data_set.resizes)}.",
+}
 
 
 def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
@@ -86,6 +104,8 @@ def with_options(options_type: type) -> Callable[[Callable[..., ExitCode]], Call
 def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
     """A setting's help, what it can be, and its default unless that is "off" or described in the help."""
     parts = [item.metadata["help"]]
+    if item.name in FROM_TABLES:
+        parts.append(FROM_TABLES[item.name])
     if choices:
         parts.append(f"One of {', '.join(map(str, choices))}.")
     if item.default is not None and item.default is not False:

@@ -33,7 +33,7 @@ def train(
     resume: Annotated[Path | None, option(OUTPUT, "Run folder to go on with, with its own settings.")] = None,
     time_limit: Annotated[str | None, option(OUTPUT, "Save and stop after so long: 90s, 9m, 1h30m.")] = None,
 ) -> ExitCode:
-    """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has all six on."""
+    """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has them all on."""
     if print_config and resume is None:
         return _print_config(_resolve(given, options, here=False))
     from mamlctl.experiments import train as training

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.literals import Metric
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import find_data_set, is_curve_family
@@ -34,6 +35,11 @@ OF_ITS_IMAGES = (
     *("split_scheme", "split_fractions", "strict", "rotations", "augment"),
     *("ink", "resize", "normalize", "image_size", "channels"),
 )
+
+
+def metric_of(dataset: str) -> Metric:
+    """How runs on a data set are scored."""
+    return "mse" if is_curve_family(dataset) else "accuracy"
 
 
 def set_defaults(name: str) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
-from mamlctl.experiments.trained_model import as_asked, checkpoint_files, eval_steps, load_state
+from mamlctl.experiments.trained_model import as_asked, checkpoint_files, load_state
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
@@ -62,7 +62,7 @@ class OwnModel:
     @property
     def inner_steps(self) -> int:
         """Taken on the support set."""
-        return eval_steps(self.config)
+        return self.config.evaluation_inner_steps
 
     def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Of every class -> _MN. Raises DivergedError where there are none."""
@@ -90,7 +90,8 @@ def adapt_to(
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
-        raise SettingsError([(fact, "leave it out, or use a run of protonet")])
+        others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]
+        raise SettingsError([(fact, f"leave it out, or use a run of {' or '.join(others)}")])
     files, epochs = checkpoint_files(run, on_event)
     learnt = load_state(run, files[0], settings, shape, device)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
@@ -104,7 +105,7 @@ def adapt_to(
         select_derivatives(net, state.example_tensor, config.engine),
         state,
         _episode(config, support, device),
-        inner_steps=eval_steps(config),
+        inner_steps=config.evaluation_inner_steps,
         statistics=Statistics(config.bn),
         classifier=entry.classifier,
         rule=InnerRule(config.proximal, config.inner_optimizer),
@@ -165,7 +166,11 @@ def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
 def _episode(config: TrainConfig, support: OwnSupport, device: torch.device) -> Episodes:
     """The support set as a task without queries."""
     x_ECHW = _values(config, support.x_ECHW, device)
-    y_E, steps, size = torch.from_numpy(support.y_E).to(device), eval_steps(config), config.eval_inner_batch
+    y_E, steps, size = (
+        torch.from_numpy(support.y_E).to(device),
+        config.evaluation_inner_steps,
+        config.eval_inner_batch,
+    )
     batches_TIB = None
     if size is not None and size < len(y_E):
         batches = mini_batches(config.eval_seed, "own batches", 0, len(y_E), steps, size)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import STOP_EXIT_CODES, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Tasks
@@ -89,9 +90,7 @@ def draw(
     reports = [row for row in metrics if row["kind"] == "report"]
     if reports:
         validations = [row for row in metrics if row["kind"] == "validation"]
-        figures["training"] = run_figures.training(
-            reports, validations, "mse" if is_curve_family(judged.config.dataset) else "accuracy"
-        )
+        figures["training"] = run_figures.training(reports, validations, metric_of(judged.config.dataset))
     state = judged.states[0]
     if state.rates_learnt:
         learnt = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
@@ -100,7 +99,7 @@ def draw(
 
 
 def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
-    """A run of `transfer` with as many meta-steps, made once; one that was stopped goes on."""
+    """A pre-trained run with as many meta-steps, made once; one that was stopped goes on."""
     given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).state().status == "finished":
         return path
@@ -112,7 +111,10 @@ def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEve
             "device": judged.config.device
         }
         wanted = {name: value for name, value in values.items() if value is not None}
-        layer = wanted | {"algo": "transfer", "report_every": 1000}
+        pretraining = (
+            name for name, entry in ALGORITHMS.items() if entry.start == "pre-trained" and entry.on_curves
+        )
+        layer = wanted | {"algo": next(pretraining), "report_every": 1000}
         result = train(resolve_settings([("run", layer)]).config, out=path, **given)
     if result.reason == "SIGINT":
         raise KeyboardInterrupt

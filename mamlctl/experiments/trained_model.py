@@ -94,7 +94,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         ALGORITHMS[config.algo].predict(config),
         states,
         epochs,
-        eval_steps(config),
+        config.evaluation_inner_steps,
         notes,
     )
 
@@ -149,11 +149,6 @@ def load_state(
     _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
     checkpoints.restore(state, stored, file)
     return _with_rates(state, settings)
-
-
-def eval_steps(config: TrainConfig) -> int:
-    """Inner steps of evaluation."""
-    return config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps
 
 
 def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:

@@ -40,7 +40,8 @@ def published(
     """What is published for a row such as "maml + msl", what comes nearest to the row first; often nothing.
 
     `inner_steps`: leaves out numbers that are said to be of another number of steps; without it, the most
-    steps come first. `bn` puts Reptile's number of that way to normalise first. Curves have no ways.
+    steps come first. `bn` puts numbers of that way to normalise first, where a paper has both. Curves have
+    no ways.
     """
     found = [
         (_distance(row["row"], bn), source["paper"], row)
@@ -49,6 +50,9 @@ def published(
         for row in source["rows"]
         if parts(row["row"]) == parts(label) and _of_steps(row["row"], inner_steps)
     ]
+    # Papers normalise queries by their own statistics, unless they say so of each number.
+    if bn in ("running", "support") and not any("transductive)" in row["row"] for _, _, row in found):
+        return ()
     # A stable sort: the file's order stands, in which MAML++'s re-run of MAML comes before MAML's own paper.
     return tuple(_entry(paper, row) for _, paper, row in sorted(found, key=lambda item: item[0]))
 

@@ -73,10 +73,7 @@ class TrainConfig:
     """All that decides a training run. `None` means: derived, by `fill_schedules` or by the data set."""
 
     dataset: str = setting(
-        "omniglot",
-        EPISODE,
-        "Data set: a name of `fetch --list`, a folder with a folder of images per class, or curves: "
-        "sinusoid, line, harmonic.",
+        "omniglot", EPISODE, "Data set: a name, or a folder with a folder of images per class."
     )
     ways: int = setting(5, EPISODE, "Classes per task.", least=2)
     shots: int = setting(1, EPISODE, "Support examples per class.", least=1)
@@ -84,12 +81,7 @@ class TrainConfig:
     train_shots: int | None = setting(
         None, EPISODE, "Support examples per class in training, where they differ from --shots.", least=1
     )
-    split_scheme: str | None = setting(
-        None,
-        EPISODE,
-        "How classes are split into train, val and test (omniglot: maml++, vinyals, lake; a folder: folders, "
-        "fractions).",
-    )
+    split_scheme: str | None = setting(None, EPISODE, "How classes are split into train, val and test.")
     split_fractions: str | None = setting(
         None, EPISODE, "Shares of train, val and test among a folder's classes. Default: 64-16-20."
     )
@@ -118,11 +110,7 @@ class TrainConfig:
     channels: Literal[1, 3] | None = setting(
         None, EPISODE, "1 (grey) or 3 (colour). Default: the data set's; 3 for a folder."
     )
-    resize: str | None = setting(
-        None,
-        EPISODE,
-        "Filter that shrinks the originals (omniglot: bilinear, bicubic, lanczos, box, nearest).",
-    )
+    resize: str | None = setting(None, EPISODE, "Filter that shrinks the originals.")
 
     net: NetName = setting("conv4", NETWORK, "Network.")
     filters: int = setting(
@@ -141,7 +129,7 @@ class TrainConfig:
         None, NETWORK, "Of conv4 and mlp. Default: leaky_relu in conv4, relu in mlp."
     )
 
-    algo: str = setting("maml++", INNER, "Algorithm; README tells them all.")
+    algo: str = setting("maml++", INNER, "Algorithm.")
     adapts: Adapts = setting("all", INNER, "What the inner loop changes.")
     inner_steps: int = setting(5, INNER, "Gradient steps on the support set in training.", least=0)
     eval_inner_steps: int | None = setting(
@@ -328,6 +316,10 @@ class EvalConfig:
         "auto", HARDWARE, "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."
     )
     data_root: str | None = setting(None, HARDWARE, "Folder of prepared data sets. Default: the run's.")
+
+    def inner_steps_of(self, trained: TrainConfig) -> int:
+        """Inner steps of this evaluation of a run."""
+        return trained.evaluation_inner_steps if self.inner_steps is None else self.inner_steps
 
 
 FIELDS = {item.name: item for item in fields(TrainConfig)}

@@ -96,6 +96,7 @@ def test_the_way_to_normalise_chooses_reptiles_first_number():
     assert first("omniglot", 5, 1, "reptile").score == 0.9768
     assert first("omniglot", 5, 1, "reptile", bn="running").score == 0.9539
     assert len(published("omniglot", 5, 1, "reptile")) == 2
+    assert published("omniglot", 5, 1, "maml", bn="running") == (), "papers use a query set's own statistics"
 
 
 @pytest.mark.parametrize(

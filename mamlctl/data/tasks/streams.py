@@ -90,7 +90,7 @@ def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
     """The stream, with mini-batches where the inner loop wants smaller ones than the support set."""
     training = stream.split == "train"
     size = config.inner_batch if training else config.eval_inner_batch
-    steps = config.inner_steps if training or config.eval_inner_steps is None else config.eval_inner_steps
+    steps = config.inner_steps if training else config.evaluation_inner_steps
     return stream if size is None or size >= stream.ways * stream.shots else MiniBatches(stream, steps, size)
 
 

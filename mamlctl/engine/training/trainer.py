@@ -220,7 +220,7 @@ class Trainer:
             [self.state],
             self.streams["val"],
             tasks=config.val_tasks,
-            inner_steps=config.inner_steps if config.eval_inner_steps is None else config.eval_inner_steps,
+            inner_steps=config.evaluation_inner_steps,
             statistics=Statistics(config.bn),
             predict=self.predict,
             on_progress=self._validated_some,

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from mamlctl.core import formatting
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
+from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.grid.plans import label_of
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
-from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
 from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, run_state
@@ -98,7 +98,7 @@ def tabulate(
         ways=first.ways,
         shots=first.shots,
         queries=evaluate.queries or first.queries,
-        metric="mse" if is_curve_family(first.dataset) else "accuracy",
+        metric=metric_of(first.dataset),
         split=evaluate.split,
         tasks=evaluate.tasks,
         eval_seed=first.eval_seed if evaluate.eval_seed is None else evaluate.eval_seed,
@@ -179,7 +179,7 @@ def _table_row(
 ) -> Row:
     config = fill_defaults(runs.spec.config)
     evaluations = list(runs.evaluations.values())
-    steps = eval_steps(config) if evaluate.inner_steps is None else evaluate.inner_steps
+    steps = evaluate.inner_steps_of(config)
     if evaluations:
         bn = str(evaluations[0].protocol["bn"])
     else:
@@ -204,8 +204,7 @@ def _published(config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: 
         [("flag", {"algo": config.algo, "dataset": config.dataset, "shots": config.shots})], checked=False
     ).config
     same = all(getattr(config, name) == getattr(usual, name) for name in ("net", "first_order", "adapts"))
-    # Papers normalise queries by their own statistics; Reptile's gives both ways.
-    if not same or evaluate.split != "test" or (bn in ("running", "support") and config.algo != "reptile"):
+    if not same or evaluate.split != "test":
         return ()
     label = label_of(config)
     return published(config.dataset, config.ways, config.shots, label, inner_steps=inner_steps, bn=bn)

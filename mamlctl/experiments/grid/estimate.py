@@ -28,7 +28,6 @@ from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import TrainConfig
 
@@ -166,7 +165,7 @@ def _some_tasks(trainer: Trainer) -> None:
         [trainer.state],
         trainer.streams["val"],
         tasks=TASKS,
-        inner_steps=eval_steps(config),
+        inner_steps=config.evaluation_inner_steps,
         statistics=Statistics(config.bn),
         predict=trainer.predict,
     )

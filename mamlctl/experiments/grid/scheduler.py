@@ -13,7 +13,7 @@ from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellProgress, StopReason
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
 from mamlctl.experiments.grid.grid import Grid, GridCell
@@ -61,7 +61,7 @@ class Scheduler:
         self._began = time.monotonic()
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
-        self._metric = "mse" if is_curve_family(first.dataset) else "accuracy"
+        self._metric = metric_of(first.dataset)
         self._cells = {cell.name: cell for cell in grid.cells}
         self._states = {name: self._cell_state(cell) for name, cell in self._cells.items()}
         self._first_steps = sum(state.step for state in self._states.values())

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus
-from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.trained_model import eval_steps
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import EvalConfig, TrainConfig
@@ -66,7 +64,7 @@ _ABSENT = {"disjoint": False, "label_permutations": 1, "adapts": None, "inner_lr
 
 def _wanted(config: TrainConfig, settings: EvalConfig, digest: str) -> dict[str, tuple[Any, ...]]:
     """What a protocol must say to be the one asked for: name -> values that will do."""
-    steps = eval_steps(fill_defaults(config)) if settings.inner_steps is None else settings.inner_steps
+    steps = settings.inner_steps_of(config)
     exact = {
         "split": settings.split,
         "tasks": settings.tasks,

@@ -1,0 +1,128 @@
+"""What the tables of improvements, algorithms and data sets decide elsewhere, all without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.data.rules import OF_IMAGES, metric_of
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.rules import algorithm_problems
+from mamlctl.experiments.grid.plans import ALONE, ORDER
+from mamlctl.settings.merge import evaluation_settings, merge
+from mamlctl.settings.rules import COMPANIONS, VALUE_TYPES
+from mamlctl.settings.schema import (
+    FIELDS,
+    IMPROVEMENTS,
+    EvalConfig,
+    TrainConfig,
+    improvements_without_meaning,
+)
+
+WITHOUT_TORCH = """
+import sys
+import mamlctl.cli.app, mamlctl.report.columns
+from mamlctl.data.sets.registry import DATA_SETS
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.experiments.grid.grid import resolve_rows
+from mamlctl.experiments.grid.plans import improvement_rows
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
+from mamlctl.settings.schema import IMPROVEMENTS
+
+for algo in ALGORITHMS:
+    fill_defaults(resolve_settings([("flag", {"algo": algo})]).config)
+for dataset in DATA_SETS:
+    fill_defaults(resolve_settings([("flag", {"dataset": dataset})]).config)
+rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0, here=False)
+assert len(rows) > len(IMPROVEMENTS)
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_names_help_settings_and_plans_are_read_without_torch():
+    assert subprocess.run([sys.executable, "-c", WITHOUT_TORCH]).returncode == 0
+
+
+def test_improvements_are_the_papers_in_its_order():
+    assert list(IMPROVEMENTS) == ["msl", "da", "bnrs", "bnwb", "lslr", "ca"]
+    assert {name: record.name for name, record in IMPROVEMENTS.items()} == {
+        name: name for name in FIELDS if name in IMPROVEMENTS
+    }
+    assert ORDER == "msl-da-bnrs+bnwb-lslr-ca"
+    assert ALONE == ((), ("msl",), ("da",), ("bnrs", "bnwb"), ("bnrs",), ("bnwb",), ("lslr",), ("ca",))
+    assert COMPANIONS == {"msl_epochs": "msl", "da_epochs": "da", "min_meta_lr": "ca"}
+    for record in IMPROVEMENTS.values():
+        assert VALUE_TYPES[TrainConfig][record.name].kind is bool
+        assert set(record.companions) <= FIELDS.keys()
+
+
+def test_what_improvements_cannot_go_with_is_refused():
+    assert improvements_without_meaning("no unrolled loop") == ("msl", "da", "bnrs", "bnwb", "lslr")
+    for algo in ("imaml", "reptile", "transfer", "scratch", "protonet", "nearest"):
+        assert {*improvements_without_meaning("no unrolled loop"), "first_order"} <= set(
+            ALGORITHMS[algo].unsupported
+        )
+    assert set(ALGORITHMS["anil"].unsupported) == {"bnrs", "bnwb"}
+    assert set(ALGORITHMS["alpha-maml"].unsupported) == {"lslr", "ca", "meta_lr_final"}
+    assert {name for name in IMPROVEMENTS if name in OF_IMAGES} == {"bnrs", "bnwb"}
+
+
+def test_an_unknown_algorithm_is_told_with_the_names_of_the_table():
+    ((fact, hint),) = algorithm_problems(TrainConfig(algo="xyzzy"))
+    assert fact == "unknown algorithm 'xyzzy'"
+    assert hint == f"use one of {', '.join(ALGORITHMS)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ways", "???"),
+        ("ways", True),
+        ("ways", 5.0),
+        ("ways", None),
+        ("ways", [5]),
+        ("inner_lr", True),
+        ("dataset", ["omniglot"]),
+        ("msl", 0.5),
+    ],
+)
+def test_values_of_another_type_are_left_out_and_told(name, value):
+    resolved, ((fact, _),) = merge(TrainConfig, [("f.yaml", {name: value})])
+    assert fact.startswith(f"{name} is {value!r} in f.yaml, which is not ")
+    assert resolved.config == TrainConfig()
+    assert resolved.sources[name] == "default"
+
+
+def test_values_are_read_as_the_types_of_their_settings():
+    layer = {"ways": "7", "inner_lr": 1, "msl": "yes", "clip_norm": None, "dataset": 5, "ink": "1"}
+    config = merge(TrainConfig, [("f.yaml", layer)])[0].config
+    assert (config.ways, config.inner_lr, config.msl, config.clip_norm) == (7, 1.0, True, None)
+    assert (config.dataset, config.ink) == ("5", 1)
+    assert isinstance(config.inner_lr, float)
+
+
+def test_an_evaluation_takes_its_own_settings_alone():
+    assert evaluation_settings({"tasks": 7, "split": "val"}, "flag") == EvalConfig(tasks=7, split="val")
+    with pytest.raises(SettingsError) as caught:
+        evaluation_settings({"ways": 5, "tasks": 1, "split": "tset"}, "flag")
+    assert [fact.split(",")[0] for fact, _ in caught.value.problems] == [
+        "unknown setting 'ways' in flag",
+        "--split is 'tset'",
+        "--tasks is 1",
+    ]
+
+
+def test_a_run_is_evaluated_with_its_own_steps_unless_others_are_given():
+    trained = TrainConfig(inner_steps=3)
+    assert (trained.evaluation_inner_steps, EvalConfig().inner_steps_of(trained)) == (3, 3)
+    trained = TrainConfig(inner_steps=3, eval_inner_steps=9)
+    assert (trained.evaluation_inner_steps, EvalConfig(inner_steps=0).inner_steps_of(trained)) == (9, 0)
+
+
+def test_curves_are_scored_by_their_squared_error():
+    assert (metric_of("sinusoid"), metric_of("omniglot"), metric_of("./mine")) == (
+        "mse",
+        "accuracy",
+        "accuracy",
+    )
