@@ -16,10 +16,9 @@ UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 def parse_duration(text: str) -> float:
     """Seconds of "90", "90s", "9m" or "1h30m". Raises SettingsError for anything else."""
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?[smhd]?))+", text.strip()) and re.findall(
-        r"(\d+(?:\.\d+)?)([smhd]?)", text
-    )
-    seconds = sum(float(number) * UNITS_S[unit or "s"] for number, unit in parts or ())
+    part = r"(\d+(?:\.\d+)?)([smhd]?)"
+    parts = re.findall(part, text) if re.fullmatch(f"({part})+", text.strip()) else []
+    seconds = sum(float(number) * UNITS_S[unit or "s"] for number, unit in parts)
     if seconds <= 0:
         raise SettingsError([(f"--time-limit '{text}' is not a duration", "write 90s, 9m or 1h30m")])
     return seconds
@@ -28,10 +27,11 @@ def parse_duration(text: str) -> float:
 class StopRequests:
     """While entered, turns the first SIGINT or SIGTERM into a request; a second SIGINT leaves at once."""
 
-    def __init__(self, on_event: OnEvent, *, time_limit_s: float | None, started: float) -> None:
-        """`started`: time.monotonic() from which the limit counts."""
+    def __init__(self, on_event: OnEvent, *, time_limit_s: float | None) -> None:
+        """The limit counts from now on."""
+        self.started = time.monotonic()
         self._on_event = on_event
-        self._deadline = None if time_limit_s is None else started + time_limit_s
+        self._deadline = None if time_limit_s is None else self.started + time_limit_s
         self._signal: StopReason = ""
         self._announced = False
         self._previous: dict[signal.Signals, object] = {}

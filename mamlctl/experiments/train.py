@@ -1,10 +1,10 @@
-"""`train`: a new run, or one that goes on."""
+"""`train`: a new run, or one that is resumed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from mamlctl.core.errors import DataError, DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
 from mamlctl.core.files import write_json
+from mamlctl.core.literals import StopReason
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
@@ -28,6 +29,18 @@ from mamlctl.run_folder import CLASSES, ENVIRONMENT, RunFolder, RunState, defaul
 from mamlctl.settings.schema import TrainConfig
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What a training needs besides its run folder."""
+
+    config: TrainConfig  # complete
+    device: torch.device
+    streams: Mapping[str, Tasks]
+    source: TaskSource
+    stop: StopRequests
+    on_event: OnEvent
+
+
 def train(
     config: TrainConfig,
     *,
@@ -37,106 +50,114 @@ def train(
     command: str,
     on_event: OnEvent,
 ) -> TrainResult:
-    """Train from the beginning into a new run folder (`out`, or one under runs/).
+    """Train from the beginning into a new run folder.
 
-    Raises SettingsError, DataError or MamlctlError before the folder is made, DivergedError after.
+    Args:
+        out: the run folder; None for a new one under runs/.
+        command: the command line, for command.txt.
+
+    Raises:
+        SettingsError, DataError, MamlctlError: before the folder is made.
+        DivergedError: after that.
     """
-    started = time.monotonic()
-    completed = fill_defaults(config)
-    device = _open_device(completed, config.cuda_graph)
-    streams, source = open_streams(
-        completed,
-        ("train", "val"),
-        device,
-        tensor_dtype(completed.precision),
-        offline=offline,
-        on_event=on_event,
-    )
-    path = out or default_run_path(completed)
-    facts = environment(completed, source, device)
-    with new_run(path, config, completed, command=command, environment=facts) as run:
-        if source.names:
-            write_json(run.path / CLASSES, source.names)
-        return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=False)
+    stop = StopRequests(on_event, time_limit_s=time_limit_s)
+    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
+    path = out or default_run_path(prepared.config)
+    facts = environment(prepared.config, prepared.source, prepared.device)
+    with new_run(path, config, prepared.config, command=command, environment=facts) as run:
+        if prepared.source.names:
+            write_json(run.path / CLASSES, prepared.source.names)
+        return _run(run, prepared, resume=False)
 
 
 def resume(
     path: Path,
-    moved: Mapping[str, Any],
+    overrides: Mapping[str, Any],
     *,
     offline: bool,
     time_limit_s: float | None,
     command: str,
     on_event: OnEvent,
 ) -> TrainResult:
-    """Go on with a run from its last checkpoint, as if nothing had happened.
+    """Continue a run from its last checkpoint, to the same result as without the interruption.
 
-    `moved`: values of run_folder.RESUME_OVERRIDES settings instead of the run's own. Raises what `train`
-    does; MamlctlError for a damaged run, DataError if the data are no longer those of the run.
+    Args:
+        overrides: values of settings in run_folder.RESUME_OVERRIDES that replace the run's own.
+
+    Raises:
+        SettingsError, DivergedError: as `train` does.
+        MamlctlError: the run is damaged, or another process writes to it.
+        DataError: the data are no longer those that the run began with.
     """
-    started = time.monotonic()
+    stop = StopRequests(on_event, time_limit_s=time_limit_s)
     run = open_run(path)
     with run.writing():
-        run.config = replace(run.config, **moved)
-        completed = fill_defaults(run.config)
-        device = _open_device(completed, moved.get("cuda_graph"))
-        streams, source = open_streams(
-            completed,
-            ("train", "val"),
-            device,
-            tensor_dtype(completed.precision),
-            offline=offline,
-            on_event=on_event,
-        )
+        run.config = replace(run.config, **overrides)
+        prepared = _prepare(run.config, overrides.get("cuda_graph"), offline, stop, on_event)
+        source = prepared.source
         trained_on = run.environment().get("dataset_digest", source.digest)
         if trained_on != source.digest:
-            found = f"{run.config.dataset} has digest {source.digest:.12}"
-            message = f"{found}, but the run began with {trained_on:.12}"
-            raise DataError(message, hint="resume with the --data-root, and the Pillow, that it began with")
+            now = f"{run.config.dataset} has digest {source.digest:.12}"
+            fact = f"{now}, but the run began with {trained_on:.12}"
+            raise DataError(fact, hint="resume with the --data-root, and the Pillow, that it began with")
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")
-        if not run.environment():  # stopped before it was written
-            write_json(run.path / ENVIRONMENT, environment(completed, source, device))
+        if not run.environment():  # the run was stopped before it was written
+            write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))
             if source.names:
                 write_json(run.path / CLASSES, source.names)
-        return _run(run, completed, streams, source, device, started, time_limit_s, on_event, resume=True)
+        return _run(run, prepared, resume=True)
 
 
-def _open_device(config: TrainConfig, cuda_graph: bool | None) -> torch.device:
-    """`cuda_graph`: as asked for now; a run that had graphs may go on where there are none."""
-    if problems := device_problems(config.device, config.precision, cuda_graph):
+def _prepare(
+    config: TrainConfig, cuda_graph: bool | None, offline: bool, stop: StopRequests, on_event: OnEvent
+) -> _Prepared:
+    """`cuda_graph`: what this call asks for; a run that had graphs may resume where there are none."""
+    completed = fill_defaults(config)
+    if problems := device_problems(completed.device, completed.precision, cuda_graph):
         raise SettingsError(problems)
-    return open_device(config.device, config.precision)
+    device = open_device(completed.device, completed.precision)
+    dtype = tensor_dtype(completed.precision)
+    streams, source = open_streams(
+        completed, ("train", "val"), device, dtype, offline=offline, on_event=on_event
+    )
+    return _Prepared(completed, device, streams, source, stop, on_event)
 
 
-def _run(
-    run: RunFolder,
+def build_trainer(
     config: TrainConfig,
     streams: Mapping[str, Tasks],
     source: TaskSource,
+    run: RunFolder,
     device: torch.device,
-    started: float,
-    time_limit_s: float | None,
     on_event: OnEvent,
-    *,
-    resume: bool,
-) -> TrainResult:
+    stop_reason: Callable[[], StopReason],
+) -> Trainer:
+    """A trainer at the first meta-step of a run with complete settings."""
     net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
     judged_net, _ = build(config, source.example_shape, torch.device("meta"))
-    if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
-        on_event(Notice(slower))
-    with StopRequests(on_event, time_limit_s=time_limit_s, started=started) as stop:
-        trainer = Trainer(
-            config,
-            net,
-            state,
-            streams,
-            run,
-            device=device,
-            on_event=on_event,
-            stop_reason=stop.reason,
-            judged_net=judged_net,
+    return Trainer(
+        config,
+        net,
+        state,
+        streams,
+        run,
+        device=device,
+        on_event=on_event,
+        stop_reason=stop_reason,
+        judged_net=judged_net,
+    )
+
+
+def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
+    config, stop, on_event = prepared.config, prepared.stop, prepared.on_event
+    with stop:
+        trainer = build_trainer(
+            config, prepared.streams, prepared.source, run, prepared.device, on_event, stop.reason
         )
+        net = trainer.net
+        if slower := slower_than_it_could_be(net, trainer.state.example_tensor, config.engine):
+            on_event(Notice(slower))
         if resume and not trainer.last.exists():
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
             run.rewind_metrics(0, 0)
@@ -144,7 +165,7 @@ def _run(
             trainer.resume()
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is finished already"))
-        on_event(_run_started(run, trainer, device))
+        on_event(_run_started(run, trainer))
         run.set_state(RunState("running", trainer.position.step))
         end = RunState("failed", reason="a bug or the machine: see the error")
         try:
@@ -172,11 +193,11 @@ def _run(
         best_epoch=None if best_epoch is None else int(best_epoch),
         val_tasks=config.val_tasks,
         bn=config.bn if net.norm_layers else "none",
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - stop.started,
     )
 
 
-def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunStarted:
+def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
     config, net = trainer.config, trainer.net
     return RunStarted(
         run=str(run.path),
@@ -194,7 +215,7 @@ def _run_started(run: RunFolder, trainer: Trainer, device: torch.device) -> RunS
         parameters=sum(tensor.numel() for tensor in trainer.meta_step.learnable.values()),
         metric=net.objective.metric,
         guesses=net.outputs if net.objective is CLASSIFICATION else 0,
-        device=device_words(device),
+        device=device_words(trainer.device),
         bn=config.bn if net.norm_layers else "none",
         val_tasks=config.val_tasks,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def ablate(
     Raises:
         MamlctlError: another process fills the grid, or a cell is damaged.
     """
-    started = time.monotonic()
+    limited = StopRequests(on_event, time_limit_s=time_limit_s)
     with lock_grid(grid):
         save_plan(grid)
         pending = pending_cells(grid)
@@ -106,7 +105,6 @@ def ablate(
         failed: dict[str, str] = {}
         if pending:
             on_event(Notice(f"into {grid.folder}"))
-            limited = StopRequests(on_event, time_limit_s=time_limit_s, started=started)
             with limited as stop, executor as entered:
                 scheduler = Scheduler(grid, pending, entered, stop, on_event, offline)
                 reason, failed = scheduler.run(), scheduler.failed

@@ -16,18 +16,17 @@ import torch
 
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
-from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.devices import device_words, open_device, tensor_dtype
 from mamlctl.engine.evaluation.evaluator import evaluate
 from mamlctl.engine.nets.batch_norm import Statistics
-from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.schedules import is_first_order
 from mamlctl.engine.training.trainer import KEPT, Trainer
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.train import build_trainer
 from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import TrainConfig
 
@@ -125,7 +124,9 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any,
     )
     times: dict[Any, float] = {}
     for phase in _phases(config):
-        trainer = _trainer(config, streams, source, device)
+        trainer = build_trainer(
+            config, streams, source, RunFolder(Path(), config), device, lambda event: None, lambda: ""
+        )
         epoch = next(epoch for epoch in range(config.epochs) if _kind(config, epoch) == phase)
         for _ in range(WARM_UP[device.type]):
             _one_step(trainer, epoch)
@@ -133,23 +134,6 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any,
         times[phase] = statistics.median(seconds)
     times["task"] = min(_timed(partial(_some_tasks, trainer), device) for _ in range(2)) / TASKS
     return times
-
-
-def _trainer(config: TrainConfig, streams: Mapping[str, Tasks], source: Any, device: torch.device) -> Trainer:
-    """A trainer whose meta-steps are those of a run, without a run folder."""
-    net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
-    judged_net, _ = build(config, source.example_shape, torch.device("meta"))
-    return Trainer(
-        config,
-        net,
-        state,
-        streams,
-        RunFolder(Path(), config),
-        device=device,
-        on_event=lambda event: None,
-        stop_reason=lambda: "",
-        judged_net=judged_net,
-    )
 
 
 def _one_step(trainer: Trainer, epoch: int) -> None:
