@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mamlctl.core import formatting
+from mamlctl.report.column_texts import resolve
 from mamlctl.report.columns import Column
 from mamlctl.report.rendered_table import (
     RenderedRow,
@@ -128,7 +129,7 @@ def _padded(text: str, width: int, is_left: bool) -> str:
 
 
 def _style(column: Column, row: RenderedRow) -> str:
-    return MISSING if row.missing_reason and column.is_score else column.style_of(row.row)
+    return MISSING if row.missing_reason and column.is_score else resolve(column.style, row.row)
 
 
 def _blocks(shown: RenderedTable, width: int) -> list[Text]:
@@ -138,7 +139,7 @@ def _blocks(shown: RenderedTable, width: int) -> list[Text]:
     longest = min(max(map(cell_len, shown.heads.values())), max(width - widest - 2 * GAP, 0))
     lines = []
     for row in shown.rows:
-        lines.append(Text(row.texts[label.key], label.style_of(row.row)))
+        lines.append(Text(row.texts[label.key], resolve(label.style, row.row)))
         for column in others:
             if text := row.texts[column.key].rstrip():
                 head = f"  {shown.heads[column.key]:<{longest}}  "

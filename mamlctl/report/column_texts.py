@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from mamlctl.core import formatting
 from mamlctl.core.literals import Metric
 from mamlctl.report.table import SIGNIFICANT, Row, Score, Table
 
 RECALLED = "†"  # behind a published number that nobody has read in a transcription
+
+PUBLISHED_LEGEND = (
+    "published: what the source prints, at its own length of training, and its ± is not "
+    f"always a 95 % interval; {RECALLED}: recalled, not verified."
+)
+
+About = TypeVar("About")
 
 
 def source_letters(table: Table) -> dict[str, str]:
@@ -26,10 +35,30 @@ def unit(table: Table) -> str:
     return " %" if table.metric == "accuracy" else " mse"
 
 
+def resolve(part: str | Callable[[About], str], about: About) -> str:
+    """A text, or what the function makes of the table or the row that it is about."""
+    return part if isinstance(part, str) else part(about)
+
+
 def seeds_text(table: Table, row: Row) -> str:
     score = row.best or row.ensemble
     scored = len(score.per_seed) if score else 0
     return str(scored) if scored == len(row.cells) else f"{scored} of {len(row.cells)}"
+
+
+def bn_text(table: Table, row: Row) -> str:
+    """How queries are normalised, where rows differ in it."""
+    return row.bn if len({other.bn for other in table.rows}) > 1 else ""
+
+
+def inner_steps_text(table: Table, row: Row) -> str:
+    """The inner steps of the test, where rows differ in them."""
+    return str(row.inner_steps) if len({other.inner_steps for other in table.rows}) > 1 else ""
+
+
+def best_legend(table: Table) -> str:
+    note = "" if table.metric == "accuracy" else "; less is better"
+    return f"±: 95 % interval over tasks of the seeds' mean, of these very models{note}."
 
 
 def score_text(metric: Metric, score: Score | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import SettingsError
@@ -15,51 +15,39 @@ from mamlctl.report.column_texts import RECALLED
 from mamlctl.report.table import Row, Score, Table
 
 Value = float | str | None
+Fields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Column:
     """What people read in a column, what programs read, and how each form treats it.
 
-    Every function gets the table, with its rows in the order in which they are shown, and one of its rows.
+    Every function gets the table, with its rows in the order in which they are shown, or one of its rows.
     """
 
     key: str  # names the column in --sort and in the page's classes
     head: str | Callable[[Table], str]
     text: Callable[[Table, Row], str]  # "" where there is nothing to say
-    value: Callable[[Table, Row], Value] = lambda table, row: None  # the fact behind the text, in full
-    sort: Callable[[Table, Row], Value] | None = None  # least first; None: --sort does not offer it
+    value: Callable[[Row], Value] = lambda row: None  # the fact behind the text, in full
+    sort: Literal["least", "best"] | None = None  # the values that come first; None: --sort does not offer it
+    baseline_value: Value = None  # where --sort puts a baseline that has no value
     legend: str | Callable[[Table], str] = ""  # a sentence below the table
     drop_rank: int | None = 0  # narrow terminals leave out the least first; None: never
     is_always_shown: bool = False  # even where no row has a text
     is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
     field: str = ""  # names the value in CSV and JSON; "": as the key does
-    csv: Callable[[Table, Row], Mapping[str, Any]] | None = None  # more or other fields than the value
-    json: Callable[[Table, Row], Mapping[str, Any]] | None = None
+    csv: Callable[[Table, Row], Fields] | None = None  # instead: several fields, or none of its own
+    json: Callable[[Row], Fields] | None = None  # likewise
     style: str | Callable[[Row], str] = ""  # in a terminal
     mark: str = ""  # behind some of the texts; numbers without it end where those with it do
 
-    def head_of(self, table: Table) -> str:
-        """The head, which may name the table's unit."""
-        return self.head if isinstance(self.head, str) else self.head(table)
-
-    def legend_of(self, table: Table) -> str:
-        """What the column's numbers mean in this table."""
-        return self.legend if isinstance(self.legend, str) else self.legend(table)
-
-    def style_of(self, row: Row) -> str:
-        """The style of the row's text in a terminal."""
-        return self.style if isinstance(self.style, str) else self.style(row)
-
-    def csv_fields(self, table: Table, row: Row) -> Mapping[str, Any]:
+    def csv_fields(self, table: Table, row: Row) -> Fields:
         """The columns of a CSV file that hold this one."""
-        return {self.field or self.key: self.value(table, row)} if self.csv is None else self.csv(table, row)
+        return self.csv(table, row) if self.csv else {self.field or self.key: self.value(row)}
 
-    def json_fields(self, table: Table, row: Row) -> Mapping[str, Any]:
+    def json_fields(self, row: Row) -> Fields:
         """The fields of a row in a JSON document that hold this column."""
-        return (
-            {self.field or self.key: self.value(table, row)} if self.json is None else self.json(table, row)
-        )
+        return self.json(row) if self.json else {self.field or self.key: self.value(row)}
 
 
 def check_sort(sort: str | None) -> None:
@@ -76,32 +64,23 @@ def sorted_table(table: Table, sort: str | None) -> Table:
     Raises SettingsError for a column that cannot be sorted by.
     """
     check_sort(sort)
-    place = next((column.sort for column in COLUMNS if column.key == sort), None)
-    if place is None:
+    if sort is None:
         return table
+    column = next(column for column in COLUMNS if column.key == sort)
+    is_downwards = column.sort == "best" and table.metric == "accuracy"
 
-    def last_without_value(row: Row) -> tuple[bool, Value]:
-        value = place(table, row)
-        is_missing = value is None or (isinstance(value, float) and math.isnan(value))
-        return is_missing, 0.0 if is_missing else value
+    def place(row: Row) -> tuple[bool, Value]:
+        value = column.value(row)
+        if value is None and row.label == table.baseline:
+            value = column.baseline_value
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return True, 0.0
+        return False, -value if is_downwards and not isinstance(value, str) else value
 
-    return replace(table, rows=tuple(sorted(table.rows, key=last_without_value)))
-
-
-def _best_first(table: Table, score: float | None) -> float | None:
-    """A score as a number that is least for the best."""
-    return score if score is None or table.metric == "mse" else -score
-
-
-def _mean(score: Score | None) -> float | None:
-    return None if score is None else score.mean
+    return replace(table, rows=tuple(sorted(table.rows, key=place)))
 
 
-def _mean_difference(row: Row) -> float | None:
-    return None if row.best is None or row.best.difference is None else row.best.difference.mean
-
-
-def _run_counts(table: Table, row: Row) -> dict[str, int]:
+def _run_counts(table: Table, row: Row) -> Fields:
     statuses = [cell.status for cell in row.cells]
     counts = {f"runs_{status}": statuses.count(status) for status in ("finished", "diverged")}
     return {"runs": len(statuses), **counts}
@@ -121,150 +100,129 @@ def _score_fields(model: str, score: Score | None) -> dict[str, Any]:
     return {f"{model}_{key}": value for key, value in figures.items()}
 
 
-def _published_fields(table: Table, row: Row) -> dict[str, Any]:
+def _published_fields(table: Table, row: Row) -> Fields:
     entry = row.published[0] if row.published else None
     keys = ("score", "half_width", "source", "row", "verified")
     return {f"published_{key}": getattr(entry, key, None) for key in keys}
 
 
-def _published_score(table: Table, row: Row) -> float | None:
-    return row.published[0].score if row.published else None
+def _difference(row: Row) -> float | None:
+    return row.best.difference.mean if row.best and row.best.difference else None
 
 
-def _no_fields(table: Table, row: Row) -> dict[str, Any]:
-    """Nothing of its own in a file, since another column's fields hold it."""
-    return {}
-
+NOT_IN_FILES: dict[str, Any] = {"csv": lambda table, row: {}, "json": lambda row: {}}  # others hold its value
 
 COLUMNS: tuple[Column, ...] = (
     Column(
         "row",
-        head="row",
-        text=lambda table, row: row.label,
-        sort=lambda table, row: row.label,
+        "row",
+        lambda table, row: row.label,
+        lambda row: row.label,
+        sort="least",
         drop_rank=None,
         is_always_shown=True,
         csv=lambda table, row: {"label": row.label, "metric": table.metric},
-        json=lambda table, row: {"label": row.label, "settings": row.settings},
+        json=lambda row: {"label": row.label, "settings": row.settings},
         style="bold",
     ),
     Column(
         "seeds",
-        head="seeds",
-        text=texts.seeds_text,
+        "seeds",
+        texts.seeds_text,
         drop_rank=1,
         is_always_shown=True,
         csv=_run_counts,
-        json=_no_fields,
+        json=lambda row: {},
     ),
-    Column(
-        "bn",
-        head="bn",
-        text=lambda table, row: row.bn if len({other.bn for other in table.rows}) > 1 else "",
-        value=lambda table, row: row.bn,
-        drop_rank=4,
-    ),
+    Column("bn", "bn", texts.bn_text, lambda row: row.bn, drop_rank=4),
     Column(
         "inner_steps",
-        head="inner steps",
-        text=lambda table, row: (
-            str(row.inner_steps) if len({other.inner_steps for other in table.rows}) > 1 else ""
-        ),
+        "inner steps",
+        texts.inner_steps_text,
         drop_rank=3,
         csv=lambda table, row: {"inner_steps": row.inner_steps, "tasks": table.tasks},
-        json=lambda table, row: {"inner_steps": row.inner_steps},
+        json=lambda row: {"inner_steps": row.inner_steps},
     ),
     Column(
         "best",
-        head=lambda table: f"best{texts.unit(table)}",
-        text=lambda table, row: texts.score_text(table.metric, row.best),
-        value=lambda table, row: _mean(row.best),
-        sort=lambda table, row: _best_first(table, _mean(row.best)),
-        legend=lambda table: (
-            "±: 95 % interval over tasks of the seeds' mean, of these very models"
-            f"{'' if table.metric == 'accuracy' else '; less is better'}."
-        ),
+        lambda table: f"best{texts.unit(table)}",
+        lambda table, row: texts.score_text(table.metric, row.best),
+        lambda row: row.best.mean if row.best else None,
+        sort="best",
+        legend=texts.best_legend,
         drop_rank=None,
         is_always_shown=True,
         is_score=True,
         csv=lambda table, row: _score_fields("best", row.best),
-        json=lambda table, row: {"best": asdict(row.best) if row.best else None},
+        json=lambda row: {"best": asdict(row.best) if row.best else None},
         style="green",
     ),
     Column(
         "sd",
-        head="sd",
-        text=lambda table, row: texts.deviation_text(table.metric, row.best),
-        value=lambda table, row: row.best.deviation if row.best else None,
+        "sd",
+        lambda table, row: texts.deviation_text(table.metric, row.best),
+        lambda row: row.best.deviation if row.best else None,
         legend="sd: standard deviation over seeds.",
         drop_rank=7,
         is_score=True,
-        csv=_no_fields,
-        json=_no_fields,
+        **NOT_IN_FILES,
     ),
     Column(
         "ensemble",
-        head=texts.ensemble_head,
-        text=texts.ensemble_text,
-        value=lambda table, row: _mean(row.ensemble),
-        sort=lambda table, row: _best_first(table, _mean(row.ensemble)),
+        texts.ensemble_head,
+        texts.ensemble_text,
+        lambda row: row.ensemble.mean if row.ensemble else None,
+        sort="best",
         drop_rank=9,
         is_score=True,
-        csv=lambda table, row: {
-            **_score_fields("ensemble", row.ensemble),
-            "ensemble_size": row.ensemble_size,
-        },
-        json=lambda table, row: {
+        csv=lambda table, row: _score_fields("ensemble", row.ensemble) | {"ensemble_size": row.ensemble_size},
+        json=lambda row: {
             "ensemble": asdict(row.ensemble) if row.ensemble else None,
             "ensemble_size": row.ensemble_size,
         },
     ),
     Column(
         "difference",
-        head="difference",
-        text=texts.difference_text,
-        value=lambda table, row: _mean_difference(row),
-        sort=lambda table, row: (
-            0.0 if row.label == table.baseline else _best_first(table, _mean_difference(row))
-        ),
+        "difference",
+        texts.difference_text,
+        _difference,
+        sort="best",
+        baseline_value=0.0,
         legend=texts.difference_legend,
         drop_rank=None,
         is_score=True,
-        csv=_no_fields,
-        json=_no_fields,
+        **NOT_IN_FILES,
         style=lambda row: "bold" if row.best and row.best.is_significant else "",
         mark=" *",
     ),
     Column(
         "p",
-        head="p (Holm)",
-        text=lambda table, row: texts.p_text(row.best),
-        value=lambda table, row: row.best.p_holm if row.best else None,
+        "p (Holm)",
+        lambda table, row: texts.p_text(row.best),
+        lambda row: row.best.p_holm if row.best else None,
         drop_rank=8,
         is_score=True,
-        csv=_no_fields,
-        json=_no_fields,
+        **NOT_IN_FILES,
     ),
     Column(
         "published",
-        head=lambda table: f"published{texts.unit(table)}",
-        text=texts.published_text,
-        value=_published_score,
-        sort=lambda table, row: _best_first(table, _published_score(table, row)),
-        legend="published: what the source prints, at its own length of training, and its ± is not "
-        f"always a 95 % interval; {RECALLED}: recalled, not verified.",
+        lambda table: f"published{texts.unit(table)}",
+        texts.published_text,
+        lambda row: row.published[0].score if row.published else None,
+        sort="best",
+        legend=texts.PUBLISHED_LEGEND,
         drop_rank=10,
         csv=_published_fields,
-        json=lambda table, row: {"published": [asdict(entry) for entry in row.published]},
+        json=lambda row: {"published": [asdict(entry) for entry in row.published]},
         style="dim",
         mark=RECALLED,
     ),
     Column(
         "steps",
-        head="to 99 %",
-        text=lambda table, row: "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
-        value=lambda table, row: row.steps_to_99,
-        sort=lambda table, row: row.steps_to_99,
+        "to 99 %",
+        lambda table, row: "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
+        lambda row: row.steps_to_99,
+        sort="least",
         legend="to 99 %: meta-steps to the first validation at 99 % of the last one's score, "
         "median over seeds.",
         drop_rank=6,
@@ -272,22 +230,22 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "seconds",
-        head="per step",
-        text=lambda table, row: "" if row.step_s is None else formatting.duration(row.step_s),
-        value=lambda table, row: row.step_s,
-        sort=lambda table, row: row.step_s,
+        "per step",
+        lambda table, row: "" if row.step_s is None else formatting.duration(row.step_s),
+        lambda row: row.step_s,
+        sort="least",
         legend="per step: median time of a meta-step, of the median seed.",
         drop_rank=2,
         field="step_s",
     ),
     Column(
         "diverged",
-        head="diverged",
-        text=lambda table, row: str(row.divergences),
-        value=lambda table, row: row.divergences,
+        "diverged",
+        lambda table, row: str(row.divergences),
+        lambda row: row.divergences,
         drop_rank=5,
         is_always_shown=True,
-        csv=_no_fields,
+        csv=lambda table, row: {},
         style=lambda row: "red" if row.divergences else "",
     ),
 )

@@ -53,7 +53,7 @@ def document(table: Table, sort: str | None = None) -> dict[str, Any]:
     ordered = columns.sorted_table(table, sort)
     rows = []
     for row in ordered.rows:
-        texts = [column.json_fields(ordered, row) for column in columns.COLUMNS]
+        texts = [column.json_fields(row) for column in columns.COLUMNS]
         rows.append({**_merged(texts), "cells": [_cell_document(cell) for cell in row.cells]})
     whole = {"format": FORMAT, **_named(table, names), "rows": rows, **_named(table, last)}
     json: dict[str, Any] = _plain(finite(whole))

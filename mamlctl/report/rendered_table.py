@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mamlctl.core import formatting
 from mamlctl.report import columns
-from mamlctl.report.column_texts import source_letters
+from mamlctl.report.column_texts import resolve, source_letters
 from mamlctl.report.columns import Column
 from mamlctl.report.table import Cell, Row, Table
 
@@ -72,7 +72,7 @@ def render_table(table: Table, sort: str | None = None) -> RenderedTable:
         for column in columns.COLUMNS
         if column.is_always_shown or any(row.texts[column.key] for row in rows)
     )
-    heads = {column.key: column.head_of(table) for column in shown}
+    heads = {column.key: resolve(column.head, table) for column in shown}
     letters = source_letters(ordered)
     sources = tuple((name, _source_and_notes(ordered.rows, source)) for source, name in letters.items())
     return RenderedTable(shown, heads, rows, sources, remarks(table))
@@ -155,7 +155,7 @@ def head_parts(table: Table) -> list[str]:
 
 def meanings(table: Table, shown: RenderedTable) -> list[str]:
     """What the numbers of the shown columns mean, and where the published ones are from."""
-    legends = [formatting.strip_controls(column.legend_of(table)) for column in shown.columns]
+    legends = [formatting.strip_controls(resolve(column.legend, table)) for column in shown.columns]
     sources = [f"{name}: {source}." for name, source in shown.sources if "published" in shown.heads]
     return [*filter(None, legends), *sources]
 

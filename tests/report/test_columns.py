@@ -21,8 +21,8 @@ RUNS = Column(
     "runs_done",
     head="runs done",
     text=lambda table, row: f"{_runs_done(row)} done" if _runs_done(row) else "",
-    value=lambda table, row: _runs_done(row),
-    sort=lambda table, row: -_runs_done(row),
+    value=lambda row: _runs_done(row),
+    sort="best",
     legend="runs done: runs that came to their end.",
 )
 

@@ -152,7 +152,7 @@ def test_sorting_puts_rows_without_a_value_last(sort, upwards):
     labels = [row[0] for row in text_rows(table, sort)[1:]]
     assert labels[-1] == "maml + bnwb"
     value = next(column.value for column in COLUMNS if column.key == sort)
-    values = [value(table, next(row for row in table.rows if row.label == label)) for label in labels]
+    values = [value(next(row for row in table.rows if row.label == label)) for label in labels]
     if sort == "difference":
         values[labels.index(table.baseline)] = 0.0
     known = [value for value in values if value is not None]
