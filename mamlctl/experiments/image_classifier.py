@@ -29,7 +29,7 @@ from mamlctl.engine.evaluation.adapted_model import (
     resize_head,
 )
 from mamlctl.engine.inner_loop import InnerRule, MetaState
-from mamlctl.engine.nets.base import HEAD
+from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.trained_model import as_asked, checkpoint_files, load_state
@@ -57,7 +57,7 @@ class OwnModel:
     @property
     def bn(self) -> str:
         """What normalises the images; none without batch norm."""
-        return self.config.bn if self.fitted.derivatives.net.norm_layers else "none"
+        return bn_mode(self.fitted.derivatives.net, self.config.bn)
 
     @property
     def inner_steps(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import torch
 from mamlctl.core.errors import DataError, DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
 from mamlctl.core.files import write_json
-from mamlctl.core.literals import StopReason
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
-from mamlctl.engine.nets.base import CLASSIFICATION
+from mamlctl.engine.nets.base import CLASSIFICATION, bn_mode
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
@@ -124,39 +123,15 @@ def _prepare(
     return _Prepared(completed, device, streams, source, stop, on_event)
 
 
-def build_trainer(
-    config: TrainConfig,
-    streams: Mapping[str, Tasks],
-    source: TaskSource,
-    run: RunFolder,
-    device: torch.device,
-    on_event: OnEvent,
-    stop_reason: Callable[[], StopReason],
-) -> Trainer:
-    """A trainer at the first meta-step of a run with complete settings."""
-    net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
-    judged_net, _ = build(config, source.example_shape, torch.device("meta"))
-    return Trainer(
-        config,
-        net,
-        state,
-        streams,
-        run,
-        device=device,
-        on_event=on_event,
-        stop_reason=stop_reason,
-        judged_net=judged_net,
-    )
-
-
 def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
-    config, stop, on_event = prepared.config, prepared.stop, prepared.on_event
+    config, source, stop, on_event = prepared.config, prepared.source, prepared.stop, prepared.on_event
     with stop:
-        trainer = build_trainer(
-            config, prepared.streams, prepared.source, run, prepared.device, on_event, stop.reason
+        classes = source.classes.get("train")
+        net, state = build(config, source.example_shape, prepared.device, classes=classes)
+        trainer = Trainer(
+            config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
         )
-        net = trainer.net
-        if slower := slower_than_it_could_be(net, trainer.state.example_tensor, config.engine):
+        if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
             on_event(Notice(slower))
         if resume and not trainer.last.exists():
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
@@ -192,7 +167,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         best_val_ci95=best_ci95,
         best_epoch=None if best_epoch is None else int(best_epoch),
         val_tasks=config.val_tasks,
-        bn=config.bn if net.norm_layers else "none",
+        bn=bn_mode(net, config.bn),
         seconds=time.monotonic() - stop.started,
     )
 
@@ -216,6 +191,6 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         metric=net.objective.metric,
         guesses=net.outputs if net.objective is CLASSIFICATION else 0,
         device=device_words(trainer.device),
-        bn=config.bn if net.norm_layers else "none",
+        bn=bn_mode(net, config.bn),
         val_tasks=config.val_tasks,
     )

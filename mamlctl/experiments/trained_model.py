@@ -21,6 +21,7 @@ from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_problems, open_device, tensor_dtype
 from mamlctl.engine.evaluation.prediction import Predict
 from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.initial_state import adapted_names, build
@@ -55,7 +56,7 @@ class TrainedModel:
     @property
     def bn(self) -> str:
         """The same in words; none without batch norm."""
-        return self.config.bn if self.derivatives.net.norm_layers else "none"
+        return bn_mode(self.derivatives.net, self.config.bn)
 
 
 def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> TrainedModel:

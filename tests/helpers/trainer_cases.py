@@ -37,7 +37,6 @@ def trainer_of(run, config, *, stop_at=None, events=None):
     """`stop_at`: the number of the question to `stop_reason` that is answered with a stop."""
     packed = patterns()
     net, state = build(config, (1, 16, 16), CPU, classes=8)
-    judged_net, _ = build(config, (1, 16, 16), torch.device("meta"))
     common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
     streams = {
         split: TaskStream(packed, classes, split=split, seed=0, device=CPU, dtype=torch.float64, **common)
@@ -49,17 +48,7 @@ def trainer_of(run, config, *, stop_at=None, events=None):
         return "asked" if stop_at is not None and next(asked) >= stop_at else ""
 
     kept = events if events is not None else []
-    return Trainer(
-        config,
-        net,
-        state,
-        streams,
-        run,
-        device=CPU,
-        on_event=kept.append,
-        stop_reason=stop_reason,
-        judged_net=judged_net,
-    )
+    return Trainer(config, net, state, streams, run, on_event=kept.append, stop_reason=stop_reason)
 
 
 def make_run(path, config):

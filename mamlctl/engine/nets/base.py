@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -94,6 +94,16 @@ class Net(Protocol):
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
         """Class scores or values of every example -> outputs_TEN."""
+
+
+def with_outputs(net: Net, outputs: int) -> Net:
+    """The same network with so many numbers of the head."""
+    return replace(net, outputs=outputs)  # type: ignore[type-var]  # every network is a frozen dataclass
+
+
+def bn_mode(net: Net, bn: str) -> str:
+    """The batch-norm mode that results name: the setting `bn`, or none without batch norm."""
+    return bn if net.norm_layers else "none"
 
 
 def head(fast: Mapping[str, Tensor], f_TEF: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
+from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.training.meta_step import MetaStep
 
 
@@ -71,9 +72,9 @@ class Captured:
         """As `MetaStep.measure`; the next call overwrites what this returns."""
         weights, first_order, _ = self.step.schedule(epoch)
         kind = first_order, tuple(weight != 0 for weight in weights), measure_all
-        known = kind in self._kinds
+        is_first = kind not in self._kinds
         recorded = self._kinds.setdefault(kind, None)
-        if self._failed or not known:
+        if self._failed or is_first:
             return self.step.measure(episodes, epoch, measure_all=measure_all)
         self._put(episodes, weights)
         if recorded is None:
@@ -119,3 +120,10 @@ class Captured:
             self._on_failure(str(error).partition("\n")[0])
             return None
         return _Recorded(measure, move, measured[0])
+
+
+def runner_of(step: MetaStep, on_failure: Callable[[str], None] = lambda why: None) -> MetaStep | Captured:
+    """Meta-steps replayed as CUDA graphs where device, settings and algorithm allow it, else as they are."""
+    config = step.config
+    allowed = config.cuda_graph is not False and ALGORITHMS[config.algo].captured
+    return Captured(step, on_failure=on_failure) if step.device.type == "cuda" and allowed else step

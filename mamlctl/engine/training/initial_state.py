@@ -11,7 +11,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD, Net, body_of
+from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
 from mamlctl.engine.nets.batch_norm import init_params, init_running
 from mamlctl.engine.nets.factory import NETS
 from mamlctl.settings.schema import TrainConfig
@@ -57,6 +57,11 @@ def build(
         state.moments = {name: torch.zeros_like(weight) for name, weight in slow.items()}
         state.moments["steps"] = like.new_zeros(())
     return net, state
+
+
+def evaluation_net(config: TrainConfig, net: Net) -> Net:
+    """The network for a task's classes, where training has another head."""
+    return with_outputs(net, config.ways) if net.objective is CLASSIFICATION else net
 
 
 def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: str) -> list[str]:

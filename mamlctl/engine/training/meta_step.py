@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import accumulate
-from mamlctl.engine.training.schedules import cosine_meta_lr, is_first_order, linear_meta_lr, msl_weights
+from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, linear_meta_lr, msl_weights
 from mamlctl.settings.schema import TrainConfig
+
+Key = TypeVar("Key", int, str)
 
 
 class MetaStep:
@@ -31,8 +33,8 @@ class MetaStep:
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = next(iter(self.learnable.values())).device
         self.optimizer = entry.optimizer(self.learnable, config)
-        given = config.task_chunk
-        self.chunk = None if given == "auto" else min(int(given), config.meta_batch_size)
+        chunk = config.task_chunk
+        self.chunk = None if chunk == "auto" else min(int(chunk), config.meta_batch_size)
         if entry.whole_batches:
             self.chunk = config.meta_batch_size
         self.whole = entry.whole_batches
@@ -44,13 +46,12 @@ class MetaStep:
         """
         config = self.config
         weights = msl_weights(config.inner_steps, epoch, (config.msl_epochs or 0) if config.msl else 0)
-        first_order = config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
         meta_lr = config.meta_lr
         if config.ca:
             meta_lr = cosine_meta_lr(epoch, config.epochs, meta_lr, config.min_meta_lr or 0.0)
         elif config.meta_lr_final is not None:
             meta_lr = linear_meta_lr(done, meta_lr, config.meta_lr_final)
-        return weights, first_order, meta_lr
+        return weights, first_order_at(config, epoch), meta_lr
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
         """Losses and clipped meta-gradients; nothing moves yet.
@@ -115,7 +116,10 @@ class MetaStep:
 
 
 def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepResult:
-    """What was measured on all tasks, from what was measured on some at a time."""
+    """What was measured on all tasks, from what was measured on some at a time.
+
+    `tasks`: how many each part has, and so its share in every mean.
+    """
     if len(parts) == 1:
         return parts[0]
     shares = [count / sum(tasks) for count in tasks]
@@ -123,18 +127,17 @@ def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepRes
     def mean(values: Iterable[Tensor]) -> Tensor:
         return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum(0)
 
-    def means(field: str) -> dict[Any, Tensor]:
-        dicts = [getattr(part, field) for part in parts]
-        return {key: mean(each[key] for each in dicts) for key in dicts[0]}
+    def means(values: Sequence[Mapping[Key, Tensor]]) -> dict[Key, Tensor]:
+        return {key: mean(value[key] for value in values) for key in values[0]}
 
     return MetaStepResult(
-        means("grads"),
+        means([part.grads for part in parts]),
         mean(part.meta_loss for part in parts),
         mean(part.support_losses_I for part in parts),
-        means("query_losses"),
-        means("query_scores"),
+        means([part.query_losses for part in parts]),
+        means([part.query_scores for part in parts]),
         [norm_pass for part in parts for norm_pass in part.norm_passes],
-        means("moments"),
+        means([part.moments for part in parts]),
     )
 
 

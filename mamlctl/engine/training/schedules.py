@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from mamlctl.settings.schema import TrainConfig
+
 # Over inner_steps: the least weight of an early step while MSL is on, as in Antoniou's published code
 # (few_shot_learning_system.py); it only binds when msl_epochs >= 34.
 MSL_FLOOR = 0.03
@@ -26,6 +28,11 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
 def is_first_order(epoch: int, da_epochs: int) -> bool:
     """Derivative-order annealing: first order for the first `da_epochs` epochs, second order after."""
     return epoch < da_epochs
+
+
+def first_order_at(config: TrainConfig, epoch: int) -> bool:
+    """Whether meta-steps of an epoch are of first order, by --first-order or --da."""
+    return config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,17 +23,34 @@ from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import CLASSIFICATION, Net
+from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
-from mamlctl.engine.training.cuda_graphs import Captured
+from mamlctl.engine.training.cuda_graphs import runner_of
+from mamlctl.engine.training.initial_state import evaluation_net
 from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
-from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import TrainConfig
 
-KEPT = (
-    5  # best checkpoints kept: those of the published code's ensemble (experiment_builder.py, top_n_models=5)
-)
+# Best checkpoints kept: those of the published code's ensemble (experiment_builder.py, top_n_models=5).
+KEPT = 5
+
+
+class RunFiles(Protocol):
+    """What training reads and writes of a run folder."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+
+    @property
+    def owner(self) -> str:
+        """What this run's checkpoints carry."""
+
+    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+        """Add one object to the metrics."""
+
+    def rewind_metrics(self, step: int, validated_epochs: int) -> None:
+        """Drop what was reported after a checkpoint."""
 
 
 @dataclass
@@ -83,29 +100,36 @@ class Trainer:
         net: Net,
         state: MetaState,
         streams: Mapping[str, Tasks],
-        run: RunFolder,
+        run: RunFiles,
         *,
-        device: torch.device,
         on_event: OnEvent,
         stop_reason: Callable[[], StopReason],
-        judged_net: Net | None = None,
     ) -> None:
-        """`judged_net`: with a head for a task's classes, where training has another one.
+        """Stand at the beginning; `resume` leads to the last checkpoint.
 
-        `stop_reason`: empty to go on; asked between meta-steps and between chunks of validation tasks.
+        Args:
+            config: complete settings.
+            net: as trained.
+            state: what training changes, in place; its device is the run's.
+            streams: of the splits train and val.
+            run: where reports and checkpoints go.
+            on_event: called with each event.
+            stop_reason: empty to go on; asked between meta-steps and between chunks of validation tasks.
         """
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
-        self.device, self.on_event, self.stop_reason = device, on_event, stop_reason
+        self.on_event, self.stop_reason = on_event, stop_reason
         self.meta_step = MetaStep(config, net, state)
+        self.device = self.meta_step.device
+        self.runner = runner_of(self.meta_step, on_failure=self._not_captured)
         entry = ALGORITHMS[config.algo]
-        captured = device.type == "cuda" and config.cuda_graph is not False and entry.captured
-        self.runner = Captured(self.meta_step, on_failure=self._not_captured) if captured else self.meta_step
         self.predict = entry.predict(config)
         self.unrolls = entry.unrolls
-        self.derivatives = select_derivatives(judged_net or net, state.example_tensor, config.engine)
+        self.derivatives = select_derivatives(
+            evaluation_net(config, net), state.example_tensor, config.engine
+        )
         self.metric = net.objective.metric
         self.position = Position()
-        self.period = Period.empty(config.inner_steps, device)
+        self.period = Period.empty(config.inner_steps, self.device)
         self._latest: MetaStepResult | None = None
         self._saved_epoch = False  # whether the last epoch's end is in `last.pt`
         self._moved = False  # whether this process did any meta-step or validation
@@ -239,7 +263,7 @@ class Trainer:
             val_ci95=ci95,
             val_per_step=tuple(scores.mean(0).tolist()),
             val_tasks=config.val_tasks,
-            bn=config.bn if self.net.norm_layers else "none",
+            bn=bn_mode(self.net, config.bn),
             best_val_score=best_score,
             best_val_ci95=best_ci95,
             best_epoch=int(best_epoch),
@@ -295,6 +319,6 @@ class Trainer:
         self.run.rewind_metrics(self.position.step, self.position.validated)
 
 
-def epoch_file(run: RunFolder, epoch: int) -> Path:
+def epoch_file(run: RunFiles, epoch: int) -> Path:
     """The checkpoint of an epoch, counted from 1."""
     return run.checkpoints / f"epoch-{epoch:04d}.pt"

@@ -9,25 +9,30 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
+from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.data.tasks.streams import open_streams
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_words, open_device, tensor_dtype
 from mamlctl.engine.evaluation.evaluator import evaluate
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Statistics
-from mamlctl.engine.training.schedules import is_first_order
-from mamlctl.engine.training.trainer import KEPT, Trainer
+from mamlctl.engine.training.cuda_graphs import Captured, runner_of
+from mamlctl.engine.training.initial_state import build, evaluation_net
+from mamlctl.engine.training.meta_step import MetaStep
+from mamlctl.engine.training.schedules import first_order_at
+from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.train import build_trainer
-from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import TrainConfig
 
 # Meta-steps that are not timed: the first allocates and compiles; a CUDA graph is recorded in the second.
@@ -107,8 +112,7 @@ def _phases(config: TrainConfig) -> Counter[Any]:
 
 
 def _kind(config: TrainConfig, epoch: int) -> tuple[bool, bool]:
-    first_order = config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
-    return first_order, config.msl and epoch < (config.msl_epochs or 0)
+    return first_order_at(config, epoch), config.msl and epoch < (config.msl_epochs or 0)
 
 
 def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any, float]:
@@ -124,34 +128,33 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any,
     )
     times: dict[Any, float] = {}
     for phase in _phases(config):
-        trainer = build_trainer(
-            config, streams, source, RunFolder(Path(), config), device, lambda event: None, lambda: ""
-        )
+        net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
+        runner = runner_of(MetaStep(config, net, state))
         epoch = next(epoch for epoch in range(config.epochs) if _kind(config, epoch) == phase)
         for _ in range(WARM_UP[device.type]):
-            _one_step(trainer, epoch)
-        seconds = [_timed(partial(_one_step, trainer, epoch), device) for _ in range(TIMED)]
+            _one_step(config, runner, streams["train"], epoch)
+        once = partial(_one_step, config, runner, streams["train"], epoch)
+        seconds = [_timed(once, device) for _ in range(TIMED)]
         times[phase] = statistics.median(seconds)
-    times["task"] = min(_timed(partial(_some_tasks, trainer), device) for _ in range(2)) / TASKS
+    some_tasks = partial(_some_tasks, config, net, state, streams["val"])
+    times["task"] = min(_timed(some_tasks, device) for _ in range(2)) / TASKS
     return times
 
 
-def _one_step(trainer: Trainer, epoch: int) -> None:
-    batch = trainer.config.meta_batch_size
-    measured = trainer.runner.measure(trainer.streams["train"].episodes(0, batch), epoch, measure_all=False)
-    trainer.runner.apply(measured, epoch, 0.0)
+def _one_step(config: TrainConfig, runner: MetaStep | Captured, stream: Tasks, epoch: int) -> None:
+    measured = runner.measure(stream.episodes(0, config.meta_batch_size), epoch, measure_all=False)
+    runner.apply(measured, epoch, 0.0)
 
 
-def _some_tasks(trainer: Trainer) -> None:
-    config = trainer.config
+def _some_tasks(config: TrainConfig, net: Net, state: MetaState, stream: Tasks) -> None:
     evaluate(
-        trainer.derivatives,
-        [trainer.state],
-        trainer.streams["val"],
+        select_derivatives(evaluation_net(config, net), state.example_tensor, config.engine),
+        [state],
+        stream,
         tasks=TASKS,
         inner_steps=config.evaluation_inner_steps,
         statistics=Statistics(config.bn),
-        predict=trainer.predict,
+        predict=ALGORITHMS[config.algo].predict(config),
     )
 
 
