@@ -128,10 +128,10 @@ def _test(run: Path, settings: EvalConfig, options: EvaluateOptions) -> None:
 
 def _classify(run: Path, support: Path, settings: EvalConfig, options: EvaluateOptions) -> None:
     """Tell the user's own images apart."""
-    from mamlctl.experiments.classify import ClassifyRequest, predict_own
+    from mamlctl.experiments.classify import ClassifyRequest, classify_images
 
     queries = [*(options.query or []), *(options.files or [])]
     request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
     with options.display() as display:
-        result = predict_own(run, settings, request, on_event=display)
-    options.write(result, predictions.document(result), predictions.show_own_result)
+        result = classify_images(run, settings, request, on_event=display)
+    options.write(result, predictions.document(result), predictions.show_classify_result)

@@ -88,7 +88,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class OwnImage:
+class ClassifiedImage:
     """One of the user's own images, as an adapted model takes it."""
 
     file: str
@@ -104,7 +104,7 @@ class OwnImage:
 
 
 @dataclass(frozen=True)
-class OwnResult:
+class ClassifyResult:
     """The user's own images told apart, and what was written on the way."""
 
     run: str
@@ -115,7 +115,7 @@ class OwnResult:
     head: str  # what tells the classes apart
     inner_steps: int
     bn: str
-    images: tuple[OwnImage, ...]
+    images: tuple[ClassifiedImage, ...]
     left_out: int  # support images that cannot be read
     seconds: float
     pictures: tuple[str, ...] = ()

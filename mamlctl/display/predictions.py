@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import OwnImage, OwnResult
+from mamlctl.core.results import ClassifiedImage, ClassifyResult
 from mamlctl.core.statistics import wilson95
 from mamlctl.display.console import say, say_table
 
 
-def cells(result: OwnResult, width: int | None) -> list[list[str]]:
+def cells(result: ClassifyResult, width: int | None) -> list[list[str]]:
     """A row a file, under a head; files' names are shortened in their middle where `width` is too small."""
     labelled = any(image.label is not None for image in result.images)
     rows = [["file", "predicted", "probability", *(["label", ""] if labelled else [])]]
@@ -25,7 +25,7 @@ def cells(result: OwnResult, width: int | None) -> list[list[str]]:
     return [[formatting.elide_middle(row[0], room) if room else row[0], *row[1:]] for row in rows]
 
 
-def _row(image: OwnImage, labelled: bool) -> list[str]:
+def _row(image: ClassifiedImage, labelled: bool) -> list[str]:
     told = [image.file, image.predicted or "-", "-"]
     if image.probability is not None:
         told[2] = formatting.percent(image.probability)
@@ -33,7 +33,7 @@ def _row(image: OwnImage, labelled: bool) -> list[str]:
     return told + ([image.label or "-", "wrong" if wrong else ""] if labelled else [])
 
 
-def head_line(result: OwnResult) -> str:
+def head_line(result: ClassifyResult) -> str:
     """What the support set is, and how it was learnt."""
     fewest, most = min(result.shots), max(result.shots)
     shots = str(fewest) if fewest == most else f"{fewest} to {most}"
@@ -43,7 +43,7 @@ def head_line(result: OwnResult) -> str:
     return f"{len(result.classes)} classes, {each}; {result.head}; {steps}bn {result.bn}"
 
 
-def bn_line(result: OwnResult) -> str:
+def bn_line(result: ClassifyResult) -> str:
     """What the statistics mean for who asks about several images."""
     return {
         "transductive": "bn transductive: each prediction depends on all the images asked about",
@@ -52,7 +52,7 @@ def bn_line(result: OwnResult) -> str:
     }.get(result.bn, "")
 
 
-def accuracy_line(result: OwnResult) -> str:
+def accuracy_line(result: ClassifyResult) -> str:
     """The share that is right, if any labels are known."""
     if not result.labelled:
         return ""
@@ -63,7 +63,7 @@ def accuracy_line(result: OwnResult) -> str:
     return f"accuracy {share}: {result.right} of {result.labelled} ({interval}); chance: {chance}"
 
 
-def left_out_lines(result: OwnResult) -> list[str]:
+def left_out_lines(result: ClassifyResult) -> list[str]:
     """Every file that could not be read, and their number."""
     problems = [image.problem for image in result.images if image.problem]
     if problems:
@@ -73,7 +73,7 @@ def left_out_lines(result: OwnResult) -> list[str]:
     return problems
 
 
-def document(result: OwnResult) -> dict[str, Any]:
+def document(result: ClassifyResult) -> dict[str, Any]:
     """The whole as one document."""
     known = result.labelled
     return {
@@ -98,7 +98,7 @@ def document(result: OwnResult) -> dict[str, Any]:
     }
 
 
-def _entry(image: OwnImage, classes: tuple[str, ...]) -> dict[str, Any]:
+def _entry(image: ClassifiedImage, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "file": image.file,
         "predicted": image.predicted,
@@ -109,14 +109,14 @@ def _entry(image: OwnImage, classes: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def last_lines(result: OwnResult) -> list[str]:
+def last_lines(result: ClassifyResult) -> list[str]:
     """What stands below the table: what was left out, how right it is, what was written."""
     told = [*left_out_lines(result), accuracy_line(result), bn_line(result)]
     written = [f"written to {file}" for file in (result.csv, result.saved) if file]
     return [line for line in (*told, *(f"picture  {file}" for file in result.pictures), *written) if line]
 
 
-def show_own_result(console: Console, result: OwnResult) -> None:
+def show_classify_result(console: Console, result: ClassifyResult) -> None:
     """How the classes were learnt, a row for each image, and what was written."""
     say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
     say(console, head_line(result))

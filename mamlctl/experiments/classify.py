@@ -14,11 +14,11 @@ import numpy as np
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.files import replacing
-from mamlctl.core.results import OwnImage, OwnResult
+from mamlctl.core.results import ClassifiedImage, ClassifyResult
 from mamlctl.data.tasks.user_images import Query, find_queries
 from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.nets.batch_norm import Statistics
-from mamlctl.experiments.image_classifier import OwnModel, adapt_to, save_adapted
+from mamlctl.experiments.image_classifier import ImageClassifier, adapt_classifier, save_adapted
 from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import save
 from mamlctl.settings.schema import EvalConfig
@@ -37,17 +37,19 @@ class ClassifyRequest:
     save_adapted: Path | None = None
 
 
-def predict_own(path: Path, settings: EvalConfig, wanted: ClassifyRequest, *, on_event: OnEvent) -> OwnResult:
+def classify_images(
+    path: Path, settings: EvalConfig, wanted: ClassifyRequest, *, on_event: OnEvent
+) -> ClassifyResult:
     """Adapt a run's best checkpoint to class folders and tell images apart.
 
-    Raises what `adapt_to` does, DataError for queries that are not there or cannot be read.
+    Raises what `adapt_classifier` does, DataError for queries that are not there or cannot be read.
     """
     started = time.monotonic()
     for switch, target in (("--csv", wanted.csv), ("--save-adapted", wanted.save_adapted)):
         if target is not None and target.is_dir():
             raise SettingsError([(f"{switch} is {target}, which is a folder", "name a file")])
     to_save = wanted.save_adapted is not None
-    model = adapt_to(path, settings, wanted.support, to_save=to_save, on_event=on_event)
+    model = adapt_classifier(path, settings, wanted.support, to_save=to_save, on_event=on_event)
     queries, twice = find_queries(wanted.queries, model.support.classes)
     if twice:
         on_event(Notice(f"query files named twice, which count once: {twice}"))
@@ -57,7 +59,7 @@ def predict_own(path: Path, settings: EvalConfig, wanted: ClassifyRequest, *, on
         _write_csv(wanted.csv, told.images)
     if wanted.save_adapted is not None:
         save_adapted(wanted.save_adapted, model, on_event)
-    return OwnResult(
+    return ClassifyResult(
         run=str(path),
         algo=model.config.algo,
         model=model.name,
@@ -79,12 +81,12 @@ def predict_own(path: Path, settings: EvalConfig, wanted: ClassifyRequest, *, on
 class Predictions:
     """What came out, and the pictures of the first ones."""
 
-    images: list[OwnImage] = field(default_factory=list)
+    images: list[ClassifiedImage] = field(default_factory=list)
     shown: list[contact_sheet.QueryPicture] = field(default_factory=list)
     copies: int = 0  # images of the support set
 
 
-def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) -> Predictions:
+def _tell_apart(model: ImageClassifier, queries: Sequence[Query], on_event: OnEvent) -> Predictions:
     """Every query, a few at a time, so that memory does not grow with their number."""
     net, told = model.fitted.derivatives.net, Predictions()
     chunk = tasks_per_pass(net, 1, model.device)
@@ -105,31 +107,31 @@ def _tell_apart(model: OwnModel, queries: Sequence[Query], on_event: OnEvent) ->
     return told
 
 
-def _tell_part(model: OwnModel, queries: Sequence[Query], told: Predictions) -> None:
+def _tell_part(model: ImageClassifier, queries: Sequence[Query], told: Predictions) -> None:
     """Add what comes out for some queries."""
     read, pixels, known = [], [], set(model.support.digests)
     for query in queries:
         try:
             image_CHW, digest = model.read(query.path)
         except DataError as error:
-            told.images.append(OwnImage(str(query.path), label=query.label, problem=error.message))
+            told.images.append(ClassifiedImage(str(query.path), label=query.label, problem=error.message))
             continue
         told.copies += digest in known
         # Its place now, so that the table keeps the order in which files were named.
         read.append(len(told.images))
-        told.images.append(OwnImage(str(query.path), label=query.label))
+        told.images.append(ClassifiedImage(str(query.path), label=query.label))
         pixels.append(image_CHW)
     if not read:
         return
     for place, image_CHW, p_N in zip(read, pixels, model.probabilities(np.stack(pixels)), strict=True):
         image, predicted = told.images[place], model.support.classes[int(p_N.argmax())]
-        told.images[place] = OwnImage(image.file, predicted, tuple(p_N.tolist()), image.label)
+        told.images[place] = ClassifiedImage(image.file, predicted, tuple(p_N.tolist()), image.label)
         if len(told.shown) < contact_sheet.SHOWN:
             right = None if image.label is None else predicted == image.label
             told.shown.append(contact_sheet.QueryPicture(image_CHW, predicted, float(p_N.max()), right))
 
 
-def _draw(model: OwnModel, told: Predictions) -> tuple[str, ...]:
+def _draw(model: ImageClassifier, told: Predictions) -> tuple[str, ...]:
     """The contact sheet in the run's folder plots/ -> the files."""
     images, y_E = model.support.x_ECHW, model.support.y_E
     support = [(name, images[y_E == label]) for label, name in enumerate(model.support.classes)]
@@ -138,7 +140,7 @@ def _draw(model: OwnModel, told: Predictions) -> tuple[str, ...]:
     return tuple(map(str, save(figure, model.run.path / "plots" / "own-images")))
 
 
-def _write_csv(path: Path, images: Sequence[OwnImage]) -> None:
+def _write_csv(path: Path, images: Sequence[ClassifiedImage]) -> None:
     """One line a file; a cell is empty where nobody knows."""
     text = io.StringIO()
     writer = csv.writer(text)

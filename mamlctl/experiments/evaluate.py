@@ -28,44 +28,44 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     Raises what `load_trained_model` does.
     """
     started = time.monotonic()
-    judged = load_trained_model(path, settings, offline=offline, on_event=on_event)
-    protocol = _protocol(judged, settings)
+    model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    protocol = _protocol(model, settings)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
-    folder = judged.run.path / "eval" / f"{settings.split}-{digest}"
+    folder = model.run.path / "eval" / f"{settings.split}-{digest}"
     # Before the work, so that a folder that cannot be written loses none.
     folder.mkdir(parents=True, exist_ok=True)
-    scores = _scores(judged, settings, on_event)
-    rows = _rows(judged, settings, scores)
+    scores = _scores(model, settings, on_event)
+    rows = _rows(model, settings, scores)
     seconds = time.monotonic() - started
     document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
-    document |= {"notes": judged.notes, "step": judged.run.state().step}
-    machine = {"device": device_words(judged.device), "seconds": seconds}
+    document |= {"notes": model.notes, "step": model.run.state().step}
+    machine = {"device": device_words(model.device), "seconds": seconds}
     # The summary last: where it is, the rest is.
     _write_tasks(folder / "tasks.csv", rows, scores)
     write_json(folder / "summary.json", document | machine)
-    config = judged.config
+    config = model.config
     return EvalResult(
-        str(judged.run.path),
+        str(model.run.path),
         config.dataset,
         config.algo,
         str(folder),
         seconds,
         tuple(rows),
-        notes=judged.notes,
+        notes=model.notes,
     )
 
 
-def _scores(judged: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
+def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
     """Every task's scores, means over the orders of its labels."""
     orders = settings.label_permutations
     scores = evaluate(
-        judged.derivatives,
-        judged.states,
-        judged.stream if orders == 1 else LabelPermutations(judged.stream, orders),
+        model.derivatives,
+        model.states,
+        model.stream if orders == 1 else LabelPermutations(model.stream, orders),
         tasks=settings.tasks * orders,
-        inner_steps=judged.inner_steps,
-        statistics=judged.statistics,
-        predict=judged.predict,
+        inner_steps=model.inner_steps,
+        statistics=model.statistics,
+        predict=model.predict,
         on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
     )
     if orders == 1:
@@ -76,11 +76,11 @@ def _scores(judged: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sc
     return Scores(single, ensemble)
 
 
-def _protocol(judged: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
+def _protocol(model: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
     """All that decides the tasks and how models are judged on them; runs that agree here can be compared."""
     names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
     names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
-    protocol: dict[str, Any] = {name: getattr(judged.config, name) for name in names}
+    protocol: dict[str, Any] = {name: getattr(model.config, name) for name in names}
     # Where they are set only, so that evaluations made before there were such settings keep their folders.
     more = ("disjoint", "label_permutations")
     changed = {
@@ -90,36 +90,36 @@ def _protocol(judged: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
         protocol
         | changed
         | {
-            "bn": judged.bn,
-            "dataset_digest": judged.source.digest,
+            "bn": model.bn,
+            "dataset_digest": model.source.digest,
             "split": settings.split,
             "tasks": settings.tasks,
-            "inner_steps": judged.inner_steps,
+            "inner_steps": model.inner_steps,
         }
     )
 
 
-def _rows(judged: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
-    config, epochs = judged.config, judged.epochs
+def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
+    config, epochs = model.config, model.epochs
     common: Mapping[str, Any] = {
-        "metric": judged.derivatives.net.objective.metric,
+        "metric": model.derivatives.net.objective.metric,
         "tasks": settings.tasks,
         "split": settings.split,
         "ways": config.ways,
         "shots": config.shots,
         "queries": config.queries,
-        "inner_steps": judged.inner_steps,
-        "bn": judged.bn,
+        "inner_steps": model.inner_steps,
+        "bn": model.bn,
     }
     models = [("best" if epochs else "last", scores.single[0], tuple(epochs[:1]))]
     if epochs:
-        models.append((f"ensemble-{len(judged.states)}", scores.ensemble, tuple(epochs)))
+        models.append((f"ensemble-{len(model.states)}", scores.ensemble, tuple(epochs)))
     rows = []
-    for model, right, used in models:
+    for name, right, used in models:
         per_step = [mean_ci95(column) for column in right.T]
         rows.append(
             EvalRow(
-                model=model,
+                model=name,
                 score=per_step[-1][0],
                 ci95=per_step[-1][1],
                 epochs=used,

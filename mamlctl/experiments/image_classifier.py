@@ -18,7 +18,7 @@ from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
-from mamlctl.data.tasks.user_images import OwnSupport, Reader, read_support
+from mamlctl.data.tasks.user_images import Reader, SupportImages, read_support
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
@@ -32,7 +32,7 @@ from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
-from mamlctl.experiments.trained_model import as_asked, checkpoint_files, load_state
+from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_state
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
@@ -42,13 +42,13 @@ PLAIN = 0.2  # a mean brightness at least so far from the middle tells the colou
 
 
 @dataclass(frozen=True)
-class OwnModel:
+class ImageClassifier:
     """A run's best checkpoint adapted to the user's own classes."""
 
     run: RunFolder
     config: TrainConfig  # complete, with what evaluation replaces
     name: str
-    support: OwnSupport
+    support: SupportImages
     read: Reader
     device: torch.device
     fitted: AdaptedModel
@@ -74,9 +74,9 @@ class OwnModel:
         return found
 
 
-def adapt_to(
+def adapt_classifier(
     path: Path, settings: EvalConfig, support_path: Path, *, to_save: bool, on_event: OnEvent
-) -> OwnModel:
+) -> ImageClassifier:
     """Adapt a run's best checkpoint to class folders; the data that it was trained on are not needed.
 
     `to_save`: as layers. Raises SettingsError for what the run cannot do, DataError for images that are not
@@ -86,7 +86,7 @@ def adapt_to(
     if is_curve_family(run.config.dataset):
         fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
         raise SettingsError([(fact, "name a run of images")])
-    config, device = as_asked(run, _independent(run, settings), on_event)
+    config, device = evaluation_setup(run, _independent(run, settings), on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
@@ -111,7 +111,7 @@ def adapt_to(
         rule=InnerRule(config.proximal, config.inner_optimizer),
     )
     name = f"best, epoch {epochs[0]}" if epochs else "last"
-    return OwnModel(run, config, name, support, read, device, fitted, head)
+    return ImageClassifier(run, config, name, support, read, device, fitted, head)
 
 
 def _independent(run: RunFolder, settings: EvalConfig) -> EvalConfig:
@@ -130,7 +130,7 @@ def _example_shape(config: TrainConfig) -> tuple[int, int, int]:
     return config.channels, config.image_size, config.image_size
 
 
-def _tell_of_support(run: RunFolder, support: OwnSupport, on_event: OnEvent) -> None:
+def _tell_of_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -> None:
     for problem in support.unreadable:
         on_event(Notice(f"left out: {problem}"))
     if copies := len(support.digests) - len(set(support.digests)):
@@ -163,7 +163,7 @@ def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
     return f"the learnt head of {config.ways} classes, {some}"
 
 
-def _episode(config: TrainConfig, support: OwnSupport, device: torch.device) -> Episodes:
+def _episode(config: TrainConfig, support: SupportImages, device: torch.device) -> Episodes:
     """The support set as a task without queries."""
     x_ECHW = _values(config, support.x_ECHW, device)
     y_E, steps, size = (
@@ -190,7 +190,7 @@ def _values(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device
     return values(torch.from_numpy(x_MCHW).to(device))
 
 
-def save_adapted(path: Path, model: OwnModel, on_event: OnEvent) -> None:
+def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
     """Write weights that torch's own layers load, and all else that predicting without mamlctl takes."""
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))

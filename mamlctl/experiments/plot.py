@@ -68,37 +68,37 @@ def draw(
     many meta-steps is made and kept in plots/. Raises what `load_trained_model` and `train` do,
     KeyboardInterrupt or SystemExit when that pre-training is stopped.
     """
-    judged = load_trained_model(path, settings, offline=offline, on_event=on_event)
-    folder, name = path / "plots", f"{judged.config.algo}, {path.name}"
-    if is_curve_family(judged.config.dataset):
+    model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    folder, name = path / "plots", f"{model.config.algo}, {path.name}"
+    if is_curve_family(model.config.dataset):
         others = list(beside)
-        if not others and ALGORITHMS[judged.config.algo].start != "pre-trained":
-            others = [_pretrained(judged, folder / "pretrained", offline, on_event)]
+        if not others and ALGORITHMS[model.config.algo].start != "pre-trained":
+            others = [_pretrained(model, folder / "pretrained", offline, on_event)]
         opened = [load_trained_model(other, settings, offline=offline, on_event=on_event) for other in others]
         for other in opened:
-            if other.source.digest != judged.source.digest:
+            if other.source.digest != model.source.digest:
                 fact = (
-                    f"{other.run.path} has curves of {other.config.dataset}, this run {judged.config.dataset}"
+                    f"{other.run.path} has curves of {other.config.dataset}, this run {model.config.dataset}"
                 )
                 raise SettingsError([(fact, "name runs of the same data set")])
-        figures = {"regression": run_figures.regression(_panels([judged, *opened]), name)}
+        figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
     elif beside:
         raise SettingsError([("--beside is for curves, and this run has images", "leave it out")])
     else:
-        figures = {"tasks": run_figures.tasks(_task_pictures(judged), name)}
-    metrics = judged.run.metrics()
+        figures = {"tasks": run_figures.tasks(_task_pictures(model), name)}
+    metrics = model.run.metrics()
     reports = [row for row in metrics if row["kind"] == "report"]
     if reports:
         validations = [row for row in metrics if row["kind"] == "validation"]
-        figures["training"] = run_figures.training(reports, validations, metric_of(judged.config.dataset))
-    state = judged.states[0]
+        figures["training"] = run_figures.training(reports, validations, metric_of(model.config.dataset))
+    state = model.states[0]
     if state.rates_learnt:
         learnt = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
         figures["rates"] = run_figures.rates(learnt, name)
     return [file for stem, figure in figures.items() for file in save(figure, folder / stem)]
 
 
-def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
+def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
     """A pre-trained run with as many meta-steps, made once; one that was stopped goes on."""
     given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).state().status == "finished":
@@ -107,9 +107,7 @@ def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEve
     if path.is_dir():
         result = resume(path, {}, **given)
     else:
-        values = {name: getattr(judged.run.config, name) for name in SHARED} | {
-            "device": judged.config.device
-        }
+        values = {name: getattr(model.run.config, name) for name in SHARED} | {"device": model.config.device}
         wanted = {name: value for name, value in values.items() if value is not None}
         pretraining = (
             name for name, entry in ALGORITHMS.items() if entry.start == "pre-trained" and entry.on_curves
@@ -123,10 +121,10 @@ def _pretrained(judged: TrainedModel, path: Path, offline: bool, on_event: OnEve
     return path
 
 
-def _panels(judged: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
+def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     """A row a task of the first run: each start, and a random one, before and after adaptation."""
-    first = judged[0]
-    starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in judged]
+    first = models[0]
+    starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in models]
     if not any(title.startswith("random") for title, _ in starts):
         scratch = replace(first, predict=adapted, states=[_random_start(first)], stream=_bare(first.stream))
         starts.append(("random start", scratch))
@@ -140,14 +138,14 @@ def _bare(stream: Tasks) -> Tasks:
     return stream.stream if isinstance(stream, MiniBatches) else stream
 
 
-def _random_start(judged: TrainedModel) -> MetaState:
-    _, state = build(judged.config, judged.source.example_shape, judged.device)
+def _random_start(model: TrainedModel) -> MetaState:
+    _, state = build(model.config, model.source.example_shape, model.device)
     return state
 
 
-def _panel(judged: TrainedModel, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
+def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
     """The curve of one task, and what a start makes of it."""
-    own = judged.stream
+    own = model.stream
     # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
     seen_by = MiniBatches(stream, max(STEPS), own.size) if isinstance(own, MiniBatches) else stream
     episodes = seen_by.episodes(task, 1)
@@ -161,7 +159,7 @@ def _panel(judged: TrainedModel, stream: CurveStream, task: int, title: str) -> 
         query_y_TE=torch.from_numpy(truth).to(like).view(1, -1),
     )
     most = max(STEPS)
-    outputs_ITEN = _outputs(judged, seen, most)
+    outputs_ITEN = _outputs(model, seen, most)
     curves = []
     for steps in STEPS:
         y = outputs_ITEN[steps, 0, :, 0].double().cpu().numpy()
@@ -172,22 +170,22 @@ def _panel(judged: TrainedModel, stream: CurveStream, task: int, title: str) -> 
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
 
 
-def _outputs(judged: TrainedModel, episodes: Episodes, inner_steps: int) -> torch.Tensor:
+def _outputs(model: TrainedModel, episodes: Episodes, inner_steps: int) -> torch.Tensor:
     with torch.no_grad():
-        return judged.predict(
-            judged.derivatives,
-            judged.states[0].frozen(),
+        return model.predict(
+            model.derivatives,
+            model.states[0].frozen(),
             episodes,
             inner_steps=inner_steps,
-            statistics=judged.statistics,
+            statistics=model.statistics,
         )
 
 
-def _task_pictures(judged: TrainedModel) -> list[run_figures.TaskPicture]:
+def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:
     """The first test tasks with the predictions after all inner steps."""
-    episodes = judged.stream.episodes(0, TASKS)
-    predicted_TE = _outputs(judged, episodes, judged.inner_steps)[-1].argmax(-1).cpu()
-    config = judged.config
+    episodes = model.stream.episodes(0, TASKS)
+    predicted_TE = _outputs(model, episodes, model.inner_steps)[-1].argmax(-1).cpu()
+    config = model.config
     # One query of every class after the other, so that the first ones are of all classes.
     order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()
 

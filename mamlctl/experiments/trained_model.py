@@ -65,7 +65,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
     """
     run = open_run(path)
-    config, device = as_asked(run, settings, on_event)
+    config, device = evaluation_setup(run, settings, on_event)
     files, epochs = checkpoint_files(run, on_event)
     streams, source = open_streams(
         config,
@@ -127,11 +127,17 @@ def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def as_asked(run: RunFolder, settings: EvalConfig, on_event: OnEvent) -> tuple[TrainConfig, torch.device]:
+def evaluation_setup(
+    run: RunFolder, settings: EvalConfig, on_event: OnEvent
+) -> tuple[TrainConfig, torch.device]:
     """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
     trained = fill_defaults(run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    if problems := problems + test_problems(trained, settings) + _problems_of_other_data(trained, settings):
+    if (
+        problems := problems
+        + evaluation_problems(trained, settings)
+        + _problems_of_other_data(trained, settings)
+    ):
         raise SettingsError(problems)
     config = fill_defaults(evaluation_config(trained, settings))
     device = open_device(config.device, config.precision)
@@ -190,7 +196,7 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     return []
 
 
-def test_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     """What of the settings the run's algorithm or data set has no use for."""
     entry, problems = ALGORITHMS[trained.algo], list[Problem]()
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}

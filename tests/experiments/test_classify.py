@@ -25,7 +25,7 @@ from mamlctl.data.tasks.user_images import find_queries
 from mamlctl.display.predictions import document
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.adapted_model import resize_head
-from mamlctl.experiments.classify import ClassifyRequest, predict_own
+from mamlctl.experiments.classify import ClassifyRequest, classify_images
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
@@ -93,7 +93,7 @@ def folders(folder, packed, shots, queries=2, first=0):
 
 
 def asked(run, support, *queries, on_event=silent, settings=None, **wanted):
-    return predict_own(
+    return classify_images(
         run, settings or EvalConfig(), ClassifyRequest(support, queries, **wanted), on_event=on_event
     )
 
@@ -113,13 +113,13 @@ def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packe
         write(tmp_path / "learn" / NAMES[label], packed, images_E[:2])
         write(tmp_path / "ask" / NAMES[label], packed, images_E[2:])
     for bn in ("transductive", "support", "running"):
-        judged = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=silent)
-        outputs_ITEN = judged.predict(
-            judged.derivatives,
-            judged.states[0].frozen(),
-            judged.stream.episodes(0, 1),
-            inner_steps=judged.inner_steps,
-            statistics=judged.statistics,
+        model = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=silent)
+        outputs_ITEN = model.predict(
+            model.derivatives,
+            model.states[0].frozen(),
+            model.stream.episodes(0, 1),
+            inner_steps=model.inner_steps,
+            statistics=model.statistics,
         )
         result = asked(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
         wanted = outputs_ITEN[-1, 0].double().softmax(-1)

@@ -41,7 +41,7 @@ def trained(tmp_path_factory, glyphs_root):
     return run
 
 
-def judged(path, **settings):
+def loaded(path, **settings):
     return load_trained_model(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
 
 
@@ -55,7 +55,7 @@ def scores_of(path, **settings):
 
 
 def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
-    stream = judged(trained("maml")).stream
+    stream = loaded(trained("maml")).stream
     for task in range(3):
         labels = [
             LabelPermutations(stream, WAYS).labels(WAYS * task + order).tolist() for order in range(WAYS)
@@ -64,7 +64,7 @@ def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
 
 
 def test_further_orders_are_shifts_of_drawn_ones(trained):
-    stream = judged(trained("maml")).stream
+    stream = loaded(trained("maml")).stream
     labels = np.array([LabelPermutations(stream, 9).labels(number) for number in range(9 * 200)])
     assert (np.sort(labels, axis=1) == np.arange(WAYS)).all()
     labels_TON = labels.reshape(200, 3, WAYS, WAYS)
@@ -81,7 +81,7 @@ def test_further_orders_are_shifts_of_drawn_ones(trained):
 
 
 def test_a_reordered_task_has_the_same_images_and_its_labels_mean_the_same_classes(trained):
-    stream = judged(trained("maml")).stream
+    stream = loaded(trained("maml")).stream
     plain, reordered = stream.episodes(2, 4), LabelPermutations(stream, 5)
     for first, tasks in ((10, 20), (13, 1), (14, 3)):
         found = reordered.episodes(first, tasks)
@@ -107,7 +107,7 @@ def test_a_learner_that_knows_no_labels_does_not_depend_on_their_order(trained, 
 @pytest.mark.parametrize(("algo", "settings"), [("maml", {}), ("reptile", SMALL_REPTILE)])
 def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
     orders, path = WAYS + 2, trained(algo, **settings)
-    opened = judged(path)
+    opened = loaded(path)
     want = np.zeros((TASKS, 2))
     for task in range(TASKS):
         for order in range(orders):
@@ -131,7 +131,7 @@ def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
 
 
 def test_one_order_is_the_evaluation_as_it_was(trained):
-    opened = judged(trained("maml"))
+    opened = loaded(trained("maml"))
     scores = evaluate(
         opened.derivatives,
         opened.states,
@@ -159,7 +159,7 @@ def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
 
 
 def test_disjoint_tasks_share_no_image_and_go_with_mini_batches(trained):
-    opened = judged(trained("reptile", **SMALL_REPTILE), disjoint=True)
+    opened = loaded(trained("reptile", **SMALL_REPTILE), disjoint=True)
     images = opened.stream.episodes(0, TASKS)
     assert images.batches_TIB is not None and "without reusing an image" in opened.notes[0]
     x = torch.cat([images.support_x_TECHW.flatten(0, 1), images.query_x_TECHW.flatten(0, 1)])
@@ -168,7 +168,7 @@ def test_disjoint_tasks_share_no_image_and_go_with_mini_batches(trained):
 
 def test_curves_have_neither_images_nor_labels(trained):
     with pytest.raises(SettingsError) as raised:
-        judged(trained("maml", dataset="sinusoid"), disjoint=True, label_permutations=2)
+        loaded(trained("maml", dataset="sinusoid"), disjoint=True, label_permutations=2)
     assert list(raised.value.problems) == [
         ("--disjoint is for images, but sinusoid has curves", "leave it out"),
         ("--label-permutations reorders classes, but sinusoid has curves", "leave it out"),
@@ -177,4 +177,4 @@ def test_curves_have_neither_images_nor_labels(trained):
 
 def test_no_order_at_all_is_refused(trained):
     with pytest.raises(SettingsError, match="--label-permutations is 0, but the least is 1"):
-        judged(trained("maml"), label_permutations=0)
+        loaded(trained("maml"), label_permutations=0)

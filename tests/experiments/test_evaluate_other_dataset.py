@@ -68,9 +68,9 @@ def colour(tmp_path_factory, root, mine):
 
 def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
     settings = EvalConfig(dataset=str(mine), split="train", tasks=5)
-    judged = load_trained_model(grey, settings, offline=True, on_event=ignore)
-    assert judged.source.example_shape == (1, 28, 28) and judged.config.ink == 1
-    x = judged.stream.episodes(0, 2).support_x_TECHW
+    model = load_trained_model(grey, settings, offline=True, on_event=ignore)
+    assert model.source.example_shape == (1, 28, 28) and model.config.ink == 1
+    x = model.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 1, 28, 28)
     assert x.mean() < 0.4  # ink is 1 as in training, and there is less ink than paper
     found = evaluate_run(grey, settings, offline=True, on_event=ignore)
@@ -82,18 +82,18 @@ def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
 
 
 def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
-    judged = load_trained_model(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
-    x = judged.stream.episodes(0, 2).support_x_TECHW
+    model = load_trained_model(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
+    x = model.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 3, 20, 20) and (x[:, :, 0] == x[:, :, 1]).all()
     brought = "its images brought to 20x20 pixels, grey repeated in three colours"
-    assert judged.notes[0].endswith(f"tested on glyphs, {brought}")
-    assert judged.config.split_scheme == "own"
+    assert model.notes[0].endswith(f"tested on glyphs, {brought}")
+    assert model.config.split_scheme == "own"
 
 
 def test_the_split_of_a_folder_is_written_into_the_run(colour):
     stored = json.loads((colour / "classes.json").read_text())
-    judged = load_trained_model(colour, EvalConfig(), offline=True, on_event=ignore)
-    assert stored == judged.source.names
+    model = load_trained_model(colour, EvalConfig(), offline=True, on_event=ignore)
+    assert stored == model.source.names
     assert {split: len(names) for split, names in stored.items()} == {"train": 3, "val": 4, "test": 3}
     assert len(set(itertools.chain(*stored.values()))) == 10
 

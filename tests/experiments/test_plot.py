@@ -37,11 +37,11 @@ def curves(tmp_path_factory):
 
 def test_the_curves_are_those_of_the_adapted_weights(curves):
     """The drawn curve after one step against a gradient step written out on the stored weights."""
-    judged = load_trained_model(curves, EvalConfig(), offline=True, on_event=silent)
-    row = _panels([judged])[0]
+    model = load_trained_model(curves, EvalConfig(), offline=True, on_event=silent)
+    row = _panels([model])[0]
     assert [panel.title for panel in row] == ["meta-learnt (maml)", "random start"]
-    panel, state = row[0], judged.states[0]
-    episodes = judged.stream.episodes(0, 1)
+    panel, state = row[0], model.states[0]
+    episodes = model.stream.episodes(0, 1)
     assert np.allclose(panel.support_x, episodes.support_x_TECHW.flatten())
     assert panel.x.shape == (POINTS,) and [curve.steps for curve in panel.curves] == list(STEPS)
     uniform = FAMILIES["sinusoid"]
@@ -104,8 +104,8 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
         steps_per_epoch=4,
         data_root=str(glyphs_root),
     )
-    judged = load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
-    pictures = _task_pictures(judged)
+    model = load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
+    pictures = _task_pictures(model)
     found = evaluate_run(path, EvalConfig(tasks=3), offline=True, on_event=silent)
     right = np.mean([(picture.query_y_M == picture.predicted_M).mean() for picture in pictures])
     assert right == pytest.approx(found.rows[0].score)

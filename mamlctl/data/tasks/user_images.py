@@ -36,7 +36,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class OwnSupport:
+class SupportImages:
     """Images of every class, one class after the other."""
 
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class OwnSupport:
         return tuple(np.bincount(self.y_E, minlength=len(self.classes)).tolist())
 
 
-def read_support(path: Path, read: Reader) -> OwnSupport:
+def read_support(path: Path, read: Reader) -> SupportImages:
     """The class folders of `path`. Raises DataError for fewer than two, or one without a readable image."""
     folders = class_folders(path)
     if len(folders) < FEWEST:
@@ -74,7 +74,7 @@ def read_support(path: Path, read: Reader) -> OwnSupport:
                 f"class '{name}' of {path} has no readable image: {why}", hint="add one, or remove its folder"
             )
     y_E = np.array(labels, dtype=np.int64)
-    return OwnSupport(tuple(folders), np.stack(images), y_E, tuple(digests), tuple(unreadable))
+    return SupportImages(tuple(folders), np.stack(images), y_E, tuple(digests), tuple(unreadable))
 
 
 @dataclass(frozen=True)

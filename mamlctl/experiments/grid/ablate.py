@@ -25,7 +25,7 @@ from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
 from mamlctl.experiments.grid.scheduler import Scheduler, pending_cells
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.trained_model import test_problems
+from mamlctl.experiments.trained_model import evaluation_problems
 from mamlctl.report.report_folder import write_files
 from mamlctl.report.table import Table
 from mamlctl.run_folder import RunFolder
@@ -51,7 +51,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
         DataError: missing or damaged data, or others than a cell was trained on.
     """
     evaluate, configs = grid.evaluate, [fill_defaults(row.config) for row in grid.rows]
-    if problems := [problem for config in configs for problem in test_problems(config, evaluate)]:
+    if problems := [problem for config in configs for problem in evaluation_problems(config, evaluate)]:
         raise SettingsError(list(dict.fromkeys(problems)))
     open_splits = partial(
         open_streams,
