@@ -28,7 +28,7 @@ def test_the_whole_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
 
     def measured(config, offline, on_event):
         calls.append(config.inner_steps)
-        return dict.fromkeys(module._phases(config), 0.5) | {"task": 0.01 * config.inner_steps}
+        return module.Cost(dict.fromkeys(module._phases(config), 0.5), 0.01 * config.inner_steps)
 
     monkeypatch.setattr(module, "_measure", measured)
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_steps=2,3", "meta_lr=0.1,0.01", seeds=(0, 1, 2))

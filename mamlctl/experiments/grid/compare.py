@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
@@ -15,14 +16,14 @@ from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.grid import PLAN
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import OF_TASKS, label_of
-from mamlctl.experiments.grid.stored_evaluations import find_evaluation
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_done
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.table import Table
 from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.schema import EvalConfig
 
-# What an evaluation may set for all runs, so that they may differ in it.
-SETTLED = ("queries", "eval_seed")
+# Settings that an evaluation may give for all runs, so that they may differ in it.
+SHARED_BY_EVALUATION = ("queries", "eval_seed")
 
 ENDED = ("finished", "diverged")
 
@@ -34,29 +35,42 @@ class _Run:
     folder: RunFolder
     label: str
 
+    @property
+    def identity(self) -> tuple[str, Mapping[str, Any]]:
+        """Equal for runs that differ in their seed alone."""
+        return self.label, identity_settings(self.folder.config)
+
 
 def compare(
     paths: Sequence[Path], evaluate: EvalConfig, *, offline: bool, command: str, on_event: OnEvent
 ) -> Table:
     """Test whichever run lacks these test tasks, and make the table; the first run's row is the baseline.
 
-    `paths`: run folders, or folders of grids for all their runs. Runs that differ in their seed alone are
-    one row. Raises SettingsError for runs that cannot be compared, saying why, and what `evaluate_run` does.
+    Args:
+        paths: run folders, or folders of grids for all their runs. Runs that differ in their seed alone are
+            one row.
+        evaluate: the test tasks.
+        offline: never download.
+        command: the command line, for the table.
+
+    Raises:
+        SettingsError: runs that cannot be compared.
+        DataError, MamlctlError: as `evaluate_run` does.
     """
     runs = [run for path in paths for run in _runs(path)]
     if problems := _incomparable(runs, evaluate):
         raise SettingsError(problems)
-    rows = _rows(runs)
+    rows = _row_specs(runs)
     for run in runs:
         _test(run.folder, evaluate, offline, on_event)
     table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
-    notes = [note for run in runs if (note := _unfinished(run.folder))]
+    notes = [_unfinished_note(run.folder) for run in runs if run.folder.state().status not in ENDED]
     return replace(table, notes=(*notes, *table.notes))
 
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run unless it has been, or has diverged. Raises DataError if its images are others by now."""
-    if run_state(run.path).status == "diverged" or find_evaluation(run, evaluate) is not None:
+    if run.state().status == "diverged" or find_evaluation(run, evaluate) is not None:
         return
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
@@ -65,11 +79,8 @@ def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent
         raise DataError(fact, hint="compare it with the --data-root that it was trained with")
 
 
-def _unfinished(run: RunFolder) -> str:
-    """How far a run has come that is not at its end; "" of one that is."""
-    if run_state(run.path).status in ENDED:
-        return ""
-    step = max([run_state(run.path).step, *(entry["step"] for entry in run.metrics()[-1:])])
+def _unfinished_note(run: RunFolder) -> str:
+    step = steps_done(run.state(), run.metrics())
     return f"{run.path.name} stopped at meta-step {step} of {run.config.total_steps}"
 
 
@@ -78,83 +89,67 @@ def _runs(path: Path) -> list[_Run]:
     if not (path / PLAN).is_file():
         return [_Run(open_run(path), "")]
     ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).status in ENDED]
-    found = [_Run(open_run(cell.folder), cell.row.label) for cell in ended]
-    if not found:
+    if not ended:
         raise MamlctlError(f"{path} has no finished runs yet", hint=f"mamlctl ablate --resume {path}")
     # Row by row: cells are in the order in which they are trained.
-    labels = list(dict.fromkeys(run.label for run in found))
-    return sorted(found, key=lambda run: labels.index(run.label))
+    labels = list(dict.fromkeys(cell.row.label for cell in ended))
+    ended.sort(key=lambda cell: labels.index(cell.row.label))
+    return [_Run(open_run(cell.folder), cell.row.label) for cell in ended]
 
 
 def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
     """What keeps the runs from being judged on the same tasks: (fact, way out) pairs."""
     first, *others = [run.folder for run in runs]
     paths = [run.folder.path.resolve() for run in runs]
-    twice = {path for path in paths if paths.count(path) > 1}
-    problems = [(f"{path} is named twice", "name each run once") for path in sorted(twice)]
+    repeated = {path for path in paths if paths.count(path) > 1}
+    problems = [(f"{path} is named twice", "name each run once") for path in sorted(repeated)]
     for run in others:
         for name in OF_TASKS:
-            if name == "strict" or (name in SETTLED and getattr(evaluate, name) is not None):
+            shared = name in SHARED_BY_EVALUATION
+            if name == "strict" or (shared and getattr(evaluate, name) is not None):
                 continue
             ours, theirs = (getattr(fill_defaults(folder.config), name) for folder in (first, run))
             if ours != theirs:
-                way = f"compare them apart, or give {flag(name)}" if name in SETTLED else "compare them apart"
+                way = f"compare them apart, or give {flag(name)}" if shared else "compare them apart"
                 problems.append((f"{run.path} has {flag(name)} {theirs}, but {first.path} has {ours}", way))
-        digests = [folder.environment().get("dataset_digest") for folder in (first, run)]
-        if first.config.dataset == run.config.dataset and digests[0] != digests[1]:
-            fact = (
-                f"{run.path} was trained on data {digests[1]!s:.12}, but {first.path} on {digests[0]!s:.12}"
-            )
+        ours, theirs = (str(folder.environment().get("dataset_digest")) for folder in (first, run))
+        if first.config.dataset == run.config.dataset and ours != theirs:
+            fact = f"{run.path} was trained on data {theirs:.12}, but {first.path} on {ours:.12}"
             problems.append((fact, "train both on the same images"))
     return problems
 
 
-def _rows(runs: Sequence[_Run]) -> list[RowSpec]:
+def _row_specs(runs: Sequence[_Run]) -> list[RowSpec]:
     """Runs that differ in their seed alone are a row; its label says what sets it apart from the others."""
     groups: list[list[_Run]] = []
     for run in runs:
         for group in groups:
-            if _same_but_seed(group[0], run) and run.folder.config.seed not in _seeds(group):
+            seeds = {other.folder.config.seed for other in group}
+            if group[0].identity == run.identity and run.folder.config.seed not in seeds:
                 group.append(run)
                 break
         else:
             groups.append([run])
-    labels = [group[0].label or label_of(group[0].folder.config) for group in groups]
-    labels = [
-        label if labels.count(label) == 1 else f"{label}, {_apart(groups, place, labels)}"
-        for place, label in enumerate(labels)
-    ]
-    return [
-        RowSpec(label, group[0].folder.config, tuple(_source(run.folder) for run in group))
-        for label, group in zip(labels, groups, strict=True)
-    ]
+    firsts = [group[0] for group in groups]
+    labels = [first.label or label_of(first.folder.config) for first in firsts]
+    rows = []
+    for first, label, group in zip(firsts, labels, groups, strict=True):
+        rivals = [other for other, same in zip(firsts, labels, strict=True) if same == label]
+        if len(rivals) > 1:
+            label = f"{label}, {_difference(first, rivals)}"
+        references = tuple(_run_reference(run.folder) for run in group)
+        rows.append(RowSpec(label, first.folder.config, references))
+    return rows
 
 
-def _same_but_seed(one: _Run, other: _Run) -> bool:
-    return one.label == other.label and identity_settings(one.folder.config) == identity_settings(
-        other.folder.config
-    )
+def _difference(run: _Run, rivals: Sequence[_Run]) -> str:
+    """The settings in which runs of the same label differ; the run's folder where none do."""
+    _, ours = run.identity
+    keys = [key for key in ours if any(rival.identity[1][key] != ours[key] for rival in rivals)]
+    return ", ".join(f"{key}={ours[key]}" for key in keys) or str(run.folder.path)
 
 
-def _seeds(group: Sequence[_Run]) -> set[int]:
-    return {run.folder.config.seed for run in group}
-
-
-def _apart(groups: Sequence[Sequence[_Run]], place: int, labels: Sequence[str]) -> str:
-    """The settings in which rows of the same label differ; their folders' names where none do."""
-    ours = identity_settings(groups[place][0].folder.config)
-    rivals = [
-        identity_settings(group[0].folder.config)
-        for other, group in enumerate(groups)
-        if other != place and labels[other] == labels[place]
-    ]
-    keys = [key for key in ours if any(rival[key] != ours[key] for rival in rivals)]
-    if not keys:
-        return str(groups[place][0].folder.path)
-    return ", ".join(f"{key}={ours[key]}" for key in keys)
-
-
-def _source(run: RunFolder) -> RunReference:
+def _run_reference(run: RunFolder) -> RunReference:
     try:
         command = (run.path / "command.txt").read_text().splitlines()[0]
     except (OSError, IndexError):

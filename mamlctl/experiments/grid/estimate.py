@@ -7,9 +7,9 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -33,90 +33,98 @@ from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 # Meta-steps that are not timed: the first allocates and compiles; a CUDA graph is recorded in the second.
 WARM_UP = {"cpu": 1, "cuda": 3}
 
 TASKS = 16  # validation tasks that are timed
 
+# Settings that change neither the number nor the size of what a meta-step computes.
+FREE_SETTINGS = (
+    *("seed", "init_seed", "train_seed", "inner_lr", "bnrs"),
+    *("ca", "meta_lr", "meta_lr_final", "min_meta_lr"),
+)
+
+
+class Phase(NamedTuple):
+    """What the cost of a run's meta-steps depends on while the run goes on."""
+
+    first_order: bool
+    msl: bool  # queries are passed after every inner step
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a run's parts take."""
+
+    meta_step_s: Mapping[Phase, float]
+    task_s: float  # of a validation or test task
+
 
 def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> Estimate:
-    """Measure every kind of meta-step that the grid has, each once. Raises what opening the data does."""
+    """Measure every kind of meta-step that the grid has, each once.
+
+    Args:
+        workers: cells at a time.
+        offline: never download.
+
+    Raises:
+        SettingsError, DataError: as `open_streams` does.
+    """
     device = open_device(grid.rows[0].config.device, grid.rows[0].config.precision)
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(min(threads_each(workers), threads))
+    costs: dict[str, Cost] = {}
+    rows = []
     try:
-        measured: dict[str, Mapping[Any, float]] = {}
-        rows = []
         for done, row in enumerate(grid.rows):
             on_event(Progress("measuring meta-steps", done, len(grid.rows)))
-            rows.append(_row(row.label, fill_defaults(row.config), grid, measured, offline, on_event))
+            config = fill_defaults(row.config)
+            key = _cost_key(config)
+            if key not in costs:
+                costs[key] = _measure(config, offline, on_event)
+            rows.append(_row_estimate(row.label, config, grid.evaluate, costs[key]))
     finally:
         torch.set_num_threads(threads)
-    each = sum(row.train_s + row.test_s for row in rows)
+    mean_s = statistics.mean(row.train_s + row.test_s for row in rows)
     return Estimate(
-        tuple(rows),
-        len(grid.cells),
-        sum(row.meta_steps for row in rows) * len(grid.seeds),
-        each / len(rows) * math.ceil(len(grid.cells) / workers),
-        workers,
-        device_words(device),
+        rows=tuple(rows),
+        cells=len(grid.cells),
+        meta_steps=sum(row.meta_steps for row in rows) * len(grid.seeds),
+        seconds=mean_s * math.ceil(len(grid.cells) / workers),
+        workers=workers,
+        device=device_words(device),
     )
 
 
-def _row(
-    label: str,
-    config: TrainConfig,
-    grid: Grid,
-    measured: dict[str, Mapping[Any, float]],
-    offline: bool,
-    on_event: OnEvent,
-) -> RowEstimate:
-    alike = _cost_key(config)
-    if alike not in measured:
-        measured[alike] = _measure(config, offline, on_event)
-    times = measured[alike]
-    phases = _phases(config)
-    steps_s = sum(times[phase] * epochs for phase, epochs in phases.items()) * config.steps_per_epoch
-    validation_s = times["task"] * config.val_tasks * config.epochs
-    orders = grid.evaluate.label_permutations
-    test_s = times["task"] * grid.evaluate.tasks * orders * min(config.epochs, KEPT)
+def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: Cost) -> RowEstimate:
+    epochs = _phases(config)
+    steps_s = sum(cost.meta_step_s[phase] * epochs[phase] for phase in epochs) * config.steps_per_epoch
+    validation_s = cost.task_s * config.val_tasks * config.epochs
+    test_s = cost.task_s * evaluate.tasks * evaluate.label_permutations * min(config.epochs, KEPT)
     return RowEstimate(
         label, config.total_steps, steps_s / config.total_steps, steps_s + validation_s, test_s
     )
 
 
 def _cost_key(config: TrainConfig) -> str:
-    """The same for runs whose meta-steps cost the same: neither seed nor meta learning rate counts."""
-    same: dict[str, Any] = dict.fromkeys(
-        (
-            "seed",
-            "init_seed",
-            "train_seed",
-            "ca",
-            "min_meta_lr",
-            "meta_lr",
-            "meta_lr_final",
-            "bnrs",
-            "inner_lr",
-        )
-    )
-    return repr(asdict(as_unimproved(config)) | same)
+    """The same for runs whose meta-steps cost the same."""
+    return repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
 
 
-def _phases(config: TrainConfig) -> Counter[Any]:
-    """Epochs of each kind of meta-step: its order, and whether queries are passed after every inner step."""
-    return Counter(_kind(config, epoch) for epoch in range(config.epochs))
+def _phases(config: TrainConfig) -> Counter[Phase]:
+    """Epochs of each phase."""
+    return Counter(_phase(config, epoch) for epoch in range(config.epochs))
 
 
-def _kind(config: TrainConfig, epoch: int) -> tuple[bool, bool]:
-    return first_order_at(config, epoch), config.msl and epoch < (config.msl_epochs or 0)
+def _phase(config: TrainConfig, epoch: int) -> Phase:
+    return Phase(first_order_at(config, epoch), config.msl and epoch < (config.msl_epochs or 0))
 
 
-def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any, float]:
-    """Median seconds of a meta-step of each phase, and of a validation task ("task")."""
+def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
+    """Medians over meta-steps of each phase, and a validation task's best of two times."""
     device = open_device(config.device, config.precision)
     streams, source = open_streams(
         config,
@@ -126,19 +134,19 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> dict[Any,
         offline=offline,
         on_event=on_event,
     )
-    times: dict[Any, float] = {}
+    meta_step_s: dict[Phase, float] = {}
     for phase in _phases(config):
         net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
         runner = runner_of(MetaStep(config, net, state))
-        epoch = next(epoch for epoch in range(config.epochs) if _kind(config, epoch) == phase)
+        epoch = next(epoch for epoch in range(config.epochs) if _phase(config, epoch) == phase)
         for _ in range(WARM_UP[device.type]):
             _one_step(config, runner, streams["train"], epoch)
         once = partial(_one_step, config, runner, streams["train"], epoch)
         seconds = [_timed(once, device) for _ in range(TIMED)]
-        times[phase] = statistics.median(seconds)
+        meta_step_s[phase] = statistics.median(seconds)
     some_tasks = partial(_some_tasks, config, net, state, streams["val"])
-    times["task"] = min(_timed(some_tasks, device) for _ in range(2)) / TASKS
-    return times
+    tasks_s = min(_timed(some_tasks, device) for _ in range(2))
+    return Cost(meta_step_s, tasks_s / TASKS)
 
 
 def _one_step(config: TrainConfig, runner: MetaStep | Captured, stream: Tasks, epoch: int) -> None:
@@ -159,8 +167,8 @@ def _some_tasks(config: TrainConfig, net: Net, state: MetaState, stream: Tasks) 
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started

@@ -40,8 +40,17 @@ def open_grid(
 ) -> Grid:
     """A new grid, or one that is there and has the same rows; it may have other seeds and test tasks.
 
-    `folder`: None for the one under runs/ that belongs to these settings. Raises SettingsError where the
-    folder has rows with other settings, MamlctlError where it is something else.
+    Args:
+        folder: None for the one under runs/ that belongs to these settings.
+        plan: what the plan is called.
+        rows: of the table, the baseline first.
+        seeds: of every row's runs.
+        evaluate: the test of every run.
+        command: that made the grid.
+
+    Raises:
+        SettingsError: the folder has rows or runs with other settings.
+        MamlctlError: the folder is something else.
     """
     path = (folder or _default_folder(plan, rows)).expanduser().absolute()
     grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)
@@ -67,7 +76,8 @@ def save_plan(grid: Grid) -> None:
         "seeds": list(grid.seeds),
         "evaluate": not_default(grid.evaluate),
         "rows": [
-            {"row": row.label, "folder": row.slug, "settings": _own(row.config, common)} for row in grid.rows
+            {"row": row.label, "folder": row.slug, "settings": _own_settings(row.config, common)}
+            for row in grid.rows
         ],
         "settings": common,
     }
@@ -114,48 +124,45 @@ def lock_grid(grid: Grid) -> AbstractContextManager[None]:
 def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     """One folder for the same settings, so that the same command finds what it began."""
     first = fill_defaults(rows[0].config)
-    told = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
+    content = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
     return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
 
 
-def _differences(there: Grid, wanted: Grid) -> list[Problem]:
-    """Why the grid that is there cannot take the rows that are wanted: (fact, way out) pairs."""
+def _differences(stored: Grid, planned: Grid) -> list[Problem]:
+    """Why the grid that is there cannot take the planned rows: (fact, way out) pairs."""
     way = "choose another --out, or the settings of the one that is there"
-    old = {row.label: row.config for row in there.rows}
-    if list(old) != [row.label for row in wanted.rows]:
-        fact = f"{there.folder} has the rows of {there.plan} ({len(old)}), not of {wanted.plan}"
-        return [(f"{fact} ({len(wanted.rows)})", way)]
-    changed: dict[tuple[str, Any, Any], list[str]] = {}
-    for row in wanted.rows:
-        before, now = identity_settings(old[row.label]), identity_settings(row.config)
+    stored_rows = {row.label: row for row in stored.rows}
+    if list(stored_rows) != [row.label for row in planned.rows]:
+        fact = f"{stored.folder} has the rows of {stored.plan} ({len(stored.rows)}), not of {planned.plan}"
+        return [(f"{fact} ({len(planned.rows)})", way)]
+    labels: dict[tuple[str, object, object], list[str]] = {}  # of the rows that a setting changed in
+    for row in planned.rows:
+        before, now = identity_settings(stored_rows[row.label].config), identity_settings(row.config)
         for key in now:
             if before[key] != now[key]:
-                changed.setdefault((key, now[key], before[key]), []).append(row.label)
-    everywhere = len(wanted.rows)
-    return [
-        (
-            f"{flag(key)} is {now}{'' if len(labels) == everywhere else f' for {labels[0]}'}, "
-            f"but {there.folder} has {before}",
-            way,
-        )
-        for (key, now, before), labels in changed.items()
-    ]
+                labels.setdefault((key, now[key], before[key]), []).append(row.label)
+    problems = []
+    for (key, now_value, before_value), changed in labels.items():
+        row_note = "" if len(changed) == len(planned.rows) else f" for {changed[0]}"
+        fact = f"{flag(key)} is {now_value}{row_note}, but {stored.folder} has {before_value}"
+        problems.append((fact, way))
+    return problems
 
 
 def _cell_problems(cell: GridCell) -> list[Problem]:
-    """Why the run folder that is there is not this cell's: (fact, way out) pairs."""
+    """Why the run folder that is there is not this cell's: (fact, way out) pairs, three at most."""
     if not (cell.folder / CONFIG).is_file():
         return []
-    there, wanted = asdict(open_run(cell.folder).config), asdict(cell.config)
+    stored, planned = asdict(open_run(cell.folder).config), asdict(cell.config)
     way = "choose another --out, or move that folder away"
     return [
-        (f"{cell.folder} was trained with {key} {there[key]}, not {wanted[key]}", way)
-        for key in wanted
-        if key not in RESUME_OVERRIDES and there[key] != wanted[key]
+        (f"{cell.folder} was trained with {key} {stored[key]}, not {planned[key]}", way)
+        for key in planned
+        if key not in RESUME_OVERRIDES and stored[key] != planned[key]
     ][:3]
 
 
-def _own(config: TrainConfig, common: Mapping[str, Any]) -> dict[str, Any]:
+def _own_settings(config: TrainConfig, common: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in common}

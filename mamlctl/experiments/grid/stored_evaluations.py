@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,17 @@ from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus
 from mamlctl.report.table import Cell
-from mamlctl.run_folder import RunFolder
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.run_folder import RunFolder, RunState
+from mamlctl.settings.schema import EvalConfig
 
 NEAR = 0.99  # share of the last validation's score that counts as having got there
 
-SUMMARY, TASKS = "summary.json", "tasks.csv"
+# What an evaluation leaves.
+SUMMARY = "summary.json"
+TASKS = "tasks.csv"
+
+# What a protocol leaves out that was written before there was such a setting.
+PROTOCOL_DEFAULTS = {"disjoint": False, "label_permutations": 1, "adapts": None, "inner_lr": None}
 
 
 @dataclass(frozen=True)
@@ -40,57 +46,52 @@ class StoredEvaluation:
 def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
     """The evaluation of the run as it is now that the settings ask for; None if there is none yet.
 
-    Raises MamlctlError for one that is there and cannot be read.
+    Raises MamlctlError for one that is damaged.
     """
-    wanted = _wanted(run.config, settings, run.environment().get("dataset_digest", ""))
+    required = _required_protocol(run, settings)
     for path in sorted((run.path / "eval").glob(f"{settings.split}-*/{SUMMARY}")):
         try:
             summary = json.loads(path.read_text())
-            protocol = summary["protocol"]
-            asked = {name: protocol.get(name, default) for name, default in _ABSENT.items()} | protocol
-            same = all(asked.get(name) in values for name, values in wanted.items())
+            protocol = PROTOCOL_DEFAULTS | summary["protocol"]
+            same = all(protocol.get(name) in values for name, values in required.items())
             # One from before the last training, or of other images, is no result of this run.
             if same and summary.get("step") == run.state().step:
-                return _tested(path.parent, summary)
+                return _load_evaluation(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             hint = "remove that folder, and it is tested again"
             raise MamlctlError(f"{path.parent} is damaged: {error}", hint=hint) from error
     return None
 
 
-# What a protocol leaves out where it is as it was before there was such a setting.
-_ABSENT = {"disjoint": False, "label_permutations": 1, "adapts": None, "inner_lr": None}
-
-
-def _wanted(config: TrainConfig, settings: EvalConfig, digest: str) -> dict[str, tuple[Any, ...]]:
-    """What a protocol must say to be the one asked for: name -> values that will do."""
-    steps = settings.inner_steps_of(config)
+def _required_protocol(run: RunFolder, settings: EvalConfig) -> dict[str, tuple[Any, ...]]:
+    """The values of a protocol that the settings ask for: name -> those that will do."""
+    config = run.config
     exact = {
         "split": settings.split,
         "tasks": settings.tasks,
         "queries": settings.queries or config.queries,
         "eval_seed": config.eval_seed if settings.eval_seed is None else settings.eval_seed,
-        "inner_steps": steps,
+        "inner_steps": settings.inner_steps_of(config),
         "dataset": config.dataset,
         "disjoint": settings.disjoint,
         "label_permutations": settings.label_permutations,
-        "dataset_digest": digest,
+        "dataset_digest": run.environment().get("dataset_digest", ""),
         "adapts": settings.adapts,
         "inner_lr": settings.inner_lr,
     }
     return {name: (value,) for name, value in exact.items()} | {"bn": (settings.bn or config.bn, "none")}
 
 
-def _tested(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
-    results, metric = summary["results"], "mse" if "mse" in summary["results"][0] else "accuracy"
+def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
+    results = summary["results"]
     with (folder / TASKS).open(newline="") as file:
         columns = list(zip(*csv.reader(file), strict=True))
-    values = {head: np.array(column, dtype=np.float64) for head, *column in columns}
+    scores = {head: np.array(column, dtype=np.float64) for head, *column in columns}
     kinds = {row["model"]: "ensemble" if row["model"].startswith("ensemble") else "best" for row in results}
     return StoredEvaluation(
         summary["protocol"],
-        metric,
-        {kind: values[model] for model, kind in kinds.items()},
+        "mse" if "mse" in results[0] else "accuracy",
+        {kind: scores[model] for model, kind in kinds.items()},
         {kinds[row["model"]]: row["per_step"] for row in results},
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes", ())),
@@ -98,7 +99,15 @@ def _tested(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
 
 
 def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, failed: str = "") -> Cell:
-    """How a run's training went; `run` is None before it began, `failed`: why its last commands ended so."""
+    """How a run's training went.
+
+    Args:
+        run: None before it began.
+        seed: of the run.
+        place: how the table names the run's folder.
+        command: that trains it alone.
+        failed: why its last job failed; "" if it did not.
+    """
     if run is None:
         return Cell(seed, place, "failed" if failed else "missing", failed, 0, None, None, (), {}, command)
     state, metrics = run.state(), run.metrics()
@@ -114,39 +123,41 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         run=place,
         status=status,
         reason=failed if status == "failed" else state.reason,
-        steps=max(state.step, *(int(row["step"]) for row in metrics[-1:]), 0),
+        steps=steps_done(state, metrics),
         steps_to_99=_steps_to_99(validations) if state.status == "finished" else None,
         step_s=_step_s(reports, run.config.meta_batch_size),
-        validation=tuple((entry["step"], _score(entry)) for entry in validations),
-        rates=next((entry["rates"] for entry in reversed(reports) if entry.get("rates")), {}),
+        validation=tuple((row["step"], _score(row)) for row in validations),
+        rates=next((row["rates"] for row in reversed(reports) if row.get("rates")), {}),
         command=command,
         device=str(run.environment().get("device", "")),
         diverged_at=state.diverged_at,
     )
 
 
-def _number(value: float | None) -> float:
-    """A file's null is a number that was not finite."""
-    return float("nan") if value is None else float(value)
+def steps_done(state: RunState, metrics: Sequence[Mapping[str, Any]]) -> int:
+    """Meta-steps that a run has done; after a kill status.json is behind metrics.jsonl."""
+    return max([state.step, *(int(row["step"]) for row in metrics[-1:])])
 
 
 def _score(validation: Mapping[str, Any]) -> float:
-    return _number(validation.get("val_accuracy", validation.get("val_mse")))
+    """NaN for null, which is a number that was not finite."""
+    score = validation.get("val_accuracy", validation.get("val_mse"))
+    return math.nan if score is None else float(score)
 
 
 def _steps_to_99(validations: Sequence[Mapping[str, Any]]) -> int | None:
     """Meta-steps to the first validation as good as 99 % of the last one's (mse: within 1 %)."""
     if not validations:
         return None
-    last = _score(validations[-1])
-    if "val_mse" in validations[-1]:
-        there = [entry["step"] for entry in validations if _score(entry) <= last / NEAR]
-    else:
-        there = [entry["step"] for entry in validations if _score(entry) >= last * NEAR]
-    return int(there[0]) if there else None
+    last, lower_is_better = _score(validations[-1]), "val_mse" in validations[-1]
+    for row in validations:
+        score = _score(row)
+        if score <= last / NEAR if lower_is_better else score >= last * NEAR:
+            return int(row["step"])
+    return None
 
 
 def _step_s(reports: Sequence[Mapping[str, Any]], meta_batch_size: int) -> float | None:
-    """Median seconds per meta-step over reports; the first one's holds the warm-up."""
-    timed = [meta_batch_size / entry["tasks_per_second"] for entry in reports[1:] or reports]
-    return statistics.median(timed) if timed else None
+    """Median seconds per meta-step over reports; the first one includes the warm-up."""
+    seconds = [meta_batch_size / row["tasks_per_second"] for row in reports[1:] or reports]
+    return statistics.median(seconds) if seconds else None
