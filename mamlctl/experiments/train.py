@@ -14,7 +14,7 @@ from mamlctl.core.errors import DataError, DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
 from mamlctl.core.files import write_json
 from mamlctl.core.results import TrainResult
-from mamlctl.data.tasks.episodes import Tasks
+from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
@@ -118,7 +118,7 @@ def _prepare(
     device = open_device(completed.device, completed.precision)
     dtype = tensor_dtype(completed.precision)
     streams, source = open_streams(
-        completed, ("train", "val"), device, dtype, offline=offline, on_event=on_event
+        completed, ("train", "val"), Placement(device, dtype), offline=offline, on_event=on_event
     )
     return _Prepared(completed, device, streams, source, stop, on_event)
 

@@ -13,7 +13,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.data.tasks.disjoint import DisjointTasks
-from mamlctl.data.tasks.episodes import MiniBatches, Tasks
+from mamlctl.data.tasks.episodes import MiniBatches, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
@@ -70,8 +70,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     streams, source = open_streams(
         config,
         (settings.split,),
-        device,
-        tensor_dtype(config.precision),
+        Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
         stored=run.classes() if settings.dataset is None else None,

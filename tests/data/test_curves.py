@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.data_cases import stream_settings
 
 from mamlctl.data.counter_rng import random_words
 from mamlctl.data.sets.curves import FAMILIES, Normal, Uniform
@@ -18,7 +19,7 @@ each_family = pytest.mark.parametrize("name", list(FAMILIES))
 
 def stream(name="sinusoid", **changes):
     settings = {"split": "train", "seed": 3, "shots": 5, "queries": 4, "dtype": torch.float64}
-    return CurveStream(family=FAMILIES[name], **{"device": torch.device("cpu"), **settings, **changes})
+    return CurveStream(FAMILIES[name], stream_settings(**{**settings, **changes}))
 
 
 def parts(episodes):

@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from helpers.data_cases import small_pack
+from helpers.data_cases import image_stream, small_pack
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.statistics import mean_ci95
@@ -14,12 +14,12 @@ from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.image_tasks import TaskStream
 
 UNEVEN = [7, 5, 9, 6, 12, 5, 8, 31]
-COMMON = {"name": "small", "ink": 1, "device": torch.device("cpu")}
+COMMON = {"name": "small", "ink": 1}
 
 
 def stream(counts=UNEVEN, kind=DisjointTasks, **changes):
     settings = {"split": "test", "seed": 3, "ways": 3, "shots": 1, "queries": 1, "rotations": "none"}
-    return kind(small_pack(counts), np.arange(len(counts)), **COMMON, **settings | changes)
+    return image_stream(small_pack(counts), np.arange(len(counts)), kind, **COMMON, **settings | changes)
 
 
 def class_of(image_TNE, counts=UNEVEN):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers.data_cases import small_pack
+from helpers.data_cases import image_stream, small_pack, stream_settings
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.counter_rng import random_words
 from mamlctl.data.reading.packs import pack
-from mamlctl.data.tasks.image_tasks import TaskStream, episode_problems
+from mamlctl.data.tasks.image_tasks import ImageSettings, episode_problems
 
 UNEVEN = [7, 5, 9, 6, 12, 5, 8, 11]
 CLASSES = np.array([6, 1, 2, 4, 7])
@@ -30,8 +30,7 @@ def stream(packed=None, classes=CLASSES, **changes):
         "ink": 1,
     }
     packed = packed or small_pack(UNEVEN)
-    device = torch.device("cpu")
-    return TaskStream(packed, classes, name="small", device=device, **{**settings, **changes})
+    return image_stream(packed, classes, **{**settings, **changes})
 
 
 def parts(episodes):
@@ -163,30 +162,26 @@ def test_ink_is_exactly_one_or_exactly_zero(dtype):
 
 def test_all_problems_are_told_at_once():
     packed = small_pack([20] * 30)
-    splits = {"train": np.arange(14), "test": np.arange(14, 30)}
-    sizes = {"ways": 20, "shots": 15, "queries": 10, "rotations": "none"}
-    assert episode_problems("glyphs", packed, splits, **sizes) == [
-        ("glyphs 'train' has 14 classes, but --ways is 20", "use --ways 14 or fewer"),
-        ("glyphs 'test' has 16 classes, but --ways is 20", "use --ways 16 or fewer"),
-        (
-            "glyphs has 20 images per class, but --shots 15 + --queries 10 is 25",
-            "use --shots and --queries that sum to 20 or fewer",
-        ),
-    ]
+    sizes = {"ways": 20, "shots": 15, "queries": 10}
+    too_few_images = (
+        "glyphs has 20 images per class, but --shots 15 + --queries 10 is 25",
+        "use --shots and --queries that sum to 20 or fewer",
+    )
+    for split, classes, count in (("train", np.arange(14), 14), ("test", np.arange(14, 30), 16)):
+        settings = stream_settings(split=split, **sizes)
+        assert episode_problems(packed, classes, settings, ImageSettings("glyphs")) == [
+            (f"glyphs '{split}' has {count} classes, but --ways is 20", f"use --ways {count} or fewer"),
+            too_few_images,
+        ]
     with pytest.raises(SettingsError) as raised:
-        TaskStream(
-            packed, splits["test"], name="x", split="test", seed=0, ink=1, device=torch.device("cpu"), **sizes
-        )
+        image_stream(packed, np.arange(14, 30), split="test", **sizes)
     assert len(raised.value.problems) == 2
 
 
 def test_smallest_class_decides():
-    facts = [
-        fact
-        for fact, _ in episode_problems(
-            "small", small_pack(UNEVEN), {"train": CLASSES}, ways=2, shots=3, queries=3, rotations="none"
-        )
-    ]
+    settings = stream_settings(split="train", ways=2, shots=3, queries=3)
+    problems = episode_problems(small_pack(UNEVEN), CLASSES, settings, ImageSettings("small"))
+    facts = [fact for fact, _ in problems]
     assert facts == ["small has 5 images in its smallest class, but --shots 3 + --queries 3 is 6"]
 
 

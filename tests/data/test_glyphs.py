@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.data_cases import image_stream
 from helpers.shared import ignore
 
 from mamlctl.core.errors import DataError, SettingsError
@@ -13,7 +14,6 @@ from mamlctl.data.reading.packs import load_pack
 from mamlctl.data.rules import choice_problems
 from mamlctl.data.sets import glyphs
 from mamlctl.data.sets.registry import DATA_SETS, fetch_set, find_data_set
-from mamlctl.data.tasks.image_tasks import TaskStream
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -49,9 +49,8 @@ def test_pixels_alone_tell_classes_apart_but_not_well(packed):
         "queries": 1,
         "rotations": "none",
         "ink": 1,
-        "device": torch.device("cpu"),
     }
-    tasks = TaskStream(packed, classes, name="glyphs", split="test", seed=0, **settings).episodes(0, 1000)
+    tasks = image_stream(packed, classes, split="test", **settings).episodes(0, 1000)
     nearest_TE = torch.cdist(tasks.query_x_TECHW.flatten(2), tasks.support_x_TECHW.flatten(2)).argmin(-1)
     assert 0.45 < (nearest_TE == tasks.query_y_TE).double().mean() < 0.75
 

@@ -14,6 +14,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import find_data_set, open_images
+from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams, split_of
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
@@ -51,8 +52,7 @@ def opened(path, root, notices=None, **more):
     return open_streams(
         settings(path, root, **more),
         ("train", "val", "test"),
-        CPU,
-        torch.float32,
+        Placement(CPU),
         offline=True,
         on_event=found.append,
     )
@@ -213,7 +213,7 @@ def test_what_is_no_such_folder_is_told(tmp_path, form, fact):
 def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
     flags = {"dataset": "glyphs", "image_size": 16, "channels": 3, "data_root": str(tmp_path)}
     config = fill_defaults(resolve_settings([("flag", flags)]).config)
-    streams, source = open_streams(config, ("train",), CPU, torch.float32, offline=True, on_event=ignore)
+    streams, source = open_streams(config, ("train",), Placement(CPU), offline=True, on_event=ignore)
     assert source.example_shape == (3, 16, 16)
     x = streams["train"].episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 5, 3, 16, 16) and torch.equal(x[:, :, 0], x[:, :, 2])

@@ -24,6 +24,7 @@ from helpers.derivative_cases import (
 from helpers.engine_cases import small_config
 
 from mamlctl.core.errors import MamlctlError
+from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.adjoint import adjoint
@@ -255,7 +256,11 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
         config = small_config(**named, inner_lr=0.01, precision=precision, ink=ink)
         config = fill_defaults(replace(config, data_root=str(glyphs_root)))
         streams, source = open_streams(
-            config, ("train",), CPU, getattr(torch, precision), offline=True, on_event=lambda event: None
+            config,
+            ("train",),
+            Placement(CPU, getattr(torch, precision)),
+            offline=True,
+            on_event=lambda event: None,
         )
         net, state = build(config, source.example_shape, CPU)
         for tensor in state.learnable().values():

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.algorithm_cases import CPU, close, joined, linear_tasks, quadratic, random_line
+from helpers.data_cases import stream_settings
 from helpers.engine_cases import IMAGE, random_episodes, small_config
 
 from mamlctl.data.sets.curves import FAMILIES
@@ -86,15 +87,8 @@ def test_curves_are_learnt_by_either_engine(algo):
     for engine in ("adjoint", "plain"):
         config = small_config(algo=algo, engine=engine, net="mlp", ways=1, train_shots=None, inner_lr=0.01)
         net, state = build(config, (1,), CPU)
-        stream = CurveStream(
-            family=FAMILIES["sinusoid"],
-            split="train",
-            seed=0,
-            shots=5,
-            queries=4,
-            device=CPU,
-            dtype=torch.float64,
-        )
+        settings = stream_settings(split="train", shots=5, queries=4, dtype=torch.float64)
+        stream = CurveStream(FAMILIES["sinusoid"], settings)
         found = MetaStep(config, net, state).measure(stream.episodes(0, 3), 0, measure_all=True)
         assert all(found.query_scores[step] == found.query_losses[step] for step in found.query_losses)
         grads[engine] = found.grads

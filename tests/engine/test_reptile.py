@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.algorithm_cases import CPU, close, measured
+from helpers.data_cases import stream_settings
 from helpers.engine_cases import IMAGE, fastest, random_episodes, slow_forward, small_config
 
 from mamlctl.data.sets.curves import FAMILIES
@@ -74,7 +75,7 @@ def test_reptiles_outer_rate_goes_down_to_nothing_in_a_straight_line():
 
 
 def test_mini_batches_go_through_shuffles_without_repeating_an_example():
-    stream = CurveStream(family=FAMILIES["line"], split="train", seed=3, shots=5, queries=1, device=CPU)
+    stream = CurveStream(FAMILIES["line"], stream_settings(split="train", seed=3, shots=5, queries=1))
     batched = MiniBatches(stream, steps=5, size=2)
     found = batched.episodes(7, 4).batches_TIB
     assert found.shape == (4, 5, 2)
@@ -84,7 +85,7 @@ def test_mini_batches_go_through_shuffles_without_repeating_an_example():
     assert len({tuple(order) for order in found.flatten(1).tolist()}) > 1
     assert not torch.equal(
         MiniBatches(
-            CurveStream(family=FAMILIES["line"], split="val", seed=3, shots=5, queries=1, device=CPU), 5, 2
+            CurveStream(FAMILIES["line"], stream_settings(split="val", seed=3, shots=5, queries=1)), 5, 2
         )
         .episodes(7, 4)
         .batches_TIB,

@@ -2,12 +2,16 @@
 
 import io
 import zipfile
+from dataclasses import fields
 
 import numpy as np
+import torch
 from PIL import Image
 
 from mamlctl.data.reading.packs import pack
 from mamlctl.data.sets import omniglot
+from mamlctl.data.tasks.episodes import Placement, StreamSettings
+from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream
 
 ALPHABETS, CHARACTERS, DRAWINGS = 2, 3, 4
 
@@ -17,6 +21,20 @@ def small_pack(counts, side=4, seed=0):
     counts = np.array(counts)
     pixels = np.random.default_rng(seed).integers(0, 256, (counts.sum(), 1, side, side), dtype=np.uint8)
     return pack(pixels, counts, tuple(f"class{number}" for number in range(len(counts))))
+
+
+def stream_settings(**settings):
+    """Of one task's size; `device` and `dtype` are the place's."""
+    place = {name: settings.pop(name) for name in ("device", "dtype") if name in settings}
+    place = Placement(**{"device": torch.device("cpu")} | place)
+    return StreamSettings(**{"seed": 0, "shots": 1, "queries": 1, "place": place} | settings)
+
+
+def image_stream(packed, classes, kind=TaskStream, **settings):
+    """A stream of image tasks, all settings by their names."""
+    names = {field.name for field in fields(ImageSettings)} & settings.keys()
+    images = ImageSettings(**{"name": "small"} | {name: settings.pop(name) for name in names})
+    return kind(packed, classes, stream_settings(**settings), images)
 
 
 def png(pixels_HW):

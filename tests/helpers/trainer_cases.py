@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import torch
 
+from helpers.data_cases import image_stream
 from helpers.engine_cases import small_config
 from mamlctl.data.reading.packs import pack
-from mamlctl.data.tasks.image_tasks import TaskStream
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
@@ -39,7 +39,7 @@ def trainer_of(run, config, *, stop_at=None, events=None):
     net, state = build(config, (1, 16, 16), CPU, classes=8)
     common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
     streams = {
-        split: TaskStream(packed, classes, split=split, seed=0, device=CPU, dtype=torch.float64, **common)
+        split: image_stream(packed, classes, split=split, dtype=torch.float64, **common)
         for split, classes in (("train", np.arange(8)), ("val", np.arange(8, 12)))
     }
     asked = itertools.count()

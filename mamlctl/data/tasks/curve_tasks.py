@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mamlctl.data.counter_rng import STREAMS, random_words
 from mamlctl.data.sets.curves import Family, Floats
-from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.data.tasks.episodes import Episodes, StreamSettings
 
 BLOCK = 4  # words of one Philox counter
 
@@ -28,20 +28,10 @@ class CurveStream:
 
     ways = 1  # there are no classes
 
-    def __init__(
-        self,
-        *,
-        family: Family,
-        split: str,
-        seed: int,
-        shots: int,
-        queries: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.family, self.split, self.seed = family, split, seed
-        self.shots, self.queries = shots, queries
-        self.device, self._dtype = device, dtype
+    def __init__(self, family: Family, settings: StreamSettings) -> None:
+        self.family, self.split, self.seed = family, settings.split, settings.seed
+        self.shots, self.queries = settings.shots, settings.queries
+        self.device, self._dtype = settings.place.device, settings.place.dtype
 
     def episodes(self, first: int, tasks: int) -> Episodes:
         """Tasks `first`, `first` + 1, ..., without a host sync: x _TED, y a number of any size _TE."""

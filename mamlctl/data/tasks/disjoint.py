@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.counter_rng import k_smallest, random_words
-from mamlctl.data.tasks.image_tasks import TURNS, TaskStream
+from mamlctl.data.reading.packs import PackedImages
+from mamlctl.data.tasks.episodes import StreamSettings
+from mamlctl.data.tasks.image_tasks import TURNS, ImageSettings, TaskStream
 
 A_PASS = 2**32  # blocks of random words that a pass may take: its images and order one, each task another
 
@@ -33,13 +35,20 @@ class DisjointTasks(TaskStream):
     with new shuffles. A training image counts as one however it is turned.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        """Takes what TaskStream takes. Raises SettingsError if the split is too small for one such task."""
-        super().__init__(*args, **settings)
-        classes = len(self._counts)
-        if classes < self.ways:
-            fact = f"--disjoint counts turned images as one: {classes} classes, but --ways is {self.ways}"
-            raise SettingsError([(fact, f"use --ways {classes} or fewer, or leave out --disjoint")])
+    def __init__(
+        self,
+        packed: PackedImages,
+        classes: NDArray[np.int64],
+        settings: StreamSettings,
+        images: ImageSettings,
+    ) -> None:
+        """Raises SettingsError if the split is too small for one such task."""
+        super().__init__(packed, classes, settings, images)
+        if len(classes) < self.ways:
+            fact = (
+                f"--disjoint counts turned images as one: {len(classes)} classes, but --ways is {self.ways}"
+            )
+            raise SettingsError([(fact, f"use --ways {len(classes)} or fewer, or leave out --disjoint")])
         self._block = self.shots + self.queries
         self._purpose = f"{self.split} disjoint"
         self._kept: tuple[int, Pass] = 0, self._make_pass(0)
@@ -55,11 +64,11 @@ class DisjointTasks(TaskStream):
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         parts = []
         for begin, end in _within_passes(first, first + tasks, self.tasks_once):
-            found, start = self._pass(begin // self.tasks_once), begin % self.tasks_once
+            drawn, start = self._pass(begin // self.tasks_once), begin % self.tasks_once
             at = slice(start, start + end - begin)
-            class_TN, block_TN = found.class_PN[at], found.block_PN[at]
+            class_TN, block_TN = drawn.class_PN[at], drawn.block_PN[at]
             place_TNE = block_TN[..., None] * self._block + np.arange(self._block)
-            parts.append((class_TN, found.image_CM[class_TN[..., None], place_TNE], found.turns_PN[at]))
+            parts.append((class_TN, drawn.image_CM[class_TN[..., None], place_TNE], drawn.turns_PN[at]))
         class_TN, example_TNE, turns_TN = (np.concatenate(part) for part in zip(*parts, strict=True))
         return class_TN, example_TNE, turns_TN
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mamlctl.core.literals import Split
 from mamlctl.data.counter_rng import random_words
 
 
@@ -35,20 +36,40 @@ class Episodes:
         """Support examples and labels, query examples and labels."""
         return self.support_x_TECHW, self.support_y_TE, self.query_x_TECHW, self.query_y_TE
 
-    def given(self) -> dict[str, Tensor]:
+    def present(self) -> dict[str, Tensor]:
         """The tensors that there are, by field."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def split(self, tasks: int) -> list[Episodes]:
         """The same tasks, so many at a time; the last part may have fewer."""
-        given = {name: torch.split(tensor, tasks) for name, tensor in self.given().items()}
-        return [Episodes(**dict(zip(given, part, strict=True))) for part in zip(*given.values(), strict=True)]
+        parts = {name: torch.split(tensor, tasks) for name, tensor in self.present().items()}
+        return [Episodes(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where examples lie, and in which type."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """Which tasks a stream gives, and where."""
+
+    split: Split
+    seed: int
+    shots: int
+    queries: int
+    place: Placement
+    ways: int = 1  # 1 for curves, which have no classes
 
 
 class Tasks(Protocol):
     """A stream of tasks: number i of it is the same whenever it is asked for."""
 
-    split: str
+    split: Split
     seed: int
     ways: int  # 1 for curves
     shots: int
@@ -78,8 +99,8 @@ class MiniBatches:
             mini_batches(self.seed, purpose, first + task, examples, self.steps, self.size)
             for task in range(tasks)
         ]
-        found = self.stream.episodes(first, tasks)
-        return replace(found, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
+        episodes = self.stream.episodes(first, tasks)
+        return replace(episodes, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
 
 
 def mini_batches(

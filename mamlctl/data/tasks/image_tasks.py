@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,52 +11,55 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.problems import Problem
 from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.reading.packs import PackedImages
-from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.data.tasks.episodes import Episodes, StreamSettings
 
 TURNS = 4  # quarter turns of a square image
 
 SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
 
-# Mean and deviation of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How stored images become the examples of a data set's tasks."""
+
+    name: str  # of the data set
+    # augment: a quarter turn for each class of a training task; classes: each turn of a training class is a
+    # class of its own, so that two turns of a character may meet; none.
+    rotations: str = "none"
+    ink: int = 0  # the value of ink; stored images have ink 0 and paper 255
+    augment: str = "none"  # flips, crops or flips+crops, drawn for each image of a training task
+    normalize: str = "none"  # or imagenet
+    channels: int | None = None  # None: as stored
 
 
 def episode_problems(
-    name: str,
-    packed: PackedImages,
-    splits: Mapping[str, NDArray[np.int64]],
-    *,
-    ways: int,
-    shots: int,
-    queries: int,
-    rotations: str,
-) -> list[tuple[str, str]]:
-    """Why tasks of this size cannot be drawn from these splits of data set `name`: (fact, way out) pairs."""
+    packed: PackedImages, classes: NDArray[np.int64], settings: StreamSettings, images: ImageSettings
+) -> list[Problem]:
+    """Why tasks of this size cannot be drawn from these classes: (fact, way out) pairs."""
     problems = []
+    name, ways, examples = images.name, settings.ways, settings.shots + settings.queries
     height, width = packed.images_MCHW.shape[-2:]
-    if rotations != "none" and height != width:
+    if images.rotations != "none" and height != width:
         problems.append((f"{name} has images of {height}x{width}, which do not turn", "use --rotations none"))
-    for split, classes in splits.items():
-        pool = len(classes) * _turns_as_classes(split, rotations)
-        if pool < ways:
-            problems.append(
-                (
-                    f"{name} '{split}' has {pool} classes, but --ways is {ways}",
-                    f"use --ways {pool} or fewer" if pool > 1 else "use other splits",
-                )
-            )
-    counts = packed.counts[np.concatenate(list(splits.values()))]
-    fewest = int(counts.min()) if len(counts) else 0
-    if len(counts) and fewest < shots + queries:
+    pool = len(classes) * _turns_as_classes(settings.split, images.rotations)
+    if pool < ways:
+        way = f"use --ways {pool} or fewer" if pool > 1 else "use other splits"
+        problems.append((f"{name} '{settings.split}' has {pool} classes, but --ways is {ways}", way))
+    counts = packed.counts[classes]
+    fewest = int(counts.min()) if len(counts) else examples
+    if fewest < examples:
         each = "images per class" if fewest == counts.max() else "images in its smallest class"
-        problems.append(
-            (
-                f"{name} has {fewest} {each}, but --shots {shots} + --queries {queries} is {shots + queries}",
-                f"use --shots and --queries that sum to {fewest} or fewer",
-            )
-        )
+        sizes = f"--shots {settings.shots} + --queries {settings.queries}"
+        fact = f"{name} has {fewest} {each}, but {sizes} is {examples}"
+        problems.append((fact, f"use --shots and --queries that sum to {fewest} or fewer"))
     return problems
 
 
@@ -94,52 +97,32 @@ class PixelValues:
 
 
 class TaskStream:
-    """All tasks of a split: number i is the same in every run, batch size and order of asking.
-
-    `rotations`: augment (a quarter turn for each class of a training task), classes (each turn of a
-    training class is a class of its own, so that two turns of a character may meet), none.
-    `ink`: the value of ink, 1 or 0; stored images have ink 0 and paper 255. `augment`: flips, crops or both,
-    drawn for each image of a training task. `normalize`, `channels`: as `PixelValues` has them.
-    """
+    """All tasks of a split: number i is the same in every run, batch size and order of asking."""
 
     def __init__(
         self,
         packed: PackedImages,
         classes: NDArray[np.int64],
-        *,
-        name: str,
-        split: str,
-        seed: int,
-        ways: int,
-        shots: int,
-        queries: int,
-        rotations: str,
-        ink: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        augment: str = "none",
-        normalize: str = "none",
-        channels: int | None = None,
+        settings: StreamSettings,
+        images: ImageSettings,
     ) -> None:
         """Raises SettingsError if the split is too small for such tasks."""
-        problems = episode_problems(
-            name, packed, {split: classes}, ways=ways, shots=shots, queries=queries, rotations=rotations
-        )
-        if problems:
+        if problems := episode_problems(packed, classes, settings, images):
             raise SettingsError(problems)
-        self.split, self.seed, self.ways, self.shots, self.queries = split, seed, ways, shots, queries
+        self.split, self.seed, self.ways = settings.split, settings.seed, settings.ways
+        self.shots, self.queries, self.device = settings.shots, settings.queries, settings.place.device
+        split, rotations, device = settings.split, images.rotations, settings.place.device
         self._turns_as_classes = _turns_as_classes(split, rotations)
         self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
         self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
         self._turns = rotations != "none" and split == "train"
-        self._augment = augment if split == "train" else "none"
-        self.device = device
+        self._augment = images.augment if split == "train" else "none"
         self._values = PixelValues(
-            ink=ink,
-            normalize=normalize,
-            channels=channels or packed.images_MCHW.shape[1],
+            ink=images.ink,
+            normalize=images.normalize,
+            channels=images.channels or packed.images_MCHW.shape[1],
             device=device,
-            dtype=dtype,
+            dtype=settings.place.dtype,
         )
         self._counts, self._starts = packed.counts[classes], packed.starts[classes]
         self._offsets = np.cumsum(self._counts) - self._counts
@@ -155,9 +138,9 @@ class TaskStream:
             views = [torch.rot90(store_MCHW, turn, dims=(-2, -1)) for turn in range(TURNS)]
             store_MCHW = torch.cat(views)
         self._store_MCHW, self._images = store_MCHW, len(image_M)
-        label_N = torch.arange(ways, device=device)
-        self._support_y_E = label_N.repeat_interleave(shots)
-        self._query_y_E = label_N.repeat_interleave(queries)
+        label_N = torch.arange(self.ways, device=device)
+        self._support_y_E = label_N.repeat_interleave(self.shots)
+        self._query_y_E = label_N.repeat_interleave(self.queries)
 
     def indices(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tasks `first`, `first` + 1, ...: positions in the pack, shots before queries, and quarter turns.

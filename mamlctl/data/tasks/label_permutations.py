@@ -28,10 +28,10 @@ class LabelPermutations:
         """Numbers `first`, `first` + 1, ...: task number // orders in order number % orders."""
         numbers = range(first, first + tasks)
         task = first // self.orders
-        found = self.stream.episodes(task, numbers[-1] // self.orders - task + 1)
+        tasks_once = self.stream.episodes(task, numbers[-1] // self.orders - task + 1)
         repeated_T = torch.tensor([number // self.orders - task for number in numbers], device=self.device)
-        given = {name: tensor.index_select(0, repeated_T) for name, tensor in found.given().items()}
-        episodes = Episodes(**given)
+        repeated = {name: part.index_select(0, repeated_T) for name, part in tasks_once.present().items()}
+        episodes = Episodes(**repeated)
         label_TN = torch.from_numpy(np.stack([self.labels(number) for number in numbers])).to(self.device)
         changed = {
             "support_y_TE": label_TN.gather(1, episodes.support_y_TE),

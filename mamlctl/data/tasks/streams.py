@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.registry import fetch_set, find_data_set, is_curve_family, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
-from mamlctl.data.tasks.episodes import MiniBatches, Tasks
-from mamlctl.data.tasks.image_tasks import TaskStream, episode_problems
+from mamlctl.data.tasks.episodes import MiniBatches, Placement, StreamSettings, Tasks
+from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_problems
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -36,9 +35,8 @@ class TaskSource:
 
 def open_streams(
     config: TrainConfig,
-    splits: Sequence[str],
-    device: torch.device,
-    dtype: torch.dtype,
+    splits: Sequence[Split],
+    place: Placement,
     *,
     offline: bool,
     on_event: OnEvent,
@@ -47,22 +45,32 @@ def open_streams(
 ) -> tuple[dict[str, Tasks], TaskSource]:
     """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
 
-    `config`: complete. `dtype`: of the examples. `stored`: the split that a run began with. `disjoint`: as
-    far as a split allows, its tasks share no image. Raises SettingsError for tasks that a split is too small
-    for, DataError for missing or damaged data.
+    Args:
+        config: complete.
+        splits: which streams to open.
+        place: of the examples.
+        offline: whether fetching is forbidden.
+        on_event: gets notices and progress.
+        stored: the names of each split's classes with which a run began, for the user's own images.
+        disjoint: as far as a split allows, its tasks share no image.
+
+    Raises:
+        SettingsError: a split is too small for such tasks.
+        DataError: the data are missing or damaged.
     """
+    settings = {split: _stream_settings(config, split, place) for split in splits}
     if is_curve_family(config.dataset):
         family = FAMILIES[config.dataset]
-        streams: dict[str, Tasks] = {
-            split: CurveStream(family=family, **_common(config, split, device, dtype)) for split in splits
-        }
+        streams: dict[str, Tasks] = {split: CurveStream(family, settings[split]) for split in splits}
         source = TaskSource(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         split = split_of(config, packed, stored)
-        streams, pools = _image_streams(
-            config, packed, {name: split[name] for name in splits}, device, dtype, on_event, disjoint=disjoint
-        )
+        needed = max(part.shots + part.queries for part in settings.values())
+        classes = _large_enough(config, packed, {name: split[name] for name in splits}, needed, on_event)
+        image_streams = _image_streams(config, packed, classes, settings, disjoint=disjoint)
+        pools = {name: stream.pool for name, stream in image_streams.items()}
+        streams = dict(image_streams)
         # Some hundreds of images tell paper from ink; all of a large set would take a second.
         some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
         brightness = float(some_MCHW.mean() / 255)
@@ -72,18 +80,13 @@ def open_streams(
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 
-def _common(config: TrainConfig, split: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What all streams of a split are told."""
-    train_seed = config.seed if config.train_seed is None else config.train_seed
-    more = split == "train" and config.train_shots is not None
-    return {
-        "split": split,
-        "seed": train_seed if split == "train" else config.eval_seed,
-        "shots": config.train_shots if more else config.shots,
-        "queries": config.queries,
-        "device": device,
-        "dtype": dtype,
-    }
+def _stream_settings(config: TrainConfig, split: Split, place: Placement) -> StreamSettings:
+    seed, shots = config.eval_seed, config.shots
+    if split == "train":
+        seed = config.seed if config.train_seed is None else config.train_seed
+        shots = config.shots if config.train_shots is None else config.train_shots
+    ways = 1 if is_curve_family(config.dataset) else config.ways
+    return StreamSettings(split, seed, shots, config.queries, place, ways)
 
 
 def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
@@ -158,39 +161,23 @@ def _large_enough(
 def _image_streams(
     config: TrainConfig,
     packed: PackedImages,
-    splits: Mapping[str, NDArray[np.int64]],
-    device: torch.device,
-    dtype: torch.dtype,
-    on_event: OnEvent,
+    classes: Mapping[str, NDArray[np.int64]],
+    settings: Mapping[Split, StreamSettings],
     *,
-    disjoint: bool = False,
-) -> tuple[dict[str, Tasks], dict[str, int]]:
-    needed = max(_common(config, split, device, dtype)["shots"] for split in splits) + config.queries
-    classes = _large_enough(config, packed, splits, needed, on_event)
+    disjoint: bool,
+) -> dict[str, TaskStream]:
+    images = ImageSettings(
+        name=config.dataset,
+        rotations=str(config.rotations),
+        ink=int(config.ink or 0),
+        augment=str(config.augment),
+        normalize=str(config.normalize),
+        channels=config.channels,
+    )
     problems: list[Problem] = []
-    rotations = str(config.rotations)
-    for split in splits:
-        common = _common(config, split, device, dtype)
-        size = {"ways": config.ways, "shots": common["shots"], "queries": common["queries"]}
-        problems += episode_problems(
-            config.dataset, packed, {split: classes[split]}, **size, rotations=rotations
-        )
+    for split, part in settings.items():
+        problems += episode_problems(packed, classes[split], part, images)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
     kind = DisjointTasks if disjoint else TaskStream
-    streams = {
-        split: kind(
-            packed,
-            classes[split],
-            name=config.dataset,
-            ways=config.ways,
-            rotations=rotations,
-            ink=int(config.ink or 0),
-            augment=str(config.augment),
-            normalize=str(config.normalize),
-            channels=config.channels,
-            **_common(config, split, device, dtype),
-        )
-        for split in splits
-    }
-    return dict(streams), {split: stream.pool for split, stream in streams.items()}
+    return {split: kind(packed, classes[split], part, images) for split, part in settings.items()}

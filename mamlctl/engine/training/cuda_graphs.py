@@ -96,8 +96,8 @@ class Captured:
 
     def _put(self, episodes: Episodes, weights: tuple[float, ...]) -> None:
         if self._tasks is None:
-            self._tasks = Episodes(**{name: tensor.clone() for name, tensor in episodes.given().items()})
-        for own, new in zip(self._tasks.given().values(), episodes.given().values(), strict=True):
+            self._tasks = Episodes(**{name: tensor.clone() for name, tensor in episodes.present().items()})
+        for own, new in zip(self._tasks.present().values(), episodes.present().values(), strict=True):
             own.copy_(new)
         if weights != self._weights_now:  # once an epoch
             self._weights.copy_(torch.tensor(weights, dtype=self._weights.dtype))

@@ -15,6 +15,7 @@ import torch
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import StopReason
+from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.executors.jobs import Executor
@@ -56,8 +57,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     open_splits = partial(
         open_streams,
         configs[0],
-        device=torch.device("cpu"),
-        dtype=torch.float32,
+        place=Placement(torch.device("cpu")),
         offline=offline,
         on_event=on_event,
     )

@@ -15,7 +15,7 @@ import torch
 
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
-from mamlctl.data.tasks.episodes import Tasks
+from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -129,8 +129,7 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
     streams, source = open_streams(
         config,
         ("train", "val"),
-        device,
-        tensor_dtype(config.precision),
+        Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
     )
