@@ -175,10 +175,10 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
         executor.stop(number)
         ended = {each.name: each for each in executor.ended()}
     assert {name: each.code for name, each in ended.items()} == dict.fromkeys(names, 128 + number)
-    status = open_run(going.folder).status()
-    assert (status["status"], status["reason"]) == ("interrupted", number.name)
+    state = open_run(going.folder).state()
+    assert (state.status, state.reason) == ("interrupted", number.name)
     saved = checkpoints.load(going.folder / "checkpoints/last.pt", owner=open_run(going.folder).owner)
-    assert saved["position"]["step"] == status["step"] > 0
+    assert saved["position"]["step"] == state.step > 0
     with one_writer(going.folder):
         assert not (waiting.folder / "config.yaml").exists()
 
