@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import preloaded
 
 import mamlctl
 from mamlctl.cli.app import main
@@ -50,12 +51,13 @@ def cli(capsys, monkeypatch, glyphs_root):
 def trained(tmp_path_factory, glyphs_root):
     """A run of six meta-steps, made by the front door."""
     run = tmp_path_factory.mktemp("runs") / "quick"
-    subprocess.run([*program(), "train", *QUICK_WORDS, "--out", run, "--data-root", glyphs_root], check=True)
+    words = ["train", *QUICK_WORDS, "--out", run, "--data-root", glyphs_root]
+    subprocess.run([*program(), *words], check=True, capture_output=True)
     return run
 
 
 def program():
-    return [sys.executable, "-m", "mamlctl"]
+    return [preloaded.python(), "-m", "mamlctl"]
 
 
 def assert_two_lines(err, fact, hint):
@@ -351,13 +353,10 @@ def test_divergence_is_exit_4_and_says_where(cli, tmp_path):
 
 
 def start(run, root, *words):
-    """A long run in a process of its own, once its first report is there; its stderr is a file beside it."""
+    """A long run in a process of its own, once its first report is there; its streams are files beside it."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
-    # A file never fills as a pipe does that nobody reads.
-    with run.with_suffix(".err").open("wb") as told:
-        process = subprocess.Popen(
-            [*program(), "train", *map(str, long)], stderr=told, stdout=subprocess.PIPE
-        )
+    with run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
+        process = preloaded.Process(["-m", "mamlctl", "train", *long], out, err)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():
         assert process.poll() is None, run.with_suffix(".err").read_text()
@@ -375,10 +374,10 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
     assert busy[0] == 5
     assert_two_lines(busy[2], f"is in use by process {process.pid}", "wait for it")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
+    process.wait()
     assert process.returncode == code
     assert "Traceback" not in run.with_suffix(".err").read_text()
-    assert f"mamlctl train --resume {run}".encode() in out
+    assert f"mamlctl train --resume {run}" in run.with_suffix(".out").read_text()
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", number.name)
     step = status["step"]
@@ -398,7 +397,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.wait()
     assert process.returncode == 130
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "left at once")

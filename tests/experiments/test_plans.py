@@ -1,5 +1,6 @@
 """Which rows a plan has, what settings each gets, and that its printed command gives the same ones."""
 
+import functools
 from dataclasses import asdict
 
 import pytest
@@ -21,10 +22,14 @@ def on(row):
     return frozenset(name for name, value in row.values.items() if value)
 
 
+@functools.cache
+def train_command():
+    return get_command(app).commands["train"]
+
+
 def said(arguments):
     """The settings that `mamlctl train` takes these arguments for."""
-    train = get_command(app).commands["train"]
-    values = train.make_context("train", list(arguments)).params
+    values = train_command().make_context("train", list(arguments)).params
     given = {
         name: value for name, value in values.items() if name in asdict(TrainConfig()) and value is not None
     }

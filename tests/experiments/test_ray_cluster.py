@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from helpers import preloaded
 from helpers.trainer_cases import comparable, config_of, make_run, trainer_of
 
 import mamlctl
@@ -52,7 +53,7 @@ def undisturbed(jobs, parent):
     folders = [parent / job.name for job in jobs]
     for command in (Job.train_command, Job.eval_command):
         words = [words for job, folder in zip(jobs, folders, strict=True) if (words := command(job, folder))]
-        children = [subprocess.Popen([sys.executable, "-m", "mamlctl", *each]) for each in words]
+        children = [subprocess.Popen([preloaded.python(), "-m", "mamlctl", *each]) for each in words]
         assert [child.wait() for child in children] == [0] * len(children)
     return folders
 

@@ -55,8 +55,13 @@ def python() -> str:
     launcher = folder / "python"
     launcher.write_text(LAUNCHER.format(python=sys.executable, file=__file__, socket=folder / "socket"))
     launcher.chmod(0o755)
-    command = [sys.executable, "-P", __file__, "serve", str(launcher)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    server = subprocess.Popen(
+        [sys.executable, "-P", __file__, "serve", str(launcher)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+    )
     server.stdout.readline()
     _servers.append(server)
     return str(launcher)
@@ -88,9 +93,12 @@ class Process:
             self.wait()
         return self.returncode
 
-    def wait(self):
+    def wait(self, timeout_s=120):
         if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout_s)[0]:
+                raise TimeoutError(f"process {self.pid} goes on")
             self.returncode = int(self._answers.readline())
+            self._answers.close()
             self._connection.close()
         return self.returncode
 
