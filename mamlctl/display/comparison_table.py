@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mamlctl.core import formatting
+from mamlctl.display.console import encodable
 from mamlctl.report.column_texts import resolve
 from mamlctl.report.columns import Column
 from mamlctl.report.rendered_table import (
@@ -155,6 +156,5 @@ def _wrapped(text: str, width: int | None) -> list[Text]:
 
 
 def _print_line(console: Console, line: Text) -> None:
-    """One line as it is, with a question mark for what the console's encoding lacks."""
-    text = line.plain.encode(console.encoding, "replace").decode(console.encoding)
-    console.print(Text(text, line.style, spans=line.spans), soft_wrap=True, highlight=False)
+    text = Text(encodable(console, line.plain), line.style, spans=line.spans)
+    console.print(text, soft_wrap=True, highlight=False)

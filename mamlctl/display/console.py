@@ -46,7 +46,10 @@ def say(console: Console, *parts: str | tuple[str, str]) -> None:
     line = Text()
     for part in parts:
         text, style = (part, "") if isinstance(part, str) else part
-        # A pipe's encoding may lack a character such as ±; that is no reason to fail.
-        known = formatting.strip_controls(text).encode(console.encoding, "replace").decode(console.encoding)
-        line.append(known, style)
+        line.append(encodable(console, formatting.strip_controls(text)), style)
     console.print(line, soft_wrap=True)
+
+
+def encodable(console: Console, text: str) -> str:
+    """The text with a question mark for what the console's encoding lacks, such as ± in ASCII."""
+    return text.encode(console.encoding, "replace").decode(console.encoding)

@@ -1,4 +1,4 @@
-"""The only place that speaks: events become a live view or plain lines, results become words or JSON."""
+"""Displays of events: a live view on a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mamlctl.core.events import (
 )
 from mamlctl.display.console import say
 from mamlctl.display.grid_view import changed_cells
-from mamlctl.display.training_view import LiveState, advance, render
+from mamlctl.display.live_state import LiveState, advance
+from mamlctl.display.training_view import render
 
 REFRESH_PER_SECOND = 8  # looks fluent; one frame takes 3 to 4 ms of one core
 
@@ -38,9 +39,11 @@ class Display(Protocol):
 
     def __call__(self, event: Event) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: object) -> None:
+        return  # most displays have nothing to close
 
 
 def open_display(console: Console, *, quiet: bool) -> Display:
@@ -54,20 +57,14 @@ def open_display(console: Console, *, quiet: bool) -> Display:
     return PlainDisplay(console)
 
 
-class SilentDisplay:
+class SilentDisplay(Display):
     """Draws nothing."""
 
     def __call__(self, event: Event) -> None:
-        """Nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Nothing."""
+        pass
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """A view that moves in place; notices scroll by above it, its last state stays."""
 
     def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
@@ -91,9 +88,6 @@ class LiveDisplay:
         if not self._live.is_started:
             self._live.start(refresh=True)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
 
@@ -109,33 +103,27 @@ class LiveDisplay:
 
 @dataclass
 class ProgressLog:
-    """What a plain log has said about a piece of work."""
+    """The last line of a plain log about a piece of work."""
 
-    at: float
+    written_at: float  # by the display's clock, in seconds
     tenth: int = 0
-    done: int = 0
+    done: int = 0  # as of the last event, which may have had no line
 
 
 @dataclass
-class PlainDisplay:
+class PlainDisplay(Display):
     """One line per report, for pipes and logs."""
 
     console: Console
     clock: Clock = time.monotonic
     _run: RunStarted | None = None
-    _told: dict[str, ProgressLog] = field(default_factory=dict)
+    _progress: dict[str, ProgressLog] = field(default_factory=dict)
     _grid: GridChanged | None = None
 
     def __call__(self, event: Event) -> None:
         line = self._line(event)
         if line:
             say(self.console, line)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Nothing: every line is flushed when written."""
 
     def _line(self, event: Event) -> str:
         match event:
@@ -151,26 +139,25 @@ class PlainDisplay:
             case ValidationDone():
                 return _validation_line(event, self._run)
             case GridChanged():
-                told, self._grid = changed_cells(self._grid, event), event
-                return "\n".join(told)
+                lines, self._grid = changed_cells(self._grid, event), event
+                return "\n".join(lines)
             case MetaStepDone():
                 return ""
 
     def _progress_line(self, event: Progress) -> str:
         """Empty unless the work takes long and a further tenth of it is done."""
         now = self.clock()
-        told = self._told.get(event.what)
-        if told is None or event.done < told.done:  # begun, or begun again
-            told = self._told[event.what] = ProgressLog(now)
-        told.done = event.done
-        tenth = 10 * event.done // event.total if event.total else told.tenth + 1
-        if now - told.at < PROGRESS_EVERY_S or tenth <= told.tenth:
+        log = self._progress.get(event.what)
+        if log is None or event.done < log.done:  # begun, or begun again
+            log = self._progress[event.what] = ProgressLog(now)
+        log.done = event.done
+        tenth = 10 * event.done // event.total if event.total else log.tenth + 1
+        if now - log.written_at < PROGRESS_EVERY_S or tenth <= log.tenth:
             return ""
-        told.at, told.tenth = now, tenth
+        log.written_at, log.tenth = now, tenth
         share = f"  {100 * event.done // event.total} %" if event.total else ""
-        return (
-            f"{event.what}{share}  {formatting.amount(event.done, event.total, event.unit, event.per_second)}"
-        )
+        amount = formatting.amount(event.done, event.total, event.unit, event.per_second)
+        return f"{event.what}{share}  {amount}"
 
 
 def _run_line(run: RunStarted) -> str:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from mamlctl.core import formatting
+from mamlctl.core.results import Estimate
 from mamlctl.display.console import say, say_table
-
-if TYPE_CHECKING:
-    from mamlctl.core.results import Estimate
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
-    """A row for each setting, then the whole."""
+    """A line per row of the grid, then the whole."""
     heads = ["row", "meta-steps", "a meta-step", "training a cell", "testing it"]
     rows = [
         [
@@ -30,16 +28,16 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     ]
     say_table(console, [heads, *rows], left=1)
     say(console)
-    side = "one after the other" if estimate.workers == 1 else f"{estimate.workers} at a time"
+    pace = "one after the other" if estimate.workers == 1 else f"{estimate.workers} at a time"
     total = f"{estimate.cells} cells, {estimate.meta_steps:,} meta-steps"
     say(
         console,
         (f"{total}: about {formatting.duration(estimate.seconds)}", "bold"),
-        f", {side} on {estimate.device}",
+        f", {pace} on {estimate.device}",
     )
     say(console, f"from {estimate.timed} timed meta-steps of each kind on this machine as it is now")
 
 
 def estimate_document(estimate: Estimate) -> Mapping[str, Any]:
-    """One document with a row for each setting; all times in seconds."""
+    """The estimate for `--json`; all times in seconds."""
     return {"format": 1, **asdict(estimate)}

@@ -13,11 +13,13 @@ from mamlctl.core.events import OVER, CellState, GridChanged
 from mamlctl.display import widgets
 from mamlctl.display.widgets import DIM
 
-CELL = 15  # cells of the screen for one cell of the grid: '▶ 100000 93.1 %'
+CELL = 15  # columns of the terminal for one cell: '▶ 100000 93.1 %'
 
-LABEL = 34  # at most, for a row's name
+LABEL = 34  # columns of the terminal for a row's name, at most
 
-ACCENT, SHORTEST_BAR = "cyan", 10
+ACCENT = "cyan"
+
+SHORTEST_BAR = 10  # columns of the terminal
 
 SIGNS = {
     "waiting": ("·", DIM),
@@ -71,11 +73,11 @@ def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric
     line = Text(f" {formatting.elide_middle(name, label):<{label}}  ")
     for cell in row[:room]:
         sign, style = SIGNS[cell.state]
-        line.append(f"{sign} {_told(cell, metric)}"[:CELL].ljust(CELL + 1), style)
+        line.append(f"{sign} {_state_text(cell, metric)}"[:CELL].ljust(CELL + 1), style)
     return line
 
 
-def _told(cell: CellState, metric: str) -> str:
+def _state_text(cell: CellState, metric: str) -> str:
     score = "" if cell.score is None else formatting.score(metric, cell.score, None, 1)
     match cell.state:
         case "training":
@@ -96,10 +98,13 @@ def _whole_bar(grid: GridChanged, width: int) -> list[Text]:
     total = sum(cell.total_steps for cell in grid.cells)
     done = sum(cell.total_steps if cell.state in OVER else cell.step for cell in grid.cells)
     counts = Counter(cell.state for cell in grid.cells)
-    told = f"{counts['done']}/{len(grid.cells)} done"
-    told += "".join(f", {counts[state]} {state}" for state in ("diverged", "failed") if counts[state])
+    done_of_all = f"{counts['done']}/{len(grid.cells)} done"
+    done_of_all += "".join(f", {counts[state]} {state}" for state in ("diverged", "failed") if counts[state])
     share = done / max(total, 1)
-    left, right = f" {math.floor(100 * share)} %", f"  {formatting.clock(grid.seconds_left)} left  {told}"
+    left, right = (
+        f" {math.floor(100 * share)} %",
+        f"  {formatting.clock(grid.seconds_left)} left  {done_of_all}",
+    )
     room = width - len(left) - len(right) - 2
     if room >= SHORTEST_BAR:
         return [Text.assemble(" ", widgets.bar(share, room, None, ACCENT), left, right)]
@@ -112,17 +117,18 @@ def changed_cells(before: GridChanged | None, now: GridChanged) -> list[str]:
     if before is None:
         over = sum(cell.state in OVER for cell in now.cells)
         lines = [f"{now.title}: {len(now.cells)} cells, {over} over already, {now.workers} at a time"]
-        return lines + [_line(cell, now) for cell in now.cells if cell.state in BUSY]
+        return lines + [_log_line(cell, now) for cell in now.cells if cell.state in BUSY]
     return [
-        _line(cell, now)
+        _log_line(cell, now)
         for cell, old_cell in zip(now.cells, before.cells, strict=True)
         if cell.state != old_cell.state and cell.state != "waiting"
     ]
 
 
-def _line(cell: CellState, grid: GridChanged) -> str:
+def _log_line(cell: CellState, grid: GridChanged) -> str:
     over = sum(other.state in OVER for other in grid.cells)
     score = "" if cell.score is None else f"  {formatting.score(grid.metric, cell.score, None, 1)}"
     what = f"{cell.row}, seed {cell.seed}: {cell.state}"
-    left = f"  {over}/{len(grid.cells)} over, {formatting.clock(grid.seconds_left)} left"
-    return what + (score + left if cell.state in OVER else "")
+    if cell.state not in OVER:
+        return what
+    return f"{what}{score}  {over}/{len(grid.cells)} over, {formatting.clock(grid.seconds_left)} left"

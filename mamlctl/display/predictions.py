@@ -1,4 +1,4 @@
-"""The user's own images told apart, as cells of a table, as lines, and as a document."""
+"""What the user's own images were taken for: a table on a terminal, and a document."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from mamlctl.core.results import ClassifiedImage, ClassifyResult
 from mamlctl.core.statistics import wilson95
 from mamlctl.display.console import say, say_table
 
-
-def cells(result: ClassifyResult, width: int | None) -> list[list[str]]:
-    """A row a file, under a head; files' names are shortened in their middle where `width` is too small."""
-    labelled = any(image.label is not None for image in result.images)
-    rows = [["file", "predicted", "probability", *(["label", ""] if labelled else [])]]
-    rows += [_row(image, labelled) for image in result.images]
-    if labelled:
-        widest = max(len(row[3]) for row in rows)
-        rows = [[*row[:3], row[3].ljust(widest), row[4]] for row in rows]
-    others = [max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:]]
-    room = max(width - sum(others) - 1, 12) if width is not None else None
-    return [[formatting.elide_middle(row[0], room) if room else row[0], *row[1:]] for row in rows]
+# What batch norm means for a user who asks about several images.
+BN_NOTES = {
+    "transductive": "bn transductive: each prediction depends on all the images asked about",
+    "support": "bn support: normalised as the support set; each prediction is independent of the others",
+    "running": "bn running: normalised as in training; each prediction is independent of the others",
+}
 
 
-def _row(image: ClassifiedImage, labelled: bool) -> list[str]:
-    told = [image.file, image.predicted or "-", "-"]
-    if image.probability is not None:
-        told[2] = formatting.percent(image.probability)
-    wrong = image.label is not None and image.predicted is not None and image.predicted != image.label
-    return told + ([image.label or "-", "wrong" if wrong else ""] if labelled else [])
+def show_classify_result(console: Console, result: ClassifyResult) -> None:
+    """How the classes were learnt, a line per image, and what was written."""
+    say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
+    say(console, _head_line(result))
+    if result.images:
+        say(console)
+        say_table(console, _table(result, console.width if console.is_terminal else None), left=2)
+        say(console)
+    problems = [image.problem for image in result.images if image.problem]
+    if problems:
+        problems.append(
+            f"left out: {len(problems)} of {len(result.images)} query images, which cannot be read"
+        )
+    pictures = [f"picture  {file}" for file in result.pictures]
+    written = [f"written to {file}" for file in (result.csv, result.saved) if file]
+    for line in (*problems, _accuracy_line(result), BN_NOTES.get(result.bn, ""), *pictures, *written):
+        if line:
+            say(console, line)
 
 
-def head_line(result: ClassifyResult) -> str:
+def _head_line(result: ClassifyResult) -> str:
     """What the support set is, and how it was learnt."""
     fewest, most = min(result.shots), max(result.shots)
     shots = str(fewest) if fewest == most else f"{fewest} to {most}"
@@ -43,16 +49,31 @@ def head_line(result: ClassifyResult) -> str:
     return f"{len(result.classes)} classes, {each}; {result.head}; {steps}bn {result.bn}"
 
 
-def bn_line(result: ClassifyResult) -> str:
-    """What the statistics mean for who asks about several images."""
-    return {
-        "transductive": "bn transductive: each prediction depends on all the images asked about",
-        "support": "bn support: normalised as the support set; each prediction is independent of the others",
-        "running": "bn running: normalised as in training; each prediction is independent of the others",
-    }.get(result.bn, "")
+def _table(result: ClassifyResult, width: int | None) -> list[list[str]]:
+    """A row per file, under a head; files' names are shortened in their middle where `width` is too small."""
+    labelled = any(image.label is not None for image in result.images)
+    rows = [["file", "predicted", "probability", *(["label", ""] if labelled else [])]]
+    rows += [_image_texts(image, labelled) for image in result.images]
+    if labelled:
+        widest = max(len(row[3]) for row in rows)
+        rows = [[*row[:3], row[3].ljust(widest), row[4]] for row in rows]
+    if width is None:
+        return rows
+    others = [max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:]]
+    room = max(width - sum(others) - 1, 12)
+    return [[formatting.elide_middle(row[0], room), *row[1:]] for row in rows]
 
 
-def accuracy_line(result: ClassifyResult) -> str:
+def _image_texts(image: ClassifiedImage, labelled: bool) -> list[str]:
+    probability = "-" if image.probability is None else formatting.percent(image.probability)
+    texts = [image.file, image.predicted or "-", probability]
+    if labelled:
+        is_wrong = None not in (image.label, image.predicted) and image.predicted != image.label
+        texts += [image.label or "-", "wrong" if is_wrong else ""]
+    return texts
+
+
+def _accuracy_line(result: ClassifyResult) -> str:
     """The share that is right, if any labels are known."""
     if not result.labelled:
         return ""
@@ -63,19 +84,9 @@ def accuracy_line(result: ClassifyResult) -> str:
     return f"accuracy {share}: {result.right} of {result.labelled} ({interval}); chance: {chance}"
 
 
-def left_out_lines(result: ClassifyResult) -> list[str]:
-    """Every file that could not be read, and their number."""
-    problems = [image.problem for image in result.images if image.problem]
-    if problems:
-        problems.append(
-            f"left out: {len(problems)} of {len(result.images)} query images, which cannot be read"
-        )
-    return problems
-
-
 def document(result: ClassifyResult) -> dict[str, Any]:
-    """The whole as one document."""
-    known = result.labelled
+    """Everything about the images, for `--json`; accuracies and probabilities are 0..1."""
+    labelled = result.labelled
     return {
         "format": 1,
         "run": result.run,
@@ -86,19 +97,19 @@ def document(result: ClassifyResult) -> dict[str, Any]:
         "head": result.head,
         "inner_steps": result.inner_steps,
         "bn": result.bn,
-        "predictions": [_entry(image, result.classes) for image in result.images],
+        "predictions": [_image_document(image, result.classes) for image in result.images],
         "unreadable": result.unreadable,
-        "labelled": known,
-        "right": result.right if known else None,
-        "accuracy": result.right / known if known else None,
-        "wilson95": wilson95(result.right, known) if known else None,
+        "labelled": labelled,
+        "right": result.right if labelled else None,
+        "accuracy": result.right / labelled if labelled else None,
+        "wilson95": wilson95(result.right, labelled) if labelled else None,
         "pictures": result.pictures,
         "csv": result.csv,
         "saved": result.saved,
     }
 
 
-def _entry(image: ClassifiedImage, classes: tuple[str, ...]) -> dict[str, Any]:
+def _image_document(image: ClassifiedImage, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "file": image.file,
         "predicted": image.predicted,
@@ -107,23 +118,3 @@ def _entry(image: ClassifiedImage, classes: tuple[str, ...]) -> dict[str, Any]:
         "label": image.label,
         "problem": image.problem,
     }
-
-
-def last_lines(result: ClassifyResult) -> list[str]:
-    """What stands below the table: what was left out, how right it is, what was written."""
-    told = [*left_out_lines(result), accuracy_line(result), bn_line(result)]
-    written = [f"written to {file}" for file in (result.csv, result.saved) if file]
-    return [line for line in (*told, *(f"picture  {file}" for file in result.pictures), *written) if line]
-
-
-def show_classify_result(console: Console, result: ClassifyResult) -> None:
-    """How the classes were learnt, a row for each image, and what was written."""
-    say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
-    say(console, head_line(result))
-    if result.images:
-        say(console)
-        table = cells(result, console.width if console.is_terminal else None)
-        say_table(console, table, left=2)
-        say(console)
-    for line in last_lines(result):
-        say(console, line)

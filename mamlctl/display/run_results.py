@@ -38,11 +38,14 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     for note in result.notes:
         say(console, note)
     say(console)
-    named = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
-    heads = ["model", named, "tasks", "split", "bn", "inner steps"]
-    say_table(console, [heads, *map(_eval_cells, result.rows)], left=2)
+    score_name = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
+    heads = ["model", score_name, "tasks", "split", "bn", "inner steps"]
+    say_table(console, [heads, *map(_eval_texts, result.rows)], left=2)
     say(console)
-    say(console, (f"{named}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"))
+    say(
+        console,
+        (f"{score_name}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"),
+    )
     # Blocks of columns instead of lines that a terminal would break.
     longest = max(len(row.model) for row in result.rows)
     columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
@@ -66,7 +69,7 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         say(console, f"picture  {picture}")
 
 
-def _eval_cells(row: EvalRow) -> list[str]:
+def _eval_texts(row: EvalRow) -> list[str]:
     return [
         row.model,
         formatting.score(row.metric, row.score, row.ci95),

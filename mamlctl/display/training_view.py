@@ -1,112 +1,43 @@
-"""The live view: a state that events advance, and a pure drawing of it for any width and height."""
+"""The drawing of the live view: a pure function of its state, for any width and height."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mamlctl.core import formatting
-from mamlctl.core.events import (
-    Event,
-    GridChanged,
-    MetaStepDone,
-    Notice,
-    Progress,
-    RunStarted,
-    TrainReport,
-    ValidationDone,
-)
+from mamlctl.core.events import RunStarted, TrainReport
 from mamlctl.display import widgets
 from mamlctl.display.grid_view import grid_frame
+from mamlctl.display.live_state import HISTORY, LiveState, Work
 from mamlctl.display.widgets import DIM
 
-HISTORY = 40  # reports that a sparkline remembers: more cells than that say nothing more at a glance
-
-MAX_WIDTH = 140  # beyond it, a row's label and its number are too far apart for the eye
+MAX_WIDTH = 140  # columns: beyond it, a row's label and its number are too far apart for the eye
 
 SMALL = 14  # lines: below it, only the bars and the chart without its title
 
-LABEL = 16  # cells for the name of a bar: 'epoch 1000/1000' and a space
+LABEL = 16  # columns for the name of a bar: 'epoch 1000/1000' and a space
 
-RATES_LABEL = 20
+RATES_LABEL = 20  # columns for the name of a tensor
 
 ORDERS = {True: "first order", False: "second order", None: ""}
 
 NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
 
-ACCENT, BAD, GOOD = "cyan", "bold red", "green"
+ACCENT = "cyan"
+BAD = "bold red"
+GOOD = "green"
 
 # Ends of a colour scale of medium lightness, readable on black and on white.
-COLD, WARM = (90, 130, 190), (0, 175, 135)
-
-HEAT = (215, 120, 30)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A piece of work under way, and when it began."""
-
-    progress: Progress
-    since: float
-
-
-@dataclass(frozen=True)
-class LiveState:
-    """All that a frame shows; times are seconds of one monotonic clock."""
-
-    now: float
-    started: float = 0.0
-    run: RunStarted | None = None
-    step: int = 0
-    epoch: int = 0
-    reports: tuple[TrainReport, ...] = ()  # the latest ones, oldest first
-    validations: tuple[ValidationDone, ...] = ()
-    work: tuple[Work, ...] = ()
-    validation_s: float = 0.0  # how long the last validation took
-    grid: GridChanged | None = None  # of an ablation, whose cells train elsewhere
-
-
-def advance(state: LiveState, event: Event, now: float) -> LiveState:
-    """The state after an event."""
-    match event:
-        case Notice():
-            return state  # printed above the frame, not in it
-        case GridChanged():
-            return replace(state, now=now, grid=event, work=())
-        case Progress():
-            return _worked(state, event, now)
-        case RunStarted():
-            fresh = LiveState(now, now, event, event.first_step)
-            return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
-        case MetaStepDone():
-            return replace(state, now=now, step=event.step, epoch=event.epoch, work=())
-        case TrainReport():
-            return replace(state, now=now, reports=(*state.reports, event)[-HISTORY:], work=())
-        case ValidationDone():
-            took = now - state.work[-1].since if state.work else state.validation_s
-            return replace(
-                state,
-                now=now,
-                validations=(*state.validations, event)[-HISTORY:],
-                work=(),
-                validation_s=took,
-            )
-
-
-def _worked(state: LiveState, event: Progress, now: float) -> LiveState:
-    begun = [work.progress.what for work in state.work]
-    if event.what in begun:
-        work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
-    else:
-        # It began when the event before came, since the first word of it comes after its first part.
-        work = (*state.work, Work(event, state.now))
-    return replace(state, now=now, work=work)
+COLD = (90, 130, 190)
+WARM = (0, 175, 135)
+HEAT = (215, 120, 30)  # the other end for learnt rates
 
 
 def render(state: LiveState, width: int, height: int) -> RenderableType:
@@ -134,11 +65,11 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     if height < SMALL:
         steps = formatting.evenly_spaced(len(report.query_losses), height - 4)
         return [*head[:1], *bars[:2], *_chart(state.reports, run, width, steps)[1:]]
-    numbers, validation = _numbers(state, run, report, width), _validation(state, run, width)
+    numbers, validation = _number_lines(state, run, report, width), _validation_lines(state, run, width)
     losses = len(report.query_losses)
     room = height - len(head) - len(bars) - len(numbers) - len(validation) - 2
     chart = _chart(state.reports, run, width, formatting.evenly_spaced(losses, min(losses, room)))
-    rates = _rates(report, width, room - losses)
+    rates = _rate_lines(report, width, room - losses)
     sections = [head, bars + numbers, chart, validation, rates]
     spare = room - losses - len(rates)
     return _spaced([section for section in sections if section], spare)
@@ -207,12 +138,12 @@ def _bar_line(
     half = "╸" if share * length - full >= 0.5 else ""
     name = Text(what)
     name.truncate(label, overflow="ellipsis", pad=True)
-    # The rest of the bar is a thinner line, so that it can be told apart without colour.
-    rest = "─" * (length - full - len(half))
-    return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (rest, DIM), " ", tail)
+    # What is left to do is a thinner line, so that it can be told apart without colour.
+    thin = "─" * (length - full - len(half))
+    return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (thin, DIM), " ", tail)
 
 
-def _numbers(state: LiveState, run: RunStarted, report: TrainReport, width: int) -> list[Text]:
+def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width: int) -> list[Text]:
     per_step = run.meta_batch_size / report.tasks_per_second if report.tasks_per_second > 0 else math.nan
     rows = [
         [
@@ -228,32 +159,32 @@ def _numbers(state: LiveState, run: RunStarted, report: TrainReport, width: int)
             ("elapsed", formatting.clock(state.now - state.started)),
         ],
     ]
-    return [_columns(row, width) for row in rows]
+    return [_number_line(row, width) for row in rows]
 
 
-def _columns(row: list[tuple[str, str]], width: int) -> Text:
+def _number_line(row: list[tuple[str, str]], width: int) -> Text:
     """Labels and values in columns that stay where they are while the numbers move."""
     line = Text(" ")
     for (label, value), column in zip(row, (22, 20, 19, 16), strict=True):
-        cell = Text.assemble(
+        text = Text.assemble(
             (f"{label} " if label else "", DIM), (value, BAD if value in NOT_FINITE else "bold")
         )
-        cell.truncate(column + max(width - 80, 0) // 6, pad=True)
-        line.append_text(cell)
+        text.truncate(column + max(width - 80, 0) // 6, pad=True)
+        line.append_text(text)
     return line
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Cells that the chart's three drawn columns get."""
+class ChartWidths:
+    """Columns of the terminal for the chart's three drawings."""
 
     loss: int
     accuracy: int  # 0 where there are no classes
     recent: int
 
     @classmethod
-    def of(cls, width: int, run: RunStarted) -> Columns:
-        """What 40 cells of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
+    def of(cls, width: int, run: RunStarted) -> ChartWidths:
+        """What 40 columns of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
         room = max(width - 40, 0)
         recent = min(HISTORY, room * 3 // 10)
         accuracy = (room - recent) * 2 // 5 if run.guesses else 0
@@ -261,20 +192,20 @@ class Columns:
 
 
 def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
-    columns = Columns.of(width, run)
+    widths = ChartWidths.of(width, run)
     chance, accuracy = "mean squared error", ""
     if run.guesses:
         chance = f"┊ chance: {formatting.loss(math.log(run.guesses))}, {formatting.percent(1 / run.guesses)}"
-        accuracy = f"{'accuracy':<{columns.accuracy + 8}}  "
+        accuracy = f"{'accuracy':<{widths.accuracy + 8}}  "
     heads = (
-        f" {'step':>4}  {'weight':<6}  {'query loss':<{columns.loss + 10}}  "
-        f"{accuracy}{'loss history'[: columns.recent]}"
+        f" {'step':>4}  {'weight':<6}  {'query loss':<{widths.loss + 10}}  "
+        f"{accuracy}{'loss history'[: widths.recent]}"
     )
-    rows = [_chart_row(reports, run, columns, step) for step in steps]
+    rows = [_chart_row(reports, run, widths, step) for step in steps]
     return [widgets.rule("Per-step losses", chance, width), Text(heads, DIM), *rows]
 
 
-def _chart_row(reports: Sequence[TrainReport], run: RunStarted, columns: Columns, step: int) -> Text:
+def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, step: int) -> Text:
     report = reports[-1]
     loss = report.query_losses[step]
     # The loss of guessing is always on the scale, so that the bars do not jump while they shrink; for curves
@@ -285,13 +216,13 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, columns: Columns
     colour = widgets.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
     line.append(f"{formatting.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
-    line.append_text(widgets.bar(loss / scale, columns.loss, chance / scale if chance else None, colour))
+    line.append_text(widgets.bar(loss / scale, widths.loss, chance / scale if chance else None, colour))
     if run.guesses:
         accuracy = report.query_accuracies[step]
         line.append(f"  {formatting.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
-        line.append_text(widgets.bar(accuracy, columns.accuracy, 1 / run.guesses, colour))
+        line.append_text(widgets.bar(accuracy, widths.accuracy, 1 / run.guesses, colour))
     history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
-    return line.append("  ").append(widgets.spark(history[max(len(history) - columns.recent, 0) :]), colour)
+    return line.append("  ").append(widgets.spark(history[max(len(history) - widths.recent, 0) :]), colour)
 
 
 def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
@@ -302,7 +233,7 @@ def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
     return [(widgets.block(weight), ACCENT), (f" {weight:.2f}", "")]
 
 
-def _validation(state: LiveState, run: RunStarted, width: int) -> list[Text]:
+def _validation_lines(state: LiveState, run: RunStarted, width: int) -> list[Text]:
     rule = widgets.rule("Validation", f"{run.val_tasks:,} tasks · bn {run.bn} · 95 % interval", width)
     if not state.validations:
         return [rule, Text(" none yet: it comes after every epoch", DIM)]
@@ -320,7 +251,7 @@ def _validation(state: LiveState, run: RunStarted, width: int) -> list[Text]:
     return [rule, line]
 
 
-def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
+def _rate_lines(report: TrainReport, width: int, room: int) -> list[Text]:
     """Learnt inner learning rates, layer by step; nothing where fewer than three tensors would fit."""
     names = list(report.rates)
     if len(names) >= room:
@@ -331,10 +262,10 @@ def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
         return []
     inner_steps = len(report.rates[names[0]])
     columns = formatting.evenly_spaced(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
-    cell = min((width - RATES_LABEL - 2) // len(columns), 14)
+    rate_width = min((width - RATES_LABEL - 2) // len(columns), 14)
     finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
     low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
-    heads = "".join(f" step {column + 1}".rjust(cell, "─") for column in columns)
+    heads = "".join(f" step {column + 1}".rjust(rate_width, "─") for column in columns)
     title = "Learnt inner rates"
     lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
     for row in rows:
@@ -343,6 +274,8 @@ def _rates(report: TrainReport, width: int, room: int) -> list[Text]:
         for column in columns:
             rate = report.rates[names[row]][column]
             share = (rate - low) / span if math.isfinite(rate) else 0.0
-            line.append(f"{widgets.block(share)} {rate:.4f}".rjust(cell), widgets.between(COLD, HEAT, share))
+            line.append(
+                f"{widgets.block(share)} {rate:.4f}".rjust(rate_width), widgets.between(COLD, HEAT, share)
+            )
         lines.append(line)
     return lines

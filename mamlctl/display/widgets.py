@@ -1,4 +1,4 @@
-"""Bars, sparklines, rules and colours, drawn in character cells."""
+"""Bars, sparklines, rules and colours, drawn in characters."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def rule(title: str, note: str, width: int) -> Text:
     return Text.assemble(" ", (title, "bold"), " ", (line, DIM), " ", (note, DIM))
 
 
-def bar(share: float, cells: int, chance: float | None, colour: str) -> Text:
-    """A bar in eighths of a cell, with a mark where chance is, unless it has passed that or nobody knows."""
+def bar(share: float, columns: int, chance: float | None, colour: str) -> Text:
+    """A bar in eighths of a column, with a mark where chance is, unless that is passed or not known."""
     share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
-    eighths = round(share * cells * 8)
+    eighths = round(share * columns * 8)
     full, part = divmod(eighths, 8)
     drawn = "█" * full + (EIGHTHS[part] if part else "")
-    rest = [" "] * (cells - len(drawn))
-    mark = -1 if chance is None else min(int(chance * cells), cells - 1) - len(drawn)
-    if 0 <= mark < len(rest):
-        rest[mark] = "┊"
-    return Text.assemble((drawn, colour), ("".join(rest), DIM))
+    empty = [" "] * (columns - len(drawn))
+    mark = -1 if chance is None else min(int(chance * columns), columns - 1) - len(drawn)
+    if 0 <= mark < len(empty):
+        empty[mark] = "┊"
+    return Text.assemble((drawn, colour), ("".join(empty), DIM))
 
 
 def spark(values: Sequence[float]) -> str:
-    """One block a value, from the least to the greatest; a dot where the value is not finite."""
+    """One block per value, from the least to the greatest; a dot where the value is not finite."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     # A nearly flat history is drawn flat: noise of a few percent is no news.
@@ -50,7 +50,7 @@ def spark(values: Sequence[float]) -> str:
 
 
 def block(share: float) -> str:
-    """A block of that share of a cell's height, at least an eighth."""
+    """A block of that share of a line's height, at least an eighth."""
     return BLOCKS[min(max(int(share * len(BLOCKS)), 0), len(BLOCKS) - 1)]
 
 

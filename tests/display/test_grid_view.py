@@ -6,7 +6,8 @@ import pytest
 
 from mamlctl.core.events import CellState, GridChanged
 from mamlctl.display.grid_view import SIGNS, changed_cells, grid_frame
-from mamlctl.display.training_view import LiveState, render
+from mamlctl.display.live_state import LiveState
+from mamlctl.display.training_view import render
 
 STATES = ("done", "training", "testing", "diverged", "failed", "waiting", "elsewhere")
 

@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from mamlctl.core import formatting
 from mamlctl.core.events import MetaStepDone, Progress
-from mamlctl.display.training_view import LiveState, advance
+from mamlctl.display.live_state import LiveState, advance
 
 SIZES = [(80, 24), (100, 30), (120, 40), (200, 60), (60, 15), (40, 8), (10, 2)]
 

@@ -9,7 +9,8 @@ from io import StringIO
 from rich.console import Console
 
 from mamlctl.core.events import Event, RunStarted, TrainReport, ValidationDone
-from mamlctl.display.training_view import LiveState, advance, render
+from mamlctl.display.live_state import LiveState, advance
+from mamlctl.display.training_view import render
 
 RUN = RunStarted(
     run="runs/omniglot-20w1s-maml++-s0",

@@ -1,0 +1,79 @@
+"""The state of the live view, which events advance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mamlctl.core.events import (
+    Event,
+    GridChanged,
+    MetaStepDone,
+    Notice,
+    Progress,
+    RunStarted,
+    TrainReport,
+    ValidationDone,
+)
+
+HISTORY = 40  # reports that a sparkline remembers: more of its blocks say nothing more at a glance
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work under way, and when it began."""
+
+    progress: Progress
+    since: float
+
+
+@dataclass(frozen=True)
+class LiveState:
+    """All that a frame shows; times are seconds of one monotonic clock."""
+
+    now: float
+    started: float = 0.0
+    run: RunStarted | None = None
+    step: int = 0
+    epoch: int = 0
+    reports: tuple[TrainReport, ...] = ()  # the latest ones, oldest first
+    validations: tuple[ValidationDone, ...] = ()
+    work: tuple[Work, ...] = ()
+    validation_s: float = 0.0  # how long the last validation took
+    grid: GridChanged | None = None  # of an ablation, whose cells train elsewhere
+
+
+def advance(state: LiveState, event: Event, now: float) -> LiveState:
+    """The state after an event."""
+    match event:
+        case Notice():
+            return state  # printed above the frame, not in it
+        case GridChanged():
+            return replace(state, now=now, grid=event, work=())
+        case Progress():
+            return _with_progress(state, event, now)
+        case RunStarted():
+            fresh = LiveState(now, now, event, event.first_step)
+            return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
+        case MetaStepDone():
+            return replace(state, now=now, step=event.step, epoch=event.epoch, work=())
+        case TrainReport():
+            return replace(state, now=now, reports=(*state.reports, event)[-HISTORY:], work=())
+        case ValidationDone():
+            took = now - state.work[-1].since if state.work else state.validation_s
+            return replace(
+                state,
+                now=now,
+                validations=(*state.validations, event)[-HISTORY:],
+                work=(),
+                validation_s=took,
+            )
+
+
+def _with_progress(state: LiveState, event: Progress, now: float) -> LiveState:
+    begun = [work.progress.what for work in state.work]
+    if event.what in begun:
+        work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
+    else:
+        # It began when the event before came, since the first word of it comes after its first part.
+        work = (*state.work, Work(event, state.now))
+    return replace(state, now=now, work=work)
