@@ -1,7 +1,7 @@
 """One concept, one table: an improvement, an algorithm and a data set each take one entry.
 
-A copy of the package gets one entry of each kind; its commands then show, check, plan, train, test and compare
-them without a further edit. (`report/test_columns.py` does the same for a column of the table.)
+A copy of the package gets one entry of each kind; its commands then show, check, plan, train, test and
+compare them without a further edit. (`report/test_columns.py` does the same for a column of the table.)
 """
 
 import json
