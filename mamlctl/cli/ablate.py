@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import planned_grid, run_grid
 from mamlctl.cli.grid_options import PLAN, GridOptions
-from mamlctl.cli.options import with_options, with_settings
+from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from mamlctl.experiments.grid.grid import Grid
 
 
-@with_settings(TrainConfig)
-@with_options(GridOptions)
+@with_options(GridOptions, TrainConfig)
 def ablate(
-    given: dict[str, Any],
+    settings: dict[str, Any],
     options: GridOptions,
     plan: Annotated[
         str | None,
@@ -46,7 +45,7 @@ def ablate(
 ) -> ExitCode:
     """Train and test a grid of improvements, and print its table; a second call goes on where one stopped."""
     options.check()
-    settings = options.command_line_settings(given)
+    settings = options.with_sets(settings)
     if resume is not None:
         planning: dict[str, object] = {"--plan": plan, "--grid": grid, "--order": order}
         return run_grid(_resumed_grid(resume, planning, settings, options), options)

@@ -21,14 +21,21 @@ from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.display.console import show_error
 
-EPILOG = {
-    "train": "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",
-    "eval": "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
-    "mamlctl eval runs/demo --support mine/learn --query mine/ask",
-    "fetch": "Example: mamlctl fetch omniglot --from downloads/",
-    "compare": "Examples: mamlctl compare runs/a runs/b\n\n"
-    "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
-    "ablate": "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3",
+# Each command's function, and the examples at the end of its help.
+COMMANDS = {
+    "train": (train, "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
+    "eval": (
+        evaluate,
+        "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
+        "mamlctl eval runs/demo --support mine/learn --query mine/ask",
+    ),
+    "fetch": (fetch, "Example: mamlctl fetch omniglot --from downloads/"),
+    "compare": (
+        compare,
+        "Examples: mamlctl compare runs/a runs/b\n\n"
+        "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
+    ),
+    "ablate": (ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
 }
 
 app = typer.Typer(
@@ -39,8 +46,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"mamlctl {mamlctl.__version__}")
         raise typer.Exit
 
@@ -54,14 +61,8 @@ def root(
     """Train, evaluate, compare and ablate MAML++ and its relatives."""
 
 
-for name, command in {
-    "train": train,
-    "eval": evaluate,
-    "fetch": fetch,
-    "compare": compare,
-    "ablate": ablate,
-}.items():
-    app.command(name, epilog=EPILOG[name])(command)
+for name, (command, examples) in COMMANDS.items():
+    app.command(name, epilog=examples)(command)
 
 
 def share_the_processor() -> None:
@@ -115,7 +116,4 @@ def _run() -> tuple[int, MamlctlError | None]:
 
 
 def _help_command() -> str:
-    known = {
-        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
-    }
-    return " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in known), "--help"])
+    return " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in COMMANDS), "--help"])

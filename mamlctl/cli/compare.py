@@ -12,7 +12,7 @@ from rich.console import Console
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, GridOptions
-from mamlctl.cli.options import with_options, with_settings
+from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.display.console import say
@@ -27,10 +27,9 @@ TEST_SETTINGS = ("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "b
 TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)
 
 
-@with_settings(TrainConfig)
-@with_options(GridOptions)
+@with_options(GridOptions, TrainConfig)
 def compare(
-    given: dict[str, Any],
+    settings: dict[str, Any],
     options: GridOptions,
     runs: Annotated[
         list[Path] | None,
@@ -47,7 +46,7 @@ def compare(
 ) -> ExitCode:
     """Compare trained runs, or algorithms that are trained first, on the same test tasks."""
     options.check()
-    settings = options.command_line_settings(given)
+    settings = options.with_sets(settings)
     if runs:
         return _compare_runs(runs, _evaluation_settings(settings, options, algos), options)
     if algos is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mamlctl.cli.common_options import OutputOptions, option, unused
-from mamlctl.cli.options import with_options, with_settings
+from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
@@ -58,8 +58,8 @@ class EvaluateOptions(OutputOptions):
         option(OUTPUT, "With --plot and curves: another run to draw beside; repeatable."),
     ] = None
 
-    def problems(self, given: Mapping[str, Any]) -> list[Problem]:
-        """Options and settings (`given`) without effect: (fact, way out) pairs."""
+    def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
+        """Options and settings without effect: (fact, way out) pairs."""
         if self.support is None:
             own = {"--query": self.query, "--csv": self.csv, "--save-adapted": self.save_adapted}
             problems = unused(own, "without --support", "add --support DIR or leave it out")
@@ -70,7 +70,7 @@ class EvaluateOptions(OutputOptions):
             if self.beside and not self.plot:
                 problems.append(("--beside has no effect without --plot", "add --plot or leave it out"))
             return problems
-        of_tasks = {flag(name): True for name in TASK_SETTINGS if name in given}
+        of_tasks = {flag(name): True for name in TASK_SETTINGS if name in settings}
         problems = unused(of_tasks, "with --support, which is one task of your own")
         if self.beside:
             problems.append(("--beside is for curves, and --support holds images", "leave it out"))
@@ -82,10 +82,9 @@ class EvaluateOptions(OutputOptions):
         return problems
 
 
-@with_settings(EvalConfig)
-@with_options(EvaluateOptions)
+@with_options(EvaluateOptions, EvalConfig)
 def evaluate(
-    given: dict[str, Any],
+    settings: dict[str, Any],
     options: EvaluateOptions,
     run: Annotated[Path, typer.Argument(help="Run folder of a training.")],
 ) -> ExitCode:
@@ -93,27 +92,27 @@ def evaluate(
 
     The test: its best checkpoint, and the ensemble of its five best, on the same tasks.
     """
-    if problems := options.problems(given):
+    if problems := options.problems(settings):
         raise SettingsError(problems)
-    settings = EvalConfig(**given)
+    config = EvalConfig(**settings)
     if options.support is None:
-        _test(run, settings, options)
+        _test(run, config, options)
     else:
-        _classify(run, options.support, settings, options)
+        _classify(run, options.support, config, options)
     return ExitCode.OK
 
 
-def _test(run: Path, settings: EvalConfig, options: EvaluateOptions) -> None:
+def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> None:
     """Test the run on tasks of its data set."""
     from mamlctl.experiments.evaluate import evaluate_run
 
     with options.display() as display:
-        result = evaluate_run(run, settings, offline=options.offline, on_event=display)
+        result = evaluate_run(run, config, offline=options.offline, on_event=display)
         if options.plot:
             from mamlctl.experiments.plot import draw
 
             beside = options.beside or []
-            pictures = draw(run, settings, beside, offline=options.offline, on_event=display)
+            pictures = draw(run, config, beside, offline=options.offline, on_event=display)
             result = replace(result, pictures=tuple(map(str, pictures)))
     document = {
         "format": 1,
@@ -126,12 +125,12 @@ def _test(run: Path, settings: EvalConfig, options: EvaluateOptions) -> None:
     options.write(result, document, show_eval_result)
 
 
-def _classify(run: Path, support: Path, settings: EvalConfig, options: EvaluateOptions) -> None:
+def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:
     """Tell the user's own images apart."""
     from mamlctl.experiments.classify import ClassifyRequest, classify_images
 
     queries = [*(options.query or []), *(options.files or [])]
     request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
     with options.display() as display:
-        result = classify_images(run, settings, request, on_event=display)
+        result = classify_images(run, config, request, on_event=display)
     options.write(result, predictions.document(result), predictions.show_classify_result)

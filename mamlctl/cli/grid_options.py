@@ -105,7 +105,7 @@ class GridOptions(SettingsOptions):
             del of_table["--json"]
         return unused(of_table, f"with {flag(dry[0])}, which makes no table") if dry else []
 
-    def command_line_settings(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+    def with_sets(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the command line: flags over --set."""
         return {**self.set_values(), **flags}
 

@@ -32,73 +32,60 @@ FROM_TABLES = {
 }
 
 
-def with_settings(config_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
-    """Give a command one option per field of a settings class; those given reach it as the dict `given`."""
-    types = VALUE_TYPES[config_type]
-    options = []
-    for item in fields(config_type):
-        help_text = _help_of(item, types[item.name].choices)
-        option = typer.Option(help=help_text, rich_help_panel=item.metadata["panel"], show_default=False)
-        kind = types[item.name].kind
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-        options.append(
-            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        )
-    names = [item.name for item in fields(config_type)]
+def with_options(
+    options_type: type, settings_type: type | None = None
+) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
+    """Give a command one option per field of one or two classes.
+
+    Args:
+        options_type: a dataclass of annotated options; reaches the command as `options`.
+        settings_type: a settings class; those given reach the command as the dict `settings`.
+    """
+    option_hints = get_type_hints(options_type, include_extras=True)
+    options = [_parameter(item.name, item.default, option_hints[item.name]) for item in fields(options_type)]
+    settings = [] if settings_type is None else _setting_parameters(settings_type)
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
-        own = get_type_hints(function, include_extras=True)
-        signature = inspect.signature(function)
+        hints = get_type_hints(function, include_extras=True)
         others = [
-            parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in signature.parameters.values()
-            if parameter.name != "given"
-        ]
-        # Help shows panels in the order of their first option, and those of the settings come first.
-        others.sort(key=lambda parameter: _panel_of(parameter) is not None)
-        without_panel = sum(_panel_of(parameter) is None for parameter in others)
-
-        @functools.wraps(function)
-        def command(**values: Any) -> ExitCode:
-            given = {name: value for name in names if (value := values.pop(name)) is not None}
-            return function(given=given, **values)
-
-        parameters = [*others[:without_panel], *options, *others[without_panel:]]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return command
-
-    return decorate
-
-
-def with_options(options_type: type) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
-    """Give a command one option per field of a dataclass of annotated ones; they reach it as `options`."""
-    hints = get_type_hints(options_type, include_extras=True)
-    names = [item.name for item in fields(options_type)]
-
-    def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
-        own = get_type_hints(function, include_extras=True)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters = [
-            parameter.replace(annotation=own[parameter.name], kind=kind)
+            _parameter(parameter.name, parameter.default, hints[parameter.name])
             for parameter in inspect.signature(function).parameters.values()
-            if parameter.name != "options"
+            if parameter.name not in ("options", "settings")
         ]
-        parameters += [
-            inspect.Parameter(item.name, kind, default=item.default, annotation=hints[item.name])
-            for item in fields(options_type)
-        ]
+        others += options
+        # Help shows panels in the order of their first option, and those of the settings come first.
+        bare = [parameter for parameter in others if _panel_of(parameter) is None]
+        parameters = [*bare, *settings, *(other for other in others if _panel_of(other) is not None)]
 
         @functools.wraps(function)
         def command(**values: Any) -> ExitCode:
-            options = options_type(**{name: values.pop(name) for name in names})
-            return function(options=options, **values)
+            if settings_type is not None:
+                given = {setting.name: values.pop(setting.name) for setting in settings}
+                values["settings"] = {name: value for name, value in given.items() if value is not None}
+            values["options"] = options_type(**{option.name: values.pop(option.name) for option in options})
+            return function(**values)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate
+
+
+def _setting_parameters(settings_type: type) -> list[inspect.Parameter]:
+    """One parameter per field of a settings class; None: not given."""
+    parameters = []
+    for item in fields(settings_type):
+        value_type = VALUE_TYPES[settings_type][item.name]
+        help_text = _help_of(item, value_type.choices)
+        option = typer.Option(help=help_text, rich_help_panel=item.metadata["panel"], show_default=False)
+        parameters.append(_parameter(item.name, None, Annotated[value_type.kind | None, option]))
+    return parameters
+
+
+def _parameter(name: str, default: object, annotation: object) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
@@ -114,5 +101,5 @@ def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
 
 
 def _panel_of(parameter: inspect.Parameter) -> str | None:
-    """The help panel that a command's own option asks for; none for an argument or a general option."""
+    """The help panel of an option; none for an argument or a general option."""
     return next((getattr(note, "rich_help_panel", None) for note in parameter.annotation.__metadata__), None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mamlctl.cli.common_options import SettingsOptions, option, typed_command, unused
-from mamlctl.cli.options import with_options, with_settings
+from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
@@ -21,10 +21,9 @@ from mamlctl.settings.presets import to_yaml
 from mamlctl.settings.schema import OUTPUT, TrainConfig
 
 
-@with_settings(TrainConfig)
-@with_options(SettingsOptions)
+@with_options(SettingsOptions, TrainConfig)
 def train(
-    given: dict[str, Any],
+    settings: dict[str, Any],
     options: SettingsOptions,
     print_config: Annotated[
         bool, option(None, "Show every setting and where it comes from, and stop.", "--print-config")
@@ -35,16 +34,18 @@ def train(
 ) -> ExitCode:
     """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has them all on."""
     if print_config and resume is None:
-        return _print_config(_resolve(given, options, here=False))
+        return _print_config(_resolve(settings, options, here=False))
     from mamlctl.experiments import train as training
     from mamlctl.experiments.interrupts import parse_duration
 
     if resume is None:
-        config = _resolve(given, options, here=True).config
+        config = _resolve(settings, options, here=True).config
         run = partial(training.train, config, out=out and out.expanduser())
     else:
         unread = {"--preset": options.preset, "--config": options.config, "--print-config": print_config}
-        run = partial(training.resume, resume, _overrides(resume, given | options.set_values(), out, unread))
+        run = partial(
+            training.resume, resume, _overrides(resume, settings | options.set_values(), out, unread)
+        )
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
     with options.display() as display:
         result = run(
@@ -54,11 +55,11 @@ def train(
     return STOP_EXIT_CODES[result.reason]
 
 
-def _resolve(given: Mapping[str, Any], options: SettingsOptions, *, here: bool) -> Resolved[TrainConfig]:
+def _resolve(settings: Mapping[str, Any], options: SettingsOptions, *, here: bool) -> Resolved[TrainConfig]:
     """`here`: the run is to start on this machine, so that its devices count too."""
     from mamlctl.experiments.settings import resolve_settings
 
-    layers = [*options.file_layers(), ("--set", options.set_values()), ("flag", given)]
+    layers = [*options.file_layers(), ("--set", options.set_values()), ("flag", settings)]
     return resolve_settings(layers, here=here)
 
 

@@ -268,6 +268,17 @@ def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
     assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1: install one release" in came.error
 
 
+def test_a_new_slot_removes_those_of_killed_workers_only(tmp_path, glyphs_root):
+    job = job_of(tmp_path / "run", glyphs_root)
+    held, killed = (WorkerSlot(job, 1, mamlctl.__version__) for _ in range(2))
+    killed._lock.release()  # as the system does
+    new = WorkerSlot(job, 1, mamlctl.__version__)
+    assert [slot._slot.exists() for slot in (held, killed, new)] == [True, False, True]
+    for slot in (held, new):
+        slot.leave()
+        assert not slot._slot.exists()
+
+
 def test_room_counts_whole_jobs_on_each_node():
     nodes = [{"Resources": has} for has in ({"CPU": 8, "GPU": 2}, {"CPU": 3, "GPU": 4}, {"CPU": 64})]
     assert room(nodes, 2, 0) == 4 + 1 + 32
