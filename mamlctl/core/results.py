@@ -89,7 +89,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class ClassifiedImage:
-    """One of the user's own images, as an adapted model takes it."""
+    """One of the user's own images, and the class that an adapted model predicts."""
 
     file: str
     predicted: str | None = None  # None where the file cannot be read
@@ -105,7 +105,7 @@ class ClassifiedImage:
 
 @dataclass(frozen=True)
 class ClassifyResult:
-    """The user's own images told apart, and what was written on the way."""
+    """The user's own images with their predicted classes, and the files that were written."""
 
     run: str
     algo: str
@@ -129,12 +129,12 @@ class ClassifyResult:
 
     @property
     def right(self) -> int:
-        """How many of those are told right."""
+        """How many of those are predicted correctly."""
         return sum(image.label is not None and image.predicted == image.label for image in self.images)
 
     @property
     def unreadable(self) -> int:
-        """Images to be told apart that cannot be read."""
+        """Query images that cannot be read."""
         return sum(image.predicted is None for image in self.images)
 
 

@@ -1,4 +1,4 @@
-"""`eval`: a trained run judged on a fixed list of tasks."""
+"""`eval`: a trained run evaluated on a fixed list of tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mamlctl.settings.schema import EvalConfig
 
 
 def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:
-    """Judge a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
+    """Evaluate a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
 
     Raises what `load_trained_model` does.
     """
@@ -37,20 +37,25 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     scores = _scores(model, settings, on_event)
     rows = _rows(model, settings, scores)
     seconds = time.monotonic() - started
-    document = {"format": 1, "results": [named(row) for row in rows], "protocol": protocol}
-    document |= {"notes": model.notes, "step": model.run.state().step}
-    machine = {"device": device_words(model.device), "seconds": seconds}
-    # The summary last: where it is, the rest is.
+    summary = {
+        "format": 1,
+        "results": [named(row) for row in rows],
+        "protocol": protocol,
+        "notes": model.notes,
+        "step": model.run.state().step,
+        "device": device_words(model.device),
+        "seconds": seconds,
+    }
+    # The summary last: where it is, the rest is complete.
     _write_tasks(folder / "tasks.csv", rows, scores)
-    write_json(folder / "summary.json", document | machine)
-    config = model.config
+    write_json(folder / "summary.json", summary)
     return EvalResult(
-        str(model.run.path),
-        config.dataset,
-        config.algo,
-        str(folder),
-        seconds,
-        tuple(rows),
+        run=str(model.run.path),
+        dataset=model.config.dataset,
+        algo=model.config.algo,
+        folder=str(folder),
+        seconds=seconds,
+        rows=tuple(rows),
         notes=model.notes,
     )
 
@@ -77,26 +82,21 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
 
 
 def _protocol(model: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
-    """All that decides the tasks and how models are judged on them; runs that agree here can be compared."""
+    """All that decides the tasks and the evaluation on them; runs that agree here can be compared."""
     names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
     names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
     protocol: dict[str, Any] = {name: getattr(model.config, name) for name in names}
-    # Where they are set only, so that evaluations made before there were such settings keep their folders.
-    more = ("disjoint", "label_permutations")
-    changed = {
-        name: value for name in more if (value := getattr(settings, name)) != getattr(EvalConfig, name)
+    # Only where they are set, so that evaluations from before there were such settings keep their folders.
+    for name in ("disjoint", "label_permutations"):
+        if getattr(settings, name) != getattr(EvalConfig, name):
+            protocol[name] = getattr(settings, name)
+    return protocol | {
+        "bn": model.bn,
+        "dataset_digest": model.source.digest,
+        "split": settings.split,
+        "tasks": settings.tasks,
+        "inner_steps": model.inner_steps,
     }
-    return (
-        protocol
-        | changed
-        | {
-            "bn": model.bn,
-            "dataset_digest": model.source.digest,
-            "split": settings.split,
-            "tasks": settings.tasks,
-            "inner_steps": model.inner_steps,
-        }
-    )
 
 
 def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
@@ -115,8 +115,8 @@ def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[Eva
     if epochs:
         models.append((f"ensemble-{len(model.states)}", scores.ensemble, tuple(epochs)))
     rows = []
-    for name, right, used in models:
-        per_step = [mean_ci95(column) for column in right.T]
+    for name, scores_TI, used in models:
+        per_step = [mean_ci95(scores_T) for scores_T in scores_TI.T]
         rows.append(
             EvalRow(
                 model=name,
@@ -132,7 +132,7 @@ def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[Eva
 
 
 def _write_tasks(path: Path, rows: Sequence[EvalRow], scores: Scores) -> None:
-    """One line a task: its number and each row's score after the last inner step."""
+    """One line per task: its number and each row's score after the last inner step."""
     columns = [scores.single[0][:, -1], scores.ensemble[:, -1]][: len(rows)]
     with replacing(path) as file:
         file.write(("task," + ",".join(row.model for row in rows) + "\n").encode())

@@ -76,15 +76,14 @@ def list_all(names: Sequence[str], *, data_root: str | None) -> list[dict[str, A
     """Every data set, or those of `names`: what it is, where it comes from, whether it is here and whole."""
     root = folder_of(data_root)
     sets = [find_data_set(name) for name in names] or list(DATA_SETS.values())
-    return [_entry(data_set, root) for data_set in dict.fromkeys(sets)]
+    return [_listed_set(data_set, root) for data_set in dict.fromkeys(sets)]
 
 
-def _entry(data_set: DataSet, root: Path) -> dict[str, Any]:
+def _listed_set(data_set: DataSet, root: Path) -> dict[str, Any]:
     packs = packs_of(data_set.home(root))
-    seen = [verified_at(path) for path in packs]
     # The oldest counts; none where a pack was changed since.
-    known = [moment for moment in seen if moment is not None]
-    verified = min(known) if packs and len(known) == len(packs) else None
+    times = [time for path in packs if (time := verified_at(path)) is not None]
+    verified = min(times) if packs and len(times) == len(packs) else None
     damage = next(filter(None, (_damage(path, data_set.name) for path in packs)), None)
     return {
         "name": data_set.name,

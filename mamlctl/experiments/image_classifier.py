@@ -38,12 +38,12 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 FORMAT = 1  # of the file that `save_adapted` writes
 
-PLAIN = 0.2  # a mean brightness at least so far from the middle tells the colour of the paper
+PLAIN = 0.2  # a mean brightness that is further from the middle than this shows the colour of the paper
 
 
 @dataclass(frozen=True)
 class ImageClassifier:
-    """A run's best checkpoint adapted to the user's own classes."""
+    """A run's best checkpoint, adapted to the user's own classes."""
 
     run: RunFolder
     config: TrainConfig  # complete, with what evaluation replaces
@@ -65,13 +65,13 @@ class ImageClassifier:
         return self.config.evaluation_inner_steps
 
     def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Of every class -> _MN. Raises DivergedError where there are none."""
+        """Of every class -> _MN. Raises DivergedError if they are not finite."""
         scores_MN = self.fitted.scores(_values(self.config, x_MCHW, self.device))
         if not bool(scores_MN.isfinite().all()):
             hint = "use fewer --inner-steps, a lower --inner-lr, or another run"
             raise DivergedError("the adapted model's predictions are not finite", hint=hint)
-        found: NDArray[np.float64] = scores_MN.double().softmax(1).cpu().numpy()
-        return found
+        probability_MN: NDArray[np.float64] = scores_MN.double().softmax(1).cpu().numpy()
+        return probability_MN
 
 
 def adapt_classifier(
@@ -79,14 +79,23 @@ def adapt_classifier(
 ) -> ImageClassifier:
     """Adapt a run's best checkpoint to class folders; the data that it was trained on are not needed.
 
-    `to_save`: as layers. Raises SettingsError for what the run cannot do, DataError for images that are not
-    there, MamlctlError for a damaged run.
+    Args:
+        to_save: the adapted model is to be saved as layers.
+
+    Raises:
+        SettingsError: the run cannot do what the settings ask for.
+        DataError: images are missing or cannot be read.
+        MamlctlError: the run is damaged.
     """
     run = open_run(path)
     if is_curve_family(run.config.dataset):
         fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
         raise SettingsError([(fact, "name a run of images")])
-    config, device = evaluation_setup(run, _independent(run, settings), on_event)
+    if settings.bn is None and run.config.bn == Statistics.OWN.value:
+        # Transductive is the custom of papers, but nobody expects of a classifier that its prediction for one
+        # image depends on the others.
+        settings = replace(settings, bn=Statistics.SUPPORT.value)
+    config, device = evaluation_setup(run, settings, on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
@@ -96,7 +105,7 @@ def adapt_classifier(
     learnt = load_state(run, files[0], settings, shape, device)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
     support = read_support(support_path, read)
-    _tell_of_support(run, support, on_event)
+    _notice_support(run, support, on_event)
     ways = len(support.classes)
     head = _head_words(config, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
@@ -114,28 +123,18 @@ def adapt_classifier(
     return ImageClassifier(run, config, name, support, read, device, fitted, head)
 
 
-def _independent(run: RunFolder, settings: EvalConfig) -> EvalConfig:
-    """The settings with a batch norm that lets no image's prediction depend on the others asked about.
-
-    Unless --bn says otherwise: transductive is the custom of papers, not what anyone expects of a classifier.
-    """
-    if settings.bn is None and run.config.bn == Statistics.OWN.value:
-        return replace(settings, bn=Statistics.SUPPORT.value)
-    return settings
-
-
 def _example_shape(config: TrainConfig) -> tuple[int, int, int]:
     """C, H, W of the run's images."""
-    assert config.channels is not None and config.image_size is not None  # as `complete` leaves them
+    assert config.channels is not None and config.image_size is not None  # `fill_defaults` set them
     return config.channels, config.image_size, config.image_size
 
 
-def _tell_of_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -> None:
+def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -> None:
     for problem in support.unreadable:
         on_event(Notice(f"left out: {problem}"))
     if copies := len(support.digests) - len(set(support.digests)):
         on_event(Notice(f"support files that are copies of another, and count again: {copies}"))
-    # Older runs, which do not tell, had sets with dark ink on white paper.
+    # Runs that do not record it were trained on dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
     own = float(support.x_ECHW.mean() / 255)
     if abs(trained - 0.5) > PLAIN and (own - 0.5) * (trained - 0.5) < 0:
@@ -145,7 +144,7 @@ def _tell_of_support(run: RunFolder, support: SupportImages, on_event: OnEvent) 
 
 
 def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
-    """What tells so many classes apart. Raises SettingsError where the run's head cannot be made to."""
+    """What tells `ways` classes apart. Raises SettingsError if the run's head cannot be resized to them."""
     match ALGORITHMS[config.algo].classifier:
         case "prototypes":
             return "prototypes: the mean features of each class"
@@ -159,19 +158,15 @@ def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
     if ways > config.ways and not adapted:
         fact = f"there are {ways} classes, but the run learnt a head for {config.ways}, which is not adapted"
         raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
-    some = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
-    return f"the learnt head of {config.ways} classes, {some}"
+    rows = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
+    return f"the learnt head of {config.ways} classes, {rows}"
 
 
 def _episode(config: TrainConfig, support: SupportImages, device: torch.device) -> Episodes:
     """The support set as a task without queries."""
     x_ECHW = _values(config, support.x_ECHW, device)
-    y_E, steps, size = (
-        torch.from_numpy(support.y_E).to(device),
-        config.evaluation_inner_steps,
-        config.eval_inner_batch,
-    )
-    batches_TIB = None
+    y_E = torch.from_numpy(support.y_E).to(device)
+    steps, size, batches_TIB = config.evaluation_inner_steps, config.eval_inner_batch, None
     if size is not None and size < len(y_E):
         batches = mini_batches(config.eval_seed, "own batches", 0, len(y_E), steps, size)
         batches_TIB = torch.from_numpy(batches).to(device).unsqueeze(0)
@@ -191,12 +186,12 @@ def _values(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device
 
 
 def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
-    """Write weights that torch's own layers load, and all else that predicting without mamlctl takes."""
+    """Write weights that torch's own layers load, and whatever else predicting without mamlctl needs."""
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
     config, read = model.config, model.read
     colours = config.normalize == "imagenet"
-    named = ("net", "filters", "hidden", "pooling", "readout", "activation")
+    names = ("algo", "net", "filters", "hidden", "pooling", "readout", "activation")
     content: dict[str, Any] = {
         "format": FORMAT,
         "classes": list(model.support.classes),
@@ -206,11 +201,11 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
         "ink": config.ink,  # a pixel is value / 255, and with ink 1 one minus that,
         "mean": list(IMAGENET_MEAN) if colours else [0.0],  # less the mean,
         "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],  # over the deviation
-        "settings": {name: getattr(config, name) for name in named} | {"algo": config.algo},
+        "settings": {name: getattr(config, name) for name in names},
         "weights": plain_weights(model.fitted),
     }
     # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
-    whole = io.BytesIO()
-    torch.save(content, whole)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as file:
-        file.write(whole.getbuffer())
+        file.write(buffer.getbuffer())

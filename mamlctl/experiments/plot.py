@@ -16,10 +16,9 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
-from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Tasks
+from mamlctl.data.tasks.episodes import Episodes, MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.prediction import adapted
-from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import resume, train
@@ -30,33 +29,13 @@ from mamlctl.run_folder import open_run
 from mamlctl.settings.schema import EvalConfig
 
 TASKS = 3  # of each kind in a picture
-
 POINTS = 200  # of a drawn curve
-
 STEPS = (0, 1, 5, 10)  # inner steps whose curves are drawn, as in MAML's own picture
 
 # What a pre-trained start shares with the run that it stands beside.
-SHARED: tuple[str, ...] = (
-    "dataset",
-    "shots",
-    "queries",
-    "net",
-    "hidden",
-    "activation",
-    "meta_batch_size",
-    "epochs",
-)
-
-SHARED += (
-    "steps_per_epoch",
-    "val_tasks",
-    "precision",
-    "seed",
-    "init_seed",
-    "train_seed",
-    "eval_seed",
-    "inner_lr",
-)
+SHARED: tuple[str, ...] = ("dataset", "shots", "queries", "net", "hidden", "activation", "inner_lr")
+SHARED += ("meta_batch_size", "epochs", "steps_per_epoch", "val_tasks", "precision")
+SHARED += ("seed", "init_seed", "train_seed", "eval_seed")
 
 
 def draw(
@@ -64,9 +43,13 @@ def draw(
 ) -> list[Path]:
     """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
 
-    `beside`: runs whose curves stand beside this one's; without any, a start pre-trained on all curves by as
-    many meta-steps is made and kept in plots/. Raises what `load_trained_model` and `train` do,
-    KeyboardInterrupt or SystemExit when that pre-training is stopped.
+    Args:
+        beside: runs whose curves are drawn beside this one's; without any, a start is pre-trained on all
+            curves for as many meta-steps, and kept in plots/.
+
+    Raises:
+        MamlctlError: what `load_trained_model` and `train` raise.
+        KeyboardInterrupt, SystemExit: that pre-training was stopped.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
@@ -93,27 +76,27 @@ def draw(
         figures["training"] = run_figures.training(reports, validations, metric_of(model.config.dataset))
     state = model.states[0]
     if state.rates_learnt:
-        learnt = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
-        figures["rates"] = run_figures.rates(learnt, name)
+        rates = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
+        figures["rates"] = run_figures.rates(rates, name)
     return [file for stem, figure in figures.items() for file in save(figure, folder / stem)]
 
 
 def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
-    """A pre-trained run with as many meta-steps, made once; one that was stopped goes on."""
-    given: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
+    """A pre-trained run with as many meta-steps, made once; one that was stopped is resumed."""
+    options: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).state().status == "finished":
         return path
     on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
     if path.is_dir():
-        result = resume(path, {}, **given)
+        result = resume(path, {}, **options)
     else:
         values = {name: getattr(model.run.config, name) for name in SHARED} | {"device": model.config.device}
-        wanted = {name: value for name, value in values.items() if value is not None}
+        layer = {name: value for name, value in values.items() if value is not None}
         pretraining = (
             name for name, entry in ALGORITHMS.items() if entry.start == "pre-trained" and entry.on_curves
         )
-        layer = wanted | {"algo": next(pretraining), "report_every": 1000}
-        result = train(resolve_settings([("run", layer)]).config, out=path, **given)
+        layer |= {"algo": next(pretraining), "report_every": 1000}
+        result = train(resolve_settings([("run", layer)]).config, out=path, **options)
     if result.reason == "SIGINT":
         raise KeyboardInterrupt
     if result.reason:
@@ -122,50 +105,40 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
 
 
 def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
-    """A row a task of the first run: each start, and a random one, before and after adaptation."""
+    """A row per task of the first run: each start, and a random one, before and after adaptation."""
     first = models[0]
-    starts = [(f"{ALGORITHMS[run.config.algo].start} ({run.config.algo})", run) for run in models]
-    if not any(title.startswith("random") for title, _ in starts):
-        scratch = replace(first, predict=adapted, states=[_random_start(first)], stream=_bare(first.stream))
-        starts.append(("random start", scratch))
-    stream = _bare(first.stream)
+    stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
     assert isinstance(stream, CurveStream)
-    return [[_panel(run, stream, task, title) for title, run in starts] for task in range(TASKS)]
-
-
-def _bare(stream: Tasks) -> Tasks:
-    """The stream without its mini-batches."""
-    return stream.stream if isinstance(stream, MiniBatches) else stream
-
-
-def _random_start(model: TrainedModel) -> MetaState:
-    _, state = build(model.config, model.source.example_shape, model.device)
-    return state
+    starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
+    if not any(title.startswith("random") for title, _ in starts):
+        _, state = build(first.config, first.source.example_shape, first.device)
+        scratch = replace(first, predict=adapted, states=[state], stream=stream)
+        starts.append(("random start", scratch))
+    return [[_panel(model, stream, task, title) for title, model in starts] for task in range(TASKS)]
 
 
 def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
     """The curve of one task, and what a start makes of it."""
-    own = model.stream
     # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
-    seen_by = MiniBatches(stream, max(STEPS), own.size) if isinstance(own, MiniBatches) else stream
-    episodes = seen_by.episodes(task, 1)
+    batches = model.stream
+    tasks = MiniBatches(stream, max(STEPS), batches.size) if isinstance(batches, MiniBatches) else stream
+    episodes = tasks.episodes(task, 1)
     low, high = stream.family.window
     x = np.linspace(low, high, POINTS)
     truth = stream.curve(task, x)
-    like = episodes.support_x_TECHW
-    seen = replace(
+    support_x_TED = episodes.support_x_TECHW
+    on_curve = replace(
         episodes,
-        query_x_TECHW=torch.from_numpy(x).to(like).view(1, -1, 1),
-        query_y_TE=torch.from_numpy(truth).to(like).view(1, -1),
+        query_x_TECHW=torch.from_numpy(x).to(support_x_TED).view(1, -1, 1),
+        query_y_TE=torch.from_numpy(truth).to(support_x_TED).view(1, -1),
     )
-    most = max(STEPS)
-    outputs_ITEN = _outputs(model, seen, most)
+    outputs_ITEN = _outputs(model, on_curve, max(STEPS))
     curves = []
     for steps in STEPS:
         y = outputs_ITEN[steps, 0, :, 0].double().cpu().numpy()
         curves.append(run_figures.Curve(steps, y, float(((y - truth) ** 2).mean())))
     support_x, support_y = (
-        part[0].flatten().double().cpu().numpy() for part in (like, episodes.support_y_TE)
+        part[0].flatten().double().cpu().numpy() for part in (support_x_TED, episodes.support_y_TE)
     )
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
 

@@ -45,8 +45,12 @@ class TrainedModel:
     predict: Predict
     states: Sequence[MetaState]  # best first
     epochs: Sequence[int]  # of the states; empty before any validation
-    inner_steps: int
     notes: tuple[str, ...] = ()  # what a reader of the results must know
+
+    @property
+    def inner_steps(self) -> int:
+        """Taken on every support set."""
+        return self.config.evaluation_inner_steps
 
     @property
     def statistics(self) -> Statistics:
@@ -60,9 +64,12 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> TrainedModel:
-    """Open a run as the settings ask for.
+    """Open a run for an evaluation.
 
-    Raises SettingsError, DataError, and MamlctlError for a run or checkpoint that is absent or damaged.
+    Raises:
+        SettingsError: the run cannot be evaluated with these settings.
+        DataError: its data are missing or damaged.
+        MamlctlError: the run or a checkpoint is missing or damaged.
     """
     run = open_run(path)
     config, device = evaluation_setup(run, settings, on_event)
@@ -77,25 +84,24 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
-    known = run.environment().get("dataset_digest", source.digest)
+    trained_on = run.environment().get("dataset_digest", source.digest)
     notes = _notes(fill_defaults(run.config), config) + _notes_of_tasks(stream, settings)
-    if settings.dataset is None and source.digest != known:
+    if settings.dataset is None and source.digest != trained_on:
         notes += ("these data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return TrainedModel(
-        run,
-        config,
-        source,
-        stream,
-        device,
-        select_derivatives(net, states[0].example_tensor, config.engine),
-        ALGORITHMS[config.algo].predict(config),
-        states,
-        epochs,
-        config.evaluation_inner_steps,
-        notes,
+        run=run,
+        config=config,
+        source=source,
+        stream=stream,
+        device=device,
+        derivatives=select_derivatives(net, states[0].example_tensor, config.engine),
+        predict=ALGORITHMS[config.algo].predict(config),
+        states=states,
+        epochs=epochs,
+        notes=notes,
     )
 
 
@@ -160,26 +166,26 @@ def load_state(
 def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
     """The run's settings, with those that only evaluation reads replaced."""
     names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
-    given = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
-    judged = replace(trained, **{name: value for name, value in given.items() if value is not None})
+    values = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
+    config = replace(trained, **{name: value for name, value in values.items() if value is not None})
     if settings.dataset is None:
-        return judged
-    # What belongs to a data set is the other one's; what the network takes stays. Of the user's own images
-    # nobody knows which value ink should have: the run's.
+        return config
+    # What belongs to a data set is the other one's; what the network takes stays. The user's own images and
+    # curves do not say which value ink should have: it stays the run's.
     own = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
-        judged,
+        config,
         dataset=absolute_data_set(settings.dataset),
         split_scheme=None,
         split_fractions=None,
         resize=None,
         rotations=None,
-        ink=judged.ink if own else None,
+        ink=config.ink if own else None,
     )
 
 
 def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
-    """Why a run cannot be judged on another data set: (fact, way out) pairs."""
+    """Why a run cannot be evaluated on another data set: (fact, way out) pairs."""
     if settings.dataset is None:
         return []
     if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
@@ -228,14 +234,13 @@ def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
     """The state with the inner rates that the settings leave or replace. Raises SettingsError."""
     rates = state.rates
     if settings.adapts is not None:
-        wanted = adapted_names(state.slow, settings.adapts)
-        if state.rates_learnt and not set(wanted) <= rates.keys():
+        names = adapted_names(state.slow, settings.adapts)
+        if state.rates_learnt and not set(names) <= rates.keys():
             fact = f"--adapts is {settings.adapts}, but the run learnt no rates for that"
             raise SettingsError([(fact, "leave it out")])
         rate = next(iter(rates.values()))
-        rates = {name: rates.get(name, rate) for name in wanted}
-    if settings.inner_lr is not None:
-        lr = settings.inner_lr
+        rates = {name: rates.get(name, rate) for name in names}
+    if (lr := settings.inner_lr) is not None:
         rates = {name: torch.full_like(rate, lr) for name, rate in rates.items()}
     return replace(state, rates=rates)
 
