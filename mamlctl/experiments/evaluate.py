@@ -17,7 +17,7 @@ from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
-from mamlctl.engine.evaluation.evaluator import Scores, evaluate
+from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.settings.schema import EvalConfig
 
@@ -67,10 +67,7 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
         model.derivatives,
         model.states,
         model.stream if orders == 1 else LabelPermutations(model.stream, orders),
-        tasks=settings.tasks * orders,
-        inner_steps=model.inner_steps,
-        statistics=model.statistics,
-        predict=model.predict,
+        EvaluationPlan(settings.tasks * orders, model.inner_steps, model.statistics, model.predict),
         on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
     )
     if orders == 1:

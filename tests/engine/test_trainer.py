@@ -1,5 +1,7 @@
 """A run stopped anywhere and resumed is, to the bit, the run that nobody stopped."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers.trainer_cases import CPU, comparable, config_of, make_run, trainer_
 
 from mamlctl.core.errors import DivergedError, MamlctlError
 from mamlctl.core.events import MetaStepDone, TrainReport, ValidationDone
-from mamlctl.engine.evaluation.evaluator import evaluate
+from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
 from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
@@ -130,9 +132,7 @@ def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
         trainer.derivatives,
         [trainer.state],
         trainer.streams["val"],
-        tasks=10,
-        inner_steps=3,
-        statistics=Statistics.OWN,
+        EvaluationPlan(10, 3, Statistics.OWN),
     )
     assert scores.single[0][:, -1].mean() == pytest.approx(content["val_score"], abs=1e-12)
     assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one is that one"
@@ -228,8 +228,9 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
         return real(derivatives, state, episodes, **named)
 
     real = adapted
-    named = {"tasks": 10, "inner_steps": 3, "statistics": Statistics.OWN}
-    judged = trainer.derivatives, [trainer.state], trainer.streams["val"]
-    wanted = evaluate(*judged, **named)
-    assert np.array_equal(evaluate(*judged, **named, predict=small_device).ensemble, wanted.ensemble)
+    plan = EvaluationPlan(10, 3, Statistics.OWN)
+    models = trainer.derivatives, [trainer.state], trainer.streams["val"]
+    at_once = evaluate(*models, plan)
+    chunked = evaluate(*models, replace(plan, predict=small_device))
+    assert np.array_equal(chunked.ensemble, at_once.ensemble)
     assert asked == [10, 5, 3, 3, 3, 1]

@@ -10,7 +10,7 @@ from helpers.shared import ignore
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.tasks.label_permutations import LabelPermutations
-from mamlctl.engine.evaluation.evaluator import evaluate
+from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -136,10 +136,7 @@ def test_one_order_is_the_evaluation_as_it_was(trained):
         opened.derivatives,
         opened.states,
         opened.stream,
-        tasks=TASKS,
-        inner_steps=opened.inner_steps,
-        statistics=opened.statistics,
-        predict=opened.predict,
+        EvaluationPlan(TASKS, opened.inner_steps, opened.statistics, opened.predict),
     )
     result, _, summary = scores_of(trained("maml"))
     assert result.rows[0].per_step == pytest.approx(scores.single[0].mean(0), abs=0)

@@ -26,6 +26,16 @@ class Scores:
     ensemble: NDArray[np.float64]  # of the averaged class scores or values
 
 
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """On how many tasks models are evaluated, and how they adapt and predict."""
+
+    tasks: int  # number 0 .. tasks - 1 of the stream
+    inner_steps: int
+    statistics: Statistics
+    predict: Predict = adapted
+
+
 class Stopped(Exception):
     """Evaluation was asked to stop before its end."""
 
@@ -35,34 +45,46 @@ def evaluate(
     derivatives: Derivatives,
     states: Sequence[MetaState],
     stream: Tasks,
+    plan: EvaluationPlan,
     *,
-    tasks: int,
-    inner_steps: int,
-    statistics: Statistics,
-    predict: Predict = adapted,
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Scores:
-    """Adapt every model to tasks 0 .. tasks-1 of the stream, as `predict` does, and judge its predictions.
+    """Adapt every model to tasks of the stream, and score its predictions. Nothing stored changes.
 
-    The ensemble averages raw class scores over models, as the published code does. Nothing stored changes.
-    Raises Stopped when `should_stop` says so between two chunks, DivergedError when a prediction is not
-    finite: the largest of NaNs is no prediction, MamlctlError when a CUDA device has no memory for a task.
+    Args:
+        derivatives: of the network for the stream's ways.
+        states: one model each; the ensemble averages their raw class scores, as the published code does.
+        stream: where the tasks come from.
+        plan: how many tasks, and how to adapt and predict.
+        on_progress: called with the number of tasks done, after each chunk of them.
+        should_stop: asked in front of each chunk.
+
+    Raises:
+        Stopped: when `should_stop` says so.
+        DivergedError: a prediction is not finite; the largest of NaNs is not a prediction.
+        MamlctlError: a CUDA device has no memory for one task.
     """
     states = [state.frozen() for state in states]
     single: list[list[torch.Tensor]] = [[] for _ in states]
     ensemble: list[torch.Tensor] = []
-    along = stream.shots if statistics is Statistics.SUPPORT else 0
+    along = stream.shots if plan.statistics is Statistics.SUPPORT else 0
     examples = stream.ways * max(stream.shots, stream.queries + along)
-    chunk = min(tasks, tasks_per_pass(derivatives.net, examples, stream.device))
+    chunk = min(plan.tasks, tasks_per_pass(derivatives.net, examples, stream.device))
     first = 0
-    while first < tasks:
+    while first < plan.tasks:
         if should_stop():
             raise Stopped
-        episodes = stream.episodes(first, min(chunk, tasks - first))
+        episodes = stream.episodes(first, min(chunk, plan.tasks - first))
         try:
             per_model = [
-                predict(derivatives, state, episodes, inner_steps=inner_steps, statistics=statistics)
+                plan.predict(
+                    derivatives,
+                    state,
+                    episodes,
+                    inner_steps=plan.inner_steps,
+                    statistics=plan.statistics,
+                )
                 for state in states
             ]
         except torch.OutOfMemoryError as error:

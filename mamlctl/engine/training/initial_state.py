@@ -10,9 +10,10 @@ from torch import Tensor
 from mamlctl.core.errors import SettingsError
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
+from mamlctl.engine.evaluation.evaluator import EvaluationPlan
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
-from mamlctl.engine.nets.batch_norm import init_params, init_running
+from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
 from mamlctl.engine.nets.factory import NETS
 from mamlctl.settings.schema import TrainConfig
 
@@ -62,6 +63,12 @@ def build(
 def evaluation_net(config: TrainConfig, net: Net) -> Net:
     """The network for a task's classes, where training has another head."""
     return with_outputs(net, config.ways) if net.objective is CLASSIFICATION else net
+
+
+def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:
+    """How a run of these settings is evaluated, on so many tasks."""
+    predict = ALGORITHMS[config.algo].predict(config)
+    return EvaluationPlan(tasks, config.evaluation_inner_steps, Statistics(config.bn), predict)
 
 
 def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: str) -> list[str]:

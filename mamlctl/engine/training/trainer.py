@@ -24,10 +24,9 @@ from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
-from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
-from mamlctl.engine.training.initial_state import evaluation_net
+from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
 from mamlctl.settings.schema import TrainConfig
 
@@ -121,9 +120,8 @@ class Trainer:
         self.meta_step = MetaStep(config, net, state)
         self.device = self.meta_step.device
         self.runner = runner_of(self.meta_step, on_failure=self._not_captured)
-        entry = ALGORITHMS[config.algo]
-        self.predict = entry.predict(config)
-        self.unrolls = entry.unrolls
+        self.plan = evaluation_plan(config, config.val_tasks)
+        self.unrolls = ALGORITHMS[config.algo].unrolls
         self.derivatives = select_derivatives(
             evaluation_net(config, net), state.example_tensor, config.engine
         )
@@ -243,10 +241,7 @@ class Trainer:
             self.derivatives,
             [self.state],
             self.streams["val"],
-            tasks=config.val_tasks,
-            inner_steps=config.evaluation_inner_steps,
-            statistics=Statistics(config.bn),
-            predict=self.predict,
+            self.plan,
             on_progress=self._validated_some,
             should_stop=lambda: bool(self._stop()),
         ).single[0]

@@ -17,15 +17,13 @@ from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
-from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_words, open_device, tensor_dtype
 from mamlctl.engine.evaluation.evaluator import evaluate
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.cuda_graphs import Captured, runner_of
-from mamlctl.engine.training.initial_state import build, evaluation_net
+from mamlctl.engine.training.initial_state import build, evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.engine.training.schedules import first_order_at
 from mamlctl.engine.training.trainer import KEPT
@@ -158,10 +156,7 @@ def _some_tasks(config: TrainConfig, net: Net, state: MetaState, stream: Tasks) 
         select_derivatives(evaluation_net(config, net), state.example_tensor, config.engine),
         [state],
         stream,
-        tasks=TASKS,
-        inner_steps=config.evaluation_inner_steps,
-        statistics=Statistics(config.bn),
-        predict=ALGORITHMS[config.algo].predict(config),
+        evaluation_plan(config, TASKS),
     )
 
 
