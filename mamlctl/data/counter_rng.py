@@ -46,9 +46,9 @@ def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """
     if count < keys.shape[-1]:
         # Which positions argpartition finds is certain, since 64-bit keys do not tie; their order is not.
-        found = np.argpartition(keys, count - 1, axis=-1)[..., :count]
-        order = np.argsort(np.take_along_axis(keys, found, axis=-1), axis=-1)
-        return np.take_along_axis(found, order, axis=-1)
+        positions = np.argpartition(keys, count - 1, axis=-1)[..., :count]
+        order = np.argsort(np.take_along_axis(keys, positions, axis=-1), axis=-1)
+        return np.take_along_axis(positions, order, axis=-1)
     return np.argsort(keys, axis=-1)
 
 

@@ -26,9 +26,9 @@ from mamlctl.data.fetching.responses import (
     MirrorUnusable,
     Patience,
     extent,
-    network_failures_told,
-    shown,
+    network_failures_as_reasons,
     validator_of,
+    without_password,
 )
 from mamlctl.data.reading.archives import html_page
 
@@ -121,7 +121,7 @@ def _download(
     from requests import Session
 
     target = folder / source.file
-    with _disk_failures_told(folder):
+    with _disk_failures_as_data_errors(folder):
         if target.is_file() and _md5(target) == source.md5:
             return target  # of a fetch that failed later
         with Session() as session:
@@ -140,7 +140,7 @@ def _download(
 
 
 @contextmanager
-def _disk_failures_told(folder: Path) -> Iterator[None]:
+def _disk_failures_as_data_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # the network's failures have become other types by now
@@ -154,17 +154,21 @@ def _from_any(job: _Job, urls: Sequence[str], hint: str) -> None:
     reasons: list[str] = []
     for url in dict.fromkeys(urls):
         if reasons:
-            job.on_event(Notice(f"{reasons[-1]}; trying {shown(url)}"))
+            job.on_event(Notice(f"{reasons[-1]}; trying {without_password(url)}"))
         try:
             _from_one(job, url)
             return
         except MirrorUnusable as refusal:
-            reasons.append(f"{shown(url)} {refusal}")
+            reasons.append(f"{without_password(url)} {refusal}")
     raise DataError(f"cannot download {job.source.file}: {'; '.join(reasons)}", hint=hint)
 
 
 def _from_one(job: _Job, url: str) -> None:
-    """Try one mirror again and again, each time from where the last try ended."""
+    """Try one mirror again and again, each time from where the last try ended.
+
+    Not by urllib3's Retry: it repeats only what fails before the first byte of the body, without a notice and
+    the first time at once; and it waits for as long as a server asks, where we take the next mirror.
+    """
     patience, failures, furthest = job.patience, 0, job.part.size
     while True:
         try:
@@ -177,7 +181,7 @@ def _from_one(job: _Job, url: str) -> None:
             pause = max(dropped.pause_s, patience.pause_s * 2 ** (failures - 1))
             if failures >= patience.tries or dropped.pause_s > patience.longest_pause_s:
                 raise MirrorUnusable(str(dropped)) from dropped
-            job.on_event(Notice(f"{shown(url)} {dropped}; trying again in {pause:.3g} s"))
+            job.on_event(Notice(f"{without_password(url)} {dropped}; trying again in {pause:.3g} s"))
             time.sleep(pause)
 
 
@@ -187,10 +191,10 @@ def _try(job: _Job, url: str) -> None:
     Raises Dropped, MirrorUnusable or the disk's OSError.
     """
     source, part = job.source, job.part
-    begin = asked = part.size
+    begin = start = part.size
     if not part.is_whole(source.bytes):
-        with network_failures_told(job.patience), _answer(job, url, asked) as answer:
-            begin = _receive(job, url, answer, asked)
+        with network_failures_as_reasons(job.patience), _answer(job, url, start) as answer:
+            begin = _receive(job, url, answer, start)
     if _md5(part.path) != source.md5:
         part.drop()
         if begin:  # the rest may be of another version than the beginning: the next try is of one piece
@@ -199,28 +203,28 @@ def _try(job: _Job, url: str) -> None:
 
 
 @contextmanager
-def _answer(job: _Job, url: str, asked: int) -> Iterator[Response]:
+def _answer(job: _Job, url: str, start: int) -> Iterator[Response]:
     # Not compressed on the way, since the part holds the bytes as they came.
     headers = {"Accept-Encoding": "identity", "User-Agent": f"mamlctl/{__version__}"}
-    if asked:
-        headers["Range"] = f"bytes={asked}-"
-        if validator := job.part.validator(shown(url)):
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if validator := job.part.validator(without_password(url)):
             headers["If-Range"] = validator  # a file that has changed comes whole
     with job.session.get(url, headers=headers, stream=True, timeout=job.patience.timeout_s) as answer:
         yield answer
 
 
-def _receive(job: _Job, url: str, answer: Response, asked: int) -> int:
+def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
     """Bring the part to its end -> where in the file the answer began, 0 if the server does not go on."""
     source, part = job.source, job.part
-    begin, total = extent(answer, asked)
+    begin, total = extent(answer, start)
     other = begin > 0 and None not in (total, part.total) and total != part.total
-    if begin not in (0, asked) or other:
+    if begin not in (0, start) or other:
         part.drop()
         raise Dropped(DOES_NOT_FIT)
     first = answer.raw.read(BEGINNING, decode_content=False)
     # What has arrived, without waiting for more: a connection that stalls takes none of it along.
-    rest = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
+    chunks = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
     # Before the length and the checksum, which would only say that they differ; and before the first byte is
     # written, so that a page for people costs nothing of what an earlier try left.
     if page := html_page(first):
@@ -229,9 +233,9 @@ def _receive(job: _Job, url: str, answer: Response, asked: int) -> int:
         raise MirrorUnusable(f"has {total:,} bytes instead of {source.bytes:,}")
     whole = total or source.bytes
     _refuse_full(part.path.parent, source.file, (whole or 0) - begin)
-    part.begin(begin, shown(url), validator_of(answer), whole)
+    part.begin(begin, without_password(url), validator_of(answer), whole)
     meter = _Meter(f"download {source.file}", begin, whole or 0, job.on_event)
-    part.append(itertools.chain([first], rest), meter.at)
+    part.append(itertools.chain([first], chunks), meter.at)
     meter.at(part.size, last=True)
     if whole is not None and part.size < whole:
         raise Dropped(f"sent {part.size:,} of {whole:,} bytes")

@@ -29,18 +29,18 @@ class Part:
     @property
     def total(self) -> int | None:
         """How long the whole will be, as its server told."""
-        found = self._facts().get("total")
-        return found if isinstance(found, int) else None
+        total = self._facts().get("total")
+        return total if isinstance(total, int) else None
 
-    def is_whole(self, told: int | None) -> bool:
+    def is_whole(self, expected: int | None) -> bool:
         """Whether nothing is missing, as after a stop between the last byte and the checksum."""
-        return self.size > 0 and self.size == (self.total if told is None else told)
+        return self.size > 0 and self.size == (self.total if expected is None else expected)
 
     def validator(self, url: str) -> str | None:
         """What the server at `url` calls the version that the part is of; None if it is another one's."""
         facts = self._facts()
-        found = facts.get("validator") if facts.get("url") == url else None
-        return found if isinstance(found, str) else None
+        validator = facts.get("validator") if facts.get("url") == url else None
+        return validator if isinstance(validator, str) else None
 
     def begin(self, size: int, url: str, validator: str | None, total: int | None) -> None:
         """Keep the first `size` bytes, and note where the rest comes from."""
@@ -48,14 +48,14 @@ class Part:
             self.drop()
         write_json(self._sidecar, {"url": url, "validator": validator, "total": total})
 
-    def append(self, chunks: Iterable[bytes], told: Callable[[int], None]) -> None:
+    def append(self, chunks: Iterable[bytes], on_progress: Callable[[int], None]) -> None:
         """Write what comes, telling how much is there; a disk that fills up gets back what it gave."""
         before = size = self.size
         try:
             with self.path.open("ab") as file:
                 for chunk in chunks:
                     size += file.write(chunk)
-                    told(size)
+                    on_progress(size)
         except OSError:
             if before:
                 os.truncate(self.path, before)

@@ -56,24 +56,24 @@ def _is_web(address: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
-def shown(url: str) -> str:
+def without_password(url: str) -> str:
     """The address without a password."""
     host = urlsplit(url).netloc
     return url.replace(host, host.rpartition("@")[2], 1)
 
 
-def extent(answer: Response, asked: int) -> tuple[int, int | None]:
+def extent(answer: Response, requested: int) -> tuple[int, int | None]:
     """Where in the file the answer begins (-1: nowhere), and how long the file is, if it tells."""
     status = answer.status_code
     if status == 206:
-        told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-        if told is None:
+        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if content_range is None:
             return -1, None
-        return int(told[1]), None if told[2] == "*" else int(told[2])
+        return int(content_range[1]), None if content_range[2] == "*" else int(content_range[2])
     if status == 200:  # also from a server that refuses ranges
         length = answer.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
-    if status == 416 and asked:  # the file ends before: no part of this one
+    if status == 416 and requested:  # the file ends before: no part of this one
         return -1, None
     if status in (408, 425, 429) or status >= 500:
         pause = _retry_after(answer)
@@ -94,12 +94,12 @@ def _retry_after(answer: Response) -> float:
 def validator_of(answer: Response) -> str | None:
     """What tells one version of the file from another; a weak tag does not tell bytes apart."""
     tag = answer.headers.get("ETag", "W/")
-    found: str | None = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
-    return found
+    validator: str | None = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
+    return validator
 
 
 @contextmanager
-def network_failures_told(patience: Patience) -> Iterator[None]:
+def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
     """Everything that network and server can do to a try."""
     from requests import exceptions
     from urllib3.exceptions import HTTPError, IncompleteRead, NameResolutionError, ReadTimeoutError

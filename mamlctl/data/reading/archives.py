@@ -23,9 +23,11 @@ from mamlctl.core.errors import DataError
 
 MEMBER_BYTES = 16 * 1024**2  # no image of any data set is as large; a zip bomb's member is
 
-# Together at most so many times the archive's own size, if that is more than the floor: images are compressed
-# already (Omniglot's tar shrinks 8-fold, mostly padding), a bomb expands a thousandfold.
-EXPANSION, EXPANSION_FLOOR = 100, 1024**3
+# The members' size at most, in sizes of the archive: images are compressed already (Omniglot's tar shrinks
+# 8-fold, mostly padding), a bomb expands a thousandfold.
+EXPANSION = 100
+
+EXPANSION_FLOOR = 1024**3  # bytes that any archive may expand to
 
 CHUNK = 1024**2
 
@@ -89,7 +91,7 @@ def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> I
             yield _tar_members(path, file, hint, member_bytes)
     else:
         what = "is a zip that is cut off" if start.startswith(b"PK") else "is neither a zip nor a tar"
-        with _failures_told(path, what, hint):
+        with _damage_as_data_error(path, what, hint):
             archive = zipfile.ZipFile(path)
         with archive:
             yield _zip_members(path, archive, hint, member_bytes)
@@ -123,7 +125,7 @@ def _start(path: Path, hint: str) -> bytes:
 
 
 @contextmanager
-def _failures_told(path: Path, what: str, hint: str) -> Iterator[None]:
+def _damage_as_data_error(path: Path, what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except (*DAMAGE, OSError) as error:  # gzip's and bz2's words for damage are OSErrors too
@@ -146,12 +148,12 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: 
         if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
             raise DataError(f"{path} holds the encrypted file {name!r}", hint=hint)
         if stat.S_ISLNK(member.external_attr >> 16):  # where zip keeps Unix's mode
-            raise _no_file(path, name, hint)
+            raise _not_a_file(path, name, hint)
     _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint, member_bytes)
     one_at_a_time = threading.Lock()  # zipfile guards its reads, but not its count of open members
 
     def read(name: str) -> bytes:
-        with _failures_told(path, f"is damaged at {name}", hint):
+        with _damage_as_data_error(path, f"is damaged at {name}", hint):
             with one_at_a_time:
                 file = archive.open(files[name])
             try:
@@ -166,34 +168,34 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: 
 def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> Members:
     """`file`: the tar itself, not compressed."""
     with (
-        _failures_told(path, "is not a tar or is cut off", hint),
+        _damage_as_data_error(path, "is not a tar or is cut off", hint),
         tarfile.open(fileobj=file, mode="r:") as archive,
     ):
         members = [member for member in archive if not member.isdir()]
-    found: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int, int]] = {}
     for member in members:
         name = _safe_name(member.name, path, hint)
         if not member.isreg() or member.issparse():
-            raise _no_file(path, name, hint)
-        found[name] = member.offset_data, member.size
-    _refuse_bomb(path, {name: size for name, (_, size) in found.items()}, hint, member_bytes)
+            raise _not_a_file(path, name, hint)
+        places[name] = member.offset_data, member.size
+    _refuse_bomb(path, {name: size for name, (_, size) in places.items()}, hint, member_bytes)
     number = file.fileno()
 
     def read(name: str) -> bytes:
-        begin, size = found[name]
-        with _failures_told(path, f"cannot be read at {name}", hint):
+        begin, size = places[name]
+        with _damage_as_data_error(path, f"cannot be read at {name}", hint):
             data = os.pread(number, size, begin)  # moves no file position that threads would share
         if len(data) < size:
             raise DataError(f"{path} is cut off at {name}", hint=hint)
         return data
 
-    return Members(path, tuple(found), read)
+    return Members(path, tuple(places), read)
 
 
 def _expand(path: Path, opener: Callable[..., Any], target: IO[bytes], hint: str) -> None:
     """Decompress a whole file. Raises DataError for damage, a bomb, or a full disk."""
-    most, size = _most(path), 0
-    with _failures_told(path, "is damaged or cut off", hint), opener(path) as file:
+    most, size = _largest_expansion(path), 0
+    with _damage_as_data_error(path, "is damaged or cut off", hint), opener(path) as file:
         while chunk := file.read(CHUNK):
             size += len(chunk)
             if size > most:
@@ -203,10 +205,10 @@ def _expand(path: Path, opener: Callable[..., Any], target: IO[bytes], hint: str
 
 
 def _write(target: IO[bytes], chunk: bytes, path: Path) -> None:
-    rest = memoryview(chunk)
+    unwritten = memoryview(chunk)
     try:
-        while rest:
-            rest = rest[target.write(rest) :]
+        while unwritten:
+            unwritten = unwritten[target.write(unwritten) :]
     except OSError as error:
         message = f"cannot expand {path} in {tempfile.gettempdir()}: {error.strerror or error}"
         way = "make room there, set TMPDIR to a larger place, or unpack it and use --from FOLDER"
@@ -221,7 +223,7 @@ def _safe_name(name: str, path: Path, hint: str) -> str:
     return posix.as_posix()
 
 
-def _no_file(path: Path, name: str, hint: str) -> DataError:
+def _not_a_file(path: Path, name: str, hint: str) -> DataError:
     return DataError(f"{path} holds {name!r}, which is a link or a device, not a file", hint=hint)
 
 
@@ -230,11 +232,11 @@ def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str, member_bytes: 
         if size > member_bytes:
             message = f"{path} holds {name!r} of {size:,} bytes; at most {member_bytes:,} are sane"
             raise DataError(message, hint=hint)
-    if sum(sizes.values()) > _most(path):
-        raise _bomb(path, _most(path), hint)
+    if sum(sizes.values()) > _largest_expansion(path):
+        raise _bomb(path, _largest_expansion(path), hint)
 
 
-def _most(path: Path) -> int:
+def _largest_expansion(path: Path) -> int:
     return max(EXPANSION * path.stat().st_size, EXPANSION_FLOOR)
 
 

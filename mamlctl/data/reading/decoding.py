@@ -28,7 +28,7 @@ class ImageFile:
     """One image of a class: where it lies, and how to get its bytes."""
 
     label: str  # its class
-    told: str  # its name for people
+    display_name: str
     read: Callable[[], bytes]
 
 
@@ -72,27 +72,27 @@ def decoded(
     def decode(file: ImageFile) -> NDArray[np.uint8] | DataError:
         try:
             return read_image(
-                file.read(), file.told, side=shape.side, channels=shape.channels, resize=shape.resize
+                file.read(), file.display_name, side=shape.side, channels=shape.channels, resize=shape.resize
             )
         except DataError as error:
             return error
         except OSError as error:
-            return DataError(f"cannot read {file.told}: {error.strerror or error}", hint="mend it")
+            return DataError(f"cannot read {file.display_name}: {error.strerror or error}", hint="mend it")
 
     done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), AT_A_TIME):
             part = files[start : start + AT_A_TIME]
-            for file, found in zip(part, pool.map(decode, part), strict=True):
+            for file, pixels in zip(part, pool.map(decode, part), strict=True):
                 done += 1
                 if done % EVENT_EVERY == 0:
                     on_event(Progress(f"{what}: read images", done, len(files)))
-                if not isinstance(found, DataError):
-                    yield file.label, found
+                if not isinstance(pixels, DataError):
+                    yield file.label, pixels
                 elif on_bad is None:
-                    raise found
+                    raise pixels
                 else:
-                    on_bad(found)
+                    on_bad(pixels)
 
 
 def reshaped(
@@ -115,11 +115,11 @@ def twins(
     images: Iterable[tuple[str, NDArray[np.uint8]]], pairs: list[tuple[str, str]]
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The same images; the labels of every two that are equal to the last bit are put into `pairs`."""
-    seen: dict[bytes, str] = {}
+    labels: dict[bytes, str] = {}
     for label, image in images:
         # Not the pixels, which are as many as the set; 8 bytes meet by chance once in 10^10 such sets.
         key = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
-        if key in seen:
-            pairs.append((seen[key], label))
-        seen.setdefault(key, label)
+        if key in labels:
+            pairs.append((labels[key], label))
+        labels.setdefault(key, label)
         yield label, image

@@ -30,12 +30,12 @@ NO_IMAGES = {".txt", ".csv", ".json", ".md", ".xml", ".yaml", ".yml", ".py", ".i
 
 
 def read_image(
-    data: bytes, told: str, *, side: int, channels: int, resize: str = "bilinear"
+    data: bytes, display_name: str, *, side: int, channels: int, resize: str = "bilinear"
 ) -> NDArray[np.uint8]:
     """One image -> CHW with H = W = `side`, `channels` 1 (grey) or 3 (colour).
 
     Turned as its EXIF data say; transparent pixels lie on white; a longer side is cut evenly at both ends.
-    `told`: its name, for DataError, which is raised for what is no image, cut off or absurdly large.
+    Raises DataError, with `display_name`, for what is not an image, is cut off or absurdly large.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
@@ -43,9 +43,13 @@ def read_image(
     # Pillow's words for a file that is no image, cut off or broken, or absurdly large.
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(f"cannot read image {told}: {reason}", hint="mend it or take it away") from error
+        raise DataError(
+            f"cannot read image {display_name}: {reason}", hint="mend it or take it away"
+        ) from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"image {told} is absurdly large", hint="shrink it or take it away") from error
+        raise DataError(
+            f"image {display_name} is absurdly large", hint="shrink it or take it away"
+        ) from error
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), method=FILTERS[resize])
     pixels = np.asarray(image)
@@ -75,18 +79,18 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
     """
     if not path.is_dir():
         raise DataError(f"{path} is not a folder", hint="name a folder that holds one folder per class")
-    found = {
+    folders = {
         folder.name: sorted(
             file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
         )
         for folder in sorted(path.iterdir())
         if folder.is_dir() and not folder.name.startswith((".", "__"))
     }
-    if not found:
+    if not folders:
         raise DataError(
             f"{path} holds no folders", hint="put the images of each class into a folder of its own"
         )
-    return found
+    return folders
 
 
 def may_be_image(name: Path) -> bool:

@@ -69,9 +69,9 @@ def default_data_root() -> Path:
     return platformdirs.user_cache_path("mamlctl")
 
 
-def data_root(given: str | None) -> Path:
+def data_root(folder: str | None) -> Path:
     """The folder of prepared data sets, as an absolute path."""
-    return Path(given).expanduser().absolute() if given else default_data_root()
+    return Path(folder).expanduser().absolute() if folder else default_data_root()
 
 
 def is_packed(path: Path) -> bool:
@@ -81,7 +81,7 @@ def is_packed(path: Path) -> bool:
 
 def save_pack(path: Path, packed: PackedImages) -> None:
     """Write `path` (.npy) and its .json sidecar. Raises DataError if the folder cannot be written."""
-    with _both(path) as (pixels, words):
+    with _replacing_both(path) as (pixels, words):
         np.save(pixels, packed.images_MCHW, allow_pickle=False)
         words.write(
             _sidecar(packed.images_MCHW.shape, packed.starts, packed.names, packed.digest, packed.facts)
@@ -100,7 +100,7 @@ def stream_pack(
     the end. Raises DataError if the folder cannot be written.
     """
     counts: dict[str, int] = {}
-    with _both(path) as (pixels, words):
+    with _replacing_both(path) as (pixels, words):
         start = _write_header(pixels, (1, *shape_CHW))
         for name, image_CHW in images:
             assert name not in counts or name == next(reversed(counts)), f"{name} comes twice"
@@ -142,7 +142,7 @@ def _sidecar(
 
 
 @contextmanager
-def _both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _replacing_both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Files for pixels and sidecar, which take their places if the block ends well. Raises DataError."""
     sidecar = path.with_suffix(".json")
     try:
@@ -167,8 +167,8 @@ def packs_of(home: Path) -> list[Path]:
 def verified_at(path: Path) -> datetime | None:
     """When a pack was last found whole: when it was written or `verify_pack` saw it, if not changed since."""
     try:
-        seen = path.with_suffix(".json").stat().st_mtime
-        return datetime.fromtimestamp(seen).astimezone() if path.stat().st_mtime <= seen else None
+        verified = path.with_suffix(".json").stat().st_mtime
+        return datetime.fromtimestamp(verified).astimezone() if path.stat().st_mtime <= verified else None
     except OSError:
         return None
 

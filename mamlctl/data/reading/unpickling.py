@@ -245,16 +245,16 @@ class _Reader(pickle._Unpickler):
     def _reduce(self) -> None:
         arguments, maker = self.stack.pop(), self.stack.pop()
         if not isinstance(maker, Global) or maker.kind == "ndarray":
-            raise UnsafePickle(f"it calls {_word(maker)}")
+            raise UnsafePickle(f"it calls {_kind_of(maker)}")
         if not isinstance(arguments, tuple) or (maker.kind == "bytes" and arguments):
-            raise UnsafePickle(f"it calls {_word(maker)} as no pickle does")
+            raise UnsafePickle(f"it calls {_kind_of(maker)} as no pickle does")
         self.append(getattr(self, f"_make_{maker.kind}")(*arguments))
 
     def _build(self) -> None:
         """Put the array or the dtype itself in place of what stood for it."""
         state, unbuilt = self.stack.pop(), self.stack.pop()
         if not isinstance(unbuilt, Unbuilt) or unbuilt.value is not None or not isinstance(state, tuple):
-            raise UnsafePickle(f"it alters {_word(unbuilt)}")
+            raise UnsafePickle(f"it alters {_kind_of(unbuilt)}")
         if unbuilt.spec is None:
             *_, shape, dtype, fortran, raw = state
             unbuilt.value = self._in_bytes(shape, dtype, "F" if fortran else "C", raw)
@@ -275,7 +275,7 @@ class _Reader(pickle._Unpickler):
 
     def _make_dtype(self, spec: object, align: object = False, copy: object = True) -> Unbuilt:
         if not isinstance(spec, str) or not NUMBERS.fullmatch(spec):
-            what = f"{spec!a:.40}" if isinstance(spec, str) else _word(spec)
+            what = f"{spec!a:.40}" if isinstance(spec, str) else _kind_of(spec)
             raise UnsafePickle(f"it holds an array of {what}, not of plain numbers")
         return Unbuilt(spec)
 
@@ -302,7 +302,7 @@ class _Reader(pickle._Unpickler):
         if isinstance(raw, str):  # a short string of Python 2
             raw = self._make_encode(raw, "latin-1")
         if not isinstance(raw, bytes | bytearray):
-            raise UnsafePickle(f"it makes an array of {_word(raw)}")
+            raise UnsafePickle(f"it makes an array of {_kind_of(raw)}")
         is_short = isinstance(shape, tuple) and len(shape) <= MOST_AXES
         if not isinstance(shape, tuple) or not is_short or not all(type(n) is int and n >= 0 for n in shape):
             raise UnsafePickle("it makes an array without a shape")
@@ -311,7 +311,7 @@ class _Reader(pickle._Unpickler):
         return np.ndarray(shape, dtype, raw, order="F" if order == "F" else "C")
 
 
-def _word(value: object) -> str:
+def _kind_of(value: object) -> str:
     return value.kind if isinstance(value, Global) else f"a {type(value).__name__.lower()}"
 
 

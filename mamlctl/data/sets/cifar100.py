@@ -23,13 +23,21 @@ from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack,
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
 
-SIDE, CHANNELS = 32, 3
+SIDE = 32
+
+CHANNELS = 3
 
 RESIZES = ("none",)
 
-FOLDER, ARCHIVE, META = "cifar-100-python", "cifar-100-python.tar.gz", "meta"
+FOLDER = "cifar-100-python"
 
-HOME, ORIGIN = "cifar-100", "www.cs.toronto.edu"
+ARCHIVE = "cifar-100-python.tar.gz"
+
+META = "meta"
+
+HOME = "cifar-100"  # the folder of the packs
+
+ORIGIN = "www.cs.toronto.edu"
 
 SIZE = 169_001_437  # bytes of the archive
 
@@ -70,7 +78,7 @@ def prepare(
 
     Raises DataError, with nothing left behind, if it is not CIFAR-100.
     """
-    save_pack(_path(root), _packed(_find(sources), parts, on_event))
+    save_pack(_path(root), _packed(_find_source(sources), parts, on_event))
 
 
 def is_here(root: Path) -> bool:
@@ -96,14 +104,14 @@ def class_names() -> tuple[str, ...]:
     return tuple(sorted(listed_split("cifar-fs")))
 
 
-def _find(sources: Sequence[Path]) -> Path:
+def _find_source(sources: Sequence[Path]) -> Path:
     """The archive or the folder of CIFAR's files among the sources or in them."""
     for source in sources:
         path = source.expanduser().resolve()
         if path.is_file():
             return path
         for place in (path, path / FOLDER):
-            if all((place / file).is_file() for file in _wanted(PARTS)):
+            if all((place / file).is_file() for file in _file_names(PARTS)):
                 return place
         if (path / ARCHIVE).is_file():
             return path / ARCHIVE
@@ -111,7 +119,7 @@ def _find(sources: Sequence[Path]) -> Path:
     raise DataError(f"{places} holds neither {ARCHIVE} nor a folder {FOLDER}", hint=HINT)
 
 
-def _wanted(parts: Sequence[CifarPart]) -> tuple[str, ...]:
+def _file_names(parts: Sequence[CifarPart]) -> tuple[str, ...]:
     return (META, *(part.file for part in parts))
 
 
@@ -119,7 +127,7 @@ def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
     """The bytes of the files of CIFAR that the folder or archive holds. Raises DataError if one is absent."""
     contents = {}
     with open_members(path, hint=HINT, member_bytes=FILE_BYTES) as members:
-        for file in _wanted(parts):
+        for file in _file_names(parts):
             for name in (f"{FOLDER}/{file}", f"{path.name}/{file}", file):
                 if name in members.names:
                     contents[file] = members.read(name)
@@ -132,9 +140,13 @@ def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
 def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> PackedImages:
     """All images by class; within one, the first part's before the second's, in the order of the file."""
     files, names = _files(path, parts), class_names()
-    told = f"{META} in {path}"
-    if _value(load_arrays(files[META], told), told, "fine_label_names", list) != list(names):
-        raise DataError(f"{told} does not name CIFAR-100's {len(names)} classes in their order", hint=HINT)
+    meta_name = f"{META} in {path}"
+    if _entry_of_kind(load_arrays(files[META], meta_name), meta_name, "fine_label_names", list) != list(
+        names
+    ):
+        raise DataError(
+            f"{meta_name} does not name CIFAR-100's {len(names)} classes in their order", hint=HINT
+        )
     per_class = sum(part.per_class for part in parts)
     images_KMCHW = np.empty((len(names), per_class, CHANNELS, SIDE, SIDE), dtype=np.uint8)
     filled = 0
@@ -154,34 +166,40 @@ def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> Packed
 
 
 def _read_part(
-    data: bytes, told: str, part: CifarPart, names: Sequence[str]
+    data: bytes, display_name: str, part: CifarPart, names: Sequence[str]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Rows of pixels and a label each. Raises DataError for wrong counts, then for other pixels."""
-    content = load_arrays(data, told)
-    rows_MX, labels = _value(content, told, "data", np.ndarray), _value(content, told, "fine_labels", list)
+    content = load_arrays(data, display_name)
+    rows_MX, labels = (
+        _entry_of_kind(content, display_name, "data", np.ndarray),
+        _entry_of_kind(content, display_name, "fine_labels", list),
+    )
     width = CHANNELS * SIDE * SIDE
     if rows_MX.dtype != np.uint8 or rows_MX.shape != (len(labels), width):
-        message = f"{told} holds {rows_MX.dtype} {rows_MX.shape}, not {len(labels):,} rows of {width:,} bytes"
+        expected = f"{len(labels):,} rows of {width:,} bytes"
+        message = f"{display_name} holds {rows_MX.dtype} {rows_MX.shape}, not {expected}"
         raise DataError(message, hint="get the archive anew")
     if not all(type(label) is int and 0 <= label < len(names) for label in labels):
-        message = f"{told} has labels that are not from 0 to {len(names) - 1}"
+        message = f"{display_name} has labels that are not from 0 to {len(names) - 1}"
         raise DataError(message, hint="get the archive anew")
     labels_M = np.array(labels, dtype=np.int64)
     counts = np.bincount(labels_M, minlength=len(names))
     for name, count in zip(names, counts.tolist(), strict=True):
         if count != part.per_class:
-            message = f"{told} holds {count:,} images of class {name}, but CIFAR-100 has {part.per_class:,}"
+            message = (
+                f"{display_name} holds {count:,} images of class {name}, but CIFAR-100 has {part.per_class:,}"
+            )
             raise DataError(f"{message} there", hint="get the archive anew")
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != part.md5:
-        message = f"{told} has CIFAR-100's labels, but not its bytes: md5 {found} instead of {part.md5}"
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if md5 != part.md5:
+        message = f"{display_name} has CIFAR-100's labels, but not its bytes: md5 {md5} instead of {part.md5}"
         raise DataError(message, hint="get the archive anew")
     return rows_MX, labels_M
 
 
-def _value(content: Any, told: str, key: str, kind: type[Any]) -> Any:
+def _entry_of_kind(content: Any, display_name: str, key: str, kind: type[Any]) -> Any:
     """What a file's dict holds under `key`."""
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind):
-        raise DataError(f"{told} has no {kind.__name__} called {key}", hint=HINT)
+        raise DataError(f"{display_name} has no {kind.__name__} called {key}", hint=HINT)
     return value

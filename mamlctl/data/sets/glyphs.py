@@ -20,17 +20,27 @@ NAME = "glyphs"
 
 VERSION = 1  # of the drawing: raise it with any change that alters a pixel
 
-CLASSES, DRAWINGS, SIDE = 400, 20, 28  # twenty drawings of 28x28, as Omniglot
+CLASSES = 400
 
-SPLIT_SCHEMES, RESIZES = ("own",), ("none",)
+DRAWINGS = 20  # of each class, as in Omniglot
 
-TRAIN, VAL = 300, 40  # of the classes; the other 60 test
+SIDE = 28  # pixels
+
+SPLIT_SCHEMES = ("own",)
+
+RESIZES = ("none",)
+
+TRAIN = 300  # classes; 60 are left for test
+
+VAL = 40  # classes
 
 SHAPE_SEED = 0  # the set is one fixed set; the split has a seed of its own
 
 STROKES = (2, 4)  # fewest, most
 
-CONTROLS, POINTS = 4, 48  # control points of a stroke's cubic curve; points drawn on it, under a pixel apart
+CONTROLS = 4  # control points of a stroke's cubic curve
+
+POINTS = 48  # drawn on a stroke, under a pixel apart
 
 # Chosen by eye, and so that a nearest neighbour on pixels gets about 65 % of 5-way 1-shot tasks.
 WOBBLE = 0.05  # of a control point, in units of the glyph's box

@@ -16,7 +16,10 @@ from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_pat
 from mamlctl.data.reading.image_files import FILTERS, class_folders
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 
-SIDE, CHANNELS = 84, 3  # mini-ImageNet's, for which the field's networks are made
+# mini-ImageNet's, for which the field's networks are made.
+SIDE = 84
+
+CHANNELS = 3
 
 RESIZES = tuple(FILTERS)
 
@@ -26,7 +29,7 @@ SPLIT_SCHEMES = ("folders", "fractions")
 
 FRACTIONS = "64-16-20"  # mini-ImageNet's classes
 
-TOLD = 5  # files that are named before "and n more"
+MOST_NAMED = 5  # files that are named before "and n more"
 
 
 def prepare(folder: Path, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
@@ -60,7 +63,7 @@ def open_pack(
     if is_packed(path):
         packed = load_pack(path, str(folder))
         if packed.facts.get("stamp") == stamp:
-            _tell(packed.facts["left_out"], on_event)
+            _announce_left_out(packed.facts["left_out"], on_event)
             return packed
         on_event(Notice(f"{folder} has changed since it was packed: packing it anew"))
     files = [of_path(file, folder, name) for name, found in classes.items() for file in found]
@@ -71,7 +74,7 @@ def open_pack(
         )
     _pack(path, ImageShape(side, channels, resize), files, left_out, stamp, on_event)
     packed = load_pack(path, str(folder))
-    _tell(packed.facts["left_out"], on_event)
+    _announce_left_out(packed.facts["left_out"], on_event)
     return packed
 
 
@@ -103,16 +106,16 @@ def split_classes(
     of_folder = np.array([name.partition("/")[0] for name in packed.names])
     if scheme == "fractions":
         return dict(zip(SPLITS, _parted(np.arange(len(of_folder)), seed, _shares(fractions)), strict=True))
-    found = {split: np.flatnonzero(of_folder == split) for split in SPLITS}
+    classes = {split: np.flatnonzero(of_folder == split) for split in SPLITS}
     shares = [
-        share if not len(found[split]) else 0.0
+        share if not len(classes[split]) else 0.0
         for split, share in zip(SPLITS, _shares(fractions), strict=True)
     ]
     if sum(shares):
         shares[0] = 1 - sum(shares[1:])
-        for split, part in zip(SPLITS, _parted(found["train"], seed, shares), strict=True):
-            found[split] = part if split == "train" or not len(found[split]) else found[split]
-    return found
+        for split, part in zip(SPLITS, _parted(classes["train"], seed, shares), strict=True):
+            classes[split] = part if split == "train" or not len(classes[split]) else classes[split]
+    return classes
 
 
 def _shares(fractions: str) -> list[float]:
@@ -155,16 +158,18 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
         fact = f"a folder {odd[0]}" if "train" in parts else "no folder train"
         message = f"{folder} has {' and '.join(sorted(parts & set(SPLITS)))}, but {fact} beside them"
         raise DataError(message, hint="name the splits train, val and test, with one folder a class in each")
-    found = {split: class_folders(folder / split) for split in SPLITS if split in parts}
+    by_split = {split: class_folders(folder / split) for split in SPLITS if split in parts}
     where: dict[str, str] = {}
-    for split, classes in found.items():
+    for split, classes in by_split.items():
         for name in classes:
             if name in where:
                 message = f"{folder} has class {name!r} in {where[name]} and in {split}"
                 hint = "splits share no class here: put all images of a class into one folder, without splits"
                 raise DataError(message, hint=hint)
             where[name] = split
-    return {f"{split}/{name}": files for split, classes in found.items() for name, files in classes.items()}
+    return {
+        f"{split}/{name}": files for split, classes in by_split.items() for name, files in classes.items()
+    }
 
 
 def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
@@ -188,8 +193,8 @@ def home_of(folder: Path) -> str:
     return f"folders/{folder.name}-{digest[:12]}"
 
 
-def _tell(left_out: Sequence[str], on_event: OnEvent) -> None:
+def _announce_left_out(left_out: Sequence[str], on_event: OnEvent) -> None:
     """One notice of everything that was left out."""
     if left_out:
-        more = f" and {len(left_out) - TOLD} more" if len(left_out) > TOLD else ""
-        on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:TOLD])}{more}"))
+        more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
+        on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:MOST_NAMED])}{more}"))

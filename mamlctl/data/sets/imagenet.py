@@ -86,18 +86,18 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
         return
     with ExitStack() as stack:
         opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(sources)]
-        found = _by_class(listed, opened)
-        _verify(listed, found, sources)
-        files = [image for name in sorted(found) for image in found[name]]
+        by_class = _by_class(listed, opened)
+        _verify(listed, by_class, sources)
+        files = [image for name in sorted(by_class) for image in by_class[name]]
         shape, pairs = ImageShape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
         stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
     if pairs:
         apart = [pair for pair in pairs if pair[0] != pair[1]]
-        told = (
+        fact = (
             f"{len(pairs)} pairs of images are the same to the last bit, {len(apart)} of them in two classes"
         )
-        on_event(Notice(f"{listed.name}: {told}: a known flaw of the set, left as it is"))
+        on_event(Notice(f"{listed.name}: {fact}: a known flaw of the set, left as it is"))
 
 
 def _pickles(sources: Sequence[Path]) -> list[Path]:
@@ -157,7 +157,7 @@ def _candidates(sources: Sequence[Path]) -> list[Path]:
 
 def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[ImageFile]]:
     """The images of every class, sorted by file name; of tieredImageNet with the split before the class."""
-    found: dict[str, dict[str, ImageFile]] = {}
+    by_label: dict[str, dict[str, ImageFile]] = {}
     for members in opened:
         for name in members.names:
             path = PurePosixPath(name)
@@ -171,35 +171,35 @@ def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[Im
                 parts = (*path.parts, members.path.name.partition(".")[0])
                 split = next((split for split in SPLITS if split in parts), "")
                 label = f"{split}/{label}"
-            found.setdefault(label, {})[path.name] = of_members(members, name, label)
-    return {label: [files[name] for name in sorted(files)] for label, files in found.items()}
+            by_label.setdefault(label, {})[path.name] = of_members(members, name, label)
+    return {label: [files[name] for name in sorted(files)] for label, files in by_label.items()}
 
 
-def _verify(listed: ListedSet, found: dict[str, list[ImageFile]], sources: Sequence[Path]) -> None:
+def _verify(listed: ListedSet, by_class: dict[str, list[ImageFile]], sources: Sequence[Path]) -> None:
     """Raises DataError, which names what is missing or too much."""
     places = ", ".join(str(source) for source in sources)
-    if not found:
+    if not by_class:
         message = f"{places} holds no images in folders like n01532829, and none with such names"
         raise DataError(message, hint=listed.hint)
-    for problem in _count_problems(listed, found):
+    for problem in _count_problems(listed, by_class):
         raise DataError(f"{places} is not the whole of {listed.title}: {problem}", hint=listed.hint)
 
 
-def _count_problems(listed: ListedSet, found: dict[str, list[ImageFile]]) -> Iterator[str]:
+def _count_problems(listed: ListedSet, by_class: dict[str, list[ImageFile]]) -> Iterator[str]:
     if listed is MINI:
-        wanted = listed_split(MINI.name)
-        missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        expected = listed_split(MINI.name)
+        missing, more = sorted(expected.keys() - by_class.keys()), sorted(by_class.keys() - expected.keys())
         if missing:
             yield f"{len(missing)} of its 100 classes are missing, such as {missing[0]}"
         if more:
             yield f"{len(more)} classes do not belong to it, such as {more[0]}"
-        for label, files in sorted(found.items()):
+        for label, files in sorted(by_class.items()):
             if len(files) != PER_CLASS:
                 yield f"{label} has {len(files):,} images instead of {PER_CLASS}"
         return
     for split, classes, images in zip(SPLITS, listed.classes, listed.images, strict=True):
-        of_split = [files for label, files in found.items() if label.startswith(f"{split}/")]
+        of_split = [files for label, files in by_class.items() if label.startswith(f"{split}/")]
         count = sum(map(len, of_split))
         if (len(of_split), count) != (classes, images):
-            there = f"{split} has {len(of_split)} classes and {count:,} images"
-            yield f"{there} instead of {classes} and {images:,}"
+            counts = f"{split} has {len(of_split)} classes and {count:,} images"
+            yield f"{counts} instead of {classes} and {images:,}"

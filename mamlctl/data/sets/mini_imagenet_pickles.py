@@ -18,25 +18,29 @@ from mamlctl.core.errors import DataError
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 
-NAME, SIDE, PER_CLASS = "mini-imagenet", 84, 600
+NAME = "mini-imagenet"
+
+SIDE = 84
+
+PER_CLASS = 600
 
 FAMILIES = (
     tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS),
     tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")),
 )
 
-ANEW = "get the file anew, or mini-ImageNet in another form"
+HINT = "get the file anew, or mini-ImageNet in another form"
 
 
 def cache_files(folder: Path) -> list[Path]:
     """The pickles of train, val and test in `folder`, or none. Raises DataError if it has some of them."""
     for names in FAMILIES:
         paths = [folder / name for name in names]
-        here = [path for path in paths if path.is_file()]
-        if here and here != paths:
-            lacking = next(path for path in paths if path not in here)
-            raise DataError(f"{folder} holds {here[0].name}, but not {lacking.name}", hint="add it")
-        if here:
+        present = [path for path in paths if path.is_file()]
+        if present and present != paths:
+            lacking = next(path for path in paths if path not in present)
+            raise DataError(f"{folder} holds {present[0].name}, but not {lacking.name}", hint="add it")
+        if present:
             return paths
     return []
 
@@ -49,24 +53,24 @@ def read_mini_cache(
     The images are a view where the file has them together, so that a file is held once, and only until the
     last view is let go. Raises DataError, on the way or at the end, for what is not all of mini-ImageNet.
     """
-    seen: dict[str, Path] = {}
+    read: dict[str, Path] = {}
     for path in paths:
-        images_NHWC, places = _read(path)
+        images_NHWC, places = _read_pickle(path)
         split = _split_of(path, places)
-        if split in seen:
-            raise DataError(f"{path} holds the classes of {split}, as {seen[split]} does", hint="name one")
-        seen[split] = path
+        if split in read:
+            raise DataError(f"{path} holds the classes of {split}, as {read[split]} does", hint="name one")
+        read[split] = path
         _check_places(path, places, len(images_NHWC), per_class)
         for name, of in listed_split(NAME).items():
             if of == split:
-                yield name, _taken(images_NHWC, places[name])
+                yield name, _of_places(images_NHWC, places[name])
         del images_NHWC  # before the next file is read
     for split in SPLITS:
-        if split not in seen:
+        if split not in read:
             raise DataError(f"{', '.join(map(str, paths))} holds no classes of {split}", hint="add its file")
 
 
-def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
+def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
     """All images_NHWC of a file, and the places of each class among them."""
     try:
         with path.open("rb") as file:
@@ -74,16 +78,16 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
         raise DataError(message, hint="give --from files that exist") from error
-    held = {_text(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-    if "image_data" in held and "class_dict" in held:
-        return _images(held["image_data"], path), _by_class(held["class_dict"], path)
-    if "data" in held and "labels" in held:
-        return _images(held["data"], path), _by_label(held, path)
+    fields = {_decoded(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+    if "image_data" in fields and "class_dict" in fields:
+        return _images(fields["image_data"], path), _by_class(fields["class_dict"], path)
+    if "data" in fields and "labels" in fields:
+        return _images(fields["data"], path), _by_label(fields, path)
     message = f"{path} holds neither image_data and class_dict nor data and labels"
-    raise DataError(message, hint=ANEW)
+    raise DataError(message, hint=HINT)
 
 
-def _text(word: Any) -> Any:
+def _decoded(word: Any) -> Any:
     """Names are bytes where Python 3 read Python 2's pickle and wrote it anew."""
     return word.decode("latin-1") if isinstance(word, bytes) else word
 
@@ -92,37 +96,39 @@ def _images(images: Any, path: Path) -> NDArray[np.uint8]:
     """The images, channels last."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-        raise DataError(f"{path} has images of {kind}, not an array of uint8", hint=ANEW)
+        raise DataError(f"{path} has images of {kind}, not an array of uint8", hint=HINT)
     if images.shape[1:] == (3, SIDE, SIDE):
         return images.transpose(0, 2, 3, 1)
     if images.shape[1:] == (SIDE, SIDE, 3):
         return images
     message = f"{path} has images in the shape {images.shape}, not colour images of {SIDE}x{SIDE}"
-    raise DataError(message, hint=ANEW)
+    raise DataError(message, hint=HINT)
 
 
 def _by_class(class_dict: Any, path: Path) -> dict[str, NDArray[np.int64]]:
     if not isinstance(class_dict, dict):
-        raise DataError(f"{path} has a class_dict that is no dict", hint=ANEW)
-    return {str(_text(name)): _numbers(found, path) for name, found in class_dict.items()}
+        raise DataError(f"{path} has a class_dict that is no dict", hint=HINT)
+    return {str(_decoded(name)): _integers(class_places, path) for name, class_places in class_dict.items()}
 
 
-def _by_label(held: Mapping[str, Any], path: Path) -> dict[str, NDArray[np.int64]]:
-    labels, names = _numbers(held["labels"], path), {}
-    if isinstance(held.get("label2catname"), dict):
-        names = {label: _text(name) for label, name in held["label2catname"].items()}
-    elif isinstance(held.get("label2catname"), list):
-        names = {label: _text(name) for label, name in enumerate(held["label2catname"])}
-    elif isinstance(held.get("catname2label"), dict):
-        names = {label: _text(name) for name, label in held["catname2label"].items() if type(label) is int}
-    known = np.unique(labels).tolist()
-    for label in known:
+def _by_label(fields: Mapping[str, Any], path: Path) -> dict[str, NDArray[np.int64]]:
+    labels, names = _integers(fields["labels"], path), {}
+    if isinstance(fields.get("label2catname"), dict):
+        names = {label: _decoded(name) for label, name in fields["label2catname"].items()}
+    elif isinstance(fields.get("label2catname"), list):
+        names = {label: _decoded(name) for label, name in enumerate(fields["label2catname"])}
+    elif isinstance(fields.get("catname2label"), dict):
+        names = {
+            label: _decoded(name) for name, label in fields["catname2label"].items() if type(label) is int
+        }
+    used_labels = np.unique(labels).tolist()
+    for label in used_labels:
         if not isinstance(names.get(label), str):
-            raise DataError(f"{path} has no class name for label {label}", hint=ANEW)
-    return {names[label]: np.flatnonzero(labels == label) for label in known}
+            raise DataError(f"{path} has no class name for label {label}", hint=HINT)
+    return {names[label]: np.flatnonzero(labels == label) for label in used_labels}
 
 
-def _numbers(values: Any, path: Path) -> NDArray[np.int64]:
+def _integers(values: Any, path: Path) -> NDArray[np.int64]:
     """A list of places or labels as an array."""
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
         return values.astype(np.int64)
@@ -130,8 +136,8 @@ def _numbers(values: Any, path: Path) -> NDArray[np.int64]:
         try:
             return np.array(values, dtype=np.int64)
         except OverflowError as error:
-            raise DataError(f"{path} has absurd places or labels", hint=ANEW) from error
-    raise DataError(f"{path} has places or labels that are no list of numbers", hint=ANEW)
+            raise DataError(f"{path} has absurd places or labels", hint=HINT) from error
+    raise DataError(f"{path} has places or labels that are no list of numbers", hint=HINT)
 
 
 def _split_of(path: Path, classes: Mapping[str, Any]) -> str:
@@ -139,33 +145,33 @@ def _split_of(path: Path, classes: Mapping[str, Any]) -> str:
     listed = listed_split(NAME)
     foreign = sorted(classes.keys() - listed.keys())
     if foreign:
-        raise DataError(f"{path} holds {foreign[0]!a:.40}, which is no class of {NAME}", hint=ANEW)
-    found = sorted({listed[name] for name in classes}, key=SPLITS.index)
-    if len(found) != 1:
-        message = f"{path} holds classes of {' and '.join(found) or 'no split'}, not those of one split"
-        raise DataError(message, hint=ANEW)
-    wanted = [name for name, split in listed.items() if split == found[0]]
-    lacking = [name for name in wanted if name not in classes]
+        raise DataError(f"{path} holds {foreign[0]!a:.40}, which is no class of {NAME}", hint=HINT)
+    splits = sorted({listed[name] for name in classes}, key=SPLITS.index)
+    if len(splits) != 1:
+        message = f"{path} holds classes of {' and '.join(splits) or 'no split'}, not those of one split"
+        raise DataError(message, hint=HINT)
+    expected = [name for name, split in listed.items() if split == splits[0]]
+    lacking = [name for name in expected if name not in classes]
     if lacking:
         message = (
-            f"{path} lacks {len(lacking)} of the {len(wanted)} classes of {found[0]}, such as {lacking[0]}"
+            f"{path} lacks {len(lacking)} of the {len(expected)} classes of {splits[0]}, such as {lacking[0]}"
         )
-        raise DataError(message, hint=ANEW)
-    return found[0]
+        raise DataError(message, hint=HINT)
+    return splits[0]
 
 
 def _check_places(path: Path, places: Mapping[str, NDArray[np.int64]], images: int, per_class: int) -> None:
     """Every image in one class, and as many in each as there must be."""
-    for name, found in places.items():
-        if len(found) != per_class:
-            message = f"{path} holds {len(found):,} images of {name}, but {NAME} has {per_class:,}"
-            raise DataError(message, hint=ANEW)
+    for name, class_places in places.items():
+        if len(class_places) != per_class:
+            message = f"{path} holds {len(class_places):,} images of {name}, but {NAME} has {per_class:,}"
+            raise DataError(message, hint=HINT)
     together = np.sort(np.concatenate(list(places.values())))
     if not np.array_equal(together, np.arange(images)):
-        raise DataError(f"{path} does not put each of its {images:,} images into one class", hint=ANEW)
+        raise DataError(f"{path} does not put each of its {images:,} images into one class", hint=HINT)
 
 
-def _taken(images_NHWC: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.uint8]:
+def _of_places(images_NHWC: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.uint8]:
     if (np.diff(places) == 1).all():
         return images_NHWC[places[0] : places[-1] + 1]
     return images_NHWC[places]

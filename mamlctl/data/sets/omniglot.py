@@ -28,7 +28,9 @@ from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack,
 
 NAME = "omniglot"
 
-SIDE, SMALL = 105, 28
+SIDE = 105
+
+SMALL = 28
 
 # Of `FILTERS` the first is the default, for the best raw pixels: a nearest neighbour's accuracy on 1,000
 # 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 % in their order. `nearest` drops
@@ -82,7 +84,10 @@ VINYALS_VAL = ("Hebrew", "Mkhedruli_(Georgian)", "Armenian", "Early_Aramaic", "B
 
 VINYALS_TRAIN_AND_VAL = 1200
 
-MAMLPP_TRAIN, MAMLPP_VAL = 1150, 50  # of 1,623, the MAML++ code's fractions; the other 423 test
+# Of 1,623 classes, the MAML++ code's fractions; 423 are left for test.
+MAMLPP_TRAIN = 1150
+
+MAMLPP_VAL = 50
 
 LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, this is as many alphabets as Vinyals's
 
@@ -150,8 +155,8 @@ def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDA
         val_alphabets = list(VINYALS_VAL)
     else:
         is_test = np.array([name.startswith("evaluation/") for name in names])
-        known = np.unique(alphabets[~is_test])
-        val_alphabets = list(known[shuffled(len(known), seed, "class split")[:LAKE_VAL_ALPHABETS]])
+        background = np.unique(alphabets[~is_test])
+        val_alphabets = list(background[shuffled(len(background), seed, "class split")[:LAKE_VAL_ALPHABETS]])
     is_val = ~is_test & np.isin(alphabets, val_alphabets)
     return {
         "train": np.flatnonzero(~is_test & ~is_val),
@@ -188,8 +193,8 @@ def _read_verified(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_members(path, hint=hint)) for path in _candidates(sources, parts)]
         # All counts before the first pixel: a missing file is told at once.
-        found = [_select(part, opened, sources, hint) for part in parts]
-        for part, (members, images) in zip(parts, found, strict=True):
+        selected = [_select(part, opened, sources, hint) for part in parts]
+        for part, (members, images) in zip(parts, selected, strict=True):
             bits.append(_decode(members, images, hint, on_event, done, total))
             done += len(images)
             if content_digest(images, bits[-1]) != part.digest:

@@ -105,24 +105,24 @@ def _cifar(name: str, summary: str, scheme: str) -> DataSet:
     )
 
 
-def imagenet_set(found: ListedSet, summary: str) -> DataSet:
+def imagenet_set(listed: ListedSet, summary: str) -> DataSet:
     """A set that only the user's own files bring."""
     return DataSet(
-        name=found.name,
+        name=listed.name,
         summary=summary,
         licence="ImageNet's terms: for research, not to be passed on",
         origin="you: --from",
         download_bytes=None,
         image_shape_CHW=(3, imagenet.SIDE, imagenet.SIDE),
-        split_schemes=found.split_schemes,
+        split_schemes=listed.split_schemes,
         resizes=imagenet.RESIZES,
         rotations="none",
         ink=0,
         normalize="imagenet",
-        prepare=partial(imagenet.prepare, found),
-        open_pack=partial(imagenet.open_pack, found),
-        split_classes=class_splits.split_classes if found is imagenet.MINI else imagenet.split_by_folders,
-        is_here=partial(imagenet.is_here, found),
+        prepare=partial(imagenet.prepare, listed),
+        open_pack=partial(imagenet.open_pack, listed),
+        split_classes=class_splits.split_classes if listed is imagenet.MINI else imagenet.split_by_folders,
+        is_here=partial(imagenet.is_here, listed),
     )
 
 

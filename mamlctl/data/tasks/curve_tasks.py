@@ -90,9 +90,9 @@ def _task_words(seed: int, split: str, first: int, tasks: int, words: int) -> ND
     key = np.array([seed, STREAMS[split]], dtype=np.uint64)
     generator = np.random.Philox(counter=np.array([0, first, 0, 0], dtype=np.uint64), key=key)
     # A block is 2**64 counters; drawing has passed some of them.
-    rest = 2**64 - math.ceil(words / BLOCK)
+    unused = 2**64 - math.ceil(words / BLOCK)
     raw_TP = np.empty((tasks, words), dtype=np.uint64)
     for row in raw_TP:
         row[:] = generator.random_raw(words)
-        generator.advance(rest)
+        generator.advance(unused)
     return raw_TP

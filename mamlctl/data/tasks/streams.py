@@ -151,10 +151,10 @@ def _large_enough(
     if not small or nothing_left or not find_data_set(config.dataset).own_files:
         return dict(classes)
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
-    told = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
+    fact = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
     if config.strict:
-        raise DataError(f"{told}, but --strict is on", hint="use fewer --shots or --queries, or add images")
-    on_event(Notice(f"left out: {told}{', ...' if len(small) > 5 else ''}"))
+        raise DataError(f"{fact}, but --strict is on", hint="use fewer --shots or --queries, or add images")
+    on_event(Notice(f"left out: {fact}{', ...' if len(small) > 5 else ''}"))
     return {split: part[packed.counts[part] >= needed] for split, part in classes.items()}
 
 

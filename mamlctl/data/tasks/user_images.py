@@ -91,7 +91,7 @@ def find_queries(paths: Sequence[Path], classes: Sequence[str]) -> tuple[list[Qu
     A folder's own files have no label; those of the folders in it have that folder's name as label. Raises
     DataError for what is not there, a folder without files, or a folder whose name is no class.
     """
-    found: dict[Path, Query] = {}
+    by_path: dict[Path, Query] = {}
     named = 0
     for path in paths:
         queries = _queries(path, classes)
@@ -99,10 +99,10 @@ def find_queries(paths: Sequence[Path], classes: Sequence[str]) -> tuple[list[Qu
             raise DataError(f"{path} holds no images", hint="name files, or a folder that holds some")
         named += len(queries)
         for query in queries:
-            known = found.setdefault(query.path.resolve(), query)
-            if known.label is None and query.label is not None:
-                found[query.path.resolve()] = query
-    return list(found.values()), named - len(found)
+            first = by_path.setdefault(query.path.resolve(), query)
+            if first.label is None and query.label is not None:
+                by_path[query.path.resolve()] = query
+    return list(by_path.values()), named - len(by_path)
 
 
 def _queries(path: Path, classes: Sequence[str]) -> list[Query]:
