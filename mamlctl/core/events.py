@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mamlctl.core.literals import BatchNormMode, CellProgress, Metric
+
 
 @dataclass(frozen=True)
 class Notice:
-    """One line worth telling, such as a data set being fetched."""
+    """One line for the user, such as that a data set is being fetched."""
 
     text: str
 
@@ -19,14 +21,14 @@ class Progress:
 
     what: str
     done: int
-    total: int  # 0 where nobody knows
-    unit: str = ""  # "B" where bytes are counted
-    per_second: float | None = None  # None: as fast as it went so far
+    total: int  # 0 if unknown
+    unit: str = ""  # "B" for bytes
+    per_second: float | None = None  # None: the mean speed so far
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """Everything a display wants to know before the first meta-step."""
+    """What a display shows of a run before its first meta-step."""
 
     run: str
     dataset: str
@@ -41,10 +43,10 @@ class RunStarted:
     steps_per_epoch: int
     first_step: int  # meta-steps done before this start; 0 unless resumed
     parameters: int  # meta-learnt numbers, all kinds
-    metric: str  # accuracy, or mse for curves
-    guesses: int  # classes that training tells apart: a guess is right once in so many; 0 for curves
+    metric: Metric
+    guesses: int  # classes in training: a guess is right with probability 1 / guesses; 0 for curves
     device: str
-    bn: str
+    bn: BatchNormMode
     val_tasks: int
 
 
@@ -76,9 +78,8 @@ class TrainReport:
     first_order: bool | None  # None where nothing is unrolled
     tasks_per_second: float
     memory_bytes: int  # peak on the CUDA device; resident set of the process on a CPU
-    rates: Mapping[
-        str, tuple[float, ...]
-    ]  # inner learning rates: tensor -> one per inner step; empty if fixed
+    # Inner learning rates: tensor -> one per inner step; empty if they are fixed.
+    rates: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,19 @@ class ValidationDone:
 
     step: int
     epoch: int  # epochs completed, counted from 1
-    metric: str  # accuracy (0..1) or mse
+    metric: Metric  # of the scores: an accuracy is 0..1
     val_score: float
     val_ci95: float
     val_per_step: tuple[float, ...]
     val_tasks: int
-    bn: str
+    bn: BatchNormMode
     best_val_score: float
     best_val_ci95: float
     best_epoch: int
 
 
-OVER = ("done", "diverged", "failed")  # states of a cell that nothing more is done for
+# The states of a cell for which nothing more is done.
+OVER: tuple[CellProgress, ...] = ("done", "diverged", "failed")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class CellState:
 
     row: str
     seed: int
-    state: str  # waiting, elsewhere, training, testing, done, diverged, failed
+    state: CellProgress
     step: int  # meta-steps done
     total_steps: int
     score: float | None = None  # of the test; of the last validation while training
@@ -118,10 +120,10 @@ class GridChanged:
     """All cells of a grid, row by row and the seeds of each in order."""
 
     title: str
-    metric: str  # accuracy, or mse
+    metric: Metric
     workers: int  # cells at a time
     cells: tuple[CellState, ...]
-    seconds_left: float | None  # None while nobody knows
+    seconds_left: float | None  # None while unknown
 
 
 Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged

@@ -5,6 +5,8 @@ from typing import Literal
 Split = Literal["train", "val", "test"]
 Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
+# What results say of batch norm: the setting, or that the network has none.
+BatchNormMode = Literal["transductive", "running", "support", "none"]
 Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mamlctl.core.events import ValidationDone
-from mamlctl.core.literals import StopReason
+from mamlctl.core.literals import BatchNormMode, Metric, Split, StopReason
 
 TIMED = 3
 
@@ -44,12 +44,12 @@ class TrainResult:
     reason: StopReason
     step: int
     total_steps: int
-    metric: str
+    metric: Metric
     best_val_score: float | None
     best_val_ci95: float | None
     best_epoch: int | None
     val_tasks: int
-    bn: str
+    bn: BatchNormMode
     seconds: float
 
 
@@ -58,16 +58,16 @@ class EvalRow:
     """One model, or one ensemble, on one list of tasks."""
 
     model: str  # "best", "last" or "ensemble-<k>"
-    metric: str  # accuracy (0..1) or mse
+    metric: Metric  # of the score: an accuracy is 0..1
     score: float
     ci95: float  # half width over tasks
     tasks: int
-    split: str
+    split: Split
     ways: int
     shots: int
     queries: int
     inner_steps: int
-    bn: str
+    bn: BatchNormMode
     epochs: tuple[int, ...]  # the epoch of every checkpoint used
     per_step: tuple[float, ...]  # score after 0, 1 ... inner_steps
     per_step_ci95: tuple[float, ...]
@@ -114,7 +114,7 @@ class ClassifyResult:
     shots: tuple[int, ...]  # support images of each class
     head: str  # what tells the classes apart
     inner_steps: int
-    bn: str
+    bn: BatchNormMode
     images: tuple[ClassifiedImage, ...]
     left_out: int  # support images that cannot be read
     seconds: float

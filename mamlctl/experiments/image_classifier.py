@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import replacing
+from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.episodes import Episodes, mini_batches
@@ -55,7 +56,7 @@ class ImageClassifier:
     head: str  # what tells the classes apart
 
     @property
-    def bn(self) -> str:
+    def bn(self) -> BatchNormMode:
         """What normalises the images; none without batch norm."""
         return bn_mode(self.fitted.derivatives.net, self.config.bn)
 

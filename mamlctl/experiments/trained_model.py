@@ -10,6 +10,7 @@ import torch
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import BatchNormMode
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.data.tasks.disjoint import DisjointTasks
@@ -58,7 +59,7 @@ class TrainedModel:
         return Statistics(self.config.bn)
 
     @property
-    def bn(self) -> str:
+    def bn(self) -> BatchNormMode:
         """The same in words; none without batch norm."""
         return bn_mode(self.derivatives.net, self.config.bn)
 

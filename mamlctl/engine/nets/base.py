@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlctl.core.literals import BatchNorm, BatchNormMode, Metric
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.01  # negative slope of the published code's leaky ReLU
@@ -49,7 +50,7 @@ def squared_error(outputs_TE1: Tensor, y_TE: Tensor) -> Tensor:
 class Objective:
     """What a network is trained for, and how it is judged; both per task."""
 
-    metric: str  # of records and tables: accuracy (0..1, more is better) or mse (less is better)
+    metric: Metric  # of records and tables: accuracy (0..1, more is better) or mse (less is better)
     loss: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
     score: Callable[[Tensor, Tensor], Tensor]  # the same -> score_T
 
@@ -101,7 +102,7 @@ def with_outputs(net: Net, outputs: int) -> Net:
     return replace(net, outputs=outputs)  # type: ignore[type-var]  # every network is a frozen dataclass
 
 
-def bn_mode(net: Net, bn: str) -> str:
+def bn_mode(net: Net, bn: BatchNorm) -> BatchNormMode:
     """The batch-norm mode that results name: the setting `bn`, or none without batch norm."""
     return bn if net.norm_layers else "none"
 

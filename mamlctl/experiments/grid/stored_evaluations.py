@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellStatus
+from mamlctl.core.literals import CellStatus, Metric
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import RunFolder, RunState
 from mamlctl.settings.schema import EvalConfig
@@ -36,7 +36,7 @@ class StoredEvaluation:
     """A stored evaluation of one run."""
 
     protocol: Mapping[str, Any]
-    metric: str
+    metric: Metric
     scores: Mapping[str, NDArray[np.float64]]  # "best" or "last", "ensemble": of every task
     per_step: Mapping[str, Sequence[float]]  # of the same, after 0, 1 ... inner steps
     ensemble_size: int
