@@ -1,4 +1,7 @@
-"""The run folder: created once, written by one process, every file replaced in one move."""
+"""The run folder: created once, written by one process, every file replaced in one move.
+
+`upgrade` brings what older versions wrote to today's form.
+"""
 
 from __future__ import annotations
 
@@ -128,12 +131,12 @@ class RunFolder:
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make a run what it is, but for its seed."""
+    """The settings that make a run what it is, except its seed."""
     return {key: value for key, value in asdict(config).items() if key not in (*RESUME_OVERRIDES, "seed")}
 
 
 def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all of these say alike."""
+    """Those that have the same value in all of these."""
     first, *others = settings
     return {key: value for key, value in first.items() if all(other[key] == value for other in others)}
 
@@ -168,7 +171,7 @@ def new_run(
     """
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
-    # A lock alone is what a start leaves that was killed before it wrote its settings.
+    # A start that was killed before it wrote its settings leaves only a lock.
     taken = path.is_dir() and any(entry.name != "lock" for entry in path.iterdir())
     run = RunFolder(path, config)
     if taken and not (path / CONFIG).is_file():
@@ -186,22 +189,16 @@ def new_run(
 
 def open_run(path: Path) -> RunFolder:
     """An existing run folder, not locked. Raises MamlctlError if it is not one, or is damaged."""
+    hint = "name the folder that 'mamlctl train' printed"
     if not path.is_dir():
-        raise MamlctlError(
-            f"there is no run folder {path}", hint="name the folder that 'mamlctl train' printed"
-        )
+        raise MamlctlError(f"there is no run folder {path}", hint=hint)
     if not (path / CONFIG).is_file():
-        raise MamlctlError(
-            f"{path} is not a run folder: it has no {CONFIG}",
-            hint="name the folder that 'mamlctl train' printed",
-        )
+        raise MamlctlError(f"{path} is not a run folder: it has no {CONFIG}", hint=hint)
     try:
-        config = stored_config(load_file(path / CONFIG), str(path / CONFIG))
+        return RunFolder(path, stored_config(load_file(path / CONFIG), str(path / CONFIG)))
     except SettingsError as error:
-        raise MamlctlError(
-            f"{path / CONFIG} is damaged: {error.problems[0][0]}", hint="train again"
-        ) from error
-    return RunFolder(path, config)
+        fact = f"{path / CONFIG} is damaged: {error.problems[0][0]}"
+        raise MamlctlError(fact, hint="train again") from error
 
 
 def stored_config(values: Mapping[str, Any], source: str) -> TrainConfig:
@@ -212,7 +209,7 @@ def stored_config(values: Mapping[str, Any], source: str) -> TrainConfig:
 
 
 def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What an older version wrote, in today's form; nothing else knows the old forms.
+    """Bring what an older version wrote to today's form; no other code knows the old forms.
 
     Args:
         file: CONFIG, STATUS or METRICS, of which `content` is one row.
@@ -234,8 +231,5 @@ def default_run_path(config: TrainConfig) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
     name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
-    paths = (
-        Path("runs") / (name + suffix)
-        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-    )
-    return next(path for path in paths if not path.exists())
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())

@@ -24,32 +24,26 @@ def fetch_all(
     offline: bool,
     on_event: OnEvent,
 ) -> list[dict[str, Any]]:
-    """Fetch each data set -> what is there now.
+    """Fetch each data set -> its name, numbers of classes and images, digest and folder.
 
-    Raises SettingsError for an unknown name or options without effect, DataError for data absent or bad.
+    Args:
+        source: archives or folders to use instead of a download.
+        mirrors: addresses to try first.
+        force: fetch again what is there.
+
+    Raises:
+        SettingsError: a name is unknown, or an option has no effect.
+        DataError: data are missing or damaged.
     """
     _check(names, source, mirrors, offline)
     root = folder_of(data_root)
     fetched = []
     for name in dict.fromkeys(names):
         packed = fetch_set(
-            name,
-            root,
-            source=source,
-            mirrors=mirrors,
-            offline=offline,
-            force=force,
-            on_event=on_event,
+            name, root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
         )
-        fetched.append(
-            {
-                "name": name,
-                "classes": len(packed.names),
-                "images": len(packed.images_MCHW),
-                "digest": packed.digest,
-                "folder": str(root),
-            }
-        )
+        counts = {"classes": len(packed.names), "images": len(packed.images_MCHW)}
+        fetched.append({"name": name, **counts, "digest": packed.digest, "folder": str(root)})
     return fetched
 
 
@@ -62,8 +56,8 @@ def _check(
     sets = [find_data_set(name) for name in names]
     if source and len(sets) > 1:
         raise SettingsError([(f"--from is given for {len(sets)} data sets", "fetch them one at a time")])
-    for switch, given in (("--from", source), ("--offline", offline)):
-        if given and mirrors:
+    for switch, value in (("--from", source), ("--offline", offline)):
+        if value and mirrors:
             fact = f"--mirror has no effect with {switch}, which downloads nothing"
             raise SettingsError([(fact, "leave out one of them")])
     check_mirrors(mirrors)
@@ -120,7 +114,8 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
         if not find_data_set(name).is_here(root):
             raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
     packs = {name: packs_of(find_data_set(name).home(root)) for name in dict.fromkeys(names or DATA_SETS)}
-    total, done = sum(_bytes(path) for paths in packs.values() for path in paths), 0
+    sizes = {path: path.stat().st_size for paths in packs.values() for path in paths if path.is_file()}
+    total, done = sum(sizes.values()), 0
     if not total and not names:
         on_event(Notice(f"nothing is at {root}"))
     checked = []
@@ -128,7 +123,7 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
         damages = []
         for path in paths:
             damages.append(_damage(path, name, whole=True))
-            done += _bytes(path)
+            done += sizes.get(path, 0)
             on_event(Progress(f"verify {name}", done, total, "B"))
         if paths or names:
             damage = "; ".join(filter(None, damages)) or None
@@ -136,13 +131,9 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
     return checked
 
 
-def _bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def refuse_damage(checked: Sequence[dict[str, Any]]) -> None:
     """Raises DataError that names what `verify_all` found damaged."""
-    bad = [entry for entry in checked if entry["damage"]]
-    if bad:
-        message = "; ".join(entry["damage"] for entry in bad)
-        raise DataError(message, hint=f"mamlctl fetch {' '.join(entry['name'] for entry in bad)} --force")
+    if damaged := [entry for entry in checked if entry["damage"]]:
+        names = " ".join(entry["name"] for entry in damaged)
+        message = "; ".join(entry["damage"] for entry in damaged)
+        raise DataError(message, hint=f"mamlctl fetch {names} --force")
