@@ -13,7 +13,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(word: str, known: Iterable[str], *, otherwise: str) -> str:
-    """A hint that names the known word closest to `word`."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, words: Iterable[str], *, otherwise: str) -> str:
+    """A hint that names the one of `words` closest to `word`, or says `otherwise`."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else otherwise

@@ -7,10 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.data.rules import OF_ITS_IMAGES, choice_problems, set_defaults, set_forced, set_problems
+from mamlctl.data.rules import (
+    OF_ITS_IMAGES,
+    choice_problems,
+    data_set_defaults,
+    data_set_forced,
+    data_set_problems,
+)
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_problems, forced_settings
+from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_forced, algorithm_problems
 from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, drop_ineffective, fill_schedules, merge
 from mamlctl.settings.rules import check
 from mamlctl.settings.schema import TrainConfig
@@ -33,17 +39,17 @@ def resolve_settings(
     named, _ = merge(TrainConfig, layers)
     dataset, algo = named.config.dataset, named.config.algo
     if named.sources["algo"] == "default":
-        algo = set_defaults(dataset).get("algo", algo)
+        algo = data_set_defaults(dataset).get("algo", algo)
     resolved, problems = merge(TrainConfig, with_defaults(layers, dataset, algo))
 
     # What presets and files say gives way to what the algorithm and the data set fix; flags are kept.
-    forced = forced_settings(resolved.config) | set_forced(resolved.config)
+    forced = algorithm_forced(resolved.config) | data_set_forced(resolved.config)
     resolved = drop_ineffective(resolved, forced)
 
     config = resolved.config
     if checked:
         problems += check(config) + algorithm_problems(config)
-        problems += set_problems(config, resolved.sources, COMMAND_LINE)
+        problems += data_set_problems(config, resolved.sources, COMMAND_LINE)
     if checked and here:
         from mamlctl.engine.devices import device_problems
 
@@ -62,12 +68,10 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
     """
     layers = [(source, without_foreign_image_settings(values, dataset)) for source, values in layers]
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
-    return [
-        (f"data set {dataset}", set_defaults(dataset)),
-        *((source, _without_foreign_algorithm(values, algo)) for source, values in layers[:naming]),
-        (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curve_family(dataset))),
-        *layers[naming:],
-    ]
+    weaker = [(source, _without_foreign_algorithm(values, algo)) for source, values in layers[:naming]]
+    of_data_set = (f"data set {dataset}", data_set_defaults(dataset))
+    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curve_family(dataset)))
+    return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
 def without_foreign_image_settings(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
@@ -82,19 +86,19 @@ def _without_foreign_algorithm(values: Mapping[str, Any], algo: str) -> dict[str
     entry = ALGORITHMS.get(str(values.get("algo", algo)))
     if entry is None or values.get("algo", algo) == algo:
         return dict(values)
-    belong = entry.defaults.keys() | entry.forced.keys() | set(entry.exclusive_settings)
-    return {name: value for name, value in values.items() if name not in belong}
+    foreign = entry.defaults.keys() | entry.forced.keys() | set(entry.exclusive_settings)
+    return {name: value for name, value in values.items() if name not in foreign}
 
 
 def fill_defaults(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left open. Raises SettingsError if the data set lacks such a thing."""
+    """The settings with nothing left open. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
     if is_curve_family(config.dataset):
-        # One output instead of ways; nothing of the others is read.
-        none = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
-        return fill_schedules(replace(config, ways=1), none)
-    own = find_data_set(config.dataset).defaults
+        # One output instead of ways; the choices are not read.
+        choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
+        return fill_schedules(replace(config, ways=1), choices)
+    defaults = find_data_set(config.dataset).defaults
     if config.channels == 1:
-        own["normalize"] = "none"
-    return fill_schedules(config, own)
+        defaults["normalize"] = "none"
+    return fill_schedules(config, defaults)

@@ -17,10 +17,10 @@ from mamlctl.settings.schema import TrainConfig
 
 
 def presets_folder() -> Path:
-    """Where presets lie: beside the package in a checkout, inside it in an installed wheel."""
+    """The folder of the presets: beside the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).parents[1]
-    inside = package / "presets"
-    return inside if inside.is_dir() else package.parent / "presets"
+    in_wheel = package / "presets"
+    return in_wheel if in_wheel.is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:
@@ -61,9 +61,9 @@ def _first_line(error: Exception) -> str:
 
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     """`--set key=value` pairs as values. Raises SettingsError for a pair without `=`."""
-    wrong = [(f"--set {pair} has no '='", "write --set key=value") for pair in pairs if "=" not in pair]
-    if wrong:
-        raise SettingsError(wrong)
+    problems = [(f"--set {pair} has no '='", "write --set key=value") for pair in pairs if "=" not in pair]
+    if problems:
+        raise SettingsError(problems)
     values: dict[str, Any] = {}
     for pair in pairs:
         try:

@@ -58,7 +58,7 @@ def _unset(entry: Algorithm, name: str) -> Any:
     return entry.defaults.get(name, FIELDS[name].default)
 
 
-def forced_settings(config: TrainConfig) -> dict[str, Any]:
+def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have one value only with this algorithm, and that value."""
     entry = ALGORITHMS.get(config.algo)
     if entry is None:

@@ -19,23 +19,22 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     """Arguments of `mamlctl train` that give these settings, and no more than it takes."""
-    named = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
+    leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
     if is_curve_family(config.dataset):
-        del named["ways"]
+        del leading["ways"]
     if config.net != TrainConfig.net:
-        named["net"] = config.net
-    defaults = asdict(resolve_settings([("flag", named)], checked=False).config)
-    wanted = asdict(config)
-    differing = {name: value for name, value in wanted.items() if defaults[name] != value}
-    return settings_arguments({**named, **differing})
+        leading["net"] = config.net
+    defaults = asdict(resolve_settings([("flag", leading)], checked=False).config)
+    differing = {name: value for name, value in asdict(config).items() if defaults[name] != value}
+    return settings_arguments({**leading, **differing})
 
 
 def settings_arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Flags that give settings these values."""
-    return tuple(word for name, value in values.items() for word in _spelt(name, value))
+    return tuple(word for name, value in values.items() for word in _flag_words(name, value))
 
 
-def _spelt(name: str, value: Any) -> list[str]:
+def _flag_words(name: str, value: Any) -> list[str]:
     if value is None:  # a flag cannot take back what the algorithm or the data set implies
         return ["--set", f"{name}=null"]
     if isinstance(value, bool):
@@ -45,9 +44,12 @@ def _spelt(name: str, value: Any) -> list[str]:
 
 def eval_arguments(settings: EvalConfig) -> tuple[str, ...]:
     """Arguments of `mamlctl eval` after the run folder."""
-    values = {item.name: (getattr(settings, item.name), item.default) for item in fields(settings)}
     return settings_arguments(
-        {name: value for name, (value, default) in values.items() if name == "tasks" or value != default}
+        {
+            item.name: getattr(settings, item.name)
+            for item in fields(settings)
+            if item.name == "tasks" or getattr(settings, item.name) != item.default
+        }
     )
 
 
@@ -67,8 +69,8 @@ def _cell_line(cell: GridCell, evaluate: Sequence[str]) -> str:
     resume = shlex.join(["mamlctl", "train", "--resume", folder])
     test = shlex.join(["mamlctl", "eval", folder, *evaluate])
     # A queue may start a job again that it has stopped.
-    begun = f"[ -e {shlex.quote(folder)}/{CONFIG} ]"
-    return f"if {begun}; then {resume}; else {train}; fi && {test}"
+    has_begun = f"[ -e {shlex.quote(folder)}/{CONFIG} ]"
+    return f"if {has_begun}; then {resume}; else {train}; fi && {test}"
 
 
 def slurm_script(name: str, commands: Sequence[str]) -> str:
@@ -77,14 +79,14 @@ def slurm_script(name: str, commands: Sequence[str]) -> str:
     Time, memory and partition are the user's: sbatch takes them as options.
     """
     name = re.sub(r"[^\w.+-]", "_", name)
-    listed = "\n".join(f"  {shlex.quote(command)}" for command in commands)
+    lines = "\n".join(f"  {shlex.quote(command)}" for command in commands)
     return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --array=0-{len(commands) - 1}
 #SBATCH --ntasks=1
 #SBATCH --output={name}-%a.log
 commands=(
-{listed}
+{lines}
 )
 eval "${{commands[$SLURM_ARRAY_TASK_ID]}}"
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -83,12 +84,21 @@ def resolve_rows(
     *,
     here: bool = True,
 ) -> list[GridRow]:
-    """The settings of every row: `layers` (presets, files), then `given` (flags), then what the row sets.
+    """The settings of every row.
 
     A flag that has no effect in some rows, as --msl-epochs in those without MSL, gives way there. An
     improvement that means nothing with the algorithm or the data is left out, and so is a row that is another
-    one then. `here`: they are to run on this machine. Raises SettingsError with every problem, and for a flag
-    without effect in all rows.
+    one then.
+
+    Args:
+        rows: What each row sets, over everything else.
+        layers: Presets and files, weakest first.
+        given: Flags, over the layers.
+        seed: The first seed.
+        here: They are to run on this machine.
+
+    Raises:
+        SettingsError: With every problem, and for a flag without effect in all rows.
     """
     resolved_rows, problems = list[GridRow](), list[tuple[str, Problem]]()
     flags = {name: value for name, value in given.items() if name not in ("algo", "seed")}
@@ -141,13 +151,12 @@ def _grouped(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem
 
 
 def _alike(rows: Sequence[GridRow]) -> list[Problem]:
-    """Rows that are the same run, or that would share a folder: (fact, way out) pairs."""
-    problems = []
-    for place, row in enumerate(rows):
-        for other in rows[:place]:
-            if row.slug == other.slug or row.config == other.config:
-                problems.append((f"rows '{other.label}' and '{row.label}' are the same", "leave one out"))
-    return problems
+    """Rows that are the same run, or that would share a folder."""
+    return [
+        (f"rows '{other.label}' and '{row.label}' are the same", "leave one out")
+        for other, row in itertools.combinations(rows, 2)
+        if row.slug == other.slug or row.config == other.config
+    ]
 
 
 def not_default(evaluate: EvalConfig) -> dict[str, Any]:
