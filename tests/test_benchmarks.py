@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from benchmarks.pipes import Worker, WorkerFailed
 from benchmarks.report import document, growth_table, main_table, matrix_rates, peers_table
 from benchmarks.rounds import Machine, Plan, Row, measure
 from benchmarks.worker import open_learner, random_episodes
+from helpers import preloaded
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,6 +113,7 @@ def test_the_machine_tells_its_rate():
 @pytest.mark.process
 def test_workers_go_in_turn_and_one_that_fails_is_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sys, "executable", preloaded.python())
     machine = Machine("cpu")
     plan = Plan("cpu", repeats=2, official=None)
     plain, official, unknown = measure("main", SMALL, ["plain", "official", "fast"], plan, machine)

@@ -55,7 +55,7 @@ def drawing(width: float, height: float, title: str) -> Iterator[Figure]:
         figure.suptitle(plain(title), x=0.08 / width, ha="left", fontsize=10, fontweight="bold")
         yield figure
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)  # with "none" each way to save it would draw it once more, for nothing
         for ax in figure.axes:  # the solver's last digits are drawn by chance
             ax.set_position(ax.get_position().from_bounds(*np.round(ax.get_position().bounds, 6)))
 
