@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
+from helpers.shared import ignore
 
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
 from mamlctl.core.files import replacing, write_json
+from mamlctl.core.literals import StopReason
+from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.train import train
 from mamlctl.run_folder import METRICS, STATUS, RunState, new_run, open_run, run_state, upgrade
 from mamlctl.settings.schema import TrainConfig
 
@@ -142,3 +147,31 @@ def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_
 )
 def test_what_older_versions_wrote_is_brought_to_todays_form(file, old, added):
     assert upgrade(file, old) == old | added
+
+
+def trained(path, **settings):
+    """A short training on curves, into `path`."""
+    short = {"dataset": "sinusoid", "epochs": 1, "steps_per_epoch": 3, "val_tasks": 2, "report_every": 2}
+    config = resolve_settings([("flag", short | settings)]).config
+    return train(config, out=path, offline=True, time_limit_s=None, command="", on_event=ignore)
+
+
+def test_every_row_of_metrics_says_what_it_is(tmp_path):
+    trained(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["report", "report", "report", "validation"]
+    assert {key for row in map(json.loads, lines[:3]) for key in row if key.startswith("val_")} == set()
+
+
+def test_a_diverged_training_says_at_which_meta_step(tmp_path):
+    with pytest.raises(DivergedError) as raised:
+        trained(tmp_path / "run", inner_lr=1e30)
+    state = run_state(tmp_path / "run")
+    assert (state.status, state.step, state.diverged_at) == ("diverged", 0, 1)
+    assert raised.value.step == 1 and state.reason == raised.value.message
+
+
+def test_every_reason_to_stop_has_an_exit_code():
+    assert STOP_EXIT_CODES.keys() == set(get_args(StopReason))
+    assert [STOP_EXIT_CODES[reason] for reason in ("", "time limit", "SIGINT", "SIGTERM")] == [0, 0, 130, 143]
