@@ -190,7 +190,7 @@ def test_a_stop_between_the_last_byte_and_the_checksum(server, get, archive, tmp
 
 
 def test_a_slow_server_is_waited_for(server, get, archive):
-    server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.05)])
+    server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.06)])
     events = []
     # Longer in all than the time without a byte that a server is given up after.
     assert get(patience=Patience(tries=1, timeout_s=0.4), on_event=events.append) == archive
