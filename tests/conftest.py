@@ -82,10 +82,10 @@ def omniglot_zips():
 @pytest.fixture(scope="session")
 def omniglot_root(omniglot_zips, tmp_path_factory):
     """A data root with real Omniglot, fetched from the local archives."""
-    from mamlctl.data.sets.registry import fetch_set
+    from mamlctl.data.sets.registry import fetch_or_open, find_data_set
 
     def fetch(root):
-        fetch_set("omniglot", root, source=[omniglot_zips], offline=True, on_event=ignore)
+        fetch_or_open(find_data_set("omniglot"), root, source=[omniglot_zips], offline=True, on_event=ignore)
 
     return shared_folder(tmp_path_factory, "omniglot-root", fetch)
 

@@ -38,7 +38,6 @@ ENTRIES = {
         download_bytes=0,
         image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
         split_schemes=glyphs.SPLIT_SCHEMES,
-        resizes=glyphs.RESIZES,
         rotations="augment",
         ink=1,
         normalize="none",

@@ -11,7 +11,7 @@ from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.fetching.responses import check_mirrors
 from mamlctl.data.reading.packs import data_root as folder_of
 from mamlctl.data.reading.packs import load_pack, packs_of, verified_at, verify_pack
-from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_set, find_data_set
+from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_or_open, find_data_set
 
 
 def fetch_all(
@@ -39,8 +39,14 @@ def fetch_all(
     root = folder_of(data_root)
     fetched = []
     for name in dict.fromkeys(names):
-        packed = fetch_set(
-            name, root, source=source, mirrors=mirrors, offline=offline, force=force, on_event=on_event
+        packed = fetch_or_open(
+            find_data_set(name),
+            root,
+            source=source,
+            mirrors=mirrors,
+            offline=offline,
+            force=force,
+            on_event=on_event,
         )
         counts = {"classes": len(packed.names), "images": len(packed.images_MCHW)}
         fetched.append({"name": name, **counts, "digest": packed.digest, "folder": str(root)})

@@ -20,7 +20,7 @@ from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading import packs
 from mamlctl.data.reading.packs import load_pack, packs_of, save_pack, verified_at
 from mamlctl.data.sets import registry
-from mamlctl.data.sets.registry import fetch_set
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set
 from mamlctl.display.datasets import show_data_sets
 from mamlctl.experiments.fetch import fetch_all, list_all, verify_all
 
@@ -149,7 +149,7 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match="No space left on device"):
-        fetch_set("glyphs", root, force=True, on_event=ignore)
+        fetch_or_open(find_data_set("glyphs"), root, force=True, on_event=ignore)
     assert pack_of(root).read_bytes() == before
     assert [path.suffix for path in sorted((root / "glyphs").iterdir())] == [".json", ".npy"]
 

@@ -24,7 +24,7 @@ from mamlctl.core.events import Notice, Progress
 from mamlctl.data.fetching.downloads import Archive, download, downloaded
 from mamlctl.data.fetching.partial_files import Part
 from mamlctl.data.fetching.responses import Patience, check_mirrors
-from mamlctl.data.sets.registry import DATA_SETS, fetch_set
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set
 
 QUICK = Patience(tries=3, pause_s=0.001, longest_pause_s=1.0, timeout_s=10.0)
 HINT = "mamlctl fetch it --from FOLDER"
@@ -449,7 +449,7 @@ def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatc
         sources.append(server.source(data, f"/missing/{name}", f"/{name}", bytes=len(data)))
     serve_omniglot(monkeypatch, *sources)
     monkeypatch.setattr("time.sleep", ignore)
-    packed = fetch_set("omniglot", tmp_path, on_event=ignore)
+    packed = fetch_or_open(find_data_set("omniglot"), tmp_path, on_event=ignore)
     assert (len(packed.names), len(packed.images_MCHW)) == (1623, 32460)
     assert statuses(server) == [404, 200, 206] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["omniglot"]
@@ -465,8 +465,10 @@ def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match="No space left on device"):
-        fetch_set("omniglot", tmp_path, source=[SHARED / "omniglot"], force=True, on_event=ignore)
+        fetch_or_open(
+            find_data_set("omniglot"), tmp_path, source=[SHARED / "omniglot"], force=True, on_event=ignore
+        )
     serve_omniglot(monkeypatch, server.source(b"", "/gone.zip"))
     with pytest.raises(DataError, match="answers 404"):
-        fetch_set("omniglot", tmp_path, force=True, on_event=ignore)
+        fetch_or_open(find_data_set("omniglot"), tmp_path, force=True, on_event=ignore)
     assert {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()} == before

@@ -13,7 +13,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.data.reading.packs import load_pack
 from mamlctl.data.rules import choice_problems
 from mamlctl.data.sets import glyphs
-from mamlctl.data.sets.registry import DATA_SETS, fetch_set, find_data_set
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -132,10 +132,13 @@ def test_damaged_cache_is_told_and_force_mends_it(damage, tmp_path, glyphs_root)
 
 def test_force_draws_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "draw", partial(glyphs.draw, classes=2))
-    first = fetch_set("glyphs", tmp_path, offline=True, on_event=ignore)
+    first = fetch_or_open(find_data_set("glyphs"), tmp_path, offline=True, on_event=ignore)
     (array,) = (tmp_path / "glyphs").glob("*.npy")
     damage_pixel(array, None)
-    assert fetch_set("glyphs", tmp_path, offline=True, force=True, on_event=ignore).digest == first.digest
+    assert (
+        fetch_or_open(find_data_set("glyphs"), tmp_path, offline=True, force=True, on_event=ignore).digest
+        == first.digest
+    )
     assert sorted(file.suffix for file in (tmp_path / "glyphs").iterdir()) == [".json", ".npy"]
     assert load_pack(array, "glyphs").digest == first.digest
 
@@ -143,7 +146,7 @@ def test_force_draws_anew(tmp_path, monkeypatch):
 def test_root_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
-        fetch_set("glyphs", tmp_path / "file", offline=True, force=True, on_event=ignore)
+        fetch_or_open(find_data_set("glyphs"), tmp_path / "file", offline=True, force=True, on_event=ignore)
 
 
 def test_set_is_always_here(tmp_path):
@@ -153,7 +156,7 @@ def test_set_is_always_here(tmp_path):
 
 def test_local_archives_have_no_effect_on_a_drawn_set(tmp_path):
     with pytest.raises(SettingsError, match="--from has no effect on glyphs"):
-        fetch_set("glyphs", tmp_path, source=[tmp_path], offline=True, on_event=ignore)
+        fetch_or_open(find_data_set("glyphs"), tmp_path, source=[tmp_path], offline=True, on_event=ignore)
 
 
 def test_sets_are_opened_by_name(glyphs_root):

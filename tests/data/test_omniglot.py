@@ -11,7 +11,7 @@ from PIL import Image
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, Progress
 from mamlctl.data.sets import omniglot
-from mamlctl.data.sets.registry import fetch_set, find_data_set
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set
 
 pytestmark = pytest.mark.realdata
 
@@ -121,7 +121,7 @@ def test_mamlpp_split_has_its_own_seed(packed):
 def test_fetch_again_changes_nothing_and_says_so(omniglot_root, packed):
     before = {file.name: file.stat().st_mtime_ns for file in (omniglot_root / "omniglot").iterdir()}
     events = []
-    fetched = fetch_set("omniglot", omniglot_root, offline=True, on_event=events.append)
+    fetched = fetch_or_open(find_data_set("omniglot"), omniglot_root, offline=True, on_event=events.append)
     assert fetched.digest == packed.digest
     assert events == [Notice(f"omniglot is already at {omniglot_root}; --force prepares it anew")]
     after = {file.name: file.stat().st_mtime_ns for file in (omniglot_root / "omniglot").iterdir()}

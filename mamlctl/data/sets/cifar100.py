@@ -27,8 +27,6 @@ SIDE = 32
 
 CHANNELS = 3
 
-RESIZES = ("none",)
-
 FOLDER = "cifar-100-python"
 
 ARCHIVE = "cifar-100-python.tar.gz"
@@ -86,9 +84,7 @@ def is_here(root: Path) -> bool:
     return is_packed(_path(root))
 
 
-def open_pack(
-    root: Path, resize: str = RESIZES[0], *, on_event: OnEvent, name: str = "cifar-fs"
-) -> PackedImages:
+def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent, name: str = "cifar-fs") -> PackedImages:
     """All images, classes in the order of their names. Raises DataError if absent or damaged."""
     if not is_here(root):
         raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")

@@ -28,8 +28,6 @@ SIDE = 28  # pixels
 
 SPLIT_SCHEMES = ("own",)
 
-RESIZES = ("none",)
-
 TRAIN = 300  # classes; 60 are left for test
 
 VAL = 40  # classes

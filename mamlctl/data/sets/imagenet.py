@@ -73,8 +73,6 @@ LISTED = (MINI, TIERED)
 
 PER_CLASS = 600  # mini-ImageNet's images of every class
 
-RESIZES = ("none",)  # the images are of 84x84 already; others are shrunk by `ImageShape`'s filter, and told
-
 
 def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
     """Verify what the user has, and pack it. Raises DataError, with nothing left behind."""
@@ -126,7 +124,7 @@ def is_here(listed: ListedSet, root: Path) -> bool:
     return is_packed(_path(listed, root))
 
 
-def open_pack(listed: ListedSet, root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> PackedImages:
+def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
     """All images at 84x84 in colour, memory-mapped. Raises DataError if absent or damaged."""
     if not is_here(listed, root):
         raise DataError(f"{listed.name} is not at {root}", hint=listed.hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,14 +56,14 @@ class DataSet:
     download_bytes: int | None  # 0: nothing to download; None: only --from brings it
     image_shape_CHW: tuple[int, int, int]
     split_schemes: tuple[str, ...]  # the first is the default
-    resizes: tuple[str, ...]  # the first is the default
-    rotations: str  # the default, as those of `ink` and `normalize`
-    ink: int
-    normalize: str
     prepare: Prepare
     open_pack: OpenPack
     split_classes: SplitClasses
     is_here: Callable[[Path], bool]  # in a data root: whether `open_pack` needs no `prepare` before it
+    resizes: tuple[str, ...] = ("none",)  # the first is the default
+    rotations: str = "none"  # the default, as those of `ink` and `normalize`
+    ink: int = 0
+    normalize: str = "none"
     archives: Callable[[], tuple[Archive, ...]] | None = None  # what a download brings, if one can
     open_shaped: OpenShaped | None = None
     own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small
@@ -92,9 +93,6 @@ def _cifar(name: str, summary: str, scheme: str) -> DataSet:
         download_bytes=cifar100.SIZE,
         image_shape_CHW=(cifar100.CHANNELS, cifar100.SIDE, cifar100.SIDE),
         split_schemes=(scheme,),
-        resizes=cifar100.RESIZES,
-        rotations="none",
-        ink=0,
         normalize="imagenet",
         prepare=cifar100.prepare,
         open_pack=partial(cifar100.open_pack, name=name),
@@ -115,9 +113,6 @@ def imagenet_set(listed: ListedSet, summary: str) -> DataSet:
         download_bytes=None,
         image_shape_CHW=(3, imagenet.SIDE, imagenet.SIDE),
         split_schemes=listed.split_schemes,
-        resizes=imagenet.RESIZES,
-        rotations="none",
-        ink=0,
         normalize="imagenet",
         prepare=partial(imagenet.prepare, listed),
         open_pack=partial(imagenet.open_pack, listed),
@@ -138,7 +133,6 @@ DATA_SETS = {
         resizes=omniglot.RESIZES,
         rotations="augment",
         ink=1,
-        normalize="none",
         prepare=omniglot.prepare,
         open_pack=omniglot.open_pack,
         split_classes=omniglot.split_classes,
@@ -153,10 +147,8 @@ DATA_SETS = {
         download_bytes=0,
         image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
         split_schemes=glyphs.SPLIT_SCHEMES,
-        resizes=glyphs.RESIZES,
         rotations="augment",
         ink=1,
-        normalize="none",
         prepare=glyphs.prepare,
         open_pack=glyphs.open_pack,
         split_classes=glyphs.split_classes,
@@ -219,9 +211,6 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         image_shape_CHW=(image_folder.CHANNELS, image_folder.SIDE, image_folder.SIDE),
         split_schemes=schemes,
         resizes=image_folder.RESIZES,
-        rotations="none",
-        ink=0,
-        normalize="none",
         prepare=partial(image_folder.prepare, path),
         open_pack=partial(image_folder.open_pack, path),
         split_classes=partial(image_folder.split_classes, fractions=fractions),
@@ -229,48 +218,6 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         open_shaped=partial(image_folder.open_pack, path),
         own_files=True,
     )
-
-
-def fetch_set(
-    name: str,
-    root: Path,
-    *,
-    source: Sequence[Path] | None = None,
-    mirrors: Sequence[str] = (),
-    offline: bool = False,
-    force: bool = False,
-    on_event: OnEvent,
-) -> PackedImages:
-    """Fetch the data set `name`, unless it is there; of two processes the second waits, and finds it there.
-
-    Args:
-        name: of a data set, or the path of a folder of images.
-        root: where the packs lie.
-        source: archives and folders that replace the download.
-        mirrors: addresses of folders that are asked before the archives' own.
-        offline: whether downloads are forbidden.
-        force: whether to prepare again what is there.
-        on_event: gets notices and progress.
-
-    Raises:
-        SettingsError: there is no such name, or an option has no effect.
-        DataError: the data are absent, damaged, or not what they should be.
-    """
-    data_set = find_data_set(name)
-    fetch = partial(
-        fetch_or_open,
-        data_set,
-        root,
-        source=source,
-        mirrors=mirrors,
-        offline=offline,
-        force=force,
-        on_event=on_event,
-    )
-    if data_set.is_here(root) and not force:
-        return fetch()  # writes nothing, so that a root that cannot be written will do
-    with locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event):
-        return fetch()
 
 
 def fetch_or_open(
@@ -283,29 +230,59 @@ def fetch_or_open(
     force: bool = False,
     on_event: OnEvent,
 ) -> PackedImages:
-    """What `fetch_set` does with a data set, without a lock."""
-    name, drawn = data_set.name, data_set.download_bytes == 0
+    """Fetch a data set, unless it is there; of two processes the second waits, and finds it there.
+
+    Args:
+        data_set: what to fetch.
+        root: where the packs lie.
+        source: archives and folders that replace the download.
+        mirrors: addresses of folders that are asked before the archives' own.
+        offline: whether downloads are forbidden.
+        force: whether to prepare again what is there.
+        on_event: gets notices and progress.
+
+    Raises:
+        SettingsError: an option has no effect.
+        DataError: the data are absent, damaged, or not what they should be.
+    """
+    name, made_here = data_set.name, data_set.download_bytes == 0
     for switch, has_value in (("--from", source), ("--mirror", mirrors)):
-        if drawn and has_value:
+        if made_here and has_value:
             fact = f"{switch} has no effect on {name}, for which there is nothing to download"
             raise SettingsError([(fact, "leave it out")])
-    if data_set.is_here(root) and not (force and (source or data_set.archives or drawn)):
-        way = "--force" if data_set.archives else "with --from" if force else "--force --from ..."
-        if not drawn:
+    force = force and bool(made_here or source or data_set.archives)
+    with ExitStack() as stack:
+        if force or not data_set.is_here(root):  # else nothing is written: a root that cannot be will do
+            stack.enter_context(locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event))
+        if force or not data_set.is_here(root):
+            _prepare(data_set, root, source, mirrors, offline, on_event)
+        elif not made_here:
+            way = "--force" if data_set.archives else "--force --from ..."
             on_event(Notice(f"{name} is already at {root}; {way} prepares it anew"))
-    elif source or data_set.archives is None:
+        return data_set.open_pack(root, data_set.resizes[0], on_event=on_event)
+
+
+def _prepare(
+    data_set: DataSet,
+    root: Path,
+    source: Sequence[Path] | None,
+    mirrors: Sequence[str],
+    offline: bool,
+    on_event: OnEvent,
+) -> None:
+    name = data_set.name
+    if source or data_set.archives is None:
         data_set.prepare(root, source or (), on_event)
-    elif offline:
+        return
+    if offline:
         message = f"{name} is not at {root}, and --offline forbids downloading it"
         raise DataError(message, hint=f"mamlctl fetch {name}, or with --from FOLDER")
-    else:
-        archives = data_set.archives()
-        on_event(Notice(f"downloading {name} ({data_set.licence})"))
-        files = " and ".join(archive.file for archive in archives)
-        hint = f"try again or with --mirror URL, or get {files} otherwise: mamlctl fetch {name} --from FOLDER"
-        with downloaded(archives, root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event) as paths:
-            data_set.prepare(root, paths, on_event)
-    return data_set.open_pack(root, data_set.resizes[0], on_event=on_event)
+    archives = data_set.archives()
+    on_event(Notice(f"downloading {name} ({data_set.licence})"))
+    files = " and ".join(archive.file for archive in archives)
+    hint = f"try again or with --mirror URL, or get {files} otherwise: mamlctl fetch {name} --from FOLDER"
+    with downloaded(archives, root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event) as paths:
+        data_set.prepare(root, paths, on_event)
 
 
 def open_images(

@@ -14,7 +14,7 @@ from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.registry import fetch_set, find_data_set, is_curve_family, open_images
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_curve_family, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Placement, StreamSettings, Tasks
@@ -104,7 +104,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
-        fetch_set(config.dataset, root, on_event=on_event)
+        fetch_or_open(data_set, root, on_event=on_event)
     assert config.image_size is not None and config.channels is not None  # as `complete` leaves them
     packed = open_images(
         data_set,
