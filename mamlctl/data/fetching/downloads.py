@@ -36,15 +36,10 @@ if TYPE_CHECKING:
     from requests import Response, Session
 
 DOWNLOADS = "downloads"  # the folder below the data root that holds what is under way
-
 CHUNK = 64 * 1024
-
 BEGINNING = 512  # enough to tell a page from an archive
-
 EVENT_EVERY_S = 0.1  # more often no display draws
-
 DOES_NOT_FIT = "does not go on with what an earlier try left"
-
 SPEED_OVER_S = 5.0  # shorter jumps about, longer hides a stall
 
 

@@ -28,7 +28,6 @@ MEMBER_BYTES = 16 * 1024**2  # no image of any data set is as large; a zip bomb'
 EXPANSION = 100
 
 EXPANSION_FLOOR = 1024**3  # bytes that any archive may expand to
-
 CHUNK = 1024**2
 
 COMPRESSED: Mapping[bytes, Callable[..., Any]] = {

@@ -19,7 +19,6 @@ from mamlctl.data.reading.archives import Members
 from mamlctl.data.reading.image_files import read_image
 
 AT_A_TIME = 512  # images in work at once: enough for every core, and no more memory than a few megabytes
-
 EVENT_EVERY = 500  # images
 
 

@@ -37,11 +37,8 @@ LONGEST_TEXT = 64 * 1024
 MOST_READS = 60_000_000
 
 PLAIN = (str, bytes, bytearray, int, float, np.generic, np.ndarray, type(None))
-
 NUMBERS = re.compile(r"[biufc]\d{1,2}")  # dtypes of plain numbers: no objects, strings, fields or dates
-
 MOST_AXES = 64  # numpy 2's limit
-
 ORDERS = ("|", "<", ">", "=")  # of the bytes in a number
 
 # What a pickle may name, and what it stands for here.

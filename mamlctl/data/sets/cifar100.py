@@ -24,25 +24,15 @@ from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
 
 SIDE = 32
-
 CHANNELS = 3
-
 FOLDER = "cifar-100-python"
-
 ARCHIVE = "cifar-100-python.tar.gz"
-
 META = "meta"
-
 HOME = "cifar-100"  # the folder of the packs
-
 ORIGIN = "www.cs.toronto.edu"
-
 SIZE = 169_001_437  # bytes of the archive
-
 TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
-
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
-
 HINT = f"name {ARCHIVE}, the folder {FOLDER} unpacked from it, or the folder that holds either"
 
 

@@ -17,38 +17,24 @@ from mamlctl.data.counter_rng import random_words, shuffled
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
 NAME = "glyphs"
-
 VERSION = 1  # of the drawing: raise it with any change that alters a pixel
-
 CLASSES = 400
-
 DRAWINGS = 20  # of each class, as in Omniglot
-
 SIDE = 28  # pixels
-
 SPLIT_SCHEMES = ("own",)
-
 TRAIN = 300  # classes; 60 are left for test
-
 VAL = 40  # classes
-
 SHAPE_SEED = 0  # the set is one fixed set; the split has a seed of its own
-
 STROKES = (2, 4)  # fewest, most
-
 CONTROLS = 4  # control points of a stroke's cubic curve
-
 POINTS = 48  # drawn on a stroke, under a pixel apart
 
 # Chosen by eye, and so that a nearest neighbour on pixels gets about 65 % of 5-way 1-shot tasks.
 WOBBLE = 0.05  # of a control point, in units of the glyph's box
 
 SLANT = 0.13  # of the affine map's entries: turn, shear and size
-
 SHIFT = 1.1  # pixels
-
 BOX = 19.0  # pixels: the glyph's box inside the image
-
 PEN = (0.7, 1.4)  # radius in pixels
 
 

@@ -20,15 +20,10 @@ from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, strea
 SIDE = 84
 
 CHANNELS = 3
-
 RESIZES = tuple(FILTERS)
-
 SPLITS = ("train", "val", "test")
-
 SPLIT_SCHEMES = ("folders", "fractions")
-
 FRACTIONS = "64-16-20"  # mini-ImageNet's classes
-
 MOST_NAMED = 5  # files that are named before "and n more"
 
 

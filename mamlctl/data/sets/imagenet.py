@@ -24,13 +24,9 @@ from mamlctl.data.sets.class_splits import SPLITS, listed_split
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
 
 SIDE = 84
-
 IMAGE = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
-
 SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet; file names begin with theirs
-
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-
 PICKLES = (".pkl", ".pickle")
 
 
@@ -70,7 +66,6 @@ TIERED = ListedSet(
 )
 
 LISTED = (MINI, TIERED)
-
 PER_CLASS = 600  # mini-ImageNet's images of every class
 
 

@@ -19,9 +19,7 @@ from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 
 NAME = "mini-imagenet"
-
 SIDE = 84
-
 PER_CLASS = 600
 
 FAMILIES = (

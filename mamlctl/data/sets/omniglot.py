@@ -27,9 +27,7 @@ from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
 NAME = "omniglot"
-
 SIDE = 105
-
 SMALL = 28
 
 # Of `FILTERS` the first is the default, for the best raw pixels: a nearest neighbour's accuracy on 1,000
@@ -38,7 +36,6 @@ SMALL = 28
 RESIZES = tuple(FILTERS)
 
 SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
-
 EVENT_EVERY = 1000  # images
 
 
@@ -88,7 +85,6 @@ VINYALS_TRAIN_AND_VAL = 1200
 MAMLPP_TRAIN = 1150
 
 MAMLPP_VAL = 50
-
 LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, this is as many alphabets as Vinyals's
 
 # Bytes of the archives by their md5, as TensorFlow Datasets lists them (url_checksums/omniglot.txt).

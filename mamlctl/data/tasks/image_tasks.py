@@ -17,7 +17,6 @@ from mamlctl.data.reading.packs import PackedImages
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings
 
 TURNS = 4  # quarter turns of a square image
-
 SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
 
 # Of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
