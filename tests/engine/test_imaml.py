@@ -66,7 +66,7 @@ def test_the_implicit_gradient_of_a_net_is_its_central_differences():
     settings = {
         "proximal": 0.5,
         "cg_steps": 15,
-        "inner_steps": 400,
+        "inner_steps": 150,
         "inner_lr": 0.3,
         "meta_batch_size": 1,
     }
