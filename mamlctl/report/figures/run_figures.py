@@ -11,10 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core import formatting
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 from mamlctl.report.figures.style import (
     BLUE,
     CALM,
@@ -27,24 +23,38 @@ from mamlctl.report.figures.style import (
     SMALL,
     WIDTH,
     Numbers,
-    _finite,
+    draw_cross,
+    draw_image,
     drawing,
+    finite_values,
+    is_light,
     plain,
+    rate_colours,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
 EARLY = ((ORANGE, "--"), (GREEN, "-."), (PURPLE, (0, (5, 1, 1, 1, 1, 1))))
 
-BINS, LOSS_LINES, CROWDED = 60, 6, 12  # more shades than 6 look alike; of more than 12 steps, two digits fit
-
+BINS = 60  # of a histogram
+LOSS_LINES = 6  # more shades look alike
+CROWDED = 12  # inner steps: of more, rates with two digits fit
 LOG_FROM = 20.0  # greatest over least loss from which a linear axis hides the end of the training
 
-CELL, EDGE = 0.45, 0.06  # inches: a picture's width with the space beside it, that space
+# Inches.
+CELL = 0.45  # a picture's width with the space beside it
+EDGE = 0.06  # that space
+GAP = 0.2  # from the support set to the queries
+STRIP = 0.17  # a query's word
+TASK_HEAD = 0.5
 
-GAP, STRIP, TASK_HEAD = 0.2, 0.17, 0.5  # inches: support to queries, a query's word, a task's head
-
-FOLD, QUERIES_SHOWN, NAME = 10, 60, 18  # classes below each other, queries a task, letters a name
+FOLD = 10  # classes below each other
+QUERIES_SHOWN = 60  # of a task
+NAME = 18  # letters
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,10 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
 
 def _heights(row: Sequence[Panel]) -> tuple[float, float]:
     """A y range for the truth and all curves; a curve that leaves far from the truth is cut, not followed."""
-    known = _finite(*(part for panel in row for part in (panel.truth, panel.support_y)))
-    drawn = _finite(known, *(curve.y for panel in row for curve in panel.curves))
-    span = float(np.ptp(known)) or 1.0
-    low, high = max(drawn.min(), known.min() - 0.6 * span), min(drawn.max(), known.max() + 0.6 * span)
+    truth = finite_values(*(part for panel in row for part in (panel.truth, panel.support_y)))
+    drawn = finite_values(truth, *(curve.y for panel in row for curve in panel.curves))
+    span = float(np.ptp(truth)) or 1.0
+    low, high = max(drawn.min(), truth.min() - 0.6 * span), min(drawn.max(), truth.max() + 0.6 * span)
     return float(low - 0.06 * span), float(high + 0.06 * span)
 
 
@@ -106,8 +116,8 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tup
         ax.plot(panel.x, curve.y, color=colour, linestyle=line, linewidth=1.5, label=label)
         place = 0.18 + 0.82 * taken.index(curve.steps) / len(taken)
         digits = 3 if 0.001 <= curve.mse < 1000 else 1  # room is short, and 2e-05 says enough
-        told = f"{curve.steps}\n{curve.mse:.{digits}g}"
-        ax.text(place, 1.02, told, transform=ax.transAxes, color=colour, fontsize=SMALL)
+        error = f"{curve.steps}\n{curve.mse:.{digits}g}"
+        ax.text(place, 1.02, error, transform=ax.transAxes, color=colour, fontsize=SMALL)
     ax.plot(panel.support_x, panel.support_y, "o", c=INK, mec="white", ms=5.5, zorder=5, label="support set")
     ax.set_title(plain(panel.title), pad=26)
     ax.set(xlabel="x", ylabel="y")
@@ -156,50 +166,47 @@ class _PictureLayout:
 
 def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
     """Few-shot tasks: a row for a class, its support set and then the queries that were taken for it."""
-    grid = _PictureLayout(pictures)
-    with drawing(grid.width, grid.height, "") as figure:
+    layout = _PictureLayout(pictures)
+    with drawing(layout.width, layout.height, "") as figure:
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         for task, picture in enumerate(pictures):
-            _task(ax, grid, task, picture)
+            _task(ax, layout, task, picture)
         ax.text(0.08, 0.2, plain(title), fontsize=10, fontweight="bold")
-        told = "A query stands beside the class it was taken for; thick frame, cross: wrong, and what it is."
-        ax.text(0.08, grid.height - 0.12, told, color=DIM)
-        ax.set(xlim=(0, grid.width), ylim=(grid.height, 0), aspect="auto")
+        note = "A query stands beside the class it was taken for; thick frame, cross: wrong, and what it is."
+        ax.text(0.08, layout.height - 0.12, note, color=DIM)
+        ax.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="auto")
         ax.set_axis_off()
     return figure
 
 
-def _task(ax: Axes, grid: _PictureLayout, task: int, picture: TaskPicture) -> None:
-    x, y = grid.corner(task, 0)
+def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> None:
+    x, y = layout.corner(task, 0)
     right = int((picture.predicted_M == picture.query_y_M).sum())
-    left_out = int((np.bincount(picture.predicted_M) - grid.queries).clip(0).sum())
-    told = f"{right} of {len(picture.query_y_M)} queries right" + f", {left_out} not shown" * (left_out > 0)
-    ax.text(x, y - 0.3, f"Task {task + 1}: {told}", fontsize=9)
+    left_out = int((np.bincount(picture.predicted_M) - layout.queries).clip(0).sum())
+    note = f", {left_out} not shown" if left_out else ""
+    head = f"Task {task + 1}: {right} of {len(picture.query_y_M)} queries right{note}"
+    ax.text(x, y - 0.3, head, fontsize=9)
+    size = CELL - EDGE, layout.tall - EDGE
     for way, support_KCHW in enumerate(picture.support_NKCHW):
-        x, y = grid.corner(task, way)
+        x, y = layout.corner(task, way)
         if way % FOLD == 0:
             ax.text(x, y - 0.09, "support", color=DIM)
-            ax.text(x + grid.first_query, y - 0.09, "queries", color=DIM)
+            ax.text(x + layout.first_query, y - 0.09, "queries", color=DIM)
         name = formatting.elide_middle(plain(picture.names[way]), NAME) if picture.names else ""
-        ax.text(x, y + grid.tall / 2, f"{way + 1} {name}".strip(), va="center")
+        ax.text(x, y + layout.tall / 2, f"{way + 1} {name}".strip(), va="center")
         for shot, image_CHW in enumerate(support_KCHW):
-            _image(ax, grid, image_CHW, x + grid.label + shot * CELL, y)
+            draw_image(ax, image_CHW, (x + layout.label + shot * CELL, y), size, DIM, 0.6)
         # The first ones, right or wrong: a choice would flatter or blame.
-        for place, query in enumerate(np.flatnonzero(picture.predicted_M == way)[: grid.queries]):
-            wrong = f"is {picture.query_y_M[query] + 1}" if picture.query_y_M[query] != way else ""
-            _image(ax, grid, picture.query_MCHW[query], x + grid.first_query + place * CELL, y, wrong)
-
-
-def _image(ax: Axes, grid: _PictureLayout, image_CHW: Numbers, x: float, y: float, wrong: str = "") -> None:
-    pixels_HWC = np.moveaxis(image_CHW / (255 if image_CHW.dtype == np.uint8 else 1), 0, -1).clip(0, 1)
-    width, height = CELL - EDGE, grid.tall - EDGE
-    ax.imshow(pixels_HWC, extent=(x, x + width, y + height, y), cmap="gray", vmin=0, vmax=1)
-    edge, thick = (RED, 2.2) if wrong else (DIM, 0.6)
-    ax.fill([x, x + width, x + width, x], [y, y, y + height, y + height], fill=False, ec=edge, lw=thick)
-    if wrong:
-        ax.plot(x + width, y, "X", color=RED, markersize=8, markeredgecolor="white")
-        ax.text(x + width / 2, y + height + 0.04, wrong, color=RED, fontsize=SMALL, ha="center", va="top")
+        for place, query in enumerate(np.flatnonzero(picture.predicted_M == way)[: layout.queries]):
+            corner = x + layout.first_query + place * CELL, y
+            truth = int(picture.query_y_M[query])
+            edge, thick = (DIM, 0.6) if truth == way else (RED, 2.2)
+            draw_image(ax, picture.query_MCHW[query], corner, size, edge, thick)
+            if truth != way:
+                draw_cross(ax, corner[0] + size[0], y)
+                below = corner[0] + size[0] / 2, y + size[1] + 0.04
+                ax.text(*below, f"is {truth + 1}", color=RED, fontsize=SMALL, ha="center", va="top")
 
 
 def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"]) -> Figure:
@@ -210,14 +217,15 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
     losses = _columns(reports, "query_losses")
     trained = _columns(reports, "query_accuracies")[-1:] if metric == "accuracy" else []
     val_steps, score, half = (_column(validations, key) for key in ("step", f"val_{metric}", "val_ci95"))
-    heights = [3.0, 2.2, 1.0] if _finite(score, *trained).size else [3.0, 1.0]
+    heights = [3.0, 2.2, 1.0] if finite_values(score, *trained).size else [3.0, 1.0]
     with drawing(WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
         top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
         chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
         # Yellow, the scale's end, cannot be seen on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _line(top, steps, losses[taken], color=shade, label=str(taken))
-        if (finite := _finite(*losses)).size and finite.max() > LOG_FROM * finite.min() > 0:
+        finite = finite_values(*losses)
+        if finite.size and finite.max() > LOG_FROM * finite.min() > 0:
             top.set_yscale("log", subs=[2, 5])
             top.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         top.set_title("Query loss by inner steps taken")
@@ -225,13 +233,13 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
             for accuracies in trained:
                 _line(ax, steps, accuracies, color=CALM, label="training queries")
             _line(ax, val_steps, score, color=BLUE, label="validation,\n95 % interval")
-            edge = 1.2 * (len(score) == 1)  # a validation alone has a line for a band
+            edge = 1.2 if len(score) == 1 else 0  # a validation alone has a line for a band
             ax.fill_between(val_steps, score - half, score + half, color=BLUE, alpha=0.2, linewidth=edge)
             ax.set_title("Query accuracy after adaptation" if metric == "accuracy" else "Validation mse")
             if metric == "accuracy":
                 ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         _line(bottom, steps, lr, color=INK)
-        highest = 1.1 * max(_finite(lr), default=0.0) or 1.0
+        highest = 1.1 * max(finite_values(lr), default=0.0) or 1.0
         bottom.locator_params(axis="x", integer=True, min_n_ticks=1)
         bottom.set(ylim=(0, highest), xlabel="meta-step", title="Meta learning rate")
         for ax in (top, *middle, bottom):
@@ -253,10 +261,10 @@ def _columns(rows: Rows, key: str) -> list[NDArray[np.float64]]:
 
 
 def _line(ax: Axes, x: Numbers, y: Numbers, **look: Any) -> None:
-    there = np.isfinite(np.r_[np.nan, y, np.nan])
+    is_finite = np.isfinite(np.r_[np.nan, y, np.nan])
     # A value without neighbours is a point, since no line shows it.
-    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()
-    if there.any():
+    alone = np.flatnonzero(is_finite[1:-1] & ~is_finite[:-2] & ~is_finite[2:]).tolist()
+    if is_finite.any():
         ax.plot(x, y, linewidth=1.0, marker="." if alone else "", markevery=alone or None, **look)
 
 
@@ -269,20 +277,16 @@ def rates(rates: Mapping[str, Numbers], title: str) -> Figure:
 
 
 def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
-    from matplotlib import colormaps
-
     rates_LI = np.stack(list(rates.values())).astype(np.float64)
-    most = float(abs(_finite(rates_LI)).max(initial=0)) or 1.0
-    least = -most if (rates_LI < 0).any() else 0.0
+    scale, least, most = rate_colours(rates_LI)
+    scale = scale.with_extremes(bad="white")
     digits = max((2 if rates_LI.shape[1] <= CROWDED else 1) - math.floor(math.log10(most)), 0)
-    scale = colormaps["Blues" if least == 0 else "PuOr"].with_extremes(bad="white")
     figure.set_figwidth(max(WIDTH, 1.6 + 0.36 * rates_LI.shape[1]))
     ax = figure.subplots()
     ax.imshow(rates_LI, cmap=scale, vmin=least, vmax=most, aspect="auto", interpolation="nearest")
     for (row, step), rate in np.ndenumerate(rates_LI):
-        # Rec. 709's shares of red, green and blue in what the eye takes for light.
-        light = np.dot(scale((rate - least) / (most - least))[:3], (0.2126, 0.7152, 0.0722))
-        ax.text(step, row, f"{rate:.{digits}f}", c=INK if light > 0.5 else "white", ha="center", va="center")
+        ink = INK if is_light(scale((rate - least) / (most - least))) else "white"
+        ax.text(step, row, f"{rate:.{digits}f}", c=ink, ha="center", va="center")
     ax.set_xticks(range(rates_LI.shape[1]), [str(step + 1) for step in range(rates_LI.shape[1])])
     ax.set(xlabel="inner step", yticks=range(len(rates)), yticklabels=[plain(name) for name in rates])
     ax.tick_params(length=0)
@@ -291,19 +295,19 @@ def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
 
 def _histograms(figure: Figure, rates: Mapping[str, Numbers]) -> None:
     axes = figure.subplots(len(rates), sharex=True, squeeze=False, subplot_kw={"yticks": []})[:, 0]
-    every = _finite(*rates.values())
+    every = finite_values(*rates.values())
     low, high = every.min(initial=0), every.max(initial=0)
     width = (high - low) / BINS or 1.0
     # Zero is an edge, so that the part in another colour is just the share that is written.
     edges = width * np.arange(math.floor(low / width) - 1, math.floor(high / width) + 2)
     for ax, (name, values) in zip(axes, rates.items(), strict=True):
-        finite = _finite(values)
+        finite = finite_values(values)
         counts, below = np.histogram(finite, edges)[0], edges[:-1] < 0
         ax.stairs(np.where(below, 0, counts), edges, fill=True, color=BLUE)
         ax.stairs(np.where(below, counts, 0), edges, fill=True, color=RED)
         share = formatting.percent(float((finite < 0).sum()) / max(finite.size, 1))
-        told = f"{finite.size:,} rates\n{share} negative"
-        ax.text(1.01, 0.5, told, transform=ax.transAxes, va="center", fontsize=SMALL)
+        counted = f"{finite.size:,} rates\n{share} negative"
+        ax.text(1.01, 0.5, counted, transform=ax.transAxes, va="center", fontsize=SMALL)
         ax.set_ylabel(plain(name), rotation=0, ha="right", va="center")
         ax.spines["left"].set_visible(False)
     axes[-1].set_xlabel("inner learning rate of a weight")

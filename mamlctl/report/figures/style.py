@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,29 @@ from mamlctl.core import formatting
 from mamlctl.core.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 Numbers = NDArray[Any]
 
-WIDTH, DPI, SMALL = 7.2, 150, 7.5  # inches, pixels an inch, points: for a README's column of about 900 pixels
+WIDTH = 7.2  # inches: for a README's column of about 900 pixels
+DPI = 150  # pixels per inch
+SMALL = 7.5  # points
 
 # Okabe & Ito's colours, told apart with every kind of colour vision, also on a light ground.
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
 
-INK, DIM, CALM, GRID = "#222222", "#666666", "#C8C8C8", "#EAEAEA"
+INK = "#222222"
+DIM = "#666666"
+CALM = "#C8C8C8"
+GRID = "#EAEAEA"
+
+LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709's shares of red, green and blue in what the eye takes for light
 
 STYLE: dict[Any, Any] = (
     {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left"}
@@ -68,13 +81,49 @@ def plain(text: str) -> str:
     return "".join(c if font.get_char_index(ord(c)) else "?" for c in formatting.strip_controls(text))
 
 
-def _finite(*parts: Numbers) -> NDArray[np.float64]:
+def finite_values(*parts: Numbers) -> NDArray[np.float64]:
+    """The finite numbers of all arrays, in one flat array."""
     numbers: NDArray[np.float64] = np.concatenate([np.zeros(0), *map(np.ravel, parts)])
     return numbers[np.isfinite(numbers)]
 
 
+def rate_colours(rates: NDArray[np.float64]) -> tuple[Colormap, float, float]:
+    """A colour scale for inner rates, with a second hue where some are negative, and its two ends."""
+    from matplotlib import colormaps
+
+    finite = finite_values(rates)
+    most = float(abs(finite).max(initial=0)) or 1.0
+    least = -most if (finite < 0).any() else 0.0
+    return colormaps["Blues" if least == 0 else "PuOr"], least, most
+
+
+def is_light(colour: Sequence[float]) -> bool:
+    """Whether dark letters are read better on the colour (red, green, blue, 0..1) than white ones."""
+    return bool(np.dot(colour[:3], LUMA) > 0.5)
+
+
+def draw_image(
+    ax: Axes,
+    image_CHW: Numbers,
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    edge: str,
+    thick: float,
+) -> None:
+    """Draw an image (0..1 or uint8) in a frame; `corner` and `size` are x and y in the axes' units."""
+    (x, y), (width, height) = corner, size
+    pixels_HWC = np.moveaxis(image_CHW / (255 if image_CHW.dtype == np.uint8 else 1), 0, -1).clip(0, 1)
+    ax.imshow(pixels_HWC, extent=(x, x + width, y + height, y), cmap="gray", vmin=0, vmax=1)
+    ax.fill([x, x + width, x + width, x], [y, y, y + height, y + height], fill=False, ec=edge, lw=thick)
+
+
+def draw_cross(ax: Axes, x: float, y: float) -> None:
+    """Mark a wrong prediction, so that it is not known by its colour alone."""
+    ax.plot(x, y, "X", color=RED, markersize=8, markeredgecolor="white")
+
+
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """Write stem.png and stem.svg, each in one move, and tell their paths."""
+    """Write stem.png and stem.svg, each in one move, and return their paths."""
     png, svg = (stem.with_name(stem.name + ending) for ending in (".png", ".svg"))
     with _style(), replacing(png) as png_file, replacing(svg) as svg_file:
         figure.savefig(png_file, format="png", dpi=DPI)

@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.report.figures.style import BLUE, CALM, DIM, INK, RED, SMALL, WIDTH, drawing, plain, save
+from mamlctl.report.figures.style import (
+    BLUE,
+    CALM,
+    DIM,
+    INK,
+    RED,
+    SMALL,
+    WIDTH,
+    drawing,
+    finite_values,
+    is_light,
+    plain,
+    rate_colours,
+)
 from mamlctl.report.table import Cell, Row, Score, Table
 
 if TYPE_CHECKING:
@@ -21,12 +34,16 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-PANELS, BARS, HEATS = 24, 40, 9  # rows a picture: more would not go on a printed page
+# Rows per picture: more would not go on a printed page.
+PANELS = 24
+BARS = 40
+HEATS = 9
 
 NUMBERED = 6  # inner steps whose rates can be written into a third of a page
 
 # The ink on a coloured cell is the same on a dark page: its own values, so that nothing takes it for INK.
-DARK_ON_CELL, LIGHT_ON_CELL = "#232323", "#fdfdfd"
+DARK_ON_CELL = "#232323"
+LIGHT_ON_CELL = "#fdfdfd"
 
 REACH = 3.0  # an interval is cut at this many times the range of all others' inner parts
 
@@ -54,19 +71,14 @@ def pictures(table: Table) -> Iterator[Picture]:
     yield from _parts(table, "rates", "Learnt inner rates, mean over seeds", learnt, HEATS, rates)
 
 
-def save_all(table: Table, folder: Path) -> list[Path]:
-    """Every picture as PNG and SVG under `folder`."""
-    return [path for each in pictures(table) for path in save(each.figure, folder / each.name)]
-
-
 def _parts(
     table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Any
 ) -> Iterator[Picture]:
     count = math.ceil(len(rows) / most)
     for part in range(count):
-        number, told = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
-        figure = draw(table, rows[part * most : (part + 1) * most], title + told)
-        yield Picture(name + number, title + told, figure)
+        number, note = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
+        figure = draw(table, rows[part * most : (part + 1) * most], title + note)
+        yield Picture(name + number, title + note, figure)
 
 
 def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
@@ -79,7 +91,7 @@ def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
             _curve(ax, row, BLUE, "this row: mean, range over seeds")
             for cell in row.cells:
                 if cell.status != "finished" and cell.validation:
-                    _ended(ax, cell)
+                    _unfinished(ax, cell)
             ax.locator_params(axis="x", integer=True, nbins=4)
         _legend(figure, axes)
     return figure
@@ -94,13 +106,13 @@ def _curve(ax: Axes, row: Row, colour: str, label: str) -> None:
 
 def curves(row: Row) -> tuple[Floats, Floats]:
     """The finished runs' validations at the meta-steps that all of them have: steps, seeds x steps."""
-    known = [dict(cell.validation) for cell in row.cells if cell.status == "finished" and cell.validation]
-    shared = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
-    values = np.array([[curve[step] for step in shared] for curve in known], dtype=np.float64)
-    return np.array(shared, dtype=np.float64), values
+    finished = [dict(cell.validation) for cell in row.cells if cell.status == "finished" and cell.validation]
+    shared = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
+    values_SV = np.array([[curve[step] for step in shared] for curve in finished], dtype=np.float64)
+    return np.array(shared, dtype=np.float64), values_SV
 
 
-def _ended(ax: Axes, cell: Cell) -> None:
+def _unfinished(ax: Axes, cell: Cell) -> None:
     steps, values = zip(*cell.validation, strict=True)
     ax.plot(steps, values, color=RED, linewidth=0.9, linestyle=":", label="a run that did not finish")
     ax.plot(steps[-1:], values[-1:], "x", color=RED, markersize=5)
@@ -113,16 +125,16 @@ def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
             if base and base.best:
-                _steps(ax, base.best, CALM, table.baseline)
+                _adaptation_line(ax, base.best, CALM, table.baseline)
             assert row.best is not None  # rows without were left out
-            _steps(ax, row.best, BLUE, "this row")
+            _adaptation_line(ax, row.best, BLUE, "this row")
             ax.locator_params(axis="x", integer=True, nbins=5)
         _cut(figure, axes[0], [row.best.per_step for row in shown if row.best])
         _legend(figure, axes)
     return figure
 
 
-def _steps(ax: Axes, score: Score, colour: str, label: str) -> None:
+def _adaptation_line(ax: Axes, score: Score, colour: str, label: str) -> None:
     ax.plot(range(len(score.per_step)), score.per_step, ".-", color=colour, linewidth=1.3, label=plain(label))
 
 
@@ -134,10 +146,8 @@ def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
     if len(curves[0]) > 2 and (min(after) - min(before) > span or max(before) - max(after) > span):
         ax.set_ylim(min(after) - 0.08 * span, max(after) + 0.08 * span)
         low, high = (ax.yaxis.get_major_formatter()(value) for value in (min(before), max(before)))
-        told = low if low == high else f"{low} to {high}"
-        figure.text(
-            0.99, 0.01, f"before adaptation, not shown: {told}", ha="right", color=DIM, fontsize=SMALL
-        )
+        note = f"before adaptation, not shown: {low if low == high else f'{low} to {high}'}"
+        figure.text(0.99, 0.01, note, ha="right", color=DIM, fontsize=SMALL)
 
 
 def _baseline(table: Table, than: Row | None = None) -> Row | None:
@@ -146,41 +156,35 @@ def _baseline(table: Table, than: Row | None = None) -> Row | None:
     return None if row is than else row
 
 
-class _panels:
+@contextmanager
+def _panels(
+    table: Table, rows: Sequence[Row], title: str, x_label: str
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure of small panels with shared axes, a row's name over each."""
-
-    def __init__(self, table: Table, rows: Sequence[Row], title: str, x: str) -> None:
-        self.table, self.rows, self.x = table, rows, x
-        across = min(len(rows), 3 if len(rows) <= 9 else 4)
-        self.shape = math.ceil(len(rows) / across), across
-        lines = max(len(_name(table, row, across).splitlines()) for row in rows)
-        height = 0.95 + (1.15 + 0.13 * lines) * self.shape[0] + (0.5 if self.shape[0] == 1 else 0)
-        self.drawing = drawing(WIDTH, height, title)
-
-    def __enter__(self) -> tuple[Figure, list[Axes]]:
-        figure = self.drawing.__enter__()
-        axes = figure.subplots(*self.shape, sharex=True, sharey=True, squeeze=False)
-        for row, ax in zip(self.rows, axes.flat, strict=False):
-            ax.set_title(_name(self.table, row, self.shape[1]), fontsize=8)
+    across = min(len(rows), 3 if len(rows) <= 9 else 4)
+    down = math.ceil(len(rows) / across)
+    name_lines = max(len(_name(table, row, across).splitlines()) for row in rows)
+    height = 0.95 + (1.15 + 0.13 * name_lines) * down + (0.5 if down == 1 else 0)
+    with drawing(WIDTH, height, title) as figure:
+        axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        for row, ax in zip(rows, axes.flat, strict=False):
+            ax.set_title(_name(table, row, across), fontsize=8)
             ax.grid(True)
-        if self.table.metric == "accuracy":
+        if table.metric == "accuracy":
             axes[0, 0].yaxis.set_major_formatter(lambda share, _=None: f"{100 * share:.4g} %")
         else:
             axes[0, 0].yaxis.set_major_formatter(lambda value, _=None: f"{value:.4g}")
-        for ax in _lowest(axes, len(self.rows)):
-            ax.tick_params(labelbottom=True)
-            ax.set_xlabel(self.x)
-        return figure, list(axes.flat)
-
-    def __exit__(self, *exception: Any) -> None:
-        self.drawing.__exit__(*exception)
+        _label_lowest(axes, len(rows), x_label)
+        yield figure, list(axes.flat)
 
 
-def _lowest(axes: Any, used: int) -> list[Axes]:
-    """Each column's last panel that is used; those after the last row are taken away."""
+def _label_lowest(axes: Any, used: int, x_label: str) -> None:
+    """Label each column's last panel that is used; those after the last row are taken away."""
     for ax in axes.flat[used:]:
         ax.set_axis_off()
-    return list(axes.flat[max(used - axes.shape[1], 0) : used])
+    for ax in axes.flat[max(used - axes.shape[1], 0) : used]:
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(x_label)
 
 
 def _name(table: Table, row: Row, across: int) -> str:
@@ -229,13 +233,12 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
 
 def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
     """Limits that hold zero, all inner intervals, and outer ones that do not reach too far."""
-    known = [score.difference for score in scores if score and score.difference]
-    inner = np.array([[d.mean, d.tasks_low, d.tasks_high] for d in known] + [[0.0] * 3])
-    inner = inner[np.isfinite(inner)]
+    differences = [score.difference for score in scores if score and score.difference]
+    inner = finite_values(np.array([[0.0] * 3, *([d.mean, d.tasks_low, d.tasks_high] for d in differences)]))
+    outer = finite_values(np.array([[d.low, d.high] for d in differences]))
     span = float(np.ptp(inner)) or 0.01
-    ends = np.array([end for d in known for end in (d.low, d.high) if math.isfinite(end)])
-    held = np.concatenate([inner, ends.clip(inner.min() - REACH * span, inner.max() + REACH * span)])
-    return float(held.min()) - 0.05 * span, float(held.max()) + 0.05 * span
+    shown = np.concatenate([inner, outer.clip(inner.min() - REACH * span, inner.max() + REACH * span)])
+    return float(shown.min()) - 0.05 * span, float(shown.max()) + 0.05 * span
 
 
 def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> None:
@@ -265,7 +268,7 @@ def _forest_legend() -> list[Any]:
 
 
 def mean_rates(row: Row) -> Mapping[str, Floats]:
-    """Learnt inner rates by tensor, one an inner step, mean over the seeds that have them."""
+    """Learnt inner rates by tensor, one per inner step, mean over the seeds that have them."""
     learnt = [cell.rates for cell in row.cells if cell.rates]
     if not learnt:
         return {}
@@ -274,21 +277,17 @@ def mean_rates(row: Row) -> Mapping[str, Floats]:
 
 def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
     """A heat map of learnt inner rates for each row: tensors down, inner steps across, one scale for all."""
-    from matplotlib import colormaps
-
-    known = [mean_rates(row) for row in rows]
-    names = list(dict.fromkeys(name for rates_of in known for name in rates_of))
-    steps = max(len(values) for rates_of in known for values in rates_of.values())
+    row_rates = [mean_rates(row) for row in rows]
+    names = list(dict.fromkeys(name for rates_of in row_rates for name in rates_of))
+    tensors = [values for rates_of in row_rates for values in rates_of.values()]
+    steps = max(map(len, tensors))
     across = min(len(rows), 3)
     down = math.ceil(len(rows) / across)
-    every = np.concatenate([values for rates_of in known for values in rates_of.values()])
-    every = every[np.isfinite(every)]
-    most = float(abs(every).max(initial=0)) or 1.0
-    least = -most if (every < 0).any() else 0.0
-    scale = colormaps["Blues" if least == 0 else "PuOr"].with_extremes(bad=(0, 0, 0, 0))
+    scale, least, most = rate_colours(np.concatenate(tensors))
+    scale = scale.with_extremes(bad=(0, 0, 0, 0))
     with drawing(WIDTH, 0.75 + (0.45 + 0.17 * len(names)) * down, title) as figure:
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-        for rates_of, row, ax in zip(known, rows, axes.flat, strict=False):
+        for rates_of, row, ax in zip(row_rates, rows, axes.flat, strict=False):
             table_LI = np.full((len(names), steps), np.nan)
             for place, name in enumerate(names):
                 values = rates_of.get(name, np.zeros(0))
@@ -297,26 +296,22 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
                 table_LI, cmap=scale, vmin=least, vmax=most, edgecolors="face", linewidth=0.2
             )
             if steps <= NUMBERED or across == 1:
-                _numbers(ax, mesh, table_LI, most)
+                _write_rates(ax, mesh, table_LI, most)
             ax.set_title(_name(table, row, across), fontsize=8)
             ax.tick_params(length=0)
             ax.spines[:].set_visible(False)
         axes[0, 0].set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])
         axes[0, 0].set_xticks(np.arange(steps) + 0.5, [str(step + 1) for step in range(steps)])
         axes[0, 0].set_ylim(len(names), 0)
-        for ax in _lowest(axes, len(rows)):
-            ax.tick_params(labelbottom=True)
-            ax.set_xlabel("inner step")
+        _label_lowest(axes, len(rows), "inner step")
         if steps > NUMBERED and across > 1:
             figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=40)
     return figure
 
 
-def _numbers(ax: Axes, mesh: Any, table_LI: Floats, most: float) -> None:
+def _write_rates(ax: Axes, mesh: Any, table_LI: Floats, most: float) -> None:
     digits = max(2 - math.floor(math.log10(most)), 0)
     for (row, step), rate in np.ndenumerate(table_LI):
         if np.isfinite(rate):
-            # Rec. 709's shares of red, green and blue in what the eye takes for light.
-            light = np.dot(mesh.to_rgba(rate)[:3], (0.2126, 0.7152, 0.0722))
-            ink = DARK_ON_CELL if light > 0.5 else LIGHT_ON_CELL
+            ink = DARK_ON_CELL if is_light(mesh.to_rgba(rate)) else LIGHT_ON_CELL
             ax.text(step + 0.5, row + 0.5, f"{rate:.{digits}f}", c=ink, ha="center", va="center", fontsize=6)
