@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,12 @@ from mamlctl.data.rules import (
     data_set_problems,
 )
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
-from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.algorithms.rules import algorithm_defaults, algorithm_forced, algorithm_problems
+from mamlctl.engine.algorithms.rules import (
+    algorithm_defaults,
+    algorithm_forced,
+    algorithm_problems,
+    settings_of_algorithm,
+)
 from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, drop_ineffective, fill_schedules, merge
 from mamlctl.settings.rules import check
 from mamlctl.settings.schema import TrainConfig
@@ -66,27 +70,20 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
     The algorithm's lies below the layer that names it, and so over a preset or file of another algorithm; of
     that one, what the other algorithm implied is left out.
     """
-    layers = [(source, without_foreign_image_settings(values, dataset)) for source, values in layers]
+    layers = [(source, _without(values, OF_ITS_IMAGES, "dataset", dataset)) for source, values in layers]
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
-    weaker = [(source, _without_foreign_algorithm(values, algo)) for source, values in layers[:naming]]
+    weaker = [
+        (source, _without(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
+        for source, values in layers[:naming]
+    ]
     of_data_set = (f"data set {dataset}", data_set_defaults(dataset))
     of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curve_family(dataset)))
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
-def without_foreign_image_settings(values: Mapping[str, Any], dataset: str) -> dict[str, Any]:
-    """A layer's values without those of the images of the data set it names, if that is another one."""
-    if values.get("dataset", dataset) == dataset:
-        return dict(values)
-    return {name: value for name, value in values.items() if name not in OF_ITS_IMAGES}
-
-
-def _without_foreign_algorithm(values: Mapping[str, Any], algo: str) -> dict[str, Any]:
-    """A layer's values without those that belong to the algorithm it names, if that is another one."""
-    entry = ALGORITHMS.get(str(values.get("algo", algo)))
-    if entry is None or values.get("algo", algo) == algo:
-        return dict(values)
-    foreign = entry.defaults.keys() | entry.forced.keys() | set(entry.exclusive_settings)
+def _without(values: Mapping[str, Any], names: Collection[str], owner: str, current: str) -> dict[str, Any]:
+    """A layer's values without those that belong to the `owner` that it names, if that is not the current."""
+    foreign = names if values.get(owner, current) != current else ()
     return {name: value for name, value in values.items() if name not in foreign}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
-from mamlctl.settings.rules import COMPANIONS, OF_NETS, VALUE_TYPES, check, limit_problems
+from mamlctl.settings.rules import COMPANIONS, NOUNS, OF_NETS, VALUE_TYPES, check, limit_problems
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
@@ -45,8 +45,8 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
                 values[name] = types[name].read(value)
                 sources[name] = source
             except ValueError:
-                fact = f"{name} is {value!r} in {source}, which is not {types[name].noun}"
-                problems.append((fact, f"make it {types[name].noun}"))
+                noun = NOUNS[types[name].kind]
+                problems.append((f"{name} is {value!r} in {source}, which is not {noun}", f"make it {noun}"))
     return Resolved(config_type(**values), sources), problems
 
 

@@ -28,12 +28,8 @@ OF_NETS = {
 }
 
 # How a value of each type is read, and what it is called.
-NODES: Mapping[type, Callable[[], ValueNode]] = {
-    bool: BooleanNode,
-    int: IntegerNode,
-    float: FloatNode,
-    str: StringNode,
-}
+NODES: Mapping[type, Callable[[], ValueNode]]
+NODES = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
 
@@ -44,11 +40,6 @@ class ValueType:
     kind: type  # bool, int, float or str
     optional: bool  # whether None is a value
     choices: tuple[object, ...]  # of a closed set; empty for any other
-
-    @property
-    def noun(self) -> str:
-        """What a value of this type is called."""
-        return NOUNS[self.kind]
 
     def read(self, value: Any) -> Any:
         """The value as this type has it, so that "7" is 7. Raises ValueError for one of another type."""

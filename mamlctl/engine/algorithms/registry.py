@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mamlctl.engine.evaluation.prediction import Predict
     from mamlctl.engine.optimizers import Optimizer
 
+# What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
+Classifier = Literal["head", "zeros", "prototypes", "neighbours"]
+
 # The functions below import what they need when they are called, so that names, help and settings of all
 # algorithms can be read without torch.
 
@@ -68,31 +71,6 @@ def _protonet(config: TrainConfig) -> Outer:
     return partial(protonet, engine=config.engine)
 
 
-def _adapted(config: TrainConfig) -> Predict:
-    from mamlctl.engine.evaluation.prediction import adapted
-    from mamlctl.engine.inner_loop import InnerRule
-
-    return partial(adapted, rule=InnerRule(config.proximal, config.inner_optimizer))
-
-
-def _fine_tuned(config: TrainConfig) -> Predict:
-    from mamlctl.engine.algorithms.pretraining import fine_tuned
-
-    return fine_tuned
-
-
-def _by_prototypes(config: TrainConfig) -> Predict:
-    from mamlctl.engine.algorithms.protonet import by_prototypes
-
-    return by_prototypes
-
-
-def _by_neighbours(config: TrainConfig) -> Predict:
-    from mamlctl.engine.algorithms.pretraining import by_neighbours
-
-    return by_neighbours
-
-
 def _adam(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
     from mamlctl.engine.optimizers import Adam
 
@@ -119,14 +97,12 @@ class Algorithm:
 
     summary: str
     outer: Callable[[TrainConfig], Outer]  # the meta-gradient
-    predict: Callable[[TrainConfig], Predict] = _adapted
     optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = _adam
     # One inner rate for each tensor, each weight, or one shared by all.
     inner_rates: Literal["tensor", "weight", "shared"] = "tensor"
     # Outputs while training: those of a task, all classes, or no head at all.
     training_head: Literal["ways", "classes", "none"] = "ways"
-    # What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
-    classifier: Literal["head", "zeros", "prototypes", "neighbours"] = "head"
+    classifier: Classifier = "head"
     adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be divided
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
@@ -139,6 +115,21 @@ class Algorithm:
     forced: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
     exclusive_settings: tuple[str, ...] = ()  # settings that it reads, and most others do not
     unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
+
+    def predict(self, config: TrainConfig) -> Predict:
+        """How it adapts to a support set and predicts a query set."""
+        from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned
+        from mamlctl.engine.algorithms.protonet import by_prototypes
+        from mamlctl.engine.evaluation.prediction import adapted
+        from mamlctl.engine.inner_loop import InnerRule
+
+        predictions: dict[Classifier, Predict] = {
+            "head": partial(adapted, rule=InnerRule(config.proximal, config.inner_optimizer)),
+            "zeros": fine_tuned,
+            "prototypes": by_prototypes,
+            "neighbours": by_neighbours,
+        }
+        return predictions[self.classifier]
 
 
 def _refusals(why: str, *names: str) -> dict[str, str]:
@@ -254,7 +245,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "transfer": Algorithm(
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
         _pretraining,
-        _fine_tuned,
         classifier="zeros",
         training_head="classes",
         adapts_norm=True,
@@ -269,7 +259,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "scratch": Algorithm(
         "a random start, fine-tuned on each test task",
         _no_training,
-        _fine_tuned,
         classifier="zeros",
         adapts_norm=True,
         start="random start",
@@ -288,7 +277,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "protonet": Algorithm(
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
         _protonet,
-        _by_prototypes,
         classifier="prototypes",
         training_head="none",
         on_curves=None,
@@ -299,7 +287,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "nearest": Algorithm(
         "the nearest support example in the features of a classifier of all training classes",
         _pretraining,
-        _by_neighbours,
         classifier="neighbours",
         training_head="classes",
         on_curves=None,

@@ -73,3 +73,9 @@ def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:
     if entry is None:
         return {}
     return {**entry.defaults, **((entry.on_curves or {}) if curves else {})}
+
+
+def settings_of_algorithm(name: str) -> set[str]:
+    """The settings that make an algorithm what it is; none of an unknown one."""
+    entry = ALGORITHMS.get(name)
+    return set() if entry is None else {*entry.defaults, *entry.forced, *entry.exclusive_settings}
