@@ -40,7 +40,7 @@ def train(
 
     if resume is None:
         config = _resolve(settings, options, here=True).config
-        run = partial(training.train, config, out=out and out.expanduser())
+        run = partial(training.train, config, out=None if out is None else out.expanduser())
     else:
         unread = {"--preset": options.preset, "--config": options.config, "--print-config": print_config}
         run = partial(

@@ -81,7 +81,7 @@ def test_a_job_that_finds_its_folder_locked_is_started_again(tmp_path, glyphs_ro
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_lr=0.1,0.4", seeds=(0,))
     executor = Scripted((ExitCode.LOCKED, "in use"), (ExitCode.DATA, "no data"), (ExitCode.OK,))
     events = []
-    stop = StopRequests(ignore, time_limit_s=None, started=0)
+    stop = StopRequests(ignore, time_limit_s=None)
     filling = Scheduler(grid, grid.cells, executor, stop, events.append, offline=True)
     assert filling.run() == ""
     first, second = [cell.name for cell in grid.cells]

@@ -110,15 +110,22 @@ class RayExecutor:
             if time.monotonic() > began + HEARD_S:
                 for running in [*self._running]:
                     if not self._ready([heard[running.job.name]]):
-                        self._end(running, 128 + number, "stopped before a node had room for it")
+                        self._end(running, self._stop_code, "stopped before a node had room for it")
             time.sleep(POLL_S)
         for running in [*self._running]:
-            self._end(running, 128 + number, "stopped, but its node did not answer: its last slice is lost")
+            self._end(
+                running, self._stop_code, "stopped, but its node did not answer: its last slice is lost"
+            )
 
     def close(self) -> None:
         """Give every slot back, at once."""
         for running in [*self._running]:
             self._end(running, -signal.SIGKILL)
+
+    @property
+    def _stop_code(self) -> int:
+        """The exit code of jobs that are stopped; 0 before a stop."""
+        return 128 + self._stopped_by if self._stopped_by else 0
 
     def _look_at_nodes(self) -> None:
         """Find the nodes that are alive, report those that came and went, and set `slots`."""
@@ -161,8 +168,8 @@ class RayExecutor:
             unpack(result.files, running.job.folder)
         if result.code != ExitCode.OK or running.testing:
             # A child that cannot handle a signal yet dies of it.
-            killed = self._stopped_by and result.code == -self._stopped_by
-            self._end(running, 128 + self._stopped_by if killed else result.code, result.error)
+            killed = self._stopped_by > 0 and result.code == -self._stopped_by
+            self._end(running, self._stop_code if killed else result.code, result.error)
             return
         if (
             run_state(running.job.folder).step == step
@@ -176,7 +183,7 @@ class RayExecutor:
         running.tries += 1
         self._release(running)
         if self._stopped_by or running.tries >= TRIES:
-            self._end(running, 128 + self._stopped_by if self._stopped_by else ExitCode.FAILED, error)
+            self._end(running, self._stop_code or ExitCode.FAILED, error)
             return
         name, step = running.job.name, run_state(running.job.folder).step
         node = self._node_of(running)
@@ -196,7 +203,7 @@ class RayExecutor:
         job, limit = running.job, f"{running.limit_s:.3f}s"
         training = job.train_command(job.folder, limit)
         if self._stopped_by or not (training or job.eval_command(job.folder)):
-            self._end(running, 128 + self._stopped_by if self._stopped_by else ExitCode.OK)
+            self._end(running, self._stop_code)  # 0 is OK
             return
         running.testing = training is None
         files = None

@@ -22,10 +22,13 @@ from mamlctl.core.files import replacing, write_text
 from mamlctl.experiments.executors.jobs import Arguments, ChildProcess, Job
 from mamlctl.run_folder import CONFIG, METRICS, STATUS
 
-LOCK, COMMANDS = "lock", "command.txt"
+# Files of a run folder: the lock of its writer, and the commands that trained it.
+LOCK = "lock"
+COMMANDS = "command.txt"
 
 # A slot's folder among the temporary ones, and the file in it that is locked while the slot is in use.
-SLOT_FOLDER, SLOT_LOCK = "mamlctl-slot-", "in-use"
+SLOT_FOLDER = "mamlctl-slot-"
+SLOT_LOCK = "in-use"
 
 # In the order in which a training writes them: settings before all else; the checkpoint after the metrics
 # that it rewinds to itself; then the run's status. All other files come between the first and the second.

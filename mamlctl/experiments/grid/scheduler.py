@@ -12,7 +12,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellProgress, StopReason
+from mamlctl.core.literals import CellProgress, Metric, StopReason
 from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -151,7 +151,7 @@ class Scheduler:
 
     def _cell_state(self, cell: GridCell) -> CellState:
         status, total = run_state(cell.folder).status, cell.config.total_steps
-        step, score = _last_metrics(cell.folder)
+        step, score = _last_metrics(cell.folder, self._metric)
         running = cell.name in self._running
         state: CellProgress = "training"
         if status == "diverged":
@@ -172,7 +172,7 @@ def _evaluation(cell: GridCell, grid: Grid) -> StoredEvaluation | None:
     return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
 
 
-def _last_metrics(folder: Path) -> tuple[int, float | None]:
+def _last_metrics(folder: Path, metric: Metric) -> tuple[int, float | None]:
     """Meta-steps done and the last validation's score, from the end of metrics.jsonl."""
     try:
         with (folder / METRICS).open("rb") as file:
@@ -183,10 +183,9 @@ def _last_metrics(folder: Path) -> tuple[int, float | None]:
     step, score = 0, None
     for line in lines:
         try:
-            entry = json.loads(line)
+            row = json.loads(line)
         except ValueError:  # the first may begin in its middle, the last may not be whole yet
             continue
-        if isinstance(entry, dict):
-            step = int(entry.get("step", step))
-            score = entry.get("val_accuracy", entry.get("val_mse", score))
+        if isinstance(row, dict):
+            step, score = int(row.get("step", step)), row.get(f"val_{metric}", score)
     return step, score

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric
+from mamlctl.data.rules import metric_of
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import RunFolder, RunState
 from mamlctl.settings.schema import EvalConfig
@@ -36,7 +37,6 @@ class StoredEvaluation:
     """A stored evaluation of one run."""
 
     protocol: Mapping[str, Any]
-    metric: Metric
     scores: Mapping[str, NDArray[np.float64]]  # "best" or "last", "ensemble": of every task
     per_step: Mapping[str, Sequence[float]]  # of the same, after 0, 1 ... inner steps
     ensemble_size: int
@@ -90,7 +90,6 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluati
     kinds = {row["model"]: "ensemble" if row["model"].startswith("ensemble") else "best" for row in results}
     return StoredEvaluation(
         summary["protocol"],
-        "mse" if "mse" in results[0] else "accuracy",
         {kind: scores[model] for model, kind in kinds.items()},
         {kinds[row["model"]]: row["per_step"] for row in results},
         max(len(row["epochs"]) for row in results),
@@ -112,7 +111,10 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         return Cell(seed, place, "failed" if failed else "missing", failed, 0, None, None, (), {}, command)
     state, metrics = run.state(), run.metrics()
     reports = [row for row in metrics if row["kind"] == "report"]
-    validations = [row for row in metrics if row["kind"] == "validation"]
+    metric = metric_of(run.config.dataset)
+    scores = [(int(row["step"]), row[f"val_{metric}"]) for row in metrics if row["kind"] == "validation"]
+    # A file's null is a number that was not finite.
+    validation = tuple((step, math.nan if score is None else float(score)) for step, score in scores)
     status: CellStatus = state.status or "running"
     if failed and status != "diverged":
         status = "failed"
@@ -124,9 +126,9 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         status=status,
         reason=failed if status == "failed" else state.reason,
         steps=steps_done(state, metrics),
-        steps_to_99=_steps_to_99(validations) if state.status == "finished" else None,
+        steps_to_99=_steps_to_99(validation, metric) if state.status == "finished" else None,
         step_s=_step_s(reports, run.config.meta_batch_size),
-        validation=tuple((row["step"], _score(row)) for row in validations),
+        validation=validation,
         rates=next((row["rates"] for row in reversed(reports) if row.get("rates")), {}),
         command=command,
         device=str(run.environment().get("device", "")),
@@ -139,21 +141,12 @@ def steps_done(state: RunState, metrics: Sequence[Mapping[str, Any]]) -> int:
     return max([state.step, *(int(row["step"]) for row in metrics[-1:])])
 
 
-def _score(validation: Mapping[str, Any]) -> float:
-    """NaN for null, which is a number that was not finite."""
-    score = validation.get("val_accuracy", validation.get("val_mse"))
-    return math.nan if score is None else float(score)
-
-
-def _steps_to_99(validations: Sequence[Mapping[str, Any]]) -> int | None:
-    """Meta-steps to the first validation as good as 99 % of the last one's (mse: within 1 %)."""
-    if not validations:
-        return None
-    last, lower_is_better = _score(validations[-1]), "val_mse" in validations[-1]
-    for row in validations:
-        score = _score(row)
-        if score <= last / NEAR if lower_is_better else score >= last * NEAR:
-            return int(row["step"])
+def _steps_to_99(validation: Sequence[tuple[int, float]], metric: Metric) -> int | None:
+    """Meta-steps to the first (step, score) as good as 99 % of the last one's (mse: within 1 %)."""
+    for step, score in validation:
+        last = validation[-1][1]
+        if score <= last / NEAR if metric == "mse" else score >= last * NEAR:
+            return step
     return None
 
 
