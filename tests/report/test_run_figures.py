@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -93,10 +94,16 @@ def texts_of(figure):
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@functools.cache
+def picture(name):
+    """A picture that no test changes."""
+    return PICTURES[name]()
+
+
 @pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
 def test_nothing_written_overlaps_or_leaves_the_picture(name):
-    figure = PICTURES[name]()
+    figure = picture(name)
     written = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for ax in figure.axes:
         written += [*ax.texts, ax._left_title, ax.xaxis.label, ax.yaxis.label]
@@ -309,7 +316,7 @@ def test_equal_rates_are_drawn(rate):
 @pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
 def test_saved_pictures_open_and_repeat_to_the_byte(name, tmp_path):
-    figure = PICTURES[name]()
+    figure = picture(name)
     png, svg = style.save(figure, tmp_path / "new" / "folder" / "run-0.5")
     assert sorted(path.name for path in png.parent.iterdir()) == ["run-0.5.png", "run-0.5.svg"]
     with Image.open(png) as image:
