@@ -18,7 +18,7 @@ import mamlctl
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.compare import compare
-from mamlctl.experiments.grid.grid_folder import load_grid
+from mamlctl.experiments.grid.grid_folder import load_grid, open_grid
 from mamlctl.experiments.grid.scheduler import pending_cells
 from mamlctl.experiments.train import resume
 from mamlctl.report.rendered_table import missing_reason
@@ -31,6 +31,7 @@ STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
 ACCURACY_TOLERANCE = 0.03
 MSE_TOLERANCE = 1e-3  # relative
 TESTED = EvalConfig(tasks=20)
+FOLDER = "glyphs-5w1s-one-on-ce4920"  # what 207ec7b called the folder of the stored grid without --out
 
 
 @pytest.fixture
@@ -156,6 +157,12 @@ def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
             assert getattr(row, kind).mean == pytest.approx(mean, abs=ACCURACY_TOLERANCE)
 
 
+def test_a_plan_given_again_finds_the_folder_that_it_made(old):
+    grid = load_grid(old / "grid")
+    again = open_grid(None, grid.plan, grid.rows, grid.seeds, grid.evaluate, grid.command)
+    assert again.folder == old / "runs" / FOLDER
+
+
 def test_compare_reads_runs_and_grids(old_images):
     paths = [old_images / "maml++-glyphs", old_images / "reptile-glyphs"]
     table = compare(paths, TESTED, offline=True, command="mamlctl compare", on_event=ignore)
@@ -185,6 +192,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from mamlctl.core.errors import MamlctlError
+from mamlctl.experiments.grid.grid_folder import load_grid, open_grid
 from mamlctl.experiments.train import resume
 from mamlctl.run_folder import RunFolder, open_run
 path = Path("sinusoid-interrupted")
@@ -200,9 +208,12 @@ try:
     open_run(path)
 except MamlctlError as error:
     refused = [error.message, error.hint]
-told = {"missing": run.config.unroll, "owners": [run.owner, *owners], "status": result.status}
-told |= {"set": stored.config.unroll, "owner_of_set": stored.owner, "refused": refused}
-print(json.dumps(told))
+grid = load_grid(Path("grid"))
+again = open_grid(None, grid.plan, grid.rows, grid.seeds, grid.evaluate, grid.command)
+facts = {"missing": run.config.unroll, "owners": [run.owner, *owners], "status": result.status}
+facts |= {"set": stored.config.unroll, "owner_of_set": stored.owner, "refused": refused}
+facts |= {"folder": again.folder.name, "in_grid": [cell.config.unroll for cell in grid.cells]}
+print(json.dumps(facts))
 """
 
 
@@ -219,9 +230,10 @@ def test_a_setting_of_a_later_version_leaves_older_runs_what_they_were(old, tmp_
     words = [sys.executable, "-c", RESUME_AND_TELL]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert (told["missing"], told["status"]) == (3, "finished")
-    same, old_value, new_value = told["owners"]
-    assert same == old_value == today != new_value
-    assert (told["set"], told["owner_of_set"]) == (7, new_value)
-    assert "is damaged: unknown setting 'unrol'" in told["refused"][0] and told["refused"][1]
+    facts = json.loads(done.stdout)
+    assert (facts["missing"], facts["status"]) == (3, "finished")
+    owner, owner_of_old_value, owner_of_new_value = facts["owners"]
+    assert owner == owner_of_old_value == today != owner_of_new_value
+    assert (facts["set"], facts["owner_of_set"]) == (7, owner_of_new_value)
+    assert "is damaged: unknown setting 'unrol'" in facts["refused"][0] and facts["refused"][1]
+    assert facts["in_grid"] == [3] * 18 and facts["folder"] == FOLDER

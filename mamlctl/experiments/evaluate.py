@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mamlctl.core.events import OnEvent, Progress
-from mamlctl.core.files import replacing, write_json
+from mamlctl.core.files import write_json, write_text
 from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.label_permutations import LabelPermutations
@@ -97,41 +97,38 @@ def _protocol(model: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
 
 
 def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
-    config, epochs = model.config, model.epochs
-    common: Mapping[str, Any] = {
-        "metric": model.derivatives.net.objective.metric,
-        "tasks": settings.tasks,
-        "split": settings.split,
-        "ways": config.ways,
-        "shots": config.shots,
-        "queries": config.queries,
-        "inner_steps": model.inner_steps,
-        "bn": model.bn,
-    }
-    models = [("best" if epochs else "last", scores.single[0], tuple(epochs[:1]))]
+    """The best checkpoint's row, and the ensemble's if there was a validation."""
+    config, epochs = model.config, tuple(model.epochs)
+    models = [("best" if epochs else "last", scores.single[0], epochs[:1])]
     if epochs:
-        models.append((f"ensemble-{len(model.states)}", scores.ensemble, tuple(epochs)))
+        models.append((f"ensemble-{len(model.states)}", scores.ensemble, epochs))
     rows = []
-    for name, scores_TI, used in models:
-        per_step = [mean_ci95(scores_T) for scores_T in scores_TI.T]
-        rows.append(
-            EvalRow(
-                model=name,
-                score=per_step[-1][0],
-                ci95=per_step[-1][1],
-                epochs=used,
-                per_step=tuple(mean for mean, _ in per_step),
-                per_step_ci95=tuple(half for _, half in per_step),
-                **common,
-            )
+    for name, scores_TI, epochs_used in models:
+        means, halves = zip(*(mean_ci95(scores_T) for scores_T in scores_TI.T), strict=True)
+        row = EvalRow(
+            model=name,
+            metric=model.derivatives.net.objective.metric,
+            score=means[-1],
+            ci95=halves[-1],
+            tasks=settings.tasks,
+            split=settings.split,
+            ways=config.ways,
+            shots=config.shots,
+            queries=config.queries,
+            inner_steps=model.inner_steps,
+            bn=model.bn,
+            epochs=epochs_used,
+            per_step=means,
+            per_step_ci95=halves,
         )
+        rows.append(row)
     return rows
 
 
 def _write_tasks(path: Path, rows: Sequence[EvalRow], scores: Scores) -> None:
     """One line per task: its number and each row's score after the last inner step."""
     columns = [scores.single[0][:, -1], scores.ensemble[:, -1]][: len(rows)]
-    with replacing(path) as file:
-        file.write(("task," + ",".join(row.model for row in rows) + "\n").encode())
-        for task, values in enumerate(np.stack(columns, axis=1).tolist()):
-            file.write((f"{task}," + ",".join(f"{value:.6f}" for value in values) + "\n").encode())
+    lines = [",".join(["task", *(row.model for row in rows)])]
+    for task, values in enumerate(np.stack(columns, axis=1).tolist()):
+        lines.append(",".join([str(task), *(f"{value:.6f}" for value in values)]))
+    write_text(path, "\n".join(lines) + "\n")

@@ -137,10 +137,10 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
         on_event(Notice(f"support files that are copies of another, and count again: {copies}"))
     # Runs that do not record it were trained on dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
-    own = float(support.x_ECHW.mean() / 255)
-    if abs(trained - 0.5) > PLAIN and (own - 0.5) * (trained - 0.5) < 0:
+    brightness = float(support.x_ECHW.mean() / 255)
+    if abs(trained - 0.5) > PLAIN and (brightness - 0.5) * (trained - 0.5) < 0:
         paper = "dark on white" if trained > 0.5 else "bright on black"
-        fact = f"mean brightness {own:.2f}, where {run.config.dataset} has {trained:.2f}"
+        fact = f"mean brightness {brightness:.2f}, where {run.config.dataset} has {trained:.2f}"
         on_event(Notice(f"support images have {fact}: the run knows images {paper}, so invert yours"))
 
 

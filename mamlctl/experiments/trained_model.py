@@ -173,7 +173,7 @@ def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig
         return config
     # What belongs to a data set is the other one's; what the network takes stays. The user's own images and
     # curves do not say which value ink should have: it stays the run's.
-    own = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
+    keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
         config,
         dataset=absolute_data_set(settings.dataset),
@@ -181,7 +181,7 @@ def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig
         split_fractions=None,
         resize=None,
         rotations=None,
-        ink=config.ink if own else None,
+        ink=config.ink if keeps_ink else None,
     )
 
 
