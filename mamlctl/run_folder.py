@@ -55,6 +55,11 @@ class RunState:
     reason: str = ""  # why it is not finished
     diverged_at: int | None = None  # the meta-step that failed, which may be later than the last good one
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train: the run is finished, or would only diverge again."""
+        return self.status in ("finished", "diverged")
+
 
 class RunFolder:
     """The files of one run, opened by `new_run` or `open_run`."""

@@ -42,7 +42,11 @@ def with_options(
         settings_type: a settings class; those given reach the command as the dict `settings`.
     """
     option_hints = get_type_hints(options_type, include_extras=True)
-    options = [_parameter(item.name, item.default, option_hints[item.name]) for item in fields(options_type)]
+    # What the class inherits comes after its own options, as in the help of every command.
+    inherited_last = sorted(
+        fields(options_type), key=lambda item: item.name not in options_type.__annotations__
+    )
+    options = [_parameter(item.name, item.default, option_hints[item.name]) for item in inherited_last]
     settings = [] if settings_type is None else _setting_parameters(settings_type)
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:

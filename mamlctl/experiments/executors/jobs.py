@@ -34,7 +34,7 @@ class Job:
             folder: where the job's run folder is now.
             time_limit: how long to train; afterwards there may be another command.
         """
-        if run_state(folder).status in ("finished", "diverged"):
+        if run_state(folder).ended:
             return None
         limit = () if time_limit is None else ("--time-limit", time_limit)
         if (folder / CONFIG).is_file():

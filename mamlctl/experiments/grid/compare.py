@@ -25,8 +25,6 @@ from mamlctl.settings.schema import EvalConfig
 # Settings that an evaluation may give for all runs, so that they may differ in it.
 SHARED_BY_EVALUATION = ("queries", "eval_seed")
 
-ENDED = ("finished", "diverged")
-
 
 @dataclass(frozen=True)
 class _Run:
@@ -64,7 +62,7 @@ def compare(
     for run in runs:
         _test(run.folder, evaluate, offline, on_event)
     table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
-    notes = [_unfinished_note(run.folder) for run in runs if run.folder.state().status not in ENDED]
+    notes = [_unfinished_note(run.folder) for run in runs if not run.folder.state().ended]
     return replace(table, notes=(*notes, *table.notes))
 
 
@@ -88,7 +86,7 @@ def _runs(path: Path) -> list[_Run]:
     """A folder's run, or all runs of a grid that have ended. Raises MamlctlError for neither."""
     if not (path / PLAN).is_file():
         return [_Run(open_run(path), "")]
-    ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).status in ENDED]
+    ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).ended]
     if not ended:
         raise MamlctlError(f"{path} has no finished runs yet", hint=f"mamlctl ablate --resume {path}")
     # Row by row: cells are in the order in which they are trained.

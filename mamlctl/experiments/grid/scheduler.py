@@ -28,11 +28,9 @@ TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last entry
 
 
 def is_pending(cell: GridCell, grid: Grid) -> bool:
-    """Whether a cell is to be trained or tested; one that has diverged would only do so again."""
-    status = run_state(cell.folder).status
-    if status != "finished":
-        return status != "diverged"
-    return _evaluation(cell, grid) is None
+    """Whether a cell is to be trained or tested."""
+    state = run_state(cell.folder)
+    return not state.ended or (state.status == "finished" and _evaluation(cell, grid) is None)
 
 
 def pending_cells(grid: Grid) -> list[GridCell]:
