@@ -166,9 +166,7 @@ def load_state(
 
 def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
     """The run's settings, with those that only evaluation reads replaced."""
-    names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
-    values = {name: getattr(settings, name) for name in names} | {"eval_inner_steps": settings.inner_steps}
-    config = replace(trained, **{name: value for name, value in values.items() if value is not None})
+    config = settings.over(trained)
     if settings.dataset is None:
         return config
     # What belongs to a data set is the other one's; what the network takes stays. The user's own images and

@@ -317,9 +317,11 @@ class EvalConfig:
     )
     data_root: str | None = setting(None, HARDWARE, "Folder of prepared data sets. Default: the run's.")
 
-    def inner_steps_of(self, trained: TrainConfig) -> int:
-        """Inner steps of this evaluation of a run."""
-        return trained.evaluation_inner_steps if self.inner_steps is None else self.inner_steps
+    def over(self, trained: TrainConfig) -> TrainConfig:
+        """A run's settings with those that this evaluation replaces, on data of the run's own set."""
+        names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
+        values = {name: getattr(self, name) for name in names} | {"eval_inner_steps": self.inner_steps}
+        return replace(trained, **{name: value for name, value in values.items() if value is not None})
 
 
 FIELDS = {item.name: item for item in fields(TrainConfig)}

@@ -27,7 +27,7 @@ def train_command():
     return get_command(app).commands["train"]
 
 
-def said(arguments):
+def settings_from(arguments):
     """The settings that `mamlctl train` takes these arguments for."""
     values = train_command().make_context("train", list(arguments)).params
     given = {
@@ -107,7 +107,7 @@ def test_every_plan_fits_every_preset_and_its_commands_say_the_same(preset, plan
         assert set(row.config.improvements) == on(plan_row)
         assert (row.config.msl_epochs is None) or row.config.msl
     for row in rows[:: max(len(rows) // 9, 1)]:
-        assert said(train_arguments(row.config)) == row.config
+        assert settings_from(train_arguments(row.config)) == row.config
 
 
 def test_a_row_is_what_train_makes_of_the_same_flags():
@@ -125,7 +125,7 @@ def test_algorithms_get_their_own_defaults_below_what_is_given():
     given = {"dataset": "omniglot", "shots": 1, "meta_lr": 0.01}
     for row in resolve_rows(algorithm_rows("maml++,reptile,protonet,anil"), [], given, 0):
         assert row.config == resolve_settings([("flag", given | {"algo": row.label, "seed": 0})]).config
-        assert said(train_arguments(row.config)) == row.config
+        assert settings_from(train_arguments(row.config)) == row.config
 
 
 def test_a_flag_gives_way_where_it_means_nothing_but_not_everywhere():
@@ -152,7 +152,7 @@ def test_on_curves_rows_without_batch_norm_are_left_out(plan):
     assert len({repr(row.config) for row in rows}) == len(labels) == len(set(labels))
     assert len(labels) == {"one-on": 6, "one-off": 5, "cumulative": 5, "full": 16}[plan]
     for row in rows:
-        assert said(train_arguments(row.config)) == row.config
+        assert settings_from(train_arguments(row.config)) == row.config
 
 
 def test_another_algorithm_has_the_improvements_that_mean_something_there():

@@ -25,18 +25,18 @@ def problems_of(*layers):
 
 
 def test_stronger_layers_win_and_say_so():
-    found = resolved(
+    settings = resolved(
         ("preset p", {"algo": "maml++", "ways": 7, "shots": 2, "queries": 3}),
         ("f.yaml", {"shots": 3, "queries": 4}),
         ("--set", {"queries": 5}),
         ("flag", {"lslr": False}),
     )
-    config = found.config
+    config = settings.config
     assert (config.ways, config.shots, config.queries, config.lslr, config.msl) == (7, 3, 5, False, True)
-    wanted = {"ways": "preset p", "shots": "f.yaml", "queries": "--set", "lslr": "flag"}
-    assert {name: found.sources[name] for name in wanted} == wanted
-    assert found.sources["msl"] == "algorithm maml++"
-    assert found.sources["filters"] == "default"
+    sources = {"ways": "preset p", "shots": "f.yaml", "queries": "--set", "lslr": "flag"}
+    assert {name: settings.sources[name] for name in sources} == sources
+    assert settings.sources["msl"] == "algorithm maml++"
+    assert settings.sources["filters"] == "default"
 
 
 def test_the_algorithm_may_come_from_any_layer():
@@ -87,9 +87,8 @@ def test_unknown_names_come_with_the_nearest_one():
     ],
 )
 def test_rules_between_settings(settings, fact):
-    facts = [found for found, _ in check(TrainConfig(**settings))]
-    assert len(facts) == 1
-    assert fact in facts[0]
+    ((problem, _),) = check(TrainConfig(**settings))
+    assert fact in problem
 
 
 def test_what_a_preset_says_of_a_switch_that_a_flag_turns_off_is_dropped():
@@ -285,8 +284,8 @@ def test_settings_the_algorithm_needs_cannot_be_taken_away():
 def test_a_settings_file_of_one_algorithm_becomes_another_as_if_it_were_new(old, new):
     """`--config RUN/config.yaml --algo NEW`: nothing that made the old one what it was stays."""
     written = asdict(resolved(("flag", {"algo": old, "ways": 7})).config)
-    found = resolved(("config.yaml", written), ("flag", {"algo": new})).config
-    assert found == resolved(("flag", {"algo": new, "ways": 7})).config
+    config = resolved(("config.yaml", written), ("flag", {"algo": new})).config
+    assert config == resolved(("flag", {"algo": new, "ways": 7})).config
 
 
 def test_maml_plus_plus_learns_curves_without_what_only_images_have():

@@ -115,9 +115,12 @@ def test_an_evaluation_takes_its_own_settings_alone():
 
 def test_a_run_is_evaluated_with_its_own_steps_unless_others_are_given():
     trained = TrainConfig(inner_steps=3)
-    assert (trained.evaluation_inner_steps, EvalConfig().inner_steps_of(trained)) == (3, 3)
+    assert (trained.evaluation_inner_steps, EvalConfig().over(trained).evaluation_inner_steps) == (3, 3)
     trained = TrainConfig(inner_steps=3, eval_inner_steps=9)
-    assert (trained.evaluation_inner_steps, EvalConfig(inner_steps=0).inner_steps_of(trained)) == (9, 0)
+    assert trained.evaluation_inner_steps == 9
+    evaluated = EvalConfig(inner_steps=0, bn="running", eval_seed=0).over(trained)
+    assert (evaluated.evaluation_inner_steps, evaluated.bn, evaluated.eval_seed) == (0, "running", 0)
+    assert evaluated.inner_steps == 3, "training is what it was"
 
 
 def test_curves_are_scored_by_their_squared_error():

@@ -91,17 +91,17 @@ def tabulate(
     made = [
         _table_row(runs, best[place], ensemble[place], evaluate, common) for place, runs in enumerate(filled)
     ]
-    first = fill_defaults(rows[0].config)
+    first = evaluate.over(fill_defaults(rows[0].config))
     return Table(
         title=f"{formatting.task(first.dataset, first.ways, first.shots)}, {name}",
         dataset=first.dataset,
         ways=first.ways,
         shots=first.shots,
-        queries=evaluate.queries or first.queries,
+        queries=first.queries,
         metric=metric_of(first.dataset),
         split=evaluate.split,
         tasks=evaluate.tasks,
-        eval_seed=first.eval_seed if evaluate.eval_seed is None else evaluate.eval_seed,
+        eval_seed=first.eval_seed,
         disjoint=evaluate.disjoint,
         label_permutations=evaluate.label_permutations,
         baseline=rows[0].label,
@@ -179,11 +179,11 @@ def _table_row(
 ) -> Row:
     config = fill_defaults(runs.spec.config)
     evaluations = list(runs.evaluations.values())
-    steps = evaluate.inner_steps_of(config)
+    evaluated = evaluate.over(config)
     if evaluations:
         bn = str(evaluations[0].protocol["bn"])
     else:
-        bn = "none" if is_curve_family(config.dataset) else evaluate.bn or config.bn
+        bn = "none" if is_curve_family(config.dataset) else evaluated.bn
     settings = identity_settings(runs.spec.config)
     return Row(
         label=runs.spec.label,
@@ -192,9 +192,9 @@ def _table_row(
         best=best,
         ensemble=ensemble,
         ensemble_size=min((evaluation.ensemble_size for evaluation in evaluations), default=0),
-        published=_published(config, evaluate, steps, bn),
+        published=_published(config, evaluate, evaluated.evaluation_inner_steps, bn),
         bn=bn,
-        inner_steps=steps,
+        inner_steps=evaluated.evaluation_inner_steps,
     )
 
 

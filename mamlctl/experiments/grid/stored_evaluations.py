@@ -65,13 +65,13 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
 
 def _required_protocol(run: RunFolder, settings: EvalConfig) -> dict[str, tuple[Any, ...]]:
     """The values of a protocol that the settings ask for: name -> those that will do."""
-    config = run.config
+    config = settings.over(run.config)
     exact = {
         "split": settings.split,
         "tasks": settings.tasks,
-        "queries": settings.queries or config.queries,
-        "eval_seed": config.eval_seed if settings.eval_seed is None else settings.eval_seed,
-        "inner_steps": settings.inner_steps_of(config),
+        "queries": config.queries,
+        "eval_seed": config.eval_seed,
+        "inner_steps": config.evaluation_inner_steps,
         "dataset": config.dataset,
         "disjoint": settings.disjoint,
         "label_permutations": settings.label_permutations,
@@ -79,7 +79,7 @@ def _required_protocol(run: RunFolder, settings: EvalConfig) -> dict[str, tuple[
         "adapts": settings.adapts,
         "inner_lr": settings.inner_lr,
     }
-    return {name: (value,) for name, value in exact.items()} | {"bn": (settings.bn or config.bn, "none")}
+    return {name: (value,) for name, value in exact.items()} | {"bn": (config.bn, "none")}
 
 
 def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
