@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.server_cases import HTML, Page, Twist, serving
+from helpers.server_cases import HTML, Page, Twist, download, serving
 from helpers.shared import SHARED, ignore
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, Progress
-from mamlctl.data.fetching.downloads import Archive, download, downloaded
+from mamlctl.data.fetching.downloads import Archive, downloaded
 from mamlctl.data.fetching.partial_files import Part
 from mamlctl.data.fetching.responses import Patience, check_mirrors
 from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set

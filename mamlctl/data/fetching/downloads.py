@@ -75,39 +75,29 @@ def downloaded(
     on_event: OnEvent,
     patience: Patience = PATIENCE,
 ) -> Iterator[list[Path]]:
-    """The archives in `folder`, as `download` gets them; deleted when the block ends well.
+    """The verified archives in `folder`, which are deleted when the block ends well.
 
-    A block that fails leaves them, so that the next fetch need not download them again.
+    A block that fails leaves them, so that the next fetch need not download them again; what a cut leaves is
+    resumed. One archive is downloaded by one process at a time.
+
+    Args:
+        sources: what to download.
+        folder: where to.
+        mirrors: addresses of folders that are asked first.
+        hint: the way out where no mirror has an archive.
+        on_event: gets notices and progress.
+        patience: how long each mirror is asked.
+
+    Raises:
+        DataError: what each mirror answered, or that the disk is full.
     """
     with ExitStack() as stack:
         for source in sources:
-            stack.enter_context(locked(_lock(folder, source), source.file, on_event))
+            stack.enter_context(locked(folder / f"{source.file}.lock", source.file, on_event))
         paths = [_download(source, folder, mirrors, hint, on_event, patience) for source in sources]
         yield paths
         for path in paths:
             path.unlink(missing_ok=True)
-
-
-def download(
-    source: Archive,
-    folder: Path,
-    *,
-    mirrors: Sequence[str] = (),
-    hint: str,
-    on_event: OnEvent,
-    patience: Patience = PATIENCE,
-) -> Path:
-    """The verified archive in `folder`; what a cut leaves stays beside it, and the next call goes on from it.
-
-    `mirrors`: addresses of folders that are asked first. One archive is downloaded by one process at a time.
-    Raises DataError that tells what each mirror answered, or that the disk is full.
-    """
-    with locked(_lock(folder, source), source.file, on_event):
-        return _download(source, folder, mirrors, hint, on_event, patience)
-
-
-def _lock(folder: Path, source: Archive) -> Path:
-    return folder / f"{source.file}.lock"
 
 
 def _download(
