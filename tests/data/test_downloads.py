@@ -294,7 +294,7 @@ def test_every_mirror_is_named_with_its_reason(server, archive, tmp_path):
     urls += [f"{server.address}/{name}/a.zip" for name in ("wrong", "page")]
     with pytest.raises(DataError) as raised:
         download(
-            Archive("a.zip", tuple(urls), "0" * 32, "MIT"),
+            Archive("a.zip", tuple(urls), "0" * 32),
             tmp_path / "root",
             hint=HINT,
             patience=QUICK,
@@ -395,7 +395,7 @@ import sys
 from mamlctl.data.fetching import downloads
 from dataclasses import replace
 from mamlctl.data.sets import registry
-source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1), "MIT")
+source = downloads.Archive("images_evaluation.zip", (sys.argv.pop(1),), sys.argv.pop(1))
 registry.DATA_SETS["omniglot"] = replace(
     registry.DATA_SETS["omniglot"],
     archives=lambda: (source,),

@@ -109,7 +109,7 @@ class Server(http.server.ThreadingHTTPServer):
         """An archive that is to be at `paths`."""
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         urls = tuple(self.address + path for path in paths)
-        return Archive(paths[0].rpartition("/")[2], urls, md5, "MIT", bytes)
+        return Archive(paths[0].rpartition("/")[2], urls, md5, bytes)
 
 
 class Kept(Exception):

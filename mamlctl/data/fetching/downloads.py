@@ -50,7 +50,6 @@ class Archive:
     file: str
     urls: tuple[str, ...]  # every mirror, the best first
     md5: str
-    licence: str
     bytes: int | None = None  # None where upstream does not tell
 
 

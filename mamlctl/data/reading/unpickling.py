@@ -72,10 +72,10 @@ class Unbuilt:
     """A dtype (by its spec) or an array (without one), known only after the BUILD that follows at once."""
 
     spec: str | None = None
-    value: Any = None
+    value: np.dtype[Any] | NDArray[Any] | None = None
 
 
-def load_arrays(data: bytes | BinaryIO, display_name: str) -> Any:
+def load_arrays(data: bytes | BinaryIO, display_name: str) -> object:
     """Read a pickle of any protocol, written by Python 2 or 3.
 
     Python 2's strings become text. Arrays lie in the bytes as read, and may be read-only for it.
@@ -107,7 +107,7 @@ def load_arrays(data: bytes | BinaryIO, display_name: str) -> Any:
         raise DataError(message, hint="get the file anew") from error
 
 
-def _checked(result: Any) -> Any:
+def _checked(result: object) -> object:
     """The result, if nothing in it is but data: a marker of ours might have been left in a list."""
     waiting, seen = [result], set()
     while waiting:
@@ -155,10 +155,10 @@ class _WholeReads:
         return data
 
 
-class _Memo(dict[int, Any]):
+class _Memo(dict[int, object]):
     """What a pickle has put aside: of arrays and dtypes the finished ones."""
 
-    def __getitem__(self, place: int) -> Any:
+    def __getitem__(self, place: int) -> object:
         value = super().__getitem__(place)
         if not isinstance(value, Unbuilt):
             return value
@@ -170,9 +170,9 @@ class _Memo(dict[int, Any]):
 class _Reader(pickle._Unpickler):
     """The standard library's reader with fewer operations, and with stricter ones in place of some."""
 
-    stack: list[Any]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
+    stack: list[object]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[object]]
 
     def __init__(self, file: BinaryIO) -> None:
         self._source = _WholeReads(file)
@@ -228,11 +228,11 @@ class _Reader(pickle._Unpickler):
         self._fill(self._top(dict), items)
 
     def _marked_as_dict(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        self._fill(self.stack[-1], items)
+        items, target = self.pop_mark(), dict[object, object]()
+        self._fill(target, items)
+        self.append(target)
 
-    def _fill(self, target: dict[Any, Any], items: list[Any]) -> None:
+    def _fill(self, target: dict[object, object], items: list[object]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing a tuple goes as deep as the tuple: one of a million levels ends the process.
             if not isinstance(key, str | bytes | int | float):
@@ -276,7 +276,7 @@ class _Reader(pickle._Unpickler):
             raise UnsafePickle(f"it holds an array of {what}, not of plain numbers")
         return Unbuilt(spec)
 
-    def _make_scalar(self, dtype: object, raw: object) -> Any:
+    def _make_scalar(self, dtype: object, raw: object) -> object:
         return self._in_bytes((), dtype, "C", raw)[()]
 
     def _make_buffer(self, raw: object, dtype: object, shape: object, order: object, axes: Any = None) -> Any:
@@ -300,12 +300,12 @@ class _Reader(pickle._Unpickler):
             raw = self._make_encode(raw, "latin-1")
         if not isinstance(raw, bytes | bytearray):
             raise UnsafePickle(f"it makes an array of {_kind_of(raw)}")
-        is_short = isinstance(shape, tuple) and len(shape) <= MOST_AXES
-        if not isinstance(shape, tuple) or not is_short or not all(type(n) is int and n >= 0 for n in shape):
+        sides = shape if isinstance(shape, tuple) else (None,)
+        if len(sides) > MOST_AXES or not all(type(side) is int and side >= 0 for side in sides):
             raise UnsafePickle("it makes an array without a shape")
-        if math.prod(shape) * dtype.itemsize != len(raw):
-            raise ValueError(f"an array of {dtype} {shape} does not lie in {len(raw):,} bytes")
-        return np.ndarray(shape, dtype, raw, order="F" if order == "F" else "C")
+        if math.prod(sides) * dtype.itemsize != len(raw):
+            raise ValueError(f"an array of {dtype} {sides} does not lie in {len(raw):,} bytes")
+        return np.ndarray(sides, dtype, raw, order="F" if order == "F" else "C")
 
 
 def _kind_of(value: object) -> str:

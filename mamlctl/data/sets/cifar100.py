@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from mamlctl.data.reading.archives import open_members
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
+
+T = TypeVar("T")
 
 SIDE = 32
 CHANNELS = 3
@@ -56,7 +58,7 @@ def archives() -> tuple[Archive, ...]:
     """The archive as torchvision names it, so that its corrections reach us with its releases."""
     from torchvision.datasets import CIFAR100  # here, since it imports torch
 
-    return (Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, TERMS, SIZE),)
+    return (Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, SIZE),)
 
 
 def prepare(
@@ -127,12 +129,9 @@ def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> Packed
     """All images by class; within one, the first part's before the second's, in the order of the file."""
     files, names = _files(path, parts), class_names()
     meta_name = f"{META} in {path}"
-    if _entry_of_kind(load_arrays(files[META], meta_name), meta_name, "fine_label_names", list) != list(
-        names
-    ):
-        raise DataError(
-            f"{meta_name} does not name CIFAR-100's {len(names)} classes in their order", hint=HINT
-        )
+    if _typed(load_arrays(files[META], meta_name), meta_name, "fine_label_names", list) != list(names):
+        fact = f"{meta_name} does not name CIFAR-100's {len(names)} classes in their order"
+        raise DataError(fact, hint=HINT)
     per_class = sum(part.per_class for part in parts)
     images_KMCHW = np.empty((len(names), per_class, CHANNELS, SIDE, SIDE), dtype=np.uint8)
     filled = 0
@@ -156,10 +155,8 @@ def _read_part(
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Rows of pixels and a label each. Raises DataError for wrong counts, then for other pixels."""
     content = load_arrays(data, display_name)
-    rows_MX, labels = (
-        _entry_of_kind(content, display_name, "data", np.ndarray),
-        _entry_of_kind(content, display_name, "fine_labels", list),
-    )
+    rows_MX = _typed(content, display_name, "data", np.ndarray)
+    labels = _typed(content, display_name, "fine_labels", list)
     width = CHANNELS * SIDE * SIDE
     if rows_MX.dtype != np.uint8 or rows_MX.shape != (len(labels), width):
         expected = f"{len(labels):,} rows of {width:,} bytes"
@@ -183,7 +180,7 @@ def _read_part(
     return rows_MX, labels_M
 
 
-def _entry_of_kind(content: Any, display_name: str, key: str, kind: type[Any]) -> Any:
+def _typed(content: object, display_name: str, key: str, kind: type[T]) -> T:
     """What a file's dict holds under `key`."""
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind):

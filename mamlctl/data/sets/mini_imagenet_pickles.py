@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,12 +84,12 @@ def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.in
     raise DataError(message, hint=HINT)
 
 
-def _decoded(word: Any) -> Any:
+def _decoded(word: object) -> object:
     """Names are bytes where Python 3 read Python 2's pickle and wrote it anew."""
     return word.decode("latin-1") if isinstance(word, bytes) else word
 
 
-def _images(images: Any, path: Path) -> NDArray[np.uint8]:
+def _images(images: object, path: Path) -> NDArray[np.uint8]:
     """The images, channels last."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
@@ -103,30 +102,30 @@ def _images(images: Any, path: Path) -> NDArray[np.uint8]:
     raise DataError(message, hint=HINT)
 
 
-def _by_class(class_dict: Any, path: Path) -> dict[str, NDArray[np.int64]]:
+def _by_class(class_dict: object, path: Path) -> dict[str, NDArray[np.int64]]:
     if not isinstance(class_dict, dict):
         raise DataError(f"{path} has a class_dict that is no dict", hint=HINT)
     return {str(_decoded(name)): _integers(class_places, path) for name, class_places in class_dict.items()}
 
 
-def _by_label(fields: Mapping[str, Any], path: Path) -> dict[str, NDArray[np.int64]]:
-    labels, names = _integers(fields["labels"], path), {}
-    if isinstance(fields.get("label2catname"), dict):
-        names = {label: _decoded(name) for label, name in fields["label2catname"].items()}
-    elif isinstance(fields.get("label2catname"), list):
-        names = {label: _decoded(name) for label, name in enumerate(fields["label2catname"])}
-    elif isinstance(fields.get("catname2label"), dict):
-        names = {
-            label: _decoded(name) for name, label in fields["catname2label"].items() if type(label) is int
-        }
-    used_labels = np.unique(labels).tolist()
-    for label in used_labels:
-        if not isinstance(names.get(label), str):
+def _by_label(fields: Mapping[object, object], path: Path) -> dict[str, NDArray[np.int64]]:
+    labels = _integers(fields["labels"], path)
+    by_label, by_name = fields.get("label2catname"), fields.get("catname2label")
+    names: dict[object, object] = {}
+    if isinstance(by_label, dict | list):
+        names = dict(by_label.items() if isinstance(by_label, dict) else enumerate(by_label))
+    elif isinstance(by_name, dict):
+        names = {label: name for name, label in by_name.items() if type(label) is int}
+    places = {}
+    for label in np.unique(labels).tolist():
+        name = _decoded(names.get(label))
+        if not isinstance(name, str):
             raise DataError(f"{path} has no class name for label {label}", hint=HINT)
-    return {names[label]: np.flatnonzero(labels == label) for label in used_labels}
+        places[name] = np.flatnonzero(labels == label)
+    return places
 
 
-def _integers(values: Any, path: Path) -> NDArray[np.int64]:
+def _integers(values: object, path: Path) -> NDArray[np.int64]:
     """A list of places or labels as an array."""
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
         return values.astype(np.int64)
@@ -138,7 +137,7 @@ def _integers(values: Any, path: Path) -> NDArray[np.int64]:
     raise DataError(f"{path} has places or labels that are no list of numbers", hint=HINT)
 
 
-def _split_of(path: Path, classes: Mapping[str, Any]) -> str:
+def _split_of(path: Path, classes: Mapping[str, object]) -> str:
     """The split whose classes these are, all of them and no others."""
     listed = listed_split(NAME)
     foreign = sorted(classes.keys() - listed.keys())

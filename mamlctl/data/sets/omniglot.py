@@ -102,7 +102,6 @@ def archives() -> tuple[Archive, ...]:
             f"{name}.zip",
             (f"{Omniglot.download_url_prefix}/{name}.zip", f"https://{ORIGIN}/raw/master/python/{name}.zip"),
             md5,
-            "MIT",
             SIZES.get(md5),
         )
         for name, md5 in Omniglot.zips_md5.items()
