@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +77,7 @@ def stop():
         server.kill()
         server.wait()
         server.stdout.close()
+        shutil.rmtree(Path(python()).parent)
 
 
 class Process:
