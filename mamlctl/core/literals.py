@@ -11,6 +11,8 @@ Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "plain"]
+# What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
+Classifier = Literal["head", "zeros", "prototypes", "neighbours"]
 # What keeps an improvement of MAML++ from having a meaning with an algorithm or a data set.
 Obstacle = Literal[
     "no unrolled loop", "one pass of the body", "own inner rates", "own meta learning rate", "no batch norm"

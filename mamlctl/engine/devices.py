@@ -10,30 +10,30 @@ from pathlib import Path
 
 import torch
 
+from mamlctl.core.literals import Precision
 from mamlctl.core.problems import Problem
 
 COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs
 
 
-def tensor_dtype(precision: str) -> torch.dtype:
+def tensor_dtype(precision: Precision) -> torch.dtype:
     """The type of weights and images: float64 where that was asked for, float32 at every other precision."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
-def device_problems(name: str, precision: str, cuda_graph: bool | None = None) -> list[Problem]:
+def device_problems(name: str, precision: Precision, cuda_graph: bool | None = None) -> list[Problem]:
     """Why this machine cannot give what was asked for; empty if it can."""
     kind, _, index = name.partition(":")
     if name != "auto" and (
         kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
     ):
         return [(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")]
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= found:
-        return [
-            (f"--device is {name}, but this machine has {found} CUDA devices", "use --device cpu or auto")
-        ]
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= devices:
+        fact = f"--device is {name}, but this machine has {devices} CUDA devices"
+        return [(fact, "use --device cpu or auto")]
     problems = []
-    if kind == "cpu" or not found:
+    if kind == "cpu" or not devices:
         if precision == "tf32":
             problems.append(("--precision tf32 has no effect on a CPU", "use float32 or bf16"))
         if cuda_graph is not None:
@@ -42,7 +42,7 @@ def device_problems(name: str, precision: str, cuda_graph: bool | None = None) -
     return problems
 
 
-def open_device(name: str, precision: str) -> torch.device:
+def open_device(name: str, precision: Precision) -> torch.device:
     """The device to compute on, its matrix arithmetic set. Call `device_problems` first."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ def open_device(name: str, precision: str) -> torch.device:
     return device
 
 
-def precision_of(precision: str, device: torch.device) -> str:
+def precision_of(precision: Precision, device: torch.device) -> Precision:
     """The arithmetic that `auto` stands for on a device."""
     if precision != "auto":
         return precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.nets.base import HEAD, Net, Objective
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
+
+InnerOptimizer = Literal["sgd", "adam"]
 
 RATE = "rate."  # how the names of learnt inner rates begin, among what the outer optimiser moves
 
@@ -229,7 +232,7 @@ class InnerRule:
     """How an inner step moves the weights along their gradient: plain descent unless something is set."""
 
     proximal: float | None = None  # iMAML's pull to the initialisation
-    optimizer: str | None = None  # "adam": Reptile's
+    optimizer: InnerOptimizer | None = None  # Reptile's
 
     def stepper(self, state: MetaState, tasks: int) -> Stepper:
         """The rule for one inner loop of so many tasks."""

@@ -31,13 +31,10 @@ class Optimizer(Protocol):
     def stored(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint holds, sharing memory."""
 
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy a checkpoint's state, in place."""
 
-
-def copy_state(into: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy a checkpoint's tensors into an optimiser's own, in place and from whichever device."""
-    for part, tensors in into.items():
+def restore(optimizer: Optimizer, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy a checkpoint's state, in place, from whichever device."""
+    for part, tensors in optimizer.stored().items():
         for name, tensor in tensors.items():
             tensor.copy_(stored[part][name])
 
@@ -52,13 +49,12 @@ class Adam:
         self.learnable, self.betas = dict(learnable), betas
         self.first = {name: torch.zeros_like(tensor.detach()) for name, tensor in learnable.items()}
         self.second = {name: torch.zeros_like(moment) for name, moment in self.first.items()}
-        where = next(iter(self.first.values())).device
-        self.on_device = where.type == "cuda"
-        self.steps = {name: torch.zeros((), device=where) for name in self.first}
-        self.lr: float | Tensor = torch.tensor(lr, device=where) if self.on_device else lr
+        device = next(iter(self.first.values())).device
+        self.on_device = device.type == "cuda"
+        self.steps = {name: torch.zeros((), device=device) for name in self.first}
+        self.lr: float | Tensor = torch.tensor(lr, device=device) if self.on_device else lr
 
     def set_lr(self, lr: float) -> None:
-        """Use another learning rate from now on."""
         if isinstance(self.lr, Tensor):
             self.lr.fill_(lr)
         else:
@@ -70,7 +66,6 @@ class Adam:
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Move every weight against its gradient, in place."""
         adam(
             list(self.learnable.values()),
             [grads[name] for name in self.learnable],
@@ -89,12 +84,7 @@ class Adam:
         )
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds, sharing memory."""
         return {"first": self.first, "second": self.second, "steps": self.steps}
-
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy a checkpoint's state, in place, from whichever device."""
-        copy_state(self.stored(), stored)
 
 
 class Sgd:
@@ -104,22 +94,15 @@ class Sgd:
         self.learnable, self.lr = dict(learnable), lr
 
     def set_lr(self, lr: float) -> None:
-        """Use another learning rate from now on."""
         self.lr = lr
 
     def lr_now(self) -> float:
-        """The learning rate."""
         return self.lr
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Move every weight against its gradient, in place."""
         for name, tensor in self.learnable.items():
             tensor.sub_(self.lr * grads[name])
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """No state."""
         return {}
-
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """There is no state to copy."""

@@ -6,6 +6,7 @@ from helpers.engine_cases import IMAGE, random_episodes, small_config
 
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS, fastest
+from mamlctl.engine.optimizers import restore
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
@@ -29,7 +30,7 @@ class Recorded:
         self.first = self.run()
         for name, tensor in step.state.stored().items():
             tensor.copy_(before[name])
-        step.optimizer.restore(moments)
+        restore(step.optimizer, moments)
 
     def run(self):
         taken = []

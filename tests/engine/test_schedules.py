@@ -1,8 +1,11 @@
 """Schedules against the values that the published code gives."""
 
-import pytest
+from dataclasses import replace
 
-from mamlctl.engine.training.schedules import cosine_meta_lr, is_first_order, msl_weights
+import pytest
+from helpers.engine_cases import small_config
+
+from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, msl_weights
 
 PINS = [
     (10, 0, [0.2] * 5),
@@ -41,8 +44,11 @@ def test_the_least_msl_weight_binds_only_in_long_schedules():
 
 
 def test_derivatives_are_first_order_for_exactly_da_epochs():
-    assert [is_first_order(epoch, 2) for epoch in range(4)] == [True, True, False, False]
-    assert not is_first_order(0, 0)
+    config = small_config(da=True, da_epochs=2)
+    assert [first_order_at(config, epoch) for epoch in range(4)] == [True, True, False, False]
+    assert not first_order_at(replace(config, da_epochs=0), 0)
+    assert not first_order_at(replace(config, da=False), 0)
+    assert first_order_at(replace(config, first_order=True), 3)
 
 
 def test_cosine_meets_the_published_values():

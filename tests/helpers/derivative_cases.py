@@ -26,11 +26,8 @@ WAYS = {
 BY_HAND = ["torch", pytest.param("c", marks=needs_c)]
 
 
-IMAGES = [
-    (1, 16, 16),
-    (3, 21, 19),
-    (2, 35, 16),
-]  # odd sizes lose a row or column in pooling, not in statistics
+# Odd sizes lose a row or column in pooling, not in statistics.
+IMAGES = [(1, 16, 16), (3, 21, 19), (2, 35, 16)]
 
 
 SETTINGS = [

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.engine.inner_loop import RATE
-from mamlctl.engine.optimizers import Adam, copy_state
+from mamlctl.engine.optimizers import Adam
 
 
 class Hypergradient:
@@ -75,7 +75,3 @@ class Hypergradient:
         rates = {"last": self.last, "logs": self.logs}
         hyper = {f"hyper.{part}": tensors for part, tensors in self.hyper.stored().items()}
         return rates | self.inner.stored() | hyper
-
-    def restore(self, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy a checkpoint's state, in place."""
-        copy_state(self.stored(), stored)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, unroll
 from mamlctl.engine.derivatives.interface import BodyTape
@@ -24,13 +25,11 @@ from mamlctl.engine.nets.batch_norm import NormPass
 
 
 def anil(
-    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
     """MAML's meta-gradient of the head, and an ordinary gradient of the body behind it.
 
-    Args:
-        net, state, episodes, request: as in `meta_gradient.unrolled`.
-        engine: "plain" for torch's own derivatives.
+    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
     """
     body = BodyFeatures(net, state, episodes, engine)
     with torch.enable_grad():
@@ -47,7 +46,7 @@ def anil(
 class BodyFeatures:
     """The features of both sets of every task, and the way back from their gradients."""
 
-    def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: str) -> None:
+    def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: EngineName) -> None:
         self.episodes = episodes
         self.features: list[Tensor] = []  # f_TEF of the support set and of the query set
         self.norm_passes: list[NormPass] = []

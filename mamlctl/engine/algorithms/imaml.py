@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -37,7 +38,7 @@ def imaml(
     episodes: Episodes,
     request: MetaStepRequest,
     *,
-    engine: str,
+    engine: EngineName,
     proximal: float,
     cg_steps: int,
 ) -> MetaStepResult:

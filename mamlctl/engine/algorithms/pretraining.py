@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.interface import Derivatives
@@ -29,13 +30,11 @@ from mamlctl.engine.nets.batch_norm import Statistics
 
 @torch.no_grad()
 def pretraining(
-    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
     """The gradient of one network on both sets of all tasks, as a loss after 0 inner steps.
 
-    Args:
-        net, state, episodes, request: as in `meta_gradient.unrolled`.
-        engine: "plain" for torch's own derivatives.
+    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
     """
     # All examples are one set of one task: M of them.
     x_1MCHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1).unsqueeze(0)

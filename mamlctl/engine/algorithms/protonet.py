@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.anil import BodyFeatures
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
@@ -24,13 +25,11 @@ from mamlctl.engine.nets.batch_norm import Statistics
 
 
 def protonet(
-    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: str
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
     """The gradient of the query loss, as a loss after 0 inner steps.
 
-    Args:
-        net, state, episodes, request: as in `meta_gradient.unrolled`.
-        engine: "plain" for torch's own derivatives.
+    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
     """
     body = BodyFeatures(net, state, episodes, engine)
     measurements = Measurements(net.objective, norm_passes=body.norm_passes)

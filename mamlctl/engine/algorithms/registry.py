@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from mamlctl.core.literals import Adapts
+from mamlctl.core.literals import Adapts, Classifier
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:

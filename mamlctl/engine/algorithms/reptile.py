@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
-from mamlctl.engine.inner_loop import AdamSteps, MetaState
+from mamlctl.engine.inner_loop import AdamSteps, InnerOptimizer, MetaState
 from mamlctl.engine.nets.base import Net
 
 
@@ -27,8 +28,8 @@ def reptile(
     episodes: Episodes,
     request: MetaStepRequest,
     *,
-    engine: str,
-    inner_optimizer: str,
+    engine: EngineName,
+    inner_optimizer: InnerOptimizer,
 ) -> MetaStepResult:
     """The way back from the tasks' adapted weights; the query set is only measured.
 

@@ -68,7 +68,6 @@ class AutogradBodyTape:
     f_TEF: Tensor
 
     def back_through(self, g_TEF: Tensor) -> tuple[Params, Params]:
-        """One backward pass."""
         return self.leaves.named(torch.autograd.grad(self.f_TEF, self.leaves.all, g_TEF))
 
 
@@ -81,7 +80,6 @@ class AutogradSet:
     y_TE: Tensor
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
-        """Class scores -> logits_TEN."""
         with torch.no_grad():
             return self.net(fast, self.x_TECHW, norm)
 

@@ -28,7 +28,6 @@ class Head:
     y_TE: Tensor
 
     def logits(self) -> Tensor:
-        """Class scores -> logits_TEN."""
         return torch.baddbmm(self.bias_TN.unsqueeze(1), self.f_TEF, self.weight_TNF.transpose(1, 2))
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,11 +130,9 @@ class Conv4Set:
     measured: int | None  # how many leading examples give the statistics; None: all
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
-        """Class scores -> logits_TEN."""
         return self._forward(fast, norm)[1].logits()
 
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
-        """Forward and backward."""
         body, head = self._forward(fast, norm)
         logits_TEN, loss_T, g_TEN = head.loss_and_gradient()
         grads, norm_grads = body.back_through(g_TEN @ head.weight_TNF, keep=keep)

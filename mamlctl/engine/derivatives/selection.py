@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import EngineName
 from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives.interface import Derivatives
@@ -25,7 +26,7 @@ LARGEST = {"cpu": 2**22, "cuda": 2**27}
 SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
 
 
-def select_derivatives(net: Net, like: Tensor, engine: str = "adjoint") -> Derivatives:
+def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -> Derivatives:
     """The fastest derivatives of a net for tensors of the device and type of `like`.
 
     `engine`: with "plain", torch's own.
@@ -99,7 +100,7 @@ def faster_block(
         return sure
 
 
-def slower_than_it_could_be(net: Net, like: Tensor, engine: str) -> str | None:
+def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str | None:
     """What would make a run on this machine faster, in words, or None."""
     derivatives = select_derivatives(net, like, engine)
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape

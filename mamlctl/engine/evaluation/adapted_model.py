@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import Classifier
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
@@ -21,7 +22,6 @@ class MeasuringPass(NormPass):
     """A pass that keeps the biased variance, which is what it normalises by, in place of the unbiased one."""
 
     def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
-        """Note them as they are."""
         self.seen[name] = mean_TC, var_TC
 
 
@@ -57,7 +57,7 @@ def adapt_to_support_set(
     *,
     inner_steps: int,
     statistics: Statistics,
-    classifier: str,
+    classifier: Classifier,
     rule: InnerRule,
 ) -> AdaptedModel:
     """Adapt a state, whose head has the task's ways, to the support set of one task.
@@ -82,7 +82,7 @@ def adapt_to_support_set(
     norm, running = _only_row(state.norm, last), _only_row(state.running, last)
     measuring = MeasuringPass(norm, running, 0)
     f_TEF, _ = prepared.features(body_of(weights), measuring)
-    own = {
+    measured = {
         f"{name}.{kind}": values
         for name, pair in measuring.seen.items()
         for kind, values in zip(("mean", "var"), pair, strict=True)
@@ -92,8 +92,8 @@ def adapt_to_support_set(
     neighbours = (f_TEF, support.support_y_TE) if classifier == "neighbours" else None
     if classifier == "prototypes":
         weights = weights | prototype_head(prototypes(f_TEF, support.support_y_TE, derivatives.net.outputs))
-    fixed = {Statistics.RUNNING: running, Statistics.SUPPORT: own, Statistics.OWN: Params()}[statistics]
-    return AdaptedModel(derivatives, weights, norm, own, fixed, neighbours)
+    fixed = {Statistics.RUNNING: running, Statistics.SUPPORT: measured, Statistics.OWN: Params()}[statistics]
+    return AdaptedModel(derivatives, weights, norm, measured, fixed, neighbours)
 
 
 def _only_row(rows: Mapping[str, Tensor], step: int) -> Params:
@@ -110,7 +110,7 @@ def prototype_head(prototypes_TNF: Tensor) -> Params:
     return dict(zip(HEAD, values, strict=True))
 
 
-def resize_head(state: MetaState, ways: int, classifier: str) -> MetaState:
+def resize_head(state: MetaState, ways: int, classifier: Classifier) -> MetaState:
     """The state with a head for so many classes.
 
     Rows of a learnt head, with their rates, are taken in turn: as many as it takes, and from the first again

@@ -124,7 +124,6 @@ class TorchTape:
         self.out = F.leaky_relu(z, settings.leak)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        """First derivatives."""
         gz = self._activated(ga)
         beta, product = _sum(gz), _sum(gz * self.p)
         gamma = self.r * (product - self.mean * beta)
@@ -139,7 +138,6 @@ class TorchTape:
         return self._gradient(gx, weight, gamma, beta)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        """Forward tangent."""
         self.x_t, self.folded_t = x_t, weight_t * self.sign.view(-1, 1, 1, 1)
         c_t = self._conv(self.x, self.folded_t)
         if x_t is not None:
@@ -155,7 +153,6 @@ class TorchTape:
         return self._activated(z_t)
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        """Second derivatives."""
         ga_t = ga_t if other is None else ga_t + other
         gz_t, r, r_t = self._activated(ga_t), self.r, self.r_t
         beta_t = _sum(gz_t)

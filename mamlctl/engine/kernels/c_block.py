@@ -54,8 +54,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     sources = sorted(SOURCES.glob("*.[ch]"))
     compiler = shlex.split(os.environ.get("CC", ""))
     texts = [source.read_text() for source in sources]
-    made_of = [*texts, *OPTIONS, *compiler, platform.machine(), processor()]
-    name = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    ingredients = [*texts, *OPTIONS, *compiler, platform.machine(), processor()]
+    name = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
     path = platformdirs.user_cache_path("mamlctl") / "native" / f"{TYPES[dtype].lower()}-{name}.so"
     return _load(path) or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, path)
 
@@ -75,14 +75,14 @@ def _build(compilers: list[list[str]], kind: str, sources: list[Path], path: Pat
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / "made.so"
+                built = Path(scratch) / "built.so"
                 for compiler, last in itertools.product(compilers, range(len(TUNING), -1, -1)):
-                    words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(made), *programs]
-                    if _succeeds(words) and (loaded := _load(made)) is not None:
-                        with made.open("rb") as file:
+                    words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(built), *programs]
+                    if _succeeds(words) and (loaded := _load(built)) is not None:
+                        with built.open("rb") as file:
                             os.fsync(file.fileno())
                         if folder is not None:
-                            made.replace(path)
+                            built.replace(path)
                         return loaded
         except OSError:  # a cache folder that cannot be written: without it then
             continue
@@ -134,17 +134,14 @@ class Native:
         return int(shape.examples)
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        """See `Kernels`."""
         self._call("forward", block, c, block.p, block.where, out)
 
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        """See `Kernels`."""
         self._call("backward", block, ga, block.p, block.where, c, gc)
 
     def tangent(
         self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
     ) -> None:
-        """See `Kernels`."""
         self._call("tangent", block, c_t, other, c, block.p, block.where, p_t, a_t)
 
     def tangent_backward(
@@ -157,7 +154,6 @@ class Native:
         c: Tensor,
         c_t: Tensor,
     ) -> None:
-        """See `Kernels`."""
         self._call("tangent_backward", block, ga_t, other, ga, block.p, p_t, block.where, c, c_t)
 
     def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
@@ -187,14 +183,13 @@ class NativeFirstTape(KernelTape):
         """First derivatives; no gradient by the image."""
         self.ga, gw, block = ga.to(self.stored), self._empty_padded(), self.block
         self._call("first_backward", self.ga, block.p, block.where, block.d, block.partial, gw)
-        s, slope, b = (self._row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
+        s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
         # By the weight through the statistics, in addition to `gw`, which is through the pooled values.
         statistics_TDO = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
         by_norm = self._of_norm(ChannelRow.G, ChannelRow.B)
         return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        """Forward tangent."""
         weight_TDO, block = self._by_patch(weight_t), self.block
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
         block.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
@@ -204,12 +199,11 @@ class NativeFirstTape(KernelTape):
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        """Second derivatives."""
         ga_t, gw, block = ga_t.to(self.stored), self._empty_padded(), self.block
         pooled = ga_t, other, self.ga, block.p, self.p_t, block.where
         self._call("first_tangent_backward", *pooled, block.d, block.partial, gw)
-        s, slope, b = (self._row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
-        s_t, slope_t, b_t = (self._row(row) for row in (ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T))
+        s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
+        s_t, slope_t, b_t = (self._d_row(row) for row in (ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T))
         statistics_TDO = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
         statistics_TDO -= (s_t * b + s * b_t) * self.planes.mean_TD1
         by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
@@ -219,7 +213,7 @@ class NativeFirstTape(KernelTape):
         """The functions of c/first.c begin with the planes."""
         _call(self.stored, name, self.block.shape, self.planes.x, *tensors)
 
-    def _row(self, row: ChannelRow) -> Tensor:
+    def _d_row(self, row: ChannelRow) -> Tensor:
         """A row of `d`, to be multiplied with _TDO."""
         return self.block.d[row].view(self.settings.groups, 1, -1)
 

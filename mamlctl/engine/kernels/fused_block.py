@@ -151,7 +151,6 @@ class KernelTape:
         return self._of_norm(ChannelRow.MEAN, ChannelRow.VAR)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        """First derivatives."""
         ga, gc = ga.to(self.stored), torch.empty_like(self.c)
         self.kernels.backward(self.block, ga, self.c, gc)
         gx, weight = self._conv_backward(gc, self.x, self.weight)
@@ -160,7 +159,6 @@ class KernelTape:
         return BlockGradient(gx, weight.to(self.type), *self._of_norm(ChannelRow.G, ChannelRow.B))
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        """Forward tangent."""
         self.x_t, self.weight_t = x_t, weight_t.to(self.stored)
         self.c_t = conv(self.x, self.weight_t, self.settings.groups)
         other = None if x_t is None else conv(x_t, self.weight, self.settings.groups)
@@ -169,7 +167,6 @@ class KernelTape:
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        """Second derivatives."""
         ga_t, gc_t = ga_t.to(self.stored), self.c_t  # which becomes gc_t
         self.kernels.tangent_backward(self.block, ga_t, other, self.ga, self.p_t, self.c, gc_t)
         gx_t, weight_t = self._conv_backward(gc_t, self.x, self.weight)

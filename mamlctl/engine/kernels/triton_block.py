@@ -38,14 +38,12 @@ class Triton:
         return int(shape.examples * ((shape.height + 1) // 2))
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        """See `Kernels`."""
         shape, d = block.shape, block.d
         self._windows(programs.pool, shape, c, block.p, block.where, d, block.partial)
         self._channels(programs.statistics, block, _measured_rows(shape), _count(shape), shape.eps)
         self._pooled(programs.activate, shape, block.p, out, d)
 
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        """See `Kernels`."""
         shape, d = block.shape, block.d
         self._rows(programs.backward_sums, shape, ga, block.p, d, block.partial)
         self._channels(programs.backward_numbers, block, _pooled_rows(shape), _count(shape))
@@ -54,7 +52,6 @@ class Triton:
     def tangent(
         self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
     ) -> None:
-        """See `Kernels`."""
         shape, two = block.shape, other is not None
         self._windows(programs.tangent_pool, shape, c_t, other, c, block.where, p_t, block.partial, TWO=two)
         self._channels(programs.tangent_numbers, block, _measured_rows(shape), _count(shape))
@@ -70,7 +67,6 @@ class Triton:
         c: Tensor,
         c_t: Tensor,
     ) -> None:
-        """See `Kernels`."""
         shape, p, d, two = block.shape, block.p, block.d, other is not None
         self._rows(programs.tangent_sums, shape, ga_t, other, ga, p, p_t, d, block.partial, TWO=two)
         self._channels(programs.tangent_backward_numbers, block, _pooled_rows(shape), _count(shape))

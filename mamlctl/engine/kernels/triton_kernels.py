@@ -81,8 +81,8 @@ def _join(partial, rows, X, which, x, inside, RS: tl.constexpr, BX: tl.constexpr
     total = tl.zeros((BX,), tl.float64)
     for first in range(0, rows, RS):
         row = first + tl.arange(0, RS)
-        here = (row < rows)[:, None] & inside[None, :]
-        tile = tl.load(partial + (row[:, None] * 2 + which) * X + x[None, :], mask=here, other=0.0)
+        present = (row < rows)[:, None] & inside[None, :]
+        tile = tl.load(partial + (row[:, None] * 2 + which) * X + x[None, :], mask=present, other=0.0)
         total += tl.sum(tile, 0)
     return total
 
@@ -164,10 +164,10 @@ def backward_spread(ga, p, where, c, gc, d, leak, H, W, X, REAL: tl.constexpr, B
         which = tl.load(where + at, mask=pooled, other=4).to(tl.int32)
         for q in tl.static_range(4):
             row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, here = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
-            value = slope * tl.load(c + cell, mask=here, other=0.0).to(REAL) + offset
+            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            value = slope * tl.load(c + cell, mask=present, other=0.0).to(REAL) + offset
             value += tl.where(which == q, h, 0.0)
-            tl.store(gc + cell, value.to(gc.dtype.element_ty), mask=here)
+            tl.store(gc + cell, value.to(gc.dtype.element_ty), mask=present)
 
 
 @triton.jit
@@ -186,14 +186,14 @@ def tangent_pool(
         kept = tl.zeros((BX,), REAL)
         for q in tl.static_range(4):
             row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, here = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
-            v = tl.load(ct + cell, mask=here, other=0.0).to(REAL)
+            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            v = tl.load(ct + cell, mask=present, other=0.0).to(REAL)
             if TWO:
-                v += tl.load(c2 + cell, mask=here, other=0.0).to(REAL)
+                v += tl.load(c2 + cell, mask=present, other=0.0).to(REAL)
                 v = v.to(ct.dtype.element_ty).to(REAL)
-                tl.store(ct + cell, v.to(ct.dtype.element_ty), mask=here)
+                tl.store(ct + cell, v.to(ct.dtype.element_ty), mask=present)
             total += v
-            cross += v * tl.load(c + cell, mask=here, other=0.0).to(REAL)
+            cross += v * tl.load(c + cell, mask=present, other=0.0).to(REAL)
             kept = tl.where(which == q, v, kept)
         tl.store(p_t + at, kept.to(p_t.dtype.element_ty), mask=pooled)
     tl.store(partial + item * 2 * X + x, total.to(tl.float64), mask=inside)
@@ -291,8 +291,8 @@ def tangent_spread(
         which = tl.load(where + at, mask=pooled, other=4).to(tl.int32)
         for q in tl.static_range(4):
             row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, here = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
-            value = slope_t * tl.load(c + cell, mask=here, other=0.0).to(REAL) + offset_t
-            value += slope * tl.load(ct + cell, mask=here, other=0.0).to(REAL)
+            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            value = slope_t * tl.load(c + cell, mask=present, other=0.0).to(REAL) + offset_t
+            value += slope * tl.load(ct + cell, mask=present, other=0.0).to(REAL)
             value += tl.where(which == q, h, 0.0)
-            tl.store(ct + cell, value.to(ct.dtype.element_ty), mask=here)
+            tl.store(ct + cell, value.to(ct.dtype.element_ty), mask=present)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.01  # negative slope of the published code's leaky ReLU
 
-SLOPES = {"leaky_relu": LEAK, "relu": 0.0}
+Activation = Literal["leaky_relu", "relu"]
+
+SLOPES: dict[Activation, float] = {"leaky_relu": LEAK, "relu": 0.0}
 
 HEAD = ("linear.weight", "linear.bias")  # every network's last layer; all else is its body
 
@@ -124,7 +126,6 @@ class HeadNet:
 
     @property
     def norm_layers(self) -> dict[str, int]:
-        """None."""
         return {}
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
@@ -132,11 +133,9 @@ class HeadNet:
         return {}
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """The inputs."""
         return x
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Class scores or values -> outputs_TEN."""
         return head(fast, x)
 
 

@@ -1,7 +1,7 @@
 """Batch norm over a set of one task's examples, composed of plain operations.
 
 The native operator is wrong in second order under vectorised transforms (pytorch/functorch#534), and none
-of its modes is what a meta-learner means; here the statistics used are said out loud, as `Statistics`.
+of its modes is what a meta-learner means; here the statistics that are used have a name: `Statistics`.
 """
 
 from __future__ import annotations

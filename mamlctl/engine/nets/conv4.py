@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, halved, head, task_conv, xavier_uniform
+from mamlctl.engine.nets.base import (
+    CLASSIFICATION,
+    SLOPES,
+    Activation,
+    halved,
+    head,
+    task_conv,
+    xavier_uniform,
+)
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
@@ -26,16 +35,15 @@ class Conv4:
     outputs: int
     filters: int
     compute: torch.dtype | None = None
-    pooling: str = "max"  # or stride: the convolutions halve the maps themselves
-    readout: str = "flatten"  # or mean: over the places that are left
-    activation: str = "leaky_relu"
+    pooling: Literal["max", "stride"] = "max"  # or stride: the convolutions halve the maps themselves
+    readout: Literal["flatten", "mean"] = "flatten"  # or mean: over the places that are left
+    activation: Activation = "leaky_relu"
 
     blocks = 4
     objective = CLASSIFICATION
 
     @property
     def norm_layers(self) -> dict[str, int]:
-        """Norm layer -> channels."""
         return {f"norm{block}": self.filters for block in range(1, self.blocks + 1)}
 
     @property
@@ -89,5 +97,4 @@ class Conv4:
         return x_ETCHW.flatten(2).transpose(0, 1)
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Class scores of every example under its task's weights -> outputs_TEN."""
         return head(fast, self.features(fast, x, norm))

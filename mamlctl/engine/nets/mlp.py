@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, SLOPES, Objective, head, xavier_uniform
+from mamlctl.engine.nets.base import (
+    CLASSIFICATION,
+    REGRESSION,
+    SLOPES,
+    Activation,
+    Objective,
+    head,
+    xavier_uniform,
+)
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 # Widths of the published networks (arXiv:1703.03400, section 5.1 and appendix A.1).
@@ -29,7 +37,7 @@ class Mlp:
     outputs: int
     hidden: tuple[int, ...]
     objective: Objective
-    activation: str = "relu"
+    activation: Activation = "relu"
     compute: torch.dtype | None = None
 
     places = 1
@@ -41,7 +49,6 @@ class Mlp:
 
     @property
     def norm_layers(self) -> dict[str, int]:
-        """Norm layer -> features."""
         return {f"norm{layer}": width for layer, width in enumerate(self.hidden, 1)} if self.normed else {}
 
     @property
@@ -87,7 +94,6 @@ class Mlp:
         return f_TEF
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Class scores or values of every example -> outputs_TEN."""
         return head(fast, self.features(fast, x, norm))
 
 

@@ -45,7 +45,6 @@ class ResNet12:
 
     @property
     def norm_layers(self) -> dict[str, int]:
-        """Norm layer -> channels."""
         return {f"norm{name}": width for name, _, width, _ in self._convolutions()}
 
     @property
@@ -75,8 +74,8 @@ class ResNet12:
         """Mean over the last block's places -> f_TEF."""
         x_ETCHW = x.transpose(0, 1)
 
-        def normed(name: str, given: Tensor) -> Tensor:
-            return norm(f"norm{name}", task_conv(given, fast[f"conv{name}.weight"], self.compute), fast)
+        def normed(name: str, x_ETCHW: Tensor) -> Tensor:
+            return norm(f"norm{name}", task_conv(x_ETCHW, fast[f"conv{name}.weight"], self.compute), fast)
 
         for block in range(1, len(GROWTH) + 1):
             inner = x_ETCHW
@@ -87,5 +86,4 @@ class ResNet12:
         return x_ETCHW.mean((3, 4)).transpose(0, 1)
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Class scores of every example -> outputs_TEN."""
         return head(fast, self.features(fast, x, norm))

@@ -20,7 +20,7 @@ from mamlctl.engine.inner_loop import MetaState
 FORMAT = 3
 
 
-def save(path: Path, content: Mapping[str, Any], *, owner: str) -> None:
+def save(path: Path, content: Mapping[str, object], *, owner: str) -> None:
     """Write `content` (dicts, lists, numbers, words, tensors) with format, owner and digest, in one move."""
     stored = {"format": FORMAT, "owner": owner, "digest": _digest(content), "content": dict(content)}
     # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
@@ -56,15 +56,15 @@ def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[
 
 def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
     """Copy stored tensors into a state, in place. Raises MamlctlError unless names and shapes agree."""
-    own = state.stored()
-    if set(own) != set(stored):
-        odd = sorted(set(own) ^ set(stored))[0]
+    tensors = state.stored()
+    if tensors.keys() != stored.keys():
+        odd = min(tensors.keys() ^ stored.keys())
         raise damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         if tensor.shape != stored[name].shape:
             shapes = f"{list(stored[name].shape)}, but the settings need {list(tensor.shape)}"
             raise damaged(path, f"does not fit the run's settings: '{name}' has shape {shapes}")
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         tensor.copy_(stored[name])
 
 
@@ -73,13 +73,13 @@ def damaged(path: Path, what: str) -> MamlctlError:
     return MamlctlError(f"checkpoint {path} {what}", hint="use another checkpoint of the run, or train again")
 
 
-def _digest(content: Any) -> str:
+def _digest(content: object) -> str:
     digest = hashlib.sha256()
     _feed(digest, content)
     return digest.hexdigest()
 
 
-def _feed(digest: hashlib._Hash, item: Any) -> None:
+def _feed(digest: hashlib._Hash, item: object) -> None:
     if isinstance(item, Mapping):
         for key in item:
             digest.update(repr(key).encode())

@@ -97,8 +97,8 @@ class Captured:
     def _put(self, episodes: Episodes, weights: tuple[float, ...]) -> None:
         if self._tasks is None:
             self._tasks = Episodes(**{name: tensor.clone() for name, tensor in episodes.present().items()})
-        for own, new in zip(self._tasks.present().values(), episodes.present().values(), strict=True):
-            own.copy_(new)
+        for name, tensor in episodes.present().items():
+            self._tasks.present()[name].copy_(tensor)
         if weights != self._weights_now:  # once an epoch
             self._weights.copy_(torch.tensor(weights, dtype=self._weights.dtype))
             self._weights_now = weights

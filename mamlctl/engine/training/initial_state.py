@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.literals import Adapts
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
@@ -46,11 +47,11 @@ def build(
     norm = init_params(net.norm_layers, steps if config.bnwb else 1, like)
     if entry.adapts_norm:
         slow, norm = slow | {name: rows_RC[0] for name, rows_RC in norm.items()}, {}
-    wanted = adapted_names(slow, config.adapts)
+    adapted = adapted_names(slow, config.adapts)
     state = MetaState(
         slow=slow,
         norm=norm,
-        rates={name: _rate(slow[name], config, entry.inner_rates, like) for name in wanted},
+        rates={name: _rate(slow[name], config, entry.inner_rates, like) for name in adapted},
         running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
         rates_learnt=config.lslr or entry.inner_rates != "tensor",
     )
@@ -71,7 +72,7 @@ def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:
     return EvaluationPlan(tasks, config.evaluation_inner_steps, Statistics(config.bn), predict)
 
 
-def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: str) -> list[str]:
+def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: Adapts) -> list[str]:
     """The tensors that the inner loop changes."""
     return [name for name in slow if adapts == "all" or (name in HEAD) == (adapts == "head")]
 

@@ -25,14 +25,9 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
     return (early,) * (inner_steps - 1) + (1 - early * (inner_steps - 1),)
 
 
-def is_first_order(epoch: int, da_epochs: int) -> bool:
-    """Derivative-order annealing: first order for the first `da_epochs` epochs, second order after."""
-    return epoch < da_epochs
-
-
 def first_order_at(config: TrainConfig, epoch: int) -> bool:
-    """Whether meta-steps of an epoch are of first order, by --first-order or --da."""
-    return config.first_order or (config.da and is_first_order(epoch, config.da_epochs or 0))
+    """Whether meta-steps of an epoch are of first order: all, or with DA those of the first `da_epochs`."""
+    return config.first_order or (config.da and epoch < (config.da_epochs or 0))
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:

@@ -17,6 +17,7 @@ from mamlctl.core.literals import StopReason
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
+from mamlctl.engine import optimizers
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -308,7 +309,7 @@ class Trainer:
         if "optimizer" not in content:
             raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
         checkpoints.restore(self.state, content["stored"], self.last)
-        self.meta_step.optimizer.restore(content["optimizer"])
+        optimizers.restore(self.meta_step.optimizer, content["optimizer"])
         self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
         self.position = Position(**content["position"])
         self.run.rewind_metrics(self.position.step, self.position.validated)
