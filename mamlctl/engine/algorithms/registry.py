@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from mamlctl.engine.evaluation.prediction import Predict
     from mamlctl.engine.optimizers import Optimizer
 
-# What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
-Classifier = Literal["head", "zeros", "prototypes", "neighbours"]
-
 # The functions below import what they need when they are called, so that names, help and settings of all
 # algorithms can be read without torch.
 
