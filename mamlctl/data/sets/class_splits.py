@@ -11,14 +11,16 @@ from __future__ import annotations
 import csv
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.literals import Split
 from mamlctl.data.reading.packs import PackedImages
 
-SPLITS = ("train", "val", "test")
+SPLITS: tuple[str, ...] = get_args(Split)
 
 # Split scheme -> the list's name: whose split it is.
 SCHEMES = {"ravi": "mini-imagenet", "bertinetto": "cifar-fs", "oreshkin": "fc100"}

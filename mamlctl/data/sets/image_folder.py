@@ -15,13 +15,12 @@ from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_path
 from mamlctl.data.reading.image_files import FILTERS, class_folders
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.sets.class_splits import SPLITS
 
 # mini-ImageNet's, for which the field's networks are made.
 SIDE = 84
-
 CHANNELS = 3
 RESIZES = tuple(FILTERS)
-SPLITS = ("train", "val", "test")
 SPLIT_SCHEMES = ("folders", "fractions")
 FRACTIONS = "64-16-20"  # mini-ImageNet's classes
 MOST_NAMED = 5  # files that are named before "and n more"

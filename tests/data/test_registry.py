@@ -1,0 +1,36 @@
+"""The table of data sets: it opens without torch, and every entry keeps what is asked of all."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_curve_family, is_image_folder
+
+
+def test_the_table_opens_without_torch():
+    code = "import sys, mamlctl.data.sets.registry as table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_an_entry_fits_its_settings(name):
+    data_set = DATA_SETS[name]
+    assert data_set.name == name and name not in FAMILIES
+    channels, height, width = data_set.image_shape_CHW
+    defaults = data_set.defaults
+    assert (defaults["channels"], defaults["image_size"]) == (channels, height) and height == width
+    assert defaults["split_scheme"] == data_set.split_schemes[0] and defaults["resize"] == data_set.resizes[0]
+    assert bool(data_set.archives) == bool(data_set.download_bytes)
+    assert defaults["normalize"] == "none" or channels == 3
+
+
+def test_names_and_folders_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets").mkdir()
+    assert is_image_folder("pets") and is_image_folder("./absent") and not is_image_folder("absent")
+    assert absolute_data_set("pets") == str(tmp_path / "pets")
+    (tmp_path / "omniglot").mkdir()
+    assert not is_image_folder("omniglot") and absolute_data_set("omniglot") == "omniglot"
+    assert is_curve_family("sinusoid") and not is_curve_family("omniglot")
