@@ -18,8 +18,8 @@ def _data_set_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = [
         [
             entry["name"],
-            _state_text(entry),
-            _size_text(entry),
+            _state(entry),
+            _size(entry),
             entry["licence"],
             entry["origin"],
             entry["what"],
@@ -29,7 +29,7 @@ def _data_set_rows(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [HEADS, *rows]
 
 
-def _state_text(entry: Mapping[str, Any]) -> str:
+def _state(entry: Mapping[str, Any]) -> str:
     if entry["damage"]:
         return "damaged"
     if entry["verified"]:
@@ -37,7 +37,7 @@ def _state_text(entry: Mapping[str, Any]) -> str:
     return "yes" if entry["here"] else "no"
 
 
-def _size_text(entry: Mapping[str, Any]) -> str:
+def _size(entry: Mapping[str, Any]) -> str:
     count = entry["download_bytes"]
     if count is None:
         return "by --from"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from mamlctl.core import formatting
 from mamlctl.core.files import write_text
+from mamlctl.core.literals import Metric
 from mamlctl.core.statistics import Difference
 from mamlctl.report.column_texts import RECALLED
 from mamlctl.report.figures.style import save
@@ -34,15 +34,6 @@ CAPTIONS = {  # beneath each kind of picture, by the beginning of its name
 }
 
 
-@dataclass(frozen=True)
-class Block:
-    """A plain table of the page: its heads, and rows whose first text is their own head."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    kind: str = "plain"  # its classes
-
-
 def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
     """Write folder/report.html, and its pictures as PNG and SVG under folder/plots; return the page's path.
 
@@ -54,6 +45,27 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
         _, svg = save(picture.figure, folder / "plots" / picture.name)
         element = Markup(inline(svg.read_bytes(), f"f{number}-", picture.title))  # written by ElementTree
         figures.append((element, CAPTIONS[picture.name.partition("-")[0]], f"plots/{picture.name}"))
+    text = _template().render(
+        table=table,
+        shown=shown,
+        head=head_parts(table),
+        warnings=warnings(table, shown),
+        meanings=meanings(table, shown),
+        figures=figures,
+        differences=list(_differences(table)),
+        published=list(_published_numbers(table)),
+        settings=_settings_rows(table.settings),
+        apart=[[row.label, _apart(row)] for row in table.rows],
+        machine=_settings_rows(table.environment),
+        runs=[(row, [_run_texts(cell) for cell in row.cells]) for row in table.rows],
+        plural=formatting.plural,
+    )
+    page = folder / "report.html"
+    write_text(page, text)
+    return page
+
+
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
         autoescape=True,
@@ -63,24 +75,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template("report.html.j2").render(
-        table=table,
-        shown=shown,
-        head=head_parts(table),
-        warnings=warnings(table, shown),
-        meanings=meanings(table, shown),
-        figures=figures,
-        differences=Block(DIFFERENCE_HEADS, list(_differences(table)), "plain figures"),
-        published=Block(PUBLISHED_HEADS, list(_published_numbers(table))),
-        settings=Block(["setting", "all rows"], _settings_rows(table.settings)),
-        apart=Block(["row", "what sets it apart"], [[row.label, _apart(row)] for row in table.rows]),
-        machine=Block(["setting", "of the first run"], _settings_rows(table.environment)),
-        runs=[(row, Block(RUN_HEADS, list(map(_run_row, row.cells)))) for row in table.rows],
-        plural=formatting.plural,
-    )
-    page = folder / "report.html"
-    write_text(page, text)
-    return page
+    return environment.get_template("report.html.j2")
 
 
 def _without_controls(value: object) -> object:
@@ -88,46 +83,34 @@ def _without_controls(value: object) -> object:
     return value if isinstance(value, Markup) else formatting.strip_controls(str(value))
 
 
-DIFFERENCE_HEADS = (
-    "row",
-    "difference",
-    "seeds",
-    "new seeds and tasks",
-    "p",
-    "p (Holm)",
-    "these models, new tasks",
-    "p",
-    "p, signs flipped",
-    "bootstrap",
-)
-
-
 def _differences(table: Table) -> Iterator[list[str]]:
     """Every difference with all that is known of it: for new seeds and tasks, and for these very models."""
     for row in table.rows:
         for name, score in (("best", row.best), ("ensemble", row.ensemble)):
             if score is not None and score.difference is not None:
-                yield [f"{row.label} ({name})", *_difference_texts(table, score.difference, score.p_holm)]
+                p_holm = "" if score.p_holm is None else _share(score.p_holm)
+                yield [f"{row.label} ({name})", *_difference_texts(table.metric, score.difference, p_holm)]
 
 
-def _difference_texts(table: Table, difference: Difference, p_holm: float | None) -> list[str]:
+def _difference_texts(metric: Metric, difference: Difference, p_holm: str) -> list[str]:
     def interval(low: float, high: float) -> str:
-        return f"[{formatting.signed(table.metric, low)},\u00a0{formatting.signed(table.metric, high)}]"
-
-    def share(p: float) -> str:
-        return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+        return f"[{formatting.signed(metric, low)},\u00a0{formatting.signed(metric, high)}]"
 
     return [
-        formatting.signed(table.metric, difference.mean),
+        formatting.signed(metric, difference.mean),
         str(difference.seeds),
         interval(difference.low, difference.high),
-        share(difference.p),
-        "" if p_holm is None else share(p_holm),
+        _share(difference.p),
+        p_holm,
         interval(difference.tasks_low, difference.tasks_high),
-        share(difference.tasks_p),
-        share(difference.permutation_p),
+        _share(difference.tasks_p),
+        _share(difference.permutation_p),
         interval(difference.bootstrap_low, difference.bootstrap_high),
     ]
+
+
+def _share(p: float) -> str:
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _settings_rows(settings: Mapping[str, Any]) -> list[list[str]]:
@@ -140,9 +123,6 @@ def _setting_text(value: Any) -> str:
 
 def _apart(row: Row) -> str:
     return ", ".join(f"{key} {text}" for key, text in _settings_rows(row.settings)) or "nothing"
-
-
-PUBLISHED_HEADS = ("our row", "published", "source", "its row", "how the number came here")
 
 
 def _published_numbers(table: Table) -> Iterator[list[str]]:
@@ -158,10 +138,7 @@ def _provenance(entry: Published) -> str:
     return f"{origin}; {entry.note}" if entry.note else origin
 
 
-RUN_HEADS = ("seed", "run", "status", "meta-steps", "per step", "to 99 %", "on")
-
-
-def _run_row(cell: Cell) -> list[str]:
+def _run_texts(cell: Cell) -> list[str]:
     return [
         str(cell.seed),
         cell.run,

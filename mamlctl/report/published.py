@@ -24,8 +24,8 @@ EVERYTHING = frozenset({"maml", *IMPROVEMENTS})
 @cache
 def entries() -> Mapping[str, Any]:
     """The whole file: data set -> its sources."""
-    known: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return known
+    sources: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return sources
 
 
 def published(
@@ -37,24 +37,31 @@ def published(
     inner_steps: int | None = None,
     bn: str = "transductive",
 ) -> tuple[Published, ...]:
-    """What is published for a row such as "maml + msl", what comes nearest to the row first; often nothing.
+    """Find what is published for a row; often nothing.
 
-    `inner_steps`: leaves out numbers that are said to be of another number of steps; without it, the most
-    steps come first. `bn` puts numbers of that way to normalise first, where a paper has both. Curves have
-    no ways.
+    Args:
+        dataset: a name in the file.
+        ways: classes per task; 1 for curves, whose sources name none.
+        shots: support examples per class.
+        label: the row's label, such as "maml + msl".
+        inner_steps: leaves out numbers of another number of steps; without it, the most steps come first.
+        bn: puts numbers of that way to normalise first, where a paper has both.
+
+    Returns:
+        What comes nearest to the row first.
     """
-    found = [
+    matches = [
         (_distance(row["row"], bn), source["paper"], row)
         for source in entries().get(dataset, ())
         if source.get("ways", ways) == ways and source["shots"] == shots
         for row in source["rows"]
-        if parts(row["row"]) == parts(label) and _of_steps(row["row"], inner_steps)
+        if parts(row["row"]) == parts(label) and inner_steps in (None, _steps(row["row"]) or inner_steps)
     ]
     # Papers normalise queries by their own statistics, unless they say so of each number.
-    if bn in ("running", "support") and not any("transductive)" in row["row"] for _, _, row in found):
+    if bn in ("running", "support") and not any("transductive)" in row["row"] for _, _, row in matches):
         return ()
     # A stable sort: the file's order stands, in which MAML++'s re-run of MAML comes before MAML's own paper.
-    return tuple(_entry(paper, row) for _, paper, row in sorted(found, key=lambda item: item[0]))
+    return tuple(_published(paper, row) for _, paper, row in sorted(matches, key=lambda item: item[0]))
 
 
 def parts(label: str) -> frozenset[str]:
@@ -63,19 +70,14 @@ def parts(label: str) -> frozenset[str]:
     "maml + bnwb + bnrs (their re-run), 5 steps" -> {maml, bnrs, bnwb}; all six on maml are maml++.
     """
     name = re.split(r" \(|, ", label, maxsplit=1)[0].strip()
-    known = frozenset(part.strip() for part in OURS.get(name, name).split(" + "))
-    return frozenset({"maml++"}) if known == EVERYTHING else known
-
-
-def _of_steps(row: str, inner_steps: int | None) -> bool:
-    steps = _steps(row)
-    return inner_steps is None or steps is None or steps == inner_steps
+    learner_and_improvements = frozenset(part.strip() for part in OURS.get(name, name).split(" + "))
+    return frozenset({"maml++"}) if learner_and_improvements == EVERYTHING else learner_and_improvements
 
 
 def _steps(row: str) -> int | None:
     """The inner steps that a source's row names."""
-    said = re.search(r", (\d+) steps?$", row)
-    return int(said[1]) if said else None
+    match = re.search(r", (\d+) steps?$", row)
+    return int(match[1]) if match else None
 
 
 def _distance(row: str, bn: str) -> tuple[bool, int]:
@@ -83,7 +85,7 @@ def _distance(row: str, bn: str) -> tuple[bool, int]:
     return other_way in row, -(_steps(row) or 0)
 
 
-def _entry(paper: str, row: Mapping[str, Any]) -> Published:
+def _published(paper: str, row: Mapping[str, Any]) -> Published:
     is_accuracy, half = "acc" in row, row.get("pm")
     scale = 100 if is_accuracy else 1
     return Published(

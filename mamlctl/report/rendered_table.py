@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mamlctl.core import formatting
 from mamlctl.report import columns
@@ -22,14 +21,6 @@ class RenderedRow:
     missing_reason: str  # why the row has no score; "" if it has one
 
 
-class RenderedText(NamedTuple):
-    """A text of a row, or why it has no score, which stands over several columns."""
-
-    column: Column
-    text: str
-    reason_span: int  # the columns that the reason stands over; 0: an ordinary text
-
-
 @dataclass(frozen=True)
 class RenderedTable:
     """A whole table in words."""
@@ -45,14 +36,16 @@ class RenderedTable:
         """The columns of scores, side by side."""
         return [column.key for column in self.columns if column.is_score]
 
-    def across(self, row: RenderedRow) -> Iterator[RenderedText]:
-        """The row's texts from left to right; why it has no score stands for all columns of scores."""
+    def across(self, row: RenderedRow) -> Iterator[tuple[Column, str, int]]:
+        """The row from left to right: a column, its text, and 0; or, where the row has no score, the first
+        column of scores, the reason, and over how many columns that stands.
+        """
         score_keys = self.score_keys
         for column in self.columns:
             if not (row.missing_reason and column.is_score):
-                yield RenderedText(column, row.texts[column.key], 0)
+                yield column, row.texts[column.key], 0
             elif column.key == score_keys[0]:
-                yield RenderedText(column, row.missing_reason, len(score_keys))
+                yield column, row.missing_reason, len(score_keys)
 
     def lines(self) -> list[list[str]]:
         """The heads, then each row's texts."""

@@ -16,7 +16,7 @@ REPORT = "report.html"
 def write_files(table: Table, folder: Path) -> list[Path]:
     """Write table.json, .csv, .md and .tex, plots/ and report.html into the folder; the last is the page.
 
-    Where all of them are there and tell the same table, nothing is written: pictures take seconds.
+    Nothing is written where all of them are there and hold the same table, since pictures take seconds.
     """
     texts = {
         "table.json": json.dumps(finite(document(table)), indent=2, allow_nan=False) + "\n",
@@ -25,8 +25,8 @@ def write_files(table: Table, folder: Path) -> list[Path]:
         "table.tex": to_latex(table),
     }
     files = [*(folder / name for name in texts), folder / REPORT]
-    drawn = (folder / "plots").is_dir() and all(path.is_file() for path in files)
-    if drawn and files[0].read_text() == texts["table.json"]:
+    is_complete = (folder / "plots").is_dir() and all(path.is_file() for path in files)
+    if is_complete and files[0].read_text() == texts["table.json"]:
         return files
     write_report(table, folder)
     for name, text in reversed(texts.items()):  # table.json last: with it, all are there
