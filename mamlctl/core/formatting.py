@@ -65,14 +65,14 @@ def loss(value: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """'1:12', '2:13:40' or '3 d 04 h'; '-:--' while nobody knows."""
+    """'1:12', '2:13:40' or '3 d 04 h'; '-:--' while the time is not known."""
     if seconds is None or not math.isfinite(seconds):
         return "-:--"
-    minutes, rest = divmod(max(round(seconds), 0), 60)
+    minutes, last_seconds = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:
         return f"{hours // 24} d {hours % 24:02} h"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{last_seconds:02}" if hours else f"{minutes}:{last_seconds:02}"
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +108,7 @@ def amount(done: int, total: int, unit: str = "", per_second: float | None = Non
 
 
 def elide_middle(text: str, width: int) -> str:
-    """Shortened in its middle: of a run's name, both the beginning and the end tell something."""
+    """The text shortened in its middle: of a run's name, both the beginning and the end tell something."""
     if len(text) <= width:
         return text
     head = max(width - 1, 0) // 2

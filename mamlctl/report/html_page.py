@@ -23,16 +23,6 @@ from mamlctl.report.table import Cell, Published, Row, Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-CAPTIONS = {  # beneath each kind of picture, by the beginning of its name
-    "training": "Line: mean of the finished seeds; band: from their least to their greatest score. "
-    "Every panel has the baseline in grey.",
-    "differences": "To the right of zero a row is above the baseline. Thick: interval for these very models "
-    "on new tasks; thin: for newly trained models as well, of which one seed says nothing. "
-    "An arrow: it goes on beyond the picture.",
-    "adaptation": "Of the single best checkpoints, mean over seeds; the baseline in grey.",
-    "rates": "Learnt inner learning rates (LSLR) at the end of training; one colour scale for all.",
-}
-
 
 def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
     """Write folder/report.html, and its pictures as PNG and SVG under folder/plots; return the page's path.
@@ -44,7 +34,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
     for number, picture in enumerate(pictures(table)):
         _, svg = save(picture.figure, folder / "plots" / picture.name)
         element = Markup(inline(svg.read_bytes(), f"f{number}-", picture.title))  # written by ElementTree
-        figures.append((element, CAPTIONS[picture.name.partition("-")[0]], f"plots/{picture.name}"))
+        figures.append((element, picture.caption, f"plots/{picture.name}"))
     text = _template().render(
         table=table,
         shown=shown,

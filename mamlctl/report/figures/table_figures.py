@@ -48,12 +48,24 @@ LIGHT_ON_CELL = "#fdfdfd"
 REACH = 3.0  # an interval is cut at this many times the range of all others' inner parts
 
 
+CAPTIONS = {  # beneath each kind of picture
+    "training": "Line: mean of the finished seeds; band: from their least to their greatest score. "
+    "Every panel has the baseline in grey.",
+    "differences": "To the right of zero a row is above the baseline. Thick: interval for these very models "
+    "on new tasks; thin: for newly trained models as well, of which one seed says nothing. "
+    "An arrow: it goes on beyond the picture.",
+    "adaptation": "Of the single best checkpoints, mean over seeds; the baseline in grey.",
+    "rates": "Learnt inner learning rates (LSLR) at the end of training; one colour scale for all.",
+}
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure, the name of its files, and what it shows."""
 
     name: str
     title: str
+    caption: str
     figure: Figure
 
 
@@ -78,7 +90,7 @@ def _parts(
     for part in range(count):
         number, note = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
         figure = draw(table, rows[part * most : (part + 1) * most], title + note)
-        yield Picture(name + number, title + note, figure)
+        yield Picture(name + number, title + note, CAPTIONS[name], figure)
 
 
 def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
