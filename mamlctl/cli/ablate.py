@@ -86,7 +86,7 @@ def _resumed_grid(
     from mamlctl.experiments.grid.grid import not_default
     from mamlctl.experiments.grid.grid_folder import load_grid
 
-    fixed = dict(planning) | {flag(name): getattr(options, name) for name in ("preset", "config", "out")}
+    fixed = dict(planning) | options.by_flag("preset", "config", "out")
     fixed |= {flag(name): True for name in settings if name not in RESUME_OVERRIDES}
     if problems := unused(fixed, "with --resume, which keeps the plan"):
         raise SettingsError(problems)

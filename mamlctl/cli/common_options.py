@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from mamlctl.core.problems import Problem
+from mamlctl.core.problems import Problem, flag
 from mamlctl.display.console import write_json
 from mamlctl.display.displays import Display, open_display
 from mamlctl.settings.merge import Layer
@@ -36,6 +36,10 @@ class OutputOptions:
     ] = False
     json: Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")] = False
     quiet: Annotated[bool, option(OUTPUT, "No progress on stderr.", "--quiet")] = False
+
+    def by_flag(self, *names: str) -> dict[str, object]:
+        """The values of options, by their flags."""
+        return {flag(name): getattr(self, name) for name in names}
 
     def display(self) -> Display:
         """Where events go while the command works."""

@@ -59,7 +59,7 @@ def compare(
 def _evaluation_settings(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> EvalConfig:
     """The test that was asked for. Raises SettingsError for what only training has a use for."""
     training: dict[str, object] = {"--algos": algos, "--executor": options.executor != "local"}
-    training |= {flag(name): getattr(options, name) for name in TRAINING_OPTIONS}
+    training |= options.by_flag(*TRAINING_OPTIONS)
     training |= {flag(name): True for name in settings if name not in TEST_SETTINGS}
     if problems := unused(training, "with run folders, which are trained"):
         raise SettingsError(problems)

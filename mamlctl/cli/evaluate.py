@@ -61,8 +61,8 @@ class EvaluateOptions(OutputOptions):
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
         """Options and settings without effect: (fact, way out) pairs."""
         if self.support is None:
-            own = {"--query": self.query, "--csv": self.csv, "--save-adapted": self.save_adapted}
-            problems = unused(own, "without --support", "add --support DIR or leave it out")
+            image_options = self.by_flag("query", "csv", "save_adapted")
+            problems = unused(image_options, "without --support", "add --support DIR or leave it out")
             if self.files and not problems:
                 problems.append(
                     (f"eval takes one run, but {self.files[0]} was named too", "one run at a time")
@@ -75,8 +75,8 @@ class EvaluateOptions(OutputOptions):
         if self.beside:
             problems.append(("--beside is for curves, and --support holds images", "leave it out"))
         if not (self.query or self.files):
-            of_queries = {"--csv": self.csv, "--plot": self.plot}
-            problems += unused(of_queries, "without --query", "add --query or leave it out")
+            way = "add --query or leave it out"
+            problems += unused(self.by_flag("csv", "plot"), "without --query", way)
             if self.save_adapted is None:
                 problems.append(("--support alone asks for nothing", "add --query, or --save-adapted FILE"))
         return problems

@@ -75,23 +75,31 @@ def grid_command() -> str:
 
 
 def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
-    """Train and test what is missing, or only tell what that would be."""
+    """Train and test what is missing and print the table; or only tell what that would take."""
     if options.print_commands or options.slurm:
-        return _print_commands(grid, slurm=options.slurm)
+        from mamlctl.experiments.grid.command_lines import cell_lines, slurm_script
+
+        # They fill the same folders, so that the same call then makes the table.
+        lines = cell_lines(grid)
+        typer.echo(slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines))
+        return ExitCode.OK
     from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
+    from mamlctl.experiments.grid.estimate import estimate
     from mamlctl.experiments.grid.scheduler import pending_cells
     from mamlctl.experiments.interrupts import parse_duration
 
     limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
+    local, offline = options.executor == "local", options.offline
     with options.display() as display:
         workers = workers_here(grid, options.workers)
-        if options.dry_run or (options.executor == "local" and pending_cells(grid)):
-            check_data(grid, offline=options.offline, on_event=display)
+        if options.dry_run or (local and pending_cells(grid)):
+            check_data(grid, offline=offline, on_event=display)
         if options.dry_run:
-            return _estimate(grid, workers, options, display)
-        local = options.executor == "local"
+            time = estimate(grid, workers, offline=offline, on_event=display)
+            options.write(time, estimate_document(time), show_estimate)
+            return ExitCode.OK
         executor = local_executor(grid, workers) if local else _ray_executor(options, display)
-        result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=options.offline)
+        result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
     options.write_table(result.table)
     return _say_what_is_left(result, Console(stderr=True))
 
@@ -125,20 +133,3 @@ def _say_what_is_left(result: GridResult, console: Console) -> ExitCode:
     undone = result.failed or (result.left and not result.reason)
     code = STOP_EXIT_CODES[result.reason]
     return ExitCode.FAILED if code == ExitCode.OK and undone else code
-
-
-def _print_commands(grid: Grid, *, slurm: bool) -> ExitCode:
-    """A line for every cell; they fill the same folders, so that the same call then makes the table."""
-    from mamlctl.experiments.grid.command_lines import cell_lines, slurm_script
-
-    lines = cell_lines(grid)
-    typer.echo(slurm_script(grid.folder.name, lines) if slurm else "\n".join(lines))
-    return ExitCode.OK
-
-
-def _estimate(grid: Grid, workers: int, options: GridOptions, on_event: OnEvent) -> ExitCode:
-    from mamlctl.experiments.grid.estimate import estimate
-
-    result = estimate(grid, workers, offline=options.offline, on_event=on_event)
-    options.write(result, estimate_document(result), show_estimate)
-    return ExitCode.OK

@@ -48,9 +48,10 @@ class GridOptions(SettingsOptions):
         int | None, option(HARDWARE, "Cells at a time. Default: one for each CUDA device, else 1.", min=1)
     ] = None
     executor: Annotated[str, option(HARDWARE, "Where cells run: local or ray.")] = "local"
-    address: Annotated[str | None, option(HARDWARE, "With ray: HOST:PORT, auto or local. Default: auto.")] = (
-        None
-    )
+    address: Annotated[
+        str | None,
+        option(HARDWARE, "With ray: HOST:PORT, auto or local. Default: auto."),
+    ] = None
     cell_cpus: Annotated[float | None, option(HARDWARE, "With ray: CPUs of a cell. Default: 1.")] = None
     cell_gpus: Annotated[
         float | None, option(HARDWARE, "With ray: GPUs of a cell, or a share of one. Default: 0.")
@@ -87,10 +88,8 @@ class GridOptions(SettingsOptions):
             names = " or ".join(get_args(ExecutorName))
             problems.append((f"--executor is '{self.executor}'", f"use {names}"))
         if self.executor == "local":
-            of_ray = {
-                flag(name): getattr(self, name) for name in ("address", "cell_cpus", "cell_gpus", "slice")
-            }
-            problems += unused(of_ray, "without --executor ray", "add --executor ray, or leave it out")
+            ray_options = self.by_flag("address", "cell_cpus", "cell_gpus", "slice")
+            problems += unused(ray_options, "without --executor ray", "add --executor ray, or leave it out")
         if problems:
             raise SettingsError(problems)
         check_sort(self.sort)
@@ -100,10 +99,12 @@ class GridOptions(SettingsOptions):
         dry = [name for name in DRY if getattr(self, name)]
         if len(dry) > 1:
             return [(f"{' and '.join(map(flag, dry))} are given together", "choose one")]
-        of_table = {flag(name): getattr(self, name) for name in (*formats, "sort", "time_limit")}
+        if not dry:
+            return []
         if dry == ["dry_run"] and formats == ["json"]:
-            del of_table["--json"]
-        return unused(of_table, f"with {flag(dry[0])}, which makes no table") if dry else []
+            formats = []
+        table_options = self.by_flag(*formats, "sort", "time_limit")
+        return unused(table_options, f"with {flag(dry[0])}, which makes no table")
 
     def with_sets(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the command line: flags over --set."""
@@ -116,9 +117,10 @@ class GridOptions(SettingsOptions):
 
     def all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of preset, file and command line (`settings`), each over those before it."""
-        return {key: value for _, values in self.file_layers() for key, value in values.items()} | dict(
-            settings
-        )
+        merged: dict[str, Any] = {}
+        for _, values in (*self.file_layers(), ("command line", settings)):
+            merged |= values
+        return merged
 
     def evaluation(self) -> dict[str, Any]:
         """What was given of the test, by the names of EvalConfig."""

@@ -42,7 +42,7 @@ def train(
         config = _resolve(settings, options, here=True).config
         run = partial(training.train, config, out=None if out is None else out.expanduser())
     else:
-        unread = {"--preset": options.preset, "--config": options.config, "--print-config": print_config}
+        unread = options.by_flag("preset", "config") | {"--print-config": print_config}
         run = partial(
             training.resume, resume, _overrides(resume, settings | options.set_values(), out, unread)
         )
