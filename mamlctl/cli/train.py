@@ -34,12 +34,12 @@ def train(
 ) -> ExitCode:
     """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has them all on."""
     if print_config and resume is None:
-        return _print_config(_resolve(settings, options, here=False))
+        return _print_config(_resolve(settings, options, check_devices=False))
     from mamlctl.experiments import train as training
     from mamlctl.experiments.interrupts import parse_duration
 
     if resume is None:
-        config = _resolve(settings, options, here=True).config
+        config = _resolve(settings, options, check_devices=True).config
         run = partial(training.train, config, out=None if out is None else out.expanduser())
     else:
         unread = options.by_flag("preset", "config") | {"--print-config": print_config}
@@ -55,12 +55,14 @@ def train(
     return STOP_EXIT_CODES[result.reason]
 
 
-def _resolve(settings: Mapping[str, Any], options: SettingsOptions, *, here: bool) -> Resolved[TrainConfig]:
+def _resolve(
+    settings: Mapping[str, Any], options: SettingsOptions, *, check_devices: bool
+) -> Resolved[TrainConfig]:
     """`here`: the run is to start on this machine, so that its devices count too."""
     from mamlctl.experiments.settings import resolve_settings
 
     layers = [*options.file_layers(), ("--set", options.set_values()), ("flag", settings)]
-    return resolve_settings(layers, here=here)
+    return resolve_settings(layers, check_devices=check_devices)
 
 
 def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:

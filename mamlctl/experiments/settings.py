@@ -27,13 +27,13 @@ from mamlctl.settings.schema import TrainConfig
 
 
 def resolve_settings(
-    layers: Sequence[Layer], *, here: bool = False, checked: bool = True
+    layers: Sequence[Layer], *, check_devices: bool = False, checked: bool = True
 ) -> Resolved[TrainConfig]:
     """Settings with all that the data set and the algorithm imply and refuse.
 
     Args:
         layers: Where settings come from and what they are, weakest first.
-        here: They are to run on this machine, so that its devices count too.
+        check_devices: They are to run on this machine, so that its devices count too.
         checked: Without it, settings may break rules that a further layer would repair.
 
     Raises:
@@ -54,7 +54,7 @@ def resolve_settings(
     if checked:
         problems += check(config) + algorithm_problems(config)
         problems += data_set_problems(config, resolved.sources, COMMAND_LINE)
-    if checked and here:
+    if checked and check_devices:
         from mamlctl.engine.devices import device_problems
 
         problems += device_problems(config.device, config.precision, config.cuda_graph)

@@ -1,4 +1,4 @@
-"""The rules that settings keep, alone and with each other; every problem is told with its way out."""
+"""The rules that settings keep, alone and with each other; each problem comes with its way out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Settings: one flat dataclass; the rules that its fields keep are in `rules.py`.
 
 A field's name is its flag, its preset key, its `config.yaml` key and its table column;
-its default stands here only.
+its default is written only here.
 """
 
 # ruff: noqa: RUF009 - every default here is a field of a frozen dataclass
@@ -282,7 +282,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a trained run is judged. `None` means: as the run was trained."""
+    """How a trained run is evaluated. `None` means: as the run was trained."""
 
     split: Split = setting("test", EPISODE, "Class split to draw tasks from.")
     tasks: int = setting(600, EPISODE, "Tasks.", least=2)

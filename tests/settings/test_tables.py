@@ -34,7 +34,7 @@ for algo in ALGORITHMS:
     fill_defaults(resolve_settings([("flag", {"algo": algo})]).config)
 for dataset in DATA_SETS:
     fill_defaults(resolve_settings([("flag", {"dataset": dataset})]).config)
-rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0, here=False)
+rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0, check_devices=False)
 assert len(rows) > len(IMPROVEMENTS)
 sys.exit("torch" in sys.modules)
 """

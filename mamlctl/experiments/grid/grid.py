@@ -23,7 +23,7 @@ PLAN = "plan.yaml"
 CELLS = "cells"
 
 # Settings of an evaluation that say where it runs, not what it finds.
-HERE = ("device", "data_root")
+LOCATION_SETTINGS = ("device", "data_root")
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Grid:
 def resolve_rows(
     rows: Sequence[PlannedRow],
     layers: Sequence[Layer],
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any],
     seed: int,
     *,
-    here: bool = True,
+    check_devices: bool = True,
 ) -> list[GridRow]:
     """The settings of every row.
 
@@ -93,22 +93,22 @@ def resolve_rows(
     Args:
         rows: What each row sets, over everything else.
         layers: Presets and files, weakest first.
-        given: Flags, over the layers.
+        settings: Those of the command line, over the layers.
         seed: The first seed.
-        here: They are to run on this machine.
+        check_devices: They are to run on this machine.
 
     Raises:
         SettingsError: With every problem, and for a flag without effect in all rows.
     """
     resolved_rows, problems = list[GridRow](), list[tuple[str, Problem]]()
-    flags = {name: value for name, value in given.items() if name not in ("algo", "seed")}
+    flags = {name: value for name, value in settings.items() if name not in ("algo", "seed")}
     unused = set(flags)
     for row in rows:
-        algo = row.algo or given.get("algo")
+        algo = row.algo or settings.get("algo")
         naming = [] if algo is None else [("plan", {"algo": algo})]
         stack: list[Layer] = [*layers, *naming, ("flags", flags), ("plan", {**row.values, "seed": seed})]
         try:
-            resolved = resolve_settings(stack, here=here)
+            resolved = resolve_settings(stack, check_devices=check_devices)
         except SettingsError as error:
             problems += [(row.label, problem) for problem in error.problems]
             continue
@@ -164,7 +164,7 @@ def not_default(evaluate: EvalConfig) -> dict[str, Any]:
     return {
         item.name: getattr(evaluate, item.name)
         for item in fields(evaluate)
-        if item.name not in HERE and getattr(evaluate, item.name) != item.default
+        if item.name not in LOCATION_SETTINGS and getattr(evaluate, item.name) != item.default
     }
 
 
