@@ -21,18 +21,18 @@ def show_error(console: Console, error: MamlctlError) -> None:
         say(console, ("hint:", "bold cyan"), f"  {error.hint}")
 
 
-def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, widest: int = 0) -> None:
-    """Aligned columns, the first `left` of them and all words to the left, under a dim head."""
-    widths = [
-        max(widest * (place >= left), *map(len, column))
-        for place, column in enumerate(zip(*rows, strict=True))
-    ]
+def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min_width: int = 0) -> None:
+    """Print aligned columns under a dim head: the first `left` of them to the left, all others to the right.
+
+    The others are at least `min_width` wide. (rich's Table prints the same, in five times the time.)
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
-        cells = [
-            cell.rjust(width) if place >= left else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        texts = [text.ljust(width) for text, width in zip(row[:left], widths, strict=False)]
+        texts += [
+            text.rjust(max(width, min_width)) for text, width in zip(row[left:], widths[left:], strict=True)
         ]
-        say(console, ("  ".join(cells).rstrip(), "dim" if number == 0 else ""))
+        say(console, ("  ".join(texts).rstrip(), "dim" if number == 0 else ""))
 
 
 def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         table = [["model", *map(str, steps)]]
         scale = 100 if first.metric == "accuracy" else 1
         table += [[row.model, *(f"{scale * row.per_step[at]:.2f}" for at in steps)] for row in result.rows]
-        say_table(console, table, left=1, widest=6)
+        say_table(console, table, left=1, min_width=6)
     say(console)
     for row in result.rows:
         if row.epochs:
