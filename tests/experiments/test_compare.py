@@ -70,7 +70,7 @@ def edited(copied, name, **settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "fact"),
     [
         ({"ways": 5}, "--ways 5"),
         ({"shots": 2}, "--shots 2"),
@@ -79,18 +79,18 @@ def edited(copied, name, **settings):
         ({"eval_seed": 4}, "--eval-seed 4"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_with_its_reason(copied, settings, said):
+def test_what_cannot_be_compared_is_refused_with_its_reason(copied, settings, fact):
     edited(copied, "protonet-s0", **settings)
     with pytest.raises(SettingsError) as refused:
         called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
-    assert said in refused.value.problems[0][0]
+    assert fact in refused.value.problems[0][0]
     assert refused.value.problems[0][1]
 
 
 def test_other_images_are_refused(copied):
     run = copied / "cells" / "protonet-s0"
-    known = json.loads((run / "environment.json").read_text())
-    write_json(run / "environment.json", known | {"dataset_digest": "f" * 64})
+    environment = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", environment | {"dataset_digest": "f" * 64})
     with pytest.raises(SettingsError, match="was trained on data ffffffffffff"):
         called([copied / "cells" / "maml-s0", run])
 

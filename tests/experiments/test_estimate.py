@@ -12,8 +12,8 @@ from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
 def test_phases_are_those_of_the_schedules():
     """Order changes with da_epochs, queries after every step cost until msl_epochs."""
-    given = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
-    config = fill_defaults(resolve_settings([("flag", given)]).config)
+    flags = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
+    config = fill_defaults(resolve_settings([("flag", flags)]).config)
     first_msl, first, second = (True, True), (True, False), (False, False)
     assert module._phases(config) == Counter({first_msl: 4, first: 6, second: 20})
     plain = fill_defaults(
@@ -32,17 +32,17 @@ def test_the_whole_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
 
     monkeypatch.setattr(module, "_measure", measured)
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_steps=2,3", "meta_lr=0.1,0.01", seeds=(0, 1, 2))
-    found = estimate(grid, 2, offline=True, on_event=ignore)
+    result = estimate(grid, 2, offline=True, on_event=ignore)
     assert sorted(calls) == [2, 3]  # the meta learning rate costs nothing
-    assert (found.cells, found.meta_steps, found.workers) == (12, 12 * 6, 2)
+    assert (result.cells, result.meta_steps, result.workers) == (12, 12 * 6, 2)
     each = [6 * 0.5 + 2 * 6 * 0.01 * steps + 12 * 2 * 0.01 * steps for steps in (2, 2, 3, 3)]
-    assert [row.train_s + row.test_s for row in found.rows] == pytest.approx(each)
-    assert found.seconds == pytest.approx(3 * sum(each) / 2)
-    assert [row.step_s for row in found.rows] == pytest.approx([0.5] * 4)
+    assert [row.train_s + row.test_s for row in result.rows] == pytest.approx(each)
+    assert result.seconds == pytest.approx(3 * sum(each) / 2)
+    assert [row.step_s for row in result.rows] == pytest.approx([0.5] * 4)
 
 
 def test_real_meta_steps_are_measured_and_nothing_is_written(tmp_path, glyphs_root):
     grid = tiny_grid(tmp_path / "g", glyphs_root, "algo=maml,protonet", seeds=(0,))
-    found = estimate(grid, 1, offline=True, on_event=ignore)
-    assert all(row.step_s > 0 and row.train_s > 6 * row.step_s and row.test_s > 0 for row in found.rows)
+    result = estimate(grid, 1, offline=True, on_event=ignore)
+    assert all(row.step_s > 0 and row.train_s > 6 * row.step_s and row.test_s > 0 for row in result.rows)
     assert not (tmp_path / "g").exists()

@@ -58,10 +58,10 @@ def undisturbed(jobs, parent):
     return folders
 
 
-def without_times(found):
-    if isinstance(found, dict):
-        return {key: without_times(part) for key, part in found.items() if key not in TIMES}
-    return [without_times(part) for part in found] if isinstance(found, list) else found
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in TIMES}
+    return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
 def results(folder):
@@ -108,14 +108,14 @@ def nodes():
     pytest.importorskip("ray", reason=ABSENT)
     from ray.cluster_utils import Cluster
 
-    made = Cluster(
+    cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "_system_config": SOON},
     )
     try:
-        yield made, made.add_node(num_cpus=1, num_gpus=0)
+        yield cluster, cluster.add_node(num_cpus=1, num_gpus=0)
     finally:
-        made.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def events():
 def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
     nodes, events, glyphs_root, tmp_path, capfd
 ):
-    made, second = nodes
+    cluster, second = nodes
     jobs = [job_of(tmp_path / name, glyphs_root) for name in ("a", "bb")]
     jobs[0] = replace(jobs[0], evaluate=())
     with open_cluster(
-        made.address, slots=None, cpus=1, gpus=0, slice_s=0.5, on_event=events.append
+        cluster.address, slots=None, cpus=1, gpus=0, slice_s=0.5, on_event=events.append
     ) as executor:
         assert executor.slots == 2
         for job in jobs:
@@ -164,13 +164,13 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
 def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, monkeypatch, number):
     monkeypatch.setattr(ray_cluster, "HEARD_S", 3.0)
     names = (f"going-{uuid4().hex}", "waiting")
-    going, waiting = (job_of(tmp_path / name, glyphs_root, epochs=5000) for name in names)
+    going, queued = (job_of(tmp_path / name, glyphs_root, epochs=5000) for name in names)
     with open_cluster(
         nodes[0].address, slots=2, cpus=1, gpus=0, slice_s=600, on_event=events.append
     ) as executor:
         executor.start(going)
         until(executor, lambda _: [*Path(tempfile.gettempdir()).glob(f"*/{going.name}/checkpoints/last.pt")])
-        executor.start(waiting)
+        executor.start(queued)
         with pytest.raises(MamlctlError, match="in use"), one_writer(going.folder):
             pass
         executor.stop(number)
@@ -181,7 +181,7 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
     saved = checkpoints.load(going.folder / "checkpoints/last.pt", owner=open_run(going.folder).owner)
     assert saved["position"]["step"] == state.step > 0
     with one_writer(going.folder):
-        assert not (waiting.folder / "config.yaml").exists()
+        assert not (queued.folder / "config.yaml").exists()
 
 
 @pytest.mark.cluster
@@ -262,10 +262,10 @@ def test_without_ray_the_extra_is_named(monkeypatch, events):
 
 def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
     slot = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
-    came = slot.work(pack(tmp_path), "1s")
+    result = slot.work(pack(tmp_path), "1s")
     slot.leave()
-    assert (came.files, came.code) == (None, 1)
-    assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1: install one release" in came.error
+    assert (result.files, result.code) == (None, 1)
+    assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1: install one release" in result.error
 
 
 def test_a_new_slot_removes_those_of_killed_workers_only(tmp_path, glyphs_root):
@@ -295,19 +295,21 @@ def test_files_cannot_lead_out_of_their_folder(tmp_path, name):
 
 
 def test_only_what_changed_travels_and_what_is_gone_goes(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    unpack(Files(("config.yaml", "checkpoints/a.pt"), {"config.yaml": b"1", "checkpoints/a.pt": b"2"}), here)
-    (here / "lock").write_text("process 1")
-    (here / "checkpoints" / ".a.pt.x1").write_text("cut off")
-    unpack(pack(here), there)
-    known = stamps(here)
-    (here / "metrics.jsonl").write_text("{}\n")
-    unpack(Files(("checkpoints/a.pt",), {"checkpoints/a.pt": b"3"}), here / "checkpoints" / "..")
-    (here / "config.yaml").write_text("1")
-    changes = pack(here, known)
+    source, target = tmp_path / "here", tmp_path / "there"
+    unpack(
+        Files(("config.yaml", "checkpoints/a.pt"), {"config.yaml": b"1", "checkpoints/a.pt": b"2"}), source
+    )
+    (source / "lock").write_text("process 1")
+    (source / "checkpoints" / ".a.pt.x1").write_text("cut off")
+    unpack(pack(source), target)
+    sent = stamps(source)
+    (source / "metrics.jsonl").write_text("{}\n")
+    unpack(Files(("checkpoints/a.pt",), {"checkpoints/a.pt": b"3"}), source / "checkpoints" / "..")
+    (source / "config.yaml").write_text("1")
+    changes = pack(source, sent)
     assert changes.names == ("config.yaml", "checkpoints/a.pt")
-    unpack(changes, there)
-    assert {path.name: path.read_bytes() for path in there.rglob("*") if path.is_file()} == {
+    unpack(changes, target)
+    assert {path.name: path.read_bytes() for path in target.rglob("*") if path.is_file()} == {
         "config.yaml": b"1",
         "a.pt": b"3",
     }
@@ -318,26 +320,26 @@ def test_a_folder_cut_off_while_it_came_back_resumes_to_the_same_end(tmp_path, f
     """Each number of a slice's files is what a kill of the driver may leave."""
     whole = make_run(tmp_path / "whole", config_of())
     trainer_of(whole, whole.config).train()
-    there = make_run(tmp_path / "there", config_of())
+    target = make_run(tmp_path / "there", config_of())
     early = Files((), {})
     if first_stop is not None:
-        trainer_of(there, there.config, stop_at=first_stop).train()
-        early = pack(there.path)
-    again = trainer_of(there, there.config, stop_at=6)
+        trainer_of(target, target.config, stop_at=first_stop).train()
+        early = pack(target.path)
+    again = trainer_of(target, target.config, stop_at=6)
     if again.last.exists():
         again.resume()
     assert again.train() == "asked"
-    late = pack(there.path)
+    late = pack(target.path)
     for written in range(1, len(late.names) + 1):
-        run = RunFolder(tmp_path / str(written), there.config)
+        run = RunFolder(tmp_path / str(written), target.config)
         unpack(early, run.path)
         arrived = late.names[:written]
         kept = tuple(name for name in early.names if name not in arrived)
         unpack(Files((*arrived, *kept), late.changed), run.path)
-        rest = trainer_of(run, run.config)
-        if rest.last.exists():
-            rest.resume()
+        resumed = trainer_of(run, run.config)
+        if resumed.last.exists():
+            resumed.resume()
         else:
             run.rewind_metrics(0, 0)  # as commands.train does
-        rest.train()
+        resumed.train()
         assert comparable(run) == comparable(whole)
