@@ -65,11 +65,11 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
     from filelock import FileLock, Timeout  # here, since its import takes as long as the command line's
 
     try:
-        held = FileLock(path / "lock", thread_local=False).acquire(blocking=False)
+        lock = FileLock(path / "lock", thread_local=False).acquire(blocking=False)
     except Timeout as error:
         message = f"{what} {path} is in use by {lock_holder(path / 'lock')}"
         raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
-    with held:
+    with lock:
         (path / "lock").write_text(f"process {os.getpid()}")
         yield
 
@@ -98,7 +98,7 @@ def is_locked(path: Path) -> bool:
 def read_object(path: Path) -> dict[str, Any]:
     """The object of a JSON file; empty if the file is missing, damaged or holds anything else."""
     try:
-        found = json.loads(path.read_text())
+        document = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mamlctl.core.files import write_json
+from mamlctl.core.files import read_object, write_json
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,4 @@ class Part:
         return self.path.with_name(self.path.name + ".json")
 
     def _facts(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self._sidecar.read_text())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_object(self._sidecar)

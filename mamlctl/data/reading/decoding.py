@@ -65,7 +65,15 @@ def decoded(
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """Label and pixels of every image, in order, decoded by all cores (Pillow lets threads run meanwhile).
 
-    `on_bad`: told of an image that cannot be read, which is left out; without it DataError is raised.
+    Args:
+        files: the images.
+        shape: what each becomes.
+        what: the set's name, for progress.
+        on_event: gets progress.
+        on_bad: gets the error of an image that cannot be read, which is left out.
+
+    Raises:
+        DataError: an image cannot be read, and there is no `on_bad`.
     """
 
     def decode(file: ImageFile) -> NDArray[np.uint8] | DataError:

@@ -36,6 +36,12 @@ LONGEST_TEXT = 64 * 1024
 # names, is read in 600,000 reads.
 MOST_READS = 60_000_000
 
+# What the reader raises for a file that is damaged.
+DAMAGE = (
+    *(pickle.UnpicklingError, struct.error),
+    *(ValueError, TypeError, LookupError, OverflowError, MemoryError),
+)
+
 PLAIN = (str, bytes, bytearray, int, float, np.generic, np.ndarray, type(None))
 NUMBERS = re.compile(r"[biufc]\d{1,2}")  # dtypes of plain numbers: no objects, strings, fields or dates
 MOST_AXES = 64  # numpy 2's limit
@@ -91,17 +97,11 @@ def load_arrays(data: bytes | BinaryIO, display_name: str) -> object:
     try:
         return _checked(_Reader(file).load())
     except UnsafePickle as error:
-        message, hint = (
-            f"{display_name} is refused: {error}",
-            "do not trust it: get the file from its authors",
-        )
-        raise DataError(message, hint=hint) from error
+        hint = "do not trust it: get the file from its authors"
+        raise DataError(f"{display_name} is refused: {error}", hint=hint) from error
     except (EOFError, OSError, zlib.error) as error:  # of a file, or of the archive that it is read from
         raise DataError(f"{display_name} is cut off or unreadable", hint="get the file anew") from error
-    except (
-        *(pickle.UnpicklingError, struct.error),
-        *(ValueError, TypeError, LookupError, OverflowError, MemoryError),
-    ) as error:
+    except DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         message = f"{display_name} is no sound pickle of arrays: {reason:.100}"
         raise DataError(message, hint="get the file anew") from error

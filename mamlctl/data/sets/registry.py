@@ -288,9 +288,18 @@ def _prepare(
 def open_images(
     data_set: DataSet, root: Path, *, resize: str, side: int, channels: int, on_event: OnEvent
 ) -> PackedImages:
-    """All images with sides of `side`; grey ones stay so, colour ones become grey for one channel.
+    """All images in one shape; shapes that the data set does not have are made once and kept.
 
-    Shapes that the data set does not have are made once and kept. Raises DataError as its `open_pack` does.
+    Args:
+        data_set: whose images.
+        root: where the packs lie.
+        resize: the filter by which originals shrink.
+        side: pixels of a side.
+        channels: 1 makes colour images grey; 3 leaves grey ones as they are.
+        on_event: gets notices and progress.
+
+    Raises:
+        DataError: the data are absent or damaged.
     """
     if data_set.open_shaped is not None:
         return data_set.open_shaped(root, resize, side=side, channels=channels, on_event=on_event)
