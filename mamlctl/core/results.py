@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mamlctl.core.events import ValidationDone
 from mamlctl.core.literals import BatchNormMode, Metric, Split, StopReason
 
-TIMED = 3
+TIMED = 3  # meta-steps of each kind that an estimate measures
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RowEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a grid takes from nothing, the start of its processes left out; so many workers side by side."""
+    """The time that a whole grid takes with all workers, without the start of its processes."""
 
     rows: tuple[RowEstimate, ...]
     cells: int
@@ -32,7 +32,7 @@ class Estimate:
     seconds: float
     workers: int
     device: str
-    timed: int = TIMED  # meta-steps of each kind
+    timed: int = TIMED
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class EvalRow:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `eval` found, and where it wrote it."""
+    """The results of `eval`, and where they were written."""
 
     run: str
     dataset: str
@@ -83,7 +83,7 @@ class EvalResult:
     folder: str
     seconds: float
     rows: tuple[EvalRow, ...]
-    pictures: tuple[str, ...] = ()  # files, where some were asked for
+    pictures: tuple[str, ...] = ()  # files
     notes: tuple[str, ...] = ()  # what a reader of the numbers must know
 
 

@@ -49,7 +49,7 @@ def draw(
 
     Raises:
         MamlctlError: what `load_trained_model` and `train` raise.
-        KeyboardInterrupt, SystemExit: that pre-training was stopped.
+        SystemExit: that pre-training was stopped.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
@@ -58,11 +58,10 @@ def draw(
         if not others and ALGORITHMS[model.config.algo].start != "pre-trained":
             others = [_pretrained(model, folder / "pretrained", offline, on_event)]
         opened = [load_trained_model(other, settings, offline=offline, on_event=on_event) for other in others]
+        dataset = model.config.dataset
         for other in opened:
             if other.source.digest != model.source.digest:
-                fact = (
-                    f"{other.run.path} has curves of {other.config.dataset}, this run {model.config.dataset}"
-                )
+                fact = f"{other.run.path} has curves of {other.config.dataset}, this run {dataset}"
                 raise SettingsError([(fact, "name runs of the same data set")])
         figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
     elif beside:
@@ -97,8 +96,6 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
         )
         layer |= {"algo": next(pretraining), "report_every": 1000}
         result = train(resolve_settings([("run", layer)]).config, out=path, **options)
-    if result.reason == "SIGINT":
-        raise KeyboardInterrupt
     if result.reason:
         raise SystemExit(STOP_EXIT_CODES[result.reason])
     return path

@@ -107,7 +107,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
 
 
 def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
-    """What was done to another data set's images for the run's network."""
+    """What was done to the images of another data set for the run's network."""
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
@@ -123,13 +123,11 @@ def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
 
 
 def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
-    """How often images are used and labels reordered, where that was asked for."""
-    drawn = stream.stream if isinstance(stream, MiniBatches) else stream
-    notes = [drawn.words(settings.tasks)] if isinstance(drawn, DisjointTasks) else []
-    if settings.label_permutations > 1:
-        notes.append(
-            f"each task judged under {settings.label_permutations} orders of its labels, and averaged"
-        )
+    """How often images are used and labels reordered, if the settings ask for either."""
+    tasks = stream.stream if isinstance(stream, MiniBatches) else stream
+    notes = [tasks.words(settings.tasks)] if isinstance(tasks, DisjointTasks) else []
+    if (orders := settings.label_permutations) > 1:
+        notes.append(f"each task judged under {orders} orders of its labels, and averaged")
     return tuple(notes)
 
 
@@ -139,11 +137,8 @@ def evaluation_setup(
     """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
     trained = fill_defaults(run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    if (
-        problems := problems
-        + evaluation_problems(trained, settings)
-        + _problems_of_other_data(trained, settings)
-    ):
+    problems += evaluation_problems(trained, settings) + _problems_of_other_data(trained, settings)
+    if problems:
         raise SettingsError(problems)
     config = fill_defaults(evaluation_config(trained, settings))
     device = open_device(config.device, config.precision)
