@@ -8,18 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mamlctl.core import formatting
-from mamlctl.report.figures.style import (
-    DIM,
-    GREEN,
-    RED,
-    SMALL,
-    WIDTH,
-    Numbers,
-    draw_cross,
-    draw_image,
-    drawing,
-    plain,
-)
+from mamlctl.report.figures import style
+from mamlctl.report.figures.style import Numbers, drawing, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,14 +49,14 @@ def sheet(
     """A row for each class's name and images_MCHW, then the first queries of `total`."""
     longest = max(len(formatting.elide_middle(name, NAME)) for name, _ in support[:CLASSES_SHOWN])
     label = 0.12 + 0.068 * longest
-    across = int((WIDTH - 2 * MARGIN + SPACE) / (QUERY + SPACE))
+    across = int((style.WIDTH - 2 * MARGIN + SPACE) / (QUERY + SPACE))
     support_top = 0.3 + HEAD
     some = support[:CLASSES_SHOWN]
     query_top = support_top + len(some) * (SUPPORT + SPACE) + HEAD
     query_down = QUERY + 2 * LINE + SPACE
     shown = queries[:SHOWN]
     height = query_top + math.ceil(len(shown) / across) * query_down + MARGIN
-    with drawing(WIDTH, height, "") as figure:
+    with drawing(style.WIDTH, height, "") as figure:
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         ax.text(MARGIN, 0.22, plain(title), fontsize=10, fontweight="bold")
@@ -79,18 +69,22 @@ def sheet(
             ax.text(MARGIN, y + SUPPORT / 2, formatting.elide_middle(plain(name), NAME), va="center")
             for place, image_CHW in enumerate(images_MCHW[:SUPPORT_SHOWN]):
                 x = MARGIN + label + place * (SUPPORT + SPACE / 2)
-                draw_image(ax, image_CHW, (x, y), (SUPPORT, SUPPORT), DIM, 0.6)
+                style.draw_image(ax, image_CHW, (x, y), (SUPPORT, SUPPORT), style.DIM, 0.6)
             if len(images_MCHW) > SUPPORT_SHOWN:
                 x = MARGIN + label + SUPPORT_SHOWN * (SUPPORT + SPACE / 2)
                 ax.text(
-                    x, y + SUPPORT / 2, f"and {len(images_MCHW) - SUPPORT_SHOWN} more", va="center", c=DIM
+                    x,
+                    y + SUPPORT / 2,
+                    f"and {len(images_MCHW) - SUPPORT_SHOWN} more",
+                    va="center",
+                    c=style.DIM,
                 )
         if shown:
             ax.text(MARGIN, query_top - 0.08, _query_head(queries, total), fontsize=9)
         for number, query in enumerate(shown):
             down, right = divmod(number, across)
             _query(ax, query, MARGIN + right * (QUERY + SPACE), query_top + down * query_down)
-        ax.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="auto")
+        ax.set(xlim=(0, style.WIDTH), ylim=(height, 0), aspect="auto")
         ax.set_axis_off()
     return figure
 
@@ -103,13 +97,13 @@ def _query_head(queries: Sequence[QueryPicture], total: int) -> str:
 
 
 def _query(ax: Axes, query: QueryPicture, x: float, y: float) -> None:
-    edge = {None: DIM, True: GREEN, False: RED}[query.right]
+    edge = {None: style.DIM, True: style.GREEN, False: style.RED}[query.right]
     thick = {None: 0.6, True: 1.4, False: 2.6}[query.right]
-    draw_image(ax, query.image_CHW, (x, y), (QUERY, QUERY), edge, thick)
+    style.draw_image(ax, query.image_CHW, (x, y), (QUERY, QUERY), edge, thick)
     if query.right is False:
-        draw_cross(ax, x + QUERY, y)
-    look: dict[str, Any] = {"fontsize": SMALL, "ha": "center", "va": "top"}
+        style.draw_cross(ax, x + QUERY, y)
+    look: dict[str, Any] = {"fontsize": style.SMALL, "ha": "center", "va": "top"}
     name = formatting.elide_middle(plain(query.predicted), LABEL)
     ax.text(x + QUERY / 2, y + QUERY + 0.05, name, color=edge, **look)
     share = formatting.percent(query.probability, 0)
-    ax.text(x + QUERY / 2, y + QUERY + 0.05 + LINE, share, color=DIM, **look)
+    ax.text(x + QUERY / 2, y + QUERY + 0.05 + LINE, share, color=style.DIM, **look)

@@ -11,26 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core import formatting
-from mamlctl.report.figures.style import (
-    BLUE,
-    CALM,
-    DIM,
-    GREEN,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    SMALL,
-    WIDTH,
-    Numbers,
-    draw_cross,
-    draw_image,
-    drawing,
-    finite_values,
-    is_light,
-    plain,
-    rate_colours,
-)
+from mamlctl.report.figures import style
+from mamlctl.report.figures.style import Numbers, drawing, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +20,7 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-EARLY = ((ORANGE, "--"), (GREEN, "-."), (PURPLE, (0, (5, 1, 1, 1, 1, 1))))
+EARLY = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
 
 BINS = 60  # of a histogram
 LOSS_LINES = 6  # more shades look alike
@@ -82,9 +64,9 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
     """Rows of tasks, columns of starts: what a few inner steps make of each start."""
     taken = sorted({curve.steps for row in panels for panel in row for curve in panel.curves})
     between = [steps for steps in taken[:-1] if steps > 0]
-    looks: dict[int, tuple[str, Any]] = dict.fromkeys(taken, (BLUE, "-")) | {0: (DIM, ":")}
+    looks: dict[int, tuple[str, Any]] = dict.fromkeys(taken, (style.BLUE, "-")) | {0: (style.DIM, ":")}
     looks |= {steps: EARLY[place % len(EARLY)] for place, steps in enumerate(between)}
-    with drawing(WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
+    with drawing(style.WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
         axes = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
         for row, row_axes in zip(panels, axes, strict=True):
             for panel, ax in zip(row, row_axes, strict=True):
@@ -97,17 +79,17 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
 
 def _heights(row: Sequence[Panel]) -> tuple[float, float]:
     """A y range for the truth and all curves; a curve that leaves far from the truth is cut, not followed."""
-    truth = finite_values(*(part for panel in row for part in (panel.truth, panel.support_y)))
-    drawn = finite_values(truth, *(curve.y for panel in row for curve in panel.curves))
+    truth = style.finite_values(*(part for panel in row for part in (panel.truth, panel.support_y)))
+    drawn = style.finite_values(truth, *(curve.y for panel in row for curve in panel.curves))
     span = float(np.ptp(truth)) or 1.0
     low, high = max(drawn.min(), truth.min() - 0.6 * span), min(drawn.max(), truth.max() + 0.6 * span)
     return float(low - 0.06 * span), float(high + 0.06 * span)
 
 
 def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tuple[str, Any]]) -> None:
-    ax.plot(panel.x, panel.truth, color=CALM, linewidth=4.5, label="truth")
+    ax.plot(panel.x, panel.truth, color=style.CALM, linewidth=4.5, label="truth")
     # The errors stand over the axes, where they cover no data.
-    ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=DIM, fontsize=SMALL)
+    ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=style.DIM, fontsize=style.SMALL)
     for curve in panel.curves:
         colour, line = looks[curve.steps]
         label = "before adaptation"
@@ -117,8 +99,10 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tup
         place = 0.18 + 0.82 * taken.index(curve.steps) / len(taken)
         digits = 3 if 0.001 <= curve.mse < 1000 else 1  # room is short, and 2e-05 says enough
         error = f"{curve.steps}\n{curve.mse:.{digits}g}"
-        ax.text(place, 1.02, error, transform=ax.transAxes, color=colour, fontsize=SMALL)
-    ax.plot(panel.support_x, panel.support_y, "o", c=INK, mec="white", ms=5.5, zorder=5, label="support set")
+        ax.text(place, 1.02, error, transform=ax.transAxes, color=colour, fontsize=style.SMALL)
+    ax.plot(
+        panel.support_x, panel.support_y, "o", c=style.INK, mec="white", ms=5.5, zorder=5, label="support set"
+    )
     ax.set_title(plain(panel.title), pad=26)
     ax.set(xlabel="x", ylabel="y")
     ax.label_outer()
@@ -145,11 +129,11 @@ class _PictureLayout:
         rows, self.folds = min(ways, FOLD), math.ceil(ways / FOLD)
         names = [name for picture in pictures for name in picture.names or ()]
         self.label = 0.28 + 0.065 * min(max(map(len, names), default=0), NAME)
-        room = int((WIDTH - self.label - GAP) / CELL) - shots
+        room = int((style.WIDTH - self.label - GAP) / CELL) - shots
         self.queries = min(most, max(min(room, QUERIES_SHOWN // ways), 3))
         self.first_query = self.label + shots * CELL + GAP
         self.block = self.first_query + self.queries * CELL + GAP
-        beside = max(int((WIDTH + GAP) / self.block), 1)
+        beside = max(int((style.WIDTH + GAP) / self.block), 1)
         self.across = min(beside - beside % self.folds or beside, self.folds * len(pictures))
         height, width = pictures[0].query_MCHW.shape[-2:]
         self.tall = CELL * height / width
@@ -174,7 +158,7 @@ def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
             _task(ax, layout, task, picture)
         ax.text(0.08, 0.2, plain(title), fontsize=10, fontweight="bold")
         note = "A query stands beside the class it was taken for; thick frame, cross: wrong, and what it is."
-        ax.text(0.08, layout.height - 0.12, note, color=DIM)
+        ax.text(0.08, layout.height - 0.12, note, color=style.DIM)
         ax.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="auto")
         ax.set_axis_off()
     return figure
@@ -191,22 +175,24 @@ def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> 
     for way, support_KCHW in enumerate(picture.support_NKCHW):
         x, y = layout.corner(task, way)
         if way % FOLD == 0:
-            ax.text(x, y - 0.09, "support", color=DIM)
-            ax.text(x + layout.first_query, y - 0.09, "queries", color=DIM)
+            ax.text(x, y - 0.09, "support", color=style.DIM)
+            ax.text(x + layout.first_query, y - 0.09, "queries", color=style.DIM)
         name = formatting.elide_middle(plain(picture.names[way]), NAME) if picture.names else ""
         ax.text(x, y + layout.tall / 2, f"{way + 1} {name}".strip(), va="center")
         for shot, image_CHW in enumerate(support_KCHW):
-            draw_image(ax, image_CHW, (x + layout.label + shot * CELL, y), size, DIM, 0.6)
+            style.draw_image(ax, image_CHW, (x + layout.label + shot * CELL, y), size, style.DIM, 0.6)
         # The first ones, right or wrong: a choice would flatter or blame.
         for place, query in enumerate(np.flatnonzero(picture.predicted_M == way)[: layout.queries]):
             corner = x + layout.first_query + place * CELL, y
             truth = int(picture.query_y_M[query])
-            edge, thick = (DIM, 0.6) if truth == way else (RED, 2.2)
-            draw_image(ax, picture.query_MCHW[query], corner, size, edge, thick)
+            edge, thick = (style.DIM, 0.6) if truth == way else (style.RED, 2.2)
+            style.draw_image(ax, picture.query_MCHW[query], corner, size, edge, thick)
             if truth != way:
-                draw_cross(ax, corner[0] + size[0], y)
+                style.draw_cross(ax, corner[0] + size[0], y)
                 below = corner[0] + size[0] / 2, y + size[1] + 0.04
-                ax.text(*below, f"is {truth + 1}", color=RED, fontsize=SMALL, ha="center", va="top")
+                ax.text(
+                    *below, f"is {truth + 1}", color=style.RED, fontsize=style.SMALL, ha="center", va="top"
+                )
 
 
 def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"]) -> Figure:
@@ -217,29 +203,31 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
     losses = _columns(reports, "query_losses")
     trained = _columns(reports, "query_accuracies")[-1:] if metric == "accuracy" else []
     val_steps, score, half = (_column(validations, key) for key in ("step", f"val_{metric}", "val_ci95"))
-    heights = [3.0, 2.2, 1.0] if finite_values(score, *trained).size else [3.0, 1.0]
-    with drawing(WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
+    heights = [3.0, 2.2, 1.0] if style.finite_values(score, *trained).size else [3.0, 1.0]
+    with drawing(style.WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
         top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
         chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
         # Yellow, the scale's end, cannot be seen on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _line(top, steps, losses[taken], color=shade, label=str(taken))
-        finite = finite_values(*losses)
+        finite = style.finite_values(*losses)
         if finite.size and finite.max() > LOG_FROM * finite.min() > 0:
             top.set_yscale("log", subs=[2, 5])
             top.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         top.set_title("Query loss by inner steps taken")
         for ax in middle:
             for accuracies in trained:
-                _line(ax, steps, accuracies, color=CALM, label="training queries")
-            _line(ax, val_steps, score, color=BLUE, label="validation,\n95 % interval")
+                _line(ax, steps, accuracies, color=style.CALM, label="training queries")
+            _line(ax, val_steps, score, color=style.BLUE, label="validation,\n95 % interval")
             edge = 1.2 if len(score) == 1 else 0  # a validation alone has a line for a band
-            ax.fill_between(val_steps, score - half, score + half, color=BLUE, alpha=0.2, linewidth=edge)
+            ax.fill_between(
+                val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
+            )
             ax.set_title("Query accuracy after adaptation" if metric == "accuracy" else "Validation mse")
             if metric == "accuracy":
                 ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        _line(bottom, steps, lr, color=INK)
-        highest = 1.1 * max(finite_values(lr), default=0.0) or 1.0
+        _line(bottom, steps, lr, color=style.INK)
+        highest = 1.1 * max(style.finite_values(lr), default=0.0) or 1.0
         bottom.locator_params(axis="x", integer=True, min_n_ticks=1)
         bottom.set(ylim=(0, highest), xlabel="meta-step", title="Meta learning rate")
         for ax in (top, *middle, bottom):
@@ -271,21 +259,21 @@ def _line(ax: Axes, x: Numbers, y: Numbers, **look: Any) -> None:
 def rates(rates: Mapping[str, Numbers], title: str) -> Figure:
     """Learnt inner learning rates: a table if each array holds one an inner step, else histograms of all."""
     by_step = all(values.ndim == 1 for values in rates.values())
-    with drawing(WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
+    with drawing(style.WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
         (_table if by_step else _histograms)(figure, rates)
     return figure
 
 
 def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
     rates_LI = np.stack(list(rates.values())).astype(np.float64)
-    scale, least, most = rate_colours(rates_LI)
+    scale, least, most = style.rate_colours(rates_LI)
     scale = scale.with_extremes(bad="white")
     digits = max((2 if rates_LI.shape[1] <= CROWDED else 1) - math.floor(math.log10(most)), 0)
-    figure.set_figwidth(max(WIDTH, 1.6 + 0.36 * rates_LI.shape[1]))
+    figure.set_figwidth(max(style.WIDTH, 1.6 + 0.36 * rates_LI.shape[1]))
     ax = figure.subplots()
     ax.imshow(rates_LI, cmap=scale, vmin=least, vmax=most, aspect="auto", interpolation="nearest")
     for (row, step), rate in np.ndenumerate(rates_LI):
-        ink = INK if is_light(scale((rate - least) / (most - least))) else "white"
+        ink = style.INK if style.is_light(scale((rate - least) / (most - least))) else "white"
         ax.text(step, row, f"{rate:.{digits}f}", c=ink, ha="center", va="center")
     ax.set_xticks(range(rates_LI.shape[1]), [str(step + 1) for step in range(rates_LI.shape[1])])
     ax.set(xlabel="inner step", yticks=range(len(rates)), yticklabels=[plain(name) for name in rates])
@@ -295,19 +283,19 @@ def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
 
 def _histograms(figure: Figure, rates: Mapping[str, Numbers]) -> None:
     axes = figure.subplots(len(rates), sharex=True, squeeze=False, subplot_kw={"yticks": []})[:, 0]
-    every = finite_values(*rates.values())
+    every = style.finite_values(*rates.values())
     low, high = every.min(initial=0), every.max(initial=0)
     width = (high - low) / BINS or 1.0
     # Zero is an edge, so that the part in another colour is just the share that is written.
     edges = width * np.arange(math.floor(low / width) - 1, math.floor(high / width) + 2)
     for ax, (name, values) in zip(axes, rates.items(), strict=True):
-        finite = finite_values(values)
+        finite = style.finite_values(values)
         counts, below = np.histogram(finite, edges)[0], edges[:-1] < 0
-        ax.stairs(np.where(below, 0, counts), edges, fill=True, color=BLUE)
-        ax.stairs(np.where(below, counts, 0), edges, fill=True, color=RED)
+        ax.stairs(np.where(below, 0, counts), edges, fill=True, color=style.BLUE)
+        ax.stairs(np.where(below, counts, 0), edges, fill=True, color=style.RED)
         share = formatting.percent(float((finite < 0).sum()) / max(finite.size, 1))
         counted = f"{finite.size:,} rates\n{share} negative"
-        ax.text(1.01, 0.5, counted, transform=ax.transAxes, va="center", fontsize=SMALL)
+        ax.text(1.01, 0.5, counted, transform=ax.transAxes, va="center", fontsize=style.SMALL)
         ax.set_ylabel(plain(name), rotation=0, ha="right", va="center")
         ax.spines["left"].set_visible(False)
     axes[-1].set_xlabel("inner learning rate of a weight")

@@ -12,20 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.report.figures.style import (
-    BLUE,
-    CALM,
-    DIM,
-    INK,
-    RED,
-    SMALL,
-    WIDTH,
-    drawing,
-    finite_values,
-    is_light,
-    plain,
-    rate_colours,
-)
+from mamlctl.report.figures import style
+from mamlctl.report.figures.style import drawing, plain
 from mamlctl.report.table import Cell, Row, Score, Table
 
 if TYPE_CHECKING:
@@ -99,8 +87,8 @@ def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
             if base:
-                _curve(ax, base, CALM, f"{table.baseline}: mean, range over seeds")
-            _curve(ax, row, BLUE, "this row: mean, range over seeds")
+                _curve(ax, base, style.CALM, f"{table.baseline}: mean, range over seeds")
+            _curve(ax, row, style.BLUE, "this row: mean, range over seeds")
             for cell in row.cells:
                 if cell.status != "finished" and cell.validation:
                     _unfinished(ax, cell)
@@ -126,8 +114,8 @@ def curves(row: Row) -> tuple[Floats, Floats]:
 
 def _unfinished(ax: Axes, cell: Cell) -> None:
     steps, values = zip(*cell.validation, strict=True)
-    ax.plot(steps, values, color=RED, linewidth=0.9, linestyle=":", label="a run that did not finish")
-    ax.plot(steps[-1:], values[-1:], "x", color=RED, markersize=5)
+    ax.plot(steps, values, color=style.RED, linewidth=0.9, linestyle=":", label="a run that did not finish")
+    ax.plot(steps[-1:], values[-1:], "x", color=style.RED, markersize=5)
 
 
 def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
@@ -137,9 +125,9 @@ def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
             if base and base.best:
-                _adaptation_line(ax, base.best, CALM, table.baseline)
+                _adaptation_line(ax, base.best, style.CALM, table.baseline)
             assert row.best is not None  # rows without were left out
-            _adaptation_line(ax, row.best, BLUE, "this row")
+            _adaptation_line(ax, row.best, style.BLUE, "this row")
             ax.locator_params(axis="x", integer=True, nbins=5)
         _cut(figure, axes[0], [row.best.per_step for row in shown if row.best])
         _legend(figure, axes)
@@ -159,7 +147,7 @@ def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
         ax.set_ylim(min(after) - 0.08 * span, max(after) + 0.08 * span)
         low, high = (ax.yaxis.get_major_formatter()(value) for value in (min(before), max(before)))
         note = f"before adaptation, not shown: {low if low == high else f'{low} to {high}'}"
-        figure.text(0.99, 0.01, note, ha="right", color=DIM, fontsize=SMALL)
+        figure.text(0.99, 0.01, note, ha="right", color=style.DIM, fontsize=style.SMALL)
 
 
 def _baseline(table: Table, than: Row | None = None) -> Row | None:
@@ -177,7 +165,7 @@ def _panels(
     down = math.ceil(len(rows) / across)
     name_lines = max(len(_name(table, row, across).splitlines()) for row in rows)
     height = 0.95 + (1.15 + 0.13 * name_lines) * down + (0.5 if down == 1 else 0)
-    with drawing(WIDTH, height, title) as figure:
+    with drawing(style.WIDTH, height, title) as figure:
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for row, ax in zip(rows, axes.flat, strict=False):
             ax.set_title(_name(table, row, across), fontsize=8)
@@ -220,11 +208,11 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
     """A forest of differences to the baseline: thick of these models, thin of new seeds too."""
     models = {"single best": [row.best for row in rows], "ensemble": [row.ensemble for row in rows]}
     models = {name: scores for name, scores in models.items() if any(s and s.difference for s in scores)}
-    with drawing(WIDTH, 1.05 + 0.2 * len(rows), title) as figure:
+    with drawing(style.WIDTH, 1.05 + 0.2 * len(rows), title) as figure:
         axes = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
         low, high = _range([score for scores in models.values() for score in scores])
         for (name, scores), ax in zip(models.items(), axes, strict=True):
-            ax.axvline(0, color=DIM, linewidth=0.8)
+            ax.axvline(0, color=style.DIM, linewidth=0.8)
             for place, score in enumerate(scores):
                 if score and score.difference:
                     _bar(ax, place, score, (low, high))
@@ -235,19 +223,21 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
             if table.metric == "accuracy":
                 ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+.3g}" if share else "0")
         names = ["\n".join(textwrap.wrap(plain(row.label), 48)) or "?" for row in rows]
-        axes[0].set_yticks(range(len(rows)), names, color=INK)
+        axes[0].set_yticks(range(len(rows)), names, color=style.INK)
         unit = "points" if table.metric == "accuracy" else "mean squared error, less is better"
         for ax in axes:
             ax.set_xlabel(unit)
-        figure.legend(handles=_forest_legend(), loc="outside lower left", ncols=4, fontsize=SMALL)
+        figure.legend(handles=_forest_legend(), loc="outside lower left", ncols=4, fontsize=style.SMALL)
     return figure
 
 
 def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
     """Limits that hold zero, all inner intervals, and outer ones that do not reach too far."""
     differences = [score.difference for score in scores if score and score.difference]
-    inner = finite_values(np.array([[0.0] * 3, *([d.mean, d.tasks_low, d.tasks_high] for d in differences)]))
-    outer = finite_values(np.array([[d.low, d.high] for d in differences]))
+    inner = style.finite_values(
+        np.array([[0.0] * 3, *([d.mean, d.tasks_low, d.tasks_high] for d in differences)])
+    )
+    outer = style.finite_values(np.array([[d.low, d.high] for d in differences]))
     span = float(np.ptp(inner)) or 0.01
     shown = np.concatenate([inner, outer.clip(inner.min() - REACH * span, inner.max() + REACH * span)])
     return float(shown.min()) - 0.05 * span, float(shown.max()) + 0.05 * span
@@ -256,7 +246,7 @@ def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
 def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> None:
     difference = score.difference
     assert difference is not None
-    colour = BLUE if score.is_significant else DIM
+    colour = style.BLUE if score.is_significant else style.DIM
     low, high = (value if np.isfinite(value) else np.nan for value in (difference.low, difference.high))
     ax.plot([max(low, limits[0]), min(high, limits[1])], [place] * 2, color=colour, linewidth=1.0)
     for end, limit, marker in ((low, limits[0], "<"), (high, limits[1], ">")):
@@ -272,10 +262,10 @@ def _forest_legend() -> list[Any]:
 
     empty: list[float] = []
     return [
-        Line2D(empty, empty, color=BLUE, marker="o", linewidth=0, label="p < 0.05 after Holm"),
-        Line2D(empty, empty, color=DIM, marker="o", mfc="white", linewidth=0, label="not significant"),
-        Line2D(empty, empty, color=DIM, linewidth=3.2, label="95 %, these models, new tasks"),
-        Line2D(empty, empty, color=DIM, linewidth=1.0, label="95 %, new seeds and tasks"),
+        Line2D(empty, empty, color=style.BLUE, marker="o", linewidth=0, label="p < 0.05 after Holm"),
+        Line2D(empty, empty, color=style.DIM, marker="o", mfc="white", linewidth=0, label="not significant"),
+        Line2D(empty, empty, color=style.DIM, linewidth=3.2, label="95 %, these models, new tasks"),
+        Line2D(empty, empty, color=style.DIM, linewidth=1.0, label="95 %, new seeds and tasks"),
     ]
 
 
@@ -295,9 +285,9 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
     steps = max(map(len, tensors))
     across = min(len(rows), 3)
     down = math.ceil(len(rows) / across)
-    scale, least, most = rate_colours(np.concatenate(tensors))
+    scale, least, most = style.rate_colours(np.concatenate(tensors))
     scale = scale.with_extremes(bad=(0, 0, 0, 0))
-    with drawing(WIDTH, 0.75 + (0.45 + 0.17 * len(names)) * down, title) as figure:
+    with drawing(style.WIDTH, 0.75 + (0.45 + 0.17 * len(names)) * down, title) as figure:
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for rates_of, row, ax in zip(row_rates, rows, axes.flat, strict=False):
             table_LI = np.full((len(names), steps), np.nan)
@@ -325,5 +315,5 @@ def _write_rates(ax: Axes, mesh: Any, table_LI: Floats, most: float) -> None:
     digits = max(2 - math.floor(math.log10(most)), 0)
     for (row, step), rate in np.ndenumerate(table_LI):
         if np.isfinite(rate):
-            ink = DARK_ON_CELL if is_light(mesh.to_rgba(rate)) else LIGHT_ON_CELL
+            ink = DARK_ON_CELL if style.is_light(mesh.to_rgba(rate)) else LIGHT_ON_CELL
             ax.text(step + 0.5, row + 0.5, f"{rate:.{digits}f}", c=ink, ha="center", va="center", fontsize=6)
