@@ -99,9 +99,23 @@ def test_help_of_train_has_its_panels_and_every_promised_flag(cli):
     assert promised <= words, promised - words
 
 
-def test_the_command_line_opens_without_torch():
-    code = "import sys, mamlctl.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+WITHOUT_TORCH = """
+import sys
+from contextlib import suppress
+from mamlctl.cli.app import main
+for words in sys.argv[1:]:
+    sys.argv = ["mamlctl", *words.split()]
+    with suppress(SystemExit):
+        main()
+sys.exit("torch" in sys.modules)
+"""
+
+
+def test_help_and_version_open_without_torch():
+    words = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
+    shown = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert shown.stdout.count("Usage: ") == 1 + len(COMMANDS)
 
 
 def test_train_leaves_a_run_that_tells_itself(trained):
