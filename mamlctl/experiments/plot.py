@@ -92,7 +92,9 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
         values = {name: getattr(model.run.config, name) for name in SHARED} | {"device": model.config.device}
         layer = {name: value for name, value in values.items() if value is not None}
         pretraining = (
-            name for name, entry in ALGORITHMS.items() if entry.start == "pre-trained" and entry.on_curves
+            name
+            for name, entry in ALGORITHMS.items()
+            if entry.start == "pre-trained" and entry.on_curves is not None
         )
         layer |= {"algo": next(pretraining), "report_every": 1000}
         result = train(resolve_settings([("run", layer)]).config, out=path, **options)
