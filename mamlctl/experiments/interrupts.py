@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
@@ -50,9 +50,7 @@ class StopRequests:
             self._previous[number] = signal.signal(number, self._request)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -60,6 +58,5 @@ class StopRequests:
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = self._signal or ("SIGINT" if number == signal.SIGINT else "SIGTERM")
-        self._on_event(
-            Notice(f"{self._signal}: stopping after this meta-step; Ctrl-C leaves at once, unsaved")
-        )
+        text = "stopping after this meta-step; Ctrl-C leaves at once, unsaved"
+        self._on_event(Notice(f"{self._signal}: {text}"))
