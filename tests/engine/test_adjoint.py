@@ -51,9 +51,9 @@ needs_triton = pytest.mark.skipif(triton_block is None, reason="torch came witho
 @pytest.mark.parametrize("way", ["autograd", *BY_HAND])
 def test_adjoint_equals_double_backward(way, settings, image, first_order):
     learner = prepared(image, **settings)
-    wanted = measured_by(unrolled, *learner, first_order)
-    found = measured_by(adjoint, *learner, first_order, derivatives=WAYS[way](learner[1]))
-    assert_equal_measurements(found, wanted, learner[2])
+    expected = measured_by(unrolled, *learner, first_order)
+    result = measured_by(adjoint, *learner, first_order, derivatives=WAYS[way](learner[1]))
+    assert_equal_measurements(result, expected, learner[2])
 
 
 def block_by_autograd(x, weight, gamma, beta, groups):
@@ -104,10 +104,10 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
     settings = BlockSettings(groups=tasks, compute=None, first=first, planes=planes)
     tape = make(x, weight, gamma, beta, settings)
     assert torch.allclose(tape.out, out.detach(), **near)
-    found = tape.backward(ga, keep=True)
+    result = tape.backward(ga, keep=True)
     for name, value in zip(("x", "weight", "gamma_X", "beta_X"), grads, strict=True):
         if not (first and name == "x"):
-            assert torch.allclose(getattr(found, name), value, **near), name
+            assert torch.allclose(getattr(result, name), value, **near), name
     assert torch.allclose(tape.tangent(x_t, weight_t), moved, **near)
     found_t = tape.tangent_backward(ga_t)
     for name, second, by in zip(("x", "weight", "gamma_X", "beta_X"), seconds, by_ga, strict=True):
@@ -148,21 +148,21 @@ def test_tasks_a_few_at_a_time_give_the_same(engine, chunk):
 
 def test_memory_that_runs_out_halves_the_tasks_per_pass():
     config, net, state, episodes = prepared(algo="maml++", da=False, meta_batch_size=5)
-    wanted = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
-    step, asked = MetaStep(config, net, state), []
+    expected = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
+    step, chunks = MetaStep(config, net, state), []
     outer = step.outer
 
-    def small_device(net, state, part, ask):
-        asked.append(len(part.query_y_TE))
-        if asked[-1] > 2:
+    def small_device(net, state, part, request):
+        chunks.append(len(part.query_y_TE))
+        if chunks[-1] > 2:
             raise torch.OutOfMemoryError("no room")
-        return outer(net, state, part, ask)
+        return outer(net, state, part, request)
 
     step.outer = small_device
-    assert_equal_measurements(step.measure(episodes, 0, measure_all=True), wanted, state)
-    assert asked == [5, 3, 2, 2, 1], "and it stays at two"
+    assert_equal_measurements(step.measure(episodes, 0, measure_all=True), expected, state)
+    assert chunks == [5, 3, 2, 2, 1], "and it stays at two"
     step.measure(episodes, 0, measure_all=True)
-    assert asked[5:] == [2, 2, 1]
+    assert chunks[5:] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("chunk", ["auto", "3"])
@@ -269,8 +269,8 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
             tensor.requires_grad_()
         derivatives = Autograd(net) if precision == "float64" else WAYS[way](net)
         tasks = streams["train"].episodes(0, 2)
-        found = measured_by(adjoint, config, net, state, tasks, False, derivatives=derivatives)
-        grads[precision] = torch.cat([grad.double().flatten() for grad in found.grads.values()])
+        result = measured_by(adjoint, config, net, state, tasks, False, derivatives=derivatives)
+        grads[precision] = torch.cat([grad.double().flatten() for grad in result.grads.values()])
     error = (grads["float32"] - grads["float64"]).norm() / grads["float64"].norm()
     assert float(error) < 5e-3
 
@@ -331,14 +331,14 @@ def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
         one = tape.backward(ga.to(stored), keep=True)
         moved = tape.tangent(None if first else x_t.to(stored), weight_t)
         two = tape.tangent_backward(ga_t.to(stored), other.to(stored))
-        found = {"out": tape.out, "moved": moved}
-        found |= {"weight": one.weight, "gamma": one.gamma_X, "beta": one.beta_X}
-        found |= {"weight_t": two.weight, "gamma_t": two.gamma_X, "beta_t": two.beta_X}
+        result = {"out": tape.out, "moved": moved}
+        result |= {"weight": one.weight, "gamma": one.gamma_X, "beta": one.beta_X}
+        result |= {"weight_t": two.weight, "gamma_t": two.gamma_X, "beta_t": two.beta_X}
         if not first:
-            found |= {"x": one.x, "x_t": two.x if two.x_2 is None else two.x.float() + two.x_2.float()}
-        results.append({name: value.double() for name, value in found.items()})
-    for name, wanted in results[0].items():
-        error = (results[1][name] - wanted).norm() / wanted.norm()
+            result |= {"x": one.x, "x_t": two.x if two.x_2 is None else two.x.float() + two.x_2.float()}
+        results.append({name: value.double() for name, value in result.items()})
+    for name, expected in results[0].items():
+        error = (results[1][name] - expected).norm() / expected.norm()
         assert float(error) < (0.08 if first else 0.02), (name, float(error))
 
 

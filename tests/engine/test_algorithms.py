@@ -25,8 +25,8 @@ def test_mamls_gradient_of_quadratic_tasks_has_its_closed_form(steps, first_orde
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, queries=query)
     weights = (0.0,) * (steps - 1) + (1.0,)
-    found = unrolled(net, state, episodes, MetaStepRequest(steps, weights, first_order, measure_all=False))
-    wanted = 0
+    result = unrolled(net, state, episodes, MetaStepRequest(steps, weights, first_order, measure_all=False))
+    expected = 0
     for x, y, qx, qy in zip(*support, *query, strict=True):
         hessian, gradient = quadratic(x, y)
         v = joined(slow).detach()
@@ -34,8 +34,8 @@ def test_mamls_gradient_of_quadratic_tasks_has_its_closed_form(steps, first_orde
             v = v - 0.1 * gradient(v)
         factor = torch.linalg.matrix_power(torch.eye(len(v)).double() - 0.1 * hessian, steps)
         last = quadratic(qx, qy)[1](v)
-        wanted = wanted + (last if first_order else factor @ last) / len(support[0])
-    assert close(joined(found.grads), wanted, 1e-13)
+        expected = expected + (last if first_order else factor @ last) / len(support[0])
+    assert close(joined(result.grads), expected, 1e-13)
 
 
 def test_fomaml_differs_from_maml_by_the_curvature_alone():
@@ -58,16 +58,16 @@ def test_fomaml_differs_from_maml_by_the_curvature_alone():
 def test_every_algorithm_gives_the_same_in_chunks_and_by_either_engine(algo):
     """Two tasks at a time or one, derivatives by hand or torch's own."""
     classes = torch.tensor([[4, 0, 3], [2, 1, 0]])
-    found = {}
+    result = {}
     for engine, chunk in itertools.product(("adjoint", "plain"), ("auto", "1")):
         if ALGORITHMS[algo].whole_batches and chunk == "1":
             continue
         config = small_config(algo=algo, engine=engine, task_chunk=chunk, train_shots=None)
         episodes = Episodes(*random_episodes(config).sets, classes)
         net, state = build(config, IMAGE, CPU, classes=5)
-        found[engine, chunk] = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
-    first = found["adjoint", "auto"]
-    for other in found.values():
+        result[engine, chunk] = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
+    first = result["adjoint", "auto"]
+    for other in result.values():
         assert first.grads.keys() == other.grads.keys()
         for name, grad in first.grads.items():
             assert close(other.grads[name], grad, 1e-7), (algo, name)
@@ -89,9 +89,9 @@ def test_curves_are_learnt_by_either_engine(algo):
         net, state = build(config, (1,), CPU)
         settings = stream_settings(split="train", shots=5, queries=4, dtype=torch.float64)
         stream = CurveStream(FAMILIES["sinusoid"], settings)
-        found = MetaStep(config, net, state).measure(stream.episodes(0, 3), 0, measure_all=True)
-        assert all(found.query_scores[step] == found.query_losses[step] for step in found.query_losses)
-        grads[engine] = found.grads
+        result = MetaStep(config, net, state).measure(stream.episodes(0, 3), 0, measure_all=True)
+        assert all(result.query_scores[step] == result.query_losses[step] for step in result.query_losses)
+        grads[engine] = result.grads
     for name, grad in grads["plain"].items():
         assert close(grads["adjoint"][name], grad, 1e-9), name
     assert any(float(grad.abs().max()) > 0 for grad in grads["plain"].values())

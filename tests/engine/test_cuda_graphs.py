@@ -24,8 +24,8 @@ class Recorded:
         self.work, self.step = work, step
         before = {name: tensor.clone() for name, tensor in step.state.stored().items()}
         moments = {
-            part: {name: tensor.clone() for name, tensor in own.items()}
-            for part, own in step.optimizer.stored().items()
+            part: {name: tensor.clone() for name, tensor in tensors.items()}
+            for part, tensors in step.optimizer.stored().items()
         }
         self.first = self.run()
         for name, tensor in step.state.stored().items():
@@ -97,18 +97,18 @@ def test_replaying_follows_tasks_and_schedules(engine):
 def test_a_capture_that_fails_is_told_and_leaves_the_eager_way(error):
     config = small_config(algo="maml++")
     net, state = build(config, IMAGE, CPU)
-    told = []
+    failures = []
 
     def broken(work):
         raise error("operation not permitted when stream is capturing\nmore")
 
-    runner = Captured(MetaStep(config, net, state), record=broken, on_failure=told.append)
+    runner = Captured(MetaStep(config, net, state), record=broken, on_failure=failures.append)
     other_net, other = build(config, IMAGE, CPU)
     eager = MetaStep(config, other_net, other)
     for number in range(4):
         for each in (runner, eager):
             each.apply(each.measure(random_episodes(config, seed=number), 0, measure_all=False), 0)
-    assert told == ["operation not permitted when stream is capturing"], "once"
+    assert failures == ["operation not permitted when stream is capturing"], "once"
     for name, tensor in state.stored().items():
         assert torch.equal(tensor, other.stored()[name]), name
 

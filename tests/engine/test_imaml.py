@@ -19,7 +19,7 @@ def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
     """Minimum of loss + p/2 |v - v0|^2: the gradient by v0 is p (A + p)^-1 times the query gradient there."""
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, inner_lr=0.05, queries=query)
-    found = imaml(
+    result = imaml(
         net,
         state,
         episodes,
@@ -28,14 +28,14 @@ def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
         proximal=0.7,
         cg_steps=3,
     )
-    wanted = 0
+    expected = 0
     for x, y, qx, qy in zip(*support, *query, strict=True):
         hessian, gradient = quadratic(x, y)
         shifted = hessian + 0.7 * torch.eye(3).double()
         v0 = joined(slow).detach()
         v = v0 - torch.linalg.solve(shifted, gradient(v0))
-        wanted = wanted + 0.7 * torch.linalg.solve(shifted, quadratic(qx, qy)[1](v)) / len(support[0])
-    assert close(joined(found.grads), wanted, 1e-10)
+        expected = expected + 0.7 * torch.linalg.solve(shifted, quadratic(qx, qy)[1](v)) / len(support[0])
+    assert close(joined(result.grads), expected, 1e-10)
 
 
 def test_conjugate_gradient_solves_every_task_and_stands_still_where_there_is_no_curvature():
@@ -50,12 +50,12 @@ def test_conjugate_gradient_solves_every_task_and_stands_still_where_there_is_no
         out = (matrix_TDD @ both).squeeze(2)
         return {"a": out[:, :2], "b": out[:, 2:]}
 
-    found = conjugate_gradient(product, {"a": b_TD[:, :2], "b": b_TD[:, 2:]}, steps=5)
-    x_TD = torch.cat([found["a"], found["b"]], 1)
+    result = conjugate_gradient(product, {"a": b_TD[:, :2], "b": b_TD[:, 2:]}, steps=5)
+    x_TD = torch.cat([result["a"], result["b"]], 1)
     assert close(x_TD[:2], torch.linalg.solve(matrix_TDD[:2], b_TD[:2]), 1e-8)
     assert (x_TD[2] == 0).all()
     beyond = conjugate_gradient(product, {"a": b_TD[:, :2], "b": b_TD[:, 2:]}, steps=50)
-    assert close(beyond["a"][:2], found["a"][:2], 1e-8)
+    assert close(beyond["a"][:2], result["a"][:2], 1e-8)
 
 
 def test_the_implicit_gradient_of_a_net_is_its_central_differences():
@@ -70,7 +70,7 @@ def test_the_implicit_gradient_of_a_net_is_its_central_differences():
         "inner_lr": 0.3,
         "meta_batch_size": 1,
     }
-    step, found = measured("imaml", uneven=False, adapts="head", **settings)
+    step, result = measured("imaml", uneven=False, adapts="head", **settings)
     episodes = random_episodes(step.config)
     for name in ("conv3.weight", "linear.bias", "norm2.weight"):
         tensor, at = step.learnable[name], (0,) * step.learnable[name].dim()
@@ -82,7 +82,7 @@ def test_the_implicit_gradient_of_a_net_is_its_central_differences():
         with torch.no_grad():
             tensor[at] += 1e-6
         difference = (losses[0] - losses[1]) / 2e-6
-        assert float(found.grads[name][at]) == pytest.approx(difference, rel=1e-5, abs=1e-8), name
+        assert float(result.grads[name][at]) == pytest.approx(difference, rel=1e-5, abs=1e-8), name
 
 
 def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch):
@@ -90,7 +90,7 @@ def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch)
     config = small_config(algo="imaml", inner_steps=12)
     net, state = build(config, IMAGE, CPU)
     real = fastest(net)
-    made, alive = [], []
+    gradients, alive = [], []
 
     class Watched:
         net = real.net
@@ -101,8 +101,8 @@ def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch)
     class WatchedSet(Conv4Set):
         def gradient(self, *args, keep=False):
             gradient = super().gradient(*args, keep=keep)
-            made.append(weakref.ref(gradient.fast["conv1.weight"]))
-            alive.append(sum(ref() is not None for ref in made))
+            gradients.append(weakref.ref(gradient.fast["conv1.weight"]))
+            alive.append(sum(ref() is not None for ref in gradients))
             return gradient
 
     monkeypatch.setattr(imaml_module, "select_derivatives", lambda *args: Watched())

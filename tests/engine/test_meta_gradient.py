@@ -38,8 +38,8 @@ def measured(config, net, state, episodes, epoch=0, *, measure_all=False):
     return MetaStep(config, net, state).measure(episodes, epoch, measure_all=measure_all)
 
 
-def relative(found, wanted):
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+def relative(result, expected):
+    return float((result - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -48,15 +48,15 @@ def test_whole_meta_batch_equals_one_task_at_a_time(case):
     net, state = build_uneven(config)
     episodes = random_episodes(config)
     step = MetaStep(config, net, state)
-    found = step.measure(episodes, epoch=0, measure_all=False)
+    result = step.measure(episodes, epoch=0, measure_all=False)
     weights, first_order, _ = step.schedule(0)
     loss = slow_meta_loss(
         state, episodes, inner_steps=config.inner_steps, msl_weights=weights, first_order=first_order
     )
-    wanted = torch.autograd.grad(loss, list(step.learnable.values()), materialize_grads=True)
-    assert float(found.meta_loss) == pytest.approx(float(loss.detach()), abs=1e-12)
-    for name, grad in zip(step.learnable, wanted, strict=True):
-        assert torch.allclose(found.grads[name], grad, rtol=1e-9, atol=1e-12), name
+    expected = torch.autograd.grad(loss, list(step.learnable.values()), materialize_grads=True)
+    assert float(result.meta_loss) == pytest.approx(float(loss.detach()), abs=1e-12)
+    for name, grad in zip(step.learnable, expected, strict=True):
+        assert torch.allclose(result.grads[name], grad, rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("case", SWITCHES, ids=case_id)
@@ -113,8 +113,8 @@ def test_first_and_second_order_differ_by_the_hessian_term():
     grads = torch.autograd.grad(F.cross_entropy(logits, episodes.support_y_TE[0]), weights, create_graph=True)
     along = sum((grad * first[name]).sum() for name, grad in zip(state.slow, grads, strict=True))
     for name, hessian_times_first in zip(state.slow, torch.autograd.grad(along, weights), strict=True):
-        wanted = first[name] - config.inner_lr * hessian_times_first
-        assert torch.allclose(second[name], wanted, rtol=1e-9, atol=1e-12), name
+        expected = first[name] - config.inner_lr * hessian_times_first
+        assert torch.allclose(second[name], expected, rtol=1e-9, atol=1e-12), name
         assert relative(second[name], first[name]) > 1e-3, f"{name} does not show the second order"
 
 
@@ -130,12 +130,12 @@ def test_maml_and_its_improvements_equal_the_library_higher(first_order, switche
         rate.mul_(torch.linspace(0.5 + 0.1 * number, 1.5, rate.numel(), dtype=rate.dtype))
     episodes = random_episodes(config)
     step = MetaStep(config, net, state)
-    found = step.measure(episodes, 0, measure_all=False).grads
+    result = step.measure(episodes, 0, measure_all=False).grads
     weights, _, _ = step.schedule(0)
     module = _module_like(state, config)
     start = list(module.parameters())
     optimiser = torch.optim.SGD([{"params": [weight]} for weight in start], lr=config.inner_lr)
-    wanted = [torch.zeros_like(weight) for weight in start]
+    expected = [torch.zeros_like(weight) for weight in start]
     rate_grads = [torch.zeros_like(rate) for rate in state.rates.values()]
     for task in range(config.meta_batch_size):
         with higher.innerloop_ctx(
@@ -150,21 +150,21 @@ def test_maml_and_its_improvements_equal_the_library_higher(first_order, switche
                 if first_order:
                     # Without tracking, higher leaves the gradient on the adapted weights: MAML's first order.
                     grads = torch.autograd.grad(weights[number] * query, fast.parameters())
-                    wanted = [total + grad for total, grad in zip(wanted, grads, strict=True)]
+                    expected = [total + grad for total, grad in zip(expected, grads, strict=True)]
                 loss = loss + weights[number] * query
             if not first_order:
                 leaves = [*start, *(rate for rate in state.rates.values() if rate.requires_grad)]
                 grads = torch.autograd.grad(loss, leaves)
-                wanted = [total + grad for total, grad in zip(wanted, grads, strict=False)]
+                expected = [total + grad for total, grad in zip(expected, grads, strict=False)]
                 rate_grads = [
                     total + grad for total, grad in zip(rate_grads, grads[len(start) :], strict=False)
                 ]
-    for name, grad in zip(state.slow, wanted, strict=True):
-        assert torch.allclose(found[name], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12), name
+    for name, grad in zip(state.slow, expected, strict=True):
+        assert torch.allclose(result[name], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12), name
     if config.lslr and not first_order:
         for name, grad in zip(state.rates, rate_grads, strict=True):
             assert torch.allclose(
-                found[f"rate.{name}"], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12
+                result[f"rate.{name}"], grad / config.meta_batch_size, rtol=1e-8, atol=1e-12
             ), name
 
 

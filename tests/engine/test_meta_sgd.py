@@ -12,27 +12,27 @@ from mamlctl.engine.training.meta_step import MetaStep
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
 def test_meta_sgd_with_equal_rates_is_maml_and_its_rates_add_up(engine):
     """The gradients by a tensor's rates, one a weight, add up to that by one rate for the tensor."""
-    _, found = measured("meta-sgd", uneven=False, engine=engine)
+    _, result = measured("meta-sgd", uneven=False, engine=engine)
     config = small_config(algo="maml", lslr=True)
     net, state = build(config, IMAGE, CPU)
     maml = MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False)
     for name in state.slow:
-        assert close(found.grads[name], maml.grads[name]), name
-        by_weight, by_step = found.grads[f"rate.{name}"], maml.grads[f"rate.{name}"]
+        assert close(result.grads[name], maml.grads[name]), name
+        by_weight, by_step = result.grads[f"rate.{name}"], maml.grads[f"rate.{name}"]
         assert by_weight.shape == (1, *state.slow[name].shape)
         assert float(by_weight.sum()) == pytest.approx(float(by_step.sum()), rel=1e-8)
 
 
 def test_meta_sgds_rates_are_held_to_central_differences_and_may_be_negative():
-    step, found = measured("meta-sgd")
+    step, result = measured("meta-sgd")
     episodes, rate = random_episodes(step.config), step.learnable["rate.conv2.weight"]
     with torch.no_grad():
         rate[0, 1, 2, 0, 0] = -0.03
-    found = step.measure(episodes, 0, measure_all=False)
+    result = step.measure(episodes, 0, measure_all=False)
     losses = []
     for change in (1e-5, -2e-5):
         with torch.no_grad():
             rate[0, 1, 2, 0, 0] += change
         losses.append(float(step.measure(episodes, 0, measure_all=False).meta_loss))
-    wanted = (losses[0] - losses[1]) / 2e-5
-    assert float(found.grads["rate.conv2.weight"][0, 1, 2, 0, 0]) == pytest.approx(wanted, rel=1e-5)
+    expected = (losses[0] - losses[1]) / 2e-5
+    assert float(result.grads["rate.conv2.weight"][0, 1, 2, 0, 0]) == pytest.approx(expected, rel=1e-5)

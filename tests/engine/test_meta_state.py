@@ -165,8 +165,8 @@ def test_own_statistics_equal_torch_batch_norm_task_by_task():
     for task in range(2):
         mean, var = torch.zeros(3).double(), torch.ones(3).double()
         weights = torch.full((3,), 2.0).double(), torch.full((3,), 0.5).double()
-        wanted = F.batch_norm(x[:, task], mean, var, *weights, training=True, momentum=1.0)
-        assert torch.allclose(out[:, task], wanted, atol=1e-12)
+        expected = F.batch_norm(x[:, task], mean, var, *weights, training=True, momentum=1.0)
+        assert torch.allclose(out[:, task], expected, atol=1e-12)
         assert torch.allclose(norm.seen["n"][0][task], mean, atol=1e-12)
         assert torch.allclose(norm.seen["n"][1][task], var, atol=1e-12)
 
@@ -185,8 +185,8 @@ def test_running_statistics_equal_torch_in_evaluation():
     mean, var = random_ETCHW(1, 3), random_ETCHW(1, 3, seed=1).abs() + 0.1
     out, norm = norm_pass_of(x, Statistics.RUNNING, {"n.mean": mean, "n.var": var})
     weights = torch.full((3,), 2.0).double(), torch.full((3,), 0.5).double()
-    wanted = F.batch_norm(x.flatten(0, 1), mean[0], var[0], *weights, training=False)
-    assert torch.allclose(out.flatten(0, 1), wanted, atol=1e-12)
+    expected = F.batch_norm(x.flatten(0, 1), mean[0], var[0], *weights, training=False)
+    assert torch.allclose(out.flatten(0, 1), expected, atol=1e-12)
     assert not norm.seen, "a pass with running statistics must not feed them"
 
 
@@ -199,8 +199,8 @@ def test_accumulation_averages_tasks_and_passes_of_a_row_only():
     running = {"n.mean": torch.zeros(3, 3).double(), "n.var": torch.ones(3, 3).double()}
     accumulate(running, passes)
     means = [norm.seen["n"][0].mean(0) for norm in passes]
-    wanted = torch.stack([means[0], (means[1] + means[2]) / 2, means[3]]) * MOMENTUM
-    assert torch.allclose(running["n.mean"], wanted, atol=1e-12)
+    expected = torch.stack([means[0], (means[1] + means[2]) / 2, means[3]]) * MOMENTUM
+    assert torch.allclose(running["n.mean"], expected, atol=1e-12)
     untouched = {"n.mean": torch.zeros(3, 3).double(), "n.var": torch.ones(3, 3).double()}
     accumulate(untouched, passes[:1])
     assert float(untouched["n.mean"][1:].abs().sum()) == 0
@@ -222,8 +222,8 @@ def test_evaluation_changes_nothing_that_is_stored(statistics):
     net, state = trained(config)
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
     for _ in range(2):
-        judged = random_episodes(config)
-        adapted(fastest(net), state.frozen(), judged, inner_steps=4, statistics=statistics)
+        episodes = random_episodes(config)
+        adapted(fastest(net), state.frozen(), episodes, inner_steps=4, statistics=statistics)
     assert same(before, state.stored())
 
 
@@ -255,8 +255,8 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
         return adapted(fastest(net), state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
 
     assert torch.allclose(first_query(episodes, statistics), first_query(disturbed, statistics), atol=1e-10)
-    own = Statistics.OWN
-    assert not torch.allclose(first_query(episodes, own), first_query(disturbed, own), atol=1e-3)
+    mode = Statistics.OWN
+    assert not torch.allclose(first_query(episodes, mode), first_query(disturbed, mode), atol=1e-3)
 
 
 def test_more_inner_steps_reuse_the_last_row_and_fewer_just_stop():
@@ -275,8 +275,8 @@ def test_more_inner_steps_reuse_the_last_row_and_fewer_just_stop():
                 F.cross_entropy(logits, episodes.support_y_TE[task]), list(fast.values())
             )
             for (name, weight), grad in zip(fast.items(), grads, strict=True):
-                wanted = weight - state.rates[name][2] * grad
-                assert torch.allclose(after.fast[name][task], wanted, atol=1e-10), (step, name)
+                expected = weight - state.rates[name][2] * grad
+                assert torch.allclose(after.fast[name][task], expected, atol=1e-10), (step, name)
 
 
 def test_bfloat16_products_stay_near_float32():
@@ -307,11 +307,11 @@ def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
     same_set = type(episodes)(
         episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
     )
-    own, support = (
+    transductive, support = (
         adapted(fastest(net), state.frozen(), same_set, inner_steps=3, statistics=mode)
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
-    assert torch.allclose(own, support, atol=1e-10)
+    assert torch.allclose(transductive, support, atol=1e-10)
     state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
     before, after = (
         adapted(fastest(net), which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[3]

@@ -246,9 +246,9 @@ ALGORITHMS = {
 def test_adjoint_equals_double_backward_for_every_network(variant, algo, first_order):
     settings, image = VARIANTS[variant]
     learner = prepared(image, algo=algo, inner_steps=2, **ALGORITHMS[algo] | settings)
-    wanted = measured_by(unrolled, *learner, first_order)
-    found = measured_by(adjoint, *learner, first_order)
-    assert_equal_measurements(found, wanted, learner[2], tolerance=1e-9)
+    expected = measured_by(unrolled, *learner, first_order)
+    result = measured_by(adjoint, *learner, first_order)
+    assert_equal_measurements(result, expected, learner[2], tolerance=1e-9)
 
 
 @pytest.mark.parametrize("algo", list(ALGORITHMS))
@@ -261,8 +261,8 @@ def test_adjoint_equals_double_backward_on_curves(algo):
     parts = normal(4, TASKS, EXAMPLES, 1)
     episodes = Episodes(parts[0], parts[1].squeeze(-1), parts[2], parts[3].squeeze(-1))
     learner = config, net, state, episodes, False
-    wanted = measured_by(unrolled, *learner)
-    assert_equal_measurements(measured_by(adjoint, *learner), wanted, state, tolerance=1e-9)
+    expected = measured_by(unrolled, *learner)
+    assert_equal_measurements(measured_by(adjoint, *learner), expected, state, tolerance=1e-9)
 
 
 def test_only_what_conv4_py_knows_is_differentiated_by_hand():
@@ -273,12 +273,12 @@ def test_only_what_conv4_py_knows_is_differentiated_by_hand():
         assert isinstance(select_derivatives(net, like), Autograd) == (variant != "relu"), variant
 
 
-def assert_close(found, wanted, tolerance=1e-9):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_close(result, expected, tolerance=1e-9):
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
         scale = float(value.abs().max())
         assert scale > 0, f"{name} tests nothing"
-        assert float((found[name] - value).abs().max()) < tolerance * scale, name
+        assert float((result[name] - value).abs().max()) < tolerance * scale, name
 
 
 def by_hand_and_not(way, image, activation):
@@ -304,7 +304,7 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
     *both, fast, episodes, directions = by_hand_and_not(way, image, activation)
     weights = {name: weight for name, weight in fast.items() if not name.startswith("norm")}
     rows = {name: weight[:1] for name, weight in fast.items() if name.startswith("norm")}
-    found = []
+    result = []
     for derivatives in both:
         norm = NormPass(rows, {}, 0)
         ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
@@ -312,12 +312,12 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
         products = [gradient.product(directions[turn]) for turn in (0, 1, 0)]
         assert all(torch.equal(products[2][0][name], value) for name, value in products[0][0].items())
         assert all(torch.equal(products[2][1][name], value) for name, value in products[0][1].items())
-        found.append((gradient, products, norm))
-    (wanted, wanted_products, wanted_norm), (gradient, products, norm) = found
-    assert torch.allclose(gradient.loss_T, wanted.loss_T, rtol=1e-11)
-    assert torch.allclose(gradient.logits_TEN, wanted.logits_TEN, rtol=1e-9, atol=1e-11)
-    assert_close(gradient.fast, wanted.fast)
-    assert_close(gradient.norm, wanted.norm)
+        result.append((gradient, products, norm))
+    (expected, wanted_products, wanted_norm), (gradient, products, norm) = result
+    assert torch.allclose(gradient.loss_T, expected.loss_T, rtol=1e-11)
+    assert torch.allclose(gradient.logits_TEN, expected.logits_TEN, rtol=1e-9, atol=1e-11)
+    assert_close(gradient.fast, expected.fast)
+    assert_close(gradient.norm, expected.norm)
     for one, two in zip(products, wanted_products, strict=True):
         assert_close(one[0], two[0])
         assert_close(one[1], two[1])
@@ -360,13 +360,13 @@ def test_norm_weights_that_are_adapted_have_autograds_gradient_by_hand(way, acti
         _, state = build(small_config(algo=algo, ways=3), IMAGES[1], CPU)
         assert state.slow.keys() == fast.keys()
         assert state.norm == {}
-    found = []
+    result = []
     for derivatives in both:
         ready = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-        found.append(ready.gradient(fast, NormPass({}, {}, 0)))
-    assert found[0].norm == found[1].norm == {}
-    assert_close(found[1].fast, found[0].fast)
-    assert torch.allclose(found[1].logits_TEN, found[0].logits_TEN, rtol=1e-9, atol=1e-11)
+        result.append(ready.gradient(fast, NormPass({}, {}, 0)))
+    assert result[0].norm == result[1].norm == {}
+    assert_close(result[1].fast, result[0].fast)
+    assert torch.allclose(result[1].logits_TEN, result[0].logits_TEN, rtol=1e-9, atol=1e-11)
     ready = both[1].prepare(episodes.support_x_TECHW, episodes.support_y_TE)
     gradient = ready.gradient(fast, NormPass({}, {}, 0), keep=True)
     with pytest.raises(AssertionError, match="second derivatives by an adapted norm"):
@@ -388,17 +388,17 @@ def test_features_by_hand_are_autograds_and_so_is_the_way_back(way, adapted_norm
         for kind in ("mean", "var")
     }
     along = 3 if statistics is Statistics.SUPPORT else None
-    found = []
+    result = []
     for derivatives in both:
         norm = NormPass(rows, running, 0, statistics, along or 0)
         ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along)
         f_TEF, tape = ready.features(body, norm)
         assert not f_TEF.requires_grad
         back = tape.back_through(normal(*f_TEF.shape)) if statistics is Statistics.OWN else ({}, {})
-        found.append((f_TEF, *back))
-    assert torch.allclose(found[1][0], found[0][0], rtol=1e-9, atol=1e-11)
-    assert_close(found[1][1], found[0][1])
-    assert_close(found[1][2], found[0][2])
+        result.append((f_TEF, *back))
+    assert torch.allclose(result[1][0], result[0][0], rtol=1e-9, atol=1e-11)
+    assert_close(result[1][1], result[0][1])
+    assert_close(result[1][2], result[0][2])
 
 
 def test_weights_start_within_their_laws_bounds():

@@ -25,16 +25,16 @@ def test_pre_training_is_one_classifier_of_all_classes():
     episodes = random_episodes(config)
     class_TN = torch.tensor([[8, 0, 3], [2, 8, 1]])
     episodes = Episodes(*episodes.sets, class_TN)
-    found = step.measure(episodes, 0, measure_all=False)
+    result = step.measure(episodes, 0, measure_all=False)
     slow = {name: tensor.detach().clone().requires_grad_() for name, tensor in state.slow.items()}
     norm = {name: tensor.unsqueeze(0) for name, tensor in slow.items() if name.startswith("norm")}
     x = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1)
     y = torch.cat([class_TN.repeat_interleave(2, 1)] * 2, 1).flatten()
     loss = F.cross_entropy(slow_forward(slow, norm, 0, x), y)
     grads = torch.autograd.grad(loss, list(slow.values()))
-    assert float(found.meta_loss) == pytest.approx(loss.item())
+    assert float(result.meta_loss) == pytest.approx(loss.item())
     for name, grad in zip(slow, grads, strict=True):
-        assert close(found.grads[name], grad), name
+        assert close(result.grads[name], grad), name
 
 
 @pytest.mark.parametrize("adapts", ["all", "head"])
@@ -59,8 +59,8 @@ def test_fine_tuning_begins_with_a_head_of_zeros_and_follows_the_support_loss(ad
                 for (name, tensor), grad in zip(leaves.items(), grads, strict=True)
             }
         norm = {name: tensor.unsqueeze(0) for name, tensor in fast.items() if "norm" in name}
-        wanted = slow_forward(fast, norm, 0, episodes.query_x_TECHW[task])
-        assert close(outputs[3, task], wanted, 1e-8)
+        expected = slow_forward(fast, norm, 0, episodes.query_x_TECHW[task])
+        assert close(outputs[3, task], expected, 1e-8)
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
@@ -79,8 +79,8 @@ def test_adapting_the_head_alone_on_features_equals_passing_the_whole_net(statis
 
 
 def test_scratch_learns_nothing():
-    step, found = measured("scratch")
+    step, result = measured("scratch")
     before = {name: tensor.detach().clone() for name, tensor in step.learnable.items()}
-    step.apply(found, 0)
+    step.apply(result, 0)
     assert all(torch.equal(before[name], tensor) for name, tensor in step.learnable.items())
-    assert all((grad == 0).all() for grad in found.grads.values())
+    assert all((grad == 0).all() for grad in result.grads.values())

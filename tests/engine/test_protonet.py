@@ -15,7 +15,7 @@ from mamlctl.engine.training.initial_state import build
 
 
 def test_prototypical_networks_equal_a_direct_computation():
-    step, found = measured("protonet")
+    step, result = measured("protonet")
     episodes = random_episodes(step.config)
     ways = step.config.ways
     slow = {name: tensor.detach().clone().requires_grad_() for name, tensor in step.state.slow.items()}
@@ -28,11 +28,11 @@ def test_prototypical_networks_equal_a_direct_computation():
         distances = torch.cdist(query, centres).square()
         losses.append(F.cross_entropy(-distances, qy))
         right.append((distances.argmin(1) == qy).double().mean())
-    wanted = dict(slow | norm)
-    grads = torch.autograd.grad(torch.stack(losses).mean(), list(wanted.values()))
-    for name, grad in zip(wanted, grads, strict=True):
-        assert close(found.grads[name], grad, 1e-8), name
-    assert float(found.query_scores[0]) == pytest.approx(torch.stack(right).mean().item())
+    expected = dict(slow | norm)
+    grads = torch.autograd.grad(torch.stack(losses).mean(), list(expected.values()))
+    for name, grad in zip(expected, grads, strict=True):
+        assert close(result.grads[name], grad, 1e-8), name
+    assert float(result.query_scores[0]) == pytest.approx(torch.stack(right).mean().item())
     outputs = by_prototypes(
         fastest(step.net), step.state.frozen(), episodes, inner_steps=0, statistics=Statistics.OWN
     )

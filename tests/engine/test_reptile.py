@@ -22,7 +22,7 @@ from mamlctl.engine.training.meta_step import MetaStep
 
 def test_reptile_with_one_step_of_sgd_is_gradient_descent_on_the_support_loss():
     settings = {"inner_steps": 1, "inner_optimizer": "sgd", "inner_lr": 0.3, "train_shots": None}
-    step, found = measured("reptile", uneven=False, inner_batch=None, **settings)
+    step, result = measured("reptile", uneven=False, inner_batch=None, **settings)
     slow = {name: tensor.detach().clone().requires_grad_() for name, tensor in step.state.slow.items()}
     episodes, losses = random_episodes(step.config), []
     norm = {name: tensor.unsqueeze(0) for name, tensor in slow.items() if name.startswith("norm")}
@@ -30,7 +30,7 @@ def test_reptile_with_one_step_of_sgd_is_gradient_descent_on_the_support_loss():
         losses.append(F.cross_entropy(slow_forward(slow, norm, 0, x), y))
     grads = torch.autograd.grad(torch.stack(losses).mean(), list(slow.values()))
     for name, grad in zip(slow, grads, strict=True):
-        assert close(found.grads[name], 0.3 * grad), name
+        assert close(result.grads[name], 0.3 * grad), name
 
 
 def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
@@ -51,12 +51,12 @@ def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
             adam.zero_grad()
             F.cross_entropy(slow_forward(slow, norm, 0, x), y).backward()
             adam.step()
-        found = step.measure(episodes, 0, measure_all=False)
+        result = step.measure(episodes, 0, measure_all=False)
         for name, tensor in slow.items():
-            assert close(found.grads[name], before[name] - tensor.detach(), 1e-6), name
+            assert close(result.grads[name], before[name] - tensor.detach(), 1e-6), name
         # Half of the way, as an outer rate of 0.5 goes.
         step.optimizer.set_lr(0.5)
-        step.move(found)
+        step.move(result)
         with torch.no_grad():
             for name, tensor in slow.items():
                 tensor.copy_(before[name] + 0.5 * (tensor - before[name]))
@@ -77,19 +77,19 @@ def test_reptiles_outer_rate_goes_down_to_nothing_in_a_straight_line():
 def test_mini_batches_go_through_shuffles_without_repeating_an_example():
     stream = CurveStream(FAMILIES["line"], stream_settings(split="train", seed=3, shots=5, queries=1))
     batched = MiniBatches(stream, steps=5, size=2)
-    found = batched.episodes(7, 4).batches_TIB
-    assert found.shape == (4, 5, 2)
-    for task, order in enumerate(found.flatten(1).tolist()):
+    result = batched.episodes(7, 4).batches_TIB
+    assert result.shape == (4, 5, 2)
+    for task, order in enumerate(result.flatten(1).tolist()):
         assert sorted(order[:5]) == sorted(order[5:]) == list(range(5)), task
-    assert torch.equal(batched.episodes(9, 1).batches_TIB[0], found[2])  # task 9 whenever it is asked
-    assert len({tuple(order) for order in found.flatten(1).tolist()}) > 1
+    assert torch.equal(batched.episodes(9, 1).batches_TIB[0], result[2])  # task 9 whenever it is asked
+    assert len({tuple(order) for order in result.flatten(1).tolist()}) > 1
     assert not torch.equal(
         MiniBatches(
             CurveStream(FAMILIES["line"], stream_settings(split="val", seed=3, shots=5, queries=1)), 5, 2
         )
         .episodes(7, 4)
         .batches_TIB,
-        found,
+        result,
     )
 
 

@@ -90,9 +90,9 @@ def test_metrics_have_what_readers_count_on(whole):
     validations = [entry for entry in metrics if "val_accuracy" in entry]
     assert [entry["step"] for entry in reports] == [1, 3, 4, 6, 8, 9, 12]
     assert [entry["epoch"] for entry in validations] == [1, 2, 3]
-    wanted = {"step", "epoch", "support_loss", "query_losses", "query_accuracy", "meta_lr", "first_order"}
+    expected = {"step", "epoch", "support_loss", "query_losses", "query_accuracy", "meta_lr", "first_order"}
     for entry in reports:
-        assert wanted | {"tasks_per_second"} <= entry.keys()
+        assert expected | {"tasks_per_second"} <= entry.keys()
         assert len(entry["query_losses"]) == 4, "index = inner steps taken, 0 before adaptation"
         assert entry["query_accuracies"][-1] == entry["query_accuracy"]
     assert [entry["first_order"] for entry in reports] == [True] * 3 + [False] * 4
@@ -219,11 +219,11 @@ def test_the_run_folder_opens_with_its_settings(whole):
 
 def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
     trainer = trainer_of(whole, whole.config)
-    asked = []
+    chunks = []
 
     def small_device(derivatives, state, episodes, **named):
-        asked.append(len(episodes.query_y_TE))
-        if asked[-1] > 3:
+        chunks.append(len(episodes.query_y_TE))
+        if chunks[-1] > 3:
             raise torch.OutOfMemoryError("no room")
         return real(derivatives, state, episodes, **named)
 
@@ -233,4 +233,4 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
     at_once = evaluate(*models, plan)
     chunked = evaluate(*models, replace(plan, predict=small_device))
     assert np.array_equal(chunked.ensemble, at_once.ensemble)
-    assert asked == [10, 5, 3, 3, 3, 1]
+    assert chunks == [10, 5, 3, 3, 3, 1]

@@ -56,20 +56,20 @@ def measured_by(function, config, net, state, episodes, first_order, **more):
     return function(net, state, episodes, MetaStepRequest(**named), **more)
 
 
-def assert_equal_measurements(found, wanted, state, tolerance=1e-11):
-    assert list(found.query_losses) == list(wanted.query_losses)
+def assert_equal_measurements(result, expected, state, tolerance=1e-11):
+    assert list(result.query_losses) == list(expected.query_losses)
     for name in ("query_losses", "query_scores"):
-        for key, value in getattr(wanted, name).items():
-            assert torch.allclose(getattr(found, name)[key], value, rtol=tolerance, atol=tolerance), name
-    assert torch.allclose(found.support_losses_I, wanted.support_losses_I, rtol=tolerance)
-    assert torch.allclose(found.meta_loss, wanted.meta_loss, rtol=tolerance)
-    assert found.grads.keys() == wanted.grads.keys()
-    for name, grad in wanted.grads.items():
+        for key, value in getattr(expected, name).items():
+            assert torch.allclose(getattr(result, name)[key], value, rtol=tolerance, atol=tolerance), name
+    assert torch.allclose(result.support_losses_I, expected.support_losses_I, rtol=tolerance)
+    assert torch.allclose(result.meta_loss, expected.meta_loss, rtol=tolerance)
+    assert result.grads.keys() == expected.grads.keys()
+    for name, grad in expected.grads.items():
         assert float(grad.abs().max()) > 0, f"{name} tests nothing"
-        error = (found.grads[name] - grad).abs().max() / grad.abs().max()
+        error = (result.grads[name] - grad).abs().max() / grad.abs().max()
         assert float(error) < tolerance, (name, float(error))
     running = [{name: rows.clone() for name, rows in state.running.items()} for _ in range(2)]
-    for into, measured in zip(running, (found, wanted), strict=True):
+    for into, measured in zip(running, (result, expected), strict=True):
         accumulate(into, measured.norm_passes)
     for name, rows in running[0].items():
         assert torch.allclose(rows, running[1][name], rtol=tolerance, atol=tolerance), name

@@ -42,10 +42,10 @@ def trainer_of(run, config, *, stop_at=None, events=None):
         split: image_stream(packed, classes, split=split, dtype=torch.float64, **common)
         for split, classes in (("train", np.arange(8)), ("val", np.arange(8, 12)))
     }
-    asked = itertools.count()
+    questions = itertools.count()
 
     def stop_reason():
-        return "asked" if stop_at is not None and next(asked) >= stop_at else ""
+        return "asked" if stop_at is not None and next(questions) >= stop_at else ""
 
     kept = events if events is not None else []
     return Trainer(config, net, state, streams, run, on_event=kept.append, stop_reason=stop_reason)

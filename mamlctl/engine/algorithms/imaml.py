@@ -44,11 +44,8 @@ def imaml(
 ) -> MetaStepResult:
     """The meta-gradient at the inner loop's end alone.
 
-    Args:
-        net, state, episodes, request: as in `meta_gradient.unrolled`.
-        engine: "plain" for torch's own derivatives.
-        proximal: strength of the pull to the initialisation; lambda in the paper.
-        cg_steps: steps of conjugate gradient.
+    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives; `proximal`: the
+    strength of the pull to the initialisation (lambda in the paper); `cg_steps`: of conjugate gradient.
     """
     loop = InnerLoop(
         select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, pulled(state, proximal)

@@ -33,10 +33,8 @@ def reptile(
 ) -> MetaStepResult:
     """The way back from the tasks' adapted weights; the query set is only measured.
 
-    Args:
-        net, state, episodes, request: as in `meta_gradient.unrolled`.
-        engine: "plain" for torch's own derivatives.
-        inner_optimizer: "adam", whose moments the result hands on, or "sgd".
+    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives;
+    `inner_optimizer`: "adam", whose moments the result hands on, or "sgd".
     """
     adam = AdamSteps(state, len(episodes.support_y_TE)) if inner_optimizer == "adam" else None
     loop = InnerLoop(select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, adam)

@@ -67,12 +67,8 @@ def adapt_to_support_set(
 
     Args:
         derivatives: of the network for the task's ways.
-        state: what was meta-learnt.
         support: one task; its query set is not read.
-        inner_steps: how many to take.
         statistics: what normalises the queries to come.
-        classifier: as in an algorithm's entry.
-        rule: how a step moves the weights.
     """
     state = state.frozen()
     loop = InnerLoop(derivatives, state, support, rule.stepper(state, 1))

@@ -55,8 +55,6 @@ def evaluate(
     Args:
         derivatives: of the network for the stream's ways.
         states: one model each; the ensemble averages their raw class scores, as the published code does.
-        stream: where the tasks come from.
-        plan: how many tasks, and how to adapt and predict.
         on_progress: called with the number of tasks done, after each chunk of them.
         should_stop: asked in front of each chunk.
 

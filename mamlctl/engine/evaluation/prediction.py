@@ -87,9 +87,7 @@ def adapted(
     those of the same weights. Where the head alone is adapted, the body is passed once.
 
     Args:
-        derivatives: of the network whose weights `state` has.
         state: what was meta-learnt, frozen.
-        episodes: T tasks.
         inner_steps: I of the result.
         statistics: what normalises the query set; the support set always has its own.
         rule: how a step moves the weights.

@@ -108,12 +108,8 @@ class Trainer:
         """Stand at the beginning; `resume` leads to the last checkpoint.
 
         Args:
-            config: complete settings.
-            net: as trained.
             state: what training changes, in place; its device is the run's.
             streams: of the splits train and val.
-            run: where reports and checkpoints go.
-            on_event: called with each event.
             stop_reason: empty to go on; asked between meta-steps and between chunks of validation tasks.
         """
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
