@@ -8,7 +8,7 @@ import pytest
 
 from mamlctl.core.errors import DataError
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
-from mamlctl.data.sets.mini_imagenet_pickles import FAMILIES, cache_files, read_mini_cache
+from mamlctl.data.sets.mini_imagenet_pickles import FILE_NAMES, cache_files, read_mini_cache
 
 PER_CLASS = 2
 CLASSES = {
@@ -59,7 +59,7 @@ def in_bytes(held):
     }
 
 
-def written(folder, made, *, protocol=4, family=FAMILIES[0]):
+def written(folder, made, *, protocol=4, family=FILE_NAMES[0]):
     """The three files; `made`: split -> what its file holds."""
     paths = []
     for split, name in zip(SPLITS, family, strict=True):
@@ -125,7 +125,7 @@ def test_images_together_are_not_copied(tmp_path):
     assert np.shares_memory(found[0][1].base, found[1][1].base)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=["cache", "category"])
+@pytest.mark.parametrize("family", FILE_NAMES, ids=["cache", "category"])
 def test_files_are_found_by_their_names(family, tmp_path):
     assert cache_files(tmp_path) == []
     paths = [tmp_path / name for name in family]

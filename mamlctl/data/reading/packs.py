@@ -62,16 +62,11 @@ def _digest_of_facts(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
 
 
-def default_data_root() -> Path:
-    """Where prepared data sets lie unless told otherwise: the platform's cache folder."""
+def data_root(folder: str | None) -> Path:
+    """The folder of prepared data sets, as an absolute path; None: in the platform's cache folder."""
     import platformdirs
 
-    return platformdirs.user_cache_path("mamlctl")
-
-
-def data_root(folder: str | None) -> Path:
-    """The folder of prepared data sets, as an absolute path."""
-    return Path(folder).expanduser().absolute() if folder else default_data_root()
+    return Path(folder).expanduser().absolute() if folder else platformdirs.user_cache_path("mamlctl")
 
 
 def is_packed(path: Path) -> bool:

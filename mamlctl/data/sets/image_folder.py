@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.counter_rng import shuffled
-from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_path
+from mamlctl.data.reading.decoding import ImageShape, decoded, of_path
 from mamlctl.data.reading.image_files import FILTERS, class_folders
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS
@@ -53,7 +53,7 @@ def open_pack(
     """
     classes = _classes(folder)
     stamp = _stamp(folder, classes)
-    path = (root / home_of(folder)) / f"{side}x{side}x{channels}-{resize}.npy"
+    path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}.npy"
     if is_packed(path):
         packed = load_pack(path, str(folder))
         if packed.facts.get("stamp") == stamp:
@@ -66,20 +66,7 @@ def open_pack(
         raise DataError(
             f"{folder} holds no images", hint="put the images of each class into a folder of its own"
         )
-    _pack(path, ImageShape(side, channels, resize), files, left_out, stamp, on_event)
-    packed = load_pack(path, str(folder))
-    _announce_left_out(packed.facts["left_out"], on_event)
-    return packed
-
-
-def _pack(
-    path: Path,
-    shape: ImageShape,
-    files: Sequence[ImageFile],
-    left_out: list[str],
-    stamp: str,
-    on_event: OnEvent,
-) -> None:
+    shape = ImageShape(side, channels, resize)
     images = decoded(
         files,
         shape,
@@ -88,6 +75,9 @@ def _pack(
         on_bad=lambda error: left_out.append(str(error)),
     )
     stream_pack(path, shape.chw, images, lambda: {"stamp": stamp, "left_out": left_out})
+    packed = load_pack(path, str(folder))
+    _announce_left_out(packed.facts["left_out"], on_event)
+    return packed
 
 
 def split_classes(

@@ -65,7 +65,6 @@ TIERED = ListedSet(
     "make it from ImageNet with github.com/yaoyao-liu/tiered-imagenet-tools, or get a copy",
 )
 
-LISTED = (MINI, TIERED)
 PER_CLASS = 600  # mini-ImageNet's images of every class
 
 

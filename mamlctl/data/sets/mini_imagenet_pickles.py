@@ -21,7 +21,7 @@ NAME = "mini-imagenet"
 SIDE = 84
 PER_CLASS = 600
 
-FAMILIES = (
+FILE_NAMES = (
     tuple(f"mini-imagenet-cache-{split}.pkl" for split in SPLITS),
     tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")),
 )
@@ -31,7 +31,7 @@ HINT = "get the file anew, or mini-ImageNet in another form"
 
 def cache_files(folder: Path) -> list[Path]:
     """The pickles of train, val and test in `folder`, or none. Raises DataError if it has some of them."""
-    for names in FAMILIES:
+    for names in FILE_NAMES:
         paths = [folder / name for name in names]
         present = [path for path in paths if path.is_file()]
         if present and present != paths:
