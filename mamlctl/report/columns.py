@@ -35,19 +35,22 @@ class Column:
     drop_rank: int | None = 0  # narrow terminals leave out the least first; None: never
     is_always_shown: bool = False  # even where no row has a text
     is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
-    field: str = ""  # names the value in CSV and JSON; "": as the key does
-    csv: Callable[[Table, Row], Fields] | None = None  # instead: several fields, or none of its own
-    json: Callable[[Row], Fields] | None = None  # likewise
+    field: str | None = ""  # of the value in files; "": the key; None: fields of another column hold it
+    csv: Callable[[Table, Row], Fields] | None = None  # instead: fields of a CSV file
+    json: Callable[[Row], Fields] | None = None  # instead: fields of a row in a JSON document
     style: str | Callable[[Row], str] = ""  # in a terminal
     mark: str = ""  # behind some of the texts; numbers without it end where those with it do
 
     def csv_fields(self, table: Table, row: Row) -> Fields:
         """The columns of a CSV file that hold this one."""
-        return self.csv(table, row) if self.csv else {self.field or self.key: self.value(row)}
+        return self.csv(table, row) if self.csv else self._value_field(row)
 
     def json_fields(self, row: Row) -> Fields:
         """The fields of a row in a JSON document that hold this column."""
-        return self.json(row) if self.json else {self.field or self.key: self.value(row)}
+        return self.json(row) if self.json else self._value_field(row)
+
+    def _value_field(self, row: Row) -> Fields:
+        return {} if self.field is None else {self.field or self.key: self.value(row)}
 
 
 def check_sort(sort: str | None) -> None:
@@ -110,8 +113,6 @@ def _difference(row: Row) -> float | None:
     return row.best.difference.mean if row.best and row.best.difference else None
 
 
-NOT_IN_FILES: dict[str, Any] = {"csv": lambda table, row: {}, "json": lambda row: {}}  # others hold its value
-
 COLUMNS: tuple[Column, ...] = (
     Column(
         "row",
@@ -131,8 +132,8 @@ COLUMNS: tuple[Column, ...] = (
         texts.seeds_text,
         drop_rank=1,
         is_always_shown=True,
+        field=None,
         csv=_run_counts,
-        json=lambda row: {},
     ),
     Column("bn", "bn", texts.bn_text, lambda row: row.bn, drop_rank=4),
     Column(
@@ -165,7 +166,7 @@ COLUMNS: tuple[Column, ...] = (
         legend="sd: standard deviation over seeds.",
         drop_rank=7,
         is_score=True,
-        **NOT_IN_FILES,
+        field=None,
     ),
     Column(
         "ensemble",
@@ -191,7 +192,7 @@ COLUMNS: tuple[Column, ...] = (
         legend=texts.difference_legend,
         drop_rank=None,
         is_score=True,
-        **NOT_IN_FILES,
+        field=None,
         style=lambda row: "bold" if row.best and row.best.is_significant else "",
         mark=" *",
     ),
@@ -202,7 +203,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda row: row.best.p_holm if row.best else None,
         drop_rank=8,
         is_score=True,
-        **NOT_IN_FILES,
+        field=None,
     ),
     Column(
         "published",
@@ -245,7 +246,8 @@ COLUMNS: tuple[Column, ...] = (
         lambda row: row.divergences,
         drop_rank=5,
         is_always_shown=True,
-        csv=lambda table, row: {},
+        field=None,
+        json=lambda row: {"diverged": row.divergences},
         style=lambda row: "red" if row.divergences else "",
     ),
 )
