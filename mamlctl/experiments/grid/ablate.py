@@ -19,6 +19,7 @@ from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.executors.jobs import Executor
+from mamlctl.experiments.executors.local import LocalExecutor, visible_cuda_devices
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.grid.grid import CELLS, Grid, GridCell
@@ -68,10 +69,9 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     for cell in grid.cells:
         digest = RunFolder(cell.folder, cell.config).environment().get("dataset_digest", source.digest)
         if digest != source.digest:
-            fact = f"{configs[0].dataset} has digest {source.digest:.12}, but {cell.folder} was trained on"
-            raise DataError(
-                f"{fact} {digest:.12}", hint="choose another --out: rows of one table see the same images"
-            )
+            current = f"{configs[0].dataset} has digest {source.digest:.12}"
+            message = f"{current}, but {cell.folder} was trained on {digest:.12}"
+            raise DataError(message, hint="choose another --out: rows of one table see the same images")
 
 
 def ablate(
@@ -87,9 +87,8 @@ def ablate(
     Args:
         grid: where the table and its runs are or will be.
         executor: entered only if there is anything to do.
-        time_limit_s: seconds after which trainings save and stop.
-        on_event: receives a GridChanged whenever cells were looked after, and notices.
-        offline: never download.
+        time_limit_s: after which trainings save and stop.
+        on_event: receives a GridChanged whenever the jobs were polled, and notices.
 
     Raises:
         MamlctlError: another process fills the grid, or a cell is damaged.
@@ -131,8 +130,6 @@ def _run_reference(cell: GridCell, failed: Mapping[str, str]) -> RunReference:
 @contextmanager
 def local_executor(grid: Grid, workers: int) -> Iterator[Executor]:
     """Workers on this machine, each with a CUDA device where there are some."""
-    from mamlctl.experiments.executors.local import LocalExecutor
-
     executor = LocalExecutor(workers, grid.folder / "logs", cuda_devices=_cuda_devices(grid))
     try:
         yield executor
@@ -147,7 +144,5 @@ def workers_here(grid: Grid, workers: int | None) -> int:
 
 def _cuda_devices(grid: Grid) -> list[str]:
     """Devices to share out; none where cells name their own, or the CPU."""
-    from mamlctl.experiments.executors.local import visible_cuda_devices
-
     devices = {row.config.device for row in grid.rows}
     return visible_cuda_devices() if devices <= {"auto", "cuda"} else []
