@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
-from mamlctl.settings.rules import COMPANIONS, NOUNS, OF_NETS, VALUE_TYPES, check, limit_problems
-from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+from mamlctl.settings.rules import NOUNS, VALUE_TYPES, check, ineffective, limit_problems
+from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
@@ -59,10 +59,7 @@ def drop_ineffective(
     """
     config = resolved.config
     values = dict(forced or {})
-    values |= {name: None for name, switch in COMPANIONS.items() if not getattr(config, switch)}
-    values |= {name: FIELDS[name].default for name, nets in OF_NETS.items() if config.net not in nets}
-    if config.ca:
-        values["meta_lr_final"] = None
+    values |= {name: value for name, (value, _) in ineffective(config).items()}
     changed = {
         name: value
         for name, value in values.items()

@@ -64,17 +64,29 @@ VALUE_TYPES: Mapping[type, Mapping[str, ValueType]] = {
 }
 
 
+def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
+    """Settings that others leave without effect -> the one value they may have, and the problem if not."""
+    settings: dict[str, tuple[Any, Problem]] = {}
+    for name, switch in COMPANIONS.items():
+        if not getattr(config, switch):
+            fact = f"{flag(name)} has no effect without {flag(switch)}"
+            settings[name] = None, (fact, f"add {flag(switch)} or leave it out")
+    for name, nets in OF_NETS.items():
+        if config.net not in nets:
+            fact = f"{flag(name)} has no effect with --net {config.net}"
+            settings[name] = FIELDS[name].default, (fact, "leave it out")
+    if config.ca:
+        fact = "--meta-lr-final and --ca both move the meta learning rate"
+        settings["meta_lr_final"] = None, (fact, "leave one out")
+    return settings
+
+
 def check(config: TrainConfig) -> list[Problem]:
     """Every rule that the settings break, by themselves and with each other."""
     problems = limit_problems(config)
-    for name, switch in COMPANIONS.items():
-        if getattr(config, name) is not None and not getattr(config, switch):
-            problems.append(
-                (f"{flag(name)} has no effect without {flag(switch)}", f"add {flag(switch)} or leave it out")
-            )
-    for name, nets in OF_NETS.items():
-        if getattr(config, name) != FIELDS[name].default and config.net not in nets:
-            problems.append((f"{flag(name)} has no effect with --net {config.net}", "leave it out"))
+    problems += [
+        problem for name, (value, problem) in ineffective(config).items() if getattr(config, name) != value
+    ]
     if config.hidden is not None and not all(
         width.isdecimal() and int(width) for width in config.hidden.split("-")
     ):
@@ -84,8 +96,6 @@ def check(config: TrainConfig) -> list[Problem]:
     if config.train_shots is not None and config.train_shots < config.shots:
         fact = f"--train-shots {config.train_shots} is below --shots {config.shots}"
         problems.append((fact, f"use --train-shots {config.shots} or more"))
-    if config.meta_lr_final is not None and config.ca:
-        problems.append(("--meta-lr-final and --ca both move the meta learning rate", "leave one out"))
     if config.msl and config.inner_steps < 2:
         problems.append(
             (f"--msl weighs several inner steps, but --inner-steps is {config.inner_steps}", "add --no-msl")
