@@ -318,9 +318,10 @@ def test_only_what_changed_travels_and_what_is_gone_goes(tmp_path):
 @pytest.mark.parametrize("first_stop", [None, 3], ids=["into-nothing", "over-an-earlier-slice"])
 def test_a_folder_cut_off_while_it_came_back_resumes_to_the_same_end(tmp_path, first_stop):
     """Each number of a slice's files is what a kill of the driver may leave."""
-    whole = make_run(tmp_path / "whole", config_of())
+    config = config_of(inner_steps=1, val_tasks=4)
+    whole = make_run(tmp_path / "whole", config)
     trainer_of(whole, whole.config).train()
-    target = make_run(tmp_path / "there", config_of())
+    target = make_run(tmp_path / "there", config)
     early = Files((), {})
     if first_stop is not None:
         trainer_of(target, target.config, stop_at=first_stop).train()
