@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -88,8 +87,3 @@ def unused(options: Mapping[str, object], why: str, way: str = "leave it out") -
     """Those of the options that were given, which have no effect: (fact, way out) pairs."""
     given = [name for name, value in options.items() if value is not None and value is not False]
     return [(f"{name} has no effect {why}", way) for name in given]
-
-
-def typed_command() -> str:
-    """The command line as it was typed."""
-    return shlex.join(["mamlctl", *sys.argv[1:]])

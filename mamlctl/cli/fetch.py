@@ -68,18 +68,13 @@ def fetch(
                 offline=options.offline,
                 on_event=display,
             )
-    show = _show_verified if verify else _show_fetched
+    line_of = verified_line if verify else fetched_line
+
+    def show(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            say(console, line_of(entry))
+
     options.write(entries, {"format": 1, "data_sets": entries}, show)
     if verify:
         refuse_damage(entries)
     return ExitCode.OK
-
-
-def _show_verified(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
-    for entry in entries:
-        say(console, verified_line(entry))
-
-
-def _show_fetched(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
-    for entry in entries:
-        say(console, fetched_line(entry))

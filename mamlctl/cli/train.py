@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import SettingsOptions, option, typed_command, unused
+from mamlctl.cli.common_options import SettingsOptions, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
@@ -47,10 +49,9 @@ def train(
             training.resume, resume, _overrides(resume, settings | options.set_values(), out, unread)
         )
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
+    command = shlex.join(["mamlctl", *sys.argv[1:]])
     with options.display() as display:
-        result = run(
-            offline=options.offline, time_limit_s=time_limit_s, command=typed_command(), on_event=display
-        )
+        result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=display)
     options.write(result, {"format": 1, "result": named(result)}, show_train_result)
     return STOP_EXIT_CODES[result.reason]
 
