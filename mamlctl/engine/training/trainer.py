@@ -291,7 +291,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write `last.pt`: everything that a resume needs."""
-        content: dict[str, Any] = {
+        content = {
             "stored": self.state.stored(),
             "optimizer": self.meta_step.optimizer.stored(),
             "period": vars(self.period),

@@ -1,7 +1,7 @@
 /* What both kinds of block share: types, per-channel numbers, work items, and the sums of both backward passes.
  *
  * Layouts: [E][H][W][X] with channels last, X = tasks * filters; pooled tensors [E][H/2][W/2][X]. Per-channel numbers
- * are doubles in d[K][X], in the order of the enum below; blocks.py has the letters and the mathematics.
+ * are doubles in d[K][X], in the order of the enum below; block.py has the letters and the mathematics.
  * Sums are taken per example and then over examples in order, so that results do not depend on the threads.
  */
 #pragma once
