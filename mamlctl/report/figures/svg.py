@@ -62,10 +62,10 @@ def _named(value: str) -> list[str]:
 
 
 def _coloured(style: str) -> str:
-    return re.sub(r"#[0-9a-f]{6}\b", lambda found: VARIABLES.get(found[0], found[0]), style)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: VARIABLES.get(match[0], match[0]), style)
 
 
 def _shorter(path: str) -> str:
     """A path to a hundredth of a point, on one line."""
-    digits = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", path)
+    digits = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", path)
     return " ".join(digits.split())
