@@ -11,17 +11,8 @@ from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResul
 from rich.control import Control
 from rich.live import Live
 
-from mamlctl.core import formatting
-from mamlctl.core.events import (
-    Event,
-    GridChanged,
-    MetaStepDone,
-    Notice,
-    Progress,
-    RunStarted,
-    TrainReport,
-    ValidationDone,
-)
+from mamlctl.core import events, formatting
+from mamlctl.core.events import Event
 from mamlctl.display.console import say
 from mamlctl.display.grid_view import changed_cells
 from mamlctl.display.live_state import LiveState, advance
@@ -80,7 +71,7 @@ class LiveDisplay(Display):
         )
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Notice):
+        if isinstance(event, events.Notice):
             say(self._console, event.text)
             return
         self.state = advance(self.state, event, self._clock())
@@ -116,9 +107,9 @@ class PlainDisplay(Display):
 
     console: Console
     clock: Clock = time.monotonic
-    _run: RunStarted | None = None
+    _run: events.RunStarted | None = None
     _progress: dict[str, ProgressLog] = field(default_factory=dict)
-    _grid: GridChanged | None = None
+    _grid: events.GridChanged | None = None
 
     def __call__(self, event: Event) -> None:
         line = self._line(event)
@@ -127,24 +118,24 @@ class PlainDisplay(Display):
 
     def _line(self, event: Event) -> str:
         match event:
-            case Notice():
+            case events.Notice():
                 return event.text
-            case Progress():
+            case events.Progress():
                 return self._progress_line(event)
-            case RunStarted():
+            case events.RunStarted():
                 self._run = event
                 return _run_line(event)
-            case TrainReport():
+            case events.TrainReport():
                 return _report_line(event, self._run)
-            case ValidationDone():
+            case events.ValidationDone():
                 return _validation_line(event, self._run)
-            case GridChanged():
+            case events.GridChanged():
                 lines, self._grid = changed_cells(self._grid, event), event
                 return "\n".join(lines)
-            case MetaStepDone():
+            case events.MetaStepDone():
                 return ""
 
-    def _progress_line(self, event: Progress) -> str:
+    def _progress_line(self, event: events.Progress) -> str:
         """Empty unless the work takes long and a further tenth of it is done."""
         now = self.clock()
         log = self._progress.get(event.what)
@@ -160,7 +151,7 @@ class PlainDisplay(Display):
         return f"{event.what}{share}  {amount}"
 
 
-def _run_line(run: RunStarted) -> str:
+def _run_line(run: events.RunStarted) -> str:
     letters = f" ({' '.join(run.improvements)})" if run.improvements else ""
     parts = [
         f"run {run.run}",
@@ -176,7 +167,7 @@ def _run_line(run: RunStarted) -> str:
     return "  ".join(parts)
 
 
-def _report_line(report: TrainReport, run: RunStarted | None) -> str:
+def _report_line(report: events.TrainReport, run: events.RunStarted | None) -> str:
     steps = f"/{run.epochs * run.steps_per_epoch}" if run else ""
     epochs = f"/{run.epochs}" if run else ""
     losses = ">".join(f"{value:.3f}" for value in report.query_losses)
@@ -193,7 +184,7 @@ def _report_line(report: TrainReport, run: RunStarted | None) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _validation_line(done: ValidationDone, run: RunStarted | None) -> str:
+def _validation_line(done: events.ValidationDone, run: events.RunStarted | None) -> str:
     epochs = f"/{run.epochs}" if run else ""
     score = formatting.score(done.metric, done.val_score, done.val_ci95, 1)
     best = f"best {formatting.score(done.metric, done.best_val_score, None, 1)} at epoch {done.best_epoch}"

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mamlctl.core.events import (
-    Event,
-    GridChanged,
-    MetaStepDone,
-    Notice,
-    Progress,
-    RunStarted,
-    TrainReport,
-    ValidationDone,
-)
+from mamlctl.core import events
+from mamlctl.core.events import Event
 
 HISTORY = 40  # reports that a sparkline remembers: more of its blocks say nothing more at a glance
 
@@ -22,7 +14,7 @@ HISTORY = 40  # reports that a sparkline remembers: more of its blocks say nothi
 class Work:
     """A piece of work under way, and when it began."""
 
-    progress: Progress
+    progress: events.Progress
     since: float
 
 
@@ -32,33 +24,33 @@ class LiveState:
 
     now: float
     started: float = 0.0
-    run: RunStarted | None = None
+    run: events.RunStarted | None = None
     step: int = 0
     epoch: int = 0
-    reports: tuple[TrainReport, ...] = ()  # the latest ones, oldest first
-    validations: tuple[ValidationDone, ...] = ()
+    reports: tuple[events.TrainReport, ...] = ()  # the latest ones, oldest first
+    validations: tuple[events.ValidationDone, ...] = ()
     work: tuple[Work, ...] = ()
     validation_s: float = 0.0  # how long the last validation took
-    grid: GridChanged | None = None  # of an ablation, whose cells train elsewhere
+    grid: events.GridChanged | None = None  # of an ablation, whose cells train elsewhere
 
 
 def advance(state: LiveState, event: Event, now: float) -> LiveState:
     """The state after an event."""
     match event:
-        case Notice():
+        case events.Notice():
             return state  # printed above the frame, not in it
-        case GridChanged():
+        case events.GridChanged():
             return replace(state, now=now, grid=event, work=())
-        case Progress():
+        case events.Progress():
             return _with_progress(state, event, now)
-        case RunStarted():
+        case events.RunStarted():
             fresh = LiveState(now, now, event, event.first_step)
             return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
-        case MetaStepDone():
+        case events.MetaStepDone():
             return replace(state, now=now, step=event.step, epoch=event.epoch, work=())
-        case TrainReport():
+        case events.TrainReport():
             return replace(state, now=now, reports=(*state.reports, event)[-HISTORY:], work=())
-        case ValidationDone():
+        case events.ValidationDone():
             took = now - state.work[-1].since if state.work else state.validation_s
             return replace(
                 state,
@@ -69,7 +61,7 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
             )
 
 
-def _with_progress(state: LiveState, event: Progress, now: float) -> LiveState:
+def _with_progress(state: LiveState, event: events.Progress, now: float) -> LiveState:
     begun = [work.progress.what for work in state.work]
     if event.what in begun:
         work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
