@@ -21,6 +21,12 @@ def called(*words, code=0, **settings):
     return done
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(compared, monkeypatch):
+    """Only the first report of this file has pictures."""
+    monkeypatch.setenv(preloaded.NO_PICTURES, "1")
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, glyphs_root):
     """Two algorithms trained and compared, and what was printed."""

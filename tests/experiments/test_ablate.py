@@ -30,7 +30,7 @@ def done(tmp_path_factory, glyphs_root):
     """Three rows, one of which diverges, two seeds of each; what was told on the way."""
     events = []
     grid = tiny_grid(tmp_path_factory.mktemp("grid") / "g", glyphs_root, "inner_lr=0.1,1e30,0.4")
-    return grid, filled(grid, on_event=events.append), events
+    return grid, filled(grid, on_event=events.append, pictures=True), events
 
 
 def copied(done, tmp_path):
@@ -212,8 +212,9 @@ def newest(folder, pattern):
     return max((path.stat().st_mtime_ns for path in folder.glob(pattern)), default=0) if pattern else 1
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root):
+def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root, monkeypatch):
     """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
+    monkeypatch.setenv(preloaded.NO_PICTURES, "1")
     words = ["ablate", *QUICK_WORDS, "--grid", "inner_lr=0.1,0.4", "--seeds", "1", "--tasks", "12"]
     words += ["--steps-per-epoch", "40", "--data-root", str(glyphs_root), "--json", "--workers", "2"]
 

@@ -1,6 +1,7 @@
 """Small grids that the tests of `ablate` and `compare` share."""
 
 import sys
+from contextlib import nullcontext
 from unittest.mock import patch
 
 from helpers import preloaded
@@ -36,9 +37,10 @@ def tiny_grid(folder, data_root, *pairs, seeds=(0, 1), evaluate=TESTED, **settin
     return open_grid(folder, "grid", rows, seeds, evaluate, "mamlctl ablate")
 
 
-def filled(grid, workers=2, on_event=ignore):
+def filled(grid, workers=2, on_event=ignore, pictures=False):
     """Bring the grid to its end -> GridResult."""
-    with patch.object(sys, "executable", preloaded.python()):
+    drawing = nullcontext() if pictures else preloaded.without_pictures()
+    with drawing, patch.object(sys, "executable", preloaded.python()):
         return ablate(grid, local_executor(grid, workers), time_limit_s=None, on_event=on_event)
 
 

@@ -44,6 +44,7 @@ PRELOADED = [
     "mamlctl.experiments.grid.estimate",
     "mamlctl.experiments.train",
 ]
+NO_PICTURES = "TEST_WITHOUT_PICTURES"  # a variable of the environment; see `without_pictures`
 STOP_S = 30  # for what is still running when the session ends
 
 _servers: list[subprocess.Popen] = []
@@ -192,8 +193,17 @@ def become_or_wait(connection):
     sys.argv = words[1:]
 
 
+def without_pictures():
+    """Leave pictures out of reports for a block: to draw them takes longer than all else of a tiny grid."""
+    from unittest.mock import patch  # here, since each launcher imports this file
+
+    return patch("mamlctl.report.html_page.pictures", lambda table: ())
+
+
 def run():
     """Be the module that is asked for, and leave without taking the imports apart: that takes a second."""
+    if NO_PICTURES in os.environ:
+        without_pictures().start()
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
