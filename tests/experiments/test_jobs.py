@@ -35,6 +35,7 @@ def test_a_failed_job_has_a_reason(end, failed, reason):
         assert end.reason == reason
 
 
+@pytest.mark.process
 def test_a_child_reports_its_error_and_prints_it_as_ever():
     with tempfile.TemporaryFile() as output:
         child = ChildProcess(("train", "--dataset", "glyps"), os.environ, output)

@@ -64,6 +64,7 @@ def test_the_curves_are_those_of_the_adapted_weights(curves):
         assert curve.mse == pytest.approx(((curve.y - panel.truth) ** 2).mean())
 
 
+@pytest.mark.render
 def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(curves):
     files = draw(curves, EvalConfig(), [], offline=True, on_event=silent)
     assert {file.name for file in files} == {
@@ -94,6 +95,7 @@ def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
     assert validations[0]["val_mse"] > 0
 
 
+@pytest.mark.render
 def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs_root):
     path = trained(
         tmp_path / "run",
@@ -116,6 +118,7 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
     assert {"tasks.png", "training.svg", "rates.png"} <= names
 
 
+@pytest.mark.render
 def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
     """Reptile, with mini-batches of its own, and a pre-trained run: the same truth and examples."""
     small = {"dataset": "sinusoid", "shots": 5}
