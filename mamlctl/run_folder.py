@@ -219,16 +219,19 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         file: CONFIG, STATUS or METRICS, of which `content` is one row.
     """
-    added: dict[str, Any] = {}
+    upgraded = dict(content)
     if file == CONFIG:
-        added = {name: item.metadata["before"] for name, item in FIELDS.items() if name not in FIRST_SETTINGS}
+        new = {name: item.metadata["before"] for name, item in FIELDS.items() if name not in FIRST_SETTINGS}
+        upgraded = new | upgraded
     elif file == STATUS and content.get("status") == "diverged":
-        meta_step = re.search(r"meta-step (\d+)", str(content.get("reason")))
-        added = {"diverged_at": int(meta_step[1]) if meta_step else content.get("step")}
+        reason = str(content.get("reason"))
+        meta_step = re.search(r"meta-step (\d+)", reason)
+        upgraded.setdefault("diverged_at", int(meta_step[1]) if meta_step else content.get("step"))
+        upgraded["reason"] = re.sub(r"^training diverged at meta-step \d+: ", "", reason)
     elif file == METRICS:
         kind = "report" if "query_losses" in content else ""
-        added = {"kind": "validation" if "val_tasks" in content else kind}
-    return added | dict(content)
+        upgraded.setdefault("kind", "validation" if "val_tasks" in content else kind)
+    return upgraded
 
 
 def default_run_path(config: TrainConfig) -> Path:

@@ -137,6 +137,11 @@ def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_
     [
         (STATUS, {"status": "finished", "step": 12, "reason": ""}, {}),
         (STATUS, {"status": "diverged", "step": 5, "reason": "at meta-step 6: nan"}, {"diverged_at": 6}),
+        (
+            STATUS,
+            {"status": "diverged", "step": 5, "reason": "training diverged at meta-step 6: the loss is nan"},
+            {"diverged_at": 6, "reason": "the loss is nan"},
+        ),
         (STATUS, {"status": "diverged", "step": 5, "reason": "predictions are nan"}, {"diverged_at": 5}),
         (STATUS, {"status": "diverged", "step": 5, "reason": "at meta-step 6", "diverged_at": 7}, {}),
         (METRICS, {"step": 1, "query_losses": [1.0]}, {"kind": "report"}),
@@ -169,7 +174,9 @@ def test_a_diverged_training_says_at_which_meta_step(tmp_path):
         trained(tmp_path / "run", inner_lr=1e30)
     state = run_state(tmp_path / "run")
     assert (state.status, state.step, state.diverged_at) == ("diverged", 0, 1)
-    assert raised.value.step == 1 and state.reason == raised.value.message
+    assert raised.value.step == 1 and state.reason == raised.value.cause
+    assert state.reason and "meta-step" not in state.reason
+    assert raised.value.message == f"training diverged at meta-step 1: {state.reason}"
 
 
 def test_every_reason_to_stop_has_an_exit_code():

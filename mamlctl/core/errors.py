@@ -52,10 +52,11 @@ class DivergedError(MamlctlError):
 
     exit_code = ExitCode.DIVERGED
 
-    def __init__(self, message: str, *, hint: str = "", step: int | None = None) -> None:
+    def __init__(self, cause: str, *, hint: str = "", step: int | None = None) -> None:
         """`step`: the meta-step that failed; None outside meta-steps."""
+        message = cause if step is None else f"training diverged at meta-step {step}: {cause}"
         super().__init__(message, hint=hint)
-        self.step = step
+        self.cause, self.step = cause, step
 
 
 class LockedError(MamlctlError):

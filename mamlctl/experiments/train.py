@@ -148,7 +148,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             end = RunState("interrupted" if reason else "finished", reason=reason)
         except DivergedError as error:
             step = trainer.position.step if error.step is None else error.step
-            end = RunState("diverged", reason=error.message, diverged_at=step)
+            end = RunState("diverged", reason=error.cause, diverged_at=step)
             raise
         except KeyboardInterrupt:
             end = RunState("interrupted", reason="left at once")

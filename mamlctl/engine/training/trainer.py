@@ -192,7 +192,7 @@ class Trainer:
         if what:
             clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
             raise DivergedError(
-                f"training diverged at meta-step {step}: {what}",
+                what,
                 hint=f"start anew with a lower --inner-lr or --meta-lr{clip}; "
                 f"the last good checkpoint is {self.last}",
                 step=step,
