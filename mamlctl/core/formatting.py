@@ -37,7 +37,7 @@ def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
     return f"{100 * accuracy:.{digits}f} ± {half} %"
 
 
-def score(metric: str, value: float, ci95: float | None, digits: int = 2) -> str:
+def score(metric: Metric, value: float, ci95: float | None, digits: int = 2) -> str:
     """An accuracy in percent, or a mean squared error as it is, with the half width of its interval."""
     if metric == "accuracy":
         return interval(value, ci95, digits)

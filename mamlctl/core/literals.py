@@ -7,6 +7,8 @@ Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
 # What results say of batch norm: the setting, or that the network has none.
 BatchNormMode = Literal["transductive", "running", "support", "none"]
+# The single best checkpoint of a run, or the ensemble of its best ones.
+Model = Literal["best", "ensemble"]
 Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]

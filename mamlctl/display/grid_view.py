@@ -10,6 +10,7 @@ from rich.text import Text
 
 from mamlctl.core import formatting
 from mamlctl.core.events import OVER, CellState, GridChanged
+from mamlctl.core.literals import Metric
 from mamlctl.display import widgets
 from mamlctl.display.widgets import DIM
 
@@ -69,7 +70,7 @@ def _rows_shown(rows: dict[str, list[CellState]], room: int) -> list[str]:
     return [name for name in rows if name in chosen]
 
 
-def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric: str) -> Text:
+def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric: Metric) -> Text:
     line = Text(f" {formatting.elide_middle(name, label):<{label}}  ")
     for cell in row[:room]:
         sign, style = SIGNS[cell.state]
@@ -77,7 +78,7 @@ def _row_line(name: str, row: Sequence[CellState], label: int, room: int, metric
     return line
 
 
-def _state_text(cell: CellState, metric: str) -> str:
+def _state_text(cell: CellState, metric: Metric) -> str:
     score = "" if cell.score is None else formatting.score(metric, cell.score, None, 1)
     match cell.state:
         case "training":

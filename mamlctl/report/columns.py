@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.literals import Model
 from mamlctl.core.problems import nearest
 from mamlctl.report import column_texts as texts
 from mamlctl.report.column_texts import RECALLED
@@ -89,7 +90,7 @@ def _run_counts(table: Table, row: Row) -> Fields:
     return {"runs": len(statuses), **counts}
 
 
-def _score_fields(model: str, score: Score | None) -> dict[str, Any]:
+def _score_fields(model: Model, score: Score | None) -> dict[str, Any]:
     """A score in full, for CSV."""
     from mamlctl.core.statistics import Difference  # here, so that --sort is checked without numpy
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mamlctl.core.literals import CellStatus, Metric
+from mamlctl.core.literals import BatchNormMode, CellStatus, Metric, Model, Split
 
 if TYPE_CHECKING:
     from mamlctl.core.statistics import Difference
 
 SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
 
-MODELS = ("best", "ensemble")  # the single best checkpoint, the ensemble of the best ones: never mixed
+MODELS: tuple[Model, ...] = ("best", "ensemble")  # never mixed
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Row:
     ensemble: Score | None
     ensemble_size: int  # checkpoints in it; the least of the row's cells
     published: tuple[Published, ...]
-    bn: str
+    bn: BatchNormMode
     inner_steps: int
 
     @property
@@ -114,7 +114,7 @@ class Table:
     shots: int
     queries: int
     metric: Metric
-    split: str
+    split: Split
     tasks: int
     eval_seed: int
     disjoint: bool

@@ -109,7 +109,7 @@ def row(
         best=score(rng, mean, **how) if scored else None,
         ensemble=score(rng, mean + 0.004, **how) if scored else None,
         ensemble_size=5,
-        published=published(dataset, ways, 1 if metric == "accuracy" else 5, label),
+        published=published(dataset, ways, 1 if metric == "accuracy" else 5, *learner(label)),
         bn="transductive",
         inner_steps=5,
     )
@@ -226,6 +226,15 @@ def empty():
         for each in given.rows
     ]
     return table(rows)
+
+
+def learner(label):
+    """The algorithm and the improvements behind a label."""
+    algo, *removed = label.split(" - ")
+    if algo == "maml++":
+        return "maml", [name for name in LETTERS if name not in removed]
+    algo, *added = label.split(" + ")
+    return algo, added
 
 
 def text_rows(table, sort=None):

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core import formatting
+from mamlctl.core.literals import BatchNormMode, Model
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
-from mamlctl.experiments.grid.plans import label_of
+from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published
@@ -54,7 +55,7 @@ class _RowRuns:
     cells: tuple[Cell, ...]
     evaluations: Mapping[int, StoredEvaluation]  # by seed
 
-    def scores(self, model: str) -> Scores:
+    def scores(self, model: Model) -> Scores:
         """Every task's score of one of MODELS, for the seeds that have it."""
         return {
             seed: evaluation.scores[model]
@@ -134,7 +135,7 @@ def _row_runs(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) 
     return _RowRuns(row, tuple(cells), evaluations)
 
 
-def _model_scores(rows: Sequence[_RowRuns], model: str) -> list[Score | None]:
+def _model_scores(rows: Sequence[_RowRuns], model: Model) -> list[Score | None]:
     """Every row's score for the best checkpoints or the ensembles, with differences to the first row's."""
     baseline = rows[0].scores(model)
     scores = [_score(row, model) for row in rows]
@@ -150,7 +151,7 @@ def _model_scores(rows: Sequence[_RowRuns], model: str) -> list[Score | None]:
     ]
 
 
-def _score(row: _RowRuns, model: str) -> Score | None:
+def _score(row: _RowRuns, model: Model) -> Score | None:
     by_seed = row.scores(model)
     if not by_seed:
         return None
@@ -180,10 +181,9 @@ def _table_row(
     config = fill_defaults(runs.spec.config)
     evaluations = list(runs.evaluations.values())
     evaluated = evaluate.over(config)
+    bn: BatchNormMode = "none" if is_curve_family(config.dataset) else evaluated.bn
     if evaluations:
-        bn = str(evaluations[0].protocol["bn"])
-    else:
-        bn = "none" if is_curve_family(config.dataset) else evaluated.bn
+        bn = evaluations[0].protocol["bn"]
     settings = identity_settings(runs.spec.config)
     return Row(
         label=runs.spec.label,
@@ -198,7 +198,9 @@ def _table_row(
     )
 
 
-def _published(config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: str) -> tuple[Published, ...]:
+def _published(
+    config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: BatchNormMode
+) -> tuple[Published, ...]:
     """What papers print for such a run; nothing for another network, order, split or way to normalise."""
     usual = resolve_settings(
         [("flag", {"algo": config.algo, "dataset": config.dataset, "shots": config.shots})], checked=False
@@ -206,8 +208,15 @@ def _published(config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: 
     same = all(getattr(config, name) == getattr(usual, name) for name in ("net", "first_order", "adapts"))
     if not same or evaluate.split != "test":
         return ()
-    label = label_of(config)
-    return published(config.dataset, config.ways, config.shots, label, inner_steps=inner_steps, bn=bn)
+    return published(
+        config.dataset,
+        config.ways,
+        config.shots,
+        as_unimproved(config).algo,
+        config.improvements,
+        inner_steps=inner_steps,
+        bn=bn,
+    )
 
 
 def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
