@@ -26,6 +26,16 @@ def source_letters(table: Table) -> dict[str, str]:
     return {source: letter(place) for place, source in enumerate(sources)}
 
 
+def source_notes(table: Table) -> list[str]:
+    """Each source behind its letter, and what it says about those of its numbers that are shown."""
+    entries = [row.published[0] for row in table.rows if row.published]
+    notes = []
+    for source, name in source_letters(table).items():
+        remarks = [f"{entry.row}: {entry.note}" for entry in entries if entry.source == source and entry.note]
+        notes.append(f"{name}: {'; '.join([source, *remarks])}.")
+    return notes
+
+
 def letter(place: int) -> str:
     """The name of a footnote: a to z, then a1 ..."""
     return chr(ord("a") + place % 26) + str(place // 26 or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Column:
     sort: Literal["least", "best"] | None = None  # the values that come first; None: --sort does not offer it
     baseline_value: Value = None  # where --sort puts a baseline that has no value
     legend: str | Callable[[Table], str] = ""  # a sentence below the table
+    notes: Callable[[Table], Sequence[str]] = lambda table: ()  # below all legends: what signs stand for
     drop_rank: int | None = 0  # narrow terminals leave out the least first; None: never
     is_always_shown: bool = False  # even where no row has a text
     is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
@@ -213,6 +214,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda row: row.published[0].score if row.published else None,
         sort="best",
         legend=texts.PUBLISHED_LEGEND,
+        notes=texts.source_notes,
         drop_rank=10,
         csv=_published_fields,
         json=lambda row: {"published": [asdict(entry) for entry in row.published]},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mamlctl.core import formatting
 from mamlctl.report import columns
-from mamlctl.report.column_texts import resolve, source_letters
+from mamlctl.report.column_texts import resolve
 from mamlctl.report.columns import Column
 from mamlctl.report.table import Cell, Row, Table
 
@@ -28,7 +28,7 @@ class RenderedTable:
     columns: tuple[Column, ...]
     heads: Mapping[str, str]  # by the column's key
     rows: tuple[RenderedRow, ...]
-    sources: tuple[tuple[str, str], ...]  # the letters beside published numbers, and what they stand for
+    notes: Mapping[str, Sequence[str]]  # what signs in the texts stand for, by the column's key
     remarks: tuple[str, ...]  # what became of each run that is not finished
 
     @property
@@ -66,9 +66,8 @@ def render_table(table: Table, sort: str | None = None) -> RenderedTable:
         if column.is_always_shown or any(row.texts[column.key] for row in rows)
     )
     heads = {column.key: resolve(column.head, table) for column in shown}
-    letters = source_letters(ordered)
-    sources = tuple((name, _source_and_notes(ordered.rows, source)) for source, name in letters.items())
-    return RenderedTable(shown, heads, rows, sources, remarks(table))
+    notes = {column.key: column.notes(ordered) for column in shown}
+    return RenderedTable(shown, heads, rows, notes, remarks(table))
 
 
 def _rendered_row(table: Table, row: Row) -> RenderedRow:
@@ -79,13 +78,6 @@ def _rendered_row(table: Table, row: Row) -> RenderedRow:
         texts[first_score] = reason
     on_one_line = {key: " ".join(formatting.strip_controls(text).split()) for key, text in texts.items()}
     return RenderedRow(row, on_one_line, reason)
-
-
-def _source_and_notes(rows: Sequence[Row], source: str) -> str:
-    """A source, and what it says about those of its numbers that are shown."""
-    entries = [row.published[0] for row in rows if row.published and row.published[0].source == source]
-    notes = [f"{entry.row}: {entry.note}" for entry in entries if entry.note]
-    return formatting.strip_controls("; ".join([source, *notes]))
 
 
 def missing_reason(row: Row) -> str:
@@ -119,11 +111,10 @@ def remarks(table: Table) -> tuple[str, ...]:
 
 def _how_it_ended(cell: Cell) -> str:
     if cell.diverged_at is None:
-        end, cause = f"{cell.status} after {cell.steps} meta-steps", cell.reason
+        end = f"{cell.status} after {cell.steps} meta-steps"
     else:
         end = f"diverged at meta-step {cell.diverged_at}"
-        cause = cell.reason.removeprefix(f"training {end}: ")  # which would say the same again
-    return f"{end}: {cause}" if cause else end
+    return f"{end}: {cell.reason}" if cell.reason else end
 
 
 def head_parts(table: Table) -> list[str]:
@@ -147,10 +138,10 @@ def head_parts(table: Table) -> list[str]:
 
 
 def meanings(table: Table, shown: RenderedTable) -> list[str]:
-    """What the numbers of the shown columns mean, and where the published ones are from."""
-    legends = [formatting.strip_controls(resolve(column.legend, table)) for column in shown.columns]
-    sources = [f"{name}: {source}." for name, source in shown.sources if "published" in shown.heads]
-    return [*filter(None, legends), *sources]
+    """What the numbers of the shown columns mean, then what signs in them stand for."""
+    legends = [resolve(column.legend, table) for column in shown.columns]
+    notes = [note for column in shown.columns for note in shown.notes[column.key]]
+    return [formatting.strip_controls(line) for line in (*legends, *notes) if line]
 
 
 def warnings(table: Table, shown: RenderedTable) -> list[str]:

@@ -87,6 +87,14 @@ class Row:
     published: tuple[Published, ...]
     bn: BatchNormMode
     inner_steps: int
+    added: tuple[str, ...] = ()  # improvements of which the label says that the baseline lacks them
+    removed: tuple[str, ...] = ()  # and that the baseline has them
+
+    @property
+    def short_label(self) -> str:
+        """What the label says beside the baseline's: "+ msl"; all of it where that is something else."""
+        changes = [*(f"+ {name}" for name in self.added), *(f"- {name}" for name in self.removed)]
+        return " ".join(changes) or self.label
 
     @property
     def steps_to_99(self) -> float | None:

@@ -54,6 +54,7 @@ class Improvement:
     companions: tuple[str, ...]  # settings that only this improvement gives a meaning to
     unsupported_by: tuple[Obstacle, ...]  # where it has no meaning
     paper_group: str  # improvements of one group are one improvement in the paper
+    read_by_bn: BatchNorm | None  # the only --bn with which it changes a test; None: it always does
 
 
 def improvement(
@@ -62,9 +63,10 @@ def improvement(
     companions: tuple[str, ...] = (),
     unsupported_by: tuple[Obstacle, ...] = (),
     paper_group: str = "",
+    read_by_bn: BatchNorm | None = None,
 ) -> Any:
     """The field of an improvement: the one place where it is declared; without a group it is its own."""
-    record = Improvement("", text, companions, unsupported_by, paper_group)
+    record = Improvement("", text, companions, unsupported_by, paper_group, read_by_bn)
     return field(default=False, metadata={**setting(False, MAMLPP, text).metadata, "improvement": record})
 
 
@@ -210,6 +212,7 @@ class TrainConfig:
         "Batch-norm running statistics kept for each inner step (used by --bn running).",
         unsupported_by=("no unrolled loop", "one pass of the body", "no batch norm"),
         paper_group="batch norm",
+        read_by_bn="running",
     )
     bnwb: bool = improvement(
         "Batch-norm weight and bias learnt for each inner step.",

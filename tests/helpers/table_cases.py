@@ -112,6 +112,7 @@ def row(
         published=published(dataset, ways, 1 if metric == "accuracy" else 5, *learner(label)),
         bn="transductive",
         inner_steps=5,
+        added=tuple(label.split(" + ")[1:]),
     )
 
 
@@ -150,7 +151,7 @@ def one_on():
     """9 rows x 3 seeds; one row has diverged, one run of another is missing, one has failed."""
     rng = np.random.default_rng(6)
     rows = [row(rng, label, place) for place, label in enumerate((*ONE_ON, "maml++"))]
-    why = {"reason": "training diverged at meta-step 121: the query loss is nan", "diverged_at": 121}
+    why = {"reason": "the query loss is nan", "diverged_at": 121}
     rows[4] = replace(
         rows[4],
         cells=tuple(unfinished(ended, "diverged", **why) for ended in rows[4].cells),

@@ -16,13 +16,13 @@ from mamlctl.core.literals import BatchNormMode, Model
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
-from mamlctl.experiments.grid.plans import as_unimproved
+from mamlctl.experiments.grid.plans import as_unimproved, improved_label
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
 from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, run_state
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def tabulate(
     best, ensemble = (_model_scores(filled, model) for model in MODELS)
     common = common_settings([identity_settings(row.config) for row in rows])
     made = [
-        _table_row(runs, best[place], ensemble[place], evaluate, common) for place, runs in enumerate(filled)
+        _table_row(runs, rows[0], best[place], ensemble[place], evaluate, common)
+        for place, runs in enumerate(filled)
     ]
     first = evaluate.over(fill_defaults(rows[0].config))
     return Table(
@@ -173,6 +174,7 @@ def _difference(row: Scores, baseline: Scores) -> Difference | None:
 
 def _table_row(
     runs: _RowRuns,
+    baseline: RowSpec,
     best: Score | None,
     ensemble: Score | None,
     evaluate: EvalConfig,
@@ -185,8 +187,11 @@ def _table_row(
     if evaluations:
         bn = evaluations[0].protocol["bn"]
     settings = identity_settings(runs.spec.config)
+    added, removed = _changes(runs.spec, baseline)
     return Row(
         label=runs.spec.label,
+        added=added,
+        removed=removed,
         settings={key: value for key, value in settings.items() if key not in common},
         cells=runs.cells,
         best=best,
@@ -196,6 +201,14 @@ def _table_row(
         bn=bn,
         inner_steps=evaluated.evaluation_inner_steps,
     )
+
+
+def _changes(row: RowSpec, baseline: RowSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The improvements that the row adds to the baseline and takes from it, if its label says just that."""
+    row_names, baseline_names = row.config.improvements, baseline.config.improvements
+    added = tuple(name for name in row_names if name not in baseline_names)
+    removed = tuple(name for name in baseline_names if name not in row_names)
+    return (added, removed) if row.label == improved_label(baseline.label, added, removed) else ((), ())
 
 
 def _published(
@@ -258,8 +271,10 @@ def _equal_rows(rows: Sequence[_RowRuns]) -> list[str]:
     notes = [
         f"equal on every task: {', '.join(row.spec.label for row in group)}" for group in groups if group[1:]
     ]
-    if any(_differ_in_bnrs_alone(group) for group in groups):
-        notes.append("bnrs keeps statistics that only --bn running reads, so alone it changes nothing here")
+    for name, bn in ((name, entry.read_by_bn) for name, entry in IMPROVEMENTS.items()):
+        if bn and any(_differ_in_one_alone(group, name) for group in groups):
+            fact = f"{name} keeps statistics that only --bn {bn} reads"
+            notes.append(f"{fact}, so alone it changes nothing here")
     return notes
 
 
@@ -269,7 +284,7 @@ def _are_equal(one: Scores, other: Scores) -> bool:
     return all(bool(np.array_equal(one[seed], other[seed])) for seed in one)
 
 
-def _differ_in_bnrs_alone(group: Sequence[_RowRuns]) -> bool:
-    """Whether two of these rows differ in nothing but bnrs."""
-    configs = [replace(row.spec.config, bnrs=False) for row in group]
+def _differ_in_one_alone(group: Sequence[_RowRuns], improvement: str) -> bool:
+    """Whether two of these rows differ in nothing but this improvement."""
+    configs = [{**vars(row.spec.config), improvement: False} for row in group]
     return any(config in configs[:place] for place, config in enumerate(configs))

@@ -55,7 +55,7 @@ class PlannedRow:
     @property
     def label(self) -> str:
         """The base and its improvements: "maml + msl"."""
-        return _label(self.base, self.added, self.removed)
+        return improved_label(self.base, self.added, self.removed)
 
     @property
     def of_improvements(self) -> bool:
@@ -175,7 +175,8 @@ def _without_improvements(algo: str) -> str:
     return algo if entry is None or entry.improves is None else entry.improves
 
 
-def _label(base: str, added: Collection[str], removed: Collection[str]) -> str:
+def improved_label(base: str, added: Collection[str], removed: Collection[str]) -> str:
+    """A name and what is added to it and taken from it: "maml + msl", "maml++ - ca"."""
     return "".join([base, *(f" + {name}" for name in added), *(f" - {name}" for name in removed)])
 
 
@@ -199,5 +200,5 @@ def as_unimproved(config: TrainConfig) -> TrainConfig:
 def label_of(config: TrainConfig) -> str:
     """A run's algorithm with the improvements that it has, or that MAML++ lacks, as plans name rows."""
     if _without_improvements(config.algo) == config.algo:
-        return _label(config.algo, config.improvements, ())
-    return _label(config.algo, (), [name for name in IMPROVEMENTS if not getattr(config, name)])
+        return improved_label(config.algo, config.improvements, ())
+    return improved_label(config.algo, (), [name for name in IMPROVEMENTS if not getattr(config, name)])

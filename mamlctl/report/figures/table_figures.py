@@ -163,12 +163,12 @@ def _panels(
     """A figure of small panels with shared axes, a row's name over each."""
     across = min(len(rows), 3 if len(rows) <= 9 else 4)
     down = math.ceil(len(rows) / across)
-    name_lines = max(len(_name(table, row, across).splitlines()) for row in rows)
+    name_lines = max(len(_panel_title(row, across).splitlines()) for row in rows)
     height = 0.95 + (1.15 + 0.13 * name_lines) * down + (0.5 if down == 1 else 0)
     with drawing(style.WIDTH, height, title) as figure:
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         for row, ax in zip(rows, axes.flat, strict=False):
-            ax.set_title(_name(table, row, across), fontsize=8)
+            ax.set_title(_panel_title(row, across), fontsize=8)
             ax.grid(True)
         if table.metric == "accuracy":
             axes[0, 0].yaxis.set_major_formatter(lambda share, _=None: f"{100 * share:.4g} %")
@@ -187,9 +187,9 @@ def _label_lowest(axes: Any, used: int, x_label: str) -> None:
         ax.set_xlabel(x_label)
 
 
-def _name(table: Table, row: Row, across: int) -> str:
-    """A row's label without the baseline's part, in lines that fit over a panel."""
-    label = plain(" ".join(row.label.split())).removeprefix(f"{table.baseline} ")
+def _panel_title(row: Row, across: int) -> str:
+    """A row's short label in lines that fit over a panel."""
+    label = plain(" ".join(row.short_label.split()))
     return "\n".join(textwrap.wrap(label, {1: 90, 2: 52, 3: 34}.get(across, 26))) or "?"
 
 
@@ -299,7 +299,7 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
             )
             if steps <= NUMBERED or across == 1:
                 _write_rates(ax, mesh, table_LI, most)
-            ax.set_title(_name(table, row, across), fontsize=8)
+            ax.set_title(_panel_title(row, across), fontsize=8)
             ax.tick_params(length=0)
             ax.spines[:].set_visible(False)
         axes[0, 0].set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])

@@ -1,0 +1,64 @@
+"""What a table says of its rows from their settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mamlctl.experiments.grid.build_table import RowSpec, _changes, _equal_rows, _RowRuns
+from mamlctl.experiments.grid.grid import resolve_rows
+from mamlctl.experiments.grid.plans import improvement_rows
+from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
+
+
+def changes(plan, algo):
+    """The improvements that each row's label adds to the first one's, and takes from it."""
+    layers, settings = [("test", {"dataset": "omniglot"})], {"algo": algo}
+    rows = [
+        RowSpec(row.label, row.config, ())
+        for row in resolve_rows(improvement_rows(plan, algo), layers, settings, seed=0)
+    ]
+    return {row.label: _changes(row, rows[0]) for row in rows}
+
+
+def test_rows_know_what_their_labels_add_to_the_baselines():
+    assert changes("one-on", "maml") == {
+        "maml": ((), ()),
+        **{f"maml + {name}": ((name,), ()) for name in IMPROVEMENTS},
+        "maml + bnrs + bnwb": (("bnrs", "bnwb"), ()),
+        "maml++": ((), ()),  # whose name says no more than itself
+    }
+
+
+@pytest.mark.parametrize(("algo", "base"), [("maml++", "maml++"), ("boil", "boil with all")])
+def test_rows_know_what_their_labels_take_from_the_baselines(algo, base):
+    taken = changes("one-off", algo)
+    assert taken[base] == ((), ())
+    assert taken[f"{base} - msl"] == ((), ("msl",))
+    assert taken[f"{base} - bnrs - bnwb"] == ((), ("bnrs", "bnwb"))
+
+
+def test_a_label_that_says_something_else_is_not_shortened():
+    baseline = RowSpec("maml", TrainConfig(algo="maml"), ())
+    assert _changes(RowSpec("mine", TrainConfig(algo="maml", msl=True), ()), baseline) == ((), ())
+
+
+def equal_runs(label, config):
+    scores = {"best": np.array([0.4, 0.6])}
+    evaluation = StoredEvaluation({"bn": "transductive"}, scores, {}, 0, ())
+    return _RowRuns(RowSpec(label, config, ()), (), {0: evaluation})
+
+
+def test_an_improvement_that_the_test_does_not_read_is_named(monkeypatch):
+    config = TrainConfig(algo="maml", lslr=True)
+    others = [replace(config, bnrs=True), replace(config, ca=True)]
+    runs = [equal_runs(label, each) for label, each in zip("abc", (config, *others), strict=True)]
+    equal = "equal on every task: a, b, c"
+    note = "{} keeps statistics that only --bn {} reads, so alone it changes nothing here"
+    assert _equal_rows(runs) == [equal, note.format("bnrs", "running")]
+    monkeypatch.setitem(IMPROVEMENTS, "bnrs", replace(IMPROVEMENTS["bnrs"], read_by_bn=None))
+    monkeypatch.setitem(IMPROVEMENTS, "ca", replace(IMPROVEMENTS["ca"], read_by_bn="support"))
+    assert _equal_rows(runs) == [equal, note.format("ca", "support")]
