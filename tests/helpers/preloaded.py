@@ -177,12 +177,13 @@ def become_or_wait(connection):
     if pid:
         for stream in streams:
             os.close(stream)
-        with suppress(OSError):
-            connection.sendall(f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
         with suppress(OSError):
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
+    # Told by the fork itself, since Python drops the signals that come before the fork is ready for them.
+    with suppress(OSError):
+        connection.sendall(f"{os.getpid()}\n".encode())
     connection.close()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
