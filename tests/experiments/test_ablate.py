@@ -12,8 +12,9 @@ import torch
 from helpers import preloaded
 from helpers.grid_cases import QUICK_WORDS, TESTED, TINY, filled, ignore, tiny_grid, without_times
 
-from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError
 from mamlctl.core.events import GridChanged
+from mamlctl.core.files import is_locked
 from mamlctl.core.statistics import difference, holm, mean_ci95
 from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
@@ -96,15 +97,15 @@ def test_a_second_call_does_nothing_and_says_the_same(done):
 
 def test_events_tell_each_cell_to_its_end(done):
     grid, _, events = done
-    told = [event for event in events if isinstance(event, GridChanged)]
-    assert {len(event.cells) for event in told} == {6}
-    seen = {(cell.row, cell.seed, cell.state) for event in told for cell in event.cells}
+    changes = [event for event in events if isinstance(event, GridChanged)]
+    assert {len(event.cells) for event in changes} == {6}
+    seen = {(cell.row, cell.seed, cell.state) for event in changes for cell in event.cells}
     for cell in grid.cells:
         end = "diverged" if "1e30" in cell.row.label else "done"
         assert (cell.row.label, cell.seed, "training") in seen
         assert (cell.row.label, cell.seed, end) in seen
-    assert all(sum(cell.state in ("training", "testing") for cell in event.cells) <= 2 for event in told)
-    assert {cell.state for cell in told[-1].cells} == {"done", "diverged"}
+    assert all(sum(cell.state in ("training", "testing") for cell in event.cells) <= 2 for event in changes)
+    assert {cell.state for cell in changes[-1].cells} == {"done", "diverged"}
 
 
 def test_more_seeds_and_other_tasks_keep_what_is_there(done, tmp_path):
@@ -198,20 +199,35 @@ def test_a_damaged_plan_is_two_lines(tmp_path, text):
 
 def test_a_plan_is_read_as_it_was_written(done, tmp_path):
     grid = done[0]
-    there = load_grid(grid.folder)
-    assert there == grid
-    save_plan(there)
+    loaded = load_grid(grid.folder)
+    assert loaded == grid
+    save_plan(loaded)
     assert load_grid(grid.folder) == grid
 
 
-# From its first moment to its table: a kill as soon as such a file is written. The signals take turns.
-KILLS = ("", "plan.yaml", "cells/*/metrics.jsonl", "cells/*/checkpoints/*.pt", "cells/*/eval/*/summary.json")
+# From its lock to its table: a kill as soon as such a file is written anew. The signals take turns.
+KILLS = (
+    "lock",
+    "plan.yaml",
+    "cells/*/metrics.jsonl",
+    "cells/*/checkpoints/*.pt",
+    "cells/*/eval/*/summary.json",
+)
+RETURN_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: ExitCode.TERMINATED}
 
 
 def newest(folder, pattern):
-    return max((path.stat().st_mtime_ns for path in folder.glob(pattern)), default=0) if pattern else 1
+    """When the last such file was written, in ns; 0 without one."""
+    return max((path.stat().st_mtime_ns for path in folder.glob(pattern)), default=0)
 
 
+def wait_for_writers(folder):
+    """Children of a killed call save a checkpoint before they end: wait until they have."""
+    while any(is_locked(cell) for cell in folder.glob("cells/*")):
+        time.sleep(0.005)
+
+
+@pytest.mark.alone
 def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root, monkeypatch):
     """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
     monkeypatch.setenv(preloaded.NO_PICTURES, "1")
@@ -223,18 +239,22 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root,
             return preloaded.Process(["-m", "mamlctl", *words, "--out", out], stdout, stderr)
 
     assert call(tmp_path / "whole").wait() == 0
+    killed = tmp_path / "killed"
     for number, pattern in enumerate(KILLS):
-        before = newest(tmp_path / "killed", pattern) if pattern else 0
-        process = call(tmp_path / "killed")
-        while process.poll() is None and newest(tmp_path / "killed", pattern) <= before:
+        wait_for_writers(killed)
+        before = newest(killed, pattern)
+        process = call(killed)
+        while process.poll() is None and newest(killed, pattern) <= before:
             time.sleep(0.005)
-        process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
-        process.wait()
-    assert call(tmp_path / "killed").wait() == 0
+        assert process.poll() is None, f"ended before {pattern} was written"
+        sent = signal.SIGTERM if number % 2 else signal.SIGKILL
+        process.send_signal(sent)
+        assert process.wait() == RETURN_CODES[sent], pattern
+    assert call(killed).wait() == 0
     whole, last = ((tmp_path / name).read_text() for name in ("whole.json", "killed.json"))
     assert without_times(json.loads(last)) == without_times(json.loads(whole))
     for cell in load_grid(tmp_path / "whole").cells:
-        ours = open_run(tmp_path / "killed/cells" / cell.name)
+        ours = open_run(killed / "cells" / cell.name)
         assert ours.metrics()[-1].get("val_accuracy") == open_run(cell.folder).metrics()[-1]["val_accuracy"]
         assert run_state(ours.path).status == "finished"
 
