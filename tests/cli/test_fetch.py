@@ -156,10 +156,10 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
 
 def test_the_second_of_two_fetches_waits_and_finds_the_set_there(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.DATA_SETS, "slow", Slow().data_set)
-    told = []
+    notices = []
 
     def on_event(event):
-        told.append(event.text)
+        notices.append(event.text)
         Slow.go_on.set()
 
     first = threading.Thread(target=lambda: get(tmp_path, ignore))
@@ -167,8 +167,8 @@ def test_the_second_of_two_fetches_waits_and_finds_the_set_there(tmp_path, monke
     assert Slow.begun.wait(10)
     get(tmp_path, on_event)
     first.join()
-    assert told[0] == f"process {os.getpid()} is at work on slow: waiting for it"
-    assert Slow.made == 1
+    assert notices[0] == f"process {os.getpid()} is at work on slow: waiting for it"
+    assert Slow.times_prepared == 1
     assert not (tmp_path / "downloads").exists()
 
 
@@ -181,20 +181,20 @@ def get(root, on_event):
 class Slow:
     """A data set that waits while it is made."""
 
-    made = 0
+    times_prepared = 0
     begun, go_on = threading.Event(), threading.Event()
 
     @property
     def data_set(self):
         glyphs = registry.DATA_SETS["glyphs"]
-        made = {"prepare": self.prepare, "open_pack": self.open_pack, "is_here": self.is_here}
-        return replace(glyphs, name="slow", **made)
+        methods = {"prepare": self.prepare, "open_pack": self.open_pack, "is_here": self.is_here}
+        return replace(glyphs, name="slow", **methods)
 
     def is_here(self, root):
         return (root / "slow").exists()
 
     def prepare(self, root, sources, on_event):
-        Slow.made += 1
+        Slow.times_prepared += 1
         self.begun.set()
         assert self.go_on.wait(10)
         (root / "slow").mkdir()

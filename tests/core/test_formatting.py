@@ -10,11 +10,11 @@ from mamlctl.core import formatting
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(None, "-:--"), (math.nan, "-:--"), (-3, "0:00"), (72, "1:12"), (8020, "2:13:40"), (273600, "3 d 04 h")],
 )
-def test_clock(seconds: float | None, told: str):
-    assert formatting.clock(seconds) == told
+def test_clock(seconds: float | None, text: str):
+    assert formatting.clock(seconds) == text
 
 
 def test_numbers_as_people_read_them():

@@ -33,11 +33,11 @@ def scores(seed=0, seeds=3, tasks=40):
     return row_ST + 0.05 * generator.normal(size=(seeds, 1)), baseline_ST
 
 
-def crossed(generator, seeds, tasks, by_seed, by_task, rest):
+def crossed(generator, seeds, tasks, by_seed, by_task, residual):
     """Differences without any true one: deviations by seed, by task and of what is left."""
     normal = generator.normal
     of_seed, of_task = by_seed * normal(size=(seeds, 1)), by_task * normal(size=tasks)
-    return of_seed + of_task + rest * normal(size=(seeds, tasks))
+    return of_seed + of_task + residual * normal(size=(seeds, tasks))
 
 
 def test_over_seeds_is_the_standard_library_s():
@@ -58,10 +58,10 @@ def test_mean_squares_and_degrees_of_freedom_are_a_slow_loop_s(wider, deviations
     column = [sum(d[s, t] for s in seeds) / 4 for t in tasks]
     by_seed = sum((row[s] - mean) ** 2 for s in seeds for t in tasks) / 3
     by_task = sum((column[t] - mean) ** 2 for s in seeds for t in tasks) / 6
-    rest = sum((d[s, t] - row[s] - column[t] + mean) ** 2 for s in seeds for t in tasks) / 18
-    assert by_seed > rest < by_task  # so that no floor is in play
-    variance = by_seed + by_task - rest
-    df = variance**2 / (by_seed**2 / 3 + by_task**2 / 6 + rest**2 / 18)
+    residual = sum((d[s, t] - row[s] - column[t] + mean) ** 2 for s in seeds for t in tasks) / 18
+    assert by_seed > residual < by_task  # so that no floor is in play
+    variance = by_seed + by_task - residual
+    df = variance**2 / (by_seed**2 / 3 + by_task**2 / 6 + residual**2 / 18)
     square, degrees = {"both": (variance, df), "seeds": (by_seed, 3)}[wider]
     half = scipy_stats.t.ppf(0.975, degrees) * math.sqrt(square / 28)
     p = 2 * scipy_stats.t.sf(abs(mean) / math.sqrt(variance / 28), df)
@@ -80,24 +80,28 @@ def test_where_one_of_both_makes_all_the_difference_it_is_the_t_test_over_that_o
 
 def test_one_seed_is_the_paired_t_test_over_tasks():
     row, baseline = scores(seeds=1)
-    found, want = difference(row, baseline), scipy_stats.ttest_rel(row[0], baseline[0])
+    result, want = difference(row, baseline), scipy_stats.ttest_rel(row[0], baseline[0])
     low, high = want.confidence_interval()
     np.testing.assert_allclose(
-        (found.low, found.high, found.p, found.df), (low, high, want.pvalue, 39), rtol=1e-12
+        (result.low, result.high, result.p, result.df), (low, high, want.pvalue, 39), rtol=1e-12
     )
-    np.testing.assert_allclose((found.tasks_low, found.tasks_high, found.tasks_p), (low, high, want.pvalue))
+    np.testing.assert_allclose(
+        (result.tasks_low, result.tasks_high, result.tasks_p), (low, high, want.pvalue)
+    )
 
 
 def test_interval_over_tasks_is_scipy_s_paired_t_of_the_seeds_mean():
     row, baseline = scores()
-    found, want = difference(row, baseline), scipy_stats.ttest_rel(row.mean(0), baseline.mean(0))
+    result, want = difference(row, baseline), scipy_stats.ttest_rel(row.mean(0), baseline.mean(0))
     low, high = want.confidence_interval()
-    np.testing.assert_allclose((found.tasks_low, found.tasks_high, found.tasks_p), (low, high, want.pvalue))
+    np.testing.assert_allclose(
+        (result.tasks_low, result.tasks_high, result.tasks_p), (low, high, want.pvalue)
+    )
     mean, half = mean_ci95(row.mean(0) - baseline.mean(0))
     np.testing.assert_allclose((mean - half, mean + half), (low, high))
-    assert (found.seeds, found.tasks) == (3, 40)
-    assert found.mean == pytest.approx((row - baseline).mean(), rel=1e-12)
-    assert found.low < found.tasks_low < found.mean < found.tasks_high < found.high
+    assert (result.seeds, result.tasks) == (3, 40)
+    assert result.mean == pytest.approx((row - baseline).mean(), rel=1e-12)
+    assert result.low < result.tasks_low < result.mean < result.tasks_high < result.high
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -105,17 +109,17 @@ def test_equal_scores_differ_by_nothing_without_a_warning(seeds):
     row = scores(seeds=seeds)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = difference(row, row.copy())
-    nothing = (found.mean, found.low, found.high, found.tasks_low, found.tasks_high)
-    assert (*nothing, found.bootstrap_low, found.bootstrap_high) == (0,) * 7
-    assert (found.p, found.tasks_p, found.permutation_p) == (1, 1, 1)
-    assert all(math.isfinite(value) for value in astuple(found))
+        result = difference(row, row.copy())
+    nothing = (result.mean, result.low, result.high, result.tasks_low, result.tasks_high)
+    assert (*nothing, result.bootstrap_low, result.bootstrap_high) == (0,) * 7
+    assert (result.p, result.tasks_p, result.permutation_p) == (1, 1, 1)
+    assert all(math.isfinite(value) for value in astuple(result))
 
 
 def test_a_constant_difference_is_a_point_and_certain():
-    found = difference(np.full((3, 8), 0.75), np.full((3, 8), 0.5))
-    assert (found.low, found.mean, found.high, found.p) == (0.25, 0.25, 0.25, 0)
-    assert found.permutation_p == 2 / 2**8  # all signs, or none, of 2**8
+    result = difference(np.full((3, 8), 0.75), np.full((3, 8), 0.5))
+    assert (result.low, result.mean, result.high, result.p) == (0.25, 0.25, 0.25, 0)
+    assert result.permutation_p == 2 / 2**8  # all signs, or none, of 2**8
 
 
 def test_scores_that_are_not_in_pairs_are_refused():
@@ -223,9 +227,9 @@ def test_main_interval_holds_the_truth_in_95_of_100_experiments(regime, seeds):
     generator, tasks = np.random.default_rng(8), 300
     held = 0
     for _ in range(EXPERIMENTS):
-        found = crossed_t(crossed(generator, seeds, tasks, *deviations))
-        held += found.low <= 0 <= found.high
-        assert (found.p > 0.05) == (found.low <= 0 <= found.high)
+        result = crossed_t(crossed(generator, seeds, tasks, *deviations))
+        held += result.low <= 0 <= result.high
+        assert (result.p > 0.05) == (result.low <= 0 <= result.high)
     assert held / EXPERIMENTS >= 0.95 - ERROR
     if exact:
         assert held / EXPERIMENTS <= 0.95 + ERROR
@@ -236,8 +240,8 @@ def test_interval_over_tasks_holds_the_truth_about_these_models():
     generator = np.random.default_rng(9)
     held = 0
     for _ in range(EXPERIMENTS):
-        found = paired_t(crossed(generator, 3, 200, 0.0, 0.1, 0.1).mean(0))
-        held += found.low <= 0 <= found.high
+        result = paired_t(crossed(generator, 3, 200, 0.0, 0.1, 0.1).mean(0))
+        held += result.low <= 0 <= result.high
     assert abs(held / EXPERIMENTS - 0.95) <= ERROR
 
 
@@ -266,12 +270,14 @@ def test_none_is_found_where_there_is_none_in_one_row_nor_after_holm_in_eight():
 def test_a_planted_difference_is_found():
     generator = np.random.default_rng(11)
     row, baseline = accuracies(generator, 2, gain=0.1, tasks=600)
-    found = difference(row, baseline)
-    assert found.low < 0.1 < found.high
-    assert max(found.p, found.tasks_p, found.permutation_p) < 0.05
-    assert min(found.low, found.tasks_low, found.bootstrap_low) > 0
+    result = difference(row, baseline)
+    assert result.low < 0.1 < result.high
+    assert max(result.p, result.tasks_p, result.permutation_p) < 0.05
+    assert min(result.low, result.tasks_low, result.bootstrap_low) > 0
     reverse = difference(baseline, row)
-    assert (reverse.mean, reverse.low, reverse.high) == pytest.approx((-found.mean, -found.high, -found.low))
+    assert (reverse.mean, reverse.low, reverse.high) == pytest.approx(
+        (-result.mean, -result.high, -result.low)
+    )
 
 
 def test_equal_input_gives_equal_bytes():

@@ -52,11 +52,11 @@ def packed(glyphs_root):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, glyphs_root):
     """A run of so many settings, made once; its data are gone when it is used."""
-    made = {}
+    runs = {}
 
     def make(algo, **settings):
         key = (algo, *sorted(settings.items()))
-        if key not in made:
+        if key not in runs:
             folder = tmp_path_factory.mktemp(algo)
             shutil.copytree(glyphs_root, folder / "data")
             values = {**SMALL, "algo": algo, "data_root": str(folder / "data"), **settings}
@@ -68,8 +68,8 @@ def trained(tmp_path_factory, glyphs_root):
             where = {"out": folder / "run", "offline": True, "time_limit_s": None}
             train(config, **where, command="test", on_event=silent)
             shutil.rmtree(folder / "data")
-            made[key] = folder / "run"
-        return made[key]
+            runs[key] = folder / "run"
+        return runs[key]
 
     return make
 
@@ -92,9 +92,9 @@ def folders(folder, packed, shots, queries=2, first=0):
     return folder / "learn", folder / "ask"
 
 
-def asked(run, support, *queries, on_event=silent, settings=None, **wanted):
+def classify(run, support, *queries, on_event=silent, settings=None, **request):
     return classify_images(
-        run, settings or EvalConfig(), ClassifyRequest(support, queries, **wanted), on_event=on_event
+        run, settings or EvalConfig(), ClassifyRequest(support, queries, **request), on_event=on_event
     )
 
 
@@ -121,33 +121,33 @@ def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packe
             inner_steps=model.inner_steps,
             statistics=model.statistics,
         )
-        result = asked(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
-        wanted = outputs_ITEN[-1, 0].double().softmax(-1)
-        assert np.allclose(table(result), wanted, atol=2e-5), bn
+        result = classify(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
+        expected = outputs_ITEN[-1, 0].double().softmax(-1)
+        assert np.allclose(table(result), expected, atol=2e-5), bn
         assert (result.labelled, result.bn) == (6, bn)
         truth = np.repeat(np.arange(3), 2)
-        assert result.right == int((wanted.argmax(-1).numpy() == truth).sum())
+        assert result.right == int((expected.argmax(-1).numpy() == truth).sum())
 
 
 @pytest.mark.parametrize("algo", IMAGED)
 def test_every_algorithm_takes_other_ways_and_unequal_classes(algo, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 3])
-    result = asked(trained(algo), support, query)
+    result = classify(trained(algo), support, query)
     assert table(result).shape == (4, 2) and result.shots == (1, 3)
     assert np.allclose(table(result).sum(1), 1)
     more, query = folders(tmp_path / "more", packed, [2, 1, 2, 3, 1])
     if algo == "boil":
         with pytest.raises(SettingsError, match="5 classes, but the run learnt a head for 3, which is not"):
-            asked(trained(algo), more, query)
+            classify(trained(algo), more, query)
     else:
-        assert table(asked(trained(algo), more, query)).shape == (10, 5)
+        assert table(classify(trained(algo), more, query)).shape == (10, 5)
 
 
 def test_unequal_classes_weigh_by_their_images(trained, packed, tmp_path):
     """Steps of gradient descent on the mean loss over all images, by torch's autograd and batch norm."""
     run = trained("maml++", inner_steps=3)
     support, query = folders(tmp_path, packed, [1, 4, 2])
-    result = asked(run, support, query, settings=EvalConfig(bn="transductive"))
+    result = classify(run, support, query, settings=EvalConfig(bn="transductive"))
     state = open_state(run)
 
     def pixels(files):
@@ -180,41 +180,41 @@ def test_prototypes_are_means_of_unequal_classes_and_neighbours_the_nearest(trai
     support, query = folders(tmp_path, packed, [1, 4, 2])
     y = np.array([0, 1, 1, 1, 1, 2, 2])
     for algo in ("protonet", "nearest"):
-        run, found = trained(algo), {}
+        run, features = trained(algo), {}
         state = open_state(run)
         eye = {"linear.weight": torch.eye(4), "linear.bias": torch.zeros(4)}
         for name, folder in (("support", support), ("query", query)):
             x = np.stack([np.array(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
             x = 1 - torch.from_numpy(x).unsqueeze(1) / 255
-            found[name] = slow_forward(state.slow | eye, state.norm, 0, x).double()
-        distances = torch.cdist(found["query"], found["support"]).square()
+            features[name] = slow_forward(state.slow | eye, state.norm, 0, x).double()
+        distances = torch.cdist(features["query"], features["support"]).square()
         per_class = [distances[:, y == label].amin(1) for label in range(3)]
         if algo == "protonet":
-            means = torch.stack([found["support"][y == label].mean(0) for label in range(3)])
-            per_class = torch.cdist(found["query"], means).square().unbind(1)
-        wanted = (-torch.stack(list(per_class), 1)).softmax(1)
-        result = asked(run, support, query, settings=EvalConfig(bn="transductive"))
-        assert np.allclose(table(result), wanted, atol=2e-4)
+            means = torch.stack([features["support"][y == label].mean(0) for label in range(3)])
+            per_class = torch.cdist(features["query"], means).square().unbind(1)
+        expected = (-torch.stack(list(per_class), 1)).softmax(1)
+        result = classify(run, support, query, settings=EvalConfig(bn="transductive"))
+        assert np.allclose(table(result), expected, atol=2e-4)
 
 
 def test_predictions_are_independent_of_what_else_is_asked(trained, packed, tmp_path, monkeypatch):
     run = trained("maml++")
     support, query = folders(tmp_path, packed, [2, 2, 2])
-    whole = asked(run, support, query)
+    whole = classify(run, support, query)
     assert whole.bn == "support"  # the run's own is transductive
     files = sorted(query.rglob("*.png"))
-    alone = np.concatenate([table(asked(run, support, file)) for file in files])
+    alone = np.concatenate([table(classify(run, support, file)) for file in files])
     assert np.allclose(table(whole), alone, atol=1e-6)
     monkeypatch.setattr("mamlctl.experiments.classify.tasks_per_pass", lambda *_: 4)
-    assert np.allclose(table(asked(run, support, query)), alone, atol=1e-6)
+    assert np.allclose(table(classify(run, support, query)), alone, atol=1e-6)
     monkeypatch.setattr("mamlctl.experiments.classify.MOST_AT_ONCE", 100)
     with pytest.raises(SettingsError, match="takes all 6 images at once"):
-        asked(run, support, query, settings=EvalConfig(bn="transductive"))
+        classify(run, support, query, settings=EvalConfig(bn="transductive"))
 
 
 def test_a_run_that_was_judged_by_running_statistics_stays_with_them(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
-    assert asked(trained("maml", bn="running"), support, query).bn == "running"
+    assert classify(trained("maml", bn="running"), support, query).bn == "running"
 
 
 def readme_lines():
@@ -228,35 +228,35 @@ def test_the_lines_of_the_readme_give_the_table(algo, bn, trained, packed, tmp_p
     """By nn.Sequential alone, from the saved file: bnwb's last rows, adapted norms, prototypes as a layer."""
     support, query = folders(tmp_path, packed, [2, 1, 3])
     saved = tmp_path / "mine.pt"
-    result = asked(trained(algo), support, query, settings=EvalConfig(bn=bn), save_adapted=saved)
+    result = classify(trained(algo), support, query, settings=EvalConfig(bn=bn), save_adapted=saved)
     monkeypatch.chdir(tmp_path)
     for image in result.images:
         shutil.copy(image.file, "ask.png")
         exec(readme_lines(), {})
-        told = eval(capsys.readouterr().out)
-        assert tuple(told) == result.classes
-        assert np.allclose(list(told.values()), image.probabilities, atol=2e-5)
+        printed = eval(capsys.readouterr().out)
+        assert tuple(printed) == result.classes
+        assert np.allclose(list(printed.values()), image.probabilities, atol=2e-5)
 
 
 def test_other_networks_are_saved_under_their_own_names(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     run = trained("maml", net="mlp", hidden="16-8", filters=64)
-    asked(run, support, query, save_adapted=tmp_path / "mlp.pt")
+    classify(run, support, query, save_adapted=tmp_path / "mlp.pt")
     saved = torch.load(tmp_path / "mlp.pt", weights_only=True)
     assert {"hidden1.weight", "norm2.running_var", "linear.bias"} <= saved["weights"].keys()
     assert saved["settings"]["hidden"] == "16-8"
-    told = []
-    asked(trained("maml"), support, save_adapted=tmp_path / "t.pt", settings=EvalConfig(bn="transductive"))
-    asked(
+    events = []
+    classify(trained("maml"), support, save_adapted=tmp_path / "t.pt", settings=EvalConfig(bn="transductive"))
+    classify(
         trained("maml"),
         support,
         save_adapted=tmp_path / "t.pt",
         settings=EvalConfig(bn="transductive"),
-        on_event=told.append,
+        on_event=events.append,
     )
-    assert "saved with the support set's statistics" in told[-1].text
+    assert "saved with the support set's statistics" in events[-1].text
     with pytest.raises(SettingsError, match="--algo nearest compares with the support images"):
-        asked(trained("nearest"), support, save_adapted=tmp_path / "n.pt")
+        classify(trained("nearest"), support, save_adapted=tmp_path / "n.pt")
 
 
 def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(trained):
@@ -274,25 +274,25 @@ def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(train
 
 def test_colour_size_and_transparency_are_brought_to_the_runs_shape(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
-    plain = table(asked(trained("maml"), support, query))
+    plain = table(classify(trained("maml"), support, query))
     for file in [*support.rglob("*.png"), *query.rglob("*.png")]:
         image = Image.open(file).convert("L")
         black = Image.new("L", image.size, 0)
         Image.merge("RGBA", [black, black, black, image.point(lambda value: 255 - value)]).save(file)
-    assert np.allclose(table(asked(trained("maml"), support, query)), plain, atol=1e-6)
+    assert np.allclose(table(classify(trained("maml"), support, query)), plain, atol=1e-6)
     Image.open(file).resize((61, 40)).save(tmp_path / "odd.png")
-    assert table(asked(trained("maml"), support, tmp_path / "odd.png")).shape == (1, 2)
+    assert table(classify(trained("maml"), support, tmp_path / "odd.png")).shape == (1, 2)
 
 
 def test_the_paper_of_the_other_colour_is_told(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
-    told = []
-    asked(trained("maml"), support, query, on_event=told.append)
-    assert not [event for event in told if isinstance(event, Notice)]
+    events = []
+    classify(trained("maml"), support, query, on_event=events.append)
+    assert not [event for event in events if isinstance(event, Notice)]
     for file in support.rglob("*.png"):
         Image.fromarray(255 - np.array(Image.open(file))).save(file)
-    asked(trained("maml"), support, query, on_event=told.append)
-    (notice,) = [event.text for event in told if isinstance(event, Notice)]
+    classify(trained("maml"), support, query, on_event=events.append)
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
     assert "where glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
 
 
@@ -302,17 +302,17 @@ def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_
     (query / "bee" / "bad.png").write_bytes(b"no image")
     (query / "notes.txt").write_text("passed over")
     shutil.copy(support / "bee" / "x00.png", support / "bee" / "copy.png")
-    shutil.copy(support / "bee" / "x00.png", query / "known.png")
-    told = []
-    result = asked(trained("maml"), support, query, query / "known.png", on_event=told.append)
-    notices = [event.text for event in told if isinstance(event, Notice)]
+    shutil.copy(support / "bee" / "x00.png", query / "learned.png")
+    events = []
+    result = classify(trained("maml"), support, query, query / "learned.png", on_event=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
     assert any("left out: cannot read image" in text for text in notices)
     assert "support files that are copies of another, and count again: 1" in notices
     assert "query files named twice, which count once: 1" in notices
     assert "query images that are in the support set too, which flatters any accuracy: 1" in notices
     assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)
     # The order is that of the names, a folder's own files before those of its classes.
-    assert [Path(image.file).name for image in result.images][:2] == ["known.png", "x00.png"]
+    assert [Path(image.file).name for image in result.images][:2] == ["learned.png", "x00.png"]
     (bad,) = [image for image in result.images if image.predicted is None]
     assert bad.label == "bee" and "no image that Pillow knows" in bad.problem
 
@@ -321,11 +321,11 @@ def test_queries_may_be_files_folders_and_class_folders(packed, tmp_path):
     _, query = folders(tmp_path, packed, [1, 1])
     classes = ("ant", "bee")
     queries, twice = find_queries([query], classes)
-    assert [found.label for found in queries] == ["ant", "ant", "bee", "bee"] and twice == 0
+    assert [example.label for example in queries] == ["ant", "ant", "bee", "bee"] and twice == 0
     flat, _ = find_queries([query / "ant"], classes)
-    assert [found.label for found in flat] == [None, None]
+    assert [example.label for example in flat] == [None, None]
     both, twice = find_queries([query / "ant", query], classes)
-    assert [found.label for found in both] == ["ant", "ant", "bee", "bee"] and twice == 2
+    assert [example.label for example in both] == ["ant", "ant", "bee", "bee"] and twice == 2
     with pytest.raises(DataError, match="query folder 'ant' of") as caught:
         find_queries([query], ("bee", "cow"))
     assert f"--query {query / 'ant'}" in caught.value.hint
@@ -372,10 +372,10 @@ def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, 
     assert str(query / "ant" / "x00.png") in out  # whole names, since this is no terminal
     extra = ("--plot", "--csv", tmp_path / "o.csv", "--json", "--quiet")
     code, out, err = cli(*words, *extra)
-    told = json.loads(out)
-    assert (code, err, told["labelled"], told["unreadable"]) == (0, "", 6, 1)
-    assert told["accuracy"] == told["right"] / 6 and len(told["wilson95"]) == 2
-    for entry in told["predictions"]:
+    printed = json.loads(out)
+    assert (code, err, printed["labelled"], printed["unreadable"]) == (0, "", 6, 1)
+    assert printed["accuracy"] == printed["right"] / 6 and len(printed["wilson95"]) == 2
+    for entry in printed["predictions"]:
         if entry["problem"]:
             assert entry["predicted"] is None and entry["probability"] is None
         else:
@@ -383,11 +383,13 @@ def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, 
             assert entry["probabilities"][entry["predicted"]] == entry["probability"]
     with (tmp_path / "o.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["predicted"] or None for row in rows] == [entry["predicted"] for entry in told["predictions"]]
+    assert [row["predicted"] or None for row in rows] == [
+        entry["predicted"] for entry in printed["predictions"]
+    ]
     assert [row["label"] for row in rows] == ["ant"] * 2 + ["bee"] * 3 + ["cow"] * 2
-    with Image.open(told["pictures"][0]) as picture:
+    with Image.open(printed["pictures"][0]) as picture:
         assert picture.width > 800
-    assert Path(told["pictures"][1]).suffix == ".svg"
+    assert Path(printed["pictures"][1]).suffix == ".svg"
 
 
 def test_the_sheet_frames_right_and_wrong_and_shows_the_first():
@@ -407,9 +409,9 @@ def test_a_shells_files_follow_query(cli, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 1])
     files = sorted((query / "ant").glob("*.png"))
     code, out, _ = cli("eval", trained("maml"), "--support", support, "--json", "--query", *files)
-    told = json.loads(out)
-    assert code == 0 and len(told["predictions"]) == 2
-    assert told["accuracy"] is None and told["wilson95"] is None
+    printed = json.loads(out)
+    assert code == 0 and len(printed["predictions"]) == 2
+    assert printed["accuracy"] is None and printed["wilson95"] is None
 
 
 def broken(tmp_path, packed, what):
@@ -494,15 +496,15 @@ def assert_two_lines(err, fact, hint):
 
 def test_the_document_has_every_class_of_every_prediction(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
-    told = document(asked(trained("protonet"), support, query))
-    assert told["support"] == {"ant": 1, "bee": 1} and told["head"].startswith("prototypes")
-    assert all(set(entry["probabilities"]) == {"ant", "bee"} for entry in told["predictions"])
+    described = document(classify(trained("protonet"), support, query))
+    assert described["support"] == {"ant": 1, "bee": 1} and described["head"].startswith("prototypes")
+    assert all(set(entry["probabilities"]) == {"ant", "bee"} for entry in described["predictions"])
 
 
 def test_mini_batches_are_cut_from_all_support_images(trained, packed, tmp_path):
     """As a run asks for them; of unequal classes, and the same ones each time."""
     run = trained("reptile", eval_inner_batch=2)
     support, query = folders(tmp_path, packed, [1, 3, 1, 2])
-    one, two = (table(asked(run, support, query)) for _ in range(2))
+    one, two = (table(classify(run, support, query)) for _ in range(2))
     assert np.array_equal(one, two) and one.shape == (8, 4)
-    assert not np.allclose(one, table(asked(trained("reptile"), support, query)), atol=1e-4)
+    assert not np.allclose(one, table(classify(trained("reptile"), support, query)), atol=1e-4)
