@@ -112,11 +112,11 @@ class PlainDisplay(Display):
     _grid: events.GridChanged | None = None
 
     def __call__(self, event: Event) -> None:
-        line = self._line(event)
+        line = self._log_line(event)
         if line:
             say(self.console, line)
 
-    def _line(self, event: Event) -> str:
+    def _log_line(self, event: Event) -> str:
         match event:
             case events.Notice():
                 return event.text

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-EARLY = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
+LineLook = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
+
+EARLY: tuple[LineLook, ...] = (
+    (style.ORANGE, "--"),
+    (style.GREEN, "-."),
+    (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))),
+)
 
 BINS = 60  # of a histogram
 LOSS_LINES = 6  # more shades look alike
@@ -64,7 +70,8 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
     """Rows of tasks, columns of starts: what a few inner steps make of each start."""
     taken = sorted({curve.steps for row in panels for panel in row for curve in panel.curves})
     between = [steps for steps in taken[:-1] if steps > 0]
-    looks: dict[int, tuple[str, Any]] = dict.fromkeys(taken, (style.BLUE, "-")) | {0: (style.DIM, ":")}
+    looks: dict[int, LineLook] = dict.fromkeys(taken, (style.BLUE, "-"))
+    looks[0] = style.DIM, ":"
     looks |= {steps: EARLY[place % len(EARLY)] for place, steps in enumerate(between)}
     with drawing(style.WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
         axes = figure.subplots(len(panels), len(panels[0]), sharex=True, sharey="row", squeeze=False)
@@ -86,7 +93,7 @@ def _heights(row: Sequence[Panel]) -> tuple[float, float]:
     return float(low - 0.06 * span), float(high + 0.06 * span)
 
 
-def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, tuple[str, Any]]) -> None:
+def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, LineLook]) -> None:
     ax.plot(panel.x, panel.truth, color=style.CALM, linewidth=4.5, label="truth")
     # The errors stand over the axes, where they cover no data.
     ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=style.DIM, fontsize=style.SMALL)
@@ -209,7 +216,7 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
         chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
         # Yellow, the scale's end, cannot be seen on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
-            _line(top, steps, losses[taken], color=shade, label=str(taken))
+            _metric_line(top, steps, losses[taken], color=shade, label=str(taken))
         finite = style.finite_values(*losses)
         if finite.size and finite.max() > LOG_FROM * finite.min() > 0:
             top.set_yscale("log", subs=[2, 5])
@@ -217,8 +224,8 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
         top.set_title("Query loss by inner steps taken")
         for ax in middle:
             for accuracies in trained:
-                _line(ax, steps, accuracies, color=style.CALM, label="training queries")
-            _line(ax, val_steps, score, color=style.BLUE, label="validation,\n95 % interval")
+                _metric_line(ax, steps, accuracies, color=style.CALM, label="training queries")
+            _metric_line(ax, val_steps, score, color=style.BLUE, label="validation,\n95 % interval")
             edge = 1.2 if len(score) == 1 else 0  # a validation alone has a line for a band
             ax.fill_between(
                 val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
@@ -226,7 +233,7 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
             ax.set_title("Query accuracy after adaptation" if metric == "accuracy" else "Validation mse")
             if metric == "accuracy":
                 ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        _line(bottom, steps, lr, color=style.INK)
+        _metric_line(bottom, steps, lr, color=style.INK)
         highest = 1.1 * max(style.finite_values(lr), default=0.0) or 1.0
         bottom.locator_params(axis="x", integer=True, min_n_ticks=1)
         bottom.set(ylim=(0, highest), xlabel="meta-step", title="Meta learning rate")
@@ -248,12 +255,13 @@ def _columns(rows: Rows, key: str) -> list[NDArray[np.float64]]:
     return [_column(lists, place) for place in range(max(map(len, lists), default=0))]
 
 
-def _line(ax: Axes, x: Numbers, y: Numbers, **look: Any) -> None:
+def _metric_line(ax: Axes, x: Numbers, y: Numbers, color: str | Numbers, label: str | None = None) -> None:
     is_finite = np.isfinite(np.r_[np.nan, y, np.nan])
     # A value without neighbours is a point, since no line shows it.
     alone = np.flatnonzero(is_finite[1:-1] & ~is_finite[:-2] & ~is_finite[2:]).tolist()
     if is_finite.any():
-        ax.plot(x, y, linewidth=1.0, marker="." if alone else "", markevery=alone or None, **look)
+        marker = "." if alone else ""
+        ax.plot(x, y, lw=1.0, color=color, label=label, marker=marker, markevery=alone or None)
 
 
 def rates(rates: Mapping[str, Numbers], title: str) -> Figure:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 Numbers = NDArray[Any]
 
@@ -38,15 +39,27 @@ GRID = "#EAEAEA"
 
 LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709's shares of red, green and blue in what the eye takes for light
 
-STYLE: dict[Any, Any] = (
-    {"font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left"}
-    | {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": DIM, "axes.linewidth": 0.6}
-    | {"xtick.color": DIM, "ytick.color": DIM, "grid.color": GRID, "grid.linewidth": 0.6}
-    | {"axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    | {"text.parse_math": False}  # a dollar in a run's name is a dollar
-    | {"svg.hashsalt": "mamlctl"}  # without it, the names inside an SVG are drawn by chance
-    | {"svg.fonttype": "path"}  # a reader without DejaVu would see other widths, and so overlaps
-)
+STYLE: dict[RcKeyType, str | float] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": DIM,
+    "axes.linewidth": 0.6,
+    "xtick.color": DIM,
+    "ytick.color": DIM,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a dollar in a run's name is a dollar
+    "svg.hashsalt": "mamlctl",  # without it, the names inside an SVG are drawn by chance
+    "svg.fonttype": "path",  # a reader without DejaVu would see other widths, and so overlaps
+}
 
 
 def _style() -> AbstractContextManager[None]:
@@ -97,7 +110,7 @@ def rate_colours(rates: NDArray[np.float64]) -> tuple[Colormap, float, float]:
     return colormaps["Blues" if least == 0 else "PuOr"], least, most
 
 
-def is_light(colour: Sequence[float]) -> bool:
+def is_light(colour: Sequence[float] | Numbers) -> bool:
     """Whether dark letters are read better on the colour (red, green, blue, 0..1) than white ones."""
     return bool(np.dot(colour[:3], LUMA) > 0.5)
 

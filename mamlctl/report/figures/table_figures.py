@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,12 @@ from mamlctl.report.table import Cell, Row, Score, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Floats = NDArray[np.float64]
+Draw = Callable[[Table, Sequence[Row], str], "Figure"]
 
 # Rows per picture: more would not go on a printed page.
 PANELS = 24
@@ -72,7 +75,7 @@ def pictures(table: Table) -> Iterator[Picture]:
 
 
 def _parts(
-    table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Any
+    table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Draw
 ) -> Iterator[Picture]:
     count = math.ceil(len(rows) / most)
     for part in range(count):
@@ -178,7 +181,7 @@ def _panels(
         yield figure, list(axes.flat)
 
 
-def _label_lowest(axes: Any, used: int, x_label: str) -> None:
+def _label_lowest(axes: NDArray[np.object_], used: int, x_label: str) -> None:
     """Label each column's last panel that is used; those after the last row are taken away."""
     for ax in axes.flat[used:]:
         ax.set_axis_off()
@@ -257,7 +260,7 @@ def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> Non
     ax.plot(difference.mean, place, "o", color=colour, markerfacecolor=filled, markersize=5, zorder=3)
 
 
-def _forest_legend() -> list[Any]:
+def _forest_legend() -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     empty: list[float] = []
@@ -311,9 +314,9 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _write_rates(ax: Axes, mesh: Any, table_LI: Floats, most: float) -> None:
+def _write_rates(ax: Axes, mesh: QuadMesh, table_LI: Floats, most: float) -> None:
     digits = max(2 - math.floor(math.log10(most)), 0)
     for (row, step), rate in np.ndenumerate(table_LI):
         if np.isfinite(rate):
-            ink = DARK_ON_CELL if style.is_light(mesh.to_rgba(rate)) else LIGHT_ON_CELL
+            ink = DARK_ON_CELL if style.is_light(mesh.to_rgba(np.asarray(rate))) else LIGHT_ON_CELL
             ax.text(step + 0.5, row + 0.5, f"{rate:.{digits}f}", c=ink, ha="center", va="center", fontsize=6)
