@@ -22,16 +22,19 @@ from mamlctl.core.files import finite, one_writer, read_object, write_json, writ
 from mamlctl.core.literals import RunStatus
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
-from mamlctl.settings.schema import FIELDS, TrainConfig
+from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
-# Settings that a resumed run may change: no result depends on them except by rounding.
-RESUME_OVERRIDES = ("device", "data_root", "report_every", "cuda_graph", "task_chunk")
+# Settings that a resumed run may change.
+RESUME_OVERRIDES = tuple(name for name, item in FIELDS.items() if not item.metadata["decides"])
 
 CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 CLASSES = "classes.json"
 ENVIRONMENT = "environment.json"
+EVALUATIONS = "eval"  # a folder for each evaluation, with these two files
+SUMMARY = "summary.json"
+TASKS = "tasks.csv"
 
 # The settings of commit 207ec7b: every config.yaml has them, and every owner digest covers them.
 _FIRST = (
@@ -44,6 +47,12 @@ _FIRST = (
     "split_seed eval_seed report_every"
 )
 FIRST_SETTINGS = frozenset(_FIRST.split())
+
+# The same of evaluations: every protocol has them.
+FIRST_EVAL_SETTINGS = frozenset({"split", "tasks", "queries", "dataset", "eval_seed", "inner_steps", "bn"})
+
+# What a protocol has of the run beside them.
+OF_RUN = ("split_scheme", "split_seed", "ink", "ways", "shots")
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,23 @@ def run_state(path: Path) -> RunState:
     """What a run folder's status.json says."""
     stored = {"status": None} | upgrade(STATUS, read_object(path / STATUS))
     return RunState(**{item.name: stored[item.name] for item in fields(RunState) if item.name in stored})
+
+
+def protocol_settings(settings: EvalConfig, evaluated: TrainConfig) -> dict[str, Any]:
+    """The settings in an evaluation's protocol: later ones only where they change what older versions did.
+
+    Args:
+        evaluated: the run's settings with those that the evaluation replaces.
+    """
+    of_run = vars(evaluated) | {"inner_steps": evaluated.evaluation_inner_steps}
+    protocol = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name in FIRST_EVAL_SETTINGS:
+            protocol[item.name] = of_run.get(item.name, value)
+        elif item.metadata["decides"] and value != item.metadata["before"]:
+            protocol[item.name] = value
+    return protocol
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,13 @@ from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.compare import compare
 from mamlctl.experiments.grid.grid_folder import load_grid, open_grid
 from mamlctl.experiments.grid.scheduler import pending_cells
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.train import resume
 from mamlctl.report.rendered_table import missing_reason
 from mamlctl.run_folder import FIRST_SETTINGS, open_run
+from mamlctl.settings.fields import INNER, setting
 from mamlctl.settings.presets import load_file
+from mamlctl.settings.rules import VALUE_TYPES, ValueType
 from mamlctl.settings.schema import EvalConfig
 
 STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
@@ -184,6 +187,33 @@ def test_a_diverged_run_is_reported_with_its_meta_step(old):
     assert [row.divergences for row in table.rows] == [0, 1]
     assert table.rows[1].cells[0].steps == 0  # the last good one
     assert missing_reason(table.rows[1]) == "diverged at meta-step 1"
+
+
+@dataclass(frozen=True)
+class LaterEvalConfig(EvalConfig):
+    """The settings of a test in a later version of the package: one more."""
+
+    temperature: float = setting(2.0, INNER, "A later setting.", above=0, before=1.0)
+
+
+def test_an_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
+    """Those of a later version too, which only the settings class names."""
+    types = VALUE_TYPES[EvalConfig] | {"temperature": ValueType(float, False, ())}
+    monkeypatch.setitem(VALUE_TYPES, LaterEvalConfig, types)
+    run = open_run(old / "maml-sinusoid")
+    found = find_evaluation(run, TESTED)
+    assert found.protocol == find_evaluation(run, LaterEvalConfig(tasks=20, temperature=1.0)).protocol
+    changes = {"queries": 3, "disjoint": True, "label_permutations": 2, "dataset": "line", "eval_seed": 5}
+    changes |= {"split": "val", "tasks": 21, "adapts": "all", "inner_steps": 3, "inner_lr": 0.5}
+    assert {item.name for item in fields(EvalConfig)} - changes.keys() == {"bn", "device", "data_root"}
+    for name, value in changes.items():
+        assert find_evaluation(run, replace(TESTED, **{name: value})) is None, name
+    assert find_evaluation(run, replace(TESTED, device="cuda", data_root="elsewhere")) is not None
+    later = LaterEvalConfig(tasks=20)
+    assert find_evaluation(run, later) is None
+    evaluate_run(run.path, later, offline=True, on_event=ignore)
+    assert find_evaluation(run, later).protocol == {**found.protocol, "temperature": 2.0}
+    assert find_evaluation(run, TESTED).protocol == found.protocol
 
 
 # A later version of the package: one more setting, which older runs did without.

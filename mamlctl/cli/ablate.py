@@ -15,8 +15,9 @@ from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
 from mamlctl.run_folder import RESUME_OVERRIDES
+from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.schema import IMPROVEMENTS, OUTPUT, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 if TYPE_CHECKING:
     from mamlctl.experiments.grid.grid import Grid

@@ -14,9 +14,9 @@ from rich.console import Console
 from mamlctl.core.problems import Problem, flag
 from mamlctl.display.console import write_json
 from mamlctl.display.displays import Display, open_display
+from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
-from mamlctl.settings.schema import HARDWARE, OUTPUT
 
 Result = TypeVar("Result")
 

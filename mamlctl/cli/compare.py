@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,10 @@ from mamlctl.core.problems import flag
 from mamlctl.display.console import say
 from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
 # Settings of training that a test of trained runs has too.
-TEST_SETTINGS = ("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
+TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset"}
 
 # Options that train or plan, and so mean nothing with runs that are trained.
 TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +16,13 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
-from mamlctl.settings.schema import OUTPUT, OWN_IMAGES, EvalConfig
+from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
+from mamlctl.settings.schema import EvalConfig
 
 # Settings of the tasks that a test draws; the user's own images are one given task.
 TASK_SETTINGS = (
-    *("split", "tasks", "queries", "eval_seed", "data_root", "dataset"),
-    *("disjoint", "label_permutations"),
+    "data_root",
+    *(item.name for item in fields(EvalConfig) if item.metadata["panel"] == EPISODE),
 )
 
 

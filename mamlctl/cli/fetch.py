@@ -14,7 +14,7 @@ from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.display.console import say
 from mamlctl.display.datasets import fetched_line, show_data_sets, verified_line
-from mamlctl.settings.schema import HARDWARE
+from mamlctl.settings.fields import HARDWARE
 
 
 @with_options(OutputOptions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -16,7 +16,8 @@ from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
 from mamlctl.display.comparison_table import show_table
 from mamlctl.display.console import write_json
-from mamlctl.settings.schema import EPISODE, HARDWARE, OUTPUT
+from mamlctl.settings.fields import EPISODE, HARDWARE, OUTPUT
+from mamlctl.settings.schema import EvalConfig
 
 if TYPE_CHECKING:
     from mamlctl.report.table import Table
@@ -123,10 +124,9 @@ class GridOptions(SettingsOptions):
         return merged
 
     def evaluation(self) -> dict[str, Any]:
-        """What was given of the test, by the names of EvalConfig."""
-        values = {name: getattr(self, name) for name in ("tasks", "split", "label_permutations")}
-        values["disjoint"] = self.disjoint or None
-        return {name: value for name, value in values.items() if value is not None}
+        """The options of the test, by the names of EvalConfig."""
+        values = {item.name: getattr(self, item.name, None) for item in fields(EvalConfig)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def write_table(self, table: Table) -> None:
         """The table on stdout, in the format that was asked for."""

@@ -18,9 +18,10 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
 from mamlctl.display.run_results import show_train_result
+from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved
 from mamlctl.settings.presets import to_yaml
-from mamlctl.settings.schema import OUTPUT, TrainConfig
+from mamlctl.settings.schema import TrainConfig
 
 
 @with_options(SettingsOptions, TrainConfig)

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
+from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, protocol_settings
 from mamlctl.settings.schema import EvalConfig
 
 
@@ -29,9 +29,12 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     """
     started = time.monotonic()
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
-    protocol = _protocol(model, settings)
+    # All that decides the tasks and the evaluation on them; runs that agree here can be compared.
+    protocol = {name: getattr(model.config, name) for name in OF_RUN}
+    protocol |= protocol_settings(settings, model.config)
+    protocol |= {"bn": model.bn, "dataset_digest": model.source.digest}
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
-    folder = model.run.path / "eval" / f"{settings.split}-{digest}"
+    folder = model.run.path / EVALUATIONS / f"{settings.split}-{digest}"
     # Before the work, so that a folder that cannot be written loses none.
     folder.mkdir(parents=True, exist_ok=True)
     scores = _scores(model, settings, on_event)
@@ -47,8 +50,8 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "seconds": seconds,
     }
     # The summary last: where it is, the rest is complete.
-    _write_tasks(folder / "tasks.csv", rows, scores)
-    write_json(folder / "summary.json", summary)
+    _write_tasks(folder / TASKS, rows, scores)
+    write_json(folder / SUMMARY, summary)
     return EvalResult(
         run=str(model.run.path),
         dataset=model.config.dataset,
@@ -76,24 +79,6 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
         part.reshape(settings.tasks, orders, -1).mean(1) for part in (*scores.single, scores.ensemble)
     )
     return Scores(single, ensemble)
-
-
-def _protocol(model: TrainedModel, settings: EvalConfig) -> dict[str, Any]:
-    """All that decides the tasks and the evaluation on them; runs that agree here can be compared."""
-    names = ["dataset", "split_scheme", "split_seed", "ink", "ways", "shots", "queries", "eval_seed"]
-    names += [name for name in ("adapts", "inner_lr") if getattr(settings, name) is not None]
-    protocol: dict[str, Any] = {name: getattr(model.config, name) for name in names}
-    # Only where they are set, so that evaluations from before there were such settings keep their folders.
-    for name in ("disjoint", "label_permutations"):
-        if getattr(settings, name) != getattr(EvalConfig, name):
-            protocol[name] = getattr(settings, name)
-    return protocol | {
-        "bn": model.bn,
-        "dataset_digest": model.source.digest,
-        "split": settings.split,
-        "tasks": settings.tasks,
-        "inner_steps": model.inner_steps,
-    }
 
 
 def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:

@@ -142,14 +142,14 @@ def _choice_problem(name: str, value: Any, choices: tuple[object, ...]) -> Probl
 
 
 def _limit_problem(item: Field[Any], value: Any) -> Problem | None:
-    least, above, below = (item.metadata[limit] for limit in ("least", "above", "below"))
+    limits = item.metadata["limits"]
     fact = f"{flag(item.name)} is {value}"
     if isinstance(value, float) and not math.isfinite(value):
         return f"{fact}, which is not a finite number", "use a finite number"
-    if least is not None and value < least:
-        return f"{fact}, but the least is {least}", f"use {least} or more"
-    if above is not None and value <= above:
-        return f"{fact}, but it must be above {above}", f"use more than {above}"
-    if below is not None and value >= below:
-        return f"{fact}, but it must be below {below}", f"use less than {below}"
+    if limits.least is not None and value < limits.least:
+        return f"{fact}, but the least is {limits.least}", f"use {limits.least} or more"
+    if limits.above is not None and value <= limits.above:
+        return f"{fact}, but it must be above {limits.above}", f"use more than {limits.above}"
+    if limits.below is not None and value >= limits.below:
+        return f"{fact}, but it must be below {limits.below}", f"use less than {limits.below}"
     return None

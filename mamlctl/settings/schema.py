@@ -9,65 +9,25 @@ its default is written only here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from mamlctl.core.literals import Adapts, BatchNorm, EngineName, NetName, Obstacle, Precision, Split
-
-SEEDS = 2**63  # seeds are below it: half of a 64-bit word, which every generator here takes
-LARGEST = 1e38  # float32 holds no larger number
-MOST_TASKS = 100_001  # per meta-step: larger values are almost certainly typos
-
-# The panels of the help.
-EPISODE = "Episode"
-NETWORK = "Network"
-INNER = "Inner loop"
-OUTER = "Meta-optimiser"
-MAMLPP = "MAML++"
-HARDWARE = "Hardware"
-OUTPUT = "Output"
-OWN_IMAGES = "Own images"
-
-
-def setting(
-    default: Any,
-    panel: str,
-    text: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    before: Any = MISSING,
-) -> Any:
-    """A field with its help and limits. `before`: its value in runs from before it, if not the default."""
-    old = default if before is MISSING else before
-    limits = {"least": least, "above": above, "below": below, "before": old}
-    return field(default=default, metadata={"panel": panel, "help": text, **limits})
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """An improvement of MAML++, as the field of `TrainConfig` that turns it on describes it."""
-
-    name: str
-    help: str
-    companions: tuple[str, ...]  # settings that only this improvement gives a meaning to
-    unsupported_by: tuple[Obstacle, ...]  # where it has no meaning
-    paper_group: str  # improvements of one group are one improvement in the paper
-    read_by_bn: BatchNorm | None  # the only --bn with which it changes a test; None: it always does
-
-
-def improvement(
-    text: str,
-    *,
-    companions: tuple[str, ...] = (),
-    unsupported_by: tuple[Obstacle, ...] = (),
-    paper_group: str = "",
-    read_by_bn: BatchNorm | None = None,
-) -> Any:
-    """The field of an improvement: the one place where it is declared; without a group it is its own."""
-    record = Improvement("", text, companions, unsupported_by, paper_group, read_by_bn)
-    return field(default=False, metadata={**setting(False, MAMLPP, text).metadata, "improvement": record})
+from mamlctl.settings.fields import (
+    EPISODE,
+    HARDWARE,
+    INNER,
+    LARGEST,
+    MAMLPP,
+    MOST_TASKS,
+    NETWORK,
+    OUTER,
+    OUTPUT,
+    SEEDS,
+    Improvement,
+    improvement,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -233,7 +193,10 @@ class TrainConfig:
     )
 
     device: str = setting(
-        "auto", HARDWARE, "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."
+        "auto",
+        HARDWARE,
+        "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one.",
+        decides=False,
     )
     precision: Precision = setting(
         "auto",
@@ -247,13 +210,13 @@ class TrainConfig:
         "How meta-gradients are computed: adjoint, or plain double backward, which it is held to.",
     )
     task_chunk: str = setting(
-        "auto", HARDWARE, "Tasks per pass, less memory for the same result: a number, or auto."
+        "auto", HARDWARE, "Tasks per pass, less memory for the same result: a number, or auto.", decides=False
     )
     cuda_graph: bool | None = setting(
-        None, HARDWARE, "Replay meta-steps as CUDA graphs. Default: on a CUDA device."
+        None, HARDWARE, "Replay meta-steps as CUDA graphs. Default: on a CUDA device.", decides=False
     )
     data_root: str | None = setting(
-        None, HARDWARE, "Folder of prepared data sets. Default: the platform's cache folder."
+        None, HARDWARE, "Folder of prepared data sets. Default: the platform's cache folder.", decides=False
     )
     seed: int = setting(0, HARDWARE, "Seed of initial weights and of training tasks.", least=0, below=SEEDS)
     init_seed: int | None = setting(
@@ -265,7 +228,7 @@ class TrainConfig:
     split_seed: int = setting(0, HARDWARE, "Seed of the class split.", least=0, below=SEEDS)
     eval_seed: int = setting(0, HARDWARE, "Seed of the validation and test tasks.", least=0, below=SEEDS)
 
-    report_every: int = setting(5, OUTPUT, "Meta-steps between reports.", least=1)
+    report_every: int = setting(5, OUTPUT, "Meta-steps between reports.", least=1, decides=False)
 
     @property
     def total_steps(self) -> int:
@@ -316,14 +279,19 @@ class EvalConfig:
         "the run's.",
     )
     device: str = setting(
-        "auto", HARDWARE, "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one."
+        "auto",
+        HARDWARE,
+        "auto, cpu, cuda or cuda:N; auto takes a CUDA device if there is one.",
+        decides=False,
     )
-    data_root: str | None = setting(None, HARDWARE, "Folder of prepared data sets. Default: the run's.")
+    data_root: str | None = setting(
+        None, HARDWARE, "Folder of prepared data sets. Default: the run's.", decides=False
+    )
 
     def over(self, trained: TrainConfig) -> TrainConfig:
-        """A run's settings with those that this evaluation replaces, on data of the run's own set."""
-        names = ("queries", "eval_seed", "bn", "data_root", "device", "adapts", "inner_lr")
-        values = {name: getattr(self, name) for name in names} | {"eval_inner_steps": self.inner_steps}
+        """A run's settings with those that this evaluation replaces."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in FIELDS}
+        values["eval_inner_steps"] = values.pop("inner_steps")
         return replace(trained, **{name: value for name, value in values.items() if value is not None})
 
 

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from mamlctl.cli.compare import TEST_SETTINGS
+from mamlctl.cli.evaluate import TASK_SETTINGS
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.rules import OF_IMAGES, metric_of
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_problems
 from mamlctl.experiments.grid.plans import ALONE, ORDER
+from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.merge import evaluation_settings, merge
 from mamlctl.settings.rules import COMPANIONS, VALUE_TYPES
 from mamlctl.settings.schema import (
@@ -121,6 +125,19 @@ def test_a_run_is_evaluated_with_its_own_steps_unless_others_are_given():
     evaluated = EvalConfig(inner_steps=0, bn="running", eval_seed=0).over(trained)
     assert (evaluated.evaluation_inner_steps, evaluated.bn, evaluated.eval_seed) == (0, "running", 0)
     assert evaluated.inner_steps == 3, "training is what it was"
+
+
+def test_a_test_replaces_the_settings_of_its_names_and_those_that_decide_nothing_are_named():
+    replaced = {"queries": 3, "adapts": "head", "inner_lr": 0.5, "dataset": "line", "data_root": "d"}
+    evaluated = EvalConfig(**replaced, device="cpu", tasks=7, split="val").over(TrainConfig())
+    assert evaluated == replace(TrainConfig(), **replaced, device="cpu")
+    assert set(RESUME_OVERRIDES) == {"device", "data_root", "report_every", "cuda_graph", "task_chunk"}
+    assert {
+        *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
+    } == TEST_SETTINGS
+    assert set(TASK_SETTINGS) == {
+        *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations")
+    }
 
 
 def test_curves_are_scored_by_their_squared_error():

@@ -22,9 +22,6 @@ FORMAT = 1
 PLAN = "plan.yaml"
 CELLS = "cells"
 
-# Settings of an evaluation that say where it runs, not what it finds.
-LOCATION_SETTINGS = ("device", "data_root")
-
 
 @dataclass(frozen=True)
 class GridRow:
@@ -164,7 +161,7 @@ def not_default(evaluate: EvalConfig) -> dict[str, Any]:
     return {
         item.name: getattr(evaluate, item.name)
         for item in fields(evaluate)
-        if item.name not in LOCATION_SETTINGS and getattr(evaluate, item.name) != item.default
+        if item.metadata["decides"] and getattr(evaluate, item.name) != item.default
     }
 
 

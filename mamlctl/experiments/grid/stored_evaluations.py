@@ -19,17 +19,10 @@ from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric
 from mamlctl.data.rules import metric_of
 from mamlctl.report.table import Cell
-from mamlctl.run_folder import RunFolder, RunState
+from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, RunFolder, RunState, protocol_settings
 from mamlctl.settings.schema import EvalConfig
 
 NEAR = 0.99  # share of the last validation's score that counts as having got there
-
-# What an evaluation leaves.
-SUMMARY = "summary.json"
-TASKS = "tasks.csv"
-
-# What a protocol leaves out that was written before there was such a setting.
-PROTOCOL_DEFAULTS = {"disjoint": False, "label_permutations": 1, "adapts": None, "inner_lr": None}
 
 
 @dataclass(frozen=True)
@@ -48,38 +41,20 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
 
     Raises MamlctlError for one that is damaged.
     """
-    required = _required_protocol(run, settings)
-    for path in sorted((run.path / "eval").glob(f"{settings.split}-*/{SUMMARY}")):
+    required = protocol_settings(settings, settings.over(run.config))
+    required["dataset_digest"] = run.environment().get("dataset_digest", "")
+    for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         try:
             summary = json.loads(path.read_text())
-            protocol = PROTOCOL_DEFAULTS | summary["protocol"]
-            same = all(protocol.get(name) in values for name, values in required.items())
+            protocol = {key: value for key, value in dict(summary["protocol"]).items() if key not in OF_RUN}
             # One from before the last training, or of other images, is no result of this run.
+            same = protocol in (required, required | {"bn": "none"})
             if same and summary.get("step") == run.state().step:
                 return _load_evaluation(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             hint = "remove that folder, and it is tested again"
             raise MamlctlError(f"{path.parent} is damaged: {error}", hint=hint) from error
     return None
-
-
-def _required_protocol(run: RunFolder, settings: EvalConfig) -> dict[str, tuple[Any, ...]]:
-    """The values of a protocol that the settings ask for: name -> those that will do."""
-    config = settings.over(run.config)
-    exact = {
-        "split": settings.split,
-        "tasks": settings.tasks,
-        "queries": config.queries,
-        "eval_seed": config.eval_seed,
-        "inner_steps": config.evaluation_inner_steps,
-        "dataset": config.dataset,
-        "disjoint": settings.disjoint,
-        "label_permutations": settings.label_permutations,
-        "dataset_digest": run.environment().get("dataset_digest", ""),
-        "adapts": settings.adapts,
-        "inner_lr": settings.inner_lr,
-    }
-    return {name: (value,) for name, value in exact.items()} | {"bn": (config.bn, "none")}
 
 
 def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
