@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -19,7 +19,7 @@ from typing import Any
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import finite, one_writer, read_object, write_json, write_text
-from mamlctl.core.literals import RunStatus
+from mamlctl.core.literals import RowKind, RunStatus
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
@@ -35,6 +35,7 @@ ENVIRONMENT = "environment.json"
 EVALUATIONS = "eval"  # a folder for each evaluation, with these two files
 SUMMARY = "summary.json"
 TASKS = "tasks.csv"
+TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last rows
 
 # The settings of commit 207ec7b: every config.yaml has them, and every owner digest covers them.
 _FIRST = (
@@ -110,29 +111,28 @@ class RunFolder:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         write_json(self.path / STATUS, {**asdict(state), "pid": os.getpid(), "time": now})
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one row to metrics.jsonl, flushed, so that a reader may follow.
-
-        Its `kind` is "report" for the fields of a TrainReport, "validation" for those of a ValidationDone.
-        """
+    def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
+        """Add one row to metrics.jsonl, flushed, so that a reader may follow."""
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+            file.write(json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut off by a crash does not count."""
-        rows = []
         try:
-            lines = (self.path / METRICS).read_text(errors="replace").splitlines()
+            return _metrics_rows((self.path / METRICS).read_text(errors="replace").splitlines())
         except FileNotFoundError:
             return []
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if isinstance(row, dict) and "step" in row:
-                rows.append(upgrade(METRICS, row))
-        return rows
+
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """The last rows of metrics.jsonl, read from its end, since a scheduler asks often."""
+        try:
+            with (self.path / METRICS).open("rb") as file:
+                start = max(file.seek(0, 2) - TAIL, 0)
+                file.seek(start)
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return []
+        return _metrics_rows(lines[start > 0 :])  # the first may begin in its middle
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
         """Drop what was reported after the checkpoint that a resumed run starts from."""
@@ -142,6 +142,24 @@ class RunFolder:
             if row["step"] <= step and (row["kind"] != "validation" or row["epoch"] <= validated_epochs)
         ]
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, Any]]:
+    """The rows of one kind."""
+    return [row for row in metrics if row["kind"] == kind]
+
+
+def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Those of the lines up to one that is cut off; what has no step is passed over."""
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(row, dict) and "step" in row:
+            rows.append(upgrade(METRICS, row))
+    return rows
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
@@ -243,7 +261,7 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Bring what an older version wrote to today's form; no other code knows the old forms.
 
     Args:
-        file: CONFIG, STATUS or METRICS, of which `content` is one row.
+        file: CONFIG, STATUS, SUMMARY, or METRICS, of which `content` is one row.
     """
     upgraded = dict(content)
     if file == CONFIG:
@@ -257,6 +275,11 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     elif file == METRICS:
         kind = "report" if "query_losses" in content else ""
         upgraded.setdefault("kind", "validation" if "val_tasks" in content else kind)
+    elif file == SUMMARY:
+        upgraded["results"] = [
+            {"kind": "ensemble" if row["model"].startswith("ensemble") else "best", **row}
+            for row in content["results"]
+        ]
     return upgraded
 
 

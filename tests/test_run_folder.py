@@ -14,7 +14,17 @@ from mamlctl.core.files import replacing, write_json
 from mamlctl.core.literals import StopReason
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
-from mamlctl.run_folder import METRICS, STATUS, RunState, new_run, open_run, run_state, upgrade
+from mamlctl.run_folder import (
+    METRICS,
+    STATUS,
+    SUMMARY,
+    RunState,
+    new_run,
+    open_run,
+    rows_of,
+    run_state,
+    upgrade,
+)
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -109,17 +119,29 @@ def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
     for step in (5, 10):
-        run.append_metrics({"step": step, "epoch": 0})
-    run.append_metrics({"step": 10, "epoch": 1, "val_accuracy": 0.5, "val_tasks": 4})
-    run.append_metrics({"step": 15, "epoch": 1})
+        run.append_metrics("report", {"step": step, "epoch": 0})
+    run.append_metrics("validation", {"step": 10, "epoch": 1, "val_accuracy": 0.5, "val_tasks": 4})
+    run.append_metrics("report", {"step": 15, "epoch": 1})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "epo')
     assert [entry["step"] for entry in run.metrics()] == [5, 10, 10, 15]
+    assert run.last_metrics() == run.metrics()
+    assert [entry["epoch"] for entry in rows_of(run.metrics(), "validation")] == [1]
     run.rewind_metrics(10, 1)
     assert [entry["step"] for entry in run.metrics()] == [5, 10, 10]
     run.rewind_metrics(10, 0)
     assert [entry["step"] for entry in run.metrics()] == [5, 10]
     assert not any("val_accuracy" in entry for entry in run.metrics())
+
+
+def test_the_end_of_long_metrics_is_read_without_their_beginning(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    assert run.last_metrics() == []
+    for step in range(1, 1001):
+        run.append_metrics("report", {"step": step, "epoch": 0, "query_losses": [1.0, 2.0]})
+    last = run.last_metrics()
+    assert last == run.metrics()[-len(last) :] and 100 < len(last) < 1000
 
 
 def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_path):
@@ -148,6 +170,17 @@ def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_
         (METRICS, {"step": 1, "val_tasks": 8}, {"kind": "validation"}),
         (METRICS, {"step": 1}, {"kind": ""}),
         (METRICS, {"step": 1, "val_tasks": 8, "kind": "report"}, {}),
+        (
+            SUMMARY,
+            {"results": [{"model": "last"}, {"model": "ensemble-5"}, {"model": "x", "kind": "ensemble"}]},
+            {
+                "results": [
+                    {"model": "last", "kind": "best"},
+                    {"model": "ensemble-5", "kind": "ensemble"},
+                    {"model": "x", "kind": "ensemble"},
+                ]
+            },
+        ),
     ],
 )
 def test_what_older_versions_wrote_is_brought_to_todays_form(file, old, added):

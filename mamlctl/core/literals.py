@@ -6,8 +6,8 @@ Split = Literal["train", "val", "test"]
 Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
 # What results say of batch norm: the setting, or that the network has none.
-BatchNormMode = Literal["transductive", "running", "support", "none"]
-# The single best checkpoint of a run, or the ensemble of its best ones.
+BatchNormMode = Literal[BatchNorm, "none"]
+# The single best checkpoint of a run (the last before any validation), or the ensemble of its best ones.
 Model = Literal["best", "ensemble"]
 Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
@@ -24,7 +24,9 @@ StopReason = Literal["", "time limit", "SIGINT", "SIGTERM"]
 # What status.json says of a run.
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 # What a table says of a run: as above, or that there is no run folder yet.
-CellStatus = Literal["running", "finished", "interrupted", "diverged", "failed", "missing"]
+CellStatus = Literal[RunStatus, "missing"]
+# What a row of metrics.jsonl has: the fields of a TrainReport, or those of a ValidationDone.
+RowKind = Literal["report", "validation"]
 # What the display of a grid says of a cell.
 CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
 # Where the cells of a grid run.

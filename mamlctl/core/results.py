@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mamlctl.core.events import ValidationDone
-from mamlctl.core.literals import BatchNormMode, Metric, Split, StopReason
+from mamlctl.core.literals import BatchNormMode, Metric, Model, Split, StopReason
 
 TIMED = 3  # meta-steps of each kind that an estimate measures
 
@@ -58,6 +58,7 @@ class EvalRow:
     """One model, or one ensemble, on one list of tasks."""
 
     model: str  # "best", "last" or "ensemble-<k>"
+    kind: Model
     metric: Metric  # of the score: an accuracy is 0..1
     score: float
     ci95: float  # half width over tasks

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.files import write_json, write_text
+from mamlctl.core.literals import Model
 from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.label_permutations import LabelPermutations
@@ -38,7 +40,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     # Before the work, so that a folder that cannot be written loses none.
     folder.mkdir(parents=True, exist_ok=True)
     scores = _scores(model, settings, on_event)
-    rows = _rows(model, settings, scores)
+    rows = _eval_rows(model, settings, scores)
     seconds = time.monotonic() - started
     summary = {
         "format": 1,
@@ -81,17 +83,19 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
     return Scores(single, ensemble)
 
 
-def _rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
+def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
     """The best checkpoint's row, and the ensemble's if there was a validation."""
     config, epochs = model.config, tuple(model.epochs)
-    models = [("best" if epochs else "last", scores.single[0], epochs[:1])]
+    models: list[tuple[str, Model, NDArray[np.float64], tuple[int, ...]]]
+    models = [("best" if epochs else "last", "best", scores.single[0], epochs[:1])]
     if epochs:
-        models.append((f"ensemble-{len(model.states)}", scores.ensemble, epochs))
+        models.append((f"ensemble-{len(model.states)}", "ensemble", scores.ensemble, epochs))
     rows = []
-    for name, scores_TI, epochs_used in models:
+    for name, kind, scores_TI, epochs_used in models:
         means, halves = zip(*(mean_ci95(scores_T) for scores_T in scores_TI.T), strict=True)
         row = EvalRow(
             model=name,
+            kind=kind,
             metric=model.derivatives.net.objective.metric,
             score=means[-1],
             ci95=halves[-1],

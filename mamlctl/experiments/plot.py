@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.report.figures import run_figures
 from mamlctl.report.figures.style import save
-from mamlctl.run_folder import open_run
+from mamlctl.run_folder import open_run, rows_of
 from mamlctl.settings.schema import EvalConfig
 
 TASKS = 3  # of each kind in a picture
@@ -69,9 +68,8 @@ def draw(
     else:
         figures = {"tasks": run_figures.tasks(_task_pictures(model), name)}
     metrics = model.run.metrics()
-    reports = [row for row in metrics if row["kind"] == "report"]
-    if reports:
-        validations = [row for row in metrics if row["kind"] == "validation"]
+    if reports := rows_of(metrics, "report"):
+        validations = rows_of(metrics, "validation")
         figures["training"] = run_figures.training(reports, validations, metric_of(model.config.dataset))
     state = model.states[0]
     if state.rates_learnt:
@@ -82,12 +80,11 @@ def draw(
 
 def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
     """A pre-trained run with as many meta-steps, made once; one that was stopped is resumed."""
-    options: dict[str, Any] = {"offline": offline, "time_limit_s": None, "command": "", "on_event": on_event}
     if path.is_dir() and open_run(path).state().status == "finished":
         return path
     on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
     if path.is_dir():
-        result = resume(path, {}, **options)
+        result = resume(path, {}, offline=offline, time_limit_s=None, command="", on_event=on_event)
     else:
         values = {name: getattr(model.run.config, name) for name in SHARED} | {"device": model.config.device}
         layer = {name: value for name, value in values.items() if value is not None}
@@ -97,7 +94,14 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
             if entry.start == "pre-trained" and entry.on_curves is not None
         )
         layer |= {"algo": next(pretraining), "report_every": 1000}
-        result = train(resolve_settings([("run", layer)]).config, out=path, **options)
+        result = train(
+            resolve_settings([("run", layer)]).config,
+            out=path,
+            offline=offline,
+            time_limit_s=None,
+            command="",
+            on_event=on_event,
+        )
     if result.reason:
         raise SystemExit(STOP_EXIT_CODES[result.reason])
     return path
@@ -109,7 +113,7 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
     assert isinstance(stream, CurveStream)
     starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
-    if not any(title.startswith("random") for title, _ in starts):
+    if not any(ALGORITHMS[model.config.algo].start == "random start" for model in models):
         _, state = build(first.config, first.source.example_shape, first.device)
         scratch = replace(first, predict=adapted, states=[state], stream=stream)
         starts.append(("random start", scratch))

@@ -196,11 +196,25 @@ def test_a_training_ends_with_the_next_command():
 def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
     per_step = tuple(0.05 + 0.9 * k / inner_steps for k in range(inner_steps + 1))
     best = EvalRow(
-        *("best", "accuracy", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive", (93,)),
+        *(
+            "best",
+            "best",
+            "accuracy",
+            0.9731,
+            ci95,
+            600,
+            "test",
+            20,
+            1,
+            15,
+            inner_steps,
+            "transductive",
+            (93,),
+        ),
         per_step=per_step,
         per_step_ci95=(0.01,) * (inner_steps + 1),
     )
-    rows = (best, replace(best, model="ensemble-5", score=0.978, epochs=(93, 91)))
+    rows = (best, replace(best, model="ensemble-5", kind="ensemble", score=0.978, epochs=(93, 91)))
     return EvalResult("runs/a", "omniglot", "maml++", "runs/a/eval/test-0123", 12.3, rows)
 
 

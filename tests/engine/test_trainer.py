@@ -77,7 +77,7 @@ def test_each_algorithm_goes_on_to_the_bit(tmp_path, settings):
 def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):
     run = make_run(tmp_path / "run", config_of())
     trainer_of(run, run.config, stop_at=2).train()
-    run.append_metrics({"step": 9, "epoch": 2, "val_accuracy": 0.9, "val_tasks": 4})
+    run.append_metrics("validation", {"step": 9, "epoch": 2, "val_accuracy": 0.9, "val_tasks": 4})
     trainer = trainer_of(run, run.config)
     trainer.resume()
     trainer.train()

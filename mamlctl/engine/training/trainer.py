@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
-from mamlctl.core.literals import StopReason
+from mamlctl.core.literals import RowKind, StopReason
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
@@ -46,7 +46,7 @@ class RunFiles(Protocol):
     def owner(self) -> str:
         """What this run's checkpoints carry."""
 
-    def append_metrics(self, entry: Mapping[str, Any]) -> None:
+    def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
         """Add one object to the metrics."""
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
@@ -228,7 +228,7 @@ class Trainer:
         self.period = Period.empty(steps, self.device)
         self._reported_at, self._tasks_since = now, 0
         row = {key: value for key, value in vars(report).items() if key != "rates" or value}
-        self.run.append_metrics({"kind": "report"} | row)
+        self.run.append_metrics("report", row)
         self.on_event(report)
 
     def _validate(self) -> None:
@@ -260,7 +260,7 @@ class Trainer:
             best_val_ci95=best_ci95,
             best_epoch=int(best_epoch),
         )
-        self.run.append_metrics({"kind": "validation"} | named(done))
+        self.run.append_metrics("validation", named(done))
         self.save()
         # Only now: until `last.pt` names the new ones, a reader may still look for the old.
         kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellProgress, Metric, StopReason
+from mamlctl.core.literals import CellProgress, StopReason
 from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -20,11 +18,9 @@ from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CONFIG, METRICS, RESUME_OVERRIDES, RunFolder, open_run, run_state
+from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, rows_of, run_state
 
 POLL_S = 0.25  # how often jobs are looked after: below what a person notices
-
-TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last entry
 
 
 def is_pending(cell: GridCell, grid: Grid) -> bool:
@@ -149,7 +145,10 @@ class Scheduler:
 
     def _cell_state(self, cell: GridCell) -> CellState:
         status, total = run_state(cell.folder).status, cell.config.total_steps
-        step, score = _last_metrics(cell.folder, self._metric)
+        metrics = RunFolder(cell.folder, cell.config).last_metrics()
+        step = int(metrics[-1]["step"]) if metrics else 0
+        validations = rows_of(metrics, "validation")
+        score = validations[-1][f"val_{self._metric}"] if validations else None
         running = cell.name in self._running
         state: CellProgress = "training"
         if status == "diverged":
@@ -168,22 +167,3 @@ class Scheduler:
 
 def _evaluation(cell: GridCell, grid: Grid) -> StoredEvaluation | None:
     return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
-
-
-def _last_metrics(folder: Path, metric: Metric) -> tuple[int, float | None]:
-    """Meta-steps done and the last validation's score, from the end of metrics.jsonl."""
-    try:
-        with (folder / METRICS).open("rb") as file:
-            file.seek(max(file.seek(0, 2) - TAIL, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0, None
-    step, score = 0, None
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the first may begin in its middle, the last may not be whole yet
-            continue
-        if isinstance(row, dict):
-            step, score = int(row.get("step", step)), row.get(f"val_{metric}", score)
-    return step, score

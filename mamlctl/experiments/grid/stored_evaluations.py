@@ -16,10 +16,20 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellStatus, Metric
+from mamlctl.core.literals import CellStatus, Metric, Model
 from mamlctl.data.rules import metric_of
 from mamlctl.report.table import Cell
-from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, RunFolder, RunState, protocol_settings
+from mamlctl.run_folder import (
+    EVALUATIONS,
+    OF_RUN,
+    SUMMARY,
+    TASKS,
+    RunFolder,
+    RunState,
+    protocol_settings,
+    rows_of,
+    upgrade,
+)
 from mamlctl.settings.schema import EvalConfig
 
 NEAR = 0.99  # share of the last validation's score that counts as having got there
@@ -30,8 +40,8 @@ class StoredEvaluation:
     """A stored evaluation of one run."""
 
     protocol: Mapping[str, Any]
-    scores: Mapping[str, NDArray[np.float64]]  # "best" or "last", "ensemble": of every task
-    per_step: Mapping[str, Sequence[float]]  # of the same, after 0, 1 ... inner steps
+    scores: Mapping[Model, NDArray[np.float64]]  # of every task
+    per_step: Mapping[Model, Sequence[float]]  # of the same, after 0, 1 ... inner steps
     ensemble_size: int
     notes: tuple[str, ...]
 
@@ -45,7 +55,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     required["dataset_digest"] = run.environment().get("dataset_digest", "")
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         try:
-            summary = json.loads(path.read_text())
+            summary = upgrade(SUMMARY, json.loads(path.read_text()))
             protocol = {key: value for key, value in dict(summary["protocol"]).items() if key not in OF_RUN}
             # One from before the last training, or of other images, is no result of this run.
             same = protocol in (required, required | {"bn": "none"})
@@ -62,11 +72,10 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluati
     with (folder / TASKS).open(newline="") as file:
         columns = list(zip(*csv.reader(file), strict=True))
     scores = {head: np.array(column, dtype=np.float64) for head, *column in columns}
-    kinds = {row["model"]: "ensemble" if row["model"].startswith("ensemble") else "best" for row in results}
     return StoredEvaluation(
         summary["protocol"],
-        {kind: scores[model] for model, kind in kinds.items()},
-        {kinds[row["model"]]: row["per_step"] for row in results},
+        {row["kind"]: scores[row["model"]] for row in results},
+        {row["kind"]: row["per_step"] for row in results},
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes", ())),
     )
@@ -85,9 +94,9 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
     if run is None:
         return Cell(seed, place, "failed" if failed else "missing", failed, 0, None, None, (), {}, command)
     state, metrics = run.state(), run.metrics()
-    reports = [row for row in metrics if row["kind"] == "report"]
+    reports = rows_of(metrics, "report")
     metric = metric_of(run.config.dataset)
-    scores = [(int(row["step"]), row[f"val_{metric}"]) for row in metrics if row["kind"] == "validation"]
+    scores = [(int(row["step"]), row[f"val_{metric}"]) for row in rows_of(metrics, "validation")]
     # A file's null is a number that was not finite.
     validation = tuple((step, math.nan if score is None else float(score)) for step, score in scores)
     status: CellStatus = state.status or "running"
