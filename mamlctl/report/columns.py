@@ -39,19 +39,15 @@ class Column:
     is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
     field: str | None = ""  # of the value in files; "": the key; None: fields of another column hold it
     csv: Callable[[Table, Row], Fields] | None = None  # instead: fields of a CSV file
-    json: Callable[[Row], Fields] | None = None  # instead: fields of a row in a JSON document
+    json: Callable[[Table, Row], Fields] | None = None  # instead: fields of a row in a JSON document
     style: str | Callable[[Row], str] = ""  # in a terminal
     mark: str = ""  # behind some of the texts; numbers without it end where those with it do
 
-    def csv_fields(self, table: Table, row: Row) -> Fields:
-        """The columns of a CSV file that hold this one."""
-        return self.csv(table, row) if self.csv else self._value_field(row)
-
-    def json_fields(self, row: Row) -> Fields:
-        """The fields of a row in a JSON document that hold this column."""
-        return self.json(row) if self.json else self._value_field(row)
-
-    def _value_field(self, row: Row) -> Fields:
+    def fields_in(self, form: Literal["csv", "json"], table: Table, row: Row) -> Fields:
+        """The columns of a CSV file, or the fields of a row in a JSON document, that hold this column."""
+        override = self.csv if form == "csv" else self.json
+        if override:
+            return override(table, row)
         return {} if self.field is None else {self.field or self.key: self.value(row)}
 
 
@@ -111,10 +107,6 @@ def _published_fields(table: Table, row: Row) -> Fields:
     return {f"published_{key}": getattr(entry, key, None) for key in keys}
 
 
-def _difference(row: Row) -> float | None:
-    return row.best.difference.mean if row.best and row.best.difference else None
-
-
 COLUMNS: tuple[Column, ...] = (
     Column(
         "row",
@@ -125,26 +117,20 @@ COLUMNS: tuple[Column, ...] = (
         drop_rank=None,
         is_always_shown=True,
         csv=lambda table, row: {"label": row.label, "metric": table.metric},
-        json=lambda row: {"label": row.label, "settings": row.settings},
+        json=lambda table, row: {"label": row.label, "settings": row.settings},
         style="bold",
     ),
     Column(
-        "seeds",
-        "seeds",
-        texts.seeds_text,
-        drop_rank=1,
-        is_always_shown=True,
-        field=None,
-        csv=_run_counts,
+        "seeds", "seeds", texts.seeds_text, drop_rank=1, is_always_shown=True, field=None, csv=_run_counts
     ),
-    Column("bn", "bn", texts.bn_text, lambda row: row.bn, drop_rank=4),
+    Column("bn", "bn", texts.where_rows_differ(lambda row: row.bn), lambda row: row.bn, drop_rank=4),
     Column(
         "inner_steps",
         "inner steps",
-        texts.inner_steps_text,
+        texts.where_rows_differ(lambda row: row.inner_steps),
         drop_rank=3,
         csv=lambda table, row: {"inner_steps": row.inner_steps, "tasks": table.tasks},
-        json=lambda row: {"inner_steps": row.inner_steps},
+        json=lambda table, row: {"inner_steps": row.inner_steps},
     ),
     Column(
         "best",
@@ -157,7 +143,7 @@ COLUMNS: tuple[Column, ...] = (
         is_always_shown=True,
         is_score=True,
         csv=lambda table, row: _score_fields("best", row.best),
-        json=lambda row: {"best": asdict(row.best) if row.best else None},
+        json=lambda table, row: {"best": asdict(row.best) if row.best else None},
         style="green",
     ),
     Column(
@@ -179,7 +165,7 @@ COLUMNS: tuple[Column, ...] = (
         drop_rank=9,
         is_score=True,
         csv=lambda table, row: _score_fields("ensemble", row.ensemble) | {"ensemble_size": row.ensemble_size},
-        json=lambda row: {
+        json=lambda table, row: {
             "ensemble": asdict(row.ensemble) if row.ensemble else None,
             "ensemble_size": row.ensemble_size,
         },
@@ -188,7 +174,7 @@ COLUMNS: tuple[Column, ...] = (
         "difference",
         "difference",
         texts.difference_text,
-        _difference,
+        lambda row: row.best.difference.mean if row.best and row.best.difference else None,
         sort="best",
         baseline_value=0.0,
         legend=texts.difference_legend,
@@ -217,7 +203,7 @@ COLUMNS: tuple[Column, ...] = (
         notes=texts.source_notes,
         drop_rank=10,
         csv=_published_fields,
-        json=lambda row: {"published": [asdict(entry) for entry in row.published]},
+        json=lambda table, row: {"published": [asdict(entry) for entry in row.published]},
         style="dim",
         mark=RECALLED,
     ),
@@ -250,7 +236,7 @@ COLUMNS: tuple[Column, ...] = (
         drop_rank=5,
         is_always_shown=True,
         field=None,
-        json=lambda row: {"diverged": row.divergences},
+        json=lambda table, row: {"diverged": row.divergences},
         style=lambda row: "red" if row.divergences else "",
     ),
 )

@@ -53,7 +53,7 @@ def document(table: Table, sort: str | None = None) -> dict[str, Any]:
     ordered = columns.sorted_table(table, sort)
     rows = []
     for row in ordered.rows:
-        texts = [column.json_fields(row) for column in columns.COLUMNS]
+        texts = [column.fields_in("json", ordered, row) for column in columns.COLUMNS]
         rows.append({**_merged(texts), "cells": [_cell_document(cell) for cell in row.cells]})
     whole = {"format": FORMAT, **_named(table, names), "rows": rows, **_named(table, last)}
     json: dict[str, Any] = _plain(finite(whole))
@@ -86,7 +86,7 @@ def to_csv(table: Table, sort: str | None = None) -> str:
     """A line per row, a column per figure: numbers in full, accuracies 0..1, nothing where there is none."""
     ordered = columns.sorted_table(table, sort)
     lines = [
-        finite(_merged([column.csv_fields(ordered, row) for column in columns.COLUMNS]))
+        finite(_merged([column.fields_in("csv", ordered, row) for column in columns.COLUMNS]))
         for row in ordered.rows
     ]
     out = StringIO()

@@ -221,15 +221,8 @@ def _published(
     same = all(getattr(config, name) == getattr(usual, name) for name in ("net", "first_order", "adapts"))
     if not same or evaluate.split != "test":
         return ()
-    return published(
-        config.dataset,
-        config.ways,
-        config.shots,
-        as_unimproved(config).algo,
-        config.improvements,
-        inner_steps=inner_steps,
-        bn=bn,
-    )
+    problem, algo = (config.dataset, config.ways, config.shots), as_unimproved(config).algo
+    return published(*problem, algo, config.improvements, inner_steps=inner_steps, bn=bn)
 
 
 def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
