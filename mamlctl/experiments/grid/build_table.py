@@ -254,13 +254,12 @@ def _equal_rows(rows: Sequence[_RowRuns]) -> list[str]:
     """Rows that agree on every task: what sets them apart changes no prediction."""
     groups: list[list[_RowRuns]] = []
     for row in rows:
-        group = next(
-            (group for group in groups if _are_equal(group[0].scores("best"), row.scores("best"))), None
-        )
-        if group is None:
-            groups.append([row])
+        for group in groups:
+            if _are_equal(group[0].scores("best"), row.scores("best")):
+                group.append(row)
+                break
         else:
-            group.append(row)
+            groups.append([row])
     notes = [
         f"equal on every task: {', '.join(row.spec.label for row in group)}" for group in groups if group[1:]
     ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core import formatting
+from mamlctl.core.literals import Metric
 from mamlctl.report.figures import style
 from mamlctl.report.figures.style import Numbers, drawing, plain
 
@@ -19,14 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
+Key = TypeVar("Key")
 
-LineLook = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
+Look = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
 
-EARLY: tuple[LineLook, ...] = (
-    (style.ORANGE, "--"),
-    (style.GREEN, "-."),
-    (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))),
-)
+EARLY: tuple[Look, ...] = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
 
 BINS = 60  # of a histogram
 LOSS_LINES = 6  # more shades look alike
@@ -70,7 +68,7 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
     """Rows of tasks, columns of starts: what a few inner steps make of each start."""
     taken = sorted({curve.steps for row in panels for panel in row for curve in panel.curves})
     between = [steps for steps in taken[:-1] if steps > 0]
-    looks: dict[int, LineLook] = dict.fromkeys(taken, (style.BLUE, "-"))
+    looks: dict[int, Look] = dict.fromkeys(taken, (style.BLUE, "-"))
     looks[0] = style.DIM, ":"
     looks |= {steps: EARLY[place % len(EARLY)] for place, steps in enumerate(between)}
     with drawing(style.WIDTH, 0.75 + 2.0 * len(panels), title) as figure:
@@ -93,7 +91,7 @@ def _heights(row: Sequence[Panel]) -> tuple[float, float]:
     return float(low - 0.06 * span), float(high + 0.06 * span)
 
 
-def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, LineLook]) -> None:
+def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, Look]) -> None:
     ax.plot(panel.x, panel.truth, color=style.CALM, linewidth=4.5, label="truth")
     # The errors stand over the axes, where they cover no data.
     ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=style.DIM, fontsize=style.SMALL)
@@ -202,7 +200,7 @@ def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> 
                 )
 
 
-def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"]) -> Figure:
+def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
     """A run's curves from its metrics.jsonl: query losses by inner steps taken, validation, meta-lr."""
     from matplotlib import colormaps
 
@@ -244,7 +242,7 @@ def training(reports: Rows, validations: Rows, metric: Literal["accuracy", "mse"
     return figure
 
 
-def _column(rows: Sequence[Mapping[Any, Any]], key: Any) -> NDArray[np.float64]:
+def _column(rows: Sequence[Mapping[Key, Any]], key: Key) -> NDArray[np.float64]:
     """One number a row; NaN, which is drawn as a gap, where there is none."""
     return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
 
