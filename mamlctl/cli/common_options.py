@@ -85,5 +85,8 @@ class SettingsOptions(OutputOptions):
 
 def unused(options: Mapping[str, object], why: str, way: str = "leave it out") -> list[Problem]:
     """Those of the options that were given, which have no effect: (fact, way out) pairs."""
-    given = [name for name, value in options.items() if value is not None and value is not False]
-    return [(f"{name} has no effect {why}", way) for name in given]
+    return [
+        (f"{name} has no effect {why}", way)
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]

@@ -64,8 +64,8 @@ def with_options(
         @functools.wraps(function)
         def command(**values: Any) -> ExitCode:
             if settings_type is not None:
-                given = {setting.name: values.pop(setting.name) for setting in settings}
-                values["settings"] = {name: value for name, value in given.items() if value is not None}
+                flags = {setting.name: values.pop(setting.name) for setting in settings}
+                values["settings"] = {name: value for name, value in flags.items() if value is not None}
             values["options"] = options_type(**{option.name: values.pop(option.name) for option in options})
             return function(**values)
 

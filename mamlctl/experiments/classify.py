@@ -92,7 +92,7 @@ def classify_images(
 
 def _classify_all(model: ImageClassifier, queries: Sequence[Query], on_event: OnEvent) -> Predictions:
     """Every query, in chunks, so that memory does not grow with their number."""
-    net, predictions = model.fitted.derivatives.net, Predictions()
+    net, predictions = model.adapted.derivatives.net, Predictions()
     images = predictions.images
     chunk = tasks_per_pass(net, 1, model.device)
     if model.bn == Statistics.OWN.value:

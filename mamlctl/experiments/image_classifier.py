@@ -52,13 +52,13 @@ class ImageClassifier:
     support: SupportImages
     read: Reader
     device: torch.device
-    fitted: AdaptedModel
+    adapted: AdaptedModel
     head: str  # what tells the classes apart
 
     @property
     def bn(self) -> BatchNormMode:
         """What normalises the images; none without batch norm."""
-        return bn_mode(self.fitted.derivatives.net, self.config.bn)
+        return bn_mode(self.adapted.derivatives.net, self.config.bn)
 
     @property
     def inner_steps(self) -> int:
@@ -67,7 +67,7 @@ class ImageClassifier:
 
     def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Of every class -> _MN. Raises DivergedError if they are not finite."""
-        scores_MN = self.fitted.scores(_values(self.config, x_MCHW, self.device))
+        scores_MN = self.adapted.scores(_network_input(self.config, x_MCHW, self.device))
         if not bool(scores_MN.isfinite().all()):
             hint = "use fewer --inner-steps, a lower --inner-lr, or another run"
             raise DivergedError("the adapted model's predictions are not finite", hint=hint)
@@ -111,7 +111,7 @@ def adapt_classifier(
     head = _head_words(config, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
-    fitted = adapt_to_support_set(
+    adapted = adapt_to_support_set(
         select_derivatives(net, state.example_tensor, config.engine),
         state,
         _episode(config, support, device),
@@ -121,7 +121,7 @@ def adapt_classifier(
         rule=InnerRule(config.proximal, config.inner_optimizer),
     )
     name = f"best, epoch {epochs[0]}" if epochs else "last"
-    return ImageClassifier(run, config, name, support, read, device, fitted, head)
+    return ImageClassifier(run, config, name, support, read, device, adapted, head)
 
 
 def _example_shape(config: TrainConfig) -> tuple[int, int, int]:
@@ -165,7 +165,7 @@ def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
 
 def _episode(config: TrainConfig, support: SupportImages, device: torch.device) -> Episodes:
     """The support set as a task without queries."""
-    x_ECHW = _values(config, support.x_ECHW, device)
+    x_ECHW = _network_input(config, support.x_ECHW, device)
     y_E = torch.from_numpy(support.y_E).to(device)
     steps, size, batches_TIB = config.evaluation_inner_steps, config.eval_inner_batch, None
     if size is not None and size < len(y_E):
@@ -174,7 +174,7 @@ def _episode(config: TrainConfig, support: SupportImages, device: torch.device) 
     return Episodes(x_ECHW.unsqueeze(0), y_E.unsqueeze(0), x_ECHW[None, :0], y_E[None, :0], None, batches_TIB)
 
 
-def _values(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     """Images as the network sees them."""
     values = PixelValues(
         ink=int(config.ink or 0),
@@ -203,7 +203,7 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
         "mean": list(IMAGENET_MEAN) if colours else [0.0],  # less the mean,
         "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],  # over the deviation
         "settings": {name: getattr(config, name) for name in names},
-        "weights": plain_weights(model.fitted),
+        "weights": plain_weights(model.adapted),
     }
     # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
     buffer = io.BytesIO()

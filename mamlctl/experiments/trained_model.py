@@ -212,12 +212,11 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         if settings.label_permutations != 1:
             fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
             problems.append((fact, "leave it out"))
-    if trained.lslr or entry.inner_rates != "tensor":
+    if entry.learns_rates(trained):
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:
-        problems.append(
-            (f"--adapts {settings.adapts} does nothing with --algo {trained.algo}", "use all or head")
-        )
+        fact = f"--adapts {settings.adapts} does nothing with --algo {trained.algo}"
+        problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     for name, why in unused.items():
         if getattr(settings, name, None) is not None:
             problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))

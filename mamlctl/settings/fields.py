@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mamlctl.core.literals import BatchNorm, Obstacle
@@ -46,13 +48,17 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+# What a setting is where it is left open, from the TrainConfig, whose module stands above this one.
+Derivation = Callable[[Any], float]
+
+
 @dataclass(frozen=True)
 class Improvement:
     """An improvement of MAML++, as the field of `TrainConfig` that turns it on describes it."""
 
     name: str
     help: str
-    companions: tuple[str, ...]  # settings that only this improvement gives a meaning to
+    companions: Mapping[str, Derivation]  # settings that only this improvement gives a meaning to
     unsupported_by: tuple[Obstacle, ...]  # where it has no meaning
     paper_group: str  # improvements of one group are one improvement in the paper
     read_by_bn: BatchNorm | None  # the only --bn with which it changes a test; None: it always does
@@ -61,7 +67,7 @@ class Improvement:
 def improvement(
     text: str,
     *,
-    companions: tuple[str, ...] = (),
+    companions: Mapping[str, Derivation] = MappingProxyType({}),
     unsupported_by: tuple[Obstacle, ...] = (),
     paper_group: str = "",
     read_by_bn: BatchNorm | None = None,

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
 from mamlctl.settings.rules import NOUNS, VALUE_TYPES, check, ineffective, limit_problems
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
@@ -87,22 +87,16 @@ def evaluation_settings(values: Mapping[str, Any], source: str) -> EvalConfig:
 
 
 def fill_schedules(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:
-    """Fill what was left open: schedules from the epochs, so that short runs keep their shape.
-
-    The paper's runs have MSL for 10 of 100 epochs (published configurations) and DA for 50 of 150.
-    """
+    """Fill what was left open: schedules from the epochs, so that short runs keep their shape."""
     open_values: dict[str, Any] = {
         **data_set_defaults,
         "eval_inner_steps": config.inner_steps,
         "init_seed": config.seed,
         "train_seed": config.seed,
     }
-    if config.msl:
-        open_values["msl_epochs"] = max(1, round(config.epochs / 10))
-    if config.da:
-        open_values["da_epochs"] = round(config.epochs / 3)
-    if config.ca:
-        open_values["min_meta_lr"] = config.meta_lr / 100
+    for name in config.improvements:
+        companions = IMPROVEMENTS[name].companions
+        open_values |= {companion: derive(config) for companion, derive in companions.items()}
     return replace(
         config, **{key: value for key, value in open_values.items() if getattr(config, key) is None}
     )

@@ -149,7 +149,8 @@ class TrainConfig:
 
     msl: bool = improvement(
         "Multi-step loss: query loss after every inner step, weight moving to the last.",
-        companions=("msl_epochs",),
+        # The published configurations have it for 10 of 100 epochs.
+        companions={"msl_epochs": lambda config: max(1, round(config.epochs / 10))},
         unsupported_by=("no unrolled loop",),
     )
     msl_epochs: int | None = setting(
@@ -160,7 +161,7 @@ class TrainConfig:
     )
     da: bool = improvement(
         "Derivative-order annealing: first order at first, second order after --da-epochs.",
-        companions=("da_epochs",),
+        companions={"da_epochs": lambda config: round(config.epochs / 3)},  # 50 of 150 in the paper
         unsupported_by=("no unrolled loop",),
     )
     da_epochs: int | None = setting(
@@ -185,7 +186,7 @@ class TrainConfig:
     )
     ca: bool = improvement(
         "Cosine annealing of the meta learning rate to --min-meta-lr.",
-        companions=("min_meta_lr",),
+        companions={"min_meta_lr": lambda config: config.meta_lr / 100},
         unsupported_by=("own meta learning rate",),
     )
     min_meta_lr: float | None = setting(

@@ -10,7 +10,7 @@ from mamlctl.engine.algorithms.rules import algorithm_problems
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.settings.merge import fill_schedules, stored_settings
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names, to_yaml
-from mamlctl.settings.rules import check
+from mamlctl.settings.rules import COMPANIONS, check
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 
@@ -108,6 +108,13 @@ def test_short_runs_keep_the_shape_of_the_published_schedules():
     assert (short.init_seed, short.train_seed, short.eval_inner_steps, short.resize) == (4, 4, 7, "box")
     plain = fill_schedules(TrainConfig(), {"resize": "box"})
     assert (plain.msl_epochs, plain.da_epochs, plain.min_meta_lr) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", IMPROVEMENTS)
+def test_an_improvement_alone_derives_its_companions_and_no_others(name):
+    filled = fill_schedules(TrainConfig(**{name: True}), {})
+    derived = {companion for companion in COMPANIONS if getattr(filled, companion) is not None}
+    assert derived == set(IMPROVEMENTS[name].companions)
 
 
 def test_a_written_configuration_reads_back_the_same(tmp_path):

@@ -113,6 +113,10 @@ class Algorithm:
     exclusive_settings: tuple[str, ...] = ()  # settings that it reads, and most others do not
     unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
 
+    def learns_rates(self, config: TrainConfig) -> bool:
+        """Whether the inner rates are learnt."""
+        return config.lslr or self.inner_rates != "tensor"
+
     def predict(self, config: TrainConfig) -> Predict:
         """How it adapts to a support set and predicts a query set."""
         from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned

@@ -42,7 +42,8 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
             problems.append((f"{algo} needs {flag(name)}", "leave it out for its default"))
     if config.adapts not in entry.may_adapt:
-        fact = f"--adapts {config.adapts} does nothing with {algo}: its head begins with zeros"
+        why = ": its head begins with zeros" if entry.classifier == "zeros" else ""
+        fact = f"--adapts {config.adapts} does nothing with {algo}{why}"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))

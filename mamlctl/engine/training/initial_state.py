@@ -53,7 +53,7 @@ def build(
         norm=norm,
         rates={name: _rate(slow[name], config, entry.inner_rates, like) for name in adapted},
         running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
-        rates_learnt=config.lslr or entry.inner_rates != "tensor",
+        rates_learnt=entry.learns_rates(config),
     )
     if config.inner_optimizer == "adam":
         state.moments = {name: torch.zeros_like(weight) for name, weight in slow.items()}

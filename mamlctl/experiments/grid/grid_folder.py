@@ -27,7 +27,7 @@ from mamlctl.run_folder import (
     stored_config,
 )
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.schema import EvalConfig
 
 
 def open_grid(
@@ -76,7 +76,11 @@ def save_plan(grid: Grid) -> None:
         "seeds": list(grid.seeds),
         "evaluate": not_default(grid.evaluate),
         "rows": [
-            {"row": row.label, "folder": row.slug, "settings": _own_settings(row.config, common)}
+            {
+                "row": row.label,
+                "folder": row.slug,
+                "settings": {key: value for key, value in asdict(row.config).items() if key not in common},
+            }
             for row in grid.rows
         ],
         "settings": common,
@@ -162,7 +166,3 @@ def _cell_problems(cell: GridCell) -> list[Problem]:
         for key in planned
         if key not in RESUME_OVERRIDES and stored[key] != planned[key]
     ][:3]
-
-
-def _own_settings(config: TrainConfig, common: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key not in common}
