@@ -1,5 +1,6 @@
 """The run folder: one writer, whole files, nothing of the user's overwritten."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from helpers.shared import ignore
 
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
-from mamlctl.core.files import replacing, write_json
+from mamlctl.core.files import is_locked, one_writer, replacing, write_json
 from mamlctl.core.literals import StopReason
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -85,6 +86,19 @@ def test_a_run_has_one_writer_even_across_processes(tmp_path):
         with pytest.raises(MamlctlError, match="is in use"), make_run(tmp_path / "run"):
             pass
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "writing\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path, code):
+    def no_flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    (tmp_path / "lock").write_text("process 999999")  # what an earlier run leaves
+    with pytest.raises(MamlctlError, match="cannot be locked"), one_writer(tmp_path):
+        pass
+    assert not is_locked(tmp_path)
+    assert (tmp_path / "lock").read_text() in ("", "process 999999")
 
 
 def test_a_folder_that_is_no_run_is_told_apart(tmp_path):

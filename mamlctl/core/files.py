@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mamlctl.core.errors import LockedError
+from mamlctl.core.errors import LockedError, MamlctlError
+
+# What a file system says that has no locks, as those of clusters often have not.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -61,14 +65,24 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
-    """Lock a folder for the block. Raises LockedError if another process or thread has locked it."""
+    """Lock a folder for the block.
+
+    Raises:
+        LockedError: another process or thread has locked it.
+        MamlctlError: its file system has no locks.
+    """
     from filelock import FileLock, Timeout  # here, since its import takes as long as the command line's
 
     try:
-        lock = FileLock(path / "lock", thread_local=False).acquire(blocking=False)
+        lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False).acquire(blocking=False)
     except Timeout as error:
         message = f"{what} {path} is in use by {lock_holder(path / 'lock')}"
         raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        message = f"{what} {path} cannot be locked: {error.strerror}"
+        raise MamlctlError(message, hint="choose another --out, on a file system with locks") from error
     with lock:
         (path / "lock").write_text(f"process {os.getpid()}")
         yield
@@ -92,6 +106,9 @@ def is_locked(path: Path) -> bool:
         return True
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +10,10 @@ from typing import TYPE_CHECKING
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
-from mamlctl.core.files import lock_holder
+from mamlctl.core.files import NO_LOCKS, lock_holder
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
-
-# What a file system says that has no locks, as clusters' often have not.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 # How often to make the folder that other processes remove; /proc never has one.
 TRIES = 100
