@@ -204,7 +204,9 @@ class AdamSteps:
     side all begin with the last ones, and leave their mean.
     """
 
-    BETA2, EPS = 0.999, 1e-8  # of the published code
+    # Those of the published code.
+    BETA2 = 0.999
+    EPS = 1e-8
 
     def __init__(self, state: MetaState, tasks: int) -> None:
         self.state, self.count = state, state.moments["steps"]

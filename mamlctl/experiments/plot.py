@@ -17,7 +17,7 @@ from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import resume, train
@@ -148,12 +148,9 @@ def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> r
 
 def _outputs(model: TrainedModel, episodes: Episodes, inner_steps: int) -> torch.Tensor:
     with torch.no_grad():
+        state = model.states[0].frozen()
         return model.predict(
-            model.derivatives,
-            model.states[0].frozen(),
-            episodes,
-            inner_steps=inner_steps,
-            statistics=model.statistics,
+            PredictRequest(model.derivatives, state, episodes, inner_steps, model.statistics)
         )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.engine_cases import IMAGE, build_uneven, fastest, random_episodes, slow_forward, small_config
 
-from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import adapt
 from mamlctl.engine.nets.batch_norm import MOMENTUM, NormPass, Statistics, accumulate
 from mamlctl.engine.training.initial_state import build
@@ -223,7 +223,7 @@ def test_evaluation_changes_nothing_that_is_stored(statistics):
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
     for _ in range(2):
         episodes = random_episodes(config)
-        adapted(fastest(net), state.frozen(), episodes, inner_steps=4, statistics=statistics)
+        adapted(PredictRequest(fastest(net), state.frozen(), episodes, 4, statistics))
     assert same(before, state.stored())
 
 
@@ -232,13 +232,12 @@ def test_each_bn_mode_gives_its_own_predictions_and_running_ones_use_their_row()
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
     logits = {
-        mode: adapted(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=mode)
-        for mode in Statistics
+        mode: adapted(PredictRequest(fastest(net), state.frozen(), episodes, 3, mode)) for mode in Statistics
     }
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.RUNNING])
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.SUPPORT])
     state.running["norm1.mean"][2] += 0.3  # row of the third inner step only
-    moved = adapted(fastest(net), state.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)
+    moved = adapted(PredictRequest(fastest(net), state.frozen(), episodes, 3, Statistics.RUNNING))
     assert torch.equal(moved[:3], logits[Statistics.RUNNING][:3])
     assert not torch.allclose(moved[3], logits[Statistics.RUNNING][3])
 
@@ -252,7 +251,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
     disturbed.query_x_TECHW[:, 1:] = random_episodes(config, seed=8).query_x_TECHW[:, 1:]
 
     def first_query(which, mode):
-        return adapted(fastest(net), state.frozen(), which, inner_steps=3, statistics=mode)[:, :, 0]
+        return adapted(PredictRequest(fastest(net), state.frozen(), which, 3, mode))[:, :, 0]
 
     assert torch.allclose(first_query(episodes, statistics), first_query(disturbed, statistics), atol=1e-10)
     mode = Statistics.OWN
@@ -308,13 +307,13 @@ def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
         episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
     )
     transductive, support = (
-        adapted(fastest(net), state.frozen(), same_set, inner_steps=3, statistics=mode)
+        adapted(PredictRequest(fastest(net), state.frozen(), same_set, 3, mode))
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
     assert torch.allclose(transductive, support, atol=1e-10)
     state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
     before, after = (
-        adapted(fastest(net), which.frozen(), episodes, inner_steps=3, statistics=Statistics.RUNNING)[3]
+        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 3, Statistics.RUNNING))[3]
         for which in (trained(config)[1], state)
     )
     assert torch.equal(before, after)

@@ -10,7 +10,7 @@ from helpers.engine_cases import IMAGE, build_uneven, fastest, random_episodes, 
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.pretraining import fine_tuned
-from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
@@ -43,7 +43,7 @@ def test_fine_tuning_begins_with_a_head_of_zeros_and_follows_the_support_loss(ad
     net, _ = build(config, IMAGE, CPU)
     _, state = build(config, IMAGE, CPU, classes=9)
     episodes = random_episodes(config)
-    outputs = fine_tuned(fastest(net), state, episodes, inner_steps=3, statistics=Statistics.OWN)
+    outputs = fine_tuned(PredictRequest(fastest(net), state, episodes, 3, Statistics.OWN))
     assert (outputs[0] == 0).all()
     for task in range(2):
         fast = {name: tensor.clone() for name, tensor in state.slow.items()}
@@ -73,8 +73,10 @@ def test_adapting_the_head_alone_on_features_equals_passing_the_whole_net(statis
     twice = copy.copy(state)
     twice.norm = {name: rows.repeat(2, 1) for name, rows in state.norm.items()}
     episodes = random_episodes(config)
-    named = {"inner_steps": 4, "statistics": statistics}
-    one, two = (adapted(fastest(net), which.frozen(), episodes, **named) for which in (state, twice))
+    one, two = (
+        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 4, statistics))
+        for which in (state, twice)
+    )
     assert close(one, two)
 
 

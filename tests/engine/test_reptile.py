@@ -12,7 +12,7 @@ from helpers.engine_cases import IMAGE, fastest, random_episodes, slow_forward, 
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
-from mamlctl.engine.evaluation.prediction import adapted
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.optimizers import Sgd
@@ -101,9 +101,10 @@ def test_reptiles_head_alone_on_features_equals_passing_the_whole_net(optimizer)
         moment.add_(2.0 if name == "steps" else 0.01)
     twice = copy.copy(state)
     twice.running = {name: rows.repeat(2, 1) for name, rows in state.running.items()}
-    named = {"inner_steps": 3, "statistics": Statistics.OWN, "rule": InnerRule(optimizer=optimizer)}
+    episodes, rule = random_episodes(config), InnerRule(optimizer=optimizer)
     one, two = (
-        adapted(fastest(net), which.frozen(), random_episodes(config), **named) for which in (state, twice)
+        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 3, Statistics.OWN), rule)
+        for which in (state, twice)
     )
     assert close(one, two)
     assert not close(one[3], one[0], 1e-3)

@@ -221,11 +221,11 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
     trainer = trainer_of(whole, whole.config)
     chunks = []
 
-    def small_device(derivatives, state, episodes, **named):
-        chunks.append(len(episodes.query_y_TE))
+    def small_device(request):
+        chunks.append(len(request.episodes.query_y_TE))
         if chunks[-1] > 3:
             raise torch.OutOfMemoryError("no room")
-        return real(derivatives, state, episodes, **named)
+        return real(request)
 
     real = adapted
     plan = EvaluationPlan(10, 3, Statistics.OWN)

@@ -25,6 +25,7 @@ from mamlctl.data.tasks.user_images import find_queries
 from mamlctl.display.predictions import document
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.adapted_model import resize_head
+from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.classify import ClassifyRequest, classify_images
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -114,12 +115,9 @@ def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packe
         write(tmp_path / "ask" / NAMES[label], packed, images_E[2:])
     for bn in ("transductive", "support", "running"):
         model = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=silent)
+        state, episodes = model.states[0].frozen(), model.stream.episodes(0, 1)
         outputs_ITEN = model.predict(
-            model.derivatives,
-            model.states[0].frozen(),
-            model.stream.episodes(0, 1),
-            inner_steps=model.inner_steps,
-            statistics=model.statistics,
+            PredictRequest(model.derivatives, state, episodes, model.inner_steps, model.statistics)
         )
         result = classify(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
         expected = outputs_ITEN[-1, 0].double().softmax(-1)

@@ -11,6 +11,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
+from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -115,10 +116,10 @@ def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
             labels = LabelPermutations(opened.stream, orders).labels(task * orders + order)
             for y_TE in (episodes.support_y_TE, episodes.query_y_TE):
                 y_TE[0] = torch.tensor([labels[label] for label in y_TE[0].tolist()])
-            given = {"inner_steps": opened.inner_steps, "statistics": opened.statistics}
+            plan = opened.inner_steps, opened.statistics
             with torch.no_grad():
                 both = [
-                    opened.predict(opened.derivatives, state.frozen(), episodes, **given)[-1, 0]
+                    opened.predict(PredictRequest(opened.derivatives, state.frozen(), episodes, *plan))[-1, 0]
                     for state in opened.states
                 ]
             for column, logits_EN in enumerate((both[0], torch.stack(both).mean(0))):

@@ -27,10 +27,7 @@ from mamlctl.engine.nets.batch_norm import NormPass
 def anil(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """MAML's meta-gradient of the head, and an ordinary gradient of the body behind it.
-
-    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
-    """
+    """MAML's meta-gradient of the head, and an ordinary gradient of the body behind it."""
     body = BodyFeatures(net, state, episodes, engine)
     with torch.enable_grad():
         learnable = state.learnable()

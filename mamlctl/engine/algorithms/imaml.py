@@ -26,7 +26,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
-from mamlctl.engine.inner_loop import MetaState, pulled
+from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
 
@@ -44,12 +44,11 @@ def imaml(
 ) -> MetaStepResult:
     """The meta-gradient at the inner loop's end alone.
 
-    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives; `proximal`: the
-    strength of the pull to the initialisation (lambda in the paper); `cg_steps`: of conjugate gradient.
+    `proximal`: the strength of the pull to the initialisation (lambda in the paper); `cg_steps`: of conjugate
+    gradient.
     """
-    loop = InnerLoop(
-        select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, pulled(state, proximal)
-    )
+    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
+    loop = InnerLoop(derivatives, state, episodes, InnerRule(proximal))
     loop.run(request.inner_steps, measure_all=request.measure_all)
     support = loop.support_gradient(state.norm_pass(0), keep=True)
     query = loop.query_gradient(request.inner_steps)

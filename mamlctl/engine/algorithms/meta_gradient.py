@@ -75,7 +75,18 @@ class Outer(Protocol):
     def __call__(
         self, net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest
     ) -> MetaStepResult:
-        """One meta-batch. Weights and order mean nothing to those that do not unroll the inner loop."""
+        """Measure one meta-batch.
+
+        Args:
+            net: the network, as a function of its weights.
+            state: the slow weights, norm rows and rates; the learnable ones require gradients.
+            episodes: a meta-batch of T tasks.
+            request: inner steps, weights of the query losses, order, and what to measure besides; weights
+                and order mean nothing to those that do not unroll the inner loop.
+
+        Returns:
+            Gradients of the mean over tasks, like MetaState.learnable(), and what was measured on the way.
+        """
 
 
 def enters_meta_loss(weight: float | Tensor) -> bool:
@@ -84,17 +95,7 @@ def enters_meta_loss(weight: float | Tensor) -> bool:
 
 
 def unrolled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
-    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to.
-
-    Args:
-        net: the network, as a function of its weights.
-        state: the slow weights, norm rows and rates; the learnable ones require gradients.
-        episodes: a meta-batch of T tasks.
-        request: inner steps, weights of the query losses, order, and what to measure besides.
-
-    Returns:
-        Gradients of the mean over tasks, like MetaState.learnable(), and what was measured on the way.
-    """
+    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to."""
     learnable = state.learnable()
     measurements, meta_loss = unroll(net, state, episodes, request)
     grads = torch.autograd.grad(meta_loss, list(learnable.values()), materialize_grads=True)

@@ -20,22 +20,23 @@ from torch import Tensor
 from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
-from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.prediction import adapted, comparable_features, nearest_distances, zero_head
+from mamlctl.engine.evaluation.prediction import (
+    PredictRequest,
+    adapted,
+    comparable_features,
+    nearest_distances,
+    zero_head,
+)
 from mamlctl.engine.inner_loop import Measurements, MetaState, expanded
 from mamlctl.engine.nets.base import CLASSIFICATION, Net
-from mamlctl.engine.nets.batch_norm import Statistics
 
 
 @torch.no_grad()
 def pretraining(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """The gradient of one network on both sets of all tasks, as a loss after 0 inner steps.
-
-    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
-    """
+    """The gradient of one network on both sets of all tasks, as a loss after 0 inner steps."""
     # All examples are one set of one task: M of them.
     x_1MCHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1).unsqueeze(0)
     y_TE = torch.cat([episodes.support_y_TE, episodes.query_y_TE], 1)
@@ -64,32 +65,16 @@ def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaSte
     return MetaStepResult.of(measurements, grads, loss)
 
 
-def fine_tuned(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
+def fine_tuned(request: PredictRequest) -> Tensor:
     """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
-    net, slow = derivatives.net, state.slow
+    net, slow = request.derivatives.net, request.state.slow
     if net.objective is CLASSIFICATION:
         slow = slow | zero_head(slow, net.outputs)
-    return adapted(
-        derivatives, replace(state, slow=slow), episodes, inner_steps=inner_steps, statistics=statistics
-    )
+    return adapted(replace(request, state=replace(request.state, slow=slow)))
 
 
-def by_neighbours(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
+def by_neighbours(request: PredictRequest) -> Tensor:
     """Predict the class of the nearest support example, Euclidean in the features -> outputs_1TEN."""
-    support_TEF, query_TEF = comparable_features(derivatives, state, episodes, statistics)
-    distances_TEN = nearest_distances(query_TEF, support_TEF, episodes.support_y_TE, derivatives.net.outputs)
-    return -distances_TEN.unsqueeze(0)
+    support_TEF, query_TEF = comparable_features(request)
+    y_TE, ways = request.episodes.support_y_TE, request.derivatives.net.outputs
+    return -nearest_distances(query_TEF, support_TEF, y_TE, ways).unsqueeze(0)

@@ -17,20 +17,20 @@ from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.anil import BodyFeatures
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
-from mamlctl.engine.derivatives.interface import Derivatives
-from mamlctl.engine.evaluation.prediction import class_distances, comparable_features, prototypes
+from mamlctl.engine.evaluation.prediction import (
+    PredictRequest,
+    class_distances,
+    comparable_features,
+    prototypes,
+)
 from mamlctl.engine.inner_loop import Measurements, MetaState
 from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import Statistics
 
 
 def protonet(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """The gradient of the query loss, as a loss after 0 inner steps.
-
-    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives.
-    """
+    """The gradient of the query loss, as a loss after 0 inner steps."""
     body = BodyFeatures(net, state, episodes, engine)
     measurements = Measurements(net.objective, norm_passes=body.norm_passes)
     with torch.enable_grad():
@@ -41,15 +41,9 @@ def protonet(
     return MetaStepResult.of(measurements, body.back_through(state, grads), loss)
 
 
-def by_prototypes(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-) -> Tensor:
+def by_prototypes(request: PredictRequest) -> Tensor:
     """Predict the class of the nearest prototype -> outputs_1TEN, whatever the inner steps."""
-    support_TEF, query_TEF = comparable_features(derivatives, state, episodes, statistics)
-    prototypes_TNF = prototypes(support_TEF, episodes.support_y_TE, derivatives.net.outputs)
+    support_TEF, query_TEF = comparable_features(request)
+    ways = request.derivatives.net.outputs
+    prototypes_TNF = prototypes(support_TEF, request.episodes.support_y_TE, ways)
     return -class_distances(query_TEF, prototypes_TNF).unsqueeze(0)

@@ -17,7 +17,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
-from mamlctl.engine.inner_loop import AdamSteps, InnerOptimizer, MetaState
+from mamlctl.engine.inner_loop import AdamSteps, InnerOptimizer, InnerRule, MetaState
 from mamlctl.engine.nets.base import Net
 
 
@@ -33,13 +33,13 @@ def reptile(
 ) -> MetaStepResult:
     """The way back from the tasks' adapted weights; the query set is only measured.
 
-    Arguments as of `meta_gradient.unrolled`; `engine`: "plain" for torch's own derivatives;
     `inner_optimizer`: "adam", whose moments the result hands on, or "sgd".
     """
-    adam = AdamSteps(state, len(episodes.support_y_TE)) if inner_optimizer == "adam" else None
-    loop = InnerLoop(select_derivatives(net, episodes.support_x_TECHW, engine), state, episodes, adam)
+    derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
+    loop = InnerLoop(derivatives, state, episodes, InnerRule(optimizer=inner_optimizer))
     loop.run(request.inner_steps, measure_all=request.measure_all)
     loop.record_query_loss(request.inner_steps)
     grads = {name: weight - loop.fast[name].mean(0) for name, weight in state.slow.items()}
     loss = loop.measurements.query_losses[request.inner_steps]
-    return MetaStepResult.of(loop.measurements, grads, loss, adam.moments() if adam else None)
+    moments = loop.update.moments() if isinstance(loop.update, AdamSteps) else None
+    return MetaStepResult.of(loop.measurements, grads, loss, moments)

@@ -71,7 +71,7 @@ def adapt_to_support_set(
         statistics: what normalises the queries to come.
     """
     state = state.frozen()
-    loop = InnerLoop(derivatives, state, support, rule.stepper(state, 1))
+    loop = InnerLoop(derivatives, state, support, rule)
     loop.run(inner_steps)
     weights, prepared = loop.fast, loop.support
     last = max(inner_steps - 1, 0)
@@ -98,10 +98,7 @@ def _only_row(rows: Mapping[str, Tensor], step: int) -> Params:
 
 
 def prototype_head(prototypes_TNF: Tensor) -> Params:
-    """Squared distances to prototypes as a linear layer: -|f - c|^2 = 2 c f - |c|^2 - |f|^2.
-
-    The last term is the same for every class, so that no probability knows of it.
-    """
+    """Squared distances as a linear layer: -|f - c|^2 = 2 c f - |c|^2, but for a term that classes share."""
     values = 2 * prototypes_TNF, -prototypes_TNF.square().sum(-1)
     return dict(zip(HEAD, values, strict=True))
 

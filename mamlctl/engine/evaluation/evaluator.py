@@ -13,7 +13,7 @@ from mamlctl.core.errors import DivergedError, MamlctlError
 from mamlctl.data.tasks.episodes import Episodes, Tasks
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import tasks_per_pass
-from mamlctl.engine.evaluation.prediction import Predict, adapted
+from mamlctl.engine.evaluation.prediction import Predict, PredictRequest, adapted
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.batch_norm import Statistics
 
@@ -76,13 +76,7 @@ def evaluate(
         episodes = stream.episodes(first, min(chunk, plan.tasks - first))
         try:
             per_model = [
-                plan.predict(
-                    derivatives,
-                    state,
-                    episodes,
-                    inner_steps=plan.inner_steps,
-                    statistics=plan.statistics,
-                )
+                plan.predict(PredictRequest(derivatives, state, episodes, plan.inner_steps, plan.statistics))
                 for state in states
             ]
         except torch.OutOfMemoryError as error:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient, PreparedSet
-from mamlctl.engine.inner_loop import Measurements, MetaState, Stepper, expanded, mini_batch
+from mamlctl.engine.inner_loop import DESCENT, InnerRule, Measurements, MetaState, expanded, mini_batch
 from mamlctl.engine.nets.batch_norm import NormPass
 
 
@@ -21,10 +21,10 @@ class InnerLoop:
     """
 
     def __init__(
-        self, derivatives: Derivatives, state: MetaState, episodes: Episodes, update: Stepper | None = None
+        self, derivatives: Derivatives, state: MetaState, episodes: Episodes, rule: InnerRule = DESCENT
     ) -> None:
         self.derivatives, self.state, self.episodes = derivatives, state, episodes
-        self.update = update or state.stepped
+        self.update = rule.stepper(state, len(episodes.support_y_TE))
         self.support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
         self.fast = expanded(state.slow, len(episodes.support_y_TE))
         self.measurements = Measurements(derivatives.net.objective)

@@ -5,8 +5,8 @@ Each predictor returns outputs_ITEN: class scores (or values) after 0, 1, ..., I
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,19 +20,19 @@ from mamlctl.engine.nets.base import HEAD, HeadNet, body_of
 from mamlctl.engine.nets.batch_norm import Params, Statistics
 
 
-class Predict(Protocol):
-    """Adapt a state to tasks, as its algorithm does, and predict."""
+@dataclass(frozen=True)
+class PredictRequest:
+    """Tasks to predict, and the state that adapts to them."""
 
-    def __call__(
-        self,
-        derivatives: Derivatives,
-        state: MetaState,
-        episodes: Episodes,
-        *,
-        inner_steps: int,
-        statistics: Statistics,
-    ) -> Tensor:
-        """-> outputs_ITEN."""
+    derivatives: Derivatives
+    state: MetaState  # what was meta-learnt, frozen
+    episodes: Episodes
+    inner_steps: int  # I of the result
+    statistics: Statistics  # what normalises the query set; the support set always has its own
+
+
+# Adapt a state to tasks, as its algorithm does, and predict -> outputs_ITEN.
+Predict = Callable[[PredictRequest], Tensor]
 
 
 def prototypes(f_TEF: Tensor, y_TE: Tensor, ways: int) -> Tensor:
@@ -53,11 +53,7 @@ def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
 def nearest_distances(f_TEF: Tensor, support_TMF: Tensor, y_TM: Tensor, ways: int) -> Tensor:
     """Squared Euclidean distance of every example to the nearest support example of each class -> _TEN.
 
-    Args:
-        f_TEF: features of the examples.
-        support_TMF: features of the M support examples.
-        y_TM: their labels.
-        ways: number of classes; one without support examples is infinitely far.
+    `y_TM`: labels of the M support examples; a class without any is infinitely far.
     """
     distances_TEM = class_distances(f_TEF, support_TMF)
     tasks, examples, _ = distances_TEM.shape
@@ -72,77 +68,61 @@ def zero_head(weights: Mapping[str, Tensor], ways: int) -> Params:
     return dict(zip(HEAD, zeros, strict=True))
 
 
-def adapted(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    *,
-    inner_steps: int,
-    statistics: Statistics,
-    rule: InnerRule = DESCENT,
-) -> Tensor:
+def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
     """Gradient steps on the support set, from the state's weights -> outputs_ITEN.
 
     With Statistics.SUPPORT the support set goes along with the queries, so that every layer's statistics are
     those of the same weights. Where the head alone is adapted, the body is passed once.
-
-    Args:
-        state: what was meta-learnt, frozen.
-        inner_steps: I of the result.
-        statistics: what normalises the query set; the support set always has its own.
-        rule: how a step moves the weights.
     """
+    state = request.state
     one_row = all(len(rows) == 1 for rows in (state.norm | state.running).values())
     if one_row and state.rates.keys() <= set(HEAD):
-        support_TEF, query_TEF = features_of_sets(derivatives, state, episodes, statistics)
-        episodes = Episodes(
-            support_TEF, episodes.support_y_TE, query_TEF, episodes.query_y_TE, None, episodes.batches_TIB
+        support_TEF, query_TEF = features_of_sets(request)
+        net, state = request.derivatives.net, state.head_alone()
+        request = replace(
+            request,
+            derivatives=Autograd(HeadNet(net.outputs, net.objective)),
+            state=state,
+            episodes=replace(request.episodes, support_x_TECHW=support_TEF, query_x_TECHW=query_TEF),
+            statistics=Statistics.OWN,
         )
-        derivatives = Autograd(HeadNet(derivatives.net.outputs, derivatives.net.objective))
-        state, statistics = state.head_alone(), Statistics.OWN
-    query, along = _with_support(derivatives, episodes, statistics)
-    loop = InnerLoop(derivatives, state, episodes, rule.stepper(state, len(episodes.support_y_TE)))
+    query, along = _with_support(request)
+    loop = InnerLoop(request.derivatives, state, request.episodes, rule)
     outputs = []
-    for steps in range(inner_steps + 1):
+    for steps in range(request.inner_steps + 1):
         if steps:
             loop.inner_step(steps - 1)
-        norm = state.norm_pass(max(steps - 1, 0), statistics, along)
+        norm = state.norm_pass(max(steps - 1, 0), request.statistics, along)
         outputs.append(query.logits(loop.fast, norm)[:, along:])
     return torch.stack(outputs)
 
 
 def features_of_sets(
-    derivatives: Derivatives,
-    state: MetaState,
-    episodes: Episodes,
-    statistics: Statistics,
-    of_support: Statistics = Statistics.OWN,
+    request: PredictRequest, of_support: Statistics = Statistics.OWN
 ) -> tuple[Tensor, Tensor]:
     """What the head reads of the support and the query set under the state's weights -> two _TEF.
 
-    `statistics` normalise the query set, `of_support` the support set.
+    `of_support` normalises the support set.
     """
+    state, episodes = request.state, request.episodes
     slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
-    support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
+    support = request.derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
     support_TEF, _ = support.features(slow, state.norm_pass(0, of_support))
-    query, along = _with_support(derivatives, episodes, statistics)
-    query_TEF, _ = query.features(slow, state.norm_pass(0, statistics, along))
+    query, along = _with_support(request)
+    query_TEF, _ = query.features(slow, state.norm_pass(0, request.statistics, along))
     return support_TEF, query_TEF[:, along:]
 
 
-def comparable_features(
-    derivatives: Derivatives, state: MetaState, episodes: Episodes, statistics: Statistics
-) -> tuple[Tensor, Tensor]:
+def comparable_features(request: PredictRequest) -> tuple[Tensor, Tensor]:
     """Features of both sets that can be compared: running statistics, which no weight leaves, for both."""
-    of_support = Statistics.RUNNING if statistics is Statistics.RUNNING else Statistics.OWN
-    return features_of_sets(derivatives, state, episodes, statistics, of_support)
+    running = request.statistics is Statistics.RUNNING
+    return features_of_sets(request, Statistics.RUNNING if running else Statistics.OWN)
 
 
-def _with_support(
-    derivatives: Derivatives, episodes: Episodes, statistics: Statistics
-) -> tuple[PreparedSet, int]:
+def _with_support(request: PredictRequest) -> tuple[PreparedSet, int]:
     """The query set, with Statistics.SUPPORT behind the support set; and how many examples that is."""
-    if statistics is not Statistics.SUPPORT:
+    derivatives, episodes = request.derivatives, request.episodes
+    if request.statistics is not Statistics.SUPPORT:
         return derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE), 0
     both_TECHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], dim=1)
     along = episodes.support_y_TE.shape[1]
