@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import InnerOptimizer
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.nets.base import HEAD, Net, Objective
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
-
-InnerOptimizer = Literal["sgd", "adam"]
 
 RATE = "rate."  # how the names of learnt inner rates begin, among what the outer optimiser moves
 

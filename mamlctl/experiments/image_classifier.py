@@ -178,7 +178,7 @@ def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch
     """Images as the network sees them."""
     values = PixelValues(
         ink=int(config.ink or 0),
-        normalize=str(config.normalize),
+        normalize=config.normalize or "none",
         channels=x_MCHW.shape[1],
         device=device,
         dtype=tensor_dtype(config.precision),

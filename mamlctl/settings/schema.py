@@ -12,7 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from mamlctl.core.literals import Adapts, BatchNorm, EngineName, NetName, Obstacle, Precision, Split
+from mamlctl.core.literals import (
+    Activation,
+    Adapts,
+    Augment,
+    BatchNorm,
+    EngineName,
+    InnerOptimizer,
+    NetName,
+    Normalize,
+    Obstacle,
+    Pooling,
+    Precision,
+    Readout,
+    Rotations,
+    Split,
+)
 from mamlctl.settings.fields import (
     EPISODE,
     HARDWARE,
@@ -50,10 +65,10 @@ class TrainConfig:
     strict: bool = setting(
         False, EPISODE, "Refuse a folder with unreadable images or too small classes; else they are left out."
     )
-    rotations: Literal["augment", "classes", "none"] | None = setting(
+    rotations: Rotations | None = setting(
         None, EPISODE, "Quarter turns of training classes: one a task, new classes, or none."
     )
-    augment: Literal["flips", "crops", "flips+crops", "none"] | None = setting(
+    augment: Augment | None = setting(
         None,
         EPISODE,
         "Random changes of every training image: mirrored, shifted by up to an eighth, both, or none.",
@@ -61,7 +76,7 @@ class TrainConfig:
     ink: Literal[0, 1] | None = setting(
         None, EPISODE, "Value of ink (black); paper has the other. Default: 1 for characters."
     )
-    normalize: Literal["none", "imagenet"] | None = setting(
+    normalize: Normalize | None = setting(
         None,
         EPISODE,
         "Shift and scale colours by ImageNet's mean and deviation. Default: sets of colour images.",
@@ -81,13 +96,13 @@ class TrainConfig:
     hidden: str | None = setting(
         None, NETWORK, "Widths of mlp's layers. Default: 256-128-64-64 for images, 40-40 for curves."
     )
-    pooling: Literal["max", "stride"] | None = setting(
+    pooling: Pooling | None = setting(
         None, NETWORK, "How conv4 halves its maps: max-pool, or stride 2. Default: max."
     )
-    readout: Literal["flatten", "mean"] | None = setting(
+    readout: Readout | None = setting(
         None, NETWORK, "What conv4's head reads: all places, or their mean. Default: flatten."
     )
-    activation: Literal["leaky_relu", "relu"] | None = setting(
+    activation: Activation | None = setting(
         None, NETWORK, "Of conv4 and mlp. Default: leaky_relu in conv4, relu in mlp."
     )
 
@@ -103,7 +118,7 @@ class TrainConfig:
     inner_lr: float = setting(
         0.1, INNER, "Inner learning rate; with --lslr its starting value.", above=0, below=LARGEST
     )
-    inner_optimizer: Literal["sgd", "adam"] | None = setting(
+    inner_optimizer: InnerOptimizer | None = setting(
         None, INNER, "Rule of the inner steps; adam has beta1 = 0."
     )
     inner_batch: int | None = setting(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mamlctl.core.errors import SettingsError
@@ -121,7 +121,7 @@ def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error and what it wraps: the outer ones repeat the address and name Python objects."""
-    inner: Any = error
+    inner: object = error
     while isinstance(inner, BaseException):
         yield inner
         wrapped = (part for part in inner.args if isinstance(part, BaseException))

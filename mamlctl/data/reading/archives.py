@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from typing import IO
 
 from mamlctl.core.errors import DataError
 
@@ -30,7 +31,7 @@ EXPANSION = 100
 EXPANSION_FLOOR = 1024**3  # bytes that any archive may expand to
 CHUNK = 1024**2
 
-COMPRESSED: Mapping[bytes, Callable[..., Any]] = {
+COMPRESSED: Mapping[bytes, Callable[[Path], io.BufferedIOBase]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -191,7 +192,7 @@ def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> M
     return Members(path, tuple(places), read)
 
 
-def _expand(path: Path, opener: Callable[..., Any], target: IO[bytes], hint: str) -> None:
+def _expand(path: Path, opener: Callable[[Path], io.BufferedIOBase], target: IO[bytes], hint: str) -> None:
     """Decompress a whole file. Raises DataError for damage, a bomb, or a full disk."""
     most, size = _largest_expansion(path), 0
     with _damage_as_data_error(path, "is damaged or cut off", hint), opener(path) as file:

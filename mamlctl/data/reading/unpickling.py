@@ -22,7 +22,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +47,10 @@ NUMBERS = re.compile(r"[biufc]\d{1,2}")  # dtypes of plain numbers: no objects, 
 MOST_AXES = 64  # numpy 2's limit
 ORDERS = ("|", "<", ">", "=")  # of the bytes in a number
 
+Maker = Literal["ndarray", "dtype", "encode", "bytes", "array", "scalar", "buffer"]
+
 # What a pickle may name, and what it stands for here.
-GLOBALS = {
+GLOBALS: dict[tuple[str, str], Maker] = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
     ("_codecs", "encode"): "encode",  # how Python 3 writes bytes for Python 2
@@ -70,7 +72,7 @@ class UnsafePickle(Exception):
 class Global:
     """A name that a pickle may say; what stands for it is ours."""
 
-    kind: str
+    kind: Maker
 
 
 @dataclass(eq=False)

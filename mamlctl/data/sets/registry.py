@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import Normalize, Rotations
 from mamlctl.core.problems import nearest
 from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.fetching.locks import locked
@@ -61,9 +62,9 @@ class DataSet:
     split_classes: SplitClasses
     is_here: Callable[[Path], bool]  # in a data root: whether `open_pack` needs no `prepare` before it
     resizes: tuple[str, ...] = ("none",)  # the first is the default
-    rotations: str = "none"  # the default, as those of `ink` and `normalize`
+    rotations: Rotations = "none"  # the default, as those of `ink` and `normalize`
     ink: int = 0
-    normalize: str = "none"
+    normalize: Normalize = "none"
     archives: Callable[[], tuple[Archive, ...]] | None = None  # what a download brings, if one can
     open_shaped: OpenShaped | None = None
     own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small

@@ -11,11 +11,11 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from mamlctl.core.literals import Split
 from mamlctl.data.counter_rng import STREAMS, random_words
 from mamlctl.data.sets.curves import Family, Floats
-from mamlctl.data.tasks.episodes import Episodes, StreamSettings
+from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
 BLOCK = 4  # words of one Philox counter
 
@@ -39,7 +39,8 @@ class CurveStream:
         cut = self.shots
         parts = [x_TE[:, :cut], y_TE[:, :cut], x_TE[:, cut:], y_TE[:, cut:]]
         # One copy to the device for all four, each without gaps.
-        flat = self._to_device_no_sync(np.concatenate([part.ravel() for part in parts]))
+        flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(self._dtype)
+        flat = to_device_no_sync(flat, self.device)
         support_x, support_y, query_x, query_y = torch.split(flat, [part.size for part in parts])
         return Episodes(
             support_x_TECHW=support_x.view(tasks, self.shots, 1),
@@ -69,20 +70,13 @@ class CurveStream:
         x_TE = family.points(numbers_T1, np.ascontiguousarray(points_TEW.transpose(2, 0, 1)))
         return x_TE, family.curve(numbers_T1, x_TE)
 
-    def _to_device_no_sync(self, array: Floats) -> Tensor:
-        tensor = torch.from_numpy(array).to(self._dtype)
-        # A copy from pageable memory would wait for the device's earlier work.
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
 
 def _uniform(raw: NDArray[np.uint64]) -> Floats:
     """The top 53 bits as a number from 0 to below 1."""
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _task_words(seed: int, split: str, first: int, tasks: int, words: int) -> NDArray[np.uint64]:
+def _task_words(seed: int, split: Split, first: int, tasks: int, words: int) -> NDArray[np.uint64]:
     """`random_words` of every task.
 
     One generator steps from block to block (0.07 ms for 25 tasks; one generator per task takes 0.22 ms).

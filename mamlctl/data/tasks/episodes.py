@@ -46,6 +46,11 @@ class Episodes:
         return [Episodes(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
 
+def to_device_no_sync(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU; from pageable memory the copy would wait for the device's earlier work."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where examples lie, and in which type."""

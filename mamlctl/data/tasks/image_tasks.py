@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.literals import Augment, Normalize, Rotations, Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.reading.packs import PackedImages
-from mamlctl.data.tasks.episodes import Episodes, StreamSettings
+from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
 TURNS = 4  # quarter turns of a square image
 SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
@@ -32,10 +33,10 @@ class ImageSettings:
     name: str  # of the data set
     # augment: a quarter turn for each class of a training task; classes: each turn of a training class is a
     # class of its own, so that two turns of a character may meet; none.
-    rotations: str = "none"
+    rotations: Rotations = "none"
     ink: int = 0  # the value of ink; stored images have ink 0 and paper 255
-    augment: str = "none"  # flips, crops or flips+crops, drawn for each image of a training task
-    normalize: str = "none"  # or imagenet
+    augment: Augment = "none"  # drawn for each image of a training task
+    normalize: Normalize = "none"
     channels: int | None = None  # None: as stored
 
 
@@ -62,7 +63,7 @@ def episode_problems(
     return problems
 
 
-def _turns_as_classes(split: str, rotations: str) -> int:
+def _turns_as_classes(split: Split, rotations: Rotations) -> int:
     """How many classes each class of the split counts for; only training classes turn."""
     return TURNS if rotations == "classes" and split == "train" else 1
 
@@ -74,7 +75,7 @@ class PixelValues:
     """
 
     def __init__(
-        self, *, ink: int, normalize: str, channels: int, device: torch.device, dtype: torch.dtype
+        self, *, ink: int, normalize: Normalize, channels: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._ink, self._channels = ink, channels
         self._white = torch.tensor(255, device=device, dtype=dtype)
@@ -140,12 +141,13 @@ class TaskStream:
         label_N = torch.arange(self.ways, device=device)
         self._support_y_E = label_N.repeat_interleave(self.shots)
         self._query_y_E = label_N.repeat_interleave(self.queries)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a subclass makes besides; raises SettingsError if the split is too small for it."""
 
     def indices(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tasks `first`, `first` + 1, ...: positions in the pack, shots before queries, and quarter turns.
-
-        -> image_TNE, turns_TN
-        """
+        """Tasks `first`, ...: positions in the pack, shots first, and turns -> image_TNE, turns_TN."""
         class_TN, example_TNE, turns_TN = self._draw(first, tasks)
         return self._starts[class_TN][..., None] + example_TNE, turns_TN
 
@@ -211,8 +213,4 @@ class TaskStream:
         return class_TN, k_smallest(keys_TNM, self.shots + self.queries), turns_TN
 
     def _to_device_no_sync(self, array: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        # A copy from pageable memory would wait for the device's earlier work.
-        return (
-            tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-        )
+        return to_device_no_sync(torch.from_numpy(array), self.device)

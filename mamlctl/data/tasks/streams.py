@@ -74,7 +74,7 @@ def open_streams(
         # Some hundreds of images tell paper from ink; all of a large set would take a second.
         some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
         brightness = float(some_MCHW.mean() / 255)
-        shape = (int(config.channels or 1), *packed.images_MCHW.shape[2:])
+        shape = (config.channels or 1, *packed.images_MCHW.shape[2:])
         names = {name: [packed.names[number] for number in part] for name, part in split.items()}
         source = TaskSource(packed.digest, shape, pools, names, brightness)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
@@ -105,7 +105,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
         fetch_or_open(data_set, root, on_event=on_event)
-    assert config.image_size is not None and config.channels is not None  # as `complete` leaves them
+    assert config.image_size is not None and config.channels is not None  # the data set's defaults
     packed = open_images(
         data_set,
         root,
@@ -168,10 +168,10 @@ def _image_streams(
 ) -> dict[str, TaskStream]:
     images = ImageSettings(
         name=config.dataset,
-        rotations=str(config.rotations),
-        ink=int(config.ink or 0),
-        augment=str(config.augment),
-        normalize=str(config.normalize),
+        rotations=config.rotations or "none",
+        ink=config.ink or 0,
+        augment=config.augment or "none",
+        normalize=config.normalize or "none",
         channels=config.channels,
     )
     problems: list[Problem] = []

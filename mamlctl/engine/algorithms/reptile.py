@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from mamlctl.core.literals import EngineName
+from mamlctl.core.literals import EngineName, InnerOptimizer
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
-from mamlctl.engine.inner_loop import AdamSteps, InnerOptimizer, InnerRule, MetaState
+from mamlctl.engine.inner_loop import AdamSteps, InnerRule, MetaState
 from mamlctl.engine.nets.base import Net
 
 

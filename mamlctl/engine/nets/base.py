@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.core.literals import BatchNorm, BatchNormMode, Metric
+from mamlctl.core.literals import Activation, BatchNorm, BatchNormMode, Metric
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.01  # negative slope of the published code's leaky ReLU
-
-Activation = Literal["leaky_relu", "relu"]
 
 SLOPES: dict[Activation, float] = {"leaky_relu": LEAK, "relu": 0.0}
 

@@ -64,10 +64,7 @@ class NormPass:
         return rows_RC[min(self.step, rows_RC.shape[0] - 1)]
 
     def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
-        """Note the mean and the biased variance of `count` values a channel.
-
-        Running variances estimate the population's, as torch's do, so that the unbiased one is kept.
-        """
+        """Note mean and biased variance of `count` values a channel; as torch does, keep the unbiased one."""
         self.seen[name] = mean_TC, var_TC * (count / max(count - 1, 1))
 
 

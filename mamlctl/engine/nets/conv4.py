@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import (
-    CLASSIFICATION,
-    SLOPES,
-    Activation,
-    halved,
-    head,
-    task_conv,
-    xavier_uniform,
-)
+from mamlctl.core.literals import Activation, Pooling, Readout
+from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, halved, head, task_conv, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
@@ -35,8 +27,8 @@ class Conv4:
     outputs: int
     filters: int
     compute: torch.dtype | None = None
-    pooling: Literal["max", "stride"] = "max"  # or stride: the convolutions halve the maps themselves
-    readout: Literal["flatten", "mean"] = "flatten"  # or mean: over the places that are left
+    pooling: Pooling = "max"  # or stride: the convolutions halve the maps themselves
+    readout: Readout = "flatten"  # or mean: over the places that are left
     activation: Activation = "leaky_relu"
 
     blocks = 4

@@ -10,15 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import (
-    CLASSIFICATION,
-    REGRESSION,
-    SLOPES,
-    Activation,
-    Objective,
-    head,
-    xavier_uniform,
-)
+from mamlctl.core.literals import Activation
+from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, SLOPES, Objective, head, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 # Widths of the published networks (arXiv:1703.03400, section 5.1 and appendix A.1).
