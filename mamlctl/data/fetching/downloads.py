@@ -76,19 +76,10 @@ def downloaded(
 ) -> Iterator[list[Path]]:
     """The verified archives in `folder`, which are deleted when the block ends well.
 
-    A block that fails leaves them, so that the next fetch need not download them again; what a cut leaves is
-    resumed. One archive is downloaded by one process at a time.
+    A block that fails leaves them for the next fetch. One process at a time downloads an archive.
 
-    Args:
-        sources: what to download.
-        folder: where to.
-        mirrors: addresses of folders that are asked first.
-        hint: the way out where no mirror has an archive.
-        on_event: gets notices and progress.
-        patience: how long each mirror is asked.
-
-    Raises:
-        DataError: what each mirror answered, or that the disk is full.
+    `mirrors` are addresses of folders that are asked first; `hint` is for where no mirror has an archive.
+    Raises DataError with what each mirror answered, or for a full disk.
     """
     with ExitStack() as stack:
         for source in sources:

@@ -64,10 +64,7 @@ def archives() -> tuple[Archive, ...]:
 def prepare(
     root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[CifarPart, ...] = PARTS
 ) -> None:
-    """Verify the archive, its unpacked folder, or a folder of either, and pack it.
-
-    Raises DataError, with nothing left behind, if it is not CIFAR-100.
-    """
+    """Verify the archive, its unpacked folder, or a folder of either, and pack it. Raises DataError."""
     save_pack(_path(root), _packed(_find_source(sources), parts, on_event))
 
 

@@ -97,14 +97,6 @@ class Family:
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
 
-def _sinusoid(n: Numbers, x: Floats) -> Floats:
-    return n["amplitude"] * np.sin(x - n["phase"])
-
-
-def _line(n: Numbers, x: Floats) -> Floats:
-    return n["slope"] * x + n["intercept"]
-
-
 def _harmonic(n: Numbers, x: Floats) -> Floats:
     angle = n["frequency"] * x
     return n["a1"] * np.sin(angle + n["b1"]) + n["a2"] * np.sin(2 * angle + n["b2"])
@@ -118,7 +110,7 @@ FAMILIES = {
         summary="sine waves of any height and phase (Finn et al. 2017)",
         formula="amplitude * sin(x - phase)",
         laws={"amplitude": Uniform(0.1, 5.0), "phase": Uniform(0.0, math.pi)},
-        curve=_sinusoid,
+        curve=lambda n, x: n["amplitude"] * np.sin(x - n["phase"]),
         inputs=Uniform(-5.0, 5.0),
         window=(-5.0, 5.0),
     ),
@@ -129,7 +121,7 @@ FAMILIES = {
         summary="straight lines of any slope and intercept (Finn, Xu & Levine 2018, without noise)",
         formula="slope * x + intercept",
         laws={"slope": Uniform(-3.0, 3.0), "intercept": Uniform(-3.0, 3.0)},
-        curve=_line,
+        curve=lambda n, x: n["slope"] * x + n["intercept"],
         inputs=Uniform(-5.0, 5.0),
         window=(-5.0, 5.0),
     ),

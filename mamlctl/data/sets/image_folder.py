@@ -60,8 +60,8 @@ def open_pack(
             _announce_left_out(packed.facts["left_out"], on_event)
             return packed
         on_event(Notice(f"{folder} has changed since it was packed: packing it anew"))
-    files = [of_path(file, folder, name) for name, found in classes.items() for file in found]
-    left_out = [f"{name} (an empty class)" for name, found in classes.items() if not found]
+    files = [of_path(file, folder, name) for name, paths in classes.items() for file in paths]
+    left_out = [f"{name} (an empty class)" for name, paths in classes.items() if not paths]
     if not files:
         raise DataError(
             f"{folder} holds no images", hint="put the images of each class into a folder of its own"

@@ -111,10 +111,7 @@ def archives() -> tuple[Archive, ...]:
 def prepare(
     root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[OmniglotPart, ...] = PARTS
 ) -> None:
-    """Verify zips, unpacked folders, or folders of either, and pack them.
-
-    Raises DataError if they are not Omniglot; what was there before stays.
-    """
+    """Verify zips, unpacked folders, or folders of either, and pack them. Raises DataError for others."""
     save_pack(_originals(root), _read_verified(sources, parts, on_event))
     for resize in RESIZES:
         _small(root, resize).with_suffix(".json").unlink(missing_ok=True)
@@ -223,7 +220,9 @@ def _select(
     """The first source with this part's files, and their names in order; DataError for a wrong count."""
     pattern = re.compile(rf"{part.folder}/[^/]+/character\d+/\d+_\d+\.png")
     for members in opened:
-        images = sorted((name for name in members.names if pattern.fullmatch(name)), key=_sort_key)
+        images = sorted(
+            (name for name in members.names if pattern.fullmatch(name)), key=lambda name: name.split("/")
+        )
         if images:
             break
     else:
@@ -236,10 +235,6 @@ def _select(
         message += f"images, but Omniglot has {part.alphabets}, {part.characters} and {part.images:,} there"
         raise DataError(message, hint="get the archive anew")
     return members, images
-
-
-def _sort_key(name: str) -> list[str]:
-    return name.split("/")
 
 
 def _decode(

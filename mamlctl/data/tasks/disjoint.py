@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.counter_rng import k_smallest, random_words
-from mamlctl.data.reading.packs import PackedImages
-from mamlctl.data.tasks.episodes import StreamSettings
-from mamlctl.data.tasks.image_tasks import TURNS, ImageSettings, TaskStream
+from mamlctl.data.tasks.image_tasks import TURNS, TaskStream
 
 A_PASS = 2**32  # blocks of random words that a pass may take: its images and order one, each task another
 
@@ -35,20 +33,10 @@ class DisjointTasks(TaskStream):
     with new shuffles. A training image counts as one however it is turned.
     """
 
-    def __init__(
-        self,
-        packed: PackedImages,
-        classes: NDArray[np.int64],
-        settings: StreamSettings,
-        images: ImageSettings,
-    ) -> None:
-        """Raises SettingsError if the split is too small for one such task."""
-        super().__init__(packed, classes, settings, images)
-        if len(classes) < self.ways:
-            fact = (
-                f"--disjoint counts turned images as one: {len(classes)} classes, but --ways is {self.ways}"
-            )
-            raise SettingsError([(fact, f"use --ways {len(classes)} or fewer, or leave out --disjoint")])
+    def _prepare(self) -> None:
+        if (classes := len(self._counts)) < self.ways:
+            fact = f"--disjoint counts turned images as one: {classes} classes, but --ways is {self.ways}"
+            raise SettingsError([(fact, f"use --ways {classes} or fewer, or leave out --disjoint")])
         self._block = self.shots + self.queries
         self._purpose = f"{self.split} disjoint"
         self._kept: tuple[int, Pass] = 0, self._make_pass(0)
@@ -63,8 +51,11 @@ class DisjointTasks(TaskStream):
 
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         parts = []
-        for begin, end in _within_passes(first, first + tasks, self.tasks_once):
-            drawn, start = self._pass(begin // self.tasks_once), begin % self.tasks_once
+        size, last = self.tasks_once, first + tasks
+        # Parts that each lie in one pass.
+        cuts = [first, *range((first // size + 1) * size, last, size), last]
+        for begin, end in itertools.pairwise(cuts):
+            drawn, start = self._pass(begin // size), begin % size
             at = slice(start, start + end - begin)
             class_TN, block_TN = drawn.class_PN[at], drawn.block_PN[at]
             place_TNE = block_TN[..., None] * self._block + np.arange(self._block)
@@ -110,9 +101,3 @@ def _most_tasks(blocks_C: NDArray[np.int64], ways: int) -> int:
         enough = np.minimum(blocks_C, middle).sum() >= middle * ways
         low, high = (middle, high) if enough else (low, middle - 1)
     return low
-
-
-def _within_passes(first: int, end: int, size: int) -> list[tuple[int, int]]:
-    """The tasks from `first` to below `end` in parts that each lie in one pass."""
-    cuts = [first, *range((first // size + 1) * size, end, size), end]
-    return list(itertools.pairwise(cuts))

@@ -158,7 +158,11 @@ class Conv4Set:
                 leak=SLOPES[self.net.activation],
                 planes=self.planes if block == 1 else None,
             )
-            gamma_X, beta_X = (_per_task(part, tasks) for part in norm.affine(name, fast))
+            gamma_X, beta_X = (
+                # _C of all tasks, or _TC of each.
+                part.repeat(tasks) if part.dim() == 1 else part.flatten()
+                for part in norm.affine(name, fast)
+            )
             tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
             if stored is None:
                 mean_TC, var_TC = (values.view(tasks, -1) for values in tape.statistics)
@@ -201,11 +205,6 @@ def _map(net: Conv4, f_TEF: Tensor) -> Tensor:
     """The reverse of `_features`, for gradients."""
     f_EXHW = f_TEF.transpose(0, 1).reshape(f_TEF.shape[1], -1, *net.features_shape[1:])
     return f_EXHW.contiguous(memory_format=torch.channels_last)
-
-
-def _per_task(part: Tensor, tasks: int) -> Tensor:
-    """Norm weights, _C of all tasks or _TC of each, on the axis of tasks and channels."""
-    return part.repeat(tasks) if part.dim() == 1 else part.flatten()
 
 
 def _head_gradient(g_TEN: Tensor, f_TEF: Tensor) -> Params:

@@ -41,10 +41,8 @@ class Gradient:
     tape: Tape | None = None  # what `product` needs, if it was asked to be kept
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """Hessian of the loss times `direction` (leading with T), and the same by the norm row, _C.
-
-        May be asked for again. Of Conv4 by hand not where its norm is adapted.
-        """
+        """Hessian of the loss times `direction` (leading with T), and the same by the norm row, _C."""
+        # May be asked for again; by Conv4's derivatives by hand not where its norm is adapted.
         assert self.tape is not None, "a product needs a gradient that was kept"
         return self.tape.product(direction)
 

@@ -25,7 +25,14 @@ from torch import Tensor
 
 from mamlctl.engine.devices import cpu_line
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes
-from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, ChannelRow, KernelTape, shape_of
+from mamlctl.engine.kernels.fused_block import (
+    BlockMemory,
+    BlockShape,
+    ChannelRow,
+    KernelTape,
+    TangentTensors,
+    shape_of,
+)
 
 SOURCES = Path(__file__).parent / "c"
 
@@ -144,17 +151,10 @@ class Native:
     ) -> None:
         self._call("tangent", block, c_t, other, c, block.p, block.where, p_t, a_t)
 
-    def tangent_backward(
-        self,
-        block: BlockMemory,
-        ga_t: Tensor,
-        other: Tensor | None,
-        ga: Tensor,
-        p_t: Tensor,
-        c: Tensor,
-        c_t: Tensor,
-    ) -> None:
-        self._call("tangent_backward", block, ga_t, other, ga, block.p, p_t, block.where, c, c_t)
+    def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
+        t = tensors
+        pooled = t.ga_t, t.other, t.ga, block.p, t.p_t, block.where
+        self._call("tangent_backward", block, *pooled, t.c, t.c_t)
 
     def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
         """The functions of c/block.c end with the channels' numbers and the partial sums."""

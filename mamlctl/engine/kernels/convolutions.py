@@ -71,7 +71,8 @@ def _products_backward(
     return _products(g, turned.contiguous(), tasks), gw
 
 
-GROUPED, PRODUCTS = Way(_grouped, _grouped_backward), Way(_products, _products_backward)
+GROUPED = Way(_grouped, _grouped_backward)
+PRODUCTS = Way(_products, _products_backward)
 
 _chosen: dict[tuple[object, ...], Way] = {}
 

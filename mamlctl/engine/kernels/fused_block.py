@@ -73,6 +73,18 @@ class BlockMemory:
     partial: Tensor  # room for sums of parts; float64
 
 
+@dataclass(frozen=True)
+class TangentTensors:
+    """What the way back of a tangent reads, in the letters of `block.py`."""
+
+    ga_t: Tensor
+    other: Tensor | None  # to be added to ga_t
+    ga: Tensor
+    p_t: Tensor
+    c: Tensor
+    c_t: Tensor  # which becomes gc_t
+
+
 class Kernels(Protocol):
     """What lies between two convolutions; letters as in `block.py`.
 
@@ -93,17 +105,8 @@ class Kernels(Protocol):
     ) -> None:
         """From c_t + `other`, which c_t becomes, to p_t and a_t."""
 
-    def tangent_backward(
-        self,
-        block: BlockMemory,
-        ga_t: Tensor,
-        other: Tensor | None,
-        ga: Tensor,
-        p_t: Tensor,
-        c: Tensor,
-        c_t: Tensor,
-    ) -> None:
-        """From ga_t + `other` to gc_t, in the place of c_t, and the change of the gradients by the norm."""
+    def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
+        """From ga_t + other to gc_t, in the place of c_t, and the change of the gradients by the norm."""
 
 
 class KernelTape:
@@ -167,9 +170,9 @@ class KernelTape:
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        ga_t, gc_t = ga_t.to(self.stored), self.c_t  # which becomes gc_t
-        self.kernels.tangent_backward(self.block, ga_t, other, self.ga, self.p_t, self.c, gc_t)
-        gx_t, weight_t = self._conv_backward(gc_t, self.x, self.weight)
+        tensors = TangentTensors(ga_t.to(self.stored), other, self.ga, self.p_t, self.c, self.c_t)
+        self.kernels.tangent_backward(self.block, tensors)
+        gx_t, weight_t = self._conv_backward(self.c_t, self.x, self.weight)
         gx_2 = None
         if self.x_t is not None:
             # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamlctl.engine.kernels import triton_kernels as programs
 from mamlctl.engine.kernels.block import BlockSettings
-from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, KernelTape
+from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, KernelTape, TangentTensors
 
 CHANNELS = 128  # that a program takes; not measured
 
@@ -57,21 +57,13 @@ class Triton:
         self._channels(programs.tangent_numbers, block, _measured_rows(shape), _count(shape))
         self._pooled(programs.tangent_activate, shape, block.p, p_t, a_t, block.d)
 
-    def tangent_backward(
-        self,
-        block: BlockMemory,
-        ga_t: Tensor,
-        other: Tensor | None,
-        ga: Tensor,
-        p_t: Tensor,
-        c: Tensor,
-        c_t: Tensor,
-    ) -> None:
-        shape, p, d, two = block.shape, block.p, block.d, other is not None
-        self._rows(programs.tangent_sums, shape, ga_t, other, ga, p, p_t, d, block.partial, TWO=two)
+    def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
+        shape, d, t, two = block.shape, block.d, tensors, tensors.other is not None
+        pooled = t.ga_t, t.other, t.ga, block.p
+        self._rows(programs.tangent_sums, shape, *pooled, t.p_t, d, block.partial, TWO=two)
         self._channels(programs.tangent_backward_numbers, block, _pooled_rows(shape), _count(shape))
-        tensors = ga_t, other, ga, p, block.where, c, c_t, d
-        self._windows(programs.tangent_spread, shape, *tensors, shape.leak, TWO=two)
+        spread = *pooled, block.where, t.c, t.c_t, d
+        self._windows(programs.tangent_spread, shape, *spread, shape.leak, TWO=two)
 
     def _windows(self, program: Program, shape: BlockShape, *arguments: Argument, **constants: bool) -> None:
         """One program a row of pooling windows, the odd last row too."""

@@ -48,10 +48,13 @@ def build(
     if entry.adapts_norm:
         slow, norm = slow | {name: rows_RC[0] for name, rows_RC in norm.items()}, {}
     adapted = adapted_names(slow, config.adapts)
+    # A rate for each weight, or one for each tensor: of every step with LSLR.
+    per_weight, rows = entry.inner_rates == "weight", config.inner_steps if config.lslr else 1
+    sizes = {name: (1, *slow[name].shape) if per_weight else (rows,) for name in adapted}
     state = MetaState(
         slow=slow,
         norm=norm,
-        rates={name: _rate(slow[name], config, entry.inner_rates, like) for name in adapted},
+        rates={name: like.new_full(size, config.inner_lr) for name, size in sizes.items()},
         running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
         rates_learnt=entry.learns_rates(config),
     )
@@ -75,9 +78,3 @@ def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:
 def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: Adapts) -> list[str]:
     """The tensors that the inner loop changes."""
     return [name for name in slow if adapts == "all" or (name in HEAD) == (adapts == "head")]
-
-
-def _rate(weight: Tensor, config: TrainConfig, kind: str, like: Tensor) -> Tensor:
-    """The inner rate of a tensor at the start: one a step, one, or one for each weight."""
-    shape = (1, *weight.shape) if kind == "weight" else (config.inner_steps if config.lslr else 1,)
-    return like.new_full(shape, config.inner_lr)

@@ -31,7 +31,7 @@ class MetaStep:
         entry = ALGORITHMS[config.algo]
         self.outer = entry.outer(config)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
-        self.device = next(iter(self.learnable.values())).device
+        self.device = state.example_tensor.device
         self.optimizer = entry.optimizer(self.learnable, config)
         chunk = config.task_chunk
         self.chunk = None if chunk == "auto" else min(int(chunk), config.meta_batch_size)

@@ -116,7 +116,8 @@ class Trainer:
         self.on_event, self.stop_reason = on_event, stop_reason
         self.meta_step = MetaStep(config, net, state)
         self.device = self.meta_step.device
-        self.runner = runner_of(self.meta_step, on_failure=self._not_captured)
+        no_graph = "no CUDA graph, so meta-steps are launched one by one"
+        self.runner = runner_of(self.meta_step, lambda why: on_event(Notice(f"{no_graph}: {why}")))
         self.plan = evaluation_plan(config, config.val_tasks)
         self.unrolls = ALGORITHMS[config.algo].unrolls
         self.derivatives = select_derivatives(
@@ -183,9 +184,6 @@ class Trainer:
         self.on_event(MetaStepDone(step, epoch))
         if reports:
             self._report(epoch)
-
-    def _not_captured(self, why: str) -> None:
-        self.on_event(Notice(f"no CUDA graph, so meta-steps are launched one by one: {why}"))
 
     def _check(self, step: int) -> None:
         what = what_is_not_finite(self._latest) if self._latest else None
