@@ -21,9 +21,9 @@ FOLDERS = ("images_background", "images_evaluation")
 @pytest.fixture(scope="module")
 def tiny():
     """Members of two tiny archives, and the parts that describe them."""
-    made = {folder: tiny_members(folder, seed) for seed, folder in enumerate(FOLDERS)}
-    members = {folder: pngs for folder, (pngs, _) in made.items()}
-    return members, tuple(tiny_part(folder, pixels) for folder, (_, pixels) in made.items())
+    content = {folder: tiny_members(folder, seed) for seed, folder in enumerate(FOLDERS)}
+    members = {folder: pngs for folder, (pngs, _) in content.items()}
+    return members, tuple(tiny_part(folder, pixels) for folder, (_, pixels) in content.items())
 
 
 @pytest.fixture

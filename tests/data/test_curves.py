@@ -73,8 +73,8 @@ def test_tasks_are_their_closed_forms_word_by_word(name, shots, queries):
     assert drawn.support_x_TECHW.shape == (40, shots, 1)
     assert drawn.query_x_TECHW.shape == (40, queries, 1)
     for task in range(40):
-        found = [part[task].ravel().tolist() for part in parts(drawn)]
-        for got, want in zip(found, plain_task(name, 3, "val", 11 + task, shots, queries), strict=True):
+        values = [part[task].ravel().tolist() for part in parts(drawn)]
+        for got, want in zip(values, plain_task(name, 3, "val", 11 + task, shots, queries), strict=True):
             # Rounding alone: an angle of up to 14 * 8 turns an error of 1e-16 into one of 1e-14.
             assert got == pytest.approx(want, rel=0, abs=1e-12)
 
@@ -100,9 +100,9 @@ def chi_square(values, low, high, bins=20):
     """Whether the values fill [low, high] evenly; one outside is an error."""
     assert low <= values.min()
     assert values.max() <= high
-    found, _ = np.histogram(values, bins=bins, range=(low, high))
+    counts, _ = np.histogram(values, bins=bins, range=(low, high))
     expected = len(values) / bins
-    return ((found - expected) ** 2 / expected).sum()
+    return ((counts - expected) ** 2 / expected).sum()
 
 
 def assert_even(values, low, high):
@@ -258,7 +258,7 @@ def test_digest_pins_what_decides_the_tasks_and_nothing_else():
         {"formula": "amplitude * sin(x + phase)"},
     ]
     digests = {replace(family, **change).digest for change in changes}
-    digests |= {known.digest for known in FAMILIES.values()}
+    digests |= {kept.digest for kept in FAMILIES.values()}
     assert len(digests) == len(changes) + 3
     assert replace(family, summary="", window=(0.0, 1.0)).digest == family.digest
 

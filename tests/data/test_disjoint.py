@@ -35,7 +35,7 @@ def most_by_search(blocks, ways):
         rich = [place for place, count in enumerate(left) if count]
         tries = itertools.combinations(rich, ways)
         after = (tuple(sorted(n - (c in chosen) for c, n in enumerate(left))) for chosen in tries)
-        return max((1 + most(rest) for rest in after), default=0)
+        return max((1 + most(smaller) for smaller in after), default=0)
 
     return most(tuple(sorted(blocks)))
 
@@ -71,10 +71,10 @@ def test_every_image_is_used_where_blocks_come_out_even():
 def test_task_is_the_same_in_every_batch_and_order_of_asking():
     once = stream().tasks_once
     whole, _ = stream().indices(0, 3 * once)
-    asked = stream()
+    tasks = stream()
     for first, size in ((2 * once, 3), (0, 2), (once - 1, 2), (once - 2, once + 4)):
-        assert (asked.indices(first, size)[0] == whole[first : first + size]).all()
-    episodes = asked.episodes(once - 1, 2)
+        assert (tasks.indices(first, size)[0] == whole[first : first + size]).all()
+    episodes = tasks.episodes(once - 1, 2)
     assert torch.equal(episodes.class_TN, torch.from_numpy(class_of(whole[once - 1 : once + 1])))
 
 

@@ -30,7 +30,8 @@ from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set
 
 QUICK = Patience(tries=3, pause_s=0.001, longest_pause_s=1.0, timeout_s=10.0)
 HINT = "mamlctl fetch it --from FOLDER"
-PATH, MIRROR = "/images_evaluation.zip", "/mirror/images_evaluation.zip"
+PATH = "/images_evaluation.zip"
+MIRROR = "/mirror/images_evaluation.zip"
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def left(tmp_path):
 
 
 def statuses(server):
-    return [asked.status for asked in server.asked]
+    return [request.status for request in server.asked]
 
 
 def notices(events):
@@ -110,7 +111,7 @@ def test_a_cut_is_resumed_and_only_the_rest_is_sent(server, get, archive):
     events = []
     assert get(on_event=events.append) == archive
     assert statuses(server) == [200, 206]
-    assert [asked.sent for asked in server.asked] == [half, len(archive) - half]
+    assert [request.sent for request in server.asked] == [half, len(archive) - half]
     assert server.asked[1].headers["If-Range"] == '"first"'
     assert "broke off" in notices(events)[0]
     done = [event.done for event in events if isinstance(event, Progress)]
@@ -124,7 +125,7 @@ def test_the_next_fetch_goes_on_where_the_last_one_failed(server, get, archive, 
     assert left(tmp_path) == ["images_evaluation.zip.part", "images_evaluation.zip.part.json"]
     server.asked.clear()
     assert get() == archive
-    assert [asked.sent for asked in server.asked] == [len(archive) - third]
+    assert [request.sent for request in server.asked] == [len(archive) - third]
 
 
 def test_a_cut_is_resumed_at_another_mirror(server, get, archive):
@@ -243,7 +244,7 @@ def test_a_mirror_without_the_file_is_left_at_once(server, get, archive, status)
 def test_the_users_mirror_is_asked_first(server, get, archive):
     server.pages |= {PATH: Page(archive), MIRROR: Page(archive)}
     assert get(mirrors=[f"{server.address}/nothing/", f"{server.address}/mirror/"]) == archive
-    assert [asked.path for asked in server.asked] == [f"/nothing{PATH}", MIRROR]
+    assert [request.path for request in server.asked] == [f"/nothing{PATH}", MIRROR]
 
 
 def test_a_quota_page_is_told_with_its_title(server, get, archive, tmp_path):
@@ -304,10 +305,10 @@ def test_every_mirror_is_named_with_its_reason(server, archive, tmp_path):
             patience=QUICK,
             on_event=ignore,
         )
-    told = raised.value.message.removeprefix("cannot download a.zip: ").split("; ")
-    assert [reason.split(" ")[0] for reason in told] == [url.replace("me:secret@", "") for url in urls]
+    reasons = raised.value.message.removeprefix("cannot download a.zip: ").split("; ")
+    assert [reason.split(" ")[0] for reason in reasons] == [url.replace("me:secret@", "") for url in urls]
     words = ["answers 404", "refused", "cannot be read", "does not have the md5", "is an HTML page"]
-    assert all(word in reason for word, reason in zip(words, told, strict=True)), told
+    assert all(word in reason for word, reason in zip(words, reasons, strict=True)), reasons
     assert raised.value.hint == HINT
 
 

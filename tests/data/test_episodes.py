@@ -94,9 +94,9 @@ def test_tasks_have_distinct_classes_of_the_split_and_distinct_images_of_the_cla
 
 
 def chi_square(values, bins):
-    found = np.bincount(values, minlength=bins)
+    counts = np.bincount(values, minlength=bins)
     expected = len(values) / bins
-    return ((found - expected) ** 2 / expected).sum()
+    return ((counts - expected) ** 2 / expected).sum()
 
 
 def test_classes_images_and_turns_are_drawn_evenly():
@@ -207,33 +207,33 @@ PLAIN = {"rotations": "none", "ink": 0}
 def test_colours_are_normalised_by_their_mean_and_deviation():
     packed = colour_pack()
     plain = stream(packed, **PLAIN).episodes(0, 2).query_x_TECHW
-    found = stream(packed, normalize="imagenet", **PLAIN).episodes(0, 2).query_x_TECHW
+    normalized = stream(packed, normalize="imagenet", **PLAIN).episodes(0, 2).query_x_TECHW
     mean, deviation = (
         torch.tensor(numbers)[:, None, None] for numbers in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
-    assert torch.allclose(found * deviation + mean, plain, atol=1e-6)
+    assert torch.allclose(normalized * deviation + mean, plain, atol=1e-6)
 
 
 def test_each_training_image_is_mirrored_or_not_by_its_own_word():
     packed = colour_pack()
-    plain, found = (
+    plain, flipped = (
         torch.cat(parts(stream(packed, augment=augment, **PLAIN).episodes(3, 40))[::2], 1)
         for augment in ("none", "flips")
     )
-    same = (plain == found).flatten(2).all(-1)
-    mirrored = (plain.flip(-1) == found).flatten(2).all(-1)
+    same = (plain == flipped).flatten(2).all(-1)
+    mirrored = (plain.flip(-1) == flipped).flatten(2).all(-1)
     assert (same ^ mirrored).all()
     assert 0.42 < mirrored.double().mean() < 0.58  # of 800, so that 5 deviations are 0.09
 
 
 def test_each_training_image_is_shifted_by_its_own_words():
     packed = colour_pack()
-    plain, found = (
+    plain, cropped = (
         torch.cat(parts(stream(packed, augment=augment, **PLAIN).episodes(0, 30))[::2], 1).flatten(0, 1)
         for augment in ("none", "crops")
     )
     shifts = []
-    for before, after in zip(plain, found, strict=True):
+    for before, after in zip(plain, cropped, strict=True):
         around = torch.nn.functional.pad(before, (2, 2, 2, 2))
         places = [
             (down, right)
@@ -267,6 +267,6 @@ def test_images_that_do_not_turn_are_read_where_they_are_mapped():
     tasks = stream(packed, **PLAIN)
     assert tasks._store_MCHW.data_ptr() == packed.images_MCHW.ctypes.data
     at, _ = tasks.indices(4, 2)
-    found = tasks.episodes(4, 2)
-    wanted = torch.from_numpy(packed.images_MCHW[at[:, :, :2]]).flatten(1, 2) / 255
-    assert torch.equal(found.support_x_TECHW, wanted)
+    episodes = tasks.episodes(4, 2)
+    expected = torch.from_numpy(packed.images_MCHW[at[:, :, :2]]).flatten(1, 2) / 255
+    assert torch.equal(episodes.support_x_TECHW, expected)

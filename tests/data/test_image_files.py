@@ -34,17 +34,17 @@ def test_every_mode_becomes_the_colour_that_it_shows(mode, channels):
     elif mode != "L":
         image = image.convert("RGB").convert(mode) if mode == "CMYK" else image.convert(mode)
     kind = "TIFF" if mode in ("CMYK", "F", "I") else "PNG"
-    found = read(image, kind, channels=channels)
-    assert found.shape == (channels, 8, 8) and found.dtype == np.uint8
-    assert np.abs(found.astype(int) - grey).max() <= 1
+    result = read(image, kind, channels=channels)
+    assert result.shape == (channels, 8, 8) and result.dtype == np.uint8
+    assert np.abs(result.astype(int) - grey).max() <= 1
 
 
 def test_transparent_pixels_lie_on_white():
     pixels = np.zeros((4, 4, 4), dtype=np.uint8)
     pixels[:, :2] = (200, 10, 30, 255)
-    found = read(Image.fromarray(pixels, "RGBA"), side=4)
-    assert (found[:, :, :2] == np.array([200, 10, 30])[:, None, None]).all() and (
-        found[:, :, 2:] == 255
+    result = read(Image.fromarray(pixels, "RGBA"), side=4)
+    assert (result[:, :, :2] == np.array([200, 10, 30])[:, None, None]).all() and (
+        result[:, :, 2:] == 255
     ).all()
     palette = Image.fromarray(np.repeat([[0, 1]], 2, axis=0).astype(np.uint8), "P")
     palette.putpalette([9, 9, 9, 7, 7, 7])
@@ -62,8 +62,8 @@ def test_exif_turns_are_followed():
     pixels[0] = 255
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    found = read(Image.fromarray(pixels), side=4, channels=1, exif=exif)
-    assert (found[0, 3] == 255).all() and (found[0, :3] == 0).all()
+    result = read(Image.fromarray(pixels), side=4, channels=1, exif=exif)
+    assert (result[0, 3] == 255).all() and (result[0, :3] == 0).all()
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image at all", encoded(Image.new("L", (50, 50)))[:60]])
@@ -86,8 +86,8 @@ def test_class_folders_are_listed_without_what_is_no_image(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
-    found = class_folders(tmp_path)
-    assert {name: [file.name for file in files] for name, files in found.items()} == {
+    folders = class_folders(tmp_path)
+    assert {name: [file.name for file in files] for name, files in folders.items()} == {
         "a": ["x.bmp"],
         "b": ["2.png", "1.jpg"],
         "empty": [],

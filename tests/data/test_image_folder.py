@@ -48,13 +48,13 @@ def settings(path, root, **more):
 
 
 def opened(path, root, notices=None, **more):
-    found = notices if notices is not None else []
+    events = notices if notices is not None else []
     return open_streams(
         settings(path, root, **more),
         ("train", "val", "test"),
         Placement(CPU),
         offline=True,
-        on_event=found.append,
+        on_event=events.append,
     )
 
 
@@ -103,17 +103,17 @@ def flawed(tmp_path):
 def test_what_is_bad_is_told_once_and_left_out(flawed, tmp_path):
     notices = []
     streams, _ = opened(flawed, tmp_path / "root", notices)
-    told = [event.text for event in notices if isinstance(event, Notice)]
-    assert len(told) == 2
-    assert told[0].startswith("3 left out: nothing (an empty class); cannot read image broken/x.png: ")
-    assert "cannot read image class 03/broken.jpg: " in told[0]
+    texts = [event.text for event in notices if isinstance(event, Notice)]
+    assert len(texts) == 2
+    assert texts[0].startswith("3 left out: nothing (an empty class); cannot read image broken/x.png: ")
+    assert "cannot read image class 03/broken.jpg: " in texts[0]
     assert (
-        told[1] == "left out: 1 classes have fewer than 2 images, --shots and --queries together: small (1)"
+        texts[1] == "left out: 1 classes have fewer than 2 images, --shots and --queries together: small (1)"
     )
     assert sum(stream.pool for stream in streams.values()) == 12
     again = []
     opened(flawed, tmp_path / "root", again)
-    assert [event.text for event in again if isinstance(event, Notice)] == told
+    assert [event.text for event in again if isinstance(event, Notice)] == texts
 
 
 @pytest.mark.parametrize("mended", [False, True])
@@ -146,7 +146,7 @@ def test_classes_are_split_by_fractions_and_seed(tmp_path):
     path = make(tmp_path / "mine")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
     one = names(settings(path, tmp_path, split_fractions="50-25-25"), packed)
-    assert {split: len(found) for split, found in one.items()} == {"train": 6, "val": 3, "test": 3}
+    assert {split: len(classes) for split, classes in one.items()} == {"train": 6, "val": 3, "test": 3}
     assert sorted(itertools.chain(*one.values())) == list(packed.names)
     assert one == names(settings(path, tmp_path, split_fractions="2-1-1"), packed)
     assert one != names(settings(path, tmp_path, split_fractions="2-1-1", split_seed=1), packed)
@@ -157,9 +157,13 @@ def test_folders_train_val_and_test_are_the_split(tmp_path):
     for split, first, classes in (("train", 0, 4), ("val", 4, 2), ("test", 6, 3)):
         make(path, classes, split=split, first=first)
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
-    found = names(settings(path, tmp_path), packed)
-    assert {split: len(classes) for split, classes in found.items()} == {"train": 4, "val": 2, "test": 3}
-    assert all(name.startswith(f"{split}/") for split, classes in found.items() for name in classes)
+    by_split = names(settings(path, tmp_path), packed)
+    assert {split: len(classes) for split, classes in by_split.items()} == {
+        "train": 4,
+        "val": 2,
+        "test": 3,
+    }
+    assert all(name.startswith(f"{split}/") for split, classes in by_split.items() for name in classes)
 
 
 def test_a_val_that_is_missing_is_taken_from_train(tmp_path):
@@ -167,9 +171,13 @@ def test_a_val_that_is_missing_is_taken_from_train(tmp_path):
     make(path, 10, split="train")
     make(path, 3, split="test", first=10)
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
-    found = names(settings(path, tmp_path), packed)
-    assert {split: len(classes) for split, classes in found.items()} == {"train": 8, "val": 2, "test": 3}
-    assert all(name.startswith("train/") for name in found["val"])
+    by_split = names(settings(path, tmp_path), packed)
+    assert {split: len(classes) for split, classes in by_split.items()} == {
+        "train": 8,
+        "val": 2,
+        "test": 3,
+    }
+    assert all(name.startswith("train/") for name in by_split["val"])
 
 
 @pytest.mark.parametrize(
@@ -277,8 +285,8 @@ def test_a_run_keeps_its_split_when_classes_come(tmp_path):
         (path / f"a{number}").mkdir()
         picture("L", number, (9, 9)).save(path / f"a{number}" / "x.png")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
-    found = split_of(config, packed, stored)
-    assert {split: [packed.names[n] for n in part] for split, part in found.items()} == stored
+    splits = split_of(config, packed, stored)
+    assert {split: [packed.names[n] for n in part] for split, part in splits.items()} == stored
     assert names(config, packed) != stored
     shutil.rmtree(path / "class 03")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)

@@ -40,15 +40,15 @@ def jpeg(number, size=(84, 84)):
 
 def members(form):
     """File name -> content, as people have it."""
-    found = {}
+    files = {}
     for number, (label, split) in enumerate(sorted(CLASSES.items())):
         for image in range(IMAGES):
             file = f"{label}{image:08d}.jpg"
             folder = {"split": f"{split}/{label}/", "classes": f"images/{label}/", "flat": "images/"}[form]
-            found[folder + file] = jpeg(2 * number + image)
-    found["notes.txt"] = b"no image"
-    found["__MACOSX/._n01532829.jpg"] = b"resource fork"
-    return found
+            files[folder + file] = jpeg(2 * number + image)
+    files["notes.txt"] = b"no image"
+    files["__MACOSX/._n01532829.jpg"] = b"resource fork"
+    return files
 
 
 def as_folder(path, files):
@@ -92,8 +92,10 @@ def test_every_form_gives_the_same_pack(small, tmp_path, form, kind):
     packed = fetch(tmp_path / "root", kind(tmp_path / "source", members(form)))
     assert packed.images_MCHW.shape == (200, 3, 84, 84) and packed.names == tuple(sorted(CLASSES))
     splits = split_classes(packed, "ravi", 0)
-    assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
-    assert all(CLASSES[packed.names[number]] == split for split, found in splits.items() for number in found)
+    assert {split: len(numbers) for split, numbers in splits.items()} == {"train": 64, "val": 16, "test": 20}
+    assert all(
+        CLASSES[packed.names[number]] == split for split, numbers in splits.items() for number in numbers
+    )
     assert np.abs(packed.images_MCHW[:, 0].mean((1, 2)) - np.arange(200)).max() < 5  # JPEG's error
 
 
@@ -133,8 +135,8 @@ def test_what_is_wrong_is_named_and_nothing_stays(small, tmp_path, spoil, fact):
     assert not list((tmp_path / "root").rglob("*.*"))
 
 
-@pytest.mark.parametrize("given", ["folder", "files"])
-def test_pickles_give_the_same_tasks_as_images(small, tmp_path, given):
+@pytest.mark.parametrize("source", ["folder", "files"])
+def test_pickles_give_the_same_tasks_as_images(small, tmp_path, source):
     """The classes of a split in the same order, and their images."""
     of_images = fetch(tmp_path / "images", as_folder(tmp_path / "source", members("split")))
     folder = tmp_path / "pickles"
@@ -146,7 +148,7 @@ def test_pickles_give_the_same_tasks_as_images(small, tmp_path, given):
         images_MHWC = of_images.images_MCHW[places].transpose(0, 2, 3, 1).copy()
         content = {"image_data": np.asarray(images_MHWC), "class_dict": class_dict}
         (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, 2))
-    packed = fetch(tmp_path / "root", [folder] if given == "folder" else sorted(folder.iterdir()))
+    packed = fetch(tmp_path / "root", [folder] if source == "folder" else sorted(folder.iterdir()))
     for split, classes in split_classes(packed, "ravi", 0).items():
         others = split_classes(of_images, "ravi", 0)[split]
         assert [packed.names[n] for n in classes] == [of_images.names[n] for n in others]
@@ -160,8 +162,8 @@ def test_images_that_are_the_same_are_told(small, tmp_path):
     names = sorted(name for name in files if name.endswith(".jpg") and "images/" in name)
     files[names[0]] = files[names[1]] = files[names[7]]
     packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), on_event=notices.append)
-    (told,) = [event.text for event in notices if isinstance(event, Notice)]
-    assert "2 pairs of images are the same to the last bit, 1 of them in two classes" in told
+    (text,) = [event.text for event in notices if isinstance(event, Notice)]
+    assert "2 pairs of images are the same to the last bit, 1 of them in two classes" in text
     pairs = [("n01532829", "n01532829"), ("n01532829", "n01749939")]
     assert [tuple(pair) for pair in packed.facts["twins"]] == pairs
 
@@ -183,8 +185,8 @@ def test_tiered_is_split_by_its_folders(tmp_path, monkeypatch):
     }
     packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), which=tiny)
     assert packed.names == ("test/n00000003", "train/n00000000", "train/n00000001", "val/n00000002")
-    found = imagenet.split_by_folders(packed, "ren", 0)
-    assert {split: part.tolist() for split, part in found.items()} == {
+    splits = imagenet.split_by_folders(packed, "ren", 0)
+    assert {split: part.tolist() for split, part in splits.items()} == {
         "train": [1, 2],
         "val": [3],
         "test": [0],
@@ -210,7 +212,7 @@ def test_the_real_set_has_its_counts_and_its_eight_twins(real):
     packed, notices, _ = real
     assert packed.images_MCHW.shape == (60_000, 3, 84, 84) and set(packed.counts) == {600}
     splits = split_classes(packed, "ravi", 0)
-    assert {split: len(found) for split, found in splits.items()} == {"train": 64, "val": 16, "test": 20}
+    assert {split: len(numbers) for split, numbers in splits.items()} == {"train": 64, "val": 16, "test": 20}
     assert len(packed.facts["twins"]) == 8 and sum(a != b for a, b in packed.facts["twins"]) == 7
     assert any(
         "8 pairs of images are the same" in event.text for event in notices if isinstance(event, Notice)
@@ -222,6 +224,6 @@ def test_the_real_sets_pixels_are_those_that_pillow_decodes(real):
     packed, _, _ = real
     with zipfile.ZipFile(SHARED / "mini-imagenet" / "val.zip") as archive:
         name = "val/n01855672/n0185567200000003.jpg"
-        wanted = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")).transpose(2, 0, 1)
+        pixels = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")).transpose(2, 0, 1)
     first = packed.starts[packed.names.index("n01855672")]
-    assert np.array_equal(packed.images_MCHW[first], wanted)
+    assert np.array_equal(packed.images_MCHW[first], pixels)

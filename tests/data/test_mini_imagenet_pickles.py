@@ -59,21 +59,21 @@ def in_bytes(held):
     }
 
 
-def written(folder, made, *, protocol=4, family=FILE_NAMES[0]):
-    """The three files; `made`: split -> what its file holds."""
+def written(folder, caches, *, protocol=4, family=FILE_NAMES[0]):
+    """The three files; `caches`: split -> what its file holds."""
     paths = []
     for split, name in zip(SPLITS, family, strict=True):
-        (folder / name).write_bytes(pickle.dumps(made(split), protocol))
+        (folder / name).write_bytes(pickle.dumps(caches(split), protocol))
         paths.append(folder / name)
     return paths
 
 
 def assert_whole(paths):
-    found = dict(read_mini_cache(paths, per_class=PER_CLASS))
-    assert list(found) == [name for split in SPLITS for name in CLASSES[split]]
+    images = dict(read_mini_cache(paths, per_class=PER_CLASS))
+    assert list(images) == [name for split in SPLITS for name in CLASSES[split]]
     for split in SPLITS:
         for name, places in places_of(split).items():
-            assert np.array_equal(found[name], IMAGES[split][places])
+            assert np.array_equal(images[name], IMAGES[split][places])
 
 
 FORMS = {
@@ -120,9 +120,9 @@ def test_places_in_any_order(tmp_path):
 
 
 def test_images_together_are_not_copied(tmp_path):
-    found = list(read_mini_cache(written(tmp_path, cache), per_class=PER_CLASS))
-    assert not any(images.flags.owndata for _, images in found)
-    assert np.shares_memory(found[0][1].base, found[1][1].base)
+    classes = list(read_mini_cache(written(tmp_path, cache), per_class=PER_CLASS))
+    assert not any(images.flags.owndata for _, images in classes)
+    assert np.shares_memory(classes[0][1].base, classes[1][1].base)
 
 
 @pytest.mark.parametrize("family", FILE_NAMES, ids=["cache", "category"])
@@ -200,14 +200,14 @@ def test_wrong_file_is_named(wrong, tmp_path):
 
 def test_files_that_do_not_make_the_set(tmp_path):
     paths = written(tmp_path, cache)
-    for given, match in (
+    for files, match in (
         (paths[:2], r"cache-val.pkl holds no classes of test"),
         ([paths[0], paths[0]], "holds the classes of train, as .* does"),
         ([*paths, tmp_path / "none.pkl"], "cannot read .*none.pkl: No such file"),
         ([], "holds no classes of train"),
     ):
         with pytest.raises(DataError, match=match):
-            list(read_mini_cache(given, per_class=PER_CLASS))
+            list(read_mini_cache(files, per_class=PER_CLASS))
 
 
 def test_attack_and_cut_are_told(tmp_path):

@@ -148,16 +148,16 @@ def test_compressed_but_no_tar(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("start", "told"),
+    ("start", "what"),
     [
         (b"Rar!\x1a\x07\x01\x00", "a RAR archive"),
         (b"7z\xbc\xaf\x27\x1c", "7z"),
         (b"\x28\xb5\x2f\xfd", "zstd"),
     ],
 )
-def test_other_archives_are_to_be_unpacked(tmp_path, start, told):
+def test_other_archives_are_to_be_unpacked(tmp_path, start, what):
     (tmp_path / "a").write_bytes(start + bytes(1000))
-    assert refused(tmp_path / "a", told).hint == "unpack it, then --from FOLDER"
+    assert refused(tmp_path / "a", what).hint == "unpack it, then --from FOLDER"
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 2000, b"hello " * 100, np.random.default_rng(0).bytes(5000)])

@@ -67,21 +67,21 @@ def refused(data, match="."):
     assert raised.value.hint and "\n" not in raised.value.hint
 
 
-def same(found, wanted):
+def same(value, other):
     """Equal in type, shape and content, all the way down."""
-    if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(same(found[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list | tuple):
-        return len(found) == len(wanted) and all(map(same, found, wanted)) and type(found) is type(wanted)
-    if isinstance(wanted, np.ndarray):
-        return found.dtype == wanted.dtype and np.array_equal(found, wanted)
-    return type(found) is type(wanted) and found == wanted
+    if isinstance(other, dict):
+        return value.keys() == other.keys() and all(same(value[key], other[key]) for key in other)
+    if isinstance(other, list | tuple):
+        return len(value) == len(other) and all(map(same, value, other)) and type(value) is type(other)
+    if isinstance(other, np.ndarray):
+        return value.dtype == other.dtype and np.array_equal(value, other)
+    return type(value) is type(other) and value == other
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_data_of_every_kind_come_back(protocol):
     shared = PIXELS.copy()
-    wanted = {
+    content = {
         "c": PIXELS,
         "fortran": np.asfortranarray(PIXELS),
         "turned": PIXELS.transpose(1, 2, 0),
@@ -96,15 +96,15 @@ def test_data_of_every_kind_come_back(protocol):
         "again": [shared, shared],
         3: {b"inner": {"deep": [[["end"]]]}},
     }
-    data = pickle.dumps(wanted, protocol)
-    assert same(load_arrays(data, "x"), wanted)
-    assert same(load_arrays(io.BytesIO(data), "x"), wanted)
+    data = pickle.dumps(content, protocol)
+    assert same(load_arrays(data, "x"), content)
+    assert same(load_arrays(io.BytesIO(data), "x"), content)
 
 
 @pytest.mark.parametrize("protocol", PYTHON_2)
 def test_pickles_of_python_2_come_back(protocol):
-    found = load_arrays(base64.b64decode(PYTHON_2[protocol]), "x")
-    wanted = {
+    result = load_arrays(base64.b64decode(PYTHON_2[protocol]), "x")
+    expected = {
         "data": PIXELS,
         "f": PIXELS,
         "big": np.arange(3, dtype=">i4"),
@@ -113,7 +113,7 @@ def test_pickles_of_python_2_come_back(protocol):
         "raw": "ÿ\0",
         **{"n": None, "b": True, "l": 2**70, "i": -5, "d": 0.5, "s": np.uint8(17)},
     }
-    assert same(found, wanted)
+    assert same(result, expected)
 
 
 def python_2_array(raw):
@@ -141,10 +141,10 @@ def test_a_large_array_is_held_once(written_by, tmp_path):
     path.write_bytes(written_by(bytes(size)))
     with path.open("rb") as file:
         tracemalloc.start()
-        found = load_arrays(file, "x")
+        pixels = load_arrays(file, "x")
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert len(found) and peak < 1.1 * size
+    assert len(pixels) and peak < 1.1 * size
 
 
 class Call:
@@ -239,8 +239,8 @@ U1 = b"cnumpy\ndtype\n" + text("u1") + b"\x85R(K\x03" + text("|") + b"NNNtb"
 
 def array(shape=b"K\x03\x85", dtype=U1, raw=b"C\x03abc", subtype=b"cnumpy\nndarray\n", wrap=b"%b"):
     """An array's pickle, with parts to be replaced."""
-    made = ARRAY + subtype + b"K\x00\x85C\x01b\x87R(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
-    return b"\x80\x04" + wrap % made + b"."
+    pickled = ARRAY + subtype + b"K\x00\x85C\x01b\x87R(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
+    return b"\x80\x04" + wrap % pickled + b"."
 
 
 def test_hand_made_array_is_one():
@@ -402,8 +402,8 @@ def test_reads_are_counted(monkeypatch):
 
 
 def test_a_list_that_holds_itself():
-    found = load_arrays(b"]q\x01h\x01a.", "x")
-    assert found[0] is found
+    items = load_arrays(b"]q\x01h\x01a.", "x")
+    assert items[0] is items
 
 
 def test_an_extension_that_is_registered_is_refused(tmp_path):

@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 class Recorded:
     """Stands in for a CUDA graph: recording leaves the state alone, replaying writes to the same tensors."""
 
-    made = 0
+    count = 0
 
     def __init__(self, work, step):
-        Recorded.made += 1
+        Recorded.count += 1
         self.work, self.step = work, step
         before = {name: tensor.clone() for name, tensor in step.state.stored().items()}
         moments = {
@@ -83,11 +83,11 @@ def trained(captured, engine="adjoint"):
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
 def test_replaying_follows_tasks_and_schedules(engine):
     """MSL weights, learning rate, derivative order and what is measured all change on the way."""
-    Recorded.made = 0
+    Recorded.count = 0
     (eager, losses), (replayed, again) = (trained(captured, engine) for captured in (False, True))
     # First order; second order while MSL lasts; second order and the last step alone: each with and without
     # measuring all, but for one of these that came only once.
-    assert Recorded.made == 2 * (2 * 3 - 1), "two graphs a kind, recorded once"
+    assert Recorded.count == 2 * (2 * 3 - 1), "two graphs a kind, recorded once"
     assert losses == again
     for name, tensor in eager.items():
         assert torch.equal(tensor, replayed[name]), name

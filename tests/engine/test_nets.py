@@ -32,7 +32,8 @@ from mamlctl.engine.nets.resnet12 import ResNet12
 from mamlctl.engine.training.initial_state import build
 from mamlctl.settings.schema import TrainConfig
 
-TASKS, EXAMPLES = 2, 5
+TASKS = 2
+EXAMPLES = 5
 
 
 def normal(*size, seed=0):
@@ -62,14 +63,14 @@ def assert_equals_its_twin(net, twin, shape):
     fast, x = own_weights(net), normal(TASKS, EXAMPLES, *shape, seed=7)
     outputs_TEN = net(fast, x, NormPass({}, {}, 0))
     for task in range(TASKS):
-        wanted_EN = twin(of_task(fast, task), x[task])
-        assert wanted_EN.shape == (EXAMPLES, net.outputs)
-        assert torch.allclose(outputs_TEN[task], wanted_EN, rtol=1e-10, atol=1e-10)
+        expected_EN = twin(of_task(fast, task), x[task])
+        assert expected_EN.shape == (EXAMPLES, net.outputs)
+        assert torch.allclose(outputs_TEN[task], expected_EN, rtol=1e-10, atol=1e-10)
     weights = {name: weight for name, weight in fast.items() if not name.startswith("norm")}
     rows = {name: weight[:1] for name, weight in fast.items() if name.startswith("norm")}
     outputs_TEN = net(weights, x, NormPass(rows, {}, 0))
-    wanted_EN = twin(of_task(weights, 1) | of_task(rows, 0), x[1])
-    assert torch.allclose(outputs_TEN[1], wanted_EN, rtol=1e-10, atol=1e-10)
+    expected_EN = twin(of_task(weights, 1) | of_task(rows, 0), x[1])
+    assert torch.allclose(outputs_TEN[1], expected_EN, rtol=1e-10, atol=1e-10)
 
 
 def normed(weights, name, x):
@@ -81,7 +82,7 @@ ACTIVATIONS = {"relu": F.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.01)}
 
 
 def plain_conv4_maps(net, weights, x):
-    """Conv4's blocks, without a word from nets.py."""
+    """Conv4's blocks, without a word from the package."""
     for block in range(1, 5):
         x = F.conv2d(x, weights[f"conv{block}.weight"], stride=2 if net.pooling == "stride" else 1, padding=1)
         x = ACTIVATIONS[net.activation](normed(weights, f"norm{block}", x))
@@ -313,15 +314,15 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
         assert all(torch.equal(products[2][0][name], value) for name, value in products[0][0].items())
         assert all(torch.equal(products[2][1][name], value) for name, value in products[0][1].items())
         result.append((gradient, products, norm))
-    (expected, wanted_products, wanted_norm), (gradient, products, norm) = result
+    (expected, expected_products, expected_norm), (gradient, products, norm) = result
     assert torch.allclose(gradient.loss_T, expected.loss_T, rtol=1e-11)
     assert torch.allclose(gradient.logits_TEN, expected.logits_TEN, rtol=1e-9, atol=1e-11)
     assert_close(gradient.fast, expected.fast)
     assert_close(gradient.norm, expected.norm)
-    for one, two in zip(products, wanted_products, strict=True):
+    for one, two in zip(products, expected_products, strict=True):
         assert_close(one[0], two[0])
         assert_close(one[1], two[1])
-    for name, seen in wanted_norm.seen.items():
+    for name, seen in expected_norm.seen.items():
         assert all(torch.allclose(*pair) for pair in zip(norm.seen[name], seen, strict=True))
 
 
