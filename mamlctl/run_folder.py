@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import finite, one_writer, read_object, write_json, write_text
@@ -157,7 +157,7 @@ def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(upgrade(METRICS, row))
     return rows
 
@@ -183,9 +183,14 @@ def digested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_state(path: Path) -> RunState:
-    """What a run folder's status.json says."""
-    stored = {"status": None} | upgrade(STATUS, read_object(path / STATUS))
-    return RunState(**{item.name: stored[item.name] for item in fields(RunState) if item.name in stored})
+    """What a run folder's status.json says; a value of the wrong type counts as absent."""
+    stored = upgrade(STATUS, read_object(path / STATUS))
+    step, diverged_at = (
+        value if isinstance(value := stored.get(name), int) else None for name in ("step", "diverged_at")
+    )
+    statuses: tuple[RunStatus, ...] = get_args(RunStatus)
+    status = next((status for status in statuses if status == stored.get("status")), None)
+    return RunState(status, step or 0, str(stored.get("reason") or ""), diverged_at)
 
 
 def protocol_settings(settings: EvalConfig, evaluated: TrainConfig) -> dict[str, Any]:

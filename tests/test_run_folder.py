@@ -115,6 +115,14 @@ def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
             open_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"status": ["a"], "step": "7", "reason": null, "diverged_at": "q"}', "[1]", "{"]
+)
+def test_values_of_the_wrong_type_in_a_state_count_as_absent(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
+    assert run_state(tmp_path) == RunState(None)
+
+
 def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").write_text("process 1")
