@@ -66,12 +66,10 @@ for name, (command, examples) in COMMANDS.items():
 
 
 def share_the_processor() -> None:
-    """Let threads that wait sleep soon, so that another program on the machine does not stop training.
-
-    By default GNU's OpenMP, which torch uses on Linux, spins at every barrier. With one of two cores taken by
-    another program a meta-step took 5.7 s so, and 0.48 s like this (5-way, 8 tasks, bf16; alone: 0.21 s).
-    Read when torch is first imported; whoever has set a policy keeps it.
-    """
+    """Let threads that wait sleep soon, so that another program on the machine does not stop training."""
+    # By default GNU's OpenMP, which torch uses on Linux, spins at every barrier. With one of two cores taken
+    # by another program a meta-step took 5.7 s so, 0.48 s like this (5-way, 8 tasks, bf16; alone: 0.21 s).
+    # Read when torch is first imported; whoever has set a policy keeps it.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

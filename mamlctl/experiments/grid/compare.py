@@ -62,7 +62,12 @@ def compare(
     for run in runs:
         _test(run.folder, evaluate, offline, on_event)
     table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
-    notes = [_unfinished_note(run.folder) for run in runs if not run.folder.state().ended]
+    notes = [
+        f"{run.path.name} stopped at meta-step {steps_done(run.state(), run.metrics())} "
+        f"of {run.config.total_steps}"
+        for run in (run.folder for run in runs)
+        if not run.state().ended
+    ]
     return replace(table, notes=(*notes, *table.notes))
 
 
@@ -75,11 +80,6 @@ def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent
     if find_evaluation(run, evaluate) is None:
         fact = f"{run.path} was trained on other images than {run.config.dataset} has now"
         raise DataError(fact, hint="compare it with the --data-root that it was trained with")
-
-
-def _unfinished_note(run: RunFolder) -> str:
-    step = steps_done(run.state(), run.metrics())
-    return f"{run.path.name} stopped at meta-step {step} of {run.config.total_steps}"
 
 
 def _runs(path: Path) -> list[_Run]:

@@ -81,7 +81,8 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
         for done, row in enumerate(grid.rows):
             on_event(Progress("measuring meta-steps", done, len(grid.rows)))
             config = fill_defaults(row.config)
-            key = _cost_key(config)
+            # The same for runs whose meta-steps cost the same.
+            key = repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
             if key not in costs:
                 costs[key] = _measure(config, offline, on_event)
             rows.append(_row_estimate(row.label, config, grid.evaluate, costs[key]))
@@ -106,11 +107,6 @@ def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: C
     return RowEstimate(
         label, config.total_steps, steps_s / config.total_steps, steps_s + validation_s, test_s
     )
-
-
-def _cost_key(config: TrainConfig) -> str:
-    """The same for runs whose meta-steps cost the same."""
-    return repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
 
 
 def _phases(config: TrainConfig) -> Counter[Phase]:

@@ -104,6 +104,8 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         status = "failed"
     elif status == "running" and not is_locked(run.path):
         status = "interrupted"  # killed: it could not say so
+    # The first report includes the warm-up.
+    step_seconds = [run.config.meta_batch_size / row["tasks_per_second"] for row in reports[1:] or reports]
     return Cell(
         seed=seed,
         run=place,
@@ -111,7 +113,7 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         reason=failed if status == "failed" else state.reason,
         steps=steps_done(state, metrics),
         steps_to_99=_steps_to_99(validation, metric) if state.status == "finished" else None,
-        step_s=_step_s(reports, run.config.meta_batch_size),
+        step_s=statistics.median(step_seconds) if step_seconds else None,
         validation=validation,
         rates=next((row["rates"] for row in reversed(reports) if row.get("rates")), {}),
         command=command,
@@ -132,9 +134,3 @@ def _steps_to_99(validation: Sequence[tuple[int, float]], metric: Metric) -> int
         if score <= last / NEAR if metric == "mse" else score >= last * NEAR:
             return step
     return None
-
-
-def _step_s(reports: Sequence[Mapping[str, Any]], meta_batch_size: int) -> float | None:
-    """Median seconds per meta-step over reports; the first one includes the warm-up."""
-    seconds = [meta_batch_size / row["tasks_per_second"] for row in reports[1:] or reports]
-    return statistics.median(seconds) if seconds else None
