@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
-WORKERS := -n auto --dist loadgroup --no-loadscope-reorder # tests/conftest.py makes the groups
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder # by file: loadgroup has no effect with pytest 9.2 and xdist 3.8
 BENCH ?= # options of the benchmark: make bench BENCH=--quick
 
 .DEFAULT_GOAL := check

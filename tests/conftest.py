@@ -32,18 +32,10 @@ def pytest_sessionfinish():
     preloaded.stop()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep each file on one worker, and the tests marked `alone` on one too, so that no two of them meet.
-
-    The other workers go on beside them: xdist cannot stop those. What takes longest begins, so that no
-    worker is left with it at the end.
-    """
+    """Begin with the files that start processes, so that no worker is left with one of them at the end."""
     long = {item.path for item in items if not {"process", "cluster"}.isdisjoint(item.keywords)}
-    alone = {item for item in items if item.get_closest_marker("alone")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("alone" if item in alone else item.path.stem))
-    items.sort(key=lambda item: (item not in alone, item.path not in long))
+    items.sort(key=lambda item: item.path not in long)
 
 
 def processor_s():

@@ -95,7 +95,6 @@ def test_peers_go_in_turn_with_the_engines_where_they_do_the_same_work():
     assert learners["omniglot-20w1s", "first"] == learners["mini-imagenet-5w1s", "second"] == ["plain"]
 
 
-@pytest.mark.alone
 def test_a_learner_answers_with_seconds_loss_and_memory():
     facts, answer = open_learner({"case": SMALL.document(), "learner": "plain", "device": "cpu"})
     first, second = answer({"count": 1}), answer({"count": 2})
@@ -104,7 +103,6 @@ def test_a_learner_answers_with_seconds_loss_and_memory():
     assert second["loss"] != first["loss"], "Adam has moved nothing"
 
 
-@pytest.mark.alone
 def test_the_machine_tells_its_rate():
     facts, answer = open_machine({"device": "cpu"})
     assert facts["torch"] == torch.__version__
@@ -112,7 +110,6 @@ def test_the_machine_tells_its_rate():
     assert rates["bf16"] > 0
 
 
-@pytest.mark.alone
 @pytest.mark.process
 def test_workers_go_in_turn_and_one_that_fails_is_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -379,7 +379,6 @@ def start(run, root, *words):
     return process
 
 
-@pytest.mark.alone
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_path, glyphs_root, number, code):
@@ -403,7 +402,6 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
     assert status["step"] >= step
 
 
-@pytest.mark.alone
 @pytest.mark.process
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
     run = tmp_path / "run"

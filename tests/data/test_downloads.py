@@ -192,7 +192,6 @@ def test_a_stop_between_the_last_byte_and_the_checksum(server, get, archive, tmp
     assert server.asked == []
 
 
-@pytest.mark.alone
 def test_a_slow_server_is_waited_for(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.06)])
     events = []
@@ -203,7 +202,6 @@ def test_a_slow_server_is_waited_for(server, get, archive):
     assert bars[-1].per_second < len(archive) / 0.45
 
 
-@pytest.mark.alone
 def test_a_stalled_server_is_left(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000), Twist(held_after=0)])
     server.pages[MIRROR] = Page(archive)
@@ -411,7 +409,6 @@ main()
 """
 
 
-@pytest.mark.alone
 @pytest.mark.process
 def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tmp_path):
     third = len(archive) // 3

@@ -227,7 +227,6 @@ def wait_for_writers(folder):
         time.sleep(0.005)
 
 
-@pytest.mark.alone
 def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root, monkeypatch):
     """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
     monkeypatch.setenv(preloaded.NO_PICTURES, "1")

@@ -28,7 +28,6 @@ from mamlctl.experiments.executors.ray_cluster import open_cluster, room
 from mamlctl.experiments.executors.ray_worker import Files, WorkerSlot, pack, stamps, unpack
 from mamlctl.run_folder import RunFolder, open_run, run_state
 
-pytestmark = pytest.mark.alone
 TINY = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --steps-per-epoch 20 --val-tasks 6
 """
