@@ -26,7 +26,6 @@ from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
 # Settings that a resumed run may change.
 RESUME_OVERRIDES = tuple(name for name, item in FIELDS.items() if not item.metadata["decides"])
-
 CONFIG = "config.yaml"
 STATUS = "status.json"
 METRICS = "metrics.jsonl"

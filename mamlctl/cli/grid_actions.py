@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # Flags that only decide how a call works and what it prints, without and with a value.
 CALL_FLAGS = ("--json", "--csv", "--markdown", "--latex", "--quiet", "--offline")
-
 CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
 
 

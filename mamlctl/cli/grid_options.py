@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from mamlctl.report.table import Table
 
 PLAN = "Plan"  # a help panel
-
 FORMATS = ("json", "csv", "markdown", "latex")  # of the table on stdout
-
 DRY = ("dry_run", "print_commands", "slurm")  # instead of making a table
 
 

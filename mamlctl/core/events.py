@@ -127,5 +127,4 @@ class GridChanged:
 
 
 Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged
-
 OnEvent = Callable[[Event], None]

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000  # of the bootstrap; and of the permutations, where the data themselves are one more
-
 BATCH_NUMBERS = 1_000_000  # drawn at a time: 8 MB each of indices and of values
 
 

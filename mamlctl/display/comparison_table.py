@@ -25,9 +25,7 @@ from mamlctl.report.rendered_table import (
 from mamlctl.report.table import Table
 
 GAP = 2  # columns of the terminal between two columns of the table
-
 NOTE_WIDTH = 110  # columns of the terminal: longer lines of prose are hard to read
-
 MISSING = "red"  # why a row has no score
 
 

@@ -19,7 +19,6 @@ from mamlctl.display.live_state import LiveState, advance
 from mamlctl.display.training_view import render
 
 REFRESH_PER_SECOND = 8  # looks fluent; one frame takes 3 to 4 ms of one core
-
 PROGRESS_EVERY_S = 5.0  # so that a log tells that something goes on without being filled by it
 
 Clock = Callable[[], float]

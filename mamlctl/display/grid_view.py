@@ -15,11 +15,8 @@ from mamlctl.display import widgets
 from mamlctl.display.widgets import DIM
 
 CELL = 15  # columns of the terminal for one cell: '▶ 100000 93.1 %'
-
 LABEL = 34  # columns of the terminal for a row's name, at most
-
 ACCENT = "cyan"
-
 SHORTEST_BAR = 10  # columns of the terminal
 
 SIGNS = {
@@ -31,7 +28,6 @@ SIGNS = {
     "diverged": ("✗", "bold red"),
     "failed": ("!", "bold red"),
 }
-
 BUSY = ("training", "testing")
 
 

@@ -19,17 +19,11 @@ from mamlctl.display.live_state import HISTORY, LiveState, Work
 from mamlctl.display.widgets import DIM
 
 MAX_WIDTH = 140  # columns: beyond it, a row's label and its number are too far apart for the eye
-
 SMALL = 14  # lines: below it, only the bars and the chart without its title
-
 LABEL = 16  # columns for the name of a bar: 'epoch 1000/1000' and a space
-
 RATES_LABEL = 20  # columns for the name of a tensor
-
 ORDERS = {True: "first order", False: "second order", None: ""}
-
 NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
-
 ACCENT = "cyan"
 BAD = "bold red"
 GOOD = "green"

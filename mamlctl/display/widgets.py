@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-
 EIGHTHS = " ▏▎▍▌▋▊▉"
-
 DIM = "dim"
-
 Colour = tuple[int, int, int]
 
 

@@ -38,7 +38,6 @@ from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 FORMAT = 1  # of the file that `save_adapted` writes
-
 PLAIN = 0.2  # a mean brightness that is further from the middle than this shows the colour of the paper
 
 

@@ -40,9 +40,7 @@ TEX = {
     "−": "$-$",
     "\u2060": "{}",  # a word joiner
 }
-
 LATIN = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐÞðþ")  # letters with accents
-
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&$~#])")
 
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mamlctl.core.statistics import Difference
 
 SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
-
 MODELS: tuple[Model, ...] = ("best", "ensemble")  # never mixed
 
 

@@ -14,7 +14,6 @@ from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
 Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and what they are
-
 COMMAND_LINE = ("flag", "--set")
 
 

@@ -27,23 +27,19 @@ MEMBER_BYTES = 16 * 1024**2  # no image of any data set is as large; a zip bomb'
 # The members' size at most, in sizes of the archive: images are compressed already (Omniglot's tar shrinks
 # 8-fold, mostly padding), a bomb expands a thousandfold.
 EXPANSION = 100
-
 EXPANSION_FLOOR = 1024**3  # bytes that any archive may expand to
 CHUNK = 1024**2
-
 COMPRESSED: Mapping[bytes, Callable[[Path], io.BufferedIOBase]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-
 FOREIGN = {
     b"Rar!": "a RAR archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\x1f\x9d": "compressed by compress (.Z)",
 }
-
 DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
 

@@ -22,7 +22,6 @@ FILTERS = {
     "box": Image.Resampling.BOX,
     "nearest": Image.Resampling.NEAREST,
 }
-
 DEEP = 257.0  # 65535 / 255: sixteen bits to eight
 
 # Files that nobody means as images, though they lie among them.

@@ -23,7 +23,6 @@ FORMAT = 1
 
 # Larger packs are verified by their shape alone: hashing takes 1 s per 1.8 GB of one server core.
 DIGEST_CHECKED_BELOW = 64 * 1024**2
-
 HASHED_AT_A_TIME = 8 * 1024**2  # bytes
 
 

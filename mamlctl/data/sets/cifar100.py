@@ -24,7 +24,6 @@ from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
 
 T = TypeVar("T")
-
 SIDE = 32
 CHANNELS = 3
 FOLDER = "cifar-100-python"

@@ -49,7 +49,6 @@ class Normal:
 
 
 Law = Uniform | Normal
-
 Numbers = Mapping[str, Floats]  # of a task, by name
 
 

@@ -31,7 +31,6 @@ POINTS = 48  # drawn on a stroke, under a pixel apart
 
 # Chosen by eye, and so that a nearest neighbour on pixels gets about 65 % of 5-way 1-shot tasks.
 WOBBLE = 0.05  # of a control point, in units of the glyph's box
-
 SLANT = 0.13  # of the affine map's entries: turn, shear and size
 SHIFT = 1.1  # pixels
 BOX = 19.0  # pixels: the glyph's box inside the image

@@ -55,7 +55,6 @@ MINI = ListedSet(
     ("ravi",),
     "make it from ImageNet with github.com/yaoyao-liu/mini-imagenet-tools, or get a copy",
 )
-
 TIERED = ListedSet(
     "tiered-imagenet",
     "tieredImageNet",

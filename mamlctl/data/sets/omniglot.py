@@ -34,7 +34,6 @@ SMALL = 28
 # 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 % in their order. `nearest` drops
 # 13 of 14 pixels, and is what the MAML++ code gets: Pillow shrinks 1-bit images by no other.
 RESIZES = tuple(FILTERS)
-
 SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
 EVENT_EVERY = 1000  # images
 
@@ -78,18 +77,15 @@ PARTS = (
 # (jakesnell/prototypical-networks, data/omniglot/splits/vinyals): five background alphabets validate, the
 # last 423 characters test.
 VINYALS_VAL = ("Hebrew", "Mkhedruli_(Georgian)", "Armenian", "Early_Aramaic", "Bengali")
-
 VINYALS_TRAIN_AND_VAL = 1200
 
 # Of 1,623 classes, the MAML++ code's fractions; 423 are left for test.
 MAMLPP_TRAIN = 1150
-
 MAMLPP_VAL = 50
 LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, this is as many alphabets as Vinyals's
 
 # Bytes of the archives by their md5, as TensorFlow Datasets lists them (url_checksums/omniglot.txt).
 SIZES = {"68d2efa1b9178cc56df9314c21c6e718": 9_464_212, "6b91aef0f799c5bb55b94e3f2daec811": 6_462_886}
-
 ORIGIN = "github.com/brendenlake/omniglot"
 
 

@@ -22,7 +22,6 @@ SHIFT = 8  # crops move an image by up to one of so many parts of its side, as i
 
 # Of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 

@@ -139,11 +139,8 @@ def _refusals(why: str, *names: str) -> dict[str, str]:
 
 # What only a differentiated inner loop gives a meaning to.
 OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order")
-
 NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
-
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
-
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
 # Curves have values as large as 5, with which steps of 0.1 diverge.

@@ -22,7 +22,6 @@ from mamlctl.engine.nets.conv4 import Conv4
 # CPU: measured on 2 cores with 1 MB of second-level cache each (README, "How it is fast"). CUDA: half a
 # gigabyte, so that small devices have room; not measured.
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
-
 SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
 
 

@@ -35,12 +35,10 @@ from mamlctl.engine.kernels.fused_block import (
 )
 
 SOURCES = Path(__file__).parent / "c"
-
 TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
 
 # Options that not every compiler and processor knows are left out one after another, the last first.
 TUNING = ("-march=native", "-mprefer-vector-width=512")
-
 OPTIONS = (
     "-std=gnu11",
     "-O3",

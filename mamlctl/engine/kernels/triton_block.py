@@ -15,7 +15,6 @@ from mamlctl.engine.kernels.block import BlockSettings
 from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, KernelTape, TangentTensors
 
 CHANNELS = 128  # that a program takes; not measured
-
 TILE = {"RS": 64, "BX": 32}  # in which partial sums are joined; not measured
 
 Argument = Tensor | float | None

@@ -12,9 +12,7 @@ import triton.language as tl
 from mamlctl.engine.kernels.fused_block import ChannelRow
 
 MEAN, VAR, GAMMA, BETA, R, S = (tl.constexpr(row.value) for row in list(ChannelRow)[:6])
-
 B, PRODUCT, G, SLOPE, OFFSET = (tl.constexpr(row.value) for row in list(ChannelRow)[6:11])
-
 MEAN_T, R_T, S_T, B_T, G_T, SLOPE_T, OFFSET_T = (tl.constexpr(row.value) for row in list(ChannelRow)[11:])
 
 

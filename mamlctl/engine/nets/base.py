@@ -20,9 +20,7 @@ from mamlctl.core.literals import Activation, BatchNorm, BatchNormMode, Metric
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.01  # negative slope of the published code's leaky ReLU
-
 SLOPES: dict[Activation, float] = {"leaky_relu": LEAK, "relu": 0.0}
-
 HEAD = ("linear.weight", "linear.bias")  # every network's last layer; all else is its body
 
 
@@ -56,7 +54,6 @@ class Objective:
 
 
 CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
-
 REGRESSION = Objective("mse", squared_error, squared_error)
 
 

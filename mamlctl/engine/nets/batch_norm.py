@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5  # torch's default, and the reference's (section 1.6 of the published code's description)
-
 MOMENTUM = 0.1  # weight of the newest statistics in the running ones; the reference's too
 
 Params = dict[str, Tensor]

@@ -14,7 +14,6 @@ from mamlctl.engine.nets.base import CLASSIFICATION, halved, head, task_conv
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.1  # negative slope in the published ResNet-12 (Lee et al. 2019, MetaOptNet)
-
 GROWTH = (1, 2.5, 5, 10)  # widths of its four blocks: 64, 160, 320, 640
 
 

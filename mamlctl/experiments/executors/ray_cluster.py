@@ -24,19 +24,12 @@ from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pa
 from mamlctl.run_folder import run_state
 
 TRIES = 4  # of one slice: that many nodes do not die by chance within one
-
 CONNECT_S = 10.0
-
 REACH_S = 60.0  # for ray's health check, which imports ray: 1 s on an idle machine. ray.init tries for 122 s
-
 STOP_S = 60.0  # for all to save and come back: more than ray_worker.SAVE_S
-
 HEARD_S = 10.0  # for a slot to receive a stop; one that does not has no node yet
-
 POLL_S = 0.1
-
 LOOK_S = 2.0  # between two looks at which nodes there are
-
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # neither its question nor its reports
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # no GPU asked, none seen; said, so that ray does not warn

@@ -33,7 +33,6 @@ SLOT_LOCK = "in-use"
 # In the order in which a training writes them: settings before all else; the checkpoint after the metrics
 # that it rewinds to itself; then the run's status. All other files come between the first and the second.
 WRITE_ORDER = {CONFIG: 0, METRICS: 2, "checkpoints/last.pt": 3, STATUS: 4}
-
 SAVE_S = 50.0  # after a signal, for a meta-step and a save; then the child is killed
 
 

@@ -35,7 +35,6 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 # Meta-steps that are not timed: the first allocates and compiles; a CUDA graph is recorded in the second.
 WARM_UP = {"cpu": 1, "cuda": 3}
-
 TASKS = 16  # validation tasks that are timed
 
 # Settings that change neither the number nor the size of what a meta-step computes: bnrs and ca only change

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 60  # queries of a sheet, the first ones: a choice would flatter or blame
-
 SUPPORT_SHOWN = 10  # support images of a class
 CLASSES_SHOWN = 60
 

@@ -25,7 +25,6 @@ Key = TypeVar("Key")
 Look = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
 
 EARLY: tuple[Look, ...] = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
-
 BINS = 60  # of a histogram
 LOSS_LINES = 6  # more shades look alike
 CROWDED = 12  # inner steps: of more, rates with two digits fit
@@ -37,7 +36,6 @@ EDGE = 0.06  # that space
 GAP = 0.2  # from the support set to the queries
 STRIP = 0.17  # a query's word
 TASK_HEAD = 0.5
-
 FOLD = 10  # classes below each other
 QUERIES_SHOWN = 60  # of a task
 NAME = 18  # letters

@@ -31,12 +31,10 @@ ORANGE = "#E69F00"
 GREEN = "#009E73"
 RED = "#D55E00"
 PURPLE = "#CC79A7"
-
 INK = "#222222"
 DIM = "#666666"
 CALM = "#C8C8C8"
 GRID = "#EAEAEA"
-
 LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709's shares of red, green and blue in what the eye takes for light
 
 STYLE: dict[RcKeyType, str | float] = {

@@ -9,9 +9,7 @@ from mamlctl.report.figures.style import BLUE, CALM, DIM, GRID, INK, RED
 
 # The page's own names of these colours, which differ on a dark page.
 COLOURS = {INK: "ink", DIM: "dim", CALM: "calm", GRID: "grid", BLUE: "blue", RED: "red", "#FFFFFF": "paper"}
-
 VARIABLES = {colour.lower(): f"var(--{name})" for colour, name in COLOURS.items()}
-
 LEFT_OUT = ("metadata", "style")  # who drew it, with addresses; rules that would hold for the whole page
 
 

@@ -29,13 +29,11 @@ Draw = Callable[[Table, Sequence[Row], str], "Figure"]
 PANELS = 24
 BARS = 40
 HEATS = 9
-
 NUMBERED = 6  # inner steps whose rates can be written into a third of a page
 
 # The ink on a coloured cell is the same on a dark page: its own values, so that nothing takes it for INK.
 DARK_ON_CELL = "#232323"
 LIGHT_ON_CELL = "#fdfdfd"
-
 REACH = 3.0  # an interval is cut at this many times the range of all others' inner parts
 
 
