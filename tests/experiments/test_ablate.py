@@ -205,6 +205,12 @@ def test_a_plan_is_read_as_it_was_written(done, tmp_path):
     assert load_grid(grid.folder) == grid
 
 
+def test_a_call_that_was_killed_while_it_wrote_the_plan_is_made_again(tmp_path, glyphs_root):
+    (tmp_path / "lock").touch()
+    (tmp_path / ".plan.yaml.half").write_text("rows: ")
+    assert len(tiny_grid(tmp_path, glyphs_root, "inner_lr=0.1,0.4").rows) == 2
+
+
 # From its lock to its table: a kill as soon as such a file is written anew. The signals take turns.
 KILLS = (
     "lock",

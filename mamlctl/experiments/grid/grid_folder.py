@@ -59,7 +59,10 @@ def open_grid(
     if (path / PLAN).is_file():
         if problems := _differences(load_grid(path), grid):
             raise SettingsError(problems)
-    elif path.is_dir() and any(entry.name not in (CELLS, "lock") for entry in path.iterdir()):
+    elif path.is_dir() and any(
+        entry.name not in (CELLS, "lock") and not entry.name.startswith(f".{PLAN}.")  # of a killed call
+        for entry in path.iterdir()
+    ):
         raise MamlctlError(f"{path} is no folder of a grid: it has no {PLAN}", hint="choose another --out")
     if problems := [problem for cell in grid.cells for problem in _cell_problems(cell)]:
         raise SettingsError(problems)
