@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import finite, one_writer, read_object, write_json, write_text
+from mamlctl.core.files import contents, finite, one_writer, read_object, write_json, write_text
 from mamlctl.core.literals import RowKind, RunStatus
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
@@ -224,8 +224,7 @@ def new_run(
     """
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
-    # A start that was killed before it wrote its settings leaves only a lock.
-    taken = path.is_dir() and any(entry.name != "lock" for entry in path.iterdir())
+    taken = path.is_dir() and bool(contents(path, CONFIG))
     run = RunFolder(path, config)
     if taken and not (path / CONFIG).is_file():
         raise MamlctlError(f"{path} is not empty", hint="choose another --out")

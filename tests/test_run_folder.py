@@ -126,8 +126,16 @@ def test_values_of_the_wrong_type_in_a_state_count_as_absent(tmp_path, text):
 def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").write_text("process 1")
+    (tmp_path / "run" / ".config.yaml.half").write_text("dataset: ")
     with make_run(tmp_path / "run") as run:
         assert (run.path / "config.yaml").is_file()
+
+
+def test_settings_that_were_being_written_hide_nothing_else(tmp_path):
+    (tmp_path / ".config.yaml.half").touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(MamlctlError, match="is not empty"), make_run(tmp_path):
+        pass
 
 
 def test_foreign_lines_in_metrics_are_passed_over(tmp_path):

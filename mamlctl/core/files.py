@@ -41,6 +41,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def contents(folder: Path, first: str) -> list[str]:
+    """The names in a folder, without what a start leaves that was killed before it had written file `first`.
+
+    That is the lock, and the temporary file of `replacing`.
+    """
+    names = (entry.name for entry in folder.iterdir())
+    return [name for name in names if name != "lock" and not name.startswith(f".{first}.")]
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one move."""
     with replacing(path) as file:

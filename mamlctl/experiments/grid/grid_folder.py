@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import one_writer, write_text
+from mamlctl.core.files import contents, one_writer, write_text
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
 from mamlctl.experiments.settings import fill_defaults
@@ -59,10 +59,7 @@ def open_grid(
     if (path / PLAN).is_file():
         if problems := _differences(load_grid(path), grid):
             raise SettingsError(problems)
-    elif path.is_dir() and any(
-        entry.name not in (CELLS, "lock") and not entry.name.startswith(f".{PLAN}.")  # of a killed call
-        for entry in path.iterdir()
-    ):
+    elif path.is_dir() and any(name != CELLS for name in contents(path, PLAN)):
         raise MamlctlError(f"{path} is no folder of a grid: it has no {PLAN}", hint="choose another --out")
     if problems := [problem for cell in grid.cells for problem in _cell_problems(cell)]:
         raise SettingsError(problems)
