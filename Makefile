@@ -6,7 +6,7 @@ WORKERS := -n auto --dist loadfile --no-loadscope-reorder # by file: loadgroup h
 BENCH ?= # options of the benchmark: make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test quick check lint types format gpu bench wheel clean
+.PHONY: help install demo test quick check lint types docs format gpu bench wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ lint: $(VENV)/installed-dev ## formatting and lint
 
 types: $(VENV)/installed-dev ## strict type check
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev ## write the generated tables and the file tree into mamlctl/docs/
+	PYTHONPATH=tests $(BIN)/python -m helpers.generated_docs
 
 format: $(VENV)/installed-dev ## rewrite the code in the house's format
 	$(BIN)/ruff format .

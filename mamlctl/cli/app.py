@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,6 +41,7 @@ COMMANDS = {
 
 app = typer.Typer(
     help="Train, evaluate, compare and ablate MAML++ and its relatives.",
+    epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

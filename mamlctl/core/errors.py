@@ -11,14 +11,14 @@ from mamlctl.core.literals import StopReason
 class ExitCode(IntEnum):
     """The process's exit codes; the two signals follow the shell's 128 + number."""
 
-    OK = 0
-    FAILED = 1
-    USAGE = 2
-    DATA = 3
-    DIVERGED = 4
-    LOCKED = 5
-    INTERRUPTED = 130
-    TERMINATED = 143
+    OK = 0  # done, or saved and stopped by --time-limit
+    FAILED = 1  # failed
+    USAGE = 2  # wrong usage, or settings that do not fit together
+    DATA = 3  # data that are missing or damaged
+    DIVERGED = 4  # training diverged
+    LOCKED = 5  # another process is using the folder
+    INTERRUPTED = 130  # Ctrl-C (SIGINT)
+    TERMINATED = 143  # SIGTERM
 
 
 # A time limit is a planned end.
