@@ -19,16 +19,16 @@ from mamlctl.settings.rules import VALUE_TYPES
 
 def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
     choices = {name: choices_of(data_set) for name, data_set in DATA_SETS.items()}
-    return "; ".join(f"{name}: {', '.join(words)}" for name, words in choices.items() if len(words) > 1)
+    return "; ".join(f"{', '.join(words)} ({name})" for name, words in choices.items() if len(words) > 1)
 
 
-# What a setting can be where only a table above the schema knows it.
+# The choices of settings whose values are defined in tables above the schema.
 FROM_TABLES = {
     "algo": f"One of {', '.join(ALGORITHMS)}.",
     "dataset": f"Names: {', '.join(NAMES)}.",
-    "split_scheme": f"{_choices_by_data_set(lambda data_set: data_set.split_schemes)}; "
-    f"a folder: {', '.join(image_folder.SPLIT_SCHEMES)}.",
-    "resize": f"{_choices_by_data_set(lambda data_set: data_set.resizes)}.",
+    "split_scheme": f"One of {_choices_by_data_set(lambda data_set: data_set.split_schemes)}; "
+    f"{', '.join(image_folder.SPLIT_SCHEMES)} (a folder).",
+    "resize": f"One of {_choices_by_data_set(lambda data_set: data_set.resizes)}.",
 }
 
 
@@ -38,11 +38,15 @@ def with_options(
     """Give a command one option per field of one or two classes.
 
     Args:
-        options_type: a dataclass of annotated options; reaches the command as `options`.
-        settings_type: a settings class; those given reach the command as the dict `settings`.
+        options_type: a dataclass of annotated options; the command gets an instance as `options`.
+        settings_type: a settings class; the command gets the values from the command line as the dict
+            `settings`.
+
+    Returns:
+        The decorator; the command that it returns has one keyword parameter per option.
     """
     option_hints = get_type_hints(options_type, include_extras=True)
-    # What the class inherits comes after its own options, as in the help of every command.
+    # In the help of every command, inherited options come last.
     inherited_last = sorted(
         fields(options_type), key=lambda item: item.name not in options_type.__annotations__
     )
@@ -57,7 +61,7 @@ def with_options(
             if parameter.name not in ("options", "settings")
         ]
         others += options
-        # Help shows panels in the order of their first option, and those of the settings come first.
+        # Help shows panels in the order of their first option, so the settings come first.
         bare = [parameter for parameter in others if _panel_of(parameter) is None]
         parameters = [*bare, *settings, *(other for other in others if _panel_of(other) is not None)]
 
@@ -77,7 +81,7 @@ def with_options(
 
 
 def _setting_parameters(settings_type: type) -> list[inspect.Parameter]:
-    """One parameter per field of a settings class; None: not given."""
+    """One parameter per field of a settings class; None means that the option is not on the command line."""
     parameters = []
     for item in fields(settings_type):
         value_type = VALUE_TYPES[settings_type][item.name]
@@ -93,7 +97,7 @@ def _parameter(name: str, default: object, annotation: object) -> inspect.Parame
 
 
 def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
-    """A setting's help, what it can be, and its default unless that is "off" or described in the help."""
+    """The help of a setting, its choices, and its default unless that is "off" or part of the help."""
     parts = [item.metadata["help"]]
     if item.name in FROM_TABLES:
         parts.append(FROM_TABLES[item.name])
@@ -105,5 +109,5 @@ def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
 
 
 def _panel_of(parameter: inspect.Parameter) -> str | None:
-    """The help panel of an option; none for an argument or a general option."""
+    """The help panel of an option; None for an argument or a general option."""
     return next((getattr(note, "rich_help_panel", None) for note in parameter.annotation.__metadata__), None)

@@ -1,4 +1,4 @@
-"""What a field of a settings class is made with: help, limits, and what each improvement of MAML++ is."""
+"""The fields of the settings classes: their help, their limits, and the records of MAML++'s improvements."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from mamlctl.core.literals import BatchNorm, Obstacle
 
-SEEDS = 2**63  # seeds are below it: half of a 64-bit word, which every generator here takes
-LARGEST = 1e38  # float32 holds no larger number
+SEEDS = 2**63  # exclusive limit of seeds: every generator in use accepts 63 bits
+LARGEST = 1e38  # close to the largest float32
 MOST_TASKS = 100_001  # per meta-step: larger values are almost certainly typos
 
 # The panels of the help.
@@ -26,7 +26,7 @@ OWN_IMAGES = "Own images"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a number must keep."""
+    """The range of a number: `least` is inclusive, the others are exclusive."""
 
     least: float | None = None
     above: float | None = None
@@ -36,32 +36,36 @@ class Limits:
 def setting(
     default: Any, panel: str, text: str, *, before: Any = MISSING, decides: bool = True, **limits: float
 ) -> Any:
-    """A field with its help and limits.
+    """A dataclass field with its help and limits.
 
     Args:
-        before: its value in runs and evaluations from before it, if not the default.
-        decides: whether results depend on it, other than by rounding.
-        limits: the fields of Limits.
+        default: the value; None if it is derived later.
+        panel: the help panel.
+        text: the help, one sentence.
+        before: the value that older runs and evaluations, which lack the field, effectively had; by default
+            `default`.
+        decides: whether results depend on the setting by more than rounding.
+        limits: the fields of `Limits`.
     """
     old = default if before is MISSING else before
     metadata = {"panel": panel, "help": text, "limits": Limits(**limits), "before": old, "decides": decides}
     return field(default=default, metadata=metadata)
 
 
-# What a setting is where it is left open, from the TrainConfig, whose module stands above this one.
+# Derives a setting that is None from a TrainConfig, whose module imports this one.
 Derivation = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """An improvement of MAML++, as the field of `TrainConfig` that turns it on describes it."""
+    """An improvement of MAML++, declared by the field of `TrainConfig` that turns it on."""
 
     name: str
     help: str
-    companions: Mapping[str, Derivation]  # settings that only this improvement gives a meaning to
-    unsupported_by: tuple[Obstacle, ...]  # where it has no meaning
+    companions: Mapping[str, Derivation]  # settings that have no meaning without this improvement
+    unsupported_by: tuple[Obstacle, ...]  # what makes the improvement meaningless
     paper_group: str  # improvements of one group are one improvement in the paper
-    read_by_bn: BatchNorm | None  # the only --bn with which it changes a test; None: it always does
+    read_by_bn: BatchNorm | None  # the only --bn for which it changes an evaluation; None: every one
 
 
 def improvement(
@@ -72,6 +76,11 @@ def improvement(
     paper_group: str = "",
     read_by_bn: BatchNorm | None = None,
 ) -> Any:
-    """The field of an improvement: the one place where it is declared; without a group it is its own."""
+    """The field that declares an improvement; the arguments are the fields of `Improvement`.
+
+    Args:
+        text: the help, one sentence.
+        paper_group: by default the improvement is a group of its own.
+    """
     record = Improvement("", text, companions, unsupported_by, paper_group, read_by_bn)
     return field(default=False, metadata={**setting(False, MAMLPP, text).metadata, "improvement": record})
