@@ -23,6 +23,8 @@ DOCS = PACKAGE / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PART = re.compile(r"(?<=<!-- generated: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands
+# "(default: X)", "(more; default: X)" and "Default: X."
+DEFAULT = re.compile(r" \(default: ([^()]+)\)|; default: ([^()]+)(?=\))| Default: (.+?)\.(?= |$)")
 WIDTH = 100  # characters of a line
 NAMES_WIDTH = 34  # characters of the tree and of the names in it
 
@@ -43,9 +45,10 @@ def _flags(option):
 
 
 def _help_and_default(option):
-    """The help without its sentence about the default, and the default."""
-    if found := re.search(r" ?Default: (.+?)\.(?= |$)", option.help):
-        return option.help.replace(found[0], ""), found[1]
+    """The help without the default, and the default."""
+    if found := DEFAULT.search(option.help):
+        (default,) = filter(None, found.groups())
+        return option.help.replace(found[0], ""), default
     if option.default is False or option.secondary_opts:
         return option.help, "off"
     return option.help, option.default or ""
