@@ -1,4 +1,4 @@
-"""`ablate`: its options, and what it does with them."""
+"""The `ablate` command."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ def ablate(
         str | None,
         option(
             PLAN,
-            f"{', '.join(PLANS)}: maml and each improvement alone; maml++ without each; one after the "
-            f"other; all {2 ** len(IMPROVEMENTS)}. Default: one-on.",
+            "Rows: maml and each improvement alone (one-on), maml++ without each (one-off), improvements "
+            f"added one by one (cumulative), or all {2 ** len(IMPROVEMENTS)} sets (full). Default: one-on.",
         ),
     ] = None,
     grid: Annotated[
         list[str] | None,
-        option(PLAN, "Instead of a plan: a setting and its values, key=v1,v2; repeatable."),
+        option(PLAN, "Instead of a plan: a setting and its values (repeatable), e.g. inner_lr=0.1,0.4."),
     ] = None,
-    order: Annotated[str | None, option(PLAN, f"Of --plan cumulative. Default: {ORDER}.")] = None,
+    order: Annotated[
+        str | None, option(PLAN, f"With --plan cumulative: order of the improvements (default: {ORDER}).")
+    ] = None,
     resume: Annotated[
-        Path | None, option(OUTPUT, "Folder of a table to go on with, as it was planned.")
+        Path | None, option(OUTPUT, "Resume the grid in this folder with its saved plan.")
     ] = None,
 ) -> ExitCode:
-    """Train and test a grid of improvements, and print its table; a second call goes on where one stopped."""
+    """Train and test a grid of improvements or settings and print its table; rerun to resume."""
     options.check()
     settings = options.with_sets(settings)
     if resume is not None:
@@ -58,7 +60,7 @@ def ablate(
 def _planned_rows(
     plan: str | None, grid: list[str] | None, order: str | None, settings: Mapping[str, Any], algo: str
 ) -> tuple[list[PlannedRow], str]:
-    """The rows, and what the plan is called. Raises SettingsError."""
+    """The rows and the name of the plan. Raises SettingsError for options that do not fit together."""
     problems: list[Problem] = []
     if grid and plan is not None:
         problems.append(("--plan and --grid are given together", "use one of them"))
@@ -76,14 +78,24 @@ def _planned_rows(
         rows = improvement_rows(name, algo, order or ORDER)
     varied = {key for row in rows for key in row.values}
     if decided := sorted(varied & settings.keys()):
-        raise SettingsError([(f"{flag(key)} is what the plan varies", "leave it out") for key in decided])
+        raise SettingsError([(f"{flag(key)} is varied by the plan", "leave it out") for key in decided])
     return rows, name
 
 
 def _resumed_grid(
     folder: Path, planning: Mapping[str, object], settings: Mapping[str, Any], options: GridOptions
 ) -> Grid:
-    """The grid of a folder, perhaps with other seeds and tests. Raises SettingsError for anything else."""
+    """The grid of a folder, with seeds and test settings from the command line.
+
+    Args:
+        folder: the folder of the grid.
+        planning: options that only a new plan reads, by flag.
+        settings: training settings from the command line; only those that a resumed run may change.
+        options: the other options.
+
+    Raises:
+        SettingsError: an option would change the plan.
+    """
     from mamlctl.experiments.grid.grid import not_default
     from mamlctl.experiments.grid.grid_folder import load_grid
 

@@ -1,4 +1,4 @@
-"""The command line's entry point: commands registered, errors printed, exit codes set."""
+"""The entry point of the command line: registers commands, prints errors and sets exit codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.display.console import show_error
 
-# Each command's function, and the examples at the end of its help.
+# Each command's function and the examples at the end of its help.
 COMMANDS = {
     "train": (train, "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
     "eval": (
@@ -68,17 +68,17 @@ for name, (command, examples) in COMMANDS.items():
 
 
 def share_the_processor() -> None:
-    """Let threads that wait sleep soon, so that another program on the machine does not stop training."""
-    # By default GNU's OpenMP, which torch uses on Linux, spins at every barrier. With one of two cores taken
-    # by another program a meta-step took 5.7 s so, 0.48 s like this (5-way, 8 tasks, bf16; alone: 0.21 s).
-    # Read when torch is first imported; whoever has set a policy keeps it.
+    """Shorten OpenMP's spin-wait, so that training shares the processor with other programs."""
+    # GNU OpenMP, which torch uses on Linux, spins at every barrier. With one of two cores taken by another
+    # program, a meta-step took 5.7 s by default and 0.48 s with this count (5-way, 8 tasks, bf16; 0.21 s on
+    # an idle machine). The variable is read when torch is first imported; a policy that is set stays.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
-    """Run the command line and leave with its exit code; `on_error` is given the error that was printed."""
-    # Training handles SIGTERM itself; elsewhere it should clean up as any exception does.
+    """Run the command line and exit with its code; `on_error` gets the error after it is printed."""
+    # Training handles SIGTERM itself; elsewhere SystemExit runs the same cleanup as any exception.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
     share_the_processor()
     code, error = _run()
@@ -90,7 +90,7 @@ def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
 
 
 def _run() -> tuple[int, MamlctlError | None]:
-    """Run the command line -> its exit code, and the error to print."""
+    """Run the command line; return its exit code and the error to print."""
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -99,18 +99,18 @@ def _run() -> tuple[int, MamlctlError | None]:
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         # Empty after a bare `mamlctl`, which has printed its help.
-        shown = MamlctlError(message, hint=f"{_help_command()} shows what there is") if message else None
+        shown = MamlctlError(message, hint=f"see {_help_command()}") if message else None
         return ExitCode.USAGE, shown
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED, None
     except BrokenPipeError:
-        # The reader left; point stdout elsewhere, so that Python's last flush does not complain.
+        # The reader closed the pipe; redirect stdout so that Python's final flush does not raise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED, None
     except OSError as error:
-        # Files that cannot be read or written are the machine's state, which the user can change.
+        # A file that cannot be read or written is a problem that the user can fix, not a bug.
         file = f"{error.filename}: " if error.filename else ""
-        hint = "make room, or choose a place that can be written"
+        hint = "free disk space, or choose a path that can be written"
         return ExitCode.FAILED, MamlctlError(f"{file}{error.strerror or error}", hint=hint)
     return code or ExitCode.OK, None
 

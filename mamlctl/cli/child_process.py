@@ -1,6 +1,6 @@
-"""python -m mamlctl.cli.child_process FILE ...: `mamlctl ...` as the child of an executor.
+"""python -m mamlctl.cli.child_process FILE ...: run `mamlctl ...` as a child process of an executor.
 
-It ends when the thread that started it ends, and writes its error to FILE.
+The process ends when the thread that started it ends, and writes its error to FILE.
 """
 
 import ctypes
@@ -18,23 +18,23 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the parent is gone; where it cannot (not Linux), nothing happens."""
+    """Ask the kernel to send SIGTERM when the parent ends; has no effect except on Linux."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it went before the kernel knew
+    if os.getppid() != parent:  # the parent ended before the call
         sys.exit(128 + signal.SIGTERM)
 
 
-def hear_signals() -> None:
-    """Take SIGINT and SIGTERM even where the parent blocks or ignores them, as Ray's workers do SIGINT."""
+def accept_signals() -> None:
+    """Handle SIGINT and SIGTERM even if the parent blocks or ignores them, as Ray workers do with SIGINT."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def report_error(path: Path, error: BaseException) -> None:
-    """Write the error that ends this process, as one line, to a file that the executor reads."""
+    """Write the error that ends this process to `path`, on a single line, for the executor to read."""
     if isinstance(error, MamlctlError):
         text = error.message
     else:
@@ -44,14 +44,14 @@ def report_error(path: Path, error: BaseException) -> None:
 
 
 def run(path: Path) -> None:
-    """Be `mamlctl` with the rest of the command line."""
+    """Run `mamlctl` with the remaining arguments; write an error, or a bug's exception, to `path`."""
 
     def on_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         report_error(path, error)
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = on_bug
-    hear_signals()
+    accept_signals()
     end_with_parent()
     main(on_error=lambda error: report_error(path, error))
 

@@ -1,4 +1,4 @@
-"""Options that commands share, and what each of them means."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -22,32 +22,45 @@ Result = TypeVar("Result")
 
 
 def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
-    """An option with its help panel and text; `names`: only where they are not those of the field."""
+    """A Typer option.
+
+    Args:
+        panel: the help panel; None for the general options.
+        text: the help, one sentence.
+        names: the flags, only if they differ from the field's name.
+        more: further arguments of `typer.Option`.
+    """
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What every command takes."""
+    """The options of every command."""
 
     offline: Annotated[
-        bool, option(HARDWARE, "Never download; a missing data set ends with exit 3.", "--offline")
+        bool, option(HARDWARE, "Never download; exit with code 3 if a data set is missing.", "--offline")
     ] = False
-    json: Annotated[bool, option(OUTPUT, "One JSON document on stdout.", "--json")] = False
-    quiet: Annotated[bool, option(OUTPUT, "No progress on stderr.", "--quiet")] = False
+    json: Annotated[bool, option(OUTPUT, "Print one JSON document on stdout.", "--json")] = False
+    quiet: Annotated[bool, option(OUTPUT, "Print no progress on stderr.", "--quiet")] = False
 
     def by_flag(self, *names: str) -> dict[str, object]:
-        """The values of options, by their flags."""
+        """The values of the named options, by flag."""
         return {flag(name): getattr(self, name) for name in names}
 
     def display(self) -> Display:
-        """Where events go while the command works."""
+        """The display that shows events while the command runs."""
         return open_display(Console(stderr=True), quiet=self.quiet)
 
     def write(
         self, result: Result, document: Mapping[str, Any], show: Callable[[Console, Result], None]
     ) -> None:
-        """The command's result on stdout: its document with --json, else as `show` prints it."""
+        """Print the result of the command on stdout.
+
+        Args:
+            result: the result.
+            document: the result as a JSON object, for --json.
+            show: prints the result without --json.
+        """
         if self.json:
             write_json(sys.stdout, document)
         else:
@@ -56,21 +69,23 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class SettingsOptions(OutputOptions):
-    """Where settings of training come from, beside their own flags."""
+    """Where training settings come from, other than their own flags."""
 
     preset: Annotated[
         str | None,
         option(
             None,
-            "Settings that ship with mamlctl, such as omniglot-20w1s-maml++, paper/... or official/...",
+            "Settings shipped with mamlctl (also in paper/ and official/), e.g. omniglot-20w1s-maml++.",
             autocompletion=preset_names,
         ),
     ] = None
-    config: Annotated[Path | None, option(None, "YAML file of settings, such as a run's config.yaml.")] = None
-    set_: Annotated[list[str] | None, option(None, "Any setting as key=value; repeatable.", "--set")] = None
+    config: Annotated[Path | None, option(None, "YAML file of settings, e.g. a run's config.yaml.")] = None
+    set_: Annotated[
+        list[str] | None, option(None, "Any setting as key=value (repeatable), e.g. ways=20.", "--set")
+    ] = None
 
     def file_layers(self) -> list[Layer]:
-        """The settings of the preset and the file. Raises SettingsError for what cannot be read."""
+        """The settings of the preset and of the file. Raises SettingsError if one cannot be read."""
         layers: list[Layer] = []
         if self.preset is not None:
             layers.append((f"preset {self.preset}", load_preset(self.preset)))
@@ -79,12 +94,18 @@ class SettingsOptions(OutputOptions):
         return layers
 
     def set_values(self) -> dict[str, Any]:
-        """The settings given with --set. Raises SettingsError for what cannot be read."""
+        """The settings from --set. Raises SettingsError if one cannot be parsed."""
         return parse_sets(self.set_ or [])
 
 
 def unused(options: Mapping[str, object], why: str, way: str = "leave it out") -> list[Problem]:
-    """Those of the options that were given, which have no effect: (fact, way out) pairs."""
+    """Problems for options that are set but have no effect.
+
+    Args:
+        options: values by flag; None and False count as not set.
+        why: the end of the sentence "--flag has no effect ...".
+        way: the hint.
+    """
     return [
         (f"{name} has no effect {why}", way)
         for name, value in options.items()

@@ -1,4 +1,4 @@
-"""`compare`: its options, and what it does with them."""
+"""The `compare` command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
 
-# Settings of training that a test of trained runs has too.
+# Training settings that are also settings of an evaluation.
 TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset"}
 
-# Options that train or plan, and so mean nothing with runs that are trained.
+# Options for training or planning, which have no effect on runs that are already trained.
 TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)
 
 
@@ -34,18 +34,18 @@ def compare(
     options: GridOptions,
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders, or folders of tables; the first is the baseline."),
+        typer.Argument(help="Run folders or table folders; the first is the baseline."),
     ] = None,
     algos: Annotated[
         str | None,
         option(
             PLAN,
-            "Instead of run folders: algorithms, trained where they are missing (maml,maml++,protonet); "
-            "the first is the baseline.",
+            "Instead of run folders: algorithms to train unless they are trained; the first is the baseline, "
+            "e.g. maml,maml++,protonet.",
         ),
     ] = None,
 ) -> ExitCode:
-    """Compare trained runs, or algorithms that are trained first, on the same test tasks."""
+    """Compare trained runs on the same test tasks, or train algorithms first and compare those."""
     options.check()
     settings = options.with_sets(settings)
     if runs:
@@ -58,11 +58,11 @@ def compare(
 
 
 def _evaluation_settings(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> EvalConfig:
-    """The test that was asked for. Raises SettingsError for what only training has a use for."""
+    """The settings of the evaluation. Raises SettingsError for options that only affect training."""
     training: dict[str, object] = {"--algos": algos, "--executor": options.executor != "local"}
     training |= options.by_flag(*TRAINING_OPTIONS)
     training |= {flag(name): True for name in settings if name not in TEST_SETTINGS}
-    if problems := unused(training, "with run folders, which are trained"):
+    if problems := unused(training, "with run folders, which are trained already"):
         raise SettingsError(problems)
     return evaluation_settings({**options.evaluation(), **settings}, "flag")
 
@@ -75,7 +75,7 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
 
     out = options.out
     if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
-        raise SettingsError([(f"--out {out} has a table or a run of its own", "choose another --out")])
+        raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     with options.display() as display:
         table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
     files = [] if out is None else write_files(table, out.expanduser())

@@ -1,4 +1,4 @@
-"""`eval`: its options, for test tasks and for the user's own images."""
+"""The `eval` command, for test tasks and for the user's own images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mamlctl.display.run_results import show_eval_result
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
 from mamlctl.settings.schema import EvalConfig
 
-# Settings of the tasks that a test draws; the user's own images are one given task.
+# Settings of the tasks that a test draws; they have no effect on the user's own images.
 TASK_SETTINGS = (
     "data_root",
     *(item.name for item in fields(EvalConfig) if item.metadata["panel"] == EPISODE),
@@ -28,58 +28,58 @@ TASK_SETTINGS = (
 
 @dataclass(frozen=True)
 class EvaluateOptions(OutputOptions):
-    """What `eval` takes beside the settings of the evaluation."""
+    """The options of `eval` other than the settings of the evaluation."""
 
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="With --query: more of them, as a shell makes of *.", metavar="FILES"),
+        typer.Argument(help="With --query: more query files, e.g. from a shell glob.", metavar="FILES"),
     ] = None
     support: Annotated[
         Path | None,
-        option(OWN_IMAGES, "Folder with a folder of images for each of your classes.", metavar="DIR"),
+        option(OWN_IMAGES, "Folder with one subfolder of images for each of your classes.", metavar="DIR"),
     ] = None
     query: Annotated[
         list[Path] | None,
         option(
             OWN_IMAGES,
-            "Image to tell apart, or a folder of them, flat or in folders named as the classes; repeatable.",
+            "Image or folder to classify (repeatable); subfolders named after classes supply labels.",
             metavar="PATH",
         ),
     ] = None
     csv: Annotated[
-        Path | None, option(OWN_IMAGES, "Write the predictions as a table, too.", metavar="FILE")
+        Path | None, option(OWN_IMAGES, "Also write the predictions to a CSV file.", metavar="FILE")
     ] = None
     save_adapted: Annotated[
         Path | None,
-        option(OWN_IMAGES, "Write the adapted weights, for torch's own layers.", metavar="FILE"),
+        option(OWN_IMAGES, "Write the adapted weights to a file, for plain torch layers.", metavar="FILE"),
     ] = None
-    plot: Annotated[bool, option(OUTPUT, "Also draw pictures into RUN/plots.", "--plot")] = False
+    plot: Annotated[bool, option(OUTPUT, "Also draw figures in RUN/plots.", "--plot")] = False
     beside: Annotated[
         list[Path] | None,
-        option(OUTPUT, "With --plot and curves: another run to draw beside; repeatable."),
+        option(OUTPUT, "With --plot, for curves: another run to draw next to this one (repeatable)."),
     ] = None
 
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
-        """Options and settings without effect: (fact, way out) pairs."""
+        """Problems for options and settings that have no effect, as (fact, hint) pairs."""
         if self.support is None:
             image_options = self.by_flag("query", "csv", "save_adapted")
             problems = unused(image_options, "without --support", "add --support DIR or leave it out")
             if self.files and not problems:
                 problems.append(
-                    (f"eval takes one run, but {self.files[0]} was named too", "one run at a time")
+                    (f"eval takes one run, but {self.files[0]} was named too", "evaluate one run at a time")
                 )
             if self.beside and not self.plot:
                 problems.append(("--beside has no effect without --plot", "add --plot or leave it out"))
             return problems
         of_tasks = {flag(name): True for name in TASK_SETTINGS if name in settings}
-        problems = unused(of_tasks, "with --support, which is one task of your own")
+        problems = unused(of_tasks, "with --support, since your images are the only task")
         if self.beside:
-            problems.append(("--beside is for curves, and --support holds images", "leave it out"))
+            problems.append(("--beside is for curves, but --support contains images", "leave it out"))
         if not (self.query or self.files):
             way = "add --query or leave it out"
             problems += unused(self.by_flag("csv", "plot"), "without --query", way)
             if self.save_adapted is None:
-                problems.append(("--support alone asks for nothing", "add --query, or --save-adapted FILE"))
+                problems.append(("--support has no effect alone", "add --query, or --save-adapted FILE"))
         return problems
 
 
@@ -87,11 +87,11 @@ class EvaluateOptions(OutputOptions):
 def evaluate(
     settings: dict[str, Any],
     options: EvaluateOptions,
-    run: Annotated[Path, typer.Argument(help="Run folder of a training.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, as printed by train.")],
 ) -> ExitCode:
-    """Test a trained run, or let it learn your own classes and tell your images apart (--support, --query).
+    """Test a trained run, or classify your own images with it (--support, --query).
 
-    The test: its best checkpoint, and the ensemble of its five best, on the same tasks.
+    A test scores the best checkpoint and the ensemble of the five best on the same tasks.
     """
     if problems := options.problems(settings):
         raise SettingsError(problems)
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> None:
-    """Test the run on tasks of its data set."""
+    """Test the run on tasks of a data set."""
     from mamlctl.experiments.evaluate import evaluate_run
 
     with options.display() as display:
@@ -127,7 +127,7 @@ def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> None:
 
 
 def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:
-    """Tell the user's own images apart."""
+    """Classify the user's own images."""
     from mamlctl.experiments.classify import ClassifyRequest, classify_images
 
     queries = [*(options.query or []), *(options.files or [])]

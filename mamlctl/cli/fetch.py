@@ -1,4 +1,4 @@
-"""`fetch`: its options, and what it does with them."""
+"""The `fetch` command."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ from mamlctl.settings.fields import HARDWARE
 def fetch(
     options: OutputOptions,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Data sets, such as omniglot; --list shows all.")
+        list[str] | None, typer.Argument(help="Data sets (--list shows all), e.g. omniglot.")
     ] = None,
     list_: Annotated[
-        bool, option(None, "Show what there is, where from, and whether it is here.", "--list")
+        bool, option(None, "List all data sets with their sources, and whether they are present.", "--list")
     ] = False,
     verify: Annotated[
-        bool, option(None, "Check again, to the last byte, what is here; 3 if damaged.", "--verify")
+        bool,
+        option(None, "Check every byte of what is present; exit with code 3 if it is damaged.", "--verify"),
     ] = False,
     source: Annotated[
         list[Path] | None,
-        option(None, "Local archives, or a folder that holds them; repeatable.", "--from"),
+        option(None, "Use local archives, or a folder that contains them (repeatable).", "--from"),
     ] = None,
     mirror: Annotated[
         list[str] | None,
-        option(None, "Web address of a folder with the archives, asked first; repeatable."),
+        option(None, "URL of a folder with the archives, tried first (repeatable)."),
     ] = None,
-    force: Annotated[bool, option(None, "Prepare it anew even if it is there.", "--force")] = False,
+    force: Annotated[bool, option(None, "Prepare again even if the data set is present.", "--force")] = False,
     data_root: Annotated[
         str | None,
-        option(HARDWARE, "Folder of prepared data sets. Default: the platform's cache folder."),
+        option(HARDWARE, "Folder of prepared data sets (default: the platform's cache folder)."),
     ] = None,
 ) -> ExitCode:
-    """Download or take over data sets, verify them, and pack them once; a download that broke off goes on."""
+    """Download data sets or read local archives, verify and pack them; interrupted downloads resume."""
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
     if list_ or verify:

@@ -1,4 +1,4 @@
-"""What `ablate` and `compare` do with a grid: run it, estimate it, print its commands."""
+"""Actions of `ablate` and `compare` on a grid: run it, estimate its time, print its commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mamlctl.experiments.grid.ablate import GridResult
     from mamlctl.experiments.grid.grid import Grid
 
-# Flags that only decide how a call works and what it prints, without and with a value.
+# Flags that only affect how a call runs and what it prints, without and with a value.
 CALL_FLAGS = ("--json", "--csv", "--markdown", "--latex", "--quiet", "--offline")
 CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
 
@@ -35,17 +35,17 @@ CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
 def planned_grid(
     name: str, rows: Sequence[PlannedRow], settings: Mapping[str, Any], options: GridOptions
 ) -> Grid:
-    """The grid of these rows, new or there already.
+    """The grid of the planned rows, in a new folder or in the folder that already has this plan.
 
     Args:
-        name: what the plan is called.
-        rows: as the plan sets them apart.
-        settings: those of the command line.
-        options: the rest of the command line.
+        name: the name of the plan.
+        rows: the rows, each with the settings that only it has.
+        settings: the settings from the command line.
+        options: the other options of the command line.
 
     Raises:
-        SettingsError: rows that are wrong, alike or not those of the folder that is there.
-        MamlctlError: that folder is something else.
+        SettingsError: a row is invalid, two rows are equal, or an existing grid has other rows.
+        MamlctlError: the folder exists and does not contain a grid.
     """
     from mamlctl.experiments.grid.grid import check_rows, resolve_rows
     from mamlctl.experiments.grid.grid_folder import open_grid
@@ -62,7 +62,7 @@ def planned_grid(
 
 
 def grid_command() -> str:
-    """What was typed, but for what only decides how this call works and what it prints."""
+    """The command line without the flags that only affect how this call runs and what it prints."""
     words, typed = ["mamlctl"], iter(sys.argv[1:])
     for word in typed:
         name, _, value = word.partition("=")
@@ -74,11 +74,11 @@ def grid_command() -> str:
 
 
 def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
-    """Train and test what is missing and print the table; or only tell what that would take."""
+    """Train and test the missing cells and print the table, or print only the estimate or the commands."""
     if options.print_commands or options.slurm:
         from mamlctl.experiments.grid.command_lines import cell_lines, slurm_script
 
-        # They fill the same folders, so that the same call then makes the table.
+        # These commands fill the folders of this grid, so that a plain call afterwards prints the table.
         lines = cell_lines(grid)
         typer.echo(slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines))
         return ExitCode.OK
@@ -100,7 +100,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         executor = local_executor(grid, workers) if local else _ray_executor(options, display)
         result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
     options.write_table(result.table)
-    return _say_what_is_left(result, Console(stderr=True))
+    return _report_ending(result, Console(stderr=True))
 
 
 def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:
@@ -117,18 +117,18 @@ def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextMan
     )
 
 
-def _say_what_is_left(result: GridResult, console: Console) -> ExitCode:
-    """Where everything is, what failed and what is left; then the exit code."""
+def _report_ending(result: GridResult, console: Console) -> ExitCode:
+    """Print where the report is, what failed and what is left; return the exit code."""
     if result.files:
         say(console, f"report  {result.files[-1]}")
     for name, reason in result.failed.items():
         log = f"logs/{name}.txt"
-        where = f" (its words are in {log})" if (result.folder / log).is_file() else ""
+        where = f" (see {log})" if (result.folder / log).is_file() else ""
         say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
         cells = f"{plural(result.left, 'cell')} {'is' if result.left == 1 else 'are'}"
         resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}"
-        say(console, f"{result.left} {cells} left; go on: ", (resume, "cyan"))
+        say(console, f"{result.left} {cells} left; resume with: ", (resume, "cyan"))
     undone = result.failed or (result.left and not result.reason)
     code = STOP_EXIT_CODES[result.reason]
     return ExitCode.FAILED if code == ExitCode.OK and undone else code

@@ -1,4 +1,4 @@
-"""The options that `ablate` and `compare` share, and how their table is written."""
+"""The options that `ablate` and `compare` share."""
 
 from __future__ import annotations
 
@@ -29,59 +29,77 @@ DRY = ("dry_run", "print_commands", "slurm")  # instead of making a table
 
 @dataclass(frozen=True)
 class GridOptions(SettingsOptions):
-    """What `ablate` and `compare` take beside the settings of training; None: not given."""
+    """The options of `ablate` and `compare` other than training settings; None: not on the command line."""
 
-    seeds: Annotated[int | None, option(PLAN, "Runs of a row, from --seed on. Default: 3.", min=1)] = None
-    tasks: Annotated[int | None, option(EPISODE, "Test tasks. Default: 600.", min=2)] = None
-    split: Annotated[str | None, option(EPISODE, "Classes of the test tasks: test, val or train.")] = None
+    seeds: Annotated[
+        int | None, option(PLAN, "Runs per row, with seeds from --seed upwards (default: 3).", min=1)
+    ] = None
+    tasks: Annotated[int | None, option(EPISODE, "Number of test tasks (default: 600).", min=2)] = None
+    split: Annotated[
+        str | None,
+        option(EPISODE, "Class split to draw test tasks from: test, val or train (default: test)."),
+    ] = None
     disjoint: Annotated[
-        bool, option(EPISODE, "Test tasks share no images, as far as the split allows.", "--disjoint")
+        bool,
+        option(EPISODE, "Use no image in more than one test task, as far as the split allows.", "--disjoint"),
     ] = False
     label_permutations: Annotated[
-        int | None, option(EPISODE, "Label orders that every test task is averaged over.", min=1)
+        int | None, option(EPISODE, "Label orders over which each test task's score is averaged.", min=1)
     ] = None
     out: Annotated[
-        Path | None, option(OUTPUT, "Folder of the table and its runs. Default: one under runs/.")
+        Path | None, option(OUTPUT, "Folder of the table and its runs (default: one under runs/).")
     ] = None
     workers: Annotated[
-        int | None, option(HARDWARE, "Cells at a time. Default: one for each CUDA device, else 1.", min=1)
+        int | None, option(HARDWARE, "Cells to run at once (default: one per CUDA device, else 1).", min=1)
     ] = None
     executor: Annotated[str, option(HARDWARE, "Where cells run: local or ray.")] = "local"
     address: Annotated[
         str | None,
-        option(HARDWARE, "With ray: HOST:PORT, auto or local. Default: auto."),
+        option(HARDWARE, "With ray: cluster address, HOST:PORT, auto or local (default: auto)."),
     ] = None
-    cell_cpus: Annotated[float | None, option(HARDWARE, "With ray: CPUs of a cell. Default: 1.")] = None
+    cell_cpus: Annotated[float | None, option(HARDWARE, "With ray: CPUs per cell (default: 1).")] = None
     cell_gpus: Annotated[
-        float | None, option(HARDWARE, "With ray: GPUs of a cell, or a share of one. Default: 0.")
+        float | None, option(HARDWARE, "With ray: GPUs per cell (default: 0), e.g. 0.5.")
     ] = None
     slice: Annotated[
-        str | None, option(HARDWARE, "With ray: what a lost node costs at most. Default: 10m.")
+        str | None,
+        option(
+            HARDWARE, "With ray: training time between syncs, the most a lost node can cost (default: 10m)."
+        ),
     ] = None
-    time_limit: Annotated[str | None, option(OUTPUT, "Save and stop after so long: 90s, 9m, 1h30m.")] = None
+    time_limit: Annotated[
+        str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")
+    ] = None
     dry_run: Annotated[
-        bool, option(PLAN, "Measure a few meta-steps, tell cells and time, and stop.", "--dry-run")
+        bool,
+        option(
+            PLAN,
+            "Time a few meta-steps, print the number of cells and the estimated time, and exit.",
+            "--dry-run",
+        ),
     ] = False
     print_commands: Annotated[
-        bool, option(PLAN, "Print a shell line for every cell, and stop.", "--print-commands")
+        bool, option(PLAN, "Print one shell command per cell and exit.", "--print-commands")
     ] = False
     slurm: Annotated[
-        bool, option(PLAN, "Print a SLURM array script of those lines, and stop.", "--slurm")
+        bool, option(PLAN, "Print a SLURM array script of those commands and exit.", "--slurm")
     ] = False
     sort: Annotated[str | None, option(OUTPUT, "Sort rows by this column.")] = None
-    csv: Annotated[bool, option(OUTPUT, "The table as CSV on stdout.", "--csv")] = False
-    markdown: Annotated[bool, option(OUTPUT, "The table as Markdown on stdout.", "--markdown")] = False
-    latex: Annotated[bool, option(OUTPUT, "The table as LaTeX (booktabs) on stdout.", "--latex")] = False
+    csv: Annotated[bool, option(OUTPUT, "Print the table as CSV on stdout.", "--csv")] = False
+    markdown: Annotated[bool, option(OUTPUT, "Print the table as Markdown on stdout.", "--markdown")] = False
+    latex: Annotated[bool, option(OUTPUT, "Print the table as LaTeX (booktabs) on stdout.", "--latex")] = (
+        False
+    )
 
     def check(self) -> None:
-        """Raise SettingsError for options that do not go together, before anything is read."""
+        """Check the options before anything is read. Raises SettingsError if some do not fit together."""
         from mamlctl.report.columns import check_sort
 
         formats = [name for name in FORMATS if getattr(self, name)]
         problems: list[Problem] = []
         if len(formats) > 1:
             flags = " and ".join(map(flag, formats))
-            problems.append((f"{flags} are given together", "choose one; --out has them all"))
+            problems.append((f"{flags} are given together", "choose one; the --out folder contains them all"))
         problems += self._problems_without_table(formats)
         if self.executor not in get_args(ExecutorName):
             names = " or ".join(get_args(ExecutorName))
@@ -94,7 +112,7 @@ class GridOptions(SettingsOptions):
         check_sort(self.sort)
 
     def _problems_without_table(self, formats: Sequence[str]) -> list[Problem]:
-        """What has no effect where no table is made."""
+        """Problems for options that have no effect if no table is made."""
         dry = [name for name in DRY if getattr(self, name)]
         if len(dry) > 1:
             return [(f"{' and '.join(map(flag, dry))} are given together", "choose one")]
@@ -106,28 +124,28 @@ class GridOptions(SettingsOptions):
         return unused(table_options, f"with {flag(dry[0])}, which makes no table")
 
     def with_sets(self, flags: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the command line: flags over --set."""
+        """The settings from the command line; flags override --set."""
         return {**self.set_values(), **flags}
 
     @property
     def runs_here(self) -> bool:
-        """Whether this machine is to do the work."""
+        """Whether the cells run on this machine."""
         return self.executor == "local" and not (self.print_commands or self.slurm)
 
     def all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of preset, file and command line (`settings`), each over those before it."""
+        """The settings of the preset, the file and the command line (`settings`); later ones override."""
         merged: dict[str, Any] = {}
         for _, values in (*self.file_layers(), ("command line", settings)):
             merged |= values
         return merged
 
     def evaluation(self) -> dict[str, Any]:
-        """The options of the test, by the names of EvalConfig."""
+        """The options of the evaluation that are set, by field of EvalConfig."""
         values = {item.name: getattr(self, item.name, None) for item in fields(EvalConfig)}
         return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def write_table(self, table: Table) -> None:
-        """The table on stdout, in the format that was asked for."""
+        """Print the table on stdout in the chosen format."""
         from mamlctl.report import export
 
         if self.json:

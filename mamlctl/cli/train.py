@@ -1,4 +1,4 @@
-"""`train`: its options, and what it does with them."""
+"""The `train` command."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ def train(
     settings: dict[str, Any],
     options: SettingsOptions,
     print_config: Annotated[
-        bool, option(None, "Show every setting and where it comes from, and stop.", "--print-config")
+        bool, option(None, "Print every setting and its origin, then exit.", "--print-config")
     ] = False,
-    out: Annotated[Path | None, option(OUTPUT, "The run folder. Default: a new one under runs/.")] = None,
-    resume: Annotated[Path | None, option(OUTPUT, "Run folder to go on with, with its own settings.")] = None,
-    time_limit: Annotated[str | None, option(OUTPUT, "Save and stop after so long: 90s, 9m, 1h30m.")] = None,
+    out: Annotated[
+        Path | None, option(OUTPUT, "Run folder to create (default: a new one under runs/).")
+    ] = None,
+    resume: Annotated[Path | None, option(OUTPUT, "Resume this run with its saved settings.")] = None,
+    time_limit: Annotated[
+        str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")
+    ] = None,
 ) -> ExitCode:
-    """Train a learner: MAML++ or a relative. The improvements of MAML++ are flags; maml++ has them all on."""
+    """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
     if print_config and resume is None:
         return _print_config(_resolve(settings, options, check_devices=False))
     from mamlctl.experiments import train as training
@@ -60,7 +64,7 @@ def train(
 def _resolve(
     settings: Mapping[str, Any], options: SettingsOptions, *, check_devices: bool
 ) -> Resolved[TrainConfig]:
-    """`here`: the run is to start on this machine, so that its devices count too."""
+    """The settings of all layers. `check_devices`: the run starts here, so its devices must exist."""
     from mamlctl.experiments.settings import resolve_settings
 
     layers = [*options.file_layers(), ("--set", options.set_values()), ("flag", settings)]
@@ -68,7 +72,7 @@ def _resolve(
 
 
 def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
-    """The settings as a file that --config takes, the origin of each as its comment."""
+    """Print the settings as a file for --config, with the origin of each in a comment."""
     from mamlctl.experiments.settings import fill_defaults
 
     lines = to_yaml(resolved.config, fill_defaults(resolved.config)).splitlines()
@@ -82,9 +86,16 @@ def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
 def _overrides(
     run: Path, settings: Mapping[str, Any], out: Path | None, without_effect: Mapping[str, object]
 ) -> dict[str, Any]:
-    """The settings that a resumed run takes instead of its own.
+    """The settings that replace those of a resumed run.
 
-    Raises SettingsError for any that would make it another run, another `out`, and options without effect.
+    Args:
+        run: the run folder.
+        settings: the settings from the command line.
+        out: the folder from --out; it can only be the run's own.
+        without_effect: options that --resume ignores, by flag.
+
+    Raises:
+        SettingsError: a setting would change the run, `out` is another folder, or an option has no effect.
     """
     from mamlctl.run_folder import RESUME_OVERRIDES, open_run
 
@@ -98,7 +109,7 @@ def _overrides(
         if name not in RESUME_OVERRIDES and stored.get(name) != value
     ]
     if out is not None and out.expanduser().resolve() != run.resolve():
-        problems.append((f"--out is {out}, but --resume goes on in {run}", "leave out --out"))
+        problems.append((f"--out is {out}, but --resume continues in {run}", "leave out --out"))
     problems += unused(without_effect, "with --resume, which keeps the run's settings")
     if problems:
         raise SettingsError(problems)

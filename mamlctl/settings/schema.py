@@ -76,7 +76,7 @@ class TrainConfig:
         "Random changes to training images: mirroring, shifts by up to an eighth, both, or none.",
     )
     ink: Literal[0, 1] | None = setting(
-        None, EPISODE, "Pixel value of ink, 0 or 1, opposite to paper (default: 1 for characters, else 0)."
+        None, EPISODE, "Pixel value of ink; paper has the other value (default: 1 for characters, else 0)."
     )
     normalize: Normalize | None = setting(
         None,

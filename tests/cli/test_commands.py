@@ -279,7 +279,7 @@ BAD = [
     ("compare --algos maml,maml --dataset glyphs", 2, "--algos is 'maml,maml'", "each algorithm once"),
     ("compare --algos maml --algo maml", 2, "--algo has no effect with --algos", "leave it out"),
     ("ablate --dataset glyphs --plan one-one", 2, "--plan is 'one-one'", "one-on, one-off"),
-    ("ablate --dataset glyphs --msl", 2, "--msl is what the plan varies", "leave it out"),
+    ("ablate --dataset glyphs --msl", 2, "--msl is varied by the plan", "leave it out"),
     ("ablate --dataset glyphs --order msl-da", 2, "--order has no effect", "cumulative"),
     ("ablate --dataset glyphs --plan cumulative --order msl-dada", 2, "names 'dada'", "did you mean 'da'"),
     ("ablate --dataset glyphs --plan full --grid msl=true", 2, "--plan and --grid", "one of them"),
@@ -493,7 +493,7 @@ def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([*map(str, words)], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert_two_lines(done.stderr, "No space left", "make room")
+    assert_two_lines(done.stderr, "No space left", "free disk space")
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback(trained):

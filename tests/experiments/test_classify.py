@@ -449,7 +449,7 @@ def test_folders_that_make_no_sense_are_two_lines(what, fact, hint, cli, trained
 @pytest.mark.parametrize(
     ("words", "fact", "hint"),
     [
-        ("--support {learn}", "--support alone asks for nothing", "add --query, or --save-adapted FILE"),
+        ("--support {learn}", "--support has no effect alone", "add --query, or --save-adapted FILE"),
         ("--support {learn} --save-adapted a.pt --plot", "--plot has no effect without --query", "leave it"),
         ("--query {ask}", "--query has no effect without --support", "add --support DIR"),
         ("--csv a.csv", "--csv has no effect without --support", "add --support DIR"),
