@@ -1,6 +1,6 @@
-"""The run folder: created once, written by one process, every file replaced in one move.
+"""The run folder: created once, written by one process, with atomic file replacement.
 
-`upgrade` brings what older versions wrote to today's form.
+`upgrade` converts files from older versions to the current form.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ STATUS = "status.json"
 METRICS = "metrics.jsonl"
 CLASSES = "classes.json"
 ENVIRONMENT = "environment.json"
-EVALUATIONS = "eval"  # a folder for each evaluation, with these two files
+EVALUATIONS = "eval"  # has one folder per evaluation, with the next two files
 SUMMARY = "summary.json"
 TASKS = "tasks.csv"
-TAIL = 20_000  # bytes at the end of metrics.jsonl that hold its last rows
+TAIL = 20_000  # bytes that `last_metrics` reads at the end of metrics.jsonl
 
-# The settings of commit 207ec7b: every config.yaml has them, and every owner digest covers them.
+# The settings of commit 207ec7b, which are in every config.yaml and in every owner digest.
 _FIRST = (
     "dataset ways shots queries train_shots split_scheme split_fractions strict rotations augment ink "
     "normalize image_size channels resize net filters hidden pooling readout activation algo adapts "
@@ -48,25 +48,25 @@ _FIRST = (
 )
 FIRST_SETTINGS = frozenset(_FIRST.split())
 
-# The same of evaluations: every protocol has them.
+# The evaluation settings of that commit, which are in every protocol.
 FIRST_EVAL_SETTINGS = frozenset({"split", "tasks", "queries", "dataset", "eval_seed", "inner_steps", "bn"})
 
-# What a protocol has of the run beside them.
+# Settings of the run that are also in every protocol.
 OF_RUN = ("split_scheme", "split_seed", "ink", "ways", "shots")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What status.json says of a run."""
+    """The state of a run, as stored in status.json."""
 
-    status: RunStatus | None  # None before the first meta-step, and where the file cannot be read
+    status: RunStatus | None  # None before the first meta-step, and if the file cannot be read
     step: int = 0  # meta-steps done
     reason: str = ""  # why it is not finished
     diverged_at: int | None = None  # the meta-step that failed, which may be later than the last good one
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to train: the run is finished, or would only diverge again."""
+        """Whether nothing is left to train, because the run is finished or would diverge again."""
         return self.status in ("finished", "diverged")
 
 
@@ -78,9 +78,9 @@ class RunFolder:
 
     @property
     def owner(self) -> str:
-        """What this run's checkpoints carry: a digest of the settings that make it the run it is."""
+        """The digest of the settings that identify this run; its checkpoints contain it."""
         identity = identity_settings(self.config) | {"seed": self.config.seed}
-        # Digests always had the settings that a resumed run may change, as null.
+        # The settings that a resumed run may change have always been null in digests.
         covered = dict.fromkeys(FIRST_SETTINGS) | digested_settings(identity)
         return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
@@ -90,19 +90,19 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def writing(self) -> AbstractContextManager[None]:
-        """Be the one writer for the block. Raises LockedError if another process is."""
+        """Lock the folder for the block. Raises LockedError if another process is writing to it."""
         return one_writer(self.path)
 
     def state(self) -> RunState:
-        """What `set_state` last wrote."""
+        """The state that `set_state` wrote last."""
         return run_state(self.path)
 
     def environment(self) -> dict[str, Any]:
-        """What environment.json recorded at the start; empty if it is missing or damaged."""
+        """The environment at the start of the run; empty if its file is missing or damaged."""
         return read_object(self.path / ENVIRONMENT)
 
     def classes(self) -> dict[str, list[str]]:
-        """The classes of every split that training began with; empty for curves."""
+        """The classes of each split at the start of training; empty for curves."""
         return read_object(self.path / CLASSES)
 
     def set_state(self, state: RunState) -> None:
@@ -111,19 +111,19 @@ class RunFolder:
         write_json(self.path / STATUS, {**asdict(state), "pid": os.getpid(), "time": now})
 
     def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
-        """Add one row to metrics.jsonl, flushed, so that a reader may follow."""
+        """Append one row to metrics.jsonl and flush it, so that other processes can follow."""
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut off by a crash does not count."""
+        """The rows of metrics.jsonl, without a last line that a crash cut off."""
         try:
             return _metrics_rows((self.path / METRICS).read_text(errors="replace").splitlines())
         except FileNotFoundError:
             return []
 
     def last_metrics(self) -> list[dict[str, Any]]:
-        """The last rows of metrics.jsonl, read from its end, since a scheduler asks often."""
+        """The last rows of metrics.jsonl, read from its end because a scheduler polls often."""
         try:
             with (self.path / METRICS).open("rb") as file:
                 start = max(file.seek(0, 2) - TAIL, 0)
@@ -131,10 +131,15 @@ class RunFolder:
                 lines = file.read().decode(errors="replace").splitlines()
         except OSError:
             return []
-        return _metrics_rows(lines[start > 0 :])  # the first may begin in its middle
+        return _metrics_rows(lines[start > 0 :])  # the first line may be incomplete
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
-        """Drop what was reported after the checkpoint that a resumed run starts from."""
+        """Drop the rows reported after the checkpoint from which a run resumes.
+
+        Args:
+            step: meta-steps at the checkpoint.
+            validated_epochs: epochs that were validated before the checkpoint.
+        """
         kept = [
             row
             for row in self.metrics()
@@ -149,7 +154,7 @@ def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, 
 
 
 def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """Those of the lines up to one that is cut off; what has no step is passed over."""
+    """The rows in the lines before one that is cut off; rows without a step are skipped."""
     rows = []
     for line in lines:
         try:
@@ -162,18 +167,18 @@ def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that make a run what it is, except its seed."""
+    """The settings that identify a run, except its seed."""
     return {key: value for key, value in asdict(config).items() if key not in (*RESUME_OVERRIDES, "seed")}
 
 
 def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Those that have the same value in all of these."""
+    """The settings that have the same value in all of these."""
     first, *others = settings
     return {key: value for key, value in first.items() if all(other[key] == value for other in others)}
 
 
 def digested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a digest covers: later ones count only where they change what older versions did."""
+    """The settings in a digest; newer ones only if they differ from the behaviour of older versions."""
     return {
         name: value
         for name, value in settings.items()
@@ -182,7 +187,7 @@ def digested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_state(path: Path) -> RunState:
-    """What a run folder's status.json says; a value of the wrong type counts as absent."""
+    """The state in a run folder's status.json; values of the wrong type count as missing."""
     stored = upgrade(STATUS, read_object(path / STATUS))
     step, diverged_at = (
         value if isinstance(value := stored.get(name), int) else None for name in ("step", "diverged_at")
@@ -193,10 +198,11 @@ def run_state(path: Path) -> RunState:
 
 
 def protocol_settings(settings: EvalConfig, evaluated: TrainConfig) -> dict[str, Any]:
-    """The settings in an evaluation's protocol: later ones only where they change what older versions did.
+    """The settings in a protocol; newer ones only if they differ from the behaviour of older versions.
 
     Args:
-        evaluated: the run's settings with those that the evaluation replaces.
+        settings: the settings of the evaluation.
+        evaluated: the settings of the run, with the values that the evaluation replaces.
     """
     of_run = vars(evaluated) | {"inner_steps": evaluated.evaluation_inner_steps}
     protocol = {}
@@ -213,14 +219,18 @@ def protocol_settings(settings: EvalConfig, evaluated: TrainConfig) -> dict[str,
 def new_run(
     path: Path, config: TrainConfig, completed: TrainConfig, *, command: str, environment: Mapping[str, Any]
 ) -> Iterator[RunFolder]:
-    """A new run folder with this process as its one writer.
+    """Create a run folder, locked for the block.
 
     Args:
-        completed: the settings with nothing left open, for the comments in config.yaml.
+        path: the folder.
+        config: the settings of the run.
+        completed: the same with all derived values, for the comments in config.yaml.
+        command: the command line, for command.txt.
+        environment: the contents of environment.json.
 
     Raises:
-        LockedError: another process writes to the folder.
-        MamlctlError: the folder has something in it, or is a file.
+        LockedError: another process is writing to the folder.
+        MamlctlError: the folder is not empty, or the path is a file.
     """
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
@@ -232,7 +242,7 @@ def new_run(
     with run.writing():
         if taken:
             hint = f"mamlctl train --resume {path}, or choose another --out"
-            raise MamlctlError(f"{path} already holds a run", hint=hint)
+            raise MamlctlError(f"{path} already contains a run", hint=hint)
         write_text(path / CONFIG, to_yaml(config, completed))
         write_text(path / "command.txt", command + "\n")
         write_json(path / ENVIRONMENT, environment)
@@ -240,8 +250,8 @@ def new_run(
 
 
 def open_run(path: Path) -> RunFolder:
-    """An existing run folder, not locked. Raises MamlctlError if it is not one, or is damaged."""
-    hint = "name the folder that 'mamlctl train' printed"
+    """Open an existing run folder without locking it. Raises MamlctlError if it is damaged or not one."""
+    hint = "use the folder that 'mamlctl train' printed"
     if not path.is_dir():
         raise MamlctlError(f"there is no run folder {path}", hint=hint)
     if not (path / CONFIG).is_file():
@@ -254,17 +264,18 @@ def open_run(path: Path) -> RunFolder:
 
 
 def stored_config(values: Mapping[str, Any], source: str) -> TrainConfig:
-    """The settings that a file of this or an older version holds. Raises SettingsError if it is damaged."""
+    """The settings in a file from this or an older version. Raises SettingsError if it is damaged."""
     if missing := FIRST_SETTINGS - values.keys():
-        raise SettingsError([(f"{len(missing)} settings are missing, such as {min(missing)}", "")])
+        raise SettingsError([(f"{len(missing)} settings are missing, e.g. {min(missing)}", "")])
     return stored_settings(source, upgrade(CONFIG, values))
 
 
 def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring what an older version wrote to today's form; no other code knows the old forms.
+    """Convert what an older version wrote to the current form; no other code knows the old forms.
 
     Args:
-        file: CONFIG, STATUS, SUMMARY, or METRICS, of which `content` is one row.
+        file: CONFIG, STATUS, SUMMARY or METRICS.
+        content: the content of the file; for METRICS, one row.
     """
     upgraded = dict(content)
     if file == CONFIG:
@@ -287,7 +298,7 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_run_path(config: TrainConfig) -> Path:
-    """A folder under runs/ that does not exist yet, named after the run's complete settings and its start."""
+    """A new folder under runs/, named after the main settings of the run and the time of its start."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
     name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"

@@ -59,7 +59,7 @@ def test_a_new_run_tells_itself(tmp_path):
 def test_nothing_that_is_there_is_overwritten(tmp_path):
     with make_run(tmp_path / "run"):
         pass
-    with pytest.raises(MamlctlError, match="already holds a run"), make_run(tmp_path / "run"):
+    with pytest.raises(MamlctlError, match="already contains a run"), make_run(tmp_path / "run"):
         pass
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

@@ -1,4 +1,4 @@
-"""What can go wrong in a way that the user can act on, and the number the process then ends with."""
+"""Errors that the user can fix, and the exit codes of the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mamlctl.core.literals import StopReason
 
 
 class ExitCode(IntEnum):
-    """The process's exit codes; the two signals follow the shell's 128 + number."""
+    """The exit codes of the process; signals use 128 + their number, as in a shell."""
 
     OK = 0  # done, or saved and stopped by --time-limit
     FAILED = 1  # failed
@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
     TERMINATED = 143  # SIGTERM
 
 
-# A time limit is a planned end.
+# Reaching a time limit is not a failure.
 STOP_EXIT_CODES: dict[StopReason, ExitCode] = {
     "": ExitCode.OK,
     "time limit": ExitCode.OK,
@@ -31,7 +31,7 @@ STOP_EXIT_CODES: dict[StopReason, ExitCode] = {
 
 
 class MamlctlError(Exception):
-    """A failure the user can act on: printed as two lines, never as a traceback."""
+    """An error that the user can fix: printed as a fact and a hint, without a traceback."""
 
     exit_code = ExitCode.FAILED
 
@@ -42,7 +42,7 @@ class MamlctlError(Exception):
 
 
 class DataError(MamlctlError):
-    """A data set that is missing, damaged or not what it should be."""
+    """A data set is missing, damaged or not the expected one."""
 
     exit_code = ExitCode.DATA
 
@@ -53,28 +53,34 @@ class DivergedError(MamlctlError):
     exit_code = ExitCode.DIVERGED
 
     def __init__(self, cause: str, *, hint: str = "", step: int | None = None) -> None:
-        """`step`: the meta-step that failed; None outside meta-steps."""
+        """Describe the failure.
+
+        Args:
+            cause: what is not finite.
+            hint: what the user can do about it.
+            step: the meta-step that failed; None outside meta-steps.
+        """
         message = cause if step is None else f"training diverged at meta-step {step}: {cause}"
         super().__init__(message, hint=hint)
         self.cause, self.step = cause, step
 
 
 class LockedError(MamlctlError):
-    """A folder that another process is writing to."""
+    """Another process is writing to the folder."""
 
     exit_code = ExitCode.LOCKED
 
 
 class SettingsError(MamlctlError):
-    """Settings that are wrong alone or do not fit together; all of them at once."""
+    """Settings are wrong or do not fit together; one error reports all problems."""
 
     exit_code = ExitCode.USAGE
 
     def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
-        """`problems`: (fact, way out) pairs, at least one."""
+        """`problems`: (fact, hint) pairs, at least one."""
         (message, hint), *more = problems
         if more:
-            lines = [f"  {fact} ({way})" if way else f"  {fact}" for fact, way in problems]
+            lines = [f"  {fact} ({hint})" if hint else f"  {fact}" for fact, hint in problems]
             message, hint = f"{len(problems)} settings are wrong\n" + "\n".join(lines), ""
         super().__init__(message, hint=hint)
         self.problems = tuple(problems)

@@ -1,4 +1,4 @@
-"""What travels up from the engine to whoever shows or stores it: plain numbers, never tensors."""
+"""Events that the engine emits, for display or storage: plain numbers, never tensors."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from mamlctl.core.literals import BatchNormMode, CellProgress, Metric
 
 @dataclass(frozen=True)
 class Notice:
-    """One line for the user, such as that a data set is being fetched."""
+    """One line for the user, e.g. that a data set is being downloaded."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A long piece of work outside training: `done` of `total` things, such as images or tasks."""
+    """Progress of long work outside training: `done` of `total` items, e.g. images or tasks."""
 
     what: str
     done: int
     total: int  # 0 if unknown
     unit: str = ""  # "B" for bytes
-    per_second: float | None = None  # None: the mean speed so far
+    per_second: float | None = None  # None: show the mean speed so far
 
 
 @dataclass(frozen=True)
 class RunStarted:
-    """What a display shows of a run before its first meta-step."""
+    """The facts about a run that a display shows before its first meta-step."""
 
     run: str
     dataset: str
@@ -42,9 +42,9 @@ class RunStarted:
     epochs: int
     steps_per_epoch: int
     first_step: int  # meta-steps done before this start; 0 unless resumed
-    parameters: int  # meta-learnt numbers, all kinds
+    parameters: int  # meta-learnt numbers of all kinds
     metric: Metric
-    guesses: int  # classes in training: a guess is right with probability 1 / guesses; 0 for curves
+    guesses: int  # classes in training, so the chance level is 1 / guesses; 0 for curves
     device: str
     bn: BatchNormMode
     val_tasks: int
@@ -52,7 +52,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class MetaStepDone:
-    """A meta-step was launched; carries no measurement, so that it costs no host sync."""
+    """A meta-step was launched; it carries no measurement, which would cost a host sync."""
 
     step: int  # counted from 1
     epoch: int  # counted from 0
@@ -60,35 +60,35 @@ class MetaStepDone:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Means over the meta-steps since the last report, over tasks.
+    """Means over the tasks of all meta-steps since the last report.
 
-    Without MSL the query losses after fewer than all inner steps are measured on the report's own
-    meta-step only, since training does not need them.
+    Without MSL, training does not need the query losses before the last inner step, so they are measured
+    only on the meta-step of the report.
     """
 
     step: int
     epoch: int
-    support_loss: float | None  # mean over the inner steps, before each; None where there are none
+    support_loss: float | None  # mean over inner steps of the loss before each; None without inner steps
     query_losses: tuple[float, ...]  # index = inner steps taken; [0] is before adaptation
     query_accuracies: tuple[float, ...]  # 0..1, same index; empty for curves
     query_accuracy: float | None  # after the last inner step, 0..1; None for curves
     meta_loss: float
-    msl_weights: tuple[float, ...]  # weight of the query loss after inner step 1..I
+    msl_weights: tuple[float, ...]  # weights of the query losses after inner steps 1..I
     meta_lr: float
-    first_order: bool | None  # None where nothing is unrolled
+    first_order: bool | None  # None if nothing is unrolled
     tasks_per_second: float
-    memory_bytes: int  # peak on the CUDA device; resident set of the process on a CPU
-    # Inner learning rates: tensor -> one per inner step; empty if they are fixed.
+    memory_bytes: int  # peak memory of the CUDA device; on a CPU, resident set of the process
+    # Learnt inner learning rates: tensor name -> one per inner step; empty if they are fixed.
     rates: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
 class ValidationDone:
-    """Score on the fixed validation tasks after an epoch."""
+    """The score on the fixed validation tasks after an epoch."""
 
     step: int
     epoch: int  # epochs completed, counted from 1
-    metric: Metric  # of the scores: an accuracy is 0..1
+    metric: Metric  # of all scores below; accuracies are 0..1
     val_score: float
     val_ci95: float
     val_per_step: tuple[float, ...]
@@ -99,31 +99,31 @@ class ValidationDone:
     best_epoch: int
 
 
-# The states of a cell for which nothing more is done.
+# The final states of a cell.
 OVER: tuple[CellProgress, ...] = ("done", "diverged", "failed")
 
 
 @dataclass(frozen=True)
 class CellState:
-    """How a cell of a grid stands."""
+    """The state of one cell of a grid."""
 
     row: str
     seed: int
     state: CellProgress
     step: int  # meta-steps done
     total_steps: int
-    score: float | None = None  # of the test; of the last validation while training
+    score: float | None = None  # test score; while training, the last validation score
 
 
 @dataclass(frozen=True)
 class GridChanged:
-    """All cells of a grid, row by row and the seeds of each in order."""
+    """The state of all cells of a grid, ordered by row, then by seed."""
 
     title: str
     metric: Metric
-    workers: int  # cells at a time
+    workers: int  # cells that run at once
     cells: tuple[CellState, ...]
-    seconds_left: float | None  # None while unknown
+    seconds_left: float | None  # None: not known yet
 
 
 Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged

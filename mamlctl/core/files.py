@@ -1,4 +1,4 @@
-"""Files replaced in one move, and folders with one writer."""
+"""Atomic file replacement, and folder locks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any, BinaryIO
 
 from mamlctl.core.errors import LockedError, MamlctlError
 
-# What a file system says that has no locks, as those of clusters often have not.
+# Errors from a file system without locks, which is common on clusters.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place when the block ends well, and leaves nothing when not."""
-    path = path.resolve()  # a link stays one, and leads to the new file
-    if path.exists() and not path.is_file():  # a pipe or a device, which cannot be replaced
+    """A file that replaces `path` if the block succeeds and is removed otherwise."""
+    path = path.resolve()  # a symbolic link is kept and leads to the new file
+    if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced
         with path.open("wb") as file:
             yield file
         return
@@ -42,22 +42,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def contents(folder: Path, first: str) -> list[str]:
-    """The names in a folder, without what a start leaves that was killed before it had written file `first`.
+    """The names in a folder, except what a process leaves if it is killed before it has written file `first`.
 
-    That is the lock, and the temporary file of `replacing`.
+    These exceptions are the lock and the temporary file of `replacing`.
     """
     names = (entry.name for entry in folder.iterdir())
     return [name for name in names if name != "lock" and not name.startswith(f".{first}.")]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one move."""
+    """Write a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def finite(value: Any) -> Any:
-    """`value` with every number that JSON cannot hold (NaN, infinity) as None."""
+    """`value` with None for every number that JSON cannot represent (NaN, infinity)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -68,19 +68,23 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one move; numbers that are not finite become null."""
+    """Write a JSON file atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
-    """Lock a folder for the block.
+    """Lock a folder for the duration of the block.
+
+    Args:
+        path: the folder.
+        what: the kind of folder, for messages.
 
     Raises:
-        LockedError: another process or thread has locked it.
-        MamlctlError: its file system has no locks.
+        LockedError: another process or thread has locked the folder.
+        MamlctlError: the file system has no locks.
     """
-    from filelock import FileLock, Timeout  # here, since its import takes as long as the command line's
+    from filelock import FileLock, Timeout  # not at the top: this import would double the start-up time
 
     try:
         lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False).acquire(blocking=False)
@@ -98,7 +102,7 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
 
 
 def lock_holder(path: Path) -> str:
-    """The process that wrote its number into the lock file."""
+    """The process that holds the lock, as it is written in the lock file."""
     try:
         return path.read_text(errors="replace")[:32] or "another process"
     except FileNotFoundError:
@@ -106,9 +110,9 @@ def lock_holder(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process is writing to the run folder, which may be another user's."""
+    """Whether a process is writing to the run folder, which may belong to another user."""
     try:
-        # Not filelock, which would have to write to the folder in order to ask.
+        # Not filelock, which can only test a lock in a folder where it may write.
         with (path / "lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,7 +126,7 @@ def is_locked(path: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; empty if the file is missing, damaged or holds anything else."""
+    """The object in a JSON file; empty if the file is missing, damaged or not an object."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError):

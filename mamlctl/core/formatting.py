@@ -1,4 +1,4 @@
-"""Numbers as people read them; accuracies are 0..1 inside and percent only from here on."""
+"""Format numbers for people; accuracies are 0..1 in the rest of the code and percent in this text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from mamlctl.core.literals import Metric
 
-# A file's name may hold escape codes, and a terminal would obey them.
+# A file name may contain escape codes that a terminal would interpret.
 CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
 
 
 def strip_controls(text: str) -> str:
-    """The text without control characters other than line end and tab."""
+    """The text with '?' for each control character except newline and tab."""
     return text.translate(CONTROLS)
 
 
 def plural(count: int, noun: str) -> str:
-    """The noun in the form that the count needs: 1 -> 'seed', 3 -> 'seeds', 0 -> 'queries'."""
+    """The singular or plural of a noun: 1 -> 'seed', 3 -> 'seeds', 0 -> 'queries'."""
     if count == 1:
         return noun
     return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
@@ -30,7 +30,7 @@ def percent(accuracy: float, digits: int = 1) -> str:
 
 
 def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
-    """0.9312, 0.006 -> '93.12 ± 0.60 %'; '± ?' where one task gives no width, none if not known."""
+    """0.9312, 0.006 -> '93.12 ± 0.60 %'; '± ?' if the width is infinite, no width if it is None."""
     if ci95 is None:
         return percent(accuracy, digits)
     half = f"{100 * ci95:.{digits}f}" if math.isfinite(ci95) else "?"
@@ -38,7 +38,7 @@ def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
 
 
 def score(metric: Metric, value: float, ci95: float | None, digits: int = 2) -> str:
-    """An accuracy in percent, or a mean squared error as it is, with the half width of its interval."""
+    """A score with the half width of its interval: an accuracy in percent, or a mean squared error."""
     if metric == "accuracy":
         return interval(value, ci95, digits)
     half = "" if ci95 is None else f" ± {ci95:.3f}" if math.isfinite(ci95) else " ± ?"
@@ -46,26 +46,26 @@ def score(metric: Metric, value: float, ci95: float | None, digits: int = 2) -> 
 
 
 def signed(metric: Metric, value: float) -> str:
-    """'+1.23' points or '-0.012' of an mse; '?' where a single value gives no interval."""
+    """A signed difference: '+1.23' percentage points, '-0.012' for an mse, '?' if it is not finite."""
     if not math.isfinite(value):
         return "?"
     scale, digits = (100, 2) if metric == "accuracy" else (1, 3)
-    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.00
+    return f"{round(scale * value, digits) + 0.0:+.{digits}f}"  # + 0.0 turns -0.00 into 0.00
 
 
 def task(dataset: str, ways: int, shots: int) -> str:
-    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' of curves, which have no ways; of a folder its name."""
+    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' for curves; an image folder is shown by its name."""
     dataset = Path(dataset).name
     return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
 
 
 def loss(value: float) -> str:
-    """Four decimals, at most nine characters even when the loss explodes."""
+    """A loss with four decimals, in at most nine characters even if it explodes."""
     return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"
 
 
 def clock(seconds: float | None) -> str:
-    """'1:12', '2:13:40' or '3 d 04 h'; '-:--' while the time is not known."""
+    """'1:12', '2:13:40' or '3 d 04 h'; '-:--' if the time is unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "-:--"
     minutes, last_seconds = divmod(max(round(seconds), 0), 60)
@@ -76,7 +76,7 @@ def clock(seconds: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """'26.4 ms', '2.41 s', '72 s' below two minutes, then as a clock."""
+    """'26.4 ms', '2.41 s' or '72 s'; from two minutes on as `clock`."""
     if not math.isfinite(seconds):
         return "-"
     if seconds < 1:
@@ -97,7 +97,14 @@ def size(count: int) -> str:
 
 
 def amount(done: int, total: int, unit: str = "", per_second: float | None = None) -> str:
-    """'12/600', or with unit "B" '4.2/9.0 MiB  1.3 MiB/s'; an unknown total (0) or speed is left out."""
+    """'12/600', or with unit "B" '4.2/9.0 MiB  1.3 MiB/s'; an unknown total (0) or speed is omitted.
+
+    Args:
+        done: items, or bytes, finished so far.
+        total: all of them.
+        unit: "B" for bytes.
+        per_second: bytes per second.
+    """
     if unit != "B":
         return f"{done:,}/{total:,}" if total else f"{done:,}"
     so_far, whole = size(done), size(total)
@@ -108,7 +115,7 @@ def amount(done: int, total: int, unit: str = "", per_second: float | None = Non
 
 
 def elide_middle(text: str, width: int) -> str:
-    """The text shortened in its middle: of a run's name, both the beginning and the end tell something."""
+    """The text shortened to `width` in its middle, since both ends of a run's name carry information."""
     if len(text) <= width:
         return text
     head = max(width - 1, 0) // 2
@@ -117,7 +124,7 @@ def elide_middle(text: str, width: int) -> str:
 
 
 def evenly_spaced(count: int, room: int) -> Sequence[int]:
-    """At most `room` of the indices 0..count-1, evenly spread, the first and the last among them."""
+    """At most `room` of the indices 0..count-1, evenly spaced and including the first and the last."""
     if count <= room:
         return range(count)
     if room < 2:

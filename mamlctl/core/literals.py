@@ -1,13 +1,13 @@
-"""The closed sets of words that settings, files and records use."""
+"""The closed sets of strings in settings, files and records."""
 
 from typing import Literal
 
 Split = Literal["train", "val", "test"]
 Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
-# What results say of batch norm: the setting, or that the network has none.
+# Batch norm in results: the setting, or "none" if the network has no batch norm.
 BatchNormMode = Literal[BatchNorm, "none"]
-# The single best checkpoint of a run (the last before any validation), or the ensemble of its best ones.
+# The best checkpoint of a run (the last one before any validation), or the ensemble of the best ones.
 Model = Literal["best", "ensemble"]
 Rotations = Literal["augment", "classes", "none"]
 Augment = Literal["flips", "crops", "flips+crops", "none"]
@@ -20,21 +20,21 @@ Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "plain"]
-# What distinguishes a task's classes: the learnt head, a new one of zeros, class means, or every example.
+# What classifies a task's queries: the learnt head, a new head of zeros, class means, or single examples.
 Classifier = Literal["head", "zeros", "prototypes", "neighbours"]
-# What keeps an improvement of MAML++ from having a meaning with an algorithm or a data set.
+# Why an improvement of MAML++ has no meaning with an algorithm or a data set.
 Obstacle = Literal[
     "no unrolled loop", "one pass of the body", "own inner rates", "own meta learning rate", "no batch norm"
 ]
-# Why a training ended before its last meta-step; "" if it did not.
+# Why training ended before its last meta-step; "" if it did not.
 StopReason = Literal["", "time limit", "SIGINT", "SIGTERM"]
-# What status.json says of a run.
+# The status of a run in status.json.
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
-# What a table says of a run: as above, or that there is no run folder yet.
+# The status of a run in a table: as above, or "missing" if there is no run folder yet.
 CellStatus = Literal[RunStatus, "missing"]
-# What a row of metrics.jsonl has: the fields of a TrainReport, or those of a ValidationDone.
+# The kind of a row in metrics.jsonl: it has the fields of TrainReport or those of ValidationDone.
 RowKind = Literal["report", "validation"]
-# What the display of a grid says of a cell.
+# The state of a cell in the display of a grid.
 CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
 # Where the cells of a grid run.
 ExecutorName = Literal["local", "ray"]

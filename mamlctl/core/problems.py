@@ -1,19 +1,19 @@
-"""Settings problems: the fact, the way out, and how flags are spelled."""
+"""Problems with settings, and helpers to word them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-Problem = tuple[str, str]  # the fact, the way out
+Problem = tuple[str, str]  # the fact, the hint
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a field."""
+    """The flag of a setting: 'inner_lr' -> '--inner-lr'."""
     return "--" + name.replace("_", "-")
 
 
 def nearest(word: str, words: Iterable[str], *, otherwise: str) -> str:
-    """A hint that names the one of `words` closest to `word`, or says `otherwise`."""
+    """A hint that names the closest of `words` to `word`, or the hint `otherwise` if none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else otherwise

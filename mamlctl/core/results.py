@@ -1,4 +1,4 @@
-"""What commands return: plain records, never tensors."""
+"""The results that commands return: plain records, never tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ TIMED = 3  # meta-steps of each kind that an estimate measures
 
 @dataclass(frozen=True)
 class RowEstimate:
-    """What one cell of a row takes, in seconds."""
+    """The estimated time of one cell of a row, in seconds."""
 
     row: str
     meta_steps: int
     step_s: float  # mean over the run's phases
-    train_s: float  # validation included
+    train_s: float  # including validation
     test_s: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The time that a whole grid takes with all workers, without the start of its processes."""
+    """The estimated time of a whole grid with all workers, excluding the start of its processes."""
 
     rows: tuple[RowEstimate, ...]
     cells: int
@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training ended."""
+    """The outcome of training."""
 
     run: str
     status: Literal["finished", "interrupted"]
@@ -55,11 +55,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalRow:
-    """One model, or one ensemble, on one list of tasks."""
+    """The scores of one model or one ensemble on one list of tasks."""
 
     model: str  # "best", "last" or "ensemble-<k>"
     kind: Model
-    metric: Metric  # of the score: an accuracy is 0..1
+    metric: Metric  # of the score; an accuracy is 0..1
     score: float
     ci95: float  # half width over tasks
     tasks: int
@@ -69,14 +69,14 @@ class EvalRow:
     queries: int
     inner_steps: int
     bn: BatchNormMode
-    epochs: tuple[int, ...]  # the epoch of every checkpoint used
-    per_step: tuple[float, ...]  # score after 0, 1 ... inner_steps
+    epochs: tuple[int, ...]  # of all checkpoints used
+    per_step: tuple[float, ...]  # scores after 0, 1, ..., inner_steps inner steps
     per_step_ci95: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The results of `eval`, and where they were written."""
+    """The results of `eval` and the folder where they are stored."""
 
     run: str
     dataset: str
@@ -85,39 +85,39 @@ class EvalResult:
     seconds: float
     rows: tuple[EvalRow, ...]
     pictures: tuple[str, ...] = ()  # files
-    notes: tuple[str, ...] = ()  # what a reader of the numbers must know
+    notes: tuple[str, ...] = ()  # caveats about the numbers
 
 
 @dataclass(frozen=True)
 class ClassifiedImage:
-    """One of the user's own images, and the class that an adapted model predicts."""
+    """One of the user's own images, with the class predicted by an adapted model."""
 
     file: str
-    predicted: str | None = None  # None where the file cannot be read
-    probabilities: tuple[float, ...] = ()  # of every class
-    label: str | None = None  # what its folder says
+    predicted: str | None = None  # None if the file cannot be read
+    probabilities: tuple[float, ...] = ()  # of each class
+    label: str | None = None  # the name of the image's folder, if that is a class
     problem: str = ""
 
     @property
     def probability(self) -> float | None:
-        """Of the predicted class."""
+        """The probability of the predicted class."""
         return max(self.probabilities, default=None)
 
 
 @dataclass(frozen=True)
 class ClassifyResult:
-    """The user's own images with their predicted classes, and the files that were written."""
+    """The user's own images with their predicted classes, and the output files."""
 
     run: str
     algo: str
     model: str  # "best, epoch 7" or "last"
     classes: tuple[str, ...]
     shots: tuple[int, ...]  # support images of each class
-    head: str  # what tells the classes apart
+    head: str  # what classifies the images
     inner_steps: int
     bn: BatchNormMode
     images: tuple[ClassifiedImage, ...]
-    left_out: int  # support images that cannot be read
+    left_out: int  # unreadable support images
     seconds: float
     pictures: tuple[str, ...] = ()
     csv: str | None = None
@@ -125,22 +125,22 @@ class ClassifyResult:
 
     @property
     def labelled(self) -> int:
-        """Images that could be read and whose class is known."""
+        """The number of readable query images with a known class."""
         return sum(image.label is not None and image.predicted is not None for image in self.images)
 
     @property
     def right(self) -> int:
-        """How many of those are predicted correctly."""
+        """The number of correct predictions among the labelled images."""
         return sum(image.label is not None and image.predicted == image.label for image in self.images)
 
     @property
     def unreadable(self) -> int:
-        """Query images that cannot be read."""
+        """The number of query images that cannot be read."""
         return sum(image.predicted is None for image in self.images)
 
 
 def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:
-    """A record as files and documents have it: its score under the name of its metric."""
+    """A record as it is stored in files, with the name of its metric in place of "score" in each key."""
     return {
         key.replace("score", record.metric): value for key, value in asdict(record).items() if key != "metric"
     }

@@ -1,4 +1,4 @@
-"""Intervals for means over tasks and seeds, paired differences, corrections for many of them, and shares.
+"""Confidence intervals for means and shares, paired differences, and correction for many comparisons.
 
 Shapes: S seeds, T tasks, B resamples.
 """
@@ -13,32 +13,32 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 10_000  # of the bootstrap; and of the permutations, where the data themselves are one more
-BATCH_NUMBERS = 1_000_000  # drawn at a time: 8 MB each of indices and of values
+RESAMPLES = 10_000  # of the bootstrap; of the permutations, including the unpermuted data
+BATCH_NUMBERS = 1_000_000  # numbers drawn at once: 8 MB of indices and 8 MB of values
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A score minus the baseline's on the same tasks and seeds, in the score's own unit."""
+    """A score minus the baseline's score on the same tasks and seeds, in the unit of the score."""
 
     mean: float
-    low: float  # 95 % interval for new seeds and new tasks; of one seed, for new tasks alone
+    low: float  # 95 % interval for new seeds and new tasks; with one seed, for new tasks only
     high: float
-    p: float  # of no difference, by the same t
-    df: float  # degrees of freedom of that t
+    p: float  # p value of no difference, by the same t distribution
+    df: float  # degrees of freedom of that t distribution
     seeds: int
     tasks: int
-    tasks_low: float  # paired t over tasks: for these very models
+    tasks_low: float  # paired t interval over tasks, for these trained models only
     tasks_high: float
     tasks_p: float
-    permutation_p: float  # signs of the tasks' differences flipped: these very models, no normality
+    permutation_p: float  # sign-flip test over tasks, for these trained models only; assumes no normality
     bootstrap_low: float  # hierarchical bootstrap: seeds outside, tasks inside
     bootstrap_high: float
 
 
 def mean_ci95(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval by Student's t; of one value, the half width is infinite."""
-    from scipy.special import stdtrit  # here, since scipy's import is slower than all of this module's users
+    """The mean and the half width of its 95 % t interval; infinite for a single value."""
+    from scipy.special import stdtrit  # not at the top: importing scipy is slower than everything here
 
     sample = np.asarray(values, dtype=np.float64)
     if sample.size < 2:
@@ -48,9 +48,9 @@ def mean_ci95(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, flo
 
 
 def wilson95(right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share: within 0..1, and of some width even where all or none are right.
+    """Wilson's 95 % interval of a share: within 0..1, with a width above 0 even if all or none are right.
 
-    (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n), of p right ones among n (Wilson 1927, JASA 22).
+    (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n) for a share p of n (Wilson 1927, JASA 22).
     """
     z = 1.959964  # normal quantile of 0.975
     share, weight = right / total, z * z / total
@@ -60,32 +60,32 @@ def wilson95(right: int, total: int) -> tuple[float, float]:
 
 
 class Interval(NamedTuple):
-    """A mean's 95 % interval by Student's t."""
+    """The 95 % t interval of a mean."""
 
     low: float
     high: float
-    p: float  # that the mean is 0
+    p: float  # p value of a mean of 0
     df: float
 
 
 def over_seeds(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float | None]:
-    """Mean and standard deviation (of a sample: n - 1); of one seed there is none."""
+    """The mean and the sample standard deviation (n - 1), which is None for one seed."""
     sample = np.asarray(values, dtype=np.float64)
     return float(sample.mean()), float(sample.std(ddof=1)) if sample.size > 1 else None
 
 
 def difference(row_ST: NDArray[np.float64], baseline_ST: NDArray[np.float64]) -> Difference:
-    """How a row differs from the baseline.
+    """The difference between a row and the baseline, with its intervals and p values.
 
     Args:
-        row_ST: the row's scores.
-        baseline_ST: the baseline's, of the same seeds and, in all of them, of the same tasks.
+        row_ST: the scores of the row.
+        baseline_ST: the scores of the baseline, from the same seeds and on the same tasks.
 
     Raises:
         ValueError: the shapes differ, or there are fewer than two tasks.
     """
     if row_ST.shape != baseline_ST.shape or row_ST.ndim != 2 or row_ST.shape[1] < 2:
-        raise ValueError(f"scores of {row_ST.shape} and {baseline_ST.shape} are not seeds x tasks in pairs")
+        raise ValueError(f"scores of {row_ST.shape} and {baseline_ST.shape} are not paired seeds x tasks")
     difference_ST = np.asarray(row_ST, dtype=np.float64) - baseline_ST
     mean_T = difference_ST.mean(0)
     main, tasks = crossed_t(difference_ST), paired_t(mean_T)
@@ -105,17 +105,17 @@ def difference(row_ST: NDArray[np.float64], baseline_ST: NDArray[np.float64]) ->
 
 
 def crossed_t(difference_ST: NDArray[np.float64]) -> Interval:
-    """For new seeds and new tasks; of one seed, for new tasks alone.
+    """The interval for new seeds and new tasks; with one seed, for new tasks only.
 
     Seeds and tasks are crossed random effects, d_st = mean + seed_s + task_t + rest_st, and
-    Var(mean) = (MS_seed + MS_task - MS_rest) / ST with Satterthwaite's degrees of freedom. Of that interval
-    and the one by a t over the seeds' means the wider counts, and the larger p: the former alone is too sure
-    where p is small (Holm over 8 rows found a difference where there was none in 12.1 % of 1,000 experiments
-    with 3 seeds; so, in 3.8 %).
+    Var(mean) = (MS_seed + MS_task - MS_rest) / ST with Satterthwaite's degrees of freedom. The result is the
+    wider of this interval and a t interval over the means of the seeds, with the larger of both p values:
+    the former alone is overconfident for small p. Holm over 8 rows found a difference where there was none in
+    12.1 % of 1,000 experiments with 3 seeds by the former alone, and in 3.8 % by the result.
 
-    Of 1,000 simulated experiments each, with 3, 5 or 10 seeds and 100 or 600 tasks, it held the truth in 93.9
-    to 96.5 % where seeds dominate, tasks dominate or both count, and in 97.1 to 98.8 % where neither has an
-    effect of its own; of those with 2 seeds, in 94.9 to 98.8 %. Each share is known to 0.7 %.
+    Coverage in 1,000 simulated experiments per case, with 3, 5 or 10 seeds and 100 or 600 tasks: 93.9 to
+    96.5 % if seeds dominate, tasks dominate or both have an effect, and 97.1 to 98.8 % if neither has one;
+    with 2 seeds, 94.9 to 98.8 %. The standard error of each is 0.7 %.
     """
     seeds, tasks = difference_ST.shape
     mean_T, mean_S = difference_ST.mean(0), difference_ST.mean(1)
@@ -126,7 +126,7 @@ def crossed_t(difference_ST: NDArray[np.float64]) -> Interval:
     df_3 = np.array([seeds - 1, tasks - 1, (seeds - 1) * (tasks - 1)])
     squares = tasks * np.square(mean_S - mean).sum(), seeds * np.square(mean_T - mean).sum()
     by_seed, by_task, by_rest = ms_3 = np.array([*squares, np.square(rest_ST).sum()]) / df_3
-    # An effect whose estimated variance is negative counts as absent, which leaves the other's mean square.
+    # An effect with a negative variance estimate is taken as absent, leaving the other effect's mean square.
     total = max(by_seed + by_task - by_rest, by_seed, by_task)
     spread = float((ms_3**2 / df_3).sum())
     df = max(total**2 / spread, df_3.min()) if spread > 0 else df_3.min()
@@ -136,14 +136,14 @@ def crossed_t(difference_ST: NDArray[np.float64]) -> Interval:
 
 
 def paired_t(difference_T: NDArray[np.float64]) -> Interval:
-    """For new tasks and these very models: Student's t of the tasks' differences."""
+    """The t interval over the differences of the tasks, for new tasks and these trained models only."""
     error = difference_T.std(ddof=1) / math.sqrt(difference_T.size)
     return _interval(float(difference_T.mean()), float(error), difference_T.size - 1.0)
 
 
 def _interval(mean: float, error: float, df: float) -> Interval:
-    """Of a mean with its standard error; without any error the interval is a point, and p 1 or 0."""
-    from scipy.special import stdtr, stdtrit  # here, for the reason that `mean_ci95` has
+    """The t interval of a mean with its standard error; with an error of 0, a point and a p of 1 or 0."""
+    from scipy.special import stdtr, stdtrit  # not at the top, as in `mean_ci95`
 
     if error == 0:
         return Interval(mean, mean, float(mean == 0), df)
@@ -152,16 +152,16 @@ def _interval(mean: float, error: float, df: float) -> Interval:
 
 
 def permutation_p(difference_T: NDArray[np.float64]) -> float:
-    """That the signs of the tasks' differences are chance: all flips of 13 tasks or fewer, else 9,999 drawn.
+    """The p value of a sign-flip test: all flips for up to 13 tasks, else 9,999 random ones.
 
-    Like scipy's permutation_test with "samples", which takes 9 s for 10,000 tasks where this takes 0.1 s, and
-    takes round-off for a difference where sums tie at 0.
+    It is scipy's permutation_test with "samples", which takes 9 s for 10,000 tasks while this takes 0.1 s,
+    and which takes round-off for a difference if sums tie at 0.
     """
     tasks = difference_T.size
     is_exact = 2**tasks < RESAMPLES
     flips, generator = 2**tasks if is_exact else RESAMPLES - 1, np.random.default_rng(0)
-    total, extreme = difference_T.sum(), 0  # flips whose sum is at least as far from 0
-    # Scores are shares of few queries, so that sums often tie: round-off must not tell them apart.
+    total, extreme = difference_T.sum(), 0  # `extreme`: flips whose sum is at least as far from 0
+    # Scores are shares of few queries, so sums often tie; the tolerance keeps round-off from breaking ties.
     least = abs(total) - 1e-12 * np.abs(difference_T).sum()
     batch = max(BATCH_NUMBERS // tasks, 1)
     for first in range(0, flips, batch):
@@ -176,11 +176,12 @@ def permutation_p(difference_T: NDArray[np.float64]) -> float:
 
 
 def bootstrap95(difference_ST: NDArray[np.float64]) -> tuple[float, float]:
-    """Hierarchical bootstrap: seeds drawn outside and tasks inside, the same for all seeds -> 2.5 and 97.5 %.
+    """The 2.5 and 97.5 % quantiles of a hierarchical bootstrap: draw seeds, then tasks common to all seeds.
 
-    Too narrow with few seeds, which cannot show how seeds vary: of 1,000 simulated experiments each, with 3
-    seeds and 100 and 600 tasks, it held the truth in 79.1 and 73.9 % where seeds dominate, 94.2 and 93.1 %
-    where both count, 95.4 and 96.8 % where tasks dominate; with 10 seeds and 100 tasks in 91.4, 95.5, 95.1 %.
+    The interval is too narrow with few seeds, which cannot show how seeds vary. Coverage in 1,000 simulated
+    experiments per case, with 3 seeds and 100 or 600 tasks: 79.1 and 73.9 % if seeds dominate, 94.2 and
+    93.1 % if both have an effect, 95.4 and 96.8 % if tasks dominate; with 10 seeds and 100 tasks, 91.4, 95.5
+    and 95.1 %.
     """
     seeds, tasks = difference_ST.shape
     generator = np.random.default_rng(0)
@@ -188,7 +189,7 @@ def bootstrap95(difference_ST: NDArray[np.float64]) -> tuple[float, float]:
     means, batch = [], max(BATCH_NUMBERS // tasks, 1)
     for part_BS in np.split(share_BS, range(batch, RESAMPLES, batch)):
         task_BT = generator.integers(tasks, size=(len(part_BS), tasks))
-        # Gathered and summed by numpy: a matrix product would round otherwise on other numbers of threads.
+        # Not a matrix product, whose rounding depends on the number of threads.
         mean_SB = np.stack([one_T[task_BT].mean(1) for one_T in difference_ST])
         means.append((part_BS * mean_SB.T).sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
@@ -196,7 +197,7 @@ def bootstrap95(difference_ST: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjusted p values, which hold for all of them together; None and NaN do not count.
+    """Holm's step-down p values, adjusted for all comparisons together; None and NaN do not count.
 
     The i-th smallest of m becomes the largest of min((m - j + 1) p_j, 1) over j <= i (Holm 1979).
     """

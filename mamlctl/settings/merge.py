@@ -1,4 +1,4 @@
-"""Settings from presets, files, `--set` and flags, laid over each other; each value knows its layer."""
+"""Merge settings from presets, files, `--set` and flags, and record the origin of each value."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
-Layer = tuple[str, Mapping[str, Any]]  # where settings come from, and what they are
+Layer = tuple[str, Mapping[str, Any]]  # the origin of some settings, and their values
 COMMAND_LINE = ("flag", "--set")
 
 
 @dataclass(frozen=True)
 class Resolved(Generic[ConfigT]):
-    """A configuration and, for each field, the layer that its value came from."""
+    """A configuration, and the origin of each field's value."""
 
     config: ConfigT
     sources: Mapping[str, str]
 
 
 def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved[ConfigT], list[Problem]]:
-    """Lay `layers`, weakest first, over the defaults of a settings class.
+    """Override the defaults of a settings class with the values of `layers`, weakest first.
 
-    Returns: The settings, and the problems: unknown names and values of the wrong type, which are left out.
+    Returns:
+        The settings, and a problem for each unknown name or value of the wrong type; those are skipped.
     """
     types = VALUE_TYPES[config_type]
     values: dict[str, Any] = {}
@@ -37,7 +38,7 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
         for name, value in layer.items():
             if name not in types:
                 place = "" if source == "--set" else f" in {source}"
-                hint = nearest(str(name), types, otherwise="--print-config shows them all")
+                hint = nearest(str(name), types, otherwise="list all settings with --print-config")
                 problems.append((f"unknown setting '{name}'{place}", hint))
                 continue
             try:
@@ -52,9 +53,13 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
 def drop_ineffective(
     resolved: Resolved[TrainConfig], forced: Mapping[str, Any] | None = None
 ) -> Resolved[TrainConfig]:
-    """Drop what a preset or file says that a stronger layer made meaningless; flags stay, to be refused.
+    """Reset settings from presets and files that a stronger layer made meaningless.
 
-    `forced`: settings that can have one value only.
+    Settings from the command line are kept, so that later checks refuse them.
+
+    Args:
+        resolved: the settings and their origins.
+        forced: settings that can have only one value, and that value.
     """
     config = resolved.config
     values = dict(forced or {})
@@ -69,7 +74,7 @@ def drop_ineffective(
 
 
 def stored_settings(source: str, values: Mapping[str, Any]) -> TrainConfig:
-    """The settings of a file that has all of them, so that no other defaults count. Raises SettingsError."""
+    """The settings of a file that contains all of them. Raises SettingsError if one is invalid."""
     resolved, problems = merge(TrainConfig, [(source, values)])
     config = drop_ineffective(resolved).config
     if problems := problems + check(config):
@@ -78,7 +83,7 @@ def stored_settings(source: str, values: Mapping[str, Any]) -> TrainConfig:
 
 
 def evaluation_settings(values: Mapping[str, Any], source: str) -> EvalConfig:
-    """The settings of a test. Raises SettingsError for unknown ones, wrong types and limits."""
+    """The settings of an evaluation. Raises SettingsError for unknown names, wrong types and limits."""
     resolved, problems = merge(EvalConfig, [(source, values)])
     if problems := problems + limit_problems(resolved.config):
         raise SettingsError(problems)
@@ -86,7 +91,7 @@ def evaluation_settings(values: Mapping[str, Any], source: str) -> EvalConfig:
 
 
 def fill_schedules(config: TrainConfig, data_set_defaults: Mapping[str, Any]) -> TrainConfig:
-    """Fill what was left open: schedules from the epochs, so that short runs keep their shape."""
+    """Derive the settings that are None; schedules scale with the epochs, so short runs keep their shape."""
     open_values: dict[str, Any] = {
         **data_set_defaults,
         "eval_inner_steps": config.inner_steps,

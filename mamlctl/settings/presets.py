@@ -1,4 +1,4 @@
-"""Presets and files of settings, read and written."""
+"""Read presets and settings files, and write settings files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mamlctl.settings.schema import TrainConfig
 
 
 def presets_folder() -> Path:
-    """The folder of the presets: beside the package in a checkout, inside it in an installed wheel."""
+    """The folder of the presets: next to the package in a checkout, inside it in an installed wheel."""
     package = Path(__file__).parents[1]
     in_wheel = package / "presets"
     return in_wheel if in_wheel.is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:
-    """All presets, as `--preset` takes them."""
+    """The names of all presets, as `--preset` accepts them."""
     folder = presets_folder()
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
@@ -33,25 +33,23 @@ def load_preset(name: str) -> dict[str, Any]:
     """The values of a preset. Raises SettingsError for an unknown name."""
     if name not in (names := preset_names()):
         raise SettingsError(
-            [(f"unknown preset '{name}'", nearest(name, names, otherwise=f"one of {', '.join(names)}"))]
+            [(f"unknown preset '{name}'", nearest(name, names, otherwise=f"use one of {', '.join(names)}"))]
         )
     return load_file(presets_folder() / f"{name}.yaml")
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The flat mapping in a YAML file. Raises SettingsError when it is not one."""
+    """The flat mapping in a YAML file. Raises SettingsError if the file is anything else."""
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            [(f"{path} cannot be read: {error}", "give --config a YAML file of settings")]
-        ) from error
+        raise SettingsError([(f"{path} cannot be read: {error}", "use a YAML file of settings")]) from error
     except (YAMLError, OmegaConfBaseException) as error:
         raise SettingsError(
-            [(f"{path} is not YAML: {_first_line(error)}", "one 'name: value' a line")]
+            [(f"{path} is not YAML: {_first_line(error)}", "write one 'name: value' per line")]
         ) from error
     if not isinstance(values, dict):
-        raise SettingsError([(f"{path} holds no settings", "write one 'name: value' a line")])
+        raise SettingsError([(f"{path} contains no settings", "write one 'name: value' per line")])
     return {str(key): value for key, value in values.items()}
 
 
@@ -60,7 +58,7 @@ def _first_line(error: Exception) -> str:
 
 
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
-    """`--set key=value` pairs as values. Raises SettingsError for a pair without `=`."""
+    """Parse the `key=value` pairs of `--set`. Raises SettingsError for a pair that is not valid."""
     problems = [(f"--set {pair} has no '='", "write --set key=value") for pair in pairs if "=" not in pair]
     if problems:
         raise SettingsError(problems)
@@ -74,9 +72,10 @@ def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: TrainConfig, completed: TrainConfig) -> str:
-    """The settings as a file that `--config` takes; what is left open carries its present value as a comment.
+    """The settings as a file for `--config`, with the derived value of each null setting as a comment.
 
-    An open value stays open, so that a seed or a number of epochs laid over the file has its effect.
+    Null settings are not replaced by their derived values, since those follow a later change of, say, the
+    seed or the number of epochs.
     """
     lines = OmegaConf.to_yaml(asdict(config)).splitlines()
     return "".join(line + _derived_note(line, completed) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""The rules that settings keep, alone and with each other; each problem comes with its way out."""
+"""Validation rules for single settings and combinations; each problem comes with a hint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, EvalConfig, TrainConfig
 
-# A setting that only its improvement gives a meaning to.
+# Setting -> the improvement without which it has no effect.
 COMPANIONS = {
     name: improvement.name for improvement in IMPROVEMENTS.values() for name in improvement.companions
 }
 
-# A setting that only some networks have.
+# Setting -> the networks that use it.
 OF_NETS = {
     "filters": ("conv4", "resnet12"),
     "hidden": ("mlp",),
@@ -27,22 +27,22 @@ OF_NETS = {
     "activation": ("conv4", "mlp"),
 }
 
-# How a value of each type is read, and what it is called.
+# The parser of each type, and its name in messages.
 NODES: Mapping[type, Callable[[], ValueNode]]
 NODES = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
-NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 @dataclass(frozen=True)
 class ValueType:
-    """What a setting can be."""
+    """The type of a setting."""
 
     kind: type  # bool, int, float or str
-    optional: bool  # whether None is a value
-    choices: tuple[object, ...]  # of a closed set; empty for any other
+    optional: bool  # whether None is allowed
+    choices: tuple[object, ...]  # the allowed values; empty if there is no closed set
 
     def read(self, value: Any) -> Any:
-        """The value as this type has it, so that "7" is 7. Raises ValueError for one of another type."""
+        """The value converted to this type, e.g. "7" to 7. Raises ValueError if that is not possible."""
         if value is None and not self.optional:
             raise ValueError(value)
         return NODES[self.kind]().validate_and_convert(value)
@@ -58,31 +58,31 @@ def _value_types(config_type: type) -> Mapping[str, ValueType]:
     return types
 
 
-# The type of every setting of each settings class.
+# Settings class -> the types of its settings.
 VALUE_TYPES: Mapping[type, Mapping[str, ValueType]] = {
     config_type: _value_types(config_type) for config_type in (TrainConfig, EvalConfig)
 }
 
 
 def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
-    """Settings that others leave without effect -> the one value they may have, and the problem if not."""
+    """Settings that have no effect with these others -> the only allowed value, and the problem otherwise."""
     settings: dict[str, tuple[Any, Problem]] = {}
     for name, switch in COMPANIONS.items():
         if not getattr(config, switch):
             fact = f"{flag(name)} has no effect without {flag(switch)}"
-            settings[name] = None, (fact, f"add {flag(switch)} or leave it out")
+            settings[name] = None, (fact, f"add {flag(switch)}, or leave it out")
     for name, nets in OF_NETS.items():
         if config.net not in nets:
             fact = f"{flag(name)} has no effect with --net {config.net}"
             settings[name] = FIELDS[name].default, (fact, "leave it out")
     if config.ca:
-        fact = "--meta-lr-final and --ca both move the meta learning rate"
-        settings["meta_lr_final"] = None, (fact, "leave one out")
+        fact = "--meta-lr-final and --ca both schedule the meta learning rate"
+        settings["meta_lr_final"] = None, (fact, "remove one")
     return settings
 
 
 def check(config: TrainConfig) -> list[Problem]:
-    """Every rule that the settings break, by themselves and with each other."""
+    """Every problem of the settings, alone and in combination."""
     problems = limit_problems(config)
     problems += [
         problem for name, (value, problem) in ineffective(config).items() if getattr(config, name) != value
@@ -98,21 +98,24 @@ def check(config: TrainConfig) -> list[Problem]:
         problems.append((fact, f"use --train-shots {config.shots} or more"))
     if config.msl and config.inner_steps < 2:
         problems.append(
-            (f"--msl weighs several inner steps, but --inner-steps is {config.inner_steps}", "add --no-msl")
+            (f"--msl needs 2 inner steps or more, but --inner-steps is {config.inner_steps}", "add --no-msl")
         )
     if config.da and config.first_order:
         problems.append(
-            ("--da has no effect with --first-order: there is no second order to come", "leave one out")
+            ("--da has no effect with --first-order: training never becomes second order", "remove one")
         )
     if config.clip_value is not None and config.clip_norm is not None:
-        problems.append(("--clip-value and --clip-norm are both given", "leave one out"))
+        problems.append(("--clip-value and --clip-norm are both given", "remove one"))
     if config.min_meta_lr is not None and config.min_meta_lr > config.meta_lr:
         problems.append(
-            (f"--min-meta-lr {config.min_meta_lr:g} is above --meta-lr {config.meta_lr:g}", "lower it")
+            (
+                f"--min-meta-lr {config.min_meta_lr:g} is above --meta-lr {config.meta_lr:g}",
+                "lower --min-meta-lr",
+            )
         )
     if config.task_chunk != "auto" and not (config.task_chunk.isdecimal() and int(config.task_chunk)):
         problems.append(
-            (f"--task-chunk is {config.task_chunk!r}", "use auto, or a number of tasks from 1 on")
+            (f"--task-chunk is {config.task_chunk!r}", "use auto, or a number of tasks of at least 1")
         )
     if config.da_epochs is not None and config.da_epochs > config.epochs:
         problems.append(
@@ -122,7 +125,7 @@ def check(config: TrainConfig) -> list[Problem]:
 
 
 def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:
-    """The limits of single fields that the settings break."""
+    """A problem for each setting outside its choices or limits."""
     types = VALUE_TYPES[type(config)]
     problems = (
         _choice_problem(item.name, getattr(config, item.name), types[item.name].choices)
@@ -147,7 +150,7 @@ def _limit_problem(item: Field[Any], value: Any) -> Problem | None:
     if isinstance(value, float) and not math.isfinite(value):
         return f"{fact}, which is not a finite number", "use a finite number"
     if limits.least is not None and value < limits.least:
-        return f"{fact}, but the least is {limits.least}", f"use {limits.least} or more"
+        return f"{fact}, but the minimum is {limits.least}", f"use {limits.least} or more"
     if limits.above is not None and value <= limits.above:
         return f"{fact}, but it must be above {limits.above}", f"use more than {limits.above}"
     if limits.below is not None and value >= limits.below:

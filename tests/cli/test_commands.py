@@ -326,7 +326,7 @@ def test_offline_without_the_data_is_exit_3_with_the_command_to_run(cli, tmp_pat
 def test_an_existing_run_is_not_overwritten_and_keeps_its_settings(cli, trained):
     code, _, err = cli("train", *QUICK_WORDS, "--out", trained)
     assert code == 1
-    assert_two_lines(err, "already holds a run", "--resume")
+    assert_two_lines(err, "already contains a run", "--resume")
     code, _, err = cli("train", "--resume", trained, "--ways", "4")
     assert code == 2
     assert_two_lines(err, "--ways is 4, but the run to resume has 3", "start a new run")

@@ -125,9 +125,9 @@ def test_a_constant_difference_is_a_point_and_certain():
 def test_scores_that_are_not_in_pairs_are_refused():
     row, baseline = scores()
     for other in (baseline[:2], baseline[:, :7], baseline[:1]):  # numpy would stretch the last
-        with pytest.raises(ValueError, match="not seeds x tasks in pairs"):
+        with pytest.raises(ValueError, match="not paired seeds x tasks"):
             difference(row, other)
-    with pytest.raises(ValueError, match="not seeds x tasks in pairs"):
+    with pytest.raises(ValueError, match="not paired seeds x tasks"):
         difference(row[:, :1], baseline[:, :1])
 
 

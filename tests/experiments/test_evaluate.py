@@ -174,5 +174,5 @@ def test_curves_have_neither_images_nor_labels(trained):
 
 
 def test_no_order_at_all_is_refused(trained):
-    with pytest.raises(SettingsError, match="--label-permutations is 0, but the least is 1"):
+    with pytest.raises(SettingsError, match="--label-permutations is 0, but the minimum is 1"):
         loaded(trained("maml"), label_permutations=0)

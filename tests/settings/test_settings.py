@@ -69,12 +69,12 @@ def test_unknown_names_come_with_the_nearest_one():
 @pytest.mark.parametrize(
     ("settings", "fact"),
     [
-        ({"msl": True, "inner_steps": 1}, "--msl weighs several inner steps, but --inner-steps is 1"),
+        ({"msl": True, "inner_steps": 1}, "--msl needs 2 inner steps or more, but --inner-steps is 1"),
         ({"da": True, "first_order": True}, "--da has no effect with --first-order"),
         ({"clip_value": 1.0, "clip_norm": 1.0}, "both given"),
         ({"ca": True, "min_meta_lr": 1.0}, "is above --meta-lr"),
         ({"da": True, "da_epochs": 101}, "is more than --epochs 100"),
-        ({"ways": 1}, "--ways is 1, but the least is 2"),
+        ({"ways": 1}, "--ways is 1, but the minimum is 2"),
         ({"inner_lr": 0.0}, "must be above 0"),
         ({"inner_lr": float("nan")}, "not a finite number"),
         ({"adam_beta1": 1.0}, "must be below 1"),
