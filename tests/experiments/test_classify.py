@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.engine_cases import slow_forward
+from helpers.pages import DOCS, code_blocks
 from PIL import Image
 
 from mamlctl.cli.app import main
@@ -34,7 +35,6 @@ from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import GREEN, RED
 from mamlctl.settings.schema import EvalConfig
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 SMALL = {"dataset": "glyphs", "ways": 3, "shots": 2, "queries": 2, "filters": 4, "val_tasks": 2, "epochs": 1}
 SMALL |= {"meta_batch_size": 2, "steps_per_epoch": 2}
 IMAGED = [name for name in ALGORITHMS if name != "fomaml"]  # which is maml when it predicts
@@ -215,22 +215,18 @@ def test_a_run_that_was_judged_by_running_statistics_stays_with_them(trained, pa
     assert classify(trained("maml", bn="running"), support, query).bn == "running"
 
 
-def readme_lines():
-    section = README.read_text().split("## Your own images")[1]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-
-
 @pytest.mark.parametrize("algo", ["maml++", "reptile", "protonet", "transfer"])
 @pytest.mark.parametrize("bn", ["support", "running"])
-def test_the_lines_of_the_readme_give_the_table(algo, bn, trained, packed, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_documentation_gives_the_same_probabilities(algo, bn, trained, packed, tmp_path, monkeypatch, capsys):
     """By nn.Sequential alone, from the saved file: bnwb's last rows, adapted norms, prototypes as a layer."""
     support, query = folders(tmp_path, packed, [2, 1, 3])
     saved = tmp_path / "mine.pt"
     result = classify(trained(algo), support, query, settings=EvalConfig(bn=bn), save_adapted=saved)
+    (code,) = code_blocks((DOCS / "classify-your-images.md").read_text(), "python")
     monkeypatch.chdir(tmp_path)
     for image in result.images:
-        shutil.copy(image.file, "ask.png")
-        exec(readme_lines(), {})
+        shutil.copy(image.file, "query.png")
+        exec(code, {})
         printed = eval(capsys.readouterr().out)
         assert tuple(printed) == result.classes
         assert np.allclose(list(printed.values()), image.probabilities, atol=2e-5)

@@ -7,11 +7,11 @@ import ast
 import inspect
 import re
 import textwrap
-from pathlib import Path
 
 import typer.main
 from test_architecture import FLOORS
 
+from helpers.pages import PAGES
 from helpers.shared import ROOT
 from mamlctl.cli.app import app
 from mamlctl.core.errors import ExitCode
@@ -19,8 +19,6 @@ from mamlctl.settings.presets import preset_names, presets_folder
 from mamlctl.settings.schema import FIELDS
 
 PACKAGE = ROOT / "mamlctl"
-DOCS = PACKAGE / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 PART = re.compile(r"(?<=<!-- generated: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands
 # "(default: X)", "(more; default: X)" and "Default: X."
@@ -136,4 +134,4 @@ def with_parts(text):
 
 if __name__ == "__main__":
     for page in PAGES:
-        Path(page).write_text(with_parts(page.read_text()))
+        page.write_text(with_parts(page.read_text()))

@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import shutil
 import subprocess
 import sys
 from io import StringIO
 
 import pytest
+from helpers.pages import apply_diff, documented_diff
 from helpers.table_cases import one_on, text_rows
 from rich.console import Console
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.display.comparison_table import show_table
 from mamlctl.report import columns, html_page
-from mamlctl.report.columns import COLUMNS, Column
+from mamlctl.report.columns import COLUMNS
 from mamlctl.report.export import document, to_csv, to_latex, to_markdown
-
-RUNS = Column(
-    "runs_done",
-    head="runs done",
-    text=lambda table, row: f"{_runs_done(row)} done" if _runs_done(row) else "",
-    value=lambda row: _runs_done(row),
-    sort="best",
-    legend="runs done: runs that came to their end.",
-)
 
 
 def _runs_done(row):
     return sum(cell.status == "finished" for cell in row.cells)
 
 
-def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path):
+@pytest.fixture
+def runs_done(tmp_path, monkeypatch):
+    """The entry that contributing.md adds, made by its copy of the module."""
+    path = tmp_path / "mamlctl" / "report" / "columns.py"
+    path.parent.mkdir(parents=True)
+    shutil.copy(columns.__file__, path)
+    apply_diff(documented_diff("Add a table column"), tmp_path)
+    spec = importlib.util.spec_from_file_location("documented_columns", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert len(module.COLUMNS) == len(COLUMNS) + 1
+    return module.COLUMNS[-1]
+
+
+def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path, runs_done):
     with pytest.raises(SettingsError):
         text_rows(one_on(), "runs_done")
-    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, RUNS))
+    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, runs_done))
     table = one_on()
     counts = {row.label: _runs_done(row) for row in table.rows}
     assert sorted(set(counts.values())) == [0, 2, 3]
@@ -54,12 +63,12 @@ def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path):
     for form in (out.getvalue(), to_markdown(table).replace("\\", ""), to_latex(table), page):
         assert "runs done" in form
         assert form.count("3 done") == list(counts.values()).count(3)
-        assert RUNS.legend in form
+        assert runs_done.legend in form
     assert '<td class="runs_done"><data value="2">2 done</data></td>' in page
 
 
-def test_narrow_terminals_leave_a_new_column_out_first(monkeypatch):
-    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, RUNS))
+def test_narrow_terminals_leave_a_new_column_out_first(monkeypatch, runs_done):
+    monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, runs_done))
     out = StringIO()
     show_table(Console(file=out, width=120, force_terminal=True, color_system=None), one_on())
     assert "3 done" not in out.getvalue()
