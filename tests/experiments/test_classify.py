@@ -217,7 +217,9 @@ def test_a_run_that_was_judged_by_running_statistics_stays_with_them(trained, pa
 
 @pytest.mark.parametrize("algo", ["maml++", "reptile", "protonet", "transfer"])
 @pytest.mark.parametrize("bn", ["support", "running"])
-def test_the_code_of_the_documentation_gives_the_same_probabilities(algo, bn, trained, packed, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_documentation_gives_the_same_probabilities(
+    algo, bn, trained, packed, tmp_path, monkeypatch, capsys
+):
     """By nn.Sequential alone, from the saved file: bnwb's last rows, adapted norms, prototypes as a layer."""
     support, query = folders(tmp_path, packed, [2, 1, 3])
     saved = tmp_path / "mine.pt"
