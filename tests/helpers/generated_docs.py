@@ -85,13 +85,13 @@ def exit_codes():
 
 
 def presets():
-    """Every preset, with the first sentence of the comment at its head."""
-    rows = []
+    """Every preset, with the first sentence of the comment at its head; those that share it are one row."""
+    names = {}
     for name in preset_names():
         head = re.match(r"(?:#.*\n)+", (presets_folder() / f"{name}.yaml").read_text())
         text = " ".join(line.lstrip("# ") for line in head[0].splitlines())
-        rows.append([f"`{name}`", re.split(r"(?<=\.) (?=[A-Z])", text)[0]])
-    return _table(["preset", "what it is"], rows)
+        names.setdefault(re.split(r"(?<=\.) (?=[A-Z])", text)[0], []).append(f"`{name}`")
+    return _table(["presets", "content"], [[", ".join(same), text] for text, same in names.items()])
 
 
 def _summary(path):

@@ -161,7 +161,7 @@ def test_a_further_improvement_hides_no_published_number(monkeypatch):
     assert published("omniglot", 20, 1, "maml", [*LETTERS, "first_order"]) == ()
 
 
-def test_the_wheel_carries_the_file(tmp_path):
+def test_the_wheel_carries_its_data_files_and_the_documentation(tmp_path):
     pytest.importorskip("hatchling", reason="hatchling is not installed here")
     code = "from hatchling.build import build_wheel; import sys; build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
@@ -169,3 +169,5 @@ def test_the_wheel_carries_the_file(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = ("published.yaml", "templates/report.css", "templates/report.html.j2")
     assert {f"mamlctl/report/{file}" for file in files} <= names
+    docs = (ROOT / "mamlctl" / "docs").glob("*.md")
+    assert {f"mamlctl/docs/{page.name}" for page in docs} <= names
