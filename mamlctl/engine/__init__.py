@@ -1,1 +1,1 @@
-"""The mathematics, on the device."""
+"""Everything that computes on the device: networks, inner loops, meta-gradients, training, evaluation."""

@@ -1,4 +1,4 @@
-"""Which device and which arithmetic a run gets."""
+"""Choose the device and the arithmetic of a run, and describe the machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ import torch
 from mamlctl.core.literals import Precision
 from mamlctl.core.problems import Problem
 
-COMPUTE = {"bf16": torch.bfloat16}  # type of the convolutions' products, where it differs
+COMPUTE = {"bf16": torch.bfloat16}  # dtype of the convolutions' products where it is not that of the weights
 
 
 def tensor_dtype(precision: Precision) -> torch.dtype:
-    """The type of weights and images: float64 where that was asked for, float32 at every other precision."""
+    """Return the dtype of weights and images: float64 with --precision float64, float32 otherwise."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
 def device_problems(name: str, precision: Precision, cuda_graph: bool | None = None) -> list[Problem]:
-    """Why this machine cannot give what was asked for; empty if it can."""
+    """Check that this machine has the requested device and supports the requested arithmetic.
+
+    Args:
+        name: the --device setting: auto, cpu, cuda or cuda:N.
+        precision: the --precision setting.
+        cuda_graph: the --cuda-graph setting; None if it is not given.
+
+    Returns:
+        The problems, as pairs of fact and hint; empty if there are none.
+    """
     kind, _, index = name.partition(":")
     if name != "auto" and (
         kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
@@ -30,7 +39,7 @@ def device_problems(name: str, precision: Precision, cuda_graph: bool | None = N
         return [(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")]
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= devices:
-        fact = f"--device is {name}, but this machine has {devices} CUDA devices"
+        fact = f"--device is {name}, but the number of CUDA devices on this machine is {devices}"
         return [(fact, "use --device cpu or auto")]
     problems = []
     if kind == "cpu" or not devices:
@@ -43,7 +52,10 @@ def device_problems(name: str, precision: Precision, cuda_graph: bool | None = N
 
 
 def open_device(name: str, precision: Precision) -> torch.device:
-    """The device to compute on, its matrix arithmetic set. Call `device_problems` first."""
+    """Return the device to compute on, and set torch's matrix arithmetic for it.
+
+    Call `device_problems` first: this function does not check its arguments.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -55,33 +67,33 @@ def open_device(name: str, precision: Precision) -> torch.device:
 
 
 def precision_of(precision: Precision, device: torch.device) -> Precision:
-    """The arithmetic that `auto` stands for on a device."""
+    """Replace `auto` with the default arithmetic of a device."""
     if precision != "auto":
         return precision
     return "tf32" if device.type == "cuda" else "float32"
 
 
 def device_words(device: torch.device) -> str:
-    """The device by its product name, for people and for environment.json."""
+    """Describe the device by its product name, for messages and environment.json."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def cpu_line(*names: str) -> str:
-    """What Linux tells of the processor under one of these names, name included; empty elsewhere."""
+    """Return the first line of /proc/cpuinfo that begins with one of these names; "" if there is none."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     return next((line for line in lines if line.startswith(names)), "")
 
 
 def cpu_model() -> str:
-    """The processor by its product name."""
+    """Return the product name of the processor."""
     return cpu_line("model name").partition(":")[2].strip() or platform.processor()
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated by torch on a CUDA device, resident set of the process on a CPU."""
+    """Return the peak memory in bytes: torch's allocations on CUDA, the resident set size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -89,7 +101,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def cuda_ms(work: Callable[[], object]) -> float:
-    """Milliseconds of the second of two runs; waits for the device."""
+    """Run `work` twice and return the milliseconds of the second run; synchronises with the device."""
     work()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()

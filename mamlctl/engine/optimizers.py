@@ -1,7 +1,7 @@
-"""The outer optimisers: plain steps, and Adam by torch's own function of tensors.
+"""The outer optimisers: SGD, and Adam through torch's functional `adam`.
 
-The class `torch.optim.Adam` imports torch's compiler when it is made: 1.3 of the 3.9 s from start to the
-first meta-step (one core of a 2-core virtual machine).
+The class `torch.optim.Adam` imports torch's compiler when it is constructed. This takes 1.3 of the 3.9 s from
+the start of the program to the first meta-step (one core of a 2-core virtual machine).
 """
 
 from __future__ import annotations
@@ -17,35 +17,46 @@ EPS = 1e-8  # torch's default
 
 
 class Optimizer(Protocol):
-    """Moves the learnable tensors in place; its state is tensors on their device."""
+    """Updates the learnable tensors in place; its own state is tensors on the same device."""
 
     def set_lr(self, lr: float) -> None:
-        """Follow the schedule, where there is one."""
+        """Set the meta learning rate; ignored by an optimiser that learns its own rate."""
 
     def lr_now(self) -> float:
-        """The meta learning rate; syncs with the device where it lives there."""
+        """Return the meta learning rate; synchronises with the device if the rate is a tensor there."""
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """One step against the gradients."""
+        """Descend along the gradients, which have the names and shapes of the learnable tensors."""
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint holds, sharing memory."""
+        """Return the state that a checkpoint contains, without copying it."""
 
 
 def restore(optimizer: Optimizer, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy a checkpoint's state, in place, from whichever device."""
+    """Copy the state of a checkpoint into an optimiser, in place and across devices."""
     for part, tensors in optimizer.stored().items():
         for name, tensor in tensors.items():
             tensor.copy_(stored[part][name])
 
 
 class Adam:
-    """The outer optimiser (Kingma & Ba 2015, arXiv:1412.6980); its state is tensors on the weights' device.
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1). With g the gradient and t the number of steps:
 
-    On a CUDA device its learning rate is a tensor too, so that a recorded step follows the schedule.
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        w = w - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    On a CUDA device the learning rate is a tensor, because a CUDA graph reads tensors again at each replay
+    but keeps a Python number as it was when the graph was recorded.
     """
 
     def __init__(self, learnable: Mapping[str, Tensor], lr: float, betas: tuple[float, float]) -> None:
+        """Start with moments of 0.
+
+        Args:
+            learnable: the tensors to update in place, by name.
+            lr: the meta learning rate of the first step.
+            betas: the decay rates b1 and b2 of both moments.
+        """
         self.learnable, self.betas = dict(learnable), betas
         self.first = {name: torch.zeros_like(tensor.detach()) for name, tensor in learnable.items()}
         self.second = {name: torch.zeros_like(moment) for name, moment in self.first.items()}
@@ -61,7 +72,6 @@ class Adam:
             self.lr = lr
 
     def lr_now(self) -> float:
-        """The learning rate; syncs with a CUDA device."""
         return float(self.lr)
 
     @torch.no_grad()
@@ -88,7 +98,7 @@ class Adam:
 
 
 class Sgd:
-    """Plain steps: with Reptile's gradient, interpolation towards the adapted weights."""
+    """Plain gradient descent, w = w - lr g; Reptile's outer step (see algorithms/reptile.py)."""
 
     def __init__(self, learnable: Mapping[str, Tensor], lr: float) -> None:
         self.learnable, self.lr = dict(learnable), lr

@@ -1,1 +1,1 @@
-"""The algorithms: a table, and one file for each method with code of its own."""
+"""The algorithms: a registry, and one module for each method that has code of its own."""

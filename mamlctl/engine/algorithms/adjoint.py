@@ -1,14 +1,26 @@
-"""MAML's meta-gradient without an unrolled graph: walk back through the inner steps with the adjoint.
+"""MAML's meta-gradient by the adjoint method, without an unrolled graph.
 
-With p the gradient of the meta-loss by the fast weights after a step, g the support gradient that made the
-step and H the support loss's Hessian in front of it:
+The inner loop and the meta-loss of one task are (arXiv:1703.03400, section 2.2; the weights v_k of the
+multi-step loss are those of arXiv:1810.09502, section 4)
 
-    by the rate   -<p, g>          by the weights before   p - H (rate p), plus their own query gradient
-    by the norm row of the step    -(mixed second derivative) (rate p), plus the query's own
+    g_k = grad_w L_support(w_k; f_k)        w_{k+1} = w_k - a_k g_k        k = 0 .. I-1
+    L   = sum_k v_k L_query(w_{k+1}; f_k)
 
-One Hessian-vector product a step, where double backward keeps every step's graph: only the fast weights of
-each step stay, and what a product needs is made again where it was not kept. Query gradients are taken on the
-way back too, where they are used.
+with fast weights w_k, inner rates a_k and batch-norm rows f_k. The adjoint p_k = dL/dw_k is the gradient of
+the meta-loss with respect to the fast weights before step k, through all later steps. Differentiating w_{k+1}
+with respect to w_k gives the identity minus a_k H_k, with H_k the Hessian of the support loss at w_k. By the
+chain rule, backwards from p_I = v_{I-1} grad L_query(w_I; f_{I-1}):
+
+    dL/da_k  = -<p_{k+1}, g_k>                       summed over the weights that share the rate
+    p_k      = p_{k+1} - H_k (a_k p_{k+1}) + v_{k-1} grad L_query(w_k; f_{k-1})      without v_{-1}
+    dL/df_k += v_k dL_query/df (w_{k+1}; f_k) - d/df <grad_w L_support(w_k; f_k), a_k p_{k+1}>
+
+and the mean of p_0 over tasks is the meta-gradient of the slow weights (the code includes the factor 1/T in
+v_k). First order takes H_k and the last term as 0.
+
+A step costs one Hessian-vector product, whose second result is the mixed derivative in the last line. Double
+backward keeps the graphs of all steps, so its memory grows with their number; here only the fast weights w_k
+are kept, and the passes of the last KEPT steps. Query gradients are computed on the way back.
 """
 
 from __future__ import annotations
@@ -27,17 +39,18 @@ from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
 
-# Inner steps, counted from the last, whose passes are kept for the Hessian-vector products; earlier ones are
-# made again, at 3 of 15 units of a step's convolutions. So memory stops growing after these.
+# The number of last inner steps whose support passes are kept for the Hessian-vector products. The passes of
+# earlier steps are computed again, which is 3 of the 15 units of convolution work of such a step. So memory
+# stops growing with the number of steps.
 KEPT = 5
 
 
 @dataclass
 class _Point:
-    """What stays of an inner step until the walk back."""
+    """What is kept of an inner step for the way back."""
 
-    fast: Params  # before the step
-    gradient: Gradient | None  # of the support loss there; None: to be made again
+    fast: Params  # w_k, the fast weights before the step
+    gradient: Gradient | None  # of the support loss at w_k; None if it is to be computed again
 
 
 def adjoint(
@@ -48,15 +61,21 @@ def adjoint(
     *,
     derivatives: Derivatives | None = None,
 ) -> MetaStepResult:
-    """The meta-gradient of `meta_gradient.unrolled`, with memory that does not grow with the steps' graphs.
+    """Compute the meta-gradient of `meta_gradient.unrolled` by the adjoint method.
 
-    `derivatives`: other than the fastest ones for the net.
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`.
+        derivatives: the implementation to use instead of the fastest one.
+
+    Returns:
+        As in `meta_gradient.Outer`.
     """
     steps, weights = request.inner_steps, request.msl_weights
     with torch.no_grad():
         derivatives = derivatives or select_derivatives(net, episodes.support_x_TECHW)
         walk = AdjointPass(derivatives, state, episodes, first_order=request.first_order)
         for step in range(steps):
+            # The query losses that enter the meta-loss are measured on the way back, with their gradients.
             if request.measure_all and not (step and enters_meta_loss(weights[step - 1])):
                 walk.record_query_loss(step)
             walk.inner_step(step, keep=step >= steps - KEPT)
@@ -70,29 +89,31 @@ def adjoint(
 
 
 class AdjointPass(InnerLoop):
-    """Forward through the inner steps and back, all tasks of the episodes at once."""
+    """Forward through the inner steps and back, for all tasks of the episodes at once."""
 
     def __init__(
         self, derivatives: Derivatives, state: MetaState, episodes: Episodes, *, first_order: bool
     ) -> None:
+        """Start at the slow weights, with an adjoint of 0; arguments as in `InnerLoop`."""
         super().__init__(derivatives, state, episodes)
         self.first_order, self.tasks = first_order, len(episodes.query_y_TE)
-        self.adjoint = {name: torch.zeros_like(weight) for name, weight in self.fast.items()}
+        self.adjoint = {name: torch.zeros_like(weight) for name, weight in self.fast.items()}  # p
         self.grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
         self.meta_loss = episodes.support_x_TECHW.new_zeros(())
         self._points: list[_Point] = []
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
-        """One inner step on the support set; `keep` what the walk back needs of it."""
+        """Take inner step `step`; `keep` its passes for the way back."""
         before = self.fast
         gradient = super().inner_step(step, keep=keep and not self.first_order)
-        # In first order there are no products, and each step's gradient alone is small enough to be kept.
+        # First order needs no products, and the gradient without its tape is small enough to keep.
         self._points.append(_Point(before, gradient if keep or self.first_order else None))
         return gradient
 
     def add_query_gradient(self, step: int, weight: float | Tensor) -> None:
-        """Add the weighted query loss after a step to the meta-loss, and its gradients to the adjoint."""
+        """Add v_k L_query(w_{k+1}; f_k), k = `step`, to the meta-loss, and its gradients to p and dL/df_k."""
         query = self.query_gradient(step + 1)
+        # The mean over tasks: every task's loss counts 1/T.
         share = weight / self.tasks
         self.adjoint = {name: p + query.fast[name] * share for name, p in self.adjoint.items()}
         for name, grad in query.norm.items():
@@ -100,19 +121,19 @@ class AdjointPass(InnerLoop):
         self.meta_loss = self.meta_loss + weight * self.measurements.query_losses[step + 1]
 
     def step_back(self, step: int) -> None:
-        """From the adjoint after a step to the adjoint before it."""
+        """Go from p_{k+1} to p_k, k = `step`, and add to dL/da_k and dL/df_k."""
         point = self._points.pop()
         self.fast, support = point.fast, point.gradient
         if support is None:
             support = self.support_gradient(self.state.norm_pass(step), keep=True)
         if self.state.rates_learnt:
-            # By the rate: -<p, g>, summed over whatever shares a rate.
+            # dL/da_k = -<p_{k+1}, g_k>: summed over tasks, and over a tensor with LSLR but not with Meta-SGD.
             for name in self.state.rates:
                 grad = self._gradient_row(f"{RATE}{name}", step)
                 grad.sub_((self.adjoint[name] * support.fast[name]).sum_to_size(grad.shape))
         if self.first_order:
             return
-        # What is not adapted has no rate: its direction is 0.
+        # The direction a_k p_{k+1}; tensors that are not adapted have no rate, so theirs is 0.
         direction = {
             name: p * self.state.rate(name, step) if name in self.state.rates else torch.zeros_like(p)
             for name, p in self.adjoint.items()
@@ -123,12 +144,13 @@ class AdjointPass(InnerLoop):
             self._gradient_row(name, step).sub_(grad)
 
     def result(self) -> MetaStepResult:
-        """Everything, once the walk is back at the initialisation, which all tasks share."""
+        """Return the meta-gradients and measurements, after the last step back."""
+        # All tasks start from the same slow weights, so dL/dw_0 is the sum of p_0 over tasks.
         for name, p in self.adjoint.items():
             self.grads[name].add_(p.sum(0))
         return MetaStepResult.of(self.measurements, self.grads, self.meta_loss)
 
     def _gradient_row(self, name: str, step: int) -> Tensor:
-        """The gradient of a step's norm row or rate, to be changed in place."""
+        """Return the gradient of a step's norm row or rate as a view, to be updated in place."""
         grad = self.grads[name]
         return grad[min(step, len(grad) - 1)]

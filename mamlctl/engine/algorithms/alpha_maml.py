@@ -1,17 +1,18 @@
-"""Alpha-MAML: both learning rates follow their own gradients.
+"""Alpha-MAML: the inner and the meta learning rate are learnt by gradient descent.
 
-Behl et al. 2019 (arXiv:1905.07435). With a the inner rate, b the meta rate, g the meta-gradient
-and d the direction of the last step, whose weights moved by -b d, the hypergradients are
+Behl et al. 2019 (arXiv:1905.07435). Let a be the inner rate, b the meta rate, L the meta-loss and g its
+gradient with respect to the slow weights w. The previous meta-step moved the weights by -b d. Then L as a
+function of both rates has the gradients (hypergradients)
 
-    by the inner rate   the meta-loss's derivative by a        by the meta rate   -<g, d>
+    dL/da, part of the meta-gradient like any learnt inner rate        dL/db = <g, dw/db> = -<g, d>
 
-the second one after Baydin et al. 2018 (arXiv:1703.04782). The paper subtracts them from the rates.
-Their sizes depend on the task and on the rates themselves, so here they move the logarithms:
+The second one is that of Baydin et al. 2018 (arXiv:1703.04782). The paper subtracts the hypergradients from
+the rates. Their sizes depend on the data and on the rates themselves, so here they update the logarithms,
 
     dL/d log a = a dL/da        dL/d log b = -b <g, d>
 
-by Adam with steps of `hyper_lr`, so that a start ten times off is corrected in about log(10) / hyper_lr
-meta-steps, whatever the task.
+with Adam at rate `hyper_lr`. Adam's steps have about this size whatever the gradient's, so a rate that starts
+10 times too large or small is corrected in about log(10) / hyper_lr meta-steps.
 """
 
 from __future__ import annotations
@@ -26,18 +27,26 @@ from mamlctl.engine.optimizers import Adam
 
 
 class Hypergradient:
-    """Adam for the weights, while the inner and the meta learning rate follow their hypergradients."""
+    """Adam for the weights, and a second Adam for the logarithms of the inner and the meta rate."""
 
     def __init__(
         self, learnable: Mapping[str, Tensor], lr: float, betas: tuple[float, float], hyper_lr: float
     ) -> None:
-        """`learnable`: the inner rates are those called "rate...", which move as one."""
+        """Start at the rates of the settings.
+
+        Args:
+            learnable: the tensors to update in place; names that begin with "rate." are inner rates, which
+                all have one shared value.
+            lr: the initial meta learning rate b.
+            betas: the decay rates of both Adams.
+            hyper_lr: the learning rate of log a and log b.
+        """
         weights = {name: tensor for name, tensor in learnable.items() if not name.startswith(RATE)}
         self.rates = [tensor for name, tensor in learnable.items() if name.startswith(RATE)]
         self.inner = Adam(weights, lr, betas)
         self.last = {name: torch.zeros_like(tensor.detach()) for name, tensor in weights.items()}
         like = self.rates[0].detach()
-        # On the CPU, as torch's own Adam wants its rate there; the inner rate stays where it is used.
+        # On the CPU and in float64, because every step reads them as Python numbers.
         self.logs = {
             "inner": like.log().reshape(()).double().cpu(),
             "meta": like.new_tensor(lr).log().double().cpu(),
@@ -45,18 +54,18 @@ class Hypergradient:
         self.hyper = Adam(self.logs, hyper_lr, betas)
 
     def set_lr(self, lr: float) -> None:
-        """Ignored: the rate has no schedule."""
+        """Do nothing: the rate is learnt, so it has no schedule."""
 
     def lr_now(self) -> float:
-        """The meta learning rate as it is now."""
         return float(self.logs["meta"].exp())
 
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Both rates first, then the weights with the new ones."""
+        """Update both rates, then the weights with the new meta rate."""
         inner_rate, meta_lr = (float(self.logs[name].exp()) for name in ("inner", "meta"))
+        # dL/da: all tensors share the inner rate, so their gradients add up.
         by_inner = sum(float(grad.sum()) for name, grad in grads.items() if name.startswith(RATE))
-        # The last step moved the weights by -meta_lr * last.
+        # dL/db = -<g, d>, with d the direction of the previous step.
         by_meta = -sum(float((grads[name] * last).sum()) for name, last in self.last.items())
         like = self.logs["inner"]
         self.hyper.step(
@@ -67,11 +76,11 @@ class Hypergradient:
         before = {name: tensor.detach().clone() for name, tensor in self.inner.learnable.items()}
         self.inner.set_lr(self.lr_now())
         self.inner.step(grads)
+        # Adam's direction d follows from the step that it took, -b d.
         for name, tensor in self.inner.learnable.items():
             self.last[name].copy_((before[name] - tensor) / self.lr_now())
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
-        """Both Adams, the last direction and the rates."""
         rates = {"last": self.last, "logs": self.logs}
         hyper = {f"hyper.{part}": tensors for part, tensors in self.hyper.stored().items()}
         return rates | self.inner.stored() | hyper

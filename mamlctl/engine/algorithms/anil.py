@@ -1,10 +1,12 @@
-"""ANIL: the inner loop changes the head alone.
+"""ANIL: the inner loop adapts the head only.
 
-Raghu, Raghu, Bengio & Vinyals 2020 (arXiv:1909.09157), section 4: MAML in which only the last layer h adapts,
+Raghu, Raghu, Bengio & Vinyals 2020 (arXiv:1909.09157), section 4: MAML in which only the last layer h is
+adapted, and the features f of the body with slow weights b stay the same,
 
-    h_{k+1} = h_k - a_k grad_h L_support(h_k; features)
+    h_{k+1} = h_k - a_k grad_h L_support(h_k; f(x; b))
 
-So a set passes the body once forward and once backward, and what is unrolled is a linear layer.
+The meta-gradient of h_0 and a_k is MAML's, unrolled for a linear layer. That of b follows by the chain rule
+from dL/df of both sets, so each set passes the body once forward and once backward, whatever I is.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from mamlctl.engine.nets.batch_norm import NormPass
 def anil(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """MAML's meta-gradient of the head, and an ordinary gradient of the body behind it."""
+    """Compute the meta-gradient: unroll the head, then backpropagate through the body.
+
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`.
+        engine: the --engine setting, which chooses the derivatives of the body.
+
+    Returns:
+        As in `meta_gradient.Outer`.
+    """
     body = BodyFeatures(net, state, episodes, engine)
     with torch.enable_grad():
         learnable = state.learnable()
@@ -35,13 +45,13 @@ def anil(
         head = HeadNet(net.outputs, net.objective)
         measurements, meta_loss = unroll(head, state.head_alone(), body.as_episodes(), request)
         grads = torch.autograd.grad(meta_loss, [*learnt.values(), *body.features], materialize_grads=True)
-    measurements.norm_passes = body.norm_passes  # the head has no norm
+    measurements.norm_passes = body.norm_passes  # the head has no batch norm
     by_body = body.back_through(state, grads[len(learnt) :])
     return MetaStepResult.of(measurements, by_body | dict(zip(learnt, grads, strict=False)), meta_loss)
 
 
 class BodyFeatures:
-    """The features of both sets of every task, and the way back from their gradients."""
+    """The features of both sets of each task, and the backward pass from their gradients."""
 
     def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: EngineName) -> None:
         self.episodes = episodes
@@ -62,14 +72,19 @@ class BodyFeatures:
                 self.norm_passes.append(norm)
 
     def as_episodes(self) -> Episodes:
-        """The tasks with features for images."""
+        """Return the tasks with features in place of images."""
         support, query = self.features
         return Episodes(support, self.episodes.support_y_TE, query, self.episodes.query_y_TE)
 
     def back_through(self, state: MetaState, by_features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Gradients of the body's weights and the norm, summed over tasks and sets.
+        """Backpropagate from the features to the body.
 
-        `by_features`: the gradients by `features`, one of each set.
+        Args:
+            state: the weights and norm rows of the forward pass.
+            by_features: the gradients of the meta-loss with respect to `features`, one _TEF for each set.
+
+        Returns:
+            Gradients with respect to the body's weights and the norm rows, summed over tasks and sets.
         """
         grads = {
             name: torch.zeros_like(weight) for name, weight in (body_of(state.slow) | state.norm).items()

@@ -1,17 +1,22 @@
-"""iMAML: the implicit gradient at the inner loop's end.
+"""iMAML: the implicit meta-gradient at the end of the inner loop.
 
-Rajeswaran, Finn, Kakade & Levine 2019 (arXiv:1909.04630). The inner loop minimises, by equation 3,
+Rajeswaran, Finn, Kakade & Levine 2019 (arXiv:1909.04630). The inner loop minimises (equation 3; l is lambda
+in the paper, --proximal here)
 
-    support loss + proximal / 2 |w - w0|^2
+    w* = argmin_w  L_support(w; f) + l/2 |w - w_0|^2
 
-At the minimum the implicit function theorem gives, with H the support loss's Hessian there and v solving
-(H + proximal) v = gradient of the query loss (lemma 1),
+At the minimum grad L_support(w*; f) + l (w* - w_0) = 0. Differentiating this condition gives, with H the
+Hessian of the support loss at w* (the implicit function theorem; lemma 1),
 
-    by the slow weights   proximal v
-    by the norm and all that is not adapted   the query's own gradient - (mixed second derivative) v
+    dw*/dw_0 = (I + H/l)^-1 = l (H + l)^-1        dw*/df = -(H + l)^-1 d/df grad_w L_support
 
-v comes from `cg_steps` of conjugate gradient, a Hessian-vector product each, for all tasks at once. Memory
-does not depend on the number of inner steps.
+So with v the solution of (H + l) v = grad L_query(w*; f), the meta-gradient of a task is
+
+    with respect to w_0                               l v
+    with respect to f, and to all that is not adapted     dL_query/df - d/df <grad_w L_support, v>
+
+v comes from `cg_steps` steps of conjugate gradient, one Hessian-vector product each, for all tasks at once.
+Only the end of the inner loop matters, so memory does not depend on the number of inner steps.
 """
 
 from __future__ import annotations
@@ -42,27 +47,34 @@ def imaml(
     proximal: float,
     cg_steps: int,
 ) -> MetaStepResult:
-    """The meta-gradient at the inner loop's end alone.
+    """Compute the implicit meta-gradient.
 
-    `proximal`: the strength of the pull to the initialisation (lambda in the paper); `cg_steps`: of conjugate
-    gradient.
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`.
+        engine: the --engine setting.
+        proximal: l, the strength of the pull towards the slow weights.
+        cg_steps: the number of conjugate-gradient steps.
+
+    Returns:
+        As in `meta_gradient.Outer`.
     """
     derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
     loop = InnerLoop(derivatives, state, episodes, InnerRule(proximal))
     loop.run(request.inner_steps, measure_all=request.measure_all)
     support = loop.support_gradient(state.norm_pass(0), keep=True)
     query = loop.query_gradient(request.inner_steps)
-    # Of what is not adapted the direction is 0.
+    # v has no component along tensors that are not adapted.
     still = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}
 
     def pulled_product(direction: Params) -> Params:
-        """(H + proximal) times a direction of what is adapted."""
+        """Multiply H + l by a direction of the adapted tensors."""
         products, _ = support.product(direction | still)
         return {name: products[name] + proximal * part for name, part in direction.items()}
 
     adapted_grads = {name: query.fast[name] for name in state.rates}
     solved = conjugate_gradient(pulled_product, adapted_grads, cg_steps)
     products, mixed = support.product(solved | still)
+    # Means over tasks: l v for the adapted tensors, dL_query - d<grad L_support, v> for all others.
     grads = {name: proximal * v.mean(0) for name, v in solved.items()}
     grads |= {name: (query.fast[name] - products[name]).mean(0) for name in still}
     for name, rows_RC in state.norm.items():
@@ -72,16 +84,27 @@ def imaml(
 
 
 def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
-    """Solve A x = b for every task, A being given by its products (Hestenes & Stiefel 1952).
+    """Solve A x = b for every task by conjugate gradient (Hestenes & Stiefel 1952).
 
-    A task stops where it finds no more curvature or nothing left to do; of indefinite A the solution is that
-    on the directions found so far.
+    With r the residual b - A x, d the direction and x = 0, r = d = b at the start, a step is
+
+        s = <r, r> / <d, A d>        x = x + s d        r' = r - s A d        d = r' + <r', r'> / <r, r> d
+
+    A task stops at a residual of 0, or at a direction with <d, A d> <= 0: then A is not positive definite,
+    and x solves the system on the directions so far.
+
+    Args:
+        product: multiplies A by a vector; each tensor has the leading axis T.
+        b: the right-hand sides.
+        steps: the number of steps.
+
+    Returns:
+        x, in the shapes of `b`.
     """
     x = {name: torch.zeros_like(part) for name, part in b.items()}
     residual, direction = dict(b), dict(b)
     squared_T = _dots(residual, residual)
     for _ in range(steps):
-        # The step along the direction that leaves no residual along it.
         along = product(direction)
         curvature_T = _dots(direction, along)
         good_T = (curvature_T > 0) & (squared_T > 0)
@@ -89,7 +112,7 @@ def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: in
         x = _plus(x, length_T, direction)
         residual = _plus(residual, -length_T, along)
         new_T = _dots(residual, residual)
-        # A task that stops keeps its residual, and moves no more: its direction becomes 0.
+        # A task that has stopped gets a direction of 0, so its x stays the same.
         turn_T = torch.where(good_T, new_T / squared_T, 0)
         direction = _plus(
             {name: part * _like(good_T, part) for name, part in residual.items()}, turn_T, direction
@@ -99,7 +122,7 @@ def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: in
 
 
 def _dots(one: Params, two: Params) -> Tensor:
-    """Inner products over all of a task's tensors -> _T."""
+    """Compute each task's inner product over all its tensors -> _T."""
     return torch.stack([(part * two[name]).flatten(1).sum(1) for name, part in one.items()]).sum(0)
 
 

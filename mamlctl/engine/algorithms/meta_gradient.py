@@ -1,12 +1,14 @@
-"""MAML's meta-gradient by plain double backward, and what every algorithm's meta-gradient is asked for.
+"""MAML's meta-gradient by double backward, and the interface that every algorithm's meta-gradient has.
 
-Equation 1 of Finn, Abbeel & Levine 2017 (arXiv:1703.03400), with the multi-step loss of Antoniou et al. 2019
-(arXiv:1810.09502, section 4): with w_0 the slow weights, a_k the inner rates and v_k the weights of MSL,
+The gradient in equation 1 of Finn, Abbeel & Levine 2017 (arXiv:1703.03400), with the multi-step loss (MSL) of
+Antoniou et al. 2019 (arXiv:1810.09502, section 4). With w_0 the slow weights, a_k the inner rates, f_k the
+batch-norm rows and v_k the MSL weights (0, .., 0, 1 without MSL),
 
-    w_{k+1} = w_k - a_k grad L_support(w_k)        meta-loss = mean over tasks of  sum_k v_k L_query(w_k)
+    w_{k+1}   = w_k - a_k grad_w L_support(w_k; f_k)        k = 0 .. I-1
+    meta-loss = mean over tasks of  sum_k v_k L_query(w_{k+1}; f_k)
 
-and the meta-gradient is its derivative by w_0, the a_k and the rows of batch norm. In first order the support
-gradients count as constants.
+and the meta-gradient is the derivative of the meta-loss with respect to w_0, and to a_k and f_k where they
+are learnt. First order treats the support gradients as constants.
 """
 
 from __future__ import annotations
@@ -26,27 +28,28 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 @dataclass(frozen=True)
 class MetaStepRequest:
-    """What a meta-step is to find out."""
+    """The settings of one meta-step that change during a run."""
 
-    inner_steps: int
-    # Of the query loss after step 1..I. A weight of 0 costs no training pass; a tensor counts whatever its
-    # value, so that nobody has to ask the device.
+    inner_steps: int  # I
+    # v_k, the weights of the query losses after 1, 2, ..., I inner steps. A weight of 0 saves the training
+    # pass. A tensor enters the meta-loss whatever its value, because reading it would synchronise with the
+    # device.
     msl_weights: Sequence[float | Tensor]
     first_order: bool
-    measure_all: bool  # also measure the query losses that have no weight, without a graph
+    measure_all: bool  # also measure the query losses that do not enter the meta-loss
 
 
 @dataclass(frozen=True)
 class MetaStepResult:
-    """What one meta-step measured, on the device; the outer optimiser has not moved yet."""
+    """The meta-gradient and measurements of one meta-step, on the device; no weight has changed yet."""
 
-    grads: dict[str, Tensor]  # like MetaState.learnable()
+    grads: dict[str, Tensor]  # names and shapes of MetaState.learnable()
     meta_loss: Tensor  # scalar
-    support_losses_I: Tensor
+    support_losses_I: Tensor  # before inner step 1, 2, ..., I; means over tasks
     query_losses: dict[int, Tensor]  # inner steps taken -> mean over tasks
-    query_scores: dict[int, Tensor]  # the same, of the objective's metric
-    norm_passes: list[NormPass]  # those that training made, whose statistics accumulate
-    moments: Params = field(default_factory=dict)  # what the inner Adam hands on, like MetaState.moments
+    query_scores: dict[int, Tensor]  # the same for the objective's metric
+    norm_passes: list[NormPass]  # training passes; their statistics update the running ones
+    moments: Params = field(default_factory=dict)  # the new MetaState.moments of the inner Adam
 
     @classmethod
     def of(
@@ -56,7 +59,14 @@ class MetaStepResult:
         meta_loss: Tensor,
         moments: Params | None = None,
     ) -> MetaStepResult:
-        """What was measured along an inner loop, with the gradients of what is meta-learnt."""
+        """Combine the measurements along an inner loop with the meta-gradient.
+
+        Args:
+            measurements: losses, scores and norm passes.
+            grads: the meta-gradient, by the names of MetaState.learnable().
+            meta_loss: the meta-loss, a scalar.
+            moments: the inner Adam's new moments, if there is one.
+        """
         losses = measurements.support_losses
         return cls(
             grads,
@@ -70,32 +80,35 @@ class MetaStepResult:
 
 
 class Outer(Protocol):
-    """How query losses become gradients of what is meta-learnt; one of these is an algorithm's heart."""
+    """The meta-gradient of an algorithm."""
 
     def __call__(
         self, net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest
     ) -> MetaStepResult:
-        """Measure one meta-batch.
+        """Compute the meta-gradient of one meta-batch.
 
         Args:
-            net: the network, as a function of its weights.
+            net: the network.
             state: the slow weights, norm rows and rates; the learnable ones require gradients.
             episodes: a meta-batch of T tasks.
-            request: inner steps, weights of the query losses, order, and what to measure besides; weights
-                and order mean nothing to those that do not unroll the inner loop.
+            request: inner steps, MSL weights, derivative order and what to measure; algorithms that do not
+                unroll the inner loop ignore the weights and the order.
 
         Returns:
-            Gradients of the mean over tasks, like MetaState.learnable(), and what was measured on the way.
+            The gradient of the mean over tasks, and the measurements along the inner loop.
         """
 
 
 def enters_meta_loss(weight: float | Tensor) -> bool:
-    """Whether a query loss of this weight is part of the meta-loss."""
+    """Whether a query loss with this weight is part of the meta-loss."""
     return isinstance(weight, Tensor) or weight != 0
 
 
 def unrolled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
-    """Differentiate through the unrolled inner loop: the plain engine, which faster ones are held to."""
+    """Differentiate through the unrolled inner loop: --engine plain, the reference for the faster ones.
+
+    Arguments and result as in `Outer`.
+    """
     learnable = state.learnable()
     measurements, meta_loss = unroll(net, state, episodes, request)
     grads = torch.autograd.grad(meta_loss, list(learnable.values()), materialize_grads=True)
@@ -105,10 +118,14 @@ def unrolled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRe
 def unroll(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest
 ) -> tuple[Measurements, Tensor]:
-    """What is measured along the inner loop, and the meta-loss, to be differentiated."""
+    """Run the inner loop with its graph; arguments as in `Outer`.
+
+    Returns:
+        The measurements, and the meta-loss, which can be differentiated.
+    """
     measurements = Measurements(net.objective)
     meta_loss = episodes.support_x_TECHW.new_zeros(())
-    # Before the first step the query loss is measured only.
+    # The query loss before the first step never enters the meta-loss.
     weights: tuple[float | Tensor, ...] = (0.0, *request.msl_weights)
     support = episodes.support_x_TECHW, episodes.support_y_TE
     for point in adapt(net, state, *support, steps=request.inner_steps, first_order=request.first_order):

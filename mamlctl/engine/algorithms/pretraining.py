@@ -1,13 +1,11 @@
-"""The methods without meta-learning: one network for all training classes, or a random start.
+"""The baselines without meta-learning: pre-training on all training classes, and a random initialisation.
 
-Pre-training minimises the cross-entropy over all classes of the training split,
+Pre-training minimises the cross-entropy over all classes of the training split, mean over examples of
+-log p(class | x); for curves it minimises the squared error. All examples of a meta-batch form one batch.
 
-    mean over examples of  -log p(class | x)
-
-(of curves the squared error of all at once), each meta-batch being one batch of examples. On a test task
-`transfer` fine-tunes these weights with a new head of zeros (the baseline of Chen et al. 2019,
-arXiv:1904.04232), and `nearest` takes the class of the support example with the nearest features (that of
-Vinyals et al. 2016, arXiv:1606.04080). `scratch` fine-tunes the random start.
+On a test task `transfer` fine-tunes the pre-trained weights with a new head of zeros (Chen et al. 2019,
+arXiv:1904.04232, section 3), and `nearest` predicts the class of the support example with the nearest
+features (a baseline of Vinyals et al. 2016, arXiv:1606.04080). `scratch` fine-tunes a random initialisation.
 """
 
 from __future__ import annotations
@@ -36,12 +34,20 @@ from mamlctl.engine.nets.base import CLASSIFICATION, Net
 def pretraining(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """The gradient of one network on both sets of all tasks, as a loss after 0 inner steps."""
-    # All examples are one set of one task: M of them.
+    """Compute the gradient of the loss on all M examples of both sets of all tasks.
+
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`; `request` is not used.
+        engine: the --engine setting.
+
+    Returns:
+        As in `meta_gradient.Outer`; the loss is recorded as the query loss after 0 inner steps.
+    """
+    # The derivatives need a task axis: all examples are one set of one task.
     x_1MCHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], 1).flatten(0, 1).unsqueeze(0)
     y_TE = torch.cat([episodes.support_y_TE, episodes.query_y_TE], 1)
     if episodes.class_TN is not None:
-        # From positions in a task to classes of the split.
+        # Labels are positions of classes in their task; replace them with classes of the split.
         y_TE = episodes.class_TN.gather(1, y_TE)
     y_1M = y_TE.reshape(1, -1)
     norm = state.norm_pass(0)
@@ -56,7 +62,7 @@ def pretraining(
 
 @torch.no_grad()
 def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
-    """The loss of the random start, and gradients of 0: nothing is learnt."""
+    """Measure the query loss of the initialisation, and return gradients of 0; arguments as in `Outer`."""
     norm = state.norm_pass(0)
     outputs_TEN = net(expanded(state.slow, len(episodes.query_y_TE)), episodes.query_x_TECHW, norm)
     measurements = Measurements(net.objective, norm_passes=[norm])
@@ -66,7 +72,7 @@ def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaSte
 
 
 def fine_tuned(request: PredictRequest) -> Tensor:
-    """As `adapted`, with a new head of zeros where there are classes: pre-training knew others."""
+    """Predict as `adapted`, for classes from a new head of zeros: the pre-trained head has other classes."""
     net, slow = request.derivatives.net, request.state.slow
     if net.objective is CLASSIFICATION:
         slow = slow | zero_head(slow, net.outputs)
@@ -74,7 +80,7 @@ def fine_tuned(request: PredictRequest) -> Tensor:
 
 
 def by_neighbours(request: PredictRequest) -> Tensor:
-    """Predict the class of the nearest support example, Euclidean in the features -> outputs_1TEN."""
+    """Predict the class of the support example at the smallest Euclidean distance -> outputs_1TEN."""
     support_TEF, query_TEF = comparable_features(request)
     y_TE, ways = request.episodes.support_y_TE, request.derivatives.net.outputs
     return -nearest_distances(query_TEF, support_TEF, y_TE, ways).unsqueeze(0)

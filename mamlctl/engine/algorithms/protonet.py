@@ -1,11 +1,12 @@
-"""Prototypical networks: the nearest class mean in learnt features.
+"""Prototypical networks: predict the class whose mean feature is nearest.
 
 Snell, Swersky & Zemel 2017 (arXiv:1703.05175), equations 1 and 2: with f the features and c_n the mean of f
 over the support examples of class n,
 
     p(class n | x) = softmax over n of  -|f(x) - c_n|^2
 
-There is no inner loop: the meta-gradient is the ordinary one of the query set's cross-entropy.
+There is no inner loop: the meta-gradient is the gradient of the query set's cross-entropy, through f(x) and
+through the prototypes c_n.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from mamlctl.engine.nets.base import Net
 def protonet(
     net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """The gradient of the query loss, as a loss after 0 inner steps."""
+    """Compute the gradient of the query loss.
+
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`; `request` is not used.
+        engine: the --engine setting.
+
+    Returns:
+        As in `meta_gradient.Outer`; the loss is recorded as the query loss after 0 inner steps.
+    """
     body = BodyFeatures(net, state, episodes, engine)
     measurements = Measurements(net.objective, norm_passes=body.norm_passes)
     with torch.enable_grad():
@@ -42,7 +51,7 @@ def protonet(
 
 
 def by_prototypes(request: PredictRequest) -> Tensor:
-    """Predict the class of the nearest prototype -> outputs_1TEN, whatever the inner steps."""
+    """Predict the class of the nearest prototype -> outputs_1TEN; inner steps are ignored."""
     support_TEF, query_TEF = comparable_features(request)
     ways = request.derivatives.net.outputs
     prototypes_TNF = prototypes(support_TEF, request.episodes.support_y_TE, ways)

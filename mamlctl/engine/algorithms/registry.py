@@ -1,4 +1,4 @@
-"""The algorithms: one entry each, and no other place knows their names."""
+"""The registry of algorithms: each one is an entry of ALGORITHMS, and no other module knows its name."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from mamlctl.engine.evaluation.prediction import Predict
     from mamlctl.engine.optimizers import Optimizer
 
-# The functions below import what they need when they are called, so that names, help and settings of all
-# algorithms can be read without torch.
+# The functions below import torch code when they are called, so that `mamlctl --help` and the checks of
+# settings can read the registry without importing torch.
 
 
 def _unrolled(config: TrainConfig) -> Outer:
     from mamlctl.engine.algorithms.adjoint import adjoint
     from mamlctl.engine.algorithms.meta_gradient import unrolled
 
-    # Of a small network the adjoint saves no memory worth it: 9 ms a meta-step against 7 (curves, 5 steps).
+    # For a small network the adjoint is slower (9 ms per meta-step against 7, curves, 5 inner steps), and the
+    # memory that it saves does not matter.
     return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
 
 
@@ -90,35 +91,35 @@ def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
 
 @dataclass(frozen=True)
 class Algorithm:
-    """All that makes an algorithm what it is: what it learns, how it gets there, how it adapts."""
+    """The definition of an algorithm: what it learns and adapts, how, and which settings it has."""
 
-    summary: str
+    summary: str  # shown by --help
     outer: Callable[[TrainConfig], Outer]  # the meta-gradient
     optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = _adam
-    # One inner rate for each tensor, each weight, or one shared by all.
+    # One inner rate for each tensor, for each weight, or one that all tensors share.
     inner_rates: Literal["tensor", "weight", "shared"] = "tensor"
-    # Outputs while training: those of a task, all classes, or no head at all.
+    # Outputs of the network in training: the classes of a task, all training classes, or no head.
     training_head: Literal["ways", "classes", "none"] = "ways"
     classifier: Classifier = "head"
-    adapts_norm: bool = False  # whether batch norm's weights belong to the weights that are adapted
-    whole_batches: bool = False  # whether a meta-batch is one batch of examples, not to be divided
+    adapts_norm: bool = False  # whether the inner loop adapts batch norm's weights and biases
+    whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
-    unrolls: bool = False  # whether the inner loop is differentiated, so that there is an order
-    start: Literal["meta-learnt", "pre-trained", "random start"] = "meta-learnt"  # what its weights are
-    may_adapt: tuple[Adapts, ...] = ("all", "head", "body")
+    unrolls: bool = False  # whether the inner loop is differentiated, in first or second order
+    start: Literal["meta-learnt", "pre-trained", "random start"] = "meta-learnt"  # origin of its weights
+    may_adapt: tuple[Adapts, ...] = ("all", "head", "body")  # possible values of --adapts
     captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
-    improves: str | None = None  # the algorithm that this one is with all improvements on
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    forced: Mapping[str, Any] = field(default_factory=dict)  # what no setting may change
-    exclusive_settings: tuple[str, ...] = ()  # settings that it reads, and most others do not
-    unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no meaning here
+    improves: str | None = None  # the algorithm that equals this one without the six improvements
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the schema's
+    forced: Mapping[str, Any] = field(default_factory=dict)  # settings that must have this value
+    exclusive_settings: tuple[str, ...] = ()  # settings that only this and a few other algorithms have
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no effect
 
     def learns_rates(self, config: TrainConfig) -> bool:
-        """Whether the inner rates are learnt."""
+        """Whether the inner learning rates are learnt."""
         return config.lslr or self.inner_rates != "tensor"
 
     def predict(self, config: TrainConfig) -> Predict:
-        """How it adapts to a support set and predicts a query set."""
+        """Return the function that adapts to the support sets of tasks and predicts their query sets."""
         from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned
         from mamlctl.engine.algorithms.protonet import by_prototypes
         from mamlctl.engine.evaluation.prediction import adapted
@@ -137,13 +138,13 @@ def _refusals(why: str, *names: str) -> dict[str, str]:
     return dict.fromkeys(names, why)
 
 
-# What only a differentiated inner loop gives a meaning to.
+# Settings that have an effect only if the inner loop is differentiated.
 OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order")
 NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
-# Curves have values as large as 5, with which steps of 0.1 diverge.
+# Curves have values up to 5, with which an inner rate of 0.1 diverges.
 FINE_TUNING_CURVES = {"inner_lr": 0.01}
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -151,7 +152,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", _unrolled, unrolls=True, captured=True
     ),
     "fomaml": Algorithm(
-        "MAML in first order",
+        "first-order MAML",
         _unrolled,
         unrolls=True,
         captured=True,
@@ -167,18 +168,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=dict.fromkeys(IMPROVEMENTS, True),
     ),
     "anil": Algorithm(
-        "Raghu et al. 2020 (arXiv:1909.09157): the inner loop changes the head alone",
+        "Raghu et al. 2020 (arXiv:1909.09157): the inner loop adapts the head only",
         _anil,
         unrolls=True,
         defaults={"adapts": "head"},
         forced={"adapts": "head"},
         unsupported=_refusals(
-            "the body is passed once a task, whatever the steps",
+            "the body is passed once per task, not once per inner step",
             *improvements_without_meaning("one pass of the body"),
         ),
     ),
     "boil": Algorithm(
-        "Oh et al. 2021 (arXiv:2008.08882): the inner loop changes the body alone",
+        "Oh et al. 2021 (arXiv:2008.08882): the inner loop adapts the body only",
         _unrolled,
         unrolls=True,
         captured=True,
@@ -186,17 +187,17 @@ ALGORITHMS: dict[str, Algorithm] = {
         forced={"adapts": "body"},
     ),
     "meta-sgd": Algorithm(
-        "Li et al. 2017 (arXiv:1707.09835): an inner rate learnt for each weight, of either sign",
+        "Li et al. 2017 (arXiv:1707.09835): learns one inner rate per weight, of either sign",
         _unrolled,
         unrolls=True,
         captured=True,
         inner_rates="weight",
         unsupported=_refusals(
-            "it learns a rate for each weight already", *improvements_without_meaning("own inner rates")
+            "it learns a rate per weight already", *improvements_without_meaning("own inner rates")
         ),
     ),
     "alpha-maml": Algorithm(
-        "Behl et al. 2019 (arXiv:1905.07435): both learning rates follow hypergradients",
+        "Behl et al. 2019 (arXiv:1905.07435): learns the inner and the meta learning rate by hypergradients",
         _unrolled,
         unrolls=True,
         optimizer=_hypergradient,
@@ -204,22 +205,23 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"hyper_lr": 0.02},
         exclusive_settings=("hyper_lr",),
         unsupported=_refusals(
-            "both learning rates follow their hypergradients",
+            "both learning rates are learnt by hypergradients",
             *improvements_without_meaning("own inner rates", "own meta learning rate"),
             "meta_lr_final",
         ),
     ),
     "imaml": Algorithm(
-        "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the inner loop's end",
+        "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the end of the inner loop",
         _imaml,
-        # Omniglot 5-way 1-shot: with a pull of 1, steps of 0.1 diverge after 200 meta-steps; steps of 0.05
-        # with this pull get worse after 600 (84.4 %, then 70.0 % at 1,000), those of 0.02 do not (83.5 %).
+        # Measured on Omniglot 5-way 1-shot: proximal 1 with inner_lr 0.1 diverges after 200 meta-steps.
+        # proximal 2 with inner_lr 0.05 gets worse after 600 meta-steps (84.4 %, then 70.0 % after 1,000), and
+        # with inner_lr 0.02 it does not (83.5 %).
         defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
         exclusive_settings=("proximal", "cg_steps"),
-        unsupported=_refusals("the implicit gradient is taken at the last weights alone", *OF_UNROLLED),
+        unsupported=_refusals("the implicit gradient uses only the final weights", *OF_UNROLLED),
     ),
     "reptile": Algorithm(
-        "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): towards the adapted weights",
+        "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): interpolates towards the adapted weights",
         _reptile,
         optimizer=_sgd,
         adapts_norm=True,
@@ -235,10 +237,8 @@ ALGORITHMS: dict[str, Algorithm] = {
             "meta_batch_size": 5,
         },
         exclusive_settings=("inner_optimizer", "inner_batch", "eval_inner_batch"),
-        unsupported=_refusals(
-            "its gradient is the way to the adapted weights, not the query loss's", *OF_UNROLLED
-        )
-        | _refusals("its outer step is plain interpolation, not Adam", "adam_beta1", "adam_beta2"),
+        unsupported=_refusals("its meta-gradient does not depend on the query loss", *OF_UNROLLED)
+        | _refusals("its outer step is an interpolation, not Adam", "adam_beta1", "adam_beta2"),
     ),
     "transfer": Algorithm(
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
@@ -248,14 +248,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         adapts_norm=True,
         whole_batches=True,
         start="pre-trained",
-        may_adapt=("all", "head"),  # the new head of zeros gives the body no gradient to begin with
+        may_adapt=("all", "head"),  # with a head of zeros the gradient of the body is 0
         on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING,
         forced={"inner_steps": 0},
         unsupported=NO_LOOP,
     ),
     "scratch": Algorithm(
-        "a random start, fine-tuned on each test task",
+        "a random initialisation, fine-tuned on each test task",
         _no_training,
         classifier="zeros",
         adapts_norm=True,
@@ -273,7 +273,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
     ),
     "protonet": Algorithm(
-        "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in learnt features",
+        "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in a learnt feature space",
         _protonet,
         classifier="prototypes",
         training_head="none",
@@ -283,7 +283,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         unsupported=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
     ),
     "nearest": Algorithm(
-        "the nearest support example in the features of a classifier of all training classes",
+        "the nearest support example in the features of a classifier pre-trained on all training classes",
         _pretraining,
         classifier="neighbours",
         training_head="classes",

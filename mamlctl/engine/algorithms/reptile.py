@@ -1,11 +1,11 @@
-"""Reptile: interpolation towards the adapted weights.
+"""Reptile: interpolate the slow weights towards the adapted weights.
 
-Algorithm 2 of Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): with w_I a task's weights after its inner
-loop,
+Nichol, Achiam & Schulman 2018 (arXiv:1803.02999), algorithm 2. With w_0 the slow weights, w_I a task's
+weights after its inner loop and e the meta learning rate,
 
-    w0 = w0 + e mean over tasks of (w_I - w0)
+    w_0 = w_0 + e mean over tasks of (w_I - w_0)
 
-So the gradient is w0 - mean w_I, and the outer step one of SGD with rate e.
+This is a step of SGD with rate e along the gradient w_0 - mean of w_I.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ def reptile(
     engine: EngineName,
     inner_optimizer: InnerOptimizer,
 ) -> MetaStepResult:
-    """The way back from the tasks' adapted weights; the query set is only measured.
+    """Compute the gradient w_0 - mean of w_I; the query set is measured but not trained on.
 
-    `inner_optimizer`: "adam", whose moments the result hands on, or "sgd".
+    Args:
+        net, state, episodes, request: as in `meta_gradient.Outer`.
+        engine: the --engine setting.
+        inner_optimizer: "adam", whose new moments the result contains, or "sgd".
+
+    Returns:
+        As in `meta_gradient.Outer`; the meta-loss is the query loss after the last inner step.
     """
     derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
     loop = InnerLoop(derivatives, state, episodes, InnerRule(optimizer=inner_optimizer))

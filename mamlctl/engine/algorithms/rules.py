@@ -1,4 +1,4 @@
-"""Which settings go with which algorithm."""
+"""Check and complete the settings that depend on the algorithm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
-# Settings that have a meaning only with the algorithms that own them.
+# Settings that have an effect only with the algorithms that list them.
 OWNED = {name for entry in ALGORITHMS.values() for name in entry.exclusive_settings}
 
 
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
-    """Settings that would make the algorithm another one than its name says, or have no meaning for it."""
+    """Find settings that contradict the definition of the algorithm, or have no effect with it.
+
+    Returns:
+        The problems, as pairs of fact and hint; empty if there are none.
+    """
     algo = f"--algo {config.algo}"
     if config.algo not in ALGORITHMS:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
@@ -27,7 +31,7 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         problems.append((fact, f"use {CURVE_DEFAULTS['algo']}"))
     for name, value in entry.forced.items():
         if getattr(config, name) != value:
-            fact = f"{flag(name)} is {getattr(config, name)}, but {algo} means {value}"
+            fact = f"{flag(name)} is {getattr(config, name)}, but {algo} requires {value}"
             only_training = name == "inner_steps" and "eval_inner_steps" not in entry.forced
             problems.append((fact, "use --eval-inner-steps" if only_training else "use another --algo"))
     for name, why in entry.unsupported.items():
@@ -36,21 +40,21 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     for name in sorted(OWNED - set(entry.exclusive_settings)):
         if getattr(config, name) is not None:
             owners = [owner for owner, other in ALGORITHMS.items() if name in other.exclusive_settings]
-            hint = f"it belongs to {', '.join(owners)}"
+            hint = f"leave it out, or use --algo {' or '.join(owners)}"
             problems.append((f"{flag(name)} has no effect with {algo}", hint))
     for name in entry.exclusive_settings:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
-            problems.append((f"{algo} needs {flag(name)}", "leave it out for its default"))
+            problems.append((f"{algo} needs {flag(name)}", "leave it out to use the default"))
     if config.adapts not in entry.may_adapt:
-        why = ": its head begins with zeros" if entry.classifier == "zeros" else ""
+        why = ": its head starts at zero, so the body gets no gradient" if entry.classifier == "zeros" else ""
         fact = f"--adapts {config.adapts} does nothing with {algo}{why}"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
     if config.cuda_graph and not entry.captured:
-        problems.append((f"--cuda-graph does not go with {algo}", "leave it out"))
+        problems.append((f"--cuda-graph is not available with {algo}", "leave it out"))
     if config.task_chunk != "auto" and entry.whole_batches:
-        why = "its meta-batch is one batch, whose statistics belong together"
+        why = "a meta-batch is one batch with shared batch-norm statistics"
         problems.append((f"--task-chunk has no effect with {algo}: {why}", "leave it out"))
     return problems
 
@@ -60,7 +64,7 @@ def _unset(entry: Algorithm, name: str) -> Any:
 
 
 def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
-    """The settings that can have one value only with this algorithm, and that value."""
+    """Return the settings that can have only one value with this algorithm, and the value."""
     entry = ALGORITHMS.get(config.algo)
     if entry is None:
         return {}
@@ -69,7 +73,7 @@ def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
 
 
 def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:
-    """What `--algo name` implies, on images or curves; nothing for an unknown name."""
+    """Return the defaults that `--algo name` implies, on images or curves; empty for an unknown name."""
     entry = ALGORITHMS.get(name)
     if entry is None:
         return {}
@@ -77,6 +81,6 @@ def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:
 
 
 def settings_of_algorithm(name: str) -> set[str]:
-    """The settings that make an algorithm what it is; none of an unknown one."""
+    """Return the names of the settings that define an algorithm; empty for an unknown one."""
     entry = ALGORITHMS.get(name)
     return set() if entry is None else {*entry.defaults, *entry.forced, *entry.exclusive_settings}

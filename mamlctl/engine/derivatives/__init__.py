@@ -1,1 +1,1 @@
-"""How losses and their first and second derivatives are computed."""
+"""Losses with their first and second derivatives."""

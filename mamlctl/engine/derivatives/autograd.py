@@ -1,4 +1,4 @@
-"""Derivatives of any network by torch's own differentiation: the reference for those by hand."""
+"""Derivatives of any network by torch.autograd: the reference for the hand-written ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 @dataclass(frozen=True)
 class Leaves:
-    """What a pass is differentiated by: every task's weights, and the norm row that the pass uses."""
+    """The tensors to differentiate with respect to: each task's weights, and the norm row of the pass."""
 
     fast: Params
     rows: Params
 
     @classmethod
     def of(cls, fast: Mapping[str, Tensor], norm: NormPass) -> Leaves:
-        """Fresh leaves, so that no graph leads beyond them."""
+        """Detach the tensors, so that the graph of the pass ends at them."""
         return cls(
             {name: weight.detach().requires_grad_() for name, weight in fast.items()},
             {name: norm.row(name).detach().requires_grad_() for name in norm.params},
@@ -30,15 +30,15 @@ class Leaves:
 
     @property
     def all(self) -> list[Tensor]:
-        """Weights first, then the rows."""
+        """The weights, then the rows."""
         return [*self.fast.values(), *self.rows.values()]
 
     def rows_as_params(self) -> Params:
-        """The rows as a pass reads them, the only row of each."""
+        """Return the rows with an axis R = 1, as `NormPass` reads them."""
         return {name: row.unsqueeze(0) for name, row in self.rows.items()}
 
     def named(self, values: Sequence[Tensor]) -> tuple[Params, Params]:
-        """Values in the order of `all`, by the names of the weights and of the rows."""
+        """Split values in the order of `all` into dictionaries for the weights and for the rows."""
         split = len(self.fast)
         by_fast = dict(zip(self.fast, values[:split], strict=True))
         return by_fast, dict(zip(self.rows, values[split:], strict=True))
@@ -46,13 +46,13 @@ class Leaves:
 
 @dataclass(frozen=True)
 class AutogradTape:
-    """The graph of a gradient."""
+    """The autograd graph of a gradient."""
 
     leaves: Leaves
     by_fast: Params
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """Differentiate the gradient once more, along `direction`."""
+        """Differentiate <grad_w L, direction>: with respect to w this is H u, as H is symmetric."""
         along = [direction[name] for name in self.by_fast]
         products = torch.autograd.grad(
             list(self.by_fast.values()), self.leaves.all, along, materialize_grads=True, retain_graph=True
@@ -62,7 +62,7 @@ class AutogradTape:
 
 @dataclass(frozen=True)
 class AutogradBodyTape:
-    """The graph of the features."""
+    """The autograd graph of the features."""
 
     leaves: Leaves
     f_TEF: Tensor
@@ -73,7 +73,7 @@ class AutogradBodyTape:
 
 @dataclass(frozen=True)
 class AutogradSet:
-    """A set as it is."""
+    """A set of examples; autograd needs no preparation."""
 
     net: Net
     x_TECHW: Tensor
@@ -84,13 +84,12 @@ class AutogradSet:
             return self.net(fast, self.x_TECHW, norm)
 
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
-        """Gradient by one backward pass, whose graph is the tape."""
         leaves = Leaves.of(fast, norm)
         with torch.enable_grad():
             norm_by_leaves = NormPass(leaves.rows_as_params(), norm.running, norm.step)
             logits_TEN = self.net(leaves.fast, self.x_TECHW, norm_by_leaves)
             loss_T = self.net.objective.loss(logits_TEN, self.y_TE)
-            # Tasks share no fast weight, so the gradient of the summed loss is every task's own gradient.
+            # Tasks share no fast weights, so the gradient of the summed loss contains each task's own one.
             grads = torch.autograd.grad(loss_T.sum(), leaves.all, create_graph=keep)
         norm.seen.update(norm_by_leaves.seen)
         by_fast, by_norm = leaves.named(grads)
@@ -99,20 +98,19 @@ class AutogradSet:
         return Gradient(loss_T.detach(), logits_TEN.detach(), detached, rows, tape)
 
     def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, AutogradBodyTape]:
-        """Forward through the body, whose graph is the tape."""
         leaves = Leaves.of(body_of(fast), norm)
         with torch.enable_grad():
-            norm_by_leaves = replace(norm, params=leaves.rows_as_params())  # it notes what it sees in `norm`
+            norm_by_leaves = replace(norm, params=leaves.rows_as_params())  # shares `norm.seen`
             f_TEF = self.net.features(leaves.fast, self.x_TECHW, norm_by_leaves)
         return f_TEF.detach(), AutogradBodyTape(leaves, f_TEF)
 
 
 @dataclass(frozen=True)
 class Autograd:
-    """Derivatives of any network, by torch's own differentiation."""
+    """Derivatives of any network by torch.autograd."""
 
     net: Net
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> AutogradSet:
-        """The set as it is; the norm pass knows how many examples are measured."""
+        """Store the set; `measured` is not needed, because `NormPass.support_examples` has the same value."""
         return AutogradSet(self.net, x_TECHW, y_TE)

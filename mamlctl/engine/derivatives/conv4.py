@@ -1,4 +1,10 @@
-"""Derivatives of Conv4 by hand: blocks one after another, then the linear head."""
+"""Hand-written derivatives of Conv4: four blocks (see kernels/block.py), then the linear head.
+
+A Hessian-vector product is the tangent (forward-mode derivative) of the backward pass along the direction
+(Pearlmutter 1994, "Fast exact multiplication by the Hessian"). It takes two sweeps: the tangents of all
+forward values from the first block to the loss, then the tangents of all gradients from the loss to the first
+block. The suffix _t denotes the tangent of a tensor.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +21,12 @@ from mamlctl.engine.nets.base import SLOPES
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
 
-PrepareFirst = Callable[[Tensor, int, int | None], Planes | None]  # set, tasks, measured examples
+PrepareFirst = Callable[[Tensor, int, int | None], Planes | None]  # examples, tasks, `measured`
 
 
 @dataclass(frozen=True)
 class Head:
-    """The linear layer and the softmax: first and second derivatives of the cross-entropy."""
+    """The linear layer and the softmax cross-entropy at one set of features and weights."""
 
     f_TEF: Tensor
     weight_TNF: Tensor
@@ -31,9 +37,13 @@ class Head:
         return torch.baddbmm(self.bias_TN.unsqueeze(1), self.f_TEF, self.weight_TNF.transpose(1, 2))
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Class scores, one loss per task, and the gradient of the losses' sum by the class scores.
+        """Compute the cross-entropy and its gradient with respect to the class scores.
 
-        Of the cross-entropy that is (p - 1 at the right class) / E, with p the probabilities.
+        With p = softmax(logits), a task's loss is the mean of -log p[y] over its E examples, and the gradient
+        is (p - onehot(y)) / E.
+
+        Returns:
+            logits_TEN, loss_T and the gradient, _TEN.
         """
         logits_TEN = self.logits()
         log_p_TEN = F.log_softmax(logits_TEN, -1)
@@ -47,15 +57,15 @@ class Head:
 
 @dataclass(frozen=True)
 class Conv4BodyTape:
-    """A forward pass through the blocks."""
+    """The intermediate results of a forward pass through the blocks."""
 
     net: Conv4
     blocks: Sequence[BlockTape]
     tasks: int
-    norm_is_fast: bool  # whether every task has norm weights of its own
+    norm_is_fast: bool  # whether batch norm's weights are among the fast weights, one set per task
 
     def back_through(self, g_TEF: Tensor, *, keep: bool = False) -> tuple[Params, Params]:
-        """Backward through the blocks; `keep` what their tangents need."""
+        """Backpropagate as in `BodyTape`; `keep` the intermediate results that tangents need."""
         grads: Params = {}
         norm_grads: Params = {}
         ga = _map(self.net, g_TEF)
@@ -79,35 +89,39 @@ class Conv4BodyTape:
 
 @dataclass(frozen=True)
 class Conv4Tape:
-    """A forward and backward pass of the whole network, and what a product needs of it."""
+    """The intermediate results of a forward and backward pass through the whole network."""
 
     body: Conv4BodyTape
     head: Head
-    g_TEN: Tensor  # by the class scores
-    p_TEN: Tensor  # probabilities
+    g_TEN: Tensor  # gradient with respect to the class scores
+    p_TEN: Tensor  # class probabilities
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """Forward tangent (suffix _t), then the backward pass's own tangent."""
+        """Compute the tangents of the forward pass, then those of the backward pass."""
         body, head, g_TEN, p_TEN = self.body, self.head, self.g_TEN, self.p_TEN
-        assert not body.norm_is_fast, "no algorithm wants second derivatives by an adapted norm"
+        # The algorithms that adapt batch norm (Reptile, transfer, scratch) use first derivatives only.
+        assert not body.norm_is_fast, "second derivatives are not implemented for an adapted batch norm"
+        # The image has no tangent.
         a_t = None
         for block, tape in enumerate(body.blocks, 1):
             a_t = tape.tangent(a_t, direction[f"conv{block}.weight"].flatten(0, 1))
         assert a_t is not None
-        # Through the head: logits = W f + b, so logits_t = W f_t + W_t f + b_t.
+        # Head, forward: logits = W f + b, so logits_t = W f_t + W_t f + b_t.
         f_t_TEF = _features(body.net, a_t, body.tasks).to(g_TEN.dtype)
         weight_t_TNF = direction["linear.weight"]
         logits_t_TEN = torch.baddbmm(
             direction["linear.bias"].unsqueeze(1), f_t_TEF, head.weight_TNF.transpose(1, 2)
         ).baddbmm_(head.f_TEF, weight_t_TNF.transpose(1, 2))
-        # The softmax's own tangent: p_t = p (logits_t - <p, logits_t>).
+        # Softmax: p_t = p (logits_t - <p, logits_t>), and g = (p - onehot(y)) / E, so g_t = p_t / E.
         mean = (p_TEN * logits_t_TEN).sum(-1, keepdim=True)
         g_t_TEN = p_TEN * (logits_t_TEN - mean) / p_TEN.shape[1]
+        # Head, backward: dL/dW = g^T f, so its tangent is g_t^T f + g^T f_t.
         grads = _head_gradient(g_t_TEN, head.f_TEF)
         grads["linear.weight"].baddbmm_(g_TEN.transpose(1, 2), f_t_TEF)
         norm_grads: Params = {}
+        # dL/df = g W, so its tangent is g_t W + g W_t.
         ga_t = _map(body.net, torch.baddbmm(g_t_TEN @ head.weight_TNF, g_TEN, weight_t_TNF))
-        other = None
+        other = None  # the second summand of ga_t, see BlockGradient.x_2
         for block in range(body.net.blocks, 0, -1):
             gradient = body.blocks[block - 1].tangent_backward(ga_t, other)
             grads[f"conv{block}.weight"] = body.by_task(gradient.weight)
@@ -120,14 +134,14 @@ class Conv4Tape:
 
 @dataclass(frozen=True)
 class Conv4Set:
-    """A set with tasks and channels on one axis, and what else the first block wants of it."""
+    """A set with tasks and channels on one axis, and its planes if the first block reads them."""
 
     net: Conv4
     make_block: MakeBlock
-    x: Tensor  # [E, T * C, H, W]
+    x: Tensor  # [E, T * C, H, W], channels last
     y_TE: Tensor
     planes: Planes | None
-    measured: int | None  # how many leading examples give the statistics; None: all
+    measured: int | None  # how many leading examples the statistics come from; None for all
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
         return self._forward(fast, norm)[1].logits()
@@ -141,7 +155,6 @@ class Conv4Set:
         return Gradient(loss_T, logits_TEN, grads, norm_grads, tape)
 
     def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, Conv4BodyTape]:
-        """Forward through the blocks."""
         tasks = len(self.y_TE)
         a, tapes = self.x, []
         for block in range(1, self.net.blocks + 1):
@@ -159,7 +172,7 @@ class Conv4Set:
                 planes=self.planes if block == 1 else None,
             )
             gamma_X, beta_X = (
-                # _C of all tasks, or _TC of each.
+                # _C, shared by all tasks, or _TC -> _X with X = T * C.
                 part.repeat(tasks) if part.dim() == 1 else part.flatten()
                 for part in norm.affine(name, fast)
             )
@@ -179,14 +192,14 @@ class Conv4Set:
 
 @dataclass(frozen=True)
 class Conv4Derivatives:
-    """Derivatives of Conv4, held to the autograd ones by tests; `make_block` says in which arithmetic."""
+    """Derivatives of Conv4; `make_block` chooses torch, C or Triton. Tests compare them with `Autograd`."""
 
     net: Conv4
     make_block: MakeBlock = TorchTape
     prepare_first: PrepareFirst = lambda x, tasks, measured: None
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> Conv4Set:
-        """Tasks and channels on one axis, channels last."""
+        """Merge task and channel axes, so that a convolution in T groups gives each task its own weights."""
         tasks, examples, channels, height, width = x_TECHW.shape
         x = x_TECHW.permute(1, 0, 2, 3, 4).reshape(examples, tasks * channels, height, width)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -195,18 +208,18 @@ class Conv4Derivatives:
 
 
 def _features(net: Conv4, a: Tensor, tasks: int) -> Tensor:
-    """The last block's output as the head reads it."""
+    """Reshape the last block's output [E, T * C, H, W] to the head's input f_TEF."""
     examples, _, height, width = a.shape
     a_ETCHW = a.view(examples, tasks, net.filters, height, width)
     return a_ETCHW.transpose(0, 1).flatten(2)
 
 
 def _map(net: Conv4, f_TEF: Tensor) -> Tensor:
-    """The reverse of `_features`, for gradients."""
+    """Invert `_features`."""
     f_EXHW = f_TEF.transpose(0, 1).reshape(f_TEF.shape[1], -1, *net.features_shape[1:])
     return f_EXHW.contiguous(memory_format=torch.channels_last)
 
 
 def _head_gradient(g_TEN: Tensor, f_TEF: Tensor) -> Params:
-    """By the head's weight and bias, from the gradient by the class scores."""
+    """Return dL/dW = g^T f and dL/db = sum of g over examples."""
     return {"linear.weight": g_TEN.transpose(1, 2) @ f_TEF, "linear.bias": g_TEN.sum(1)}

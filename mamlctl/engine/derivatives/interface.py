@@ -1,7 +1,12 @@
-"""What a meta-gradient needs of a network: its loss's gradient, and Hessian-vector products of that.
+"""The derivatives that a meta-gradient needs: the gradient of a loss, and Hessian-vector products.
 
-`Derivatives.prepare` makes of a set of examples an object that knows its own arithmetic, and a kept gradient
-holds a tape that does: so no caller can give one arithmetic what another has made.
+With L the loss of one task's set, w its fast weights and f the batch-norm row of the pass, they are
+
+    gradient              dL/dw  and  dL/df
+    product along u       H u = d/de grad_w L(w + e u) at e = 0,  and  d/df <grad_w L, u>
+
+An implementation prepares a set of examples once (`Derivatives.prepare`) for all inner steps. The prepared
+set and the tape of a gradient belong to that implementation, so callers cannot mix two of them.
 """
 
 from __future__ import annotations
@@ -17,58 +22,88 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
 class Tape(Protocol):
-    """What a gradient leaves for products with the Hessian at its place."""
+    """The intermediate results of a gradient that Hessian-vector products at the same weights need."""
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """As `Gradient.product`."""
+        """Compute the products of `Gradient.product`."""
 
 
 class BodyTape(Protocol):
-    """What a forward pass through the body leaves for the way back."""
+    """The intermediate results of a forward pass through the body that its backward pass needs."""
 
     def back_through(self, g_TEF: Tensor) -> tuple[Params, Params]:
-        """From the gradient by the features to those by the body's weights (by T) and by the norm row, _C."""
+        """Backpropagate through the body.
+
+        Args:
+            g_TEF: gradient with respect to the features.
+
+        Returns:
+            Gradients with respect to the body's weights, each with the leading axis T, and with respect to
+            the norm row, _C, summed over tasks.
+        """
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Loss and gradient of one set of every task, at the task's own weights."""
+    """Loss and gradient of one set per task, at each task's own fast weights."""
 
     loss_T: Tensor
     logits_TEN: Tensor
-    fast: Params  # of each task's loss; every tensor leads with T
-    norm: Params  # of the sum of the losses, by the norm row that the pass used; _C
-    tape: Tape | None = None  # what `product` needs, if it was asked to be kept
+    fast: Params  # gradient of each task's loss with respect to its weights; leading axis T
+    norm: Params  # gradient of the summed losses with respect to the norm row of the pass; _C
+    tape: Tape | None = None  # present if the gradient was requested with keep=True
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
-        """Hessian of the loss times `direction` (leading with T), and the same by the norm row, _C."""
-        # May be asked for again; by Conv4's derivatives by hand not where its norm is adapted.
-        assert self.tape is not None, "a product needs a gradient that was kept"
+        """Multiply the Hessian of each task's loss by a direction; may be called repeatedly.
+
+        Conv4's hand-written derivatives do not support this if the inner loop adapts batch norm.
+
+        Args:
+            direction: u, one tensor for each fast weight, in its shape.
+
+        Returns:
+            H u, in the shapes of `fast`, and the mixed derivative d/df <grad_w L, u> in the shapes of `norm`,
+            summed over tasks.
+        """
+        assert self.tape is not None, "a product needs a gradient that was computed with keep=True"
         return self.tape.product(direction)
 
 
 class PreparedSet(Protocol):
-    """One set of every task, with all that depends on the set alone. No result carries a graph of its own."""
+    """One set per task, prepared for passes at any weights. Results are detached from autograd's graph."""
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
-        """Class scores -> logits_TEN."""
+        """Compute class scores or values -> logits_TEN."""
 
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
-        """Gradient of every task's loss by its weights; `keep` what a product at this place needs."""
+        """Compute each task's loss and gradient.
+
+        Args:
+            fast: the fast weights, each with the leading axis T.
+            norm: batch norm of the pass, which records the statistics it computes.
+            keep: keep the intermediate results that `Gradient.product` needs.
+        """
 
     def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, BodyTape]:
-        """What the head reads -> f_TEF, and the way back from there; the head's weights may be absent."""
+        """Pass the set through the body -> f_TEF and the tape for the backward pass.
+
+        The head's weights may be absent from `fast`.
+        """
 
 
 class Derivatives(Protocol):
-    """Derivatives of a network's loss, in one arithmetic."""
+    """One implementation of the derivatives of a network's loss."""
 
     @property
     def net(self) -> Net:
         """The network."""
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> PreparedSet:
-        """Make what depends on a set alone, once for all inner steps.
+        """Compute everything that depends on the examples only, once for all inner steps.
 
-        `measured`: with Statistics.SUPPORT, how many leading examples give the statistics.
+        Args:
+            x_TECHW: the examples.
+            y_TE: their labels or values.
+            measured: with Statistics.SUPPORT, how many leading examples the statistics come from; None for
+                all.
         """

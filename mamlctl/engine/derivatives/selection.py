@@ -1,4 +1,4 @@
-"""What is fastest where: which derivatives of a net, and how many tasks at a time."""
+"""Choose the fastest derivatives for a network on a device, and the number of tasks per pass."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, TorchTape
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
-# Numbers in a pass's largest tensor, examples x height x width x filters, up to which more tasks go together.
-# CPU: measured on 2 cores with 1 MB of second-level cache each (README, "How it is fast"). CUDA: half a
-# gigabyte, so that small devices have room; not measured.
+# Tasks share a pass until its largest tensor (examples x filters x height x width) has this many elements.
+# CPU: measured on 2 cores with 1 MB of second-level cache each. CUDA: half a gigabyte in float32, which
+# leaves room on small devices; not measured.
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
-SAME = 0.05  # relative difference of two blocks that agree: bfloat16 keeps 8 bits
+SAME = 0.05  # largest relative difference between two correct blocks; bfloat16 has 8 significant bits
 
 
 def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -> Derivatives:
-    """The fastest derivatives of a net for tensors of the device and type of `like`.
+    """Return the fastest derivatives of a network.
 
-    `engine`: with "plain", torch's own.
+    Args:
+        net: the network.
+        like: a tensor of the device and dtype to use.
+        engine: the --engine setting; "plain" selects torch.autograd.
     """
     if engine == "plain" or not isinstance(net, Conv4) or not net.by_hand:
         return Autograd(net)
@@ -41,9 +44,9 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
 
 @functools.cache
 def _cuda_block(where: torch.device, dtype: torch.dtype, compute: torch.dtype | None) -> MakeBlock:
-    """Triton's kernels where they are faster than torch's operations on this device, and right."""
+    """Return the Triton block if it is faster than torch's on this device and gives the same results."""
     if dtype == torch.float64:
-        return TorchTape  # Triton takes Python's numbers as float32
+        return TorchTape  # Triton passes Python numbers as float32, which is not precise enough
     try:
         from triton.errors import TritonError
 
@@ -63,10 +66,19 @@ def faster_block(
     time_of: Callable[[Callable[[], object]], float],
     refused: type[Exception] = RuntimeError,
 ) -> MakeBlock:
-    """`other` if it takes less time than `sure` for all four passes of one block, and agrees with it.
+    """Time two implementations of a block on the second block of 20-way 1-shot with 8 tasks.
 
-    The block is the second one of 20-way 1-shot with 8 tasks. Kernels that do not compile or run, which they
-    tell by `refused` or a RuntimeError, are not taken.
+    Args:
+        sure: the reference implementation.
+        other: the one to use instead if it is faster.
+        where: the device.
+        dtype: of weights and images.
+        compute: of the convolutions' products; None for `dtype`.
+        time_of: runs a function and returns the time it took.
+        refused: the exception, besides RuntimeError, of kernels that do not compile or run.
+
+    Returns:
+        `other` if its four passes agree with those of `sure` and together take less time, else `sure`.
     """
     tasks, channels = 8, 64
     generator = torch.Generator().manual_seed(0)
@@ -100,16 +112,22 @@ def faster_block(
 
 
 def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str | None:
-    """What would make a run on this machine faster, in words, or None."""
+    """Return a notice on why a run is slower than it could be on this machine, or None."""
     derivatives = select_derivatives(net, like, engine)
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
     if like.device.type == "cpu" and by_torch:
-        return "no C compiler (cc) that works: torch's operations do its part, about 1.8 times slower"
+        return "no working C compiler (cc): using torch operations, which are about 1.8 times slower"
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_block.lacks_bfloat16():
-        return "this processor has neither avx512_bf16 nor AMX: --precision bf16 is slower here than float32"
+        return "this processor has neither avx512_bf16 nor AMX, so --precision bf16 is slower than float32"
     return None
 
 
 def tasks_per_pass(net: Net, examples: int, where: torch.device) -> int:
-    """How many tasks, each with sets of up to `examples`, are adapted side by side."""
+    """Return how many tasks to adapt together.
+
+    Args:
+        net: the network.
+        examples: the number of examples in the larger set of a task.
+        where: the device.
+    """
     return max(1, LARGEST[where.type] // (examples * net.largest))

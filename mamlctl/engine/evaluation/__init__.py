@@ -1,1 +1,1 @@
-"""Adapted models and their predictions."""
+"""Adapt trained models to tasks, predict, and evaluate."""

@@ -1,4 +1,4 @@
-"""How good one or several models are on a fixed list of tasks."""
+"""Evaluate one or several models on a fixed list of tasks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from mamlctl.engine.nets.batch_norm import Statistics
 
 @dataclass(frozen=True)
 class Scores:
-    """Each task's score, of the objective's metric, after 0, 1 ... I inner steps."""
+    """The score of each task after 0, 1, ..., I inner steps: arrays [tasks, I + 1]."""
 
-    single: list[NDArray[np.float64]]  # one per model, [tasks, inner_steps + 1]
-    ensemble: NDArray[np.float64]  # of the averaged class scores or values
+    single: list[NDArray[np.float64]]  # one array for each model
+    ensemble: NDArray[np.float64]  # scores of the models' averaged class scores or values
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """On how many tasks models are evaluated, and how they adapt and predict."""
+    """How many tasks models are evaluated on, and how they adapt and predict."""
 
-    tasks: int  # number 0 .. tasks - 1 of the stream
+    tasks: int  # tasks 0 to tasks - 1 of the stream
     inner_steps: int
     statistics: Statistics
     predict: Predict = adapted
 
 
 class Stopped(Exception):
-    """Evaluation was asked to stop before its end."""
+    """`should_stop` returned True before all tasks were evaluated."""
 
 
 @torch.no_grad()
@@ -50,18 +50,24 @@ def evaluate(
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Scores:
-    """Adapt every model to tasks of the stream, and score its predictions. Nothing stored changes.
+    """Adapt every model to the tasks of a stream and score its predictions. No state changes.
 
     Args:
         derivatives: of the network for the stream's ways.
-        states: one model each; the ensemble averages their raw class scores, as the published code does.
-        on_progress: called with the number of tasks done, after each chunk of them.
-        should_stop: asked in front of each chunk.
+        states: one for each model; the ensemble averages their class scores before the softmax, as the
+            published MAML++ code does.
+        stream: the tasks.
+        plan: number of tasks, inner steps, batch-norm statistics and predictor.
+        on_progress: called with the number of finished tasks after each chunk of tasks.
+        should_stop: called before each chunk.
+
+    Returns:
+        The scores of each model and of the ensemble.
 
     Raises:
-        Stopped: when `should_stop` says so.
-        DivergedError: a prediction is not finite; the largest of NaNs is not a prediction.
-        MamlctlError: a CUDA device has no memory for one task.
+        Stopped: `should_stop` returned True.
+        DivergedError: a prediction is not finite.
+        MamlctlError: the memory of a CUDA device is too small for one task.
     """
     states = [state.frozen() for state in states]
     single: list[list[torch.Tensor]] = [[] for _ in states]
@@ -81,16 +87,17 @@ def evaluate(
             ]
         except torch.OutOfMemoryError as error:
             if chunk == 1:
-                message = f"{stream.device} has no memory for one task"
+                message = f"{stream.device} does not have enough memory for one task of {examples} examples"
                 raise MamlctlError(message, hint="use fewer ways or queries, or --device cpu") from error
             chunk = (chunk + 1) // 2
             continue
         for scores, outputs_ITEN in zip(single, per_model, strict=True):
             scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+            # argmax returns a class for NaNs too, so an accuracy would not show them.
             if not bool(outputs_ITEN.isfinite().all()):
                 raise DivergedError(
                     f"predictions in tasks {first} to {first + len(outputs_ITEN[0]) - 1} are not finite",
-                    hint="the model has diverged: start a new run with a lower --meta-lr or --inner-lr",
+                    hint="start a new run with a lower --meta-lr or --inner-lr",
                 )
         ensemble.append(_scores_TI(derivatives, torch.stack(per_model).mean(0), episodes))
         first += len(episodes.query_y_TE)
@@ -101,7 +108,7 @@ def evaluate(
 
 def _scores_TI(derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: Episodes) -> torch.Tensor:
     objective = derivatives.net.objective
-    # In float64, so that the mean over many tasks is that of the printed table.
+    # In float64, so that the mean over many tasks has no rounding error in the digits that are printed.
     return torch.stack(
         [objective.score(outputs_TEN.double(), episodes.query_y_TE) for outputs_TEN in outputs_ITEN], dim=1
     )

@@ -1,6 +1,7 @@
-"""The inner loop by first derivatives alone, and what is measured along it.
+"""The inner loop with first derivatives only, without an autograd graph through its steps.
 
-The algorithms without a graph and every prediction run it; `inner_loop.adapt` is the plain reference.
+Predictions use it, and the algorithms that do not need such a graph: the adjoint, iMAML and Reptile.
+`inner_loop.adapt` is the reference that tests compare it with.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ from mamlctl.engine.nets.batch_norm import NormPass
 
 
 class InnerLoop:
-    """Every task's weights on their way from the initialisation; nothing of earlier steps is kept.
+    """The fast weights of all tasks, advanced one inner step at a time; earlier steps are not kept.
 
-    Its hooks: `update` moves the weights along a gradient, and a caller does between two steps what it wants,
-    such as to measure the query set or to keep the gradient that a step returns.
+    Between two steps a caller may measure the query set, or keep the gradient that `inner_step` returned.
     """
 
     def __init__(
         self, derivatives: Derivatives, state: MetaState, episodes: Episodes, rule: InnerRule = DESCENT
     ) -> None:
+        """Start at the slow weights.
+
+        Args:
+            derivatives: of the network.
+            state: slow weights, norm rows and rates.
+            episodes: the tasks.
+            rule: the update rule of an inner step.
+        """
         self.derivatives, self.state, self.episodes = derivatives, state, episodes
         self.update = rule.stepper(state, len(episodes.support_y_TE))
         self.support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
@@ -31,17 +39,17 @@ class InnerLoop:
 
     @cached_property
     def query(self) -> PreparedSet:
-        """The query set, for those that measure it."""
+        """The query set; prepared at the first use, because some callers never need it."""
         return self.derivatives.prepare(self.episodes.query_x_TECHW, self.episodes.query_y_TE)
 
     def support_gradient(self, norm: NormPass, *, keep: bool = False) -> Gradient:
-        """At the present weights, of the support set or of the mini-batch that this step sees."""
+        """Compute the gradient of the support loss, on this step's mini-batch if the tasks have them."""
         batch = mini_batch(self.episodes, norm.step)
         prepared = self.support if batch is None else self.derivatives.prepare(*batch)
         return prepared.gradient(self.fast, norm, keep=keep)
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
-        """Take inner step `step`, counted from 0; returns the gradient, for products if it was kept."""
+        """Take inner step `step`, counted from 0, and return the gradient; `keep` it for products."""
         norm = self.state.norm_pass(step)
         gradient = self.support_gradient(norm, keep=keep)
         self.measurements.add_support(gradient.loss_T, norm)
@@ -49,19 +57,20 @@ class InnerLoop:
         return gradient
 
     def run(self, steps: int, *, measure_all: bool = False) -> None:
-        """Take so many steps; `measure_all`: the query set too, in front of each."""
+        """Take `steps` inner steps; with `measure_all`, measure the query set before each of them."""
         for step in range(steps):
             if measure_all:
                 self.record_query_loss(step)
             self.inner_step(step)
 
     def record_query_loss(self, steps: int) -> None:
-        """Measure the query set after `steps` steps, without a gradient."""
+        """Measure the query set after `steps` inner steps; this pass does not update running statistics."""
+        # The query set after k steps uses the norm row of step k - 1, the step that led to these weights.
         outputs_TEN = self.query.logits(self.fast, self.state.norm_pass(max(steps - 1, 0)))
         self.measurements.add_query(steps, outputs_TEN, self.episodes.query_y_TE)
 
     def query_gradient(self, steps: int) -> Gradient:
-        """The same with its gradient, so that the pass counts among those of training."""
+        """Measure the query set with its gradient; this is a training pass and updates running statistics."""
         norm = self.state.norm_pass(max(steps - 1, 0))
         gradient = self.query.gradient(self.fast, norm)
         self.measurements.norm_passes.append(norm)

@@ -1,6 +1,6 @@
-"""How a trained state predicts a task's query set: what several algorithms share.
+"""Predict the query set of a task with a trained state.
 
-Each predictor returns outputs_ITEN: class scores (or values) after 0, 1, ..., I inner steps (I + 1 entries).
+A predictor returns outputs_ITEN, class scores or values after 0, 1, ..., I inner steps: I + 1 entries.
 """
 
 from __future__ import annotations
@@ -22,28 +22,37 @@ from mamlctl.engine.nets.batch_norm import Params, Statistics
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """Tasks to predict, and the state that adapts to them."""
+    """The tasks to predict, and the state that adapts to them."""
 
     derivatives: Derivatives
-    state: MetaState  # what was meta-learnt, frozen
+    state: MetaState  # frozen
     episodes: Episodes
-    inner_steps: int  # I of the result
-    statistics: Statistics  # what normalises the query set; the support set always has its own
+    inner_steps: int  # I
+    statistics: Statistics  # of the query set; the inner loop normalises the support set by its own
 
 
-# Adapt a state to tasks, as its algorithm does, and predict -> outputs_ITEN.
-Predict = Callable[[PredictRequest], Tensor]
+Predict = Callable[[PredictRequest], Tensor]  # adapt the state as its algorithm does -> outputs_ITEN
 
 
 def prototypes(f_TEF: Tensor, y_TE: Tensor, ways: int) -> Tensor:
-    """Mean feature of every class, of which one may have more examples than another -> _TNF."""
+    """Compute the prototype of each class, the mean of its features (arXiv:1703.05175, equation 1).
+
+    Args:
+        f_TEF: features of the support set.
+        y_TE: its labels; classes may have different numbers of examples.
+        ways: the number of classes N.
+
+    Returns:
+        The prototypes, _TNF.
+    """
     is_of_TNE = (torch.arange(ways, device=y_TE.device).unsqueeze(1) == y_TE.unsqueeze(1)).to(f_TEF.dtype)
     return (is_of_TNE / is_of_TNE.sum(-1, keepdim=True)) @ f_TEF
 
 
 def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
-    """Squared Euclidean distance of every example to every prototype -> _TEN."""
-    # |a - b|^2 written out: the direct difference is E x N x F numbers, 20 times the work at 20 ways.
+    """Compute the squared Euclidean distance of every example to every prototype -> _TEN."""
+    # |f - c|^2 = |f|^2 - 2 <f, c> + |c|^2. The tensor of differences would have E x N x F elements: 20 times
+    # the work at 20 ways.
     products_TEN = f_TEF @ prototypes_TNF.transpose(1, 2)
     return (
         f_TEF.square().sum(-1, keepdim=True) - 2 * products_TEN + prototypes_TNF.square().sum(-1).unsqueeze(1)
@@ -51,9 +60,16 @@ def class_distances(f_TEF: Tensor, prototypes_TNF: Tensor) -> Tensor:
 
 
 def nearest_distances(f_TEF: Tensor, support_TMF: Tensor, y_TM: Tensor, ways: int) -> Tensor:
-    """Squared Euclidean distance of every example to the nearest support example of each class -> _TEN.
+    """Compute the squared Euclidean distance of every example to the nearest one of each class.
 
-    `y_TM`: labels of the M support examples; a class without any is infinitely far.
+    Args:
+        f_TEF: features of the examples.
+        support_TMF: features of the M support examples.
+        y_TM: their labels.
+        ways: the number of classes N.
+
+    Returns:
+        The distances, _TEN; infinity for a class without support examples.
     """
     distances_TEM = class_distances(f_TEF, support_TMF)
     tasks, examples, _ = distances_TEM.shape
@@ -62,19 +78,21 @@ def nearest_distances(f_TEF: Tensor, support_TMF: Tensor, y_TM: Tensor, ways: in
 
 
 def zero_head(weights: Mapping[str, Tensor], ways: int) -> Params:
-    """A head of zeros for so many classes, of the type and device of the one in `weights`."""
+    """Return a head of zeros for `ways` classes, with the dtype and device of the head in `weights`."""
     weight, bias = (weights[name] for name in HEAD)
     zeros = weight.new_zeros(ways, weight.shape[1]), bias.new_zeros(ways)
     return dict(zip(HEAD, zeros, strict=True))
 
 
 def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
-    """Gradient steps on the support set, from the state's weights -> outputs_ITEN.
+    """Predict after each of 0, 1, ..., I inner steps from the state's weights -> outputs_ITEN.
 
-    With Statistics.SUPPORT the support set goes along with the queries, so that every layer's statistics are
-    those of the same weights. Where the head alone is adapted, the body is passed once.
+    With Statistics.SUPPORT the support set passes the network together with the queries, so that the
+    statistics of every layer come from the same weights.
     """
     state = request.state
+    # If only the head is adapted and all steps share their norm rows, the features are the same at every
+    # step: pass the body once, and run the loop on the features.
     one_row = all(len(rows) == 1 for rows in (state.norm | state.running).values())
     if one_row and state.rates.keys() <= set(HEAD):
         support_TEF, query_TEF = features_of_sets(request)
@@ -100,9 +118,9 @@ def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
 def features_of_sets(
     request: PredictRequest, of_support: Statistics = Statistics.OWN
 ) -> tuple[Tensor, Tensor]:
-    """What the head reads of the support and the query set under the state's weights -> two _TEF.
+    """Pass both sets through the body at the state's weights -> f_TEF of the support and the query set.
 
-    `of_support` normalises the support set.
+    `of_support` chooses the statistics that normalise the support set.
     """
     state, episodes = request.state, request.episodes
     slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
@@ -114,13 +132,21 @@ def features_of_sets(
 
 
 def comparable_features(request: PredictRequest) -> tuple[Tensor, Tensor]:
-    """Features of both sets that can be compared: running statistics, which no weight leaves, for both."""
+    """Compute the features of both sets for distances between them.
+
+    With Statistics.RUNNING both sets use the running statistics, since features that were normalised in
+    different ways cannot be compared. The weights are not adapted, so these statistics fit them.
+    """
     running = request.statistics is Statistics.RUNNING
     return features_of_sets(request, Statistics.RUNNING if running else Statistics.OWN)
 
 
 def _with_support(request: PredictRequest) -> tuple[PreparedSet, int]:
-    """The query set, with Statistics.SUPPORT behind the support set; and how many examples that is."""
+    """Prepare the query set, preceded by the support set with Statistics.SUPPORT.
+
+    Returns:
+        The prepared set, and the number of leading support examples in it.
+    """
     derivatives, episodes = request.derivatives, request.episodes
     if request.statistics is not Statistics.SUPPORT:
         return derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE), 0

@@ -1,6 +1,6 @@
-"""Networks as functions of their weights; every weight leads with the task axis.
+"""Networks as functions of their weights; every weight has the leading task axis T.
 
-Shapes live in the names, one letter an axis:
+Names of tensors end with their shape, one letter per axis:
 T tasks, N ways, K shots, Q queries per class, E examples in a set (N*K or N*Q), I inner steps,
 R rows of per-step norm parameters (I or 1), L parameter tensors, D input size, F features, C H W image.
 """
@@ -19,38 +19,38 @@ from torch import Tensor
 from mamlctl.core.literals import Activation, BatchNorm, BatchNormMode, Metric
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
-LEAK = 0.01  # negative slope of the published code's leaky ReLU
+LEAK = 0.01  # negative slope of the leaky ReLU in the published MAML++ code
 SLOPES: dict[Activation, float] = {"leaky_relu": LEAK, "relu": 0.0}
-HEAD = ("linear.weight", "linear.bias")  # every network's last layer; all else is its body
+HEAD = ("linear.weight", "linear.bias")  # the last layer of every network; all other weights are its body
 
 
 def body_of(weights: Mapping[str, Tensor]) -> Params:
-    """All weights but the head's."""
+    """Return all weights except the head's."""
     return {name: weight for name, weight in weights.items() if name not in HEAD}
 
 
 def cross_entropy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
-    """Mean over a task's examples; one loss per task, so that tasks stay independent -> loss_T."""
+    """Mean of -log softmax(logits)[y] over each task's examples -> loss_T (arXiv:1703.03400, equation 3)."""
     return F.cross_entropy(logits_TEN.flatten(0, 1), y_TE.flatten(), reduction="none").view_as(y_TE).mean(1)
 
 
 def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
-    """Share of a task's examples whose class has the largest score -> _T."""
+    """Fraction of each task's examples whose correct class has the largest score -> _T, 0..1."""
     return (logits_TEN.argmax(-1) == y_TE).to(logits_TEN.dtype).mean(1)
 
 
 def squared_error(outputs_TE1: Tensor, y_TE: Tensor) -> Tensor:
-    """Mean over a task's examples -> loss_T."""
+    """Mean of (output - y)^2 over each task's examples -> loss_T (arXiv:1703.03400, equation 2)."""
     return (outputs_TE1.squeeze(-1) - y_TE).square().mean(1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a network is trained for, and how it is judged; both per task."""
+    """The loss that trains a network and the score that evaluates it, both per task."""
 
-    metric: Metric  # of records and tables: accuracy (0..1, more is better) or mse (less is better)
+    metric: Metric  # name of the score: accuracy (0..1, higher is better) or mse (lower is better)
     loss: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
-    score: Callable[[Tensor, Tensor], Tensor]  # the same -> score_T
+    score: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> score_T
 
 
 CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
@@ -58,60 +58,66 @@ REGRESSION = Objective("mse", squared_error, squared_error)
 
 
 class Net(Protocol):
-    """A network. Inputs are x_TECHW, or x_TED for curves."""
+    """A network; its inputs are images x_TECHW, or points x_TED of curves."""
 
     @property
     def outputs(self) -> int:
-        """Numbers of the head: classes, or 1 for curves."""
+        """The number of outputs N: classes, or 1 for curves."""
 
     @property
     def objective(self) -> Objective:
-        """What it is trained for."""
+        """The loss and the score."""
 
     @property
     def compute(self) -> torch.dtype | None:
-        """Type of the convolutions' products; None: that of the weights."""
+        """The dtype of the convolutions' products; None for that of the weights."""
 
     @property
     def norm_layers(self) -> dict[str, int]:
-        """Norm layer -> channels."""
+        """The number of channels of each batch-norm layer, by name; empty without batch norm."""
 
     @property
     def largest(self) -> int:
-        """Numbers an example in the largest tensor of a pass."""
+        """The number of elements per example in the largest tensor of a forward pass."""
 
     @property
     def places(self) -> int:
-        """Places of the last map, of which an image too small leaves none; 1 without maps."""
+        """The number of pixels of the last feature map: 0 if the image is too small, 1 without maps."""
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Starting weights, the same for every device; the head's are HEAD."""
+        """Draw the initial weights, without a task axis and identical on every device."""
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """What the head reads, under every task's weights -> f_TEF."""
+        """Pass the examples through the body -> f_TEF, the inputs of the head.
+
+        Args:
+            fast: the weights, each with the leading axis T; the head's may be absent.
+            x: the examples, x_TECHW or x_TED.
+            norm: batch norm of this pass, which records the statistics it computes.
+        """
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Class scores or values of every example -> outputs_TEN."""
+        """Pass the examples through the whole network -> outputs_TEN; arguments as in `features`."""
 
 
 def with_outputs(net: Net, outputs: int) -> Net:
-    """The same network with so many numbers of the head."""
+    """Return the same network with another number of outputs."""
     return replace(net, outputs=outputs)  # type: ignore[type-var]  # every network is a frozen dataclass
 
 
 def bn_mode(net: Net, bn: BatchNorm) -> BatchNormMode:
-    """The batch-norm mode that results name: the setting `bn`, or none without batch norm."""
+    """Return the batch-norm mode to report: the setting `bn`, or "none" without batch norm."""
     return bn if net.norm_layers else "none"
 
 
 def head(fast: Mapping[str, Tensor], f_TEF: Tensor) -> Tensor:
-    """The linear layer of every task -> outputs_TEN."""
+    """Apply each task's linear layer, W f + b -> outputs_TEN."""
     return torch.baddbmm(fast["linear.bias"].unsqueeze(1), f_TEF, fast["linear.weight"].transpose(1, 2))
 
 
 @dataclass(frozen=True)
 class HeadNet:
-    """The head alone: a network whose inputs are features."""
+    """A network that consists of the head only; its inputs are the features f_TEF."""
 
     outputs: int
     objective: Objective = CLASSIFICATION
@@ -124,7 +130,7 @@ class HeadNet:
         return {}
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Nothing: its weights are another net's."""
+        """Return no weights: they are taken from another network."""
         return {}
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
@@ -135,9 +141,16 @@ class HeadNet:
 
 
 def task_conv(x_ETCHW: Tensor, weight_TOCHW: Tensor, compute: torch.dtype | None, stride: int = 1) -> Tensor:
-    """Convolution of every task with its own weights, padded to keep the size -> _ETOHW, in x's type.
+    """Convolve each task's examples with its own weights, padded to keep the size at stride 1.
 
-    `compute` is the type of the products; None leaves it as it is.
+    Args:
+        x_ETCHW: the inputs; the task axis is second, so that tasks become groups of one convolution.
+        weight_TOCHW: square filters of odd size, O for each task.
+        compute: the dtype of the products; None for that of `x_ETCHW`.
+        stride: 1, or 2 to halve the maps.
+
+    Returns:
+        The outputs _ETOHW in the dtype of `x_ETCHW`.
     """
     examples, tasks, channels, height, width = x_ETCHW.shape
     outputs, size = weight_TOCHW.shape[1], weight_TOCHW.shape[-1]
@@ -149,15 +162,23 @@ def task_conv(x_ETCHW: Tensor, weight_TOCHW: Tensor, compute: torch.dtype | None
 
 
 def halved(x_ETCHW: Tensor) -> Tensor:
-    """2x2 max-pool."""
+    """Apply 2x2 max-pooling; an odd last row or column is dropped."""
     pooled = F.max_pool2d(x_ETCHW.flatten(0, 1), 2)
     return pooled.view(x_ETCHW.shape[:3] + pooled.shape[-2:])
 
 
 def xavier_uniform(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Uniform weights of variance 2 / (inputs + outputs) (Glorot & Bengio 2010)."""
+    """Draw U(-b, b) with b = sqrt(6 / (inputs + outputs)), variance 2 / (inputs + outputs).
+
+    Glorot & Bengio 2010, equation 16; a convolution counts its kernel size in both numbers.
+
+    Args:
+        shape: outputs, inputs and, for a convolution, the kernel size.
+        generator: the source of random numbers.
+        dtype: of the result.
+    """
     receptive = math.prod(shape[2:])
     bound = math.sqrt(6 / ((shape[0] + shape[1]) * receptive))
-    # Drawn in float64 so that float32 and float64 runs start from the same numbers.
+    # Drawn in float64, so that float32 and float64 runs start from the same weights.
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return ((2 * uniform - 1) * bound).to(dtype)

@@ -1,7 +1,14 @@
-"""Batch norm over a set of one task's examples, composed of plain operations.
+"""Batch norm over one task's set of examples, composed of plain operations.
 
-The native operator is wrong in second order under vectorised transforms (pytorch/functorch#534), and none
-of its modes is what a meta-learner means; here the statistics that are used have a name: `Statistics`.
+Ioffe & Szegedy 2015 (arXiv:1502.03167), algorithm 1, for each task and channel:
+
+    mean, var over examples, height and width        y = gamma (x - mean) / sqrt(var + eps) + beta
+
+MAML++ (arXiv:1810.09502, section 4) adds BNRS, running statistics for each inner step, and BNWB, gamma and
+beta for each inner step: tensors _RC, whose row is chosen by the step.
+
+torch's own operator has wrong second derivatives under vectorised transforms (pytorch/functorch#534), and its
+two modes, training and evaluation, do not cover the three choices of `Statistics`.
 """
 
 from __future__ import annotations
@@ -13,33 +20,42 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-EPS = 1e-5  # torch's default, and the reference's (section 1.6 of the published code's description)
-MOMENTUM = 0.1  # weight of the newest statistics in the running ones; the reference's too
+EPS = 1e-5  # torch's default, which the published MAML++ code uses
+MOMENTUM = 0.1  # weight of the newest statistics in the running ones; also that of the published code
 
 Params = dict[str, Tensor]
 
 
 class Statistics(Enum):
-    """Which mean and variance normalise a set of examples."""
+    """The mean and variance that normalise a set of examples; the values are those of --bn."""
 
-    OWN = "transductive"  # of the set itself: predictions of one query depend on the other queries
-    RUNNING = "running"  # accumulated in training
-    SUPPORT = "support"  # of the task's support set, passed through the same weights
+    OWN = "transductive"  # the set's own: the prediction for one query depends on the other queries
+    RUNNING = "running"  # accumulated during training
+    SUPPORT = "support"  # those of the task's support set, passed through the same weights
 
 
 @dataclass
 class NormPass:
-    """Batch norm for one forward pass: which rows and statistics it uses, and what it saw."""
+    """Batch norm for one forward pass: the rows and statistics it uses, and the statistics it computes."""
 
     params: Mapping[str, Tensor]  # "norm1.weight", "norm1.bias" -> _RC; R = inner steps with BNWB, else 1
     running: Mapping[str, Tensor]  # "norm1.mean", "norm1.var" -> _RC; R = inner steps with BNRS, else 1
-    step: int  # inner step; one beyond the last row reuses the last row
+    step: int  # inner step, counted from 0; steps beyond the last row use the last row
     statistics: Statistics = Statistics.OWN
     support_examples: int = 0  # with Statistics.SUPPORT: how many leading examples are the support set
-    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> mean_TC, variance_TC
+    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> mean_TC, unbiased var_TC
 
     def __call__(self, name: str, x_ETCHW: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
-        """Normalise, scale and shift -> _ETCHW; a norm that is adapted is among the fast weights."""
+        """Normalise, scale and shift one layer's input.
+
+        Args:
+            name: the layer, such as "norm1".
+            x_ETCHW: its input.
+            fast: the fast weights; they contain gamma and beta if the inner loop adapts them.
+
+        Returns:
+            The output, _ETCHW.
+        """
         gamma, beta = (part[..., None, None] for part in self.affine(name, fast))
         if self.statistics is Statistics.RUNNING:
             mean = self.row(f"{name}.mean")[:, None, None]
@@ -52,26 +68,39 @@ class NormPass:
         return (x_ETCHW - mean) * (gamma * (var + EPS).rsqrt()) + beta
 
     def affine(self, name: str, fast: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer: each task's own, _TC, where they are adapted, else this step's, _C."""
+        """Return gamma and beta of a layer: _TC if the inner loop adapts them, else this step's row _C."""
         if f"{name}.weight" in fast:
             return fast[f"{name}.weight"], fast[f"{name}.bias"]
         return self.row(f"{name}.weight"), self.row(f"{name}.bias")
 
     def row(self, name: str) -> Tensor:
-        """The row of this step of "norm1.weight", "norm1.bias", "norm1.mean" or "norm1.var" -> _C."""
+        """Return this step's row of "norm1.weight", "norm1.bias", "norm1.mean" or "norm1.var" -> _C."""
         rows_RC = self.params[name] if name in self.params else self.running[name]
         return rows_RC[min(self.step, rows_RC.shape[0] - 1)]
 
     def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
-        """Note mean and biased variance of `count` values a channel; as torch does, keep the unbiased one."""
+        """Record the statistics of a layer, for the running ones.
+
+        Args:
+            name: the layer.
+            mean_TC: the mean of each task and channel.
+            var_TC: the biased variance of each task and channel.
+            count: the number of values behind each of them.
+        """
+        # torch accumulates the unbiased variance too, although it normalises by the biased one.
         self.seen[name] = mean_TC, var_TC * (count / max(count - 1, 1))
 
 
 def accumulate(running: Params, passes: list[NormPass]) -> None:
-    """Move the running statistics, in place, towards the mean over tasks and passes of each row.
+    """Update the running statistics in place, once per meta-step.
 
-    Rows that no pass used keep their values. One update per meta-step, whatever the number of tasks, and of
-    passes that share them out.
+    Each row moves towards the mean over all tasks and passes that used it,
+    row = (1 - MOMENTUM) row + MOMENTUM mean, so the result does not depend on how tasks are divided into
+    passes. Rows that no pass used keep their values.
+
+    Args:
+        running: the running statistics, _RC.
+        passes: the training passes of a meta-step.
     """
     for key, rows_RC in running.items():
         name, kind = key.rsplit(".", 1)
@@ -84,12 +113,18 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
 
 
 def init_params(layers: Mapping[str, int], rows: int, like: Tensor) -> Params:
-    """Weights 1 and biases 0, `rows` of them for every norm layer (name -> channels)."""
+    """Return weights of 1 and biases of 0 for every norm layer.
+
+    Args:
+        layers: the number of channels of each layer, by name.
+        rows: R, the number of inner steps with parameters of their own.
+        like: a tensor of the device and dtype to use.
+    """
     weights = {f"{name}.weight": like.new_ones(rows, channels) for name, channels in layers.items()}
     return weights | {f"{name}.bias": like.new_zeros(rows, channels) for name, channels in layers.items()}
 
 
 def init_running(layers: Mapping[str, int], rows: int, like: Tensor) -> Params:
-    """Means 0 and variances 1."""
+    """Return running means of 0 and variances of 1; arguments as in `init_params`."""
     means = {f"{name}.mean": like.new_zeros(rows, channels) for name, channels in layers.items()}
     return means | {f"{name}.var": like.new_ones(rows, channels) for name, channels in layers.items()}

@@ -17,18 +17,19 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 @dataclass(frozen=True)
 class Conv4:
-    """Four times convolution, batch norm, activation, 2x2 max-pool (or stride 2); then a linear head.
+    """Four blocks of 3x3 convolution, batch norm, activation and 2x2 max-pooling, then a linear head.
 
-    The convolutions have no bias: batch norm subtracts it again (the published code carries 4 x filters such
-    numbers, and learning rates for them, whose gradients are 0).
+    The network of Vinyals et al. 2016 that MAML uses (arXiv:1703.03400, section 5.2), with stride 2 in place
+    of pooling if `pooling` is "stride". The convolutions have no bias, because batch norm subtracts it again.
+    The published MAML++ code has these 4 x filters biases and learning rates for them; their gradients are 0.
     """
 
     image_shape: tuple[int, int, int]  # C, H, W
     outputs: int
     filters: int
     compute: torch.dtype | None = None
-    pooling: Pooling = "max"  # or stride: the convolutions halve the maps themselves
-    readout: Readout = "flatten"  # or mean: over the places that are left
+    pooling: Pooling = "max"  # or "stride": convolutions of stride 2 halve the maps
+    readout: Readout = "flatten"  # or "mean" over the pixels of the last map
     activation: Activation = "leaky_relu"
 
     blocks = 4
@@ -40,31 +41,30 @@ class Conv4:
 
     @property
     def largest(self) -> int:
-        """The first block's output."""
+        # The output of the first convolution; later maps are smaller.
         return self.filters * math.prod(self.image_shape[1:]) // (4 if self.pooling == "stride" else 1)
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """Of the last block's output: C, H, W."""
+        """C, H, W of the last block's output."""
         _, height, width = self.image_shape
         for _ in range(self.blocks):
-            # A stride of 2 rounds up, a window of 2 rounds down.
+            # A padded convolution of stride 2 rounds an odd size up; pooling rounds it down.
             up = self.pooling == "stride"
             height, width = (height + up) // 2, (width + up) // 2
         return self.filters, height, width
 
     @property
     def places(self) -> int:
-        """Of the last block's output."""
         return math.prod(self.features_shape[1:])
 
     @property
     def by_hand(self) -> bool:
-        """Whether `conv4.py` has its derivatives."""
+        """Whether derivatives/conv4.py has hand-written derivatives for this variant."""
         return self.pooling == "max" and self.readout == "flatten"
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Xavier-uniform weights and zero biases, as in the published code."""
+        """Draw Xavier-uniform weights and a head bias of 0, as in the published MAML++ code."""
         params: Params = {}
         channels = self.image_shape[0]
         for block in range(1, self.blocks + 1):
@@ -76,7 +76,6 @@ class Conv4:
         return params
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """The last block's output -> f_TEF."""
         x_ETCHW = x.transpose(0, 1)
         stride = 2 if self.pooling == "stride" else 1
         for block in range(1, self.blocks + 1):

@@ -1,4 +1,4 @@
-"""The network that the settings name."""
+"""Build the network that --net names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fully connected network: MAML's non-convolutional one for Omniglot, and the one for curves."""
+"""The fully connected networks of the MAML paper: one for Omniglot images, one for curves."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mamlctl.core.literals import Activation
 from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, SLOPES, Objective, head, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
-# Widths of the published networks (arXiv:1703.03400, section 5.1 and appendix A.1).
+# Layer widths of the published networks (arXiv:1703.03400, section 5.1 and appendix A.1).
 HIDDEN = {CLASSIFICATION.metric: "256-128-64-64", REGRESSION.metric: "40-40"}
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Linear layers, each with batch norm where it classifies, and an activation; then a linear head.
+    """Linear layers with an activation each, then a linear head.
 
-    Where there is batch norm the layers have no bias, which it would subtract again. For curves they have
-    one, and no norm, as published.
+    For classification every layer has batch norm and no bias, which batch norm would subtract again. For
+    curves every layer has a bias and no batch norm, as published.
     """
 
     input_shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Mlp:
 
     @property
     def normed(self) -> bool:
-        """Whether it has batch norm."""
+        """Whether the network has batch norm."""
         return self.objective is not REGRESSION
 
     @property
@@ -46,14 +46,14 @@ class Mlp:
 
     @property
     def largest(self) -> int:
-        """The input or the widest layer."""
         return max(math.prod(self.input_shape), *self.hidden)
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Xavier-uniform weights and biases of 0; for curves both uniform up to 1 / sqrt(inputs).
+        """Draw the initial weights.
 
-        That is torch's own start of a linear layer. MAML's, deviations of 0.01 and biases of 0, puts all the
-        network's kinks in one place.
+        For classification: Xavier-uniform weights and biases of 0. For curves: U(-b, b) with
+        b = 1 / sqrt(inputs) for weights and biases, torch's default for a linear layer. MAML's published
+        initialisation for curves, biases of 0, places the kinks of all first-layer ReLUs at x = 0.
         """
         params: Params = {}
         inputs = math.prod(self.input_shape)
@@ -64,6 +64,7 @@ class Mlp:
                 params[f"hidden{layer}.weight"] = _uniform((width, inputs), inputs, generator, dtype)
                 params[f"hidden{layer}.bias"] = _uniform((width,), inputs, generator, dtype)
             inputs = width
+        # Drawn for curves too, where it is replaced: the later draws, and so stored results, depend on it.
         params["linear.weight"] = xavier_uniform((self.outputs, inputs), generator, dtype)
         params["linear.bias"] = torch.zeros(self.outputs, dtype=dtype)
         if not self.normed:
@@ -72,13 +73,12 @@ class Mlp:
         return params
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """The last hidden layer -> f_TEF."""
         f_TEF = x.flatten(2)
         for layer in range(1, len(self.hidden) + 1):
             weight_TFD = fast[f"hidden{layer}.weight"].transpose(1, 2)
             if self.normed:
                 f_TEF = torch.bmm(f_TEF, weight_TFD)
-                # A set of vectors is a set of images with one pixel each.
+                # Batch norm treats vectors as images of one pixel.
                 f_ETF11 = norm(f"norm{layer}", f_TEF.transpose(0, 1)[..., None, None], fast)
                 f_TEF = f_ETF11[..., 0, 0].transpose(0, 1)
             else:

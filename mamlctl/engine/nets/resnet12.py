@@ -1,4 +1,4 @@
-"""ResNet-12, the field's common larger network."""
+"""ResNet-12, the larger network that few-shot papers commonly use."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor
 from mamlctl.engine.nets.base import CLASSIFICATION, halved, head, task_conv
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
-LEAK = 0.1  # negative slope in the published ResNet-12 (Lee et al. 2019, MetaOptNet)
-GROWTH = (1, 2.5, 5, 10)  # widths of its four blocks: 64, 160, 320, 640
+LEAK = 0.1  # negative slope in the published code of Lee et al. 2019 (MetaOptNet)
+GROWTH = (1, 2.5, 5, 10)  # block widths relative to the first: 64, 160, 320, 640 as published
 
 
 @dataclass(frozen=True)
 class ResNet12:
-    """Four residual blocks of three convolutions, each halved by max-pool; mean over places; linear head.
+    """Four residual blocks of three 3x3 convolutions, then a mean over pixels and a linear head.
 
-    Lee et al. 2019 (arXiv:1904.03758), without its DropBlock. Batch norm is composed of plain operations, and
-    convolutions have no bias, as in Conv4.
+    Lee et al. 2019 (arXiv:1904.03758), without DropBlock. With n_i a convolution and its batch norm, and
+    n_skip one of size 1x1, a block is max-pool(act(n_3(act(n_2(act(n_1(x))))) + n_skip(x))). The convolutions
+    have no bias, because batch norm subtracts it again.
     """
 
     image_shape: tuple[int, int, int]  # C, H, W
     outputs: int
-    filters: int  # of the first block; 64 published
+    filters: int  # width of the first block; 64 as published
     compute: torch.dtype | None = None
 
     objective = CLASSIFICATION
 
     def _convolutions(self) -> Iterator[tuple[str, int, int, int]]:
-        """Name, inputs, outputs and size of every convolution."""
+        """Yield name, input channels, output channels and kernel size of every convolution."""
         inputs = self.image_shape[0]
         for block, growth in enumerate(GROWTH, 1):
             width = int(self.filters * growth)
@@ -48,16 +49,19 @@ class ResNet12:
 
     @property
     def largest(self) -> int:
-        """The first block's maps."""
+        # A map of the first block: a later block has up to 2.5 times the width, but a quarter of the pixels.
         return self.filters * math.prod(self.image_shape[1:])
 
     @property
     def places(self) -> int:
-        """Of the last block's maps."""
         return math.prod(side >> len(GROWTH) for side in self.image_shape[1:])
 
     def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """He-normal convolutions by their outputs (the published start), and a head of small numbers."""
+        """Draw convolutions N(0, 2 / ((1 + LEAK^2) fan_out)) and a head U(-b, b), b = 1 / sqrt(inputs).
+
+        The convolutions follow He et al. 2015 (arXiv:1502.01852, section 2.2) in its backward form, as in the
+        published code; the head is torch's default for a linear layer.
+        """
         params: Params = {}
         width = 0
         for name, inputs, width, size in self._convolutions():
@@ -70,7 +74,6 @@ class ResNet12:
         return params
 
     def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
-        """Mean over the last block's places -> f_TEF."""
         x_ETCHW = x.transpose(0, 1)
 
         def normed(name: str, x_ETCHW: Tensor) -> Tensor:
