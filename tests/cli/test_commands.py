@@ -441,7 +441,7 @@ def test_a_checkpoint_of_another_run_is_refused(cli, trained, tmp_path):
     (other / "checkpoints" / "last.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
     code, _, err = cli("eval", other)
     assert code == 1
-    assert_two_lines(err, "was written by a run of other settings", "another checkpoint")
+    assert_two_lines(err, "was written by a run with other settings", "another checkpoint")
 
 
 def test_weights_alone_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):

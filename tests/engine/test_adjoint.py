@@ -175,7 +175,7 @@ def test_no_memory_at_all_is_told_in_words(chunk):
         raise torch.OutOfMemoryError("no room")
 
     step.outer = full_device
-    with pytest.raises(MamlctlError, match="no memory for"):
+    with pytest.raises(MamlctlError, match="does not have enough memory for"):
         step.measure(episodes, 0, measure_all=False)
 
 

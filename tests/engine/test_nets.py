@@ -219,7 +219,7 @@ def test_images_that_a_network_leaves_nothing_of_are_told_at_once(settings):
     config = TrainConfig(filters=2, **settings)
     net, _ = build(config, (1, 16, 16), CPU)
     assert net(own_weights(net), normal(TASKS, EXAMPLES, 1, 16, 16), NormPass({}, {}, 0)).shape[2] == 5
-    with pytest.raises(SettingsError, match="leaves nothing of images of 15x16") as caught:
+    with pytest.raises(SettingsError, match="images of 15x16 are too small for") as caught:
         build(config, (1, 15, 16), CPU)
     assert "\n" not in caught.value.message
     assert caught.value.hint == "use --net mlp"

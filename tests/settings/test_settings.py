@@ -141,7 +141,7 @@ def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):
 
 def test_fomaml_cannot_be_made_second_order():
     facts = [fact for fact, _ in algorithm_problems(TrainConfig(algo="fomaml", first_order=False))]
-    assert facts == ["--first-order is False, but --algo fomaml means True"]
+    assert facts == ["--first-order is False, but --algo fomaml requires True"]
     assert not algorithm_problems(TrainConfig(algo="maml", first_order=True))
 
 
@@ -233,9 +233,9 @@ def test_every_setting_has_words_and_a_panel():
 
 REFUSED = [
     ({"algo": "reptile", "msl": True}, "--msl has no effect with --algo reptile"),
-    ({"algo": "protonet", "inner_steps": 3}, "--inner-steps is 3, but --algo protonet means 0"),
+    ({"algo": "protonet", "inner_steps": 3}, "--inner-steps is 3, but --algo protonet requires 0"),
     ({"algo": "protonet", "inner_lr": 0.3}, "--inner-lr has no effect with --algo protonet"),
-    ({"algo": "anil", "adapts": "all"}, "--adapts is all, but --algo anil means head"),
+    ({"algo": "anil", "adapts": "all"}, "--adapts is all, but --algo anil requires head"),
     ({"algo": "anil", "bnwb": True}, "--bnwb has no effect with --algo anil: the body is passed once"),
     ({"algo": "meta-sgd", "lslr": True}, "--lslr has no effect with --algo meta-sgd: it learns a rate"),
     ({"algo": "alpha-maml", "ca": True}, "--ca has no effect with --algo alpha-maml"),
@@ -244,8 +244,8 @@ REFUSED = [
     ({"algo": "maml", "inner_batch": 3}, "--inner-batch has no effect with --algo maml"),
     ({"algo": "maml", "inner_steps": 0}, "--inner-steps is 0, but maml adapts in training"),
     ({"algo": "transfer", "task_chunk": "2"}, "--task-chunk has no effect with --algo transfer"),
-    ({"algo": "scratch", "epochs": 4}, "--epochs is 4, but --algo scratch means 1"),
-    ({"algo": "reptile", "cuda_graph": True}, "--cuda-graph does not go with --algo reptile"),
+    ({"algo": "scratch", "epochs": 4}, "--epochs is 4, but --algo scratch requires 1"),
+    ({"algo": "reptile", "cuda_graph": True}, "--cuda-graph is not available with --algo reptile"),
     ({"algo": "maml", "ca": True, "meta_lr_final": 0.1}, "--meta-lr-final and --ca both"),
     ({"dataset": "sinusoid", "ways": 5}, "--ways has no meaning: sinusoid has no classes"),
     ({"dataset": "sinusoid", "net": "conv4"}, "--net conv4 needs images"),
@@ -253,7 +253,7 @@ REFUSED = [
     ({"dataset": "sinusoid", "bnwb": True}, "--bnwb has no meaning: sinusoid is learnt without"),
     ({"algo": "transfer", "adapts": "body"}, "--adapts body does nothing with --algo transfer"),
     ({"algo": "reptile", "shots": 15}, "--train-shots 10 is below --shots 15"),
-    ({"algo": "transfer", "inner_steps": 2}, "--inner-steps is 2, but --algo transfer means 0"),
+    ({"algo": "transfer", "inner_steps": 2}, "--inner-steps is 2, but --algo transfer requires 0"),
     ({"net": "mlp", "filters": 8}, "--filters has no effect with --net mlp"),
     ({"net": "mlp", "precision": "bf16"}, "--precision bf16 has no effect"),
     ({"net": "resnet12", "pooling": "max"}, "--pooling has no effect with --net resnet12"),

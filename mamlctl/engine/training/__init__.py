@@ -1,1 +1,1 @@
-"""Meta-steps, checkpoints and the training loop."""
+"""Meta-steps, schedules, checkpoints and the training loop."""

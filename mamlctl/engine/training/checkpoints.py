@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain numbers, loaded without running code, and checked."""
+"""Checkpoints: tensors and plain values, loaded without executing code and checked by a digest."""
 
 from __future__ import annotations
 
@@ -21,9 +21,15 @@ FORMAT = 3
 
 
 def save(path: Path, content: Mapping[str, object], *, owner: str) -> None:
-    """Write `content` (dicts, lists, numbers, words, tensors) with format, owner and digest, in one move."""
+    """Write a checkpoint atomically.
+
+    Args:
+        path: the file.
+        content: dicts, lists, numbers, strings and tensors.
+        owner: the digest of the run's settings, which `load` compares.
+    """
     stored = {"format": FORMAT, "owner": owner, "digest": _digest(content), "content": dict(content)}
-    # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
+    # Through memory: on a full disk torch.save raises a RuntimeError that looks like a bug, not an OSError.
     whole = io.BytesIO()
     torch.save(stored, whole)
     with replacing(path) as file:
@@ -31,12 +37,24 @@ def save(path: Path, content: Mapping[str, object], *, owner: str) -> None:
 
 
 def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save` wrote. Raises MamlctlError if it is absent, damaged, of another format or another run."""
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        owner: the digest of the run's settings.
+        device: where the tensors are placed.
+
+    Returns:
+        The content that `save` received.
+
+    Raises:
+        MamlctlError: the file is missing or damaged, has another format or belongs to another run.
+    """
     if not path.is_file():
         raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
-    # torch reads other files as its old format, whose reader fails on odd bytes in any way there is.
+    # torch tries its old format for any other file, and that reader raises all kinds of exceptions.
     if not zipfile.is_zipfile(path):
-        raise damaged(path, "cannot be read (it is no archive)")
+        raise damaged(path, "cannot be read (it is not a zip archive)")
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, OSError) as error:
@@ -47,19 +65,29 @@ def load(path: Path, *, owner: str, device: torch.device | str = "cpu") -> dict[
     if stored["format"] != FORMAT:
         raise damaged(path, f"has format {stored['format']}, but this mamlctl reads format {FORMAT}")
     if stored["digest"] != _digest(stored["content"]):
-        raise damaged(path, "does not have the content it was written with: its digest differs")
+        raise damaged(path, "has changed since it was written: its digest differs")
     if stored["owner"] != owner:
-        raise damaged(path, "was written by a run of other settings")
+        raise damaged(path, "was written by a run with other settings")
     content: dict[str, Any] = stored["content"]
     return content
 
 
 def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
-    """Copy stored tensors into a state, in place. Raises MamlctlError unless names and shapes agree."""
+    """Copy stored tensors into a state, in place.
+
+    Args:
+        state: the state to overwrite.
+        stored: the tensors of a checkpoint, by name.
+        path: the checkpoint, for the error.
+
+    Raises:
+        MamlctlError: names or shapes differ.
+    """
     tensors = state.stored()
     if tensors.keys() != stored.keys():
         odd = min(tensors.keys() ^ stored.keys())
-        raise damaged(path, f"does not fit the run's settings: '{odd}' is only on one side")
+        excess = "an unknown" if odd in stored else "no"
+        raise damaged(path, f"does not fit the run's settings: it has {excess} tensor '{odd}'")
     for name, tensor in tensors.items():
         if tensor.shape != stored[name].shape:
             shapes = f"{list(stored[name].shape)}, but the settings need {list(tensor.shape)}"
@@ -69,7 +97,7 @@ def restore(state: MetaState, stored: Mapping[str, Tensor], path: Path) -> None:
 
 
 def damaged(path: Path, what: str) -> MamlctlError:
-    """The error that a checkpoint is not what it should be."""
+    """Return the error for a checkpoint that cannot be used."""
     return MamlctlError(f"checkpoint {path} {what}", hint="use another checkpoint of the run, or train again")
 
 

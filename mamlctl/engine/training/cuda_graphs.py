@@ -1,4 +1,4 @@
-"""Meta-steps replayed as CUDA graphs: one launch where there were thousands."""
+"""Replay meta-steps as CUDA graphs: one launch in place of thousands."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mamlctl.engine.training.meta_step import MetaStep
 
 
 class Graph(Protocol):
-    """What was recorded once and can be run again: `torch.cuda.CUDAGraph`."""
+    """The part of `torch.cuda.CUDAGraph` that is used here; tests replace it."""
 
     def replay(self) -> None:
-        """Run it on what its inputs hold now."""
+        """Run the recorded launches on the current contents of their input tensors."""
 
 
-Record = Callable[[Callable[[], MetaStepResult | None]], Graph]  # run a function once, recording it
+Record = Callable[[Callable[[], MetaStepResult | None]], Graph]  # records the launches of a function
 
 
 def record(work: Callable[[], MetaStepResult | None]) -> Graph:
-    """Record what a function launches on the device, without running it."""
+    """Record the kernels that a function launches, without running them."""
     graph = torch.cuda.CUDAGraph()
     recording: AbstractContextManager[None] = torch.cuda.graph(graph)
     with recording:
@@ -37,20 +37,21 @@ def record(work: Callable[[], MetaStepResult | None]) -> Graph:
 
 @dataclass
 class _Recorded:
-    """A kind of meta-step: its two graphs, and where the first leaves what it measured."""
+    """The two graphs of one kind of meta-step."""
 
     measure: Graph
     move: Graph
-    measured: MetaStepResult
+    measured: MetaStepResult  # the tensors that `measure` writes
 
 
 class Captured:
-    """`MetaStep`'s measuring and moving, with the same signatures and numbers.
+    """Replaces `MetaStep.measure` and `MetaStep.apply` by graphs, with the same results.
 
-    Kinds of meta-step differ in what they launch: derivative order, which query losses count, what is
-    measured. The first of a kind runs eagerly, and so warms up all that a capture must not meet for the
-    first time; the second is recorded; later ones replay. What changes from step to step (tasks, MSL weights,
-    learning rate) is copied into the tensors that the graphs read.
+    Meta-steps are of one kind if they launch the same kernels: the same derivative order, the same query
+    losses in the meta-loss and the same measurements. The first meta-step of a kind runs eagerly, because
+    library initialisation and the timing of convolutions are not possible in a capture. The second one is
+    recorded, later ones are replayed. Values that change from step to step (tasks, MSL weights, learning
+    rate) are copied into the tensors that the graphs read.
     """
 
     def __init__(
@@ -60,16 +61,23 @@ class Captured:
         on_failure: Callable[[str], None] = lambda why: None,
         record: Record = record,
     ) -> None:
+        """Record nothing yet.
+
+        Args:
+            step: the eager meta-step.
+            on_failure: called once with the reason if a capture fails; all later meta-steps are eager.
+            record: records a function as a graph.
+        """
         self.step, self._on_failure, self._record = step, on_failure, record
         self._failed = False
-        self._kinds: dict[tuple[object, ...], _Recorded | None] = {}
-        self._tasks: Episodes | None = None  # what the graphs read
+        self._kinds: dict[tuple[object, ...], _Recorded | None] = {}  # None: seen once, not recorded yet
+        self._tasks: Episodes | None = None  # inputs of the graphs
         like = step.state.example_tensor
-        self._weights = like.new_zeros(step.config.inner_steps, requires_grad=False)
-        self._weights_now: tuple[float, ...] = ()
+        self._weights = like.new_zeros(step.config.inner_steps, requires_grad=False)  # input: MSL weights
+        self._weights_now: tuple[float, ...] = ()  # their values
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
-        """As `MetaStep.measure`; the next call overwrites what this returns."""
+        """Do the same as `MetaStep.measure`; the next call overwrites the tensors of the result."""
         weights, first_order, _ = self.step.schedule(epoch)
         kind = first_order, tuple(weight != 0 for weight in weights), measure_all
         is_first = kind not in self._kinds
@@ -86,7 +94,7 @@ class Captured:
         return recorded.measured
 
     def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
-        """As `MetaStep.apply`."""
+        """Do the same as `MetaStep.apply`."""
         for recorded in self._kinds.values():
             if recorded is not None and recorded.measured is measured:
                 self.step.set_meta_lr(epoch, done)
@@ -99,13 +107,14 @@ class Captured:
             self._tasks = Episodes(**{name: tensor.clone() for name, tensor in episodes.present().items()})
         for name, tensor in episodes.present().items():
             self._tasks.present()[name].copy_(tensor)
-        if weights != self._weights_now:  # once an epoch
+        if weights != self._weights_now:  # they change at most once per epoch
             self._weights.copy_(torch.tensor(weights, dtype=self._weights.dtype))
             self._weights_now = weights
 
     def _capture(self, weights: tuple[float, ...], first_order: bool, measure_all: bool) -> _Recorded | None:
         tasks = self._tasks
         assert tasks is not None
+        # A tensor for each weight that counts, so that a replay reads its current value.
         counted: list[float | Tensor] = [
             self._weights[step] if weight else 0.0 for step, weight in enumerate(weights)
         ]
@@ -114,7 +123,7 @@ class Captured:
         try:
             measure = self._record(lambda: measured.append(self.step.measure_as(tasks, request)))
             move = self._record(lambda: self.step.move(measured[0]))
-        except RuntimeError as error:  # running out of memory too
+        except RuntimeError as error:  # includes torch.OutOfMemoryError
             self._failed = True
             self._kinds.clear()
             self._on_failure(str(error).partition("\n")[0])
@@ -123,7 +132,10 @@ class Captured:
 
 
 def runner_of(step: MetaStep, on_failure: Callable[[str], None] = lambda why: None) -> MetaStep | Captured:
-    """Meta-steps replayed as CUDA graphs where device, settings and algorithm allow it, else as they are."""
+    """Return CUDA-graph meta-steps if device, settings and algorithm allow it, else the eager ones.
+
+    `on_failure` is called with the reason if a capture fails.
+    """
     config = step.config
     allowed = config.cuda_graph is not False and ALGORITHMS[config.algo].captured
     return Captured(step, on_failure=on_failure) if step.device.type == "cuda" and allowed else step

@@ -1,4 +1,4 @@
-"""From settings to a network and the state that meta-training starts from."""
+"""Build the network and the initial state of meta-training from the settings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ from mamlctl.settings.schema import TrainConfig
 def build(
     config: TrainConfig, example_shape: Sequence[int], device: torch.device, *, classes: int | None = None
 ) -> tuple[Net, MetaState]:
-    """The network and its starting state: a function of the settings, the same on every device.
+    """Build the network and its initial state, which depend only on the settings and not on the device.
 
-    `example_shape`: C, H, W of images, or D of curves. `classes`: of the training split, for algorithms that
-    tell them all apart. Raises SettingsError where the network leaves nothing of such images.
+    Args:
+        config: the settings.
+        example_shape: C, H, W of images, or D of curves.
+        device: where the state is placed.
+        classes: the number of training classes, for algorithms that train one classifier of all of them.
+
+    Raises:
+        SettingsError: the images are too small for the network.
     """
     entry = ALGORITHMS[config.algo]
     curves = len(example_shape) == 1
@@ -38,7 +44,7 @@ def build(
     slow = net.init(torch.Generator().manual_seed(seed), dtype)
     if net.places == 0:
         size = "x".join(map(str, example_shape[1:]))
-        raise SettingsError([(f"--net {config.net} leaves nothing of images of {size}", "use --net mlp")])
+        raise SettingsError([(f"images of {size} are too small for --net {config.net}", "use --net mlp")])
     slow = {name: weight.to(device) for name, weight in slow.items()}
     if entry.training_head == "none":
         slow = body_of(slow)
@@ -48,7 +54,7 @@ def build(
     if entry.adapts_norm:
         slow, norm = slow | {name: rows_RC[0] for name, rows_RC in norm.items()}, {}
     adapted = adapted_names(slow, config.adapts)
-    # A rate for each weight, or one for each tensor: of every step with LSLR.
+    # One rate per weight (Meta-SGD), per tensor and inner step (LSLR), or per tensor.
     per_weight, rows = entry.inner_rates == "weight", config.inner_steps if config.lslr else 1
     sizes = {name: (1, *slow[name].shape) if per_weight else (rows,) for name in adapted}
     state = MetaState(
@@ -65,16 +71,16 @@ def build(
 
 
 def evaluation_net(config: TrainConfig, net: Net) -> Net:
-    """The network for a task's classes, where training has another head."""
+    """Return the network with one output per class of a task; in training it may have all classes."""
     return with_outputs(net, config.ways) if net.objective is CLASSIFICATION else net
 
 
 def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:
-    """How a run of these settings is evaluated, on so many tasks."""
+    """Return the evaluation plan of these settings for a number of tasks."""
     predict = ALGORITHMS[config.algo].predict(config)
     return EvaluationPlan(tasks, config.evaluation_inner_steps, Statistics(config.bn), predict)
 
 
 def adapted_names(slow: Sequence[str] | dict[str, Tensor], adapts: Adapts) -> list[str]:
-    """The tensors that the inner loop changes."""
+    """Return the names of the tensors that the inner loop adapts."""
     return [name for name in slow if adapts == "all" or (name in HEAD) == (adapts == "head")]

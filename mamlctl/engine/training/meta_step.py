@@ -1,4 +1,4 @@
-"""One meta-step: schedules, meta-gradient, clipping, the outer optimiser."""
+"""One meta-step: schedules, meta-gradient, clipping and the outer optimiser."""
 
 from __future__ import annotations
 
@@ -24,9 +24,16 @@ Key = TypeVar("Key", int, str)
 
 
 class MetaStep:
-    """The outer loop's body: everything that one meta-batch changes."""
+    """The body of the outer loop: from a meta-batch to the new slow weights."""
 
     def __init__(self, config: TrainConfig, net: Net, state: MetaState) -> None:
+        """Choose algorithm and optimiser.
+
+        Args:
+            config: the settings of the run.
+            net: the network.
+            state: the tensors to train, in place; the learnable ones are set to require gradients.
+        """
         self.config, self.net, self.state = config, net, state
         entry = ALGORITHMS[config.algo]
         self.outer = entry.outer(config)
@@ -34,15 +41,21 @@ class MetaStep:
         self.device = state.example_tensor.device
         self.optimizer = entry.optimizer(self.learnable, config)
         chunk = config.task_chunk
+        # Tasks per pass; None until the first meta-batch shows the size of its sets.
         self.chunk = None if chunk == "auto" else min(int(chunk), config.meta_batch_size)
         if entry.whole_batches:
             self.chunk = config.meta_batch_size
         self.whole = entry.whole_batches
 
     def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
-        """MSL weights, whether in first order, and meta learning rate of an epoch.
+        """Evaluate the schedules.
 
-        `done`: the share of all meta-steps that lies behind, for what moves within an epoch.
+        Args:
+            epoch: counted from 0.
+            done: the finished fraction of all meta-steps, 0..1, for a rate that changes within an epoch.
+
+        Returns:
+            The MSL weights, whether the derivatives are first order, and the meta learning rate.
         """
         config = self.config
         weights = msl_weights(config.inner_steps, epoch, (config.msl_epochs or 0) if config.msl else 0)
@@ -54,9 +67,15 @@ class MetaStep:
         return weights, first_order_at(config, epoch), meta_lr
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
-        """Losses and clipped meta-gradients; nothing moves yet.
+        """Compute losses and clipped meta-gradients without changing any weight.
 
-        Raises MamlctlError if a CUDA device has no room even for one task at a time.
+        Args:
+            episodes: the meta-batch.
+            epoch: counted from 0.
+            measure_all: also measure the query losses that do not enter the meta-loss.
+
+        Raises:
+            MamlctlError: the memory of a CUDA device is too small, even for one task per pass.
         """
         weights, first_order, _ = self.schedule(epoch)
         request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
@@ -68,18 +87,20 @@ class MetaStep:
                 return self.measure_as(episodes, request)
             except torch.OutOfMemoryError as error:
                 if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
-                    hint = (
-                        "use a smaller --meta-batch-size"
-                        if self.whole
-                        else "use --task-chunk auto, or a smaller net"
-                    )
-                    message = f"{self.device} has no memory for {self.chunk} tasks at a time"
+                    if self.whole:
+                        hint = "use a smaller --meta-batch-size"
+                    elif self.chunk == 1:
+                        hint = "use a smaller network, or fewer ways, shots or queries"
+                    else:
+                        hint = "use --task-chunk auto"
+                    message = f"{self.device} does not have enough memory for {self.chunk} tasks per pass"
                     raise MamlctlError(message, hint=hint) from error
                 self.chunk = (self.chunk + 1) // 2
+            # Outside the handler, whose traceback keeps the tensors of the failed pass alive.
             torch.cuda.empty_cache()
 
     def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
-        """`measure` with the schedule's values given, and no second try with less memory."""
+        """Compute the same for given values of the schedules, without a retry if memory runs out."""
         split = episodes.split(len(episodes.query_y_TE) if self.chunk is None else self.chunk)
         parts = [self.outer(self.net, self.state, part, request) for part in split]
         measured = joined(parts, [len(part.query_y_TE) for part in split])
@@ -87,16 +108,22 @@ class MetaStep:
         return measured
 
     def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
-        """The optimiser's step, and the running statistics'."""
+        """Update the learnable tensors, the running statistics and the inner Adam's moments.
+
+        Args:
+            measured: the result of `measure`.
+            epoch: counted from 0.
+            done: the finished fraction of all meta-steps, 0..1.
+        """
         self.set_meta_lr(epoch, done)
         self.move(measured)
 
     def set_meta_lr(self, epoch: int, done: float = 0.0) -> None:
-        """Tell the optimiser the present learning rate."""
+        """Set the optimiser's learning rate from the schedule."""
         self.optimizer.set_lr(self.schedule(epoch, done)[2])
 
     def move(self, measured: MetaStepResult) -> None:
-        """`apply` at the learning rate that the optimiser has."""
+        """Do the same as `apply`, with the optimiser's current learning rate."""
         self.optimizer.step(measured.grads)
         accumulate(self.state.running, measured.norm_passes)
         for name, moment in measured.moments.items():
@@ -105,20 +132,22 @@ class MetaStep:
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:
             for name, grad in grads.items():
-                # The published code leaves the learnt rates alone.
+                # As in the published MAML++ code, which does not clip the gradients of learnt rates.
                 if not name.startswith(RATE):
                     grad.clamp_(-self.config.clip_value, self.config.clip_value)
         if self.config.clip_norm is not None:
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
-            scale = (self.config.clip_norm / (norm + 1e-12)).clamp(max=1.0)  # 1e-12: no division by 0
+            scale = (self.config.clip_norm / (norm + 1e-12)).clamp(max=1.0)  # 1e-12 avoids a division by 0
             for grad in grads.values():
                 grad.mul_(scale)
 
 
 def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepResult:
-    """What was measured on all tasks, from what was measured on some at a time.
+    """Combine the results of parts of a meta-batch into that of the whole.
 
-    `tasks`: how many each part has, and so its share in every mean.
+    Args:
+        parts: the results, whose values are means over their tasks.
+        tasks: the number of tasks of each part, which is its weight in the mean.
     """
     if len(parts) == 1:
         return parts[0]
@@ -142,7 +171,7 @@ def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepRes
 
 
 def what_is_not_finite(measured: MetaStepResult) -> str | None:
-    """The first loss or gradient that is NaN or infinite, in words, or None. Syncs with the device."""
+    """Describe the first loss or gradient that is NaN or infinite, or return None; synchronises."""
     for step, loss in enumerate(measured.support_losses_I.tolist()):
         if not math.isfinite(loss):
             return f"the support loss after {step} inner steps is {loss}"

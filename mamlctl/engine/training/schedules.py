@@ -1,4 +1,4 @@
-"""What changes during a run: plain functions of the epoch, which counts from 0."""
+"""The schedules of a run, as functions of the epoch, counted from 0."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import math
 
 from mamlctl.settings.schema import TrainConfig
 
-# Over inner_steps: the least weight of an early step while MSL is on, as in Antoniou's published code
-# (few_shot_learning_system.py); it only binds when msl_epochs >= 34.
+# The smallest weight of an early step is this over inner_steps, as in the published MAML++ code
+# (few_shot_learning_system.py). It has an effect only with msl_epochs >= 34.
 MSL_FLOOR = 0.03
 
 
 def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, ...]:
-    """Weight of the query loss after inner step 1..I (multi-step loss, section 4 of arXiv:1810.09502).
+    """Return the weights v_k of the multi-step loss (arXiv:1810.09502, section 4; schedule of the code).
 
-    Equal weights at epoch 0, then mass moves linearly to the last step; from `msl_epochs` on the last
-    step has it all. The weights sum to 1 at every epoch.
+        v_k = max(1 - epoch / msl_epochs, MSL_FLOOR) / I  for k < I,        v_I = 1 - sum of the others
+
+    At epoch 0 all weights are 1/I. From epoch `msl_epochs` on the last step has weight 1, all others 0.
+
+    Args:
+        inner_steps: I.
+        epoch: counted from 0.
+        msl_epochs: the number of epochs with a multi-step loss; 0 for none.
+
+    Returns:
+        The weights of the query losses after 1, 2, ..., I inner steps, with sum 1; empty without inner steps.
     """
     if not inner_steps:
         return ()
@@ -26,15 +35,23 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
 
 
 def first_order_at(config: TrainConfig, epoch: int) -> bool:
-    """Whether meta-steps of an epoch are of first order: all, or with DA those of the first `da_epochs`."""
+    """Whether the meta-steps of an epoch are first order: always, or with DA in the first `da_epochs` epochs.
+
+    Derivative-order annealing (DA): arXiv:1810.09502, section 4.
+    """
     return config.first_order or (config.da and epoch < (config.da_epochs or 0))
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:
-    """A straight line from `meta_lr` to `final` over the run, of which the share `done` lies behind."""
+    """Interpolate linearly from `meta_lr` to `final`; `done` is the finished fraction of the run, 0..1."""
     return meta_lr + done * (final - meta_lr)
 
 
 def cosine_meta_lr(epoch: int, epochs: int, meta_lr: float, min_meta_lr: float) -> float:
-    """Cosine annealing without restarts, constant inside an epoch (Loshchilov & Hutter, arXiv:1608.03983)."""
+    """Anneal the meta learning rate by a cosine without restarts; it is constant within an epoch.
+
+        min_meta_lr + (meta_lr - min_meta_lr) (1 + cos(pi epoch / epochs)) / 2
+
+    Loshchilov & Hutter 2017 (arXiv:1608.03983), section 3; CA in arXiv:1810.09502, section 4.
+    """
     return min_meta_lr + 0.5 * (meta_lr - min_meta_lr) * (1 + math.cos(math.pi * epoch / epochs))

@@ -1,4 +1,4 @@
-"""The outer loop: meta-steps, reports, validation, checkpoints, and a clean way out at every step."""
+"""The outer loop: meta-steps, reports, validation and checkpoints; it can stop after every step."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ from mamlctl.engine.training.initial_state import evaluation_net, evaluation_pla
 from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
 from mamlctl.settings.schema import TrainConfig
 
-# Best checkpoints kept: those of the published code's ensemble (experiment_builder.py, top_n_models=5).
+# The number of best checkpoints to keep: the size of the ensemble in the published MAML++ code
+# (experiment_builder.py, top_n_models=5).
 KEPT = 5
 
 
 class RunFiles(Protocol):
-    """What training reads and writes of a run folder."""
+    """The part of a run folder that training uses."""
 
     @property
     def checkpoints(self) -> Path:
@@ -44,30 +45,31 @@ class RunFiles(Protocol):
 
     @property
     def owner(self) -> str:
-        """What this run's checkpoints carry."""
+        """The digest of the run's settings, which its checkpoints contain."""
 
     def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
-        """Add one object to the metrics."""
+        """Append one row to metrics.jsonl."""
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> None:
-        """Drop what was reported after a checkpoint."""
+        """Drop the rows that were written after a checkpoint."""
 
 
 @dataclass
 class Period:
-    """Sums since the last report; in checkpoints, so that a resumed run reports the same."""
+    """Sums since the last report; checkpoints contain them, so that a resumed run reports the same means."""
 
-    sums: Tensor  # query losses after 0..I steps, query scores after 0..I, support loss, meta-loss
-    counts: Tensor  # on the CPU, wherever the sums are
+    # Query losses after 0..I inner steps, query scores after 0..I, support loss, meta-loss.
+    sums: Tensor  # on the device
+    counts: Tensor  # of the values in `sums`; on the CPU
 
     @classmethod
     def empty(cls, inner_steps: int, device: torch.device) -> Period:
-        """Nothing measured yet."""
+        """Return sums of 0."""
         zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64)
         return cls(zeros.to(device, copy=True), zeros)
 
     def add_no_sync(self, measured: MetaStepResult) -> None:
-        """Add one meta-step; what it did not measure counts for nothing."""
+        """Add one meta-step; a value that it did not measure does not change the mean."""
         steps = range((len(self.sums) - 2) // 2)
         values = [part.get(step) for part in (measured.query_losses, measured.query_scores) for step in steps]
         support = measured.support_losses_I
@@ -77,22 +79,23 @@ class Period:
         self.counts += torch.tensor([value is not None for value in values])
 
     def means(self) -> list[float]:
-        """Means of all sums; the one host sync of a report period."""
+        """Compute the means; the only synchronisation with the device in a report period."""
         means: list[float] = (self.sums.cpu() / self.counts).tolist()
         return means
 
 
 @dataclass
 class Position:
-    """Where a run stands; with the tensors, all that a resume needs."""
+    """The progress of a run."""
 
-    step: int = 0  # meta-steps done
-    validated: int = 0  # epochs validated
-    top: list[list[float]] = field(default_factory=list)  # best first: epoch, validation score, half width
+    step: int = 0  # finished meta-steps
+    validated: int = 0  # validated epochs
+    # The best epochs, best first: epoch, validation score, half width of its 95 % interval.
+    top: list[list[float]] = field(default_factory=list)
 
 
 class Trainer:
-    """Runs meta-steps from a position to the end, or until asked to stop."""
+    """Runs meta-steps until the end of training or until `stop_reason` returns a reason."""
 
     def __init__(
         self,
@@ -105,18 +108,23 @@ class Trainer:
         on_event: OnEvent,
         stop_reason: Callable[[], StopReason],
     ) -> None:
-        """Stand at the beginning; `resume` leads to the last checkpoint.
+        """Start at meta-step 0; call `resume` to continue from the last checkpoint.
 
         Args:
-            state: what training changes, in place; its device is the run's.
-            streams: of the splits train and val.
-            stop_reason: empty to go on; asked between meta-steps and between chunks of validation tasks.
+            config: the settings.
+            net: the network.
+            state: the tensors to train, in place, on the device of the run.
+            streams: the tasks of the splits "train" and "val".
+            run: the run folder.
+            on_event: called with every event.
+            stop_reason: returns why to stop, or ""; called before each meta-step and each chunk of validation
+                tasks.
         """
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
         self.on_event, self.stop_reason = on_event, stop_reason
         self.meta_step = MetaStep(config, net, state)
         self.device = self.meta_step.device
-        no_graph = "no CUDA graph, so meta-steps are launched one by one"
+        no_graph = "meta-steps run without a CUDA graph, because the capture failed"
         self.runner = runner_of(self.meta_step, lambda why: on_event(Notice(f"{no_graph}: {why}")))
         self.plan = evaluation_plan(config, config.val_tasks)
         self.unrolls = ALGORITHMS[config.algo].unrolls
@@ -127,8 +135,8 @@ class Trainer:
         self.position = Position()
         self.period = Period.empty(config.inner_steps, self.device)
         self._latest: MetaStepResult | None = None
-        self._saved_epoch = False  # whether the last epoch's end is in `last.pt`
-        self._moved = False  # whether this process did any meta-step or validation
+        self._saved_epoch = False  # whether `last.pt` contains the end of the latest epoch
+        self._moved = False  # whether this process has finished any meta-step or validation
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
 
@@ -138,11 +146,18 @@ class Trainer:
         return self.run.checkpoints / "last.pt"
 
     def train(self) -> StopReason:
-        """Go on to the end; return why it stopped before, or "". Raises DivergedError."""
+        """Train to the end, or until `stop_reason` returns a reason.
+
+        Returns:
+            The reason, or "" at the end of training.
+
+        Raises:
+            DivergedError: a loss, gradient or prediction is not finite.
+        """
         config, position = self.config, self.position
         self._reported_at, self._tasks_since = time.perf_counter(), 0
         if position.step == 0:
-            self.save()  # so that a divergence in the first epoch leaves something good behind
+            self.save()  # the last good checkpoint, in case the first epoch diverges
         while True:
             if position.step // config.steps_per_epoch > position.validated:
                 try:
@@ -153,14 +168,14 @@ class Trainer:
             if position.step >= config.total_steps:
                 return ""
             if reason := self._stop():
-                self._check(position.step)  # a CUDA device has not been asked since the last report
+                self._check(position.step)  # on CUDA, losses have not been checked since the last report
                 self.save()
                 return reason
             self._step()
             self._moved = True
 
     def _stop(self) -> StopReason:
-        """Why to stop, or "". A time limit waits for one step or validation, so that resuming leads on."""
+        """Return why to stop, or "". A time limit allows one step or validation: a resume must advance."""
         reason = self.stop_reason()
         return "" if reason == "time limit" and not self._moved else reason
 
@@ -174,7 +189,8 @@ class Trainer:
         )
         measured = self.runner.measure(episodes, epoch, measure_all=reports)
         self._latest = measured
-        # On a CPU looking is free, so a bad step never moves the weights; CUDA is asked once a report.
+        # On a CPU the check is free, so a bad step never changes the weights. On CUDA it synchronises, so it
+        # is done once per report.
         if reports or self.device.type == "cpu":
             self._check(step)
         self.runner.apply(measured, epoch, position.step / config.total_steps)
@@ -191,14 +207,14 @@ class Trainer:
             clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
             raise DivergedError(
                 what,
-                hint=f"start anew with a lower --inner-lr or --meta-lr{clip}; "
+                hint=f"start a new run with a lower --inner-lr or --meta-lr{clip}; "
                 f"the last good checkpoint is {self.last}",
                 step=step,
             )
 
     def _report(self, epoch: int) -> None:
         steps = self.config.inner_steps
-        means = self.period.means()  # the only sync of the period on a CUDA device
+        means = self.period.means()
         now = time.perf_counter()
         losses, scores = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
         accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
@@ -217,7 +233,7 @@ class Trainer:
             first_order=first_order if self.unrolls else None,
             tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
             memory_bytes=memory_bytes(self.device),
-            # Of rates for each weight, their mean.
+            # With one rate per weight, the mean over the tensor.
             rates={
                 name: tuple(rate.flatten(1).mean(1).tolist() if rate.dim() > 1 else rate.tolist())
                 for name, rate in learnt
@@ -260,17 +276,17 @@ class Trainer:
         )
         self.run.append_metrics("validation", named(done))
         self.save()
-        # Only now: until `last.pt` names the new ones, a reader may still look for the old.
+        # Not earlier: until `last.pt` lists the new best epochs, a reader may still open the old files.
         kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}
         for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
             path.unlink()
         self.on_event(done)
-        # The time that validation took is no training time.
+        # Exclude the time of validation from the tasks per second of training.
         self._reported_at, self._tasks_since = time.perf_counter(), 0
 
     def _validated_some(self, done: int) -> None:
         if not self._saved_epoch:
-            # The epoch's work should outlive a crash in the rest of validation; its scores are finite.
+            # The first chunk had finite scores: save, so that a crash in validation does not lose the epoch.
             self.save()
             self._saved_epoch = True
         self.on_event(Progress("validating", done, self.config.val_tasks))
@@ -279,7 +295,7 @@ class Trainer:
         top = self.position.top
         top.append([float(epoch), score, ci95])
         sign = 1 if self.metric == "mse" else -1
-        top.sort(key=lambda entry: (sign * entry[1], entry[0]))  # of equals, the earlier
+        top.sort(key=lambda entry: (sign * entry[1], entry[0]))  # of equal scores, the earlier epoch first
         del top[KEPT:]
         content = {"stored": self.state.stored(), "epoch": epoch, "val_score": score, "val_ci95": ci95}
         if any(entry[0] == epoch for entry in top):
@@ -288,7 +304,7 @@ class Trainer:
             checkpoints.save(self.run.checkpoints / "best.pt", content, owner=self.run.owner)
 
     def save(self) -> None:
-        """Write `last.pt`: everything that a resume needs."""
+        """Write `last.pt`, which contains everything that `resume` needs."""
         content = {
             "stored": self.state.stored(),
             "optimizer": self.meta_step.optimizer.stored(),
@@ -298,10 +314,14 @@ class Trainer:
         checkpoints.save(self.last, content, owner=self.run.owner)
 
     def resume(self) -> None:
-        """Go back to where `last.pt` was written. Raises MamlctlError if it is not whole."""
+        """Continue from `last.pt`.
+
+        Raises:
+            MamlctlError: the checkpoint is missing, damaged, or does not fit the settings.
+        """
         content = checkpoints.load(self.last, owner=self.run.owner, device=self.device)
         if "optimizer" not in content:
-            raise checkpoints.damaged(self.last, "holds weights alone, which no training can go on from")
+            raise checkpoints.damaged(self.last, "contains weights only, from which training cannot resume")
         checkpoints.restore(self.state, content["stored"], self.last)
         optimizers.restore(self.meta_step.optimizer, content["optimizer"])
         self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
@@ -310,5 +330,5 @@ class Trainer:
 
 
 def epoch_file(run: RunFiles, epoch: int) -> Path:
-    """The checkpoint of an epoch, counted from 1."""
+    """Return the path of the checkpoint of an epoch, counted from 1."""
     return run.checkpoints / f"epoch-{epoch:04d}.pt"
