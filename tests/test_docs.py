@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 import typer.main
@@ -10,7 +11,7 @@ from helpers.pages import DOCS, PAGES, code_blocks
 from helpers.shared import ROOT
 from typer.exceptions import TyperException
 
-from mamlctl.cli.app import app
+from mamlctl.cli.app import app, main
 from mamlctl.core.errors import ExitCode
 from mamlctl.settings.presets import preset_names
 
@@ -114,6 +115,15 @@ def test_pages_begin_with_their_use_and_wrap_their_lines(page):
     assert re.match(r"# .+\n\nAfter reading this page you (can|know) ", text)
     for number, line in enumerate(outside_code(text).splitlines(), 1):
         assert len(line) <= WIDTH or line.startswith("|") or "](" in line, f"{page.name}: {number}: {line}"
+
+
+def test_the_documented_error_is_what_the_command_prints(monkeypatch, capsys):
+    (block,) = [block for block in code_blocks(TEXTS[DOCS / "commands.md"], "console") if "error: " in block]
+    command, _, printed = block.partition("\n")
+    monkeypatch.setattr(sys, "argv", shlex.split(command.removeprefix("$ ")))
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == printed
 
 
 def test_help_names_the_folder_of_the_pages():

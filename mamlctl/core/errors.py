@@ -11,10 +11,10 @@ from mamlctl.core.literals import StopReason
 class ExitCode(IntEnum):
     """The exit codes of the process; signals use 128 + their number, as in a shell."""
 
-    OK = 0  # done, or saved and stopped by --time-limit
-    FAILED = 1  # failed
-    USAGE = 2  # wrong usage, or settings that do not fit together
-    DATA = 3  # data that are missing or damaged
+    OK = 0  # finished, or saved and stopped by --time-limit
+    FAILED = 1  # any other failure
+    USAGE = 2  # invalid options or settings
+    DATA = 3  # missing or damaged data
     DIVERGED = 4  # training diverged
     LOCKED = 5  # another process is using the folder
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
