@@ -1,1 +1,1 @@
-"""Tables, figures and pages."""
+"""Tables of runs, figures and HTML pages."""

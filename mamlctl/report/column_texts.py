@@ -1,4 +1,4 @@
-"""What the columns of a table of runs say to people."""
+"""The text, legend and footnotes of each column of a table of runs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from mamlctl.core import formatting
 from mamlctl.core.literals import Metric
 from mamlctl.report.table import SIGNIFICANT, Row, Score, Table
 
-RECALLED = "†"  # behind a published number that nobody has read in a transcription
+RECALLED = "†"  # marks a published number that is quoted from memory
+FROM_MEMORY = "quoted from memory, not verified"
 
 PUBLISHED_LEGEND = (
-    "published: what the source prints, at its own length of training, and its ± is not "
-    f"always a 95 % interval; {RECALLED}: recalled, not verified."
+    "published: the number printed in the source, which may have trained for longer or shorter; its ± is "
+    f"not always a 95 % interval; {RECALLED}: {FROM_MEMORY}."
 )
 
 About = TypeVar("About")
 
 
 def source_letters(table: Table) -> dict[str, str]:
-    """The sources of the published numbers that are shown, each with the name of its footnote."""
+    """Map each source of a shown published number to the letter of its footnote."""
     sources = dict.fromkeys(row.published[0].source for row in table.rows if row.published)
     return {source: letter(place) for place, source in enumerate(sources)}
 
 
 def source_notes(table: Table) -> list[str]:
-    """Each source behind its letter, and what it says about those of its numbers that are shown."""
+    """One footnote per source: its letter, its name, and the notes on its shown numbers."""
     entries = [row.published[0] for row in table.rows if row.published]
     notes = []
     for source, name in source_letters(table).items():
@@ -37,7 +38,7 @@ def source_notes(table: Table) -> list[str]:
 
 
 def letter(place: int) -> str:
-    """The name of a footnote: a to z, then a1 ..."""
+    """The name of a footnote: a to z, then a1, b1 ..."""
     return chr(ord("a") + place % 26) + str(place // 26 or "")
 
 
@@ -46,7 +47,7 @@ def unit(table: Table) -> str:
 
 
 def resolve(part: str | Callable[[About], str], about: About) -> str:
-    """A text, or what the function makes of the table or the row that it is about."""
+    """A fixed text, or the text that the function returns for the table or row."""
     return part if isinstance(part, str) else part(about)
 
 
@@ -57,22 +58,22 @@ def seeds_text(table: Table, row: Row) -> str:
 
 
 def where_rows_differ(value: Callable[[Row], object]) -> Callable[[Table, Row], str]:
-    """Write a value of the rows, unless all of them have the same."""
+    """Make a column text that shows the value of each row, or nothing if all rows have the same value."""
     return lambda table, row: str(value(row)) if len(set(map(value, table.rows))) > 1 else ""
 
 
 def best_legend(table: Table) -> str:
-    note = "" if table.metric == "accuracy" else "; less is better"
-    return f"±: 95 % interval over tasks of the seeds' mean, of these very models{note}."
+    note = "" if table.metric == "accuracy" else "; lower is better"
+    return f"±: 95 % interval of the mean over seeds, for new tasks and these trained models{note}."
 
 
 def score_text(metric: Metric, score: Score | None) -> str:
-    """'97.43 ± 0.36', the unit being in the column's head."""
+    """'97.43 ± 0.36'; the unit is in the column head."""
     return "" if score is None else formatting.score(metric, score.mean, score.ci95).removesuffix(" %")
 
 
 def deviation_text(metric: Metric, score: Score | None) -> str:
-    """'0.21', nothing of one seed."""
+    """'0.21', or nothing with one seed."""
     if score is None or score.deviation is None:
         return ""
     return f"{100 * score.deviation:.2f}" if metric == "accuracy" else f"{score.deviation:.3f}"
@@ -93,7 +94,7 @@ def ensemble_text(table: Table, row: Row) -> str:
 
 
 def difference_text(table: Table, row: Row) -> str:
-    """'+1.23 [+0.40, +2.06] *' in points, 'baseline', or nothing."""
+    """'+1.23 [+0.40, +2.06] *' in points or in mse, 'baseline', or nothing."""
     score = row.best
     if score is None or score.difference is None:
         return "baseline" if score and row.label == table.baseline else ""
@@ -108,14 +109,14 @@ def difference_text(table: Table, row: Row) -> str:
 
 def difference_legend(table: Table) -> str:
     has_one_seed = table.most_seeds < 2
-    new = "new tasks alone, since there is one seed" if has_one_seed else "new seeds and new tasks"
+    new = "new tasks only, because there is one seed" if has_one_seed else "new seeds and new tasks"
     differences = [row.best.difference for row in table.rows if row.best and row.best.difference]
     fewer = any(difference.seeds == 1 for difference in differences) and not has_one_seed
-    note = "; on 1 seed, for new tasks alone and without p" if fewer else ""
+    note = "; with 1 seed, the interval is for new tasks only and there is no p" if fewer else ""
     return (
-        f"difference: to {table.baseline} on the same tasks and seeds"
-        f"{', in points' if table.metric == 'accuracy' else ''}, with its 95 % interval for {new}; "
-        f"*: p below {SIGNIFICANT} after Holm's correction over the rows{note}."
+        f"difference: from {table.baseline} on the same tasks and seeds"
+        f"{', in points' if table.metric == 'accuracy' else ''}, with a 95 % interval for {new}; "
+        f"*: p below {SIGNIFICANT} after Holm's correction across the rows{note}."
     )
 
 
@@ -127,7 +128,7 @@ def p_text(score: Score | None) -> str:
 
 
 def published_text(table: Table, row: Row) -> str:
-    """'95.77 ± 0.38 a†': a's number, recalled and not verified."""
+    """'95.77 ± 0.38 a†': the number of source a, quoted from memory."""
     if not row.published:
         return ""
     entry = row.published[0]

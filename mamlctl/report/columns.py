@@ -1,4 +1,4 @@
-"""The columns of a table of runs: an entry of COLUMNS is a column in every form of the table."""
+"""The columns of a table of runs: each entry of COLUMNS is a column in every output format."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """What people read in a column, what programs read, and how each form treats it.
+    """A column: its text for people, its value for programs, and how each output format treats it.
 
-    Every function gets the table, with its rows in the order in which they are shown, or one of its rows.
+    Functions of a table receive it with its rows in display order.
     """
 
-    key: str  # names the column in --sort and in the page's classes
+    key: str  # names the column in --sort and in the CSS classes of the page
     head: str | Callable[[Table], str]
-    text: Callable[[Table, Row], str]  # "" where there is nothing to say
-    value: Callable[[Row], Value] = lambda row: None  # the fact behind the text, in full
-    sort: Literal["least", "best"] | None = None  # the values that come first; None: --sort does not offer it
-    baseline_value: Value = None  # where --sort puts a baseline that has no value
+    text: Callable[[Table, Row], str]  # "" for an empty cell
+    value: Callable[[Row], Value] = lambda row: None  # the unrounded value behind the text
+    sort: Literal["least", "best"] | None = None  # the values that come first; None: not sortable
+    baseline_value: Value = None  # what --sort uses for a baseline without a value
     legend: str | Callable[[Table], str] = ""  # a sentence below the table
-    notes: Callable[[Table], Sequence[str]] = lambda table: ()  # below all legends: what signs stand for
-    drop_rank: int | None = 0  # narrow terminals leave out the least first; None: never
-    is_always_shown: bool = False  # even where no row has a text
-    is_score: bool = False  # scores stand side by side, so that a row without any can say why across them
-    field: str | None = ""  # of the value in files; "": the key; None: fields of another column hold it
-    csv: Callable[[Table, Row], Fields] | None = None  # instead: fields of a CSV file
-    json: Callable[[Table, Row], Fields] | None = None  # instead: fields of a row in a JSON document
+    notes: Callable[[Table], Sequence[str]] = lambda table: ()  # footnotes, below all legends
+    drop_rank: int | None = 0  # a narrow terminal drops the lowest rank first; None: never
+    is_always_shown: bool = False  # even if the text of every row is empty
+    is_score: bool = False  # adjacent columns, which the reason for a missing score can span
+    field: str | None = ""  # of the value in files; "": the key; None: another column writes it
+    csv: Callable[[Table, Row], Fields] | None = None  # instead of `field`: fields of a row in a CSV file
+    json: Callable[[Table, Row], Fields] | None = (
+        None  # instead of `field`: fields of a row in a JSON document
+    )
     style: str | Callable[[Row], str] = ""  # in a terminal
-    mark: str = ""  # behind some of the texts; numbers without it end where those with it do
+    mark: str = ""  # suffix of some texts; the other texts are padded to align the numbers
 
     def fields_in(self, form: Literal["csv", "json"], table: Table, row: Row) -> Fields:
-        """The columns of a CSV file, or the fields of a row in a JSON document, that hold this column."""
+        """The fields of this column in a row of a CSV file or of a JSON document."""
         override = self.csv if form == "csv" else self.json
         if override:
             return override(table, row)
@@ -52,23 +54,28 @@ class Column:
 
 
 def check_sort(sort: str | None) -> None:
-    """Raises SettingsError for a column that rows cannot be sorted by; None is the plan's order."""
+    """Check that rows can be sorted by a column; None is the plan's order.
+
+    Raises:
+        SettingsError: there is no such column, or it is not sortable.
+    """
     keys = [column.key for column in COLUMNS if column.sort]
     if sort is not None and sort not in keys:
-        otherwise = f"columns to sort by: {', '.join(keys)}"
+        otherwise = f"sort by one of: {', '.join(keys)}"
         raise SettingsError([(f"cannot sort by '{sort}'", nearest(sort, keys, otherwise=otherwise))])
 
 
 def sorted_table(table: Table, sort: str | None) -> Table:
-    """The table with its rows in the plan's order, or sorted by a column, rows without a value last.
+    """Sort the rows by a column, with rows without a value last; None keeps the plan's order.
 
-    Raises SettingsError for a column that cannot be sorted by.
+    Raises:
+        SettingsError: there is no such column, or it is not sortable.
     """
     check_sort(sort)
     if sort is None:
         return table
     column = next(column for column in COLUMNS if column.key == sort)
-    is_downwards = column.sort == "best" and table.metric == "accuracy"
+    is_descending = column.sort == "best" and table.metric == "accuracy"
 
     def place(row: Row) -> tuple[bool, Value]:
         value = column.value(row)
@@ -76,7 +83,7 @@ def sorted_table(table: Table, sort: str | None) -> Table:
             value = column.baseline_value
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return True, 0.0
-        return False, -value if is_downwards and not isinstance(value, str) else value
+        return False, -value if is_descending and not isinstance(value, str) else value
 
     return replace(table, rows=tuple(sorted(table.rows, key=place)))
 
@@ -88,17 +95,16 @@ def _run_counts(table: Table, row: Row) -> Fields:
 
 
 def _score_fields(model: Model, score: Score | None) -> dict[str, Any]:
-    """A score in full, for CSV."""
-    from mamlctl.core.statistics import Difference  # here, so that --sort is checked without numpy
+    from mamlctl.core.statistics import Difference  # imported here: checking --sort must not import numpy
 
     difference, names = score.difference if score else None, [item.name for item in fields(Difference)]
-    figures = {
+    values = {
         "seeds": len(score.per_seed) if score else 0,
         **{key: getattr(score, key, None) for key in ("mean", "ci95", "deviation")},
         **{f"difference_{key}": getattr(difference, key, None) for key in names},
         "difference_p_holm": score.p_holm if score else None,
     }
-    return {f"{model}_{key}": value for key, value in figures.items()}
+    return {f"{model}_{key}": value for key, value in values.items()}
 
 
 def _published_fields(table: Table, row: Row) -> Fields:
@@ -213,8 +219,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda table, row: "" if row.steps_to_99 is None else f"{row.steps_to_99:,g}",
         lambda row: row.steps_to_99,
         sort="least",
-        legend="to 99 %: meta-steps to the first validation at 99 % of the last one's score, "
-        "median over seeds.",
+        legend="to 99 %: meta-steps until validation reaches 99 % of its final score, median over seeds.",
         drop_rank=6,
         field="steps_to_99",
     ),
@@ -224,7 +229,7 @@ COLUMNS: tuple[Column, ...] = (
         lambda table, row: "" if row.step_s is None else formatting.duration(row.step_s),
         lambda row: row.step_s,
         sort="least",
-        legend="per step: median time of a meta-step, of the median seed.",
+        legend="per step: median time per meta-step, median over seeds.",
         drop_rank=2,
         field="step_s",
     ),

@@ -1,4 +1,8 @@
-"""A table of runs for other programs and for papers: one document, CSV, Markdown, LaTeX."""
+"""A table of runs for other programs and for papers: JSON, CSV, Markdown and LaTeX.
+
+Each format has a function of the table and of the column to sort by; None keeps the plan's order. It raises
+SettingsError if rows cannot be sorted by that column.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from mamlctl.report.table import Cell, Table
 
 FORMAT = 1
 
-# What TeX takes for orders, and signs that a font of 1982 lacks.
+# Characters that have a meaning in TeX, and characters that its default fonts lack.
 TEX = {
     "\\": r"\textbackslash{}",
     **{sign: f"\\{sign}" for sign in "{}$&#%_"},
@@ -38,14 +42,17 @@ TEX = {
     "†": r"$^\dagger$",
     "×": r"$\times$",
     "−": "$-$",
-    "\u2060": "{}",  # a word joiner
+    "\u2060": "{}",  # word joiner: keeps two hyphens apart
 }
-LATIN = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐÞðþ")  # letters with accents
+LATIN = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐÞðþ")  # accented letters in the default fonts
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&$~#])")
 
 
 def document(table: Table, sort: str | None = None) -> dict[str, Any]:
-    """Everything but the curves, for `--json`; the same table gives the same bytes, and no number is NaN."""
+    """The table without its validation curves, for `--json`.
+
+    The same table gives the same bytes, and numbers that are not finite become None.
+    """
     last = ("settings", "environment", "commands", "notes")
     names = [item.name for item in fields(table) if item.name not in ("rows", *last)]
     ordered = columns.sorted_table(table, sort)
@@ -67,12 +74,12 @@ def _merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _cell_document(cell: Cell) -> dict[str, Any]:
-    """A run without its validation curve, which its folder has: a document would be mostly those."""
+    """A run without its validation curve, which would take most of the document; its folder has it."""
     return _named(cell, [item.name for item in fields(cell) if item.name != "validation"])
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows; paths and the like as text."""
+    """Convert a value to JSON types; paths and other types become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -81,7 +88,7 @@ def _plain(value: Any) -> Any:
 
 
 def to_csv(table: Table, sort: str | None = None) -> str:
-    """A line per row, a column per figure: numbers in full, accuracies 0..1, nothing where there is none."""
+    """One line per row and one column per value: unrounded, accuracies 0..1, missing values empty."""
     ordered = columns.sorted_table(table, sort)
     lines = [
         finite(_merged([column.fields_in("csv", ordered, row) for column in columns.COLUMNS]))
@@ -95,7 +102,7 @@ def to_csv(table: Table, sort: str | None = None) -> str:
 
 
 def to_markdown(table: Table, sort: str | None = None) -> str:
-    """A table as GitHub reads it, between a head line and what the numbers mean."""
+    """A table in GitHub's Markdown, between its title and its legends."""
     shown = render_table(table, sort)
     heads, *rows = ([_markdown(text) for text in line] for line in shown.lines())
     rule = [":--", *("--:" for _ in shown.columns[1:])]
@@ -110,7 +117,7 @@ def _markdown(text: str) -> str:
 
 
 def to_latex(table: Table, sort: str | None = None) -> str:
-    r"""A whole table environment for \usepackage{booktabs,graphicx}, shrunk where it is wider than a line."""
+    r"""A complete table environment for \usepackage{booktabs,graphicx}, scaled down to the line width."""
     shown = render_table(table, sort)
     meaning, *below = [*meanings(table, shown), *warnings(table, shown)]
     caption = _tex_prose([table.title, ", ".join(head_parts(table)), meaning])
@@ -147,7 +154,7 @@ def _tex_row(shown: RenderedTable, row: RenderedRow) -> str:
 
 
 def tex(text: str) -> str:
-    """Text for pdflatex without further packages; a question mark for what its first fonts cannot write."""
+    """Text for pdflatex without further packages; characters that its default fonts lack become '?'."""
     spaced = re.sub(r"(?<!\w)-(?=\d)", "−", " ".join(formatting.strip_controls(text).split()))
     spaced = re.sub(r"-(?=-)", "-\u2060", spaced)  # two in a row would become a dash
     return "".join(TEX.get(sign) or (sign if sign in LATIN or sign.isascii() else "?") for sign in spaced)

@@ -1,4 +1,4 @@
-"""A table of runs as one page that needs nothing but itself."""
+"""A table of runs as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mamlctl.core import formatting
 from mamlctl.core.files import write_text
 from mamlctl.core.literals import Metric
 from mamlctl.core.statistics import Difference
-from mamlctl.report.column_texts import RECALLED
+from mamlctl.report.column_texts import FROM_MEMORY, RECALLED
 from mamlctl.report.figures.style import save
 from mamlctl.report.figures.svg import inline
 from mamlctl.report.figures.table_figures import pictures
@@ -25,15 +25,26 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
-    """Write folder/report.html, and its pictures as PNG and SVG under folder/plots; return the page's path.
+    """Write folder/report.html, and its figures as PNG and SVG in folder/plots.
 
-    The same table gives the same bytes. Raises SettingsError for a column that cannot be sorted by.
+    The same table gives the same bytes.
+
+    Args:
+        table: the table; a table without scores gives a page without figures.
+        folder: created if it does not exist.
+        sort: key of the column to sort by; None keeps the plan's order.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        SettingsError: rows cannot be sorted by the column.
     """
     shown = render_table(table, sort)
     figures = []
     for number, picture in enumerate(pictures(table)):
         _, svg = save(picture.figure, folder / "plots" / picture.name)
-        element = Markup(inline(svg.read_bytes(), f"f{number}-", picture.title))  # written by ElementTree
+        element = Markup(inline(svg.read_bytes(), f"f{number}-", picture.title))  # ElementTree has escaped it
         figures.append((element, picture.caption, f"plots/{picture.name}"))
     text = _template().render(
         table=table,
@@ -45,7 +56,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
         differences=list(_differences(table)),
         published=list(_published_numbers(table)),
         settings=_settings_rows(table.settings),
-        apart=[[row.label, _apart(row)] for row in table.rows],
+        row_settings=[[row.label, _row_settings(row)] for row in table.rows],
         machine=_settings_rows(table.environment),
         runs=[(row, [_run_texts(cell) for cell in row.cells]) for row in table.rows],
         plural=formatting.plural,
@@ -69,12 +80,12 @@ def _template() -> Template:
 
 
 def _without_controls(value: object) -> object:
-    """What the template writes: everything but markup of our own, without control characters."""
+    """Strip control characters from everything that the template writes, except from our own markup."""
     return value if isinstance(value, Markup) else formatting.strip_controls(str(value))
 
 
 def _differences(table: Table) -> Iterator[list[str]]:
-    """Every difference with all that is known of it: for new seeds and tasks, and for these very models."""
+    """Every difference with all its statistics: for new seeds and tasks, and for these trained models."""
     for row in table.rows:
         for name, score in (("best", row.best), ("ensemble", row.ensemble)):
             if score is not None and score.difference is not None:
@@ -111,7 +122,7 @@ def _setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _apart(row: Row) -> str:
+def _row_settings(row: Row) -> str:
     return ", ".join(f"{key} {text}" for key, text in _settings_rows(row.settings)) or "nothing"
 
 
@@ -124,7 +135,7 @@ def _published_numbers(table: Table) -> Iterator[list[str]]:
 
 
 def _provenance(entry: Published) -> str:
-    origin = "read in a transcription" if entry.verified else f"{RECALLED} recalled, not verified"
+    origin = "read in a transcription" if entry.verified else f"{RECALLED} {FROM_MEMORY}"
     return f"{origin}; {entry.note}" if entry.note else origin
 
 

@@ -1,4 +1,4 @@
-"""Numbers that papers and repositories print, found by what a run of ours has learnt with."""
+"""Published results of papers and repositories, looked up by data set, task size and learner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = Path(__file__).with_name("published.yaml")
 
 @cache
 def entries() -> Mapping[str, Any]:
-    """The whole file: data set -> its sources."""
+    """The whole file: the sources of each data set."""
     sources: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return sources
 
@@ -32,19 +32,19 @@ def published(
     inner_steps: int | None = None,
     bn: BatchNormMode = "transductive",
 ) -> tuple[Published, ...]:
-    """Find what is published for a learner; often nothing.
+    """Look up the published results of a learner; often there are none.
 
     Args:
         dataset: a name in the file.
-        ways: classes per task; 1 for curves, whose sources name none.
+        ways: classes per task; 1 for regression, where the file has no ways.
         shots: support examples per class.
-        algo: the algorithm, maml for maml++.
-        improvements: those that are laid on it, in any order.
-        inner_steps: leaves out numbers of another number of steps; without it, the most steps come first.
-        bn: puts numbers of that way to normalise first, where a paper has both.
+        algo: the algorithm; maml for maml++.
+        improvements: the improvements that the learner adds to it, in any order.
+        inner_steps: excludes results with another number of inner steps; None puts the most steps first.
+        bn: puts results of this batch-norm mode first, where a paper has both.
 
     Returns:
-        What comes nearest to the row first.
+        The results, the closest match first.
     """
     matches = [
         (source["paper"], row)
@@ -54,7 +54,7 @@ def published(
         if row["algo"] == algo and set(row.get("improvements", ())) == set(improvements)
         if inner_steps in (None, row.get("inner_steps", inner_steps))
     ]
-    # Papers normalise queries by their own statistics, unless they say so of each number.
+    # Papers normalise queries with their own statistics, unless they name the mode of each number.
     if bn in ("running", "support") and not any("bn" in row for _, row in matches):
         return ()
 
@@ -63,7 +63,7 @@ def published(
         is_transductive = row.get("bn", bn) == "transductive"
         return is_transductive != (bn == "transductive"), -row.get("inner_steps", 0)
 
-    # A stable sort: the file's order stands, in which MAML++'s re-run of MAML comes before MAML's own paper.
+    # The sort is stable: among equals, the file's order puts MAML++'s re-run of MAML before MAML's own paper.
     return tuple(_published(paper, row) for paper, row in sorted(matches, key=distance))
 
 
@@ -82,5 +82,5 @@ def _published(paper: str, row: Mapping[str, Any]) -> Published:
 
 
 def _scaled(number: float, scale: int) -> float:
-    """Percent as a share, without the last digits that a division would add."""
+    """Divide without the rounding errors in the last digits."""
     return round(number / scale, 6)

@@ -1,4 +1,4 @@
-"""A table of runs in words: its columns, its rows in order, and what a reader must know about them."""
+"""A table of runs as text: its columns, its rows in order, and the notes that a reader needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mamlctl.report.table import Cell, Row, Table
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """A row of the table in words."""
+    """A row of the table as text."""
 
     row: Row
     texts: Mapping[str, str]  # by the column's key
@@ -23,22 +23,25 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class RenderedTable:
-    """A whole table in words."""
+    """A whole table as text."""
 
     columns: tuple[Column, ...]
     heads: Mapping[str, str]  # by the column's key
     rows: tuple[RenderedRow, ...]
-    notes: Mapping[str, Sequence[str]]  # what signs in the texts stand for, by the column's key
-    remarks: tuple[str, ...]  # what became of each run that is not finished
+    notes: Mapping[str, Sequence[str]]  # footnotes, by the column's key
+    remarks: tuple[str, ...]  # how each unfinished run ended
 
     @property
     def score_keys(self) -> list[str]:
-        """The columns of scores, side by side."""
+        """The keys of the score columns, from left to right."""
         return [column.key for column in self.columns if column.is_score]
 
     def across(self, row: RenderedRow) -> Iterator[tuple[Column, str, int]]:
-        """The row from left to right: a column, its text, and 0; or, where the row has no score, the first
-        column of scores, the reason, and over how many columns that stands.
+        """The cells of a row from left to right.
+
+        Yields:
+            A column, its text, and 0; in a row without scores, one cell for all score columns: the first of
+            them, the reason, and how many columns it spans.
         """
         score_keys = self.score_keys
         for column in self.columns:
@@ -54,9 +57,10 @@ class RenderedTable:
 
 
 def render_table(table: Table, sort: str | None = None) -> RenderedTable:
-    """The table in words, with the columns that tell something, in the plan's order or sorted by a column.
+    """Render the columns that have a text in any row, sorted by a column or in the plan's order.
 
-    Raises SettingsError for a column that cannot be sorted by.
+    Raises:
+        SettingsError: rows cannot be sorted by the column.
     """
     ordered = columns.sorted_table(table, sort)
     rows = tuple(_rendered_row(ordered, row) for row in ordered.rows)
@@ -92,7 +96,7 @@ def missing_reason(row: Row) -> str:
 
 
 def remarks(table: Table) -> tuple[str, ...]:
-    """A line for each way in which runs of a row are not finished, and one for all that are missing."""
+    """One line per row and way in which its runs ended unfinished, and one for all missing runs."""
     seeds_by_end: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
         for cell in row.cells:
@@ -111,39 +115,39 @@ def remarks(table: Table) -> tuple[str, ...]:
 
 def _how_it_ended(cell: Cell) -> str:
     if cell.diverged_at is None:
-        end = f"{cell.status} after {cell.steps} meta-steps"
+        end = f"{cell.status} after {cell.steps} {formatting.plural(cell.steps, 'meta-step')}"
     else:
         end = f"diverged at meta-step {cell.diverged_at}"
     return f"{end}: {cell.reason}" if cell.reason else end
 
 
 def head_parts(table: Table) -> list[str]:
-    """What all rows of the table share, for its head line."""
+    """What all rows share, for the line below the title."""
     seeds = sorted({cell.seed for row in table.rows for cell in row.cells})
     devices = list(dict.fromkeys(cell.device for row in table.rows for cell in row.cells if cell.device))
     bn = {row.bn for row in table.rows}
-    tasks = "tasks without a shared image as far as they go" if table.disjoint else "tasks"
-    per_class = " a class" if table.ways > 1 else ""
+    disjoint = ", disjoint as far as possible" if table.disjoint else ""
+    per_class = " per class" if table.ways > 1 else ""
     parts = [
         formatting.task(table.dataset, table.ways, table.shots),
         f"{table.queries} {formatting.plural(table.queries, 'query')}{per_class}",
         f"{table.split} split",
-        f"{table.tasks:,} {tasks} (seed {table.eval_seed})",
-        f"{table.label_permutations} orders of labels" if table.label_permutations > 1 else "",
+        f"{table.tasks:,} tasks (seed {table.eval_seed}{disjoint})",
+        f"{table.label_permutations} label permutations" if table.label_permutations > 1 else "",
         f"bn {bn.pop()}" if len(bn) == 1 else "",
         f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
-        devices[0] if len(devices) == 1 else f"{len(devices)} kinds of devices" if devices else "",
+        devices[0] if len(devices) == 1 else f"{len(devices)} kinds of device" if devices else "",
     ]
     return [formatting.strip_controls(part) for part in parts if part]
 
 
 def meanings(table: Table, shown: RenderedTable) -> list[str]:
-    """What the numbers of the shown columns mean, then what signs in them stand for."""
+    """The legends of the shown columns, then their footnotes."""
     legends = [resolve(column.legend, table) for column in shown.columns]
     notes = [note for column in shown.columns for note in shown.notes[column.key]]
     return [formatting.strip_controls(line) for line in (*legends, *notes) if line]
 
 
 def warnings(table: Table, shown: RenderedTable) -> list[str]:
-    """Which runs are not finished, and what else a reader of the numbers must know."""
+    """How unfinished runs ended, then the notes of the table."""
     return [*shown.remarks, *map(formatting.strip_controls, table.notes)]

@@ -1,4 +1,4 @@
-"""A table's files: for people, for programs, for a paper."""
+"""The files of a table: for people, for programs and for papers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ REPORT = "report.html"
 
 
 def write_files(table: Table, folder: Path) -> list[Path]:
-    """Write table.json, .csv, .md and .tex, plots/ and report.html into the folder; the last is the page.
+    """Write table.json, .csv, .md and .tex, plots/ and report.html into the folder.
 
-    Nothing is written where all of them are there and hold the same table, since pictures take seconds.
+    Nothing is written if all of them exist for the same table, because figures take seconds.
+
+    Returns:
+        The paths of the five files, the page last.
     """
     texts = {
         "table.json": json.dumps(finite(document(table)), indent=2, allow_nan=False) + "\n",
@@ -29,6 +32,6 @@ def write_files(table: Table, folder: Path) -> list[Path]:
     if is_complete and files[0].read_text() == texts["table.json"]:
         return files
     write_report(table, folder)
-    for name, text in reversed(texts.items()):  # table.json last: with it, all are there
+    for name, text in reversed(texts.items()):  # table.json last: it shows that the others are complete
         write_text(folder / name, text)
     return files

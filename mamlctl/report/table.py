@@ -1,6 +1,6 @@
-"""What a table of runs holds: rows of cells, their scores, and how they differ from the baseline.
+"""The data of a table of runs: rows of cells, their scores, and their differences from the baseline.
 
-Scores are in the metric's own unit: accuracies 0..1, mean squared errors as they are.
+Scores are in the metric's own unit: accuracies 0..1, mean squared errors unscaled.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from mamlctl.core.literals import BatchNormMode, CellStatus, Metric, Model, Spli
 if TYPE_CHECKING:
     from mamlctl.core.statistics import Difference
 
-SIGNIFICANT = 0.05  # of a p that Holm's correction has been through
-MODELS: tuple[Model, ...] = ("best", "ensemble")  # never mixed
+SIGNIFICANT = 0.05  # the limit for a p after Holm's correction
+MODELS: tuple[Model, ...] = ("best", "ensemble")  # never compared with each other
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number that a paper or a repository prints, and how it reached us."""
+    """A number that a paper or a repository prints, and where we have it from."""
 
     source: str  # "MAML++ (Antoniou et al. 2019)"
     row: str  # in the source's words
     metric: Metric  # of the score: an accuracy is 0..1
     score: float
     half_width: float | None  # what the source prints after ±, which is not always a 95 % interval
-    verified: bool  # read in a transcription; False: recalled, printed with a mark
+    verified: bool  # read in a transcription; False: quoted from memory, printed with a mark
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model of every seed, or one ensemble of every seed, on the same tasks."""
+    """The score of one model per seed, or of one ensemble per seed, on the same tasks."""
 
     mean: float  # over seeds and tasks
-    ci95: float  # half width over tasks, of the seeds' mean
-    deviation: float | None  # standard deviation over seeds; None of one seed
+    ci95: float  # half width for new tasks, of the mean over seeds
+    deviation: float | None  # standard deviation over seeds; None with one seed
     per_seed: tuple[float, ...]
     per_step: tuple[float, ...]  # after 0, 1 ... inner steps, mean over seeds
-    difference: Difference | None  # to the baseline; None in the baseline's own row, or without shared seeds
-    p_holm: float | None  # the difference's p, corrected over the rows of the table
+    difference: Difference | None  # from the baseline; None in its own row, or without shared seeds
+    p_holm: float | None  # the difference's p, corrected across the rows of the table
 
     @property
     def is_significant(self) -> bool:
@@ -55,16 +55,18 @@ class Cell:
     """One training run of the table."""
 
     seed: int
-    run: str  # its folder, relative to the table's
+    run: str  # its folder, relative to the table's folder
     status: CellStatus
     reason: str  # why it is not finished; "" if it is
     steps: int  # meta-steps done
-    steps_to_99: int | None  # meta-steps to the first validation at 99 % of the last one's score
+    steps_to_99: int | None  # meta-steps until validation first reached 99 % of its final score
     step_s: float | None  # median seconds per meta-step
     validation: tuple[tuple[int, float], ...]  # meta-steps, score
-    rates: Mapping[str, tuple[float, ...]]  # last learnt inner rates: tensor -> one per inner step; or empty
-    command: str  # that trains it alone
-    device: str = ""  # what it was trained on
+    rates: Mapping[
+        str, tuple[float, ...]
+    ]  # final learnt inner rates: tensor -> one per inner step; may be empty
+    command: str  # that trains only this run
+    device: str = ""  # the device it was trained on
     diverged_at: int | None = None  # the meta-step whose loss or gradient was not finite
 
 
@@ -75,23 +77,23 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """All seeds of one setting."""
+    """All seeds of one set of settings."""
 
     label: str  # "maml + msl"
-    settings: Mapping[str, Any]  # what sets this row apart
+    settings: Mapping[str, Any]  # those that distinguish this row
     cells: tuple[Cell, ...]
     best: Score | None  # None while no cell has been tested
     ensemble: Score | None
-    ensemble_size: int  # checkpoints in it; the least of the row's cells
+    ensemble_size: int  # checkpoints in it; the minimum over the row's cells
     published: tuple[Published, ...]
     bn: BatchNormMode
     inner_steps: int
-    added: tuple[str, ...] = ()  # improvements of which the label says that the baseline lacks them
-    removed: tuple[str, ...] = ()  # and that the baseline has them
+    added: tuple[str, ...] = ()  # improvements that the label adds to the baseline
+    removed: tuple[str, ...] = ()  # improvements that the label removes from it
 
     @property
     def short_label(self) -> str:
-        """What the label says beside the baseline's: "+ msl"; all of it where that is something else."""
+        """The label relative to the baseline, "+ msl"; the whole label if it differs in other ways."""
         changes = [*(f"+ {name}" for name in self.added), *(f"- {name}" for name in self.removed)]
         return " ".join(changes) or self.label
 
@@ -113,7 +115,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """An ablation or a comparison, all of it on the same test tasks."""
+    """An ablation or a comparison, with all rows tested on the same tasks."""
 
     title: str  # "omniglot 5-way 1-shot, one-on"
     dataset: str
@@ -126,14 +128,14 @@ class Table:
     eval_seed: int
     disjoint: bool
     label_permutations: int
-    baseline: str  # label of the row that differences are taken to
+    baseline: str  # label of the row that the others are compared with
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]  # those that all rows share
     environment: Mapping[str, Any]  # versions and machine of the first cell
-    commands: tuple[str, ...]  # that make this table again
+    commands: tuple[str, ...]  # that reproduce this table
     notes: tuple[str, ...] = field(default=())  # what a reader of the numbers must know
 
     @property
     def most_seeds(self) -> int:
-        """Seeds of the row that has been tested with most of them."""
+        """The number of seeds of the row that was tested with the most."""
         return max((len(row.best.per_seed) for row in self.rows if row.best), default=0)

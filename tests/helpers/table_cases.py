@@ -1,4 +1,4 @@
-"""Tables with invented numbers that the tests of reports share."""
+"""Tables with invented numbers, shared by the tests of reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSORS += ["linear.weight", "linear.bias"]
 
 
 def difference(mean, p, *, seeds=3, width=0.008):
-    """A difference with intervals that hold its mean."""
+    """A difference with intervals that contain its mean."""
     return Difference(
         mean=mean,
         low=mean - width,
@@ -39,7 +39,7 @@ def difference(mean, p, *, seeds=3, width=0.008):
 
 
 def score(rng, mean, *, seeds=3, inner_steps=5, gain=None, p=0.2, metric="accuracy"):
-    """A score around `mean`, and its difference to the baseline where there is a gain."""
+    """A score around `mean`; with a gain, it has a difference from the baseline."""
     per_seed = tuple(float(x) for x in mean + rng.normal(0, 0.004, seeds))
     start = 0.2 if metric == "accuracy" else 3.2
     share = 1 - 0.1 ** np.arange(inner_steps + 1)
@@ -78,7 +78,7 @@ def cell(rng, label, seed, *, mean=0.93, steps=300, learns_rates=False, metric="
 
 
 def unfinished(ended, status, *, steps=120, reason="", diverged_at=None):
-    """A run that has ended badly, or has not begun."""
+    """The run as if it had failed, diverged, or not started."""
     return replace(
         ended,
         status=status,
@@ -95,7 +95,7 @@ def unfinished(ended, status, *, steps=120, reason="", diverged_at=None):
 def row(
     rng, label, place, *, seeds=3, mean=None, dataset="omniglot", ways=20, metric="accuracy", scored=True
 ):
-    """A row; the first is the baseline."""
+    """A row; the one at place 0 is the baseline."""
     mean = 0.9 + 0.008 * place if mean is None else mean
     learns = "lslr" in label.split(" + ") or label == "maml++"
     cells = [cell(rng, label, seed, mean=mean, learns_rates=learns, metric=metric) for seed in range(seeds)]
@@ -117,7 +117,7 @@ def row(
 
 
 def table(rows, **changes):
-    """A table of these rows, the first one being the baseline."""
+    """A table of these rows; the first is the baseline."""
     return Table(
         **{
             "title": "omniglot 20-way 1-shot, one-on",
@@ -148,7 +148,7 @@ def table(rows, **changes):
 
 
 def one_on():
-    """9 rows x 3 seeds; one row has diverged, one run of another is missing, one has failed."""
+    """9 rows x 3 seeds: one row has diverged, one run is missing and one has failed."""
     rng = np.random.default_rng(6)
     rows = [row(rng, label, place) for place, label in enumerate((*ONE_ON, "maml++"))]
     why = {"reason": "the query loss is nan", "diverged_at": 121}
@@ -169,7 +169,7 @@ def one_on():
 
 
 def curves():
-    """Regression, judged by its mean squared error, one seed, no ensemble."""
+    """Regression, with mean squared errors, one seed and no ensemble."""
     rng = np.random.default_rng(1)
     labels = ("maml", "transfer")
     rows = [
@@ -184,7 +184,7 @@ def curves():
 
 
 def full():
-    """All 64 combinations of the six improvements, one seed."""
+    """All 64 combinations of the six improvements, with one seed."""
     rng = np.random.default_rng(64)
     rows = []
     for place in range(64):
@@ -194,7 +194,7 @@ def full():
 
 
 def hostile():
-    """Names that are orders in HTML, LaTeX, Markdown and CSV, and numbers that JSON has no word for."""
+    """Names with a meaning in HTML, LaTeX, Markdown or CSV, and numbers that JSON cannot represent."""
     rng = np.random.default_rng(2)
     rows = [
         row(rng, "maml", 0, seeds=1),
@@ -214,7 +214,7 @@ def hostile():
 
 
 def empty():
-    """A table before its first test: nothing has run."""
+    """A table before the first run."""
     given = one_on()
     rows = [
         replace(
@@ -230,7 +230,7 @@ def empty():
 
 
 def learner(label):
-    """The algorithm and the improvements behind a label."""
+    """The algorithm and the improvements of a label."""
     algo, *removed = label.split(" - ")
     if algo == "maml++":
         return "maml", [name for name in LETTERS if name not in removed]

@@ -1,4 +1,4 @@
-"""A column is one entry of COLUMNS: every form of the table has it, and no second list names it."""
+"""A column is one entry of COLUMNS: every output format has it, and no other list names it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _runs_done(row):
 
 @pytest.fixture
 def runs_done(tmp_path, monkeypatch):
-    """The entry that contributing.md adds, made by its copy of the module."""
+    """The entry that contributing.md adds, from a copy of the module with that diff."""
     path = tmp_path / "mamlctl" / "report" / "columns.py"
     path.parent.mkdir(parents=True)
     shutil.copy(columns.__file__, path)
@@ -40,7 +40,7 @@ def runs_done(tmp_path, monkeypatch):
     return module.COLUMNS[-1]
 
 
-def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path, runs_done):
+def test_a_new_entry_is_a_column_in_every_format(monkeypatch, tmp_path, runs_done):
     with pytest.raises(SettingsError):
         text_rows(one_on(), "runs_done")
     monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, runs_done))
@@ -60,14 +60,14 @@ def test_a_new_entry_is_a_column_in_every_form(monkeypatch, tmp_path, runs_done)
     show_table(Console(file=out), table)
     monkeypatch.setattr(html_page, "pictures", lambda table: ())
     page = html_page.write_report(table, tmp_path).read_text()
-    for form in (out.getvalue(), to_markdown(table).replace("\\", ""), to_latex(table), page):
-        assert "runs done" in form
-        assert form.count("3 done") == list(counts.values()).count(3)
-        assert runs_done.legend in form
+    for text in (out.getvalue(), to_markdown(table).replace("\\", ""), to_latex(table), page):
+        assert "runs done" in text
+        assert text.count("3 done") == list(counts.values()).count(3)
+        assert runs_done.legend in text
     assert '<td class="runs_done"><data value="2">2 done</data></td>' in page
 
 
-def test_narrow_terminals_leave_a_new_column_out_first(monkeypatch, runs_done):
+def test_narrow_terminals_drop_a_new_column_first(monkeypatch, runs_done):
     monkeypatch.setattr(columns, "COLUMNS", (*COLUMNS, runs_done))
     out = StringIO()
     show_table(Console(file=out, width=120, force_terminal=True, color_system=None), one_on())
@@ -75,11 +75,11 @@ def test_narrow_terminals_leave_a_new_column_out_first(monkeypatch, runs_done):
     assert "runs done" in out.getvalue().partition("no room for: ")[2]
 
 
-def test_keys_are_names_and_only_some_columns_always_stay():
+def test_keys_are_unique_and_only_some_columns_are_never_dropped():
     assert len({column.key for column in COLUMNS}) == len(COLUMNS)
     assert [column.key for column in COLUMNS if column.drop_rank is None] == ["row", "best", "difference"]
     scores = [place for place, column in enumerate(COLUMNS) if column.is_score]
-    assert scores == list(range(scores[0], scores[-1] + 1))  # side by side
+    assert scores == list(range(scores[0], scores[-1] + 1))  # adjacent
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every way to write a table carries the same numbers, read back by that format's own reader."""
+"""Every output format of a table contains the same numbers, as a reader of that format finds them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mamlctl.report.export import document, to_csv, to_latex, to_markdown
 
 
 def shown(table, width=None, sort=None):
-    """What a terminal of that width shows, or a pipe."""
+    """The output on a terminal of that width, or in a pipe."""
     out = StringIO()
     given = {"force_terminal": True, "color_system": None} if width else {}
     show_table(Console(file=out, width=width, **given), table, sort)
@@ -39,7 +39,7 @@ def markdown_cells(text):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_json_holds_every_number_and_no_curves(name):
+def test_json_contains_every_number_and_no_curves(name):
     table = TABLES[name]()
     text = json.dumps(document(table), allow_nan=False)
     assert text == json.dumps(document(TABLES[name]()), allow_nan=False)
@@ -61,7 +61,7 @@ def test_json_holds_every_number_and_no_curves(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_csv_reads_back_to_the_same_numbers(name):
+def test_csv_is_read_back_as_the_same_numbers(name):
     table = TABLES[name]()
     rows = list(csv.DictReader(StringIO(to_csv(table), newline="")))
     assert [row["label"] for row in rows] == [row.label for row in table.rows]
@@ -71,14 +71,14 @@ def test_csv_reads_back_to_the_same_numbers(name):
             difference = score and score.difference
             known |= {f"difference_{key}": getattr(difference, key, None) for key in ("mean", "low", "p")}
             for key, value in known.items():
-                told = read[f"{model}_{key}"]
-                assert told == "" if value is None or not math.isfinite(value) else float(told) == value
+                field = read[f"{model}_{key}"]
+                assert field == "" if value is None or not math.isfinite(value) else float(field) == value
         assert int(read["runs_diverged"]) == row.divergences
         assert read["published_source"] == (row.published[0].source if row.published else "")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_markdown_and_the_pipe_hold_the_cells(name):
+def test_markdown_and_the_pipe_contain_the_cells(name):
     table = TABLES[name]()
     expected = text_rows(table)
     assert markdown_cells(to_markdown(table)) == expected
@@ -88,12 +88,12 @@ def test_markdown_and_the_pipe_hold_the_cells(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_words_are_the_numbers_rounded(name):
+def test_texts_are_the_rounded_numbers(name):
     table = TABLES[name]()
     scale, digits = (100, 2) if table.metric == "accuracy" else (1, 3)
     heads, *rows = text_rows(table)
-    for words, row in zip(rows, table.rows, strict=True):
-        line = dict(zip(heads, words, strict=True))
+    for texts, row in zip(rows, table.rows, strict=True):
+        line = dict(zip(heads, texts, strict=True))
         best = next(line[head] for head in heads if head.startswith("best"))
         if row.best is None:
             assert "diverged" in best or "missing" in best
@@ -101,13 +101,13 @@ def test_words_are_the_numbers_rounded(name):
         assert float(best.split(" ± ")[0]) == pytest.approx(scale * row.best.mean, abs=0.6 * 10**-digits)
         difference = row.best.difference
         if difference is not None and math.isfinite(difference.low):
-            told = [float(number) for number in re.findall(r"[+-][\d.]+", line["difference"])]
+            shown_numbers = [float(number) for number in re.findall(r"[+-][\d.]+", line["difference"])]
             given = [difference.mean, difference.low, difference.high]
-            assert told == pytest.approx([scale * value for value in given], abs=0.6 * 10**-digits)
+            assert shown_numbers == pytest.approx([scale * value for value in given], abs=0.6 * 10**-digits)
             assert line["difference"].endswith("*") == (row.best.p_holm < 0.05)
 
 
-def test_a_row_without_a_score_says_why_and_no_run_is_passed_over():
+def test_a_row_without_a_score_names_the_reason_and_every_unfinished_run_is_reported():
     text = shown(one_on())
     assert re.search(r"^maml \+ bnwb +0 of 3 +diverged at meta-step 121 +3$", text, flags=re.MULTILINE)
     assert "maml + bnwb, seeds 0, 1, 2: diverged at meta-step 121: the query loss is nan" in text
@@ -116,7 +116,7 @@ def test_a_row_without_a_score_says_why_and_no_run_is_passed_over():
     assert shown(empty()).count("3 missing") == 9
 
 
-def test_recalled_numbers_carry_their_mark_and_sources_are_named():
+def test_numbers_quoted_from_memory_are_marked_and_sources_are_named():
     heads, *rows = text_rows(one_on())
     published = {row[0]: row[heads.index("published %")] for row in rows}
     assert published["maml + lslr"] == "95.77 ± 0.38 a†"
@@ -125,10 +125,10 @@ def test_recalled_numbers_carry_their_mark_and_sources_are_named():
     note = "a: MAML++ (Antoniou et al. 2019); maml++: ensemble of the 5 best checkpoints, 3 seeds."
     for text in (shown(one_on()), to_markdown(one_on())):
         assert note in text
-        assert "†: recalled, not verified" in text
+        assert "†: quoted from memory, not verified" in text
 
 
-def test_several_sources_have_letters_of_their_own():
+def test_each_source_has_its_own_letter():
     assert [letter(place) for place in (0, 1, 25, 26)] == ["a", "b", "z", "a1"]
 
 
@@ -142,12 +142,12 @@ def test_no_line_is_wider_than_the_terminal(name, width):
     for row in table.rows[:9]:
         assert " ".join(row.label.split()).replace("\x1b", "?") in text
     heads = [cell for cell in text_rows(table)[0][1:] if cell not in re.sub(r"no room for:[^(]*", "", text)]
-    for head in heads:  # what is left out is said
+    for head in heads:  # dropped columns are named
         assert head in " ".join(text.split())
 
 
-@pytest.mark.parametrize(("sort", "upwards"), [("best", False), ("difference", False), ("seconds", True)])
-def test_sorting_puts_rows_without_a_value_last(sort, upwards):
+@pytest.mark.parametrize(("sort", "ascending"), [("best", False), ("difference", False), ("seconds", True)])
+def test_sorting_puts_rows_without_a_value_last(sort, ascending):
     table = one_on()
     labels = [row[0] for row in text_rows(table, sort)[1:]]
     assert labels[-1] == "maml + bnwb"
@@ -156,21 +156,21 @@ def test_sorting_puts_rows_without_a_value_last(sort, upwards):
     if sort == "difference":
         values[labels.index(table.baseline)] = 0.0
     known = [value for value in values if value is not None]
-    assert known == sorted(known, reverse=not upwards)
+    assert known == sorted(known, reverse=not ascending)
     assert [row["label"] for row in document(table, sort)["rows"]] == labels
     assert [row["label"] for row in csv.DictReader(StringIO(to_csv(table, sort)))] == labels
 
 
-def test_of_an_mse_the_least_is_the_best():
+def test_the_lowest_mse_is_the_best():
     table = curves()
     assert [row[0] for row in text_rows(table, "best")[1:]] == ["maml", "transfer"]
     assert text_rows(table)[2][2] == f"{table.rows[1].best.mean:.3f} ± {table.rows[1].best.ci95:.3f}"
     assert "%" not in "".join(text_rows(table)[0]).replace("99 %", "")
-    assert "less is better" in shown(table)
-    assert "since there is one seed" in shown(table)
+    assert "lower is better" in shown(table)
+    assert "because there is one seed" in shown(table)
 
 
-def test_an_unknown_column_is_refused_with_the_nearest():
+def test_an_unknown_column_is_refused_with_a_suggestion():
     with pytest.raises(SettingsError, match="cannot sort by 'diference'") as refused:
         text_rows(one_on(), "diference")
     assert refused.value.hint == "did you mean 'difference'?"
@@ -179,7 +179,7 @@ def test_an_unknown_column_is_refused_with_the_nearest():
     assert "published" in refused.value.hint
 
 
-def test_ways_to_normalise_and_steps_are_columns_only_where_they_differ():
+def test_batch_norm_modes_and_inner_steps_are_columns_only_if_rows_differ():
     table = one_on()
     assert "bn" not in text_rows(table)[0]
     rows = (replace(table.rows[0], bn="running", inner_steps=3, ensemble_size=4), *table.rows[1:])
@@ -202,7 +202,7 @@ PAPER = r"""\documentclass{article}
 def test_latex_compiles_and_shows_the_cells(name, tmp_path):
     compiler = shutil.which("pdflatex") or shutil.which("tectonic")
     if compiler is None:
-        pytest.skip("neither pdflatex nor tectonic is here")
+        pytest.skip("neither pdflatex nor tectonic is installed")
     table = TABLES[name]()
     (tmp_path / "paper.tex").write_text(PAPER % to_latex(table))
     mode = ["-interaction=nonstopmode", "-halt-on-error"] if "pdflatex" in compiler else []
@@ -232,7 +232,7 @@ def test_latex_escapes_and_spans():
         assert row.count(" & ") + 1 + spanned == columns
 
 
-def test_a_pipe_that_knows_ascii_alone_gets_question_marks():
+def test_an_ascii_pipe_gets_question_marks():
     class Ascii(StringIO):
         encoding = "ascii"
 
@@ -242,6 +242,6 @@ def test_a_pipe_that_knows_ascii_alone_gets_question_marks():
     assert "90.49 ? 0.62" in out.getvalue() or "? 0." in out.getvalue()
 
 
-def test_64_rows_stay_one_line_each():
+def test_each_of_64_rows_is_one_line():
     lines = shown(full(), 120).splitlines()
     assert sum(line.startswith("maml") for line in lines) == 64

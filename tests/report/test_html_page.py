@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else, and a real browser reads the document's numbers in it."""
+"""The report is one self-contained page, in which a browser finds the numbers of the JSON document."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -23,7 +24,7 @@ SMALL = [name for name in TABLES if name != "64 rows"]
 
 
 class Page(HTMLParser):
-    """A page's elements, the cells of its first table, and the numbers behind them."""
+    """The elements of a page, the cells of its first table, and their values."""
 
     def __init__(self, text):
         super().__init__()
@@ -66,13 +67,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """The page of every table but the largest."""
+    """The pages of all tables except the largest."""
     folder = tmp_path_factory.mktemp("reports")
     return {name: write_report(TABLES[name](), folder / name) for name in SMALL}
 
 
-def holds(page, table):
-    """Whether the first table of a page is the table's cells, and its numbers the document's."""
+def check_first_table(page, table):
+    """Assert that the first table of a page has the texts of the table and the values of its document."""
     assert [[" ".join(cell.split()) for cell in row] for row in page.rows] == text_rows(table)
     heads = page.rows[0]
     for values, row in zip(page.values[1:], document(table)["rows"], strict=True):
@@ -88,10 +89,10 @@ def holds(page, table):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_page_is_well_formed_alone_and_holds_the_documents_numbers(reports, name):
+def test_the_page_is_well_formed_and_self_contained(reports, name):
     text = reports[name].read_text()
     page = Page(text)
-    holds(page, TABLES[name]())
+    check_first_table(page, TABLES[name]())
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
     for key, value in page.attributes:
         assert key not in ("src", "srcset", "action", "onload")
@@ -122,7 +123,7 @@ def test_every_command_and_setting_is_on_the_page(reports):
     wanted += [entry.source for row in table.rows for entry in row.published]
     for text in wanted:
         assert text in texts, text
-    assert texts.count("recalled, not verified") >= 6
+    assert texts.count("quoted from memory, not verified") >= 6
 
 
 def test_the_same_table_gives_the_same_bytes(reports, tmp_path):
@@ -134,24 +135,24 @@ def test_the_same_table_gives_the_same_bytes(reports, tmp_path):
     assert again.stat().st_size < 1_500_000
 
 
-def test_a_sorted_report(tmp_path):
+def test_a_report_can_be_sorted(tmp_path):
     page = Page(write_report(TABLES["mse"](), tmp_path, "seconds").read_text())
     assert page.rows == text_rows(TABLES["mse"](), "seconds")
 
 
-def test_64_rows_are_parted_and_small(tmp_path):
+def test_64_rows_are_split_over_several_figures_and_the_page_is_small(tmp_path):
     page = write_report(full(), tmp_path)
-    holds(Page(page.read_text()), full())
+    check_first_table(Page(page.read_text()), full())
     names = {path.stem for path in tmp_path.glob("plots/*.png")}
     assert {"training-3", "differences-2", "rates-4"} <= names
     assert page.stat().st_size < 3_000_000
 
 
 def browser(*options):
-    """A real browser's answer."""
+    """What Chromium prints."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("no chromium is here")
+        pytest.skip("Chromium is not installed")
     command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout
@@ -160,11 +161,11 @@ def browser(*options):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_browser_reads_the_same_numbers(reports, name, tmp_path):
     text = browser(f"--user-data-dir={tmp_path}", "--dump-dom", reports[name].as_uri())
-    holds(Page(text), TABLES[name]())
+    check_first_table(Page(text), TABLES[name]())
 
 
 @pytest.mark.parametrize(("scheme", "light"), [(1, True), (0, False)])
-def test_the_page_follows_the_wish_for_dark(reports, scheme, light, tmp_path):
+def test_the_page_respects_the_dark_mode_preference(reports, scheme, light, tmp_path):
     shot = tmp_path / "page.png"
     browser(
         f"--user-data-dir={tmp_path / 'profile'}",
@@ -177,10 +178,10 @@ def test_the_page_follows_the_wish_for_dark(reports, scheme, light, tmp_path):
         pixels = image.convert("L")
         histogram = pixels.histogram()
     bright, dark = sum(histogram[225:]), sum(histogram[:60])
-    assert (bright if light else dark) > 0.8 * sum(histogram)  # no picture has a ground of its own
+    assert (bright if light else dark) > 0.8 * sum(histogram)  # no figure has a background of its own
 
 
-def test_pictures_draw_the_given_numbers():
+def test_figures_draw_the_numbers_of_the_table():
     table = one_on()
     found = {picture.name: picture.figure for picture in pictures(table)}
     assert list(found) == ["training", "differences", "adaptation", "rates"]
@@ -206,7 +207,7 @@ def test_pictures_draw_the_given_numbers():
 
 
 def written(figure):
-    """What a figure says and where: ticks outside an axis are not drawn."""
+    """All texts in a figure except tick labels outside the axis, which are not drawn."""
     yield from figure.texts
     for legend in figure.legends:
         yield from legend.get_texts()
@@ -219,7 +220,7 @@ def written(figure):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_nothing_written_overlaps_or_leaves_a_picture(name):
+def test_no_text_overlaps_another_or_leaves_the_figure(name):
     drawn = 0
     for picture in pictures(TABLES[name]()):
         figure = picture.figure
@@ -238,5 +239,16 @@ def test_nothing_written_overlaps_or_leaves_a_picture(name):
     assert drawn == {"one-on": 4, "mse": 3, "hostile": 3, "empty": 0}[name]
 
 
-def test_an_empty_table_has_no_pictures():
+def test_a_single_validation_is_drawn_as_a_point():
+    given = TABLES["mse"]()
+    rows = [
+        replace(row, cells=tuple(replace(cell, validation=cell.validation[:1]) for cell in row.cells))
+        for row in given.rows
+    ]
+    training = next(pictures(replace(given, rows=tuple(rows))))
+    assert training.name == "training"
+    assert [line.get_marker() for line in training.figure.axes[0].lines] == [".", "."]
+
+
+def test_an_empty_table_has_no_figures():
     assert list(pictures(TABLES["empty"]())) == []

@@ -1,4 +1,4 @@
-"""The published numbers are those of the reference, marked as it marks them, and found by its learner."""
+"""Published numbers equal the reference, keep its marks, and are found by their learner."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def name(case):
 
 
 @pytest.mark.parametrize("case", EVERY, ids=name)
-def test_every_published_number_is_found_by_one_label_and_not_altered(case):
+def test_every_published_number_is_found_by_exactly_one_label_and_unchanged(case):
     dataset, source, row = case
     ways = source.get("ways", 1)
     found = {
@@ -54,19 +54,24 @@ def test_every_published_number_is_found_by_one_label_and_not_altered(case):
     scale = 100 if "acc" in row else 1
     assert round(scale * entry.score, 4) == row["acc" if "acc" in row else "mse"]
     assert (None if entry.half_width is None else round(scale * entry.half_width, 4)) == row.get("pm")
-    assert entry.score == float(f"{entry.score:.4f}")  # no digits that a division leaves
+    assert entry.score == float(f"{entry.score:.4f}")  # no rounding error of a division
     assert entry.verified is (row["seen"] == "transcript")
     assert row["seen"] in {"transcript", "recalled"}
     assert entry.note == row.get("note", "")
 
 
-def test_the_numbers_are_those_of_the_reference():
+def test_the_numbers_equal_the_reference():
     if not REFERENCE.is_file():
-        pytest.skip("the reference is not in ../shared/reference")
+        pytest.skip("../shared/reference does not exist")
     numbers = yaml.safe_load(FILE.read_text())
     for source in itertools.chain(*numbers.values()):
         for row in source["rows"]:
-            for key in ("algo", "improvements", "inner_steps", "bn"):  # ours, which repeat the row's words
+            for key in (
+                "algo",
+                "improvements",
+                "inner_steps",
+                "bn",
+            ):  # ours: they repeat the row's text
                 row.pop(key, None)
     assert numbers == yaml.safe_load(REFERENCE.read_text())
 
@@ -89,7 +94,7 @@ def test_improvements_are_compared_as_sets():
     assert labelled("omniglot", 20, 1, everything) == labelled("omniglot", 20, 1, "maml++")
 
 
-def test_their_rerun_comes_before_the_first_paper():
+def test_the_rerun_by_the_maml_plus_plus_authors_comes_before_the_maml_paper():
     sources = [(entry.source, entry.row) for entry in labelled("omniglot", 20, 1, "maml")]
     assert sources == [
         ("MAML++ (Antoniou et al. 2019)", "maml (their re-run)"),
@@ -100,7 +105,7 @@ def test_their_rerun_comes_before_the_first_paper():
     assert first("mini-imagenet", 5, 1, "maml").row == "maml (their re-run), 5 steps"
 
 
-def test_inner_steps_choose_and_the_most_come_first():
+def test_inner_steps_select_a_number_and_the_most_come_first():
     rows = [entry.row for entry in labelled("mini-imagenet", 5, 1, "maml++")]
     assert rows == [f"maml++, {steps} step{'s' * (steps > 1)}" for steps in (5, 4, 3, 2, 1)]
     (only,) = labelled("mini-imagenet", 5, 1, "maml++", inner_steps=2)
@@ -109,18 +114,18 @@ def test_inner_steps_choose_and_the_most_come_first():
     assert [entry.score for entry in labelled("sinusoid", 1, 5, "transfer")] == [2.19, 2.41]
 
 
-def test_the_way_to_normalise_chooses_reptiles_first_number():
+def test_the_batch_norm_mode_selects_the_first_number_of_reptile():
     assert first("omniglot", 5, 1, "reptile").score == 0.9768
     assert first("omniglot", 5, 1, "reptile", bn="running").score == 0.9539
     assert len(labelled("omniglot", 5, 1, "reptile")) == 2
-    assert labelled("omniglot", 5, 1, "maml", bn="running") == (), "papers use a query set's own statistics"
+    assert labelled("omniglot", 5, 1, "maml", bn="running") == (), "papers are transductive"
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        ("omniglot", 20, 1, "maml++ - msl"),  # the paper takes nothing away
-        ("omniglot", 20, 1, "maml + bnrs"),  # the paper never has one without the other
+        ("omniglot", 20, 1, "maml++ - msl"),  # the paper has no rows with one improvement removed
+        ("omniglot", 20, 1, "maml + bnrs"),  # the paper has only both together
         ("omniglot", 5, 1, "maml + msl"),
         ("omniglot", 7, 1, "maml"),
         ("omniglot", 5, 3, "maml"),
@@ -135,7 +140,7 @@ def test_nothing_is_published_for_other_rows(key):
 
 
 @pytest.mark.parametrize("case", EVERY, ids=name)
-def test_the_fields_of_a_number_say_what_its_row_says(case):
+def test_the_fields_of_a_number_agree_with_the_text_of_its_row(case):
     """ "maml + bnwb + bnrs (their re-run), 5 steps" -> maml, {bnrs, bnwb}, 5 steps."""
     row = case[-1]
     words = re.split(r" \(|, ", row["row"])[0]
@@ -148,8 +153,8 @@ def test_the_fields_of_a_number_say_what_its_row_says(case):
     assert row.get("bn") == (None if way is None else {"non-transductive": "support"}.get(way[1], way[1]))
 
 
-def test_a_further_improvement_hides_no_published_number(monkeypatch):
-    """MAML++ is what the paper says it is, whatever is added here."""
+def test_a_new_improvement_does_not_hide_published_numbers(monkeypatch):
+    """The published MAML++ has six improvements, however many this program has."""
     setup = ("flag", {"dataset": "omniglot", "ways": 20, "algo": "maml++"})
     config = resolve_settings([setup], checked=False).config
     numbers = _published(config, EvalConfig(), 5, "transductive")
@@ -161,8 +166,8 @@ def test_a_further_improvement_hides_no_published_number(monkeypatch):
     assert published("omniglot", 20, 1, "maml", [*LETTERS, "first_order"]) == ()
 
 
-def test_the_wheel_carries_its_data_files_and_the_documentation(tmp_path):
-    pytest.importorskip("hatchling", reason="hatchling is not installed here")
+def test_the_wheel_contains_data_files_and_documentation(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
     code = "from hatchling.build import build_wheel; import sys; build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Pictures carry what they were given: nothing lost, nothing wrongly marked, nothing overlapping."""
+"""Figures of runs show all the data they are given, mark it correctly, and have no overlapping text."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LAYERS = ("conv1.weight", "conv2.weight", "conv3.weight", "conv4.weight", "linea
 WEIGHTS = ((8, 1, 3, 3), (8, 8, 3, 3), (8, 8, 3, 3), (8, 8, 3, 3), (5, 32), (5,))
 LONG = ["Angelic/character01"] * 20
 STARTS = ("meta-learnt (maml)", "pre-trained (transfer)", "random start")
-LIGHT = (0.2126, 0.7152, 0.0722)  # shares of red, green and blue in what the eye takes for light
+LIGHT = (0.2126, 0.7152, 0.0722)  # weights of red, green and blue in perceived lightness
 
 
 def sines():
-    """Panels of sine waves, the curves nearer to the truth step by step."""
+    """Panels of sine waves, with curves that approach the truth with each inner step."""
     rng = np.random.default_rng(0)
     x = np.linspace(-5, 5, 50)
     for height in rng.uniform(0.5, 5, 2):
@@ -38,7 +38,7 @@ def sines():
 
 
 def task(ways, shots, queries, *, wrong=0, channels=1, dtype=float, names=None):
-    """A task with that many wrong predictions, every picture another one."""
+    """A task with that many wrong predictions; all its images differ."""
     rng = np.random.default_rng(ways + shots)
     sizes = ((ways, shots, channels, 8, 8), (queries, channels, 8, 8))
     support, query = ((rng.random(size) * (255 if dtype == np.uint8 else 1)).astype(dtype) for size in sizes)
@@ -63,7 +63,7 @@ def validations(count, metric="accuracy"):
 
 
 def rates_of(*shapes, mean=0.02):
-    """Inner learning rates, some negative if their mean is not far above 0.02."""
+    """Inner learning rates with a standard deviation of 0.02."""
     rng = np.random.default_rng(1)
     every = itertools.cycle(shapes)
     return {layer: rng.normal(mean, 0.02, shape) for layer, shape in zip(LAYERS, every, strict=False)}
@@ -72,7 +72,7 @@ def rates_of(*shapes, mean=0.02):
 PICTURES = {
     "regression": lambda: run_figures.regression(list(sines()), "Sine waves from 5 points"),
     "5-way 1-shot": lambda: run_figures.tasks([task(5, 1, 15, wrong=2)] * 3, "Three tasks"),
-    "5-way 5-shot": lambda: run_figures.tasks([task(5, 5, 75, wrong=9, channels=3)], "15 queries a class"),
+    "5-way 5-shot": lambda: run_figures.tasks([task(5, 5, 75, wrong=9, channels=3)], "15 queries per class"),
     "20-way 1-shot": lambda: run_figures.tasks([task(20, 1, 20, wrong=3)], "20-way 1-shot"),
     "20-way, names": lambda: run_figures.tasks([task(20, 1, 300, names=LONG)], "With names"),
     "accuracy": lambda: run_figures.training(metrics(100), validations(10), "accuracy"),
@@ -85,24 +85,24 @@ PICTURES = {
 
 
 def lines_of(ax):
-    """A picture's lines by label: (x, y)."""
+    """The (x, y) data of lines by label."""
     return {line.get_label(): line.get_data() for line in ax.lines}
 
 
 def texts_of(figure):
-    """Everything written in a figure."""
+    """All texts of a figure."""
     return [text.get_text() for text in figure.findobj(Text)]
 
 
 @functools.cache
 def picture(name):
-    """A picture that no test changes."""
+    """A figure that is shared, because no test changes it."""
     return PICTURES[name]()
 
 
 @pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
-def test_nothing_written_overlaps_or_leaves_the_picture(name):
+def test_no_text_overlaps_another_or_leaves_the_figure(name):
     figure = picture(name)
     written = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for ax in figure.axes:
@@ -111,13 +111,13 @@ def test_nothing_written_overlaps_or_leaves_the_picture(name):
     boxes = [(text.get_text(), text.get_window_extent()) for text in written if text.get_text()]
     assert len(boxes) > 3
     if "way" in name:
-        boxes += [("a picture", image.get_window_extent()) for image in figure.axes[0].images]
+        boxes += [("an image", image.get_window_extent()) for image in figure.axes[0].images]
     for text, box in boxes:
         assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text
         assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text
     for (text, box), (other, its) in itertools.combinations(boxes, 2):
         across, down = min(box.x1, its.x1) - max(box.x0, its.x0), min(box.y1, its.y1) - max(box.y0, its.y0)
-        assert across < 1 or down < 1, (text, other)  # a pixel: boxes hold some air around the ink
+        assert across < 1 or down < 1, (text, other)  # one pixel, because boxes include some margin
 
 
 def test_regression_draws_the_given_points():
@@ -130,10 +130,10 @@ def test_regression_draws_the_given_points():
         labels = ("before adaptation", "after 1 step", "after 5 steps", "after 10 steps")
         for label, curve in zip(labels, panel.curves, strict=True):
             same(drawn[label], (panel.x, curve.y))
-        told = [text.get_text() for text in ax.texts]
-        assert told == ["steps\nmse", "0\n4", "1\n2.4", "5\n0.311", "10\n0.0242"]
+        errors = [text.get_text() for text in ax.texts]
+        assert errors == ["steps\nmse", "0\n4", "1\n2.4", "5\n0.311", "10\n0.0242"]
         assert ax.get_title(loc="left") == panel.title
-        # Told apart by colour and, for eyes that see no colours, by line style.
+        # Curves differ in colour and, for readers who cannot see colours, in line style.
         curves = [line for line in ax.lines if line.get_label() in labels]
         assert len({line.get_color() for line in curves}) == 4
         assert len({str(line._unscaled_dash_pattern) for line in curves}) == 4
@@ -144,7 +144,7 @@ def test_regression_draws_the_given_points():
     assert all(legend.get_window_extent().y1 < ax.get_window_extent().y0 for ax in figure.axes)
 
 
-def test_a_curve_that_runs_away_does_not_flatten_the_truth():
+def test_a_curve_far_from_the_truth_does_not_flatten_it():
     x = np.linspace(-5, 5, 50)
     curves = [Curve(0, np.full(50, np.nan), np.nan), Curve(1, 1e9 * x, np.inf), Curve(2, np.cos(x), 1e-9)]
     figure = run_figures.regression([[Panel("", x, np.sin(x), x[:3], np.sin(x[:3]), curves)]], "")
@@ -155,7 +155,7 @@ def test_a_curve_that_runs_away_does_not_flatten_the_truth():
 
 @pytest.mark.parametrize("dtype", [float, np.uint8])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_tasks_show_every_picture_in_the_row_of_its_class(dtype, channels):
+def test_tasks_show_every_image_in_the_row_of_its_class(dtype, channels):
     given = task(5, 2, 15, wrong=4, channels=channels, dtype=dtype)
     (ax,) = run_figures.tasks([given], "A task").axes
     tops = sorted({image.get_extent()[3] for image in ax.images})
@@ -174,14 +174,14 @@ def test_wrong_predictions_are_marked_and_right_ones_are_not(wrong):
     thick = [patch for patch in ax.patches if patch.get_linewidth() > 1]
     assert len(ax.patches) == 5 + 15
     assert len(thick) == wrong
-    told = sorted(text.get_text() for text in ax.texts if text.get_text().startswith("is "))
-    assert told == sorted(f"is {y + 1}" for y in given.query_y_M[:wrong])
-    # Every mark is on the upper right corner of a thick frame, and every such frame around a wrong picture.
+    truths = sorted(text.get_text() for text in ax.texts if text.get_text().startswith("is "))
+    assert truths == sorted(f"is {y + 1}" for y in given.query_y_M[:wrong])
+    # Every mark is at the upper right corner of a thick frame, and every thick frame is around a wrong image.
     marks = {tuple(np.round(np.ravel(line.get_data()), 6)) for line in ax.lines}
     assert marks == {(*patch.get_xy()[1].round(6),) for patch in thick}
     inside = [im for im in ax.images if tuple(np.round(np.take(im.get_extent(), (1, 3)), 6)) in marks]
     shown = {np.squeeze(image.get_array()).tobytes() for image in inside}
-    assert shown == {picture.tobytes() for picture in given.query_MCHW[:wrong]}
+    assert shown == {image.tobytes() for image in given.query_MCHW[:wrong]}
     assert f"Task 1: {15 - wrong} of 15 queries right" in texts_of(ax.figure)
 
 
@@ -189,7 +189,7 @@ CASES = [(5, 1, 15), (5, 5, 15), (5, 5, 75), (20, 1, 20), (20, 1, 300), (20, 5, 
 
 
 @pytest.mark.parametrize(("ways", "shots", "queries"), CASES)
-def test_tasks_stay_readable_and_tell_what_is_left_out(ways, shots, queries):
+def test_tasks_are_readable_and_count_the_queries_not_shown(ways, shots, queries):
     figure = run_figures.tasks([task(ways, shots, queries)] * 2, "Two tasks")
     (ax,) = figure.axes
     shown = len(ax.images) - 2 * ways * shots
@@ -202,7 +202,7 @@ def test_tasks_stay_readable_and_tell_what_is_left_out(ways, shots, queries):
     assert 900 <= figure.bbox.width <= 1200
 
 
-def test_training_draws_the_reports_and_leaves_gaps():
+def test_training_draws_the_reports_with_gaps_for_missing_values():
     reports = metrics(30)
     reports[7]["query_losses"] = [None] * 6
     reports[9]["query_losses"] = [None, 1.0, 1.0, 1.0, 1.0, None]
@@ -217,7 +217,7 @@ def test_training_draws_the_reports_and_leaves_gaps():
     for taken in range(6):
         expected = np.array([r["query_losses"][taken] for r in reports], dtype=float)
         same(lines_of(top)[str(taken)], (steps, expected))
-    # Between two gaps a line shows nothing: the value there is a point.
+    # A value between two gaps is a point, because a line would not show it.
     first = top.lines[0]
     assert first.get_marker() == "." and first.get_markevery() == [8]
     trained = [(r.get("query_accuracies") or [np.nan])[-1] for r in reports]
@@ -232,8 +232,8 @@ def test_training_thins_many_inner_steps_and_draws_the_interval_as_a_band():
     top, middle, _ = run_figures.training(metrics(10, inner_steps=20), val, "mse").axes
     assert list(lines_of(top)) == ["0", "4", "8", "12", "16", "20"]
     light = [np.dot(to_rgba(line.get_color())[:3], LIGHT) for line in top.lines]
-    assert light == sorted(light, reverse=True)  # a sequence: the later, the darker
-    assert "training queries" not in lines_of(middle)  # an accuracy has no place beside an mse
+    assert light == sorted(light, reverse=True)  # later steps are darker
+    assert "training queries" not in lines_of(middle)  # accuracies do not belong on an mse axis
     points = np.concatenate([path.vertices for band in middle.collections for path in band.get_paths()])
     for entry in val:
         heights = points[points[:, 0] == entry["step"], 1]
@@ -258,7 +258,7 @@ def test_short_and_empty_runs_are_drawn(reports, vals, panels, tmp_path):
     assert len(figure.axes) == panels
     style.save(figure, tmp_path / "short")
     points = [line for ax in figure.axes for line in ax.lines]
-    assert all(line.get_marker() == "." for line in points)  # a single value would be no line
+    assert all(line.get_marker() == "." for line in points)  # no line shows a single value
     drawn = sum(np.isfinite(line.get_ydata()).sum() for line in figure.axes[0].lines)
     assert drawn == sum(loss is not None for r in reports for loss in r["query_losses"])
 
@@ -276,8 +276,8 @@ def test_rates_by_step_are_a_table_of_the_given_numbers(mean, negative):
     written = {text.get_position(): text for text in ax.texts}
     assert len(written) == table.size
     for (row, step), rate in np.ndenumerate(table):
-        told = float(written[step, row].get_text())
-        assert (np.isnan(told) and np.isnan(rate)) or abs(told - rate) <= 0.005 * most
+        shown = float(written[step, row].get_text())
+        assert (np.isnan(shown) and np.isnan(rate)) or abs(shown - rate) <= 0.005 * most
         cell, ink = image.to_rgba(rate)[:3], to_rgba(written[step, row].get_color())[:3]
         assert contrast(cell, ink) > 3.5, rate
     assert [label.get_text() for label in ax.get_yticklabels()] == list(LAYERS)
@@ -285,16 +285,16 @@ def test_rates_by_step_are_a_table_of_the_given_numbers(mean, negative):
 
 
 def contrast(*colours):
-    """How well one colour is read on the other, as WCAG 2 counts it: 1 to 21."""
+    """The contrast ratio of two colours as WCAG 2 defines it: 1 to 21."""
     rgb = np.array(colours)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     low, high = sorted(linear @ LIGHT)
     return (high + 0.05) / (low + 0.05)
 
 
-def test_rates_by_weight_count_every_weight():
+def test_histograms_of_rates_count_every_weight():
     given = rates_of(*WEIGHTS)
-    given["conv1.weight"][0, 0, 0, 0] = 0.0  # is not negative
+    given["conv1.weight"][0, 0, 0, 0] = 0.0  # not counted as negative
     given["conv2.weight"][:] = 0.05
     given["conv3.weight"] *= -1000  # sets the range
     for ax, (layer, values) in zip(run_figures.rates(given, "").axes, given.items(), strict=True):
@@ -315,7 +315,7 @@ def test_equal_rates_are_drawn(rate):
 
 @pytest.mark.render
 @pytest.mark.parametrize("name", PICTURES)
-def test_saved_pictures_open_and_repeat_to_the_byte(name, tmp_path):
+def test_saved_figures_can_be_opened_and_are_reproducible_to_the_byte(name, tmp_path):
     figure = picture(name)
     png, svg = style.save(figure, tmp_path / "new" / "folder" / "run-0.5")
     assert sorted(path.name for path in png.parent.iterdir()) == ["run-0.5.png", "run-0.5.svg"]
@@ -331,7 +331,7 @@ def test_saved_pictures_open_and_repeat_to_the_byte(name, tmp_path):
         assert [path.read_bytes() for path in other] == [png.read_bytes(), svg.read_bytes()]
 
 
-def test_any_text_is_written_as_it_is(tmp_path):
+def test_markup_in_texts_is_not_interpreted(tmp_path):
     figure = run_figures.rates({"$w$": np.array([0.1])}, "$\\nope$, runs/日本\x1b[31m_{x}")
     style.save(figure, tmp_path / "odd")
     assert {"$\\nope$, runs/???[31m_{x}", "$w$"} <= set(texts_of(figure))
@@ -354,7 +354,7 @@ assert dict(matplotlib.rcParams.copy()) == before
 """
 
 
-def test_importing_costs_no_matplotlib_and_drawing_changes_no_global(tmp_path):
+def test_importing_does_not_load_matplotlib_and_drawing_changes_no_globals(tmp_path):
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path / "plot")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The contact sheet of the user's own images: what was learnt from, what each is taken for."""
+"""The contact sheet of the user's own images: the support set, and a prediction for each query."""
 
 from __future__ import annotations
 
@@ -15,37 +15,47 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN = 60  # queries of a sheet, the first ones: a choice would flatter or blame
-SUPPORT_SHOWN = 10  # support images of a class
+SHOWN = 60  # queries per sheet: the first ones, because a selection would be biased
+SUPPORT_SHOWN = 10  # support images per class
 CLASSES_SHOWN = 60
 
 # Inches.
-MARGIN = 0.1  # around all
+MARGIN = 0.1  # around the sheet
 SUPPORT = 0.42  # side of a support image
 QUERY = 0.6  # side of a query
 SPACE = 0.1  # between images
-LINE = 0.14  # of small letters
+LINE = 0.14  # height of a line of small text
 HEAD = 0.34
 
-# Letters of a class's name.
-NAME = 18  # beside its support images
+# Characters of a class name.
+NAME = 18  # to the left of its support images
 LABEL = 12  # under a query
 
 
 @dataclass(frozen=True)
 class QueryPicture:
-    """An image, 0..1 or uint8, and what it is taken for."""
+    """A query image (0..1 or uint8) and its predicted class."""
 
     image_CHW: Numbers
     predicted: str
     probability: float
-    right: bool | None  # None where the truth is not known
+    right: bool | None  # None if the true class is not known
 
 
 def sheet(
     support: Sequence[tuple[str, Numbers]], queries: Sequence[QueryPicture], total: int, title: str
 ) -> Figure:
-    """A row for each class's name and images_MCHW, then the first queries of `total`."""
+    """Draw the support images, one row per class, then the first queries with their predictions.
+
+    Args:
+        support: the name and images_MCHW (0..1 or uint8) of each class.
+        queries: the first queries; those beyond SHOWN are not drawn.
+        total: number of all queries.
+        title: printed at the top.
+
+    Returns:
+        A figure of style.WIDTH inches, as high as the images need.
+    """
     longest = max(len(formatting.elide_middle(name, NAME)) for name, _ in support[:CLASSES_SHOWN])
     label = 0.12 + 0.068 * longest
     across = int((style.WIDTH - 2 * MARGIN + SPACE) / (QUERY + SPACE))
@@ -59,7 +69,7 @@ def sheet(
         figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         ax.text(MARGIN, 0.22, plain(title), fontsize=10, fontweight="bold")
-        head = "Support set: what it learnt from"
+        head = "Support set"
         if len(support) > CLASSES_SHOWN:
             head += f" (the first {CLASSES_SHOWN} of {len(support)} classes)"
         ax.text(MARGIN, support_top - 0.08, head, fontsize=9)
@@ -91,7 +101,7 @@ def sheet(
 def _query_head(queries: Sequence[QueryPicture], total: int) -> str:
     some = f"the first {SHOWN} of {total}" if total > SHOWN else str(total)
     labelled = any(query.right is not None for query in queries)
-    marks = "; thick frame, cross: wrong" if labelled else ""
+    marks = "; thick frame and cross: wrong" if labelled else ""
     return f"Queries ({some}): predicted class and its probability{marks}"
 
 

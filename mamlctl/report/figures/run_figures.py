@@ -1,4 +1,4 @@
-"""Pictures from plain arrays and numbers; matplotlib is imported by what draws, and only there."""
+"""Figures of single runs from plain arrays and numbers; only drawing one imports matplotlib."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Key = TypeVar("Key")
 Look = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
 
 EARLY: tuple[Look, ...] = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
-BINS = 60  # of a histogram
-LOSS_LINES = 6  # more shades look alike
-CROWDED = 12  # inner steps: of more, rates with two digits fit
-LOG_FROM = 20.0  # greatest over least loss from which a linear axis hides the end of the training
+BINS = 60  # per histogram
+LOSS_LINES = 6  # more shades would be hard to distinguish
+CROWDED = 12  # inner steps: with more, two digits of a rate do not fit
+LOG_FROM = 20.0  # ratio of largest to smallest loss above which a linear axis hides the end of training
 
 # Inches.
-CELL = 0.45  # a picture's width with the space beside it
+CELL = 0.45  # an image's width including the space next to it
 EDGE = 0.06  # that space
 GAP = 0.2  # from the support set to the queries
-STRIP = 0.17  # a query's word
+STRIP = 0.17  # height of the text below a query
 TASK_HEAD = 0.5
-FOLD = 10  # classes below each other
-QUERIES_SHOWN = 60  # of a task
-NAME = 18  # letters
+FOLD = 10  # classes per block, below each other
+QUERIES_SHOWN = 60  # per task
+NAME = 18  # characters of a class name
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A learner's prediction after some inner steps."""
+    """A learner's predictions after some inner steps."""
 
     steps: int
     y: Numbers
@@ -52,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One regression task from one start; `truth` and every curve's `y` are over `x`."""
+    """One regression task from one start; `truth` and the `y` of each curve are values at `x`."""
 
     title: str
     x: Numbers
@@ -63,7 +63,7 @@ class Panel:
 
 
 def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
-    """Rows of tasks, columns of starts: what a few inner steps make of each start."""
+    """Draw tasks in rows and starts in columns, with predictions after some inner steps."""
     taken = sorted({curve.steps for row in panels for panel in row for curve in panel.curves})
     between = [steps for steps in taken[:-1] if steps > 0]
     looks: dict[int, Look] = dict.fromkeys(taken, (style.BLUE, "-"))
@@ -81,7 +81,7 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
 
 
 def _heights(row: Sequence[Panel]) -> tuple[float, float]:
-    """A y range for the truth and all curves; a curve that leaves far from the truth is cut, not followed."""
+    """A y range for the truth and all curves; curves far outside the truth's range are cut off."""
     truth = style.finite_values(*(part for panel in row for part in (panel.truth, panel.support_y)))
     drawn = style.finite_values(truth, *(curve.y for panel in row for curve in panel.curves))
     span = float(np.ptp(truth)) or 1.0
@@ -91,7 +91,7 @@ def _heights(row: Sequence[Panel]) -> tuple[float, float]:
 
 def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, Look]) -> None:
     ax.plot(panel.x, panel.truth, color=style.CALM, linewidth=4.5, label="truth")
-    # The errors stand over the axes, where they cover no data.
+    # The errors are above the axes, where they cover no data.
     ax.text(0, 1.02, "steps\nmse", transform=ax.transAxes, color=style.DIM, fontsize=style.SMALL)
     for curve in panel.curves:
         colour, line = looks[curve.steps]
@@ -100,7 +100,7 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, Loo
             label = f"after {curve.steps} {formatting.plural(curve.steps, 'step')}"
         ax.plot(panel.x, curve.y, color=colour, linestyle=line, linewidth=1.5, label=label)
         place = 0.18 + 0.82 * taken.index(curve.steps) / len(taken)
-        digits = 3 if 0.001 <= curve.mse < 1000 else 1  # room is short, and 2e-05 says enough
+        digits = 3 if 0.001 <= curve.mse < 1000 else 1  # there is little room, and 2e-05 is precise enough
         error = f"{curve.steps}\n{curve.mse:.{digits}g}"
         ax.text(place, 1.02, error, transform=ax.transAxes, color=colour, fontsize=style.SMALL)
     ax.plot(
@@ -114,17 +114,17 @@ def _panel(ax: Axes, panel: Panel, taken: Sequence[int], looks: Mapping[int, Loo
 
 @dataclass(frozen=True)
 class TaskPicture:
-    """A few-shot task, its pictures as 0..1 or uint8, and what the adapted learner took each query for."""
+    """A few-shot task: its images (0..1 or uint8), and the adapted learner's prediction for each query."""
 
     support_NKCHW: Numbers
     query_MCHW: Numbers
     query_y_M: Numbers
     predicted_M: Numbers
-    names: Sequence[str] | None = None  # of the classes; a number stands before each in any case
+    names: Sequence[str] | None = None  # of the classes, printed after their numbers
 
 
 class _PictureLayout:
-    """Where pictures stand, in inches: blocks of at most FOLD classes, beside each other while they fit."""
+    """Positions of images in inches: blocks of at most FOLD classes, as many side by side as fit."""
 
     def __init__(self, pictures: Sequence[TaskPicture]) -> None:
         ways, shots = (max(picture.support_NKCHW.shape[axis] for picture in pictures) for axis in (0, 1))
@@ -145,14 +145,14 @@ class _PictureLayout:
         self.height = 0.65 + math.ceil(len(pictures) * self.folds / self.across) * self.down
 
     def corner(self, task: int, way: int) -> tuple[float, float]:
-        """Where the row of a class begins."""
+        """The upper left corner of a class's row."""
         down, right = divmod(task * self.folds + way // FOLD, self.across)
         y = 0.35 + down * self.down + TASK_HEAD + way % FOLD * (self.tall + STRIP)
         return 0.08 + right * self.block, y
 
 
 def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
-    """Few-shot tasks: a row for a class, its support set and then the queries that were taken for it."""
+    """Draw few-shot tasks: a row per class, with its support set and the queries predicted as that class."""
     layout = _PictureLayout(pictures)
     with drawing(layout.width, layout.height, "") as figure:
         figure.set_layout_engine("none")
@@ -160,7 +160,7 @@ def tasks(pictures: Sequence[TaskPicture], title: str) -> Figure:
         for task, picture in enumerate(pictures):
             _task(ax, layout, task, picture)
         ax.text(0.08, 0.2, plain(title), fontsize=10, fontweight="bold")
-        note = "A query stands beside the class it was taken for; thick frame, cross: wrong, and what it is."
+        note = "Queries are next to their predicted class; thick frame and cross: wrong, true class below."
         ax.text(0.08, layout.height - 0.12, note, color=style.DIM)
         ax.set(xlim=(0, layout.width), ylim=(layout.height, 0), aspect="auto")
         ax.set_axis_off()
@@ -184,7 +184,7 @@ def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> 
         ax.text(x, y + layout.tall / 2, f"{way + 1} {name}".strip(), va="center")
         for shot, image_CHW in enumerate(support_KCHW):
             style.draw_image(ax, image_CHW, (x + layout.label + shot * CELL, y), size, style.DIM, 0.6)
-        # The first ones, right or wrong: a choice would flatter or blame.
+        # The first ones, right or wrong, because a selection would be biased.
         for place, query in enumerate(np.flatnonzero(picture.predicted_M == way)[: layout.queries]):
             corner = x + layout.first_query + place * CELL, y
             truth = int(picture.query_y_M[query])
@@ -199,7 +199,16 @@ def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> 
 
 
 def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
-    """A run's curves from its metrics.jsonl: query losses by inner steps taken, validation, meta-lr."""
+    """Draw the curves of a run: query losses by inner steps taken, validation scores and meta learning rate.
+
+    Args:
+        reports: the training reports in metrics.jsonl.
+        validations: the validations in metrics.jsonl.
+        metric: of the run; training accuracies are only drawn for "accuracy".
+
+    Returns:
+        A figure with meta-steps on the x axis; null values are gaps.
+    """
     from matplotlib import colormaps
 
     steps, lr = (_column(reports, key) for key in ("step", "meta_lr"))
@@ -210,7 +219,7 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
     with drawing(style.WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
         top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
         chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
-        # Yellow, the scale's end, cannot be seen on white.
+        # The yellow end of the scale is left out, because it is hard to see on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _metric_line(top, steps, losses[taken], color=shade, label=str(taken))
         finite = style.finite_values(*losses)
@@ -222,7 +231,7 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
             for accuracies in trained:
                 _metric_line(ax, steps, accuracies, color=style.CALM, label="training queries")
             _metric_line(ax, val_steps, score, color=style.BLUE, label="validation,\n95 % interval")
-            edge = 1.2 if len(score) == 1 else 0  # a validation alone has a line for a band
+            edge = 1.2 if len(score) == 1 else 0  # the band of a single validation has no width
             ax.fill_between(
                 val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
             )
@@ -241,19 +250,19 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
 
 
 def _column(rows: Sequence[Mapping[Key, Any]], key: Key) -> NDArray[np.float64]:
-    """One number a row; NaN, which is drawn as a gap, where there is none."""
+    """One number per row; a missing one is NaN, which is drawn as a gap."""
     return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
 
 
 def _columns(rows: Rows, key: str) -> list[NDArray[np.float64]]:
-    """The columns of a list a row, by inner steps taken."""
+    """The columns of lists, one list per row and one column per number of inner steps taken."""
     lists = [dict(enumerate(row.get(key) or ())) for row in rows]
     return [_column(lists, place) for place in range(max(map(len, lists), default=0))]
 
 
 def _metric_line(ax: Axes, x: Numbers, y: Numbers, color: str | Numbers, label: str | None = None) -> None:
     is_finite = np.isfinite(np.r_[np.nan, y, np.nan])
-    # A value without neighbours is a point, since no line shows it.
+    # A value without neighbours is drawn as a point, because no line would show it.
     alone = np.flatnonzero(is_finite[1:-1] & ~is_finite[:-2] & ~is_finite[2:]).tolist()
     if is_finite.any():
         marker = "." if alone else ""
@@ -261,7 +270,7 @@ def _metric_line(ax: Axes, x: Numbers, y: Numbers, color: str | Numbers, label: 
 
 
 def rates(rates: Mapping[str, Numbers], title: str) -> Figure:
-    """Learnt inner learning rates: a table if each array holds one an inner step, else histograms of all."""
+    """Draw learnt inner learning rates: a table if arrays have one per inner step, else histograms."""
     by_step = all(values.ndim == 1 for values in rates.values())
     with drawing(style.WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
         (_table if by_step else _histograms)(figure, rates)
@@ -290,7 +299,7 @@ def _histograms(figure: Figure, rates: Mapping[str, Numbers]) -> None:
     every = style.finite_values(*rates.values())
     low, high = every.min(initial=0), every.max(initial=0)
     width = (high - low) / BINS or 1.0
-    # Zero is an edge, so that the part in another colour is just the share that is written.
+    # Zero is a bin edge, so that the red area is exactly the share of negative rates printed next to it.
     edges = width * np.arange(math.floor(low / width) - 1, math.floor(high / width) + 2)
     for ax, (name, values) in zip(axes, rates.items(), strict=True):
         finite = style.finite_values(values)

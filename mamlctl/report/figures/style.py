@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 Numbers = NDArray[Any]
 
-WIDTH = 7.2  # inches: for a README's column of about 900 pixels
+WIDTH = 7.2  # inches: about 900 pixels, the width of a README on GitHub
 DPI = 150  # pixels per inch
 SMALL = 7.5  # points
 
-# Okabe & Ito's colours, told apart with every kind of colour vision, also on a light ground.
+# Okabe and Ito's palette, which is distinguishable with every kind of colour vision.
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 GREEN = "#009E73"
@@ -35,7 +35,7 @@ INK = "#222222"
 DIM = "#666666"
 CALM = "#C8C8C8"
 GRID = "#EAEAEA"
-LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709's shares of red, green and blue in what the eye takes for light
+LUMA = (0.2126, 0.7152, 0.0722)  # weights of red, green and blue in perceived lightness (Rec. 709)
 
 STYLE: dict[RcKeyType, str | float] = {
     "font.family": "DejaVu Sans",
@@ -54,24 +54,30 @@ STYLE: dict[RcKeyType, str | float] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar in a run's name is a dollar
-    "svg.hashsalt": "mamlctl",  # without it, the names inside an SVG are drawn by chance
-    "svg.fonttype": "path",  # a reader without DejaVu would see other widths, and so overlaps
+    "text.parse_math": False,  # a dollar sign in a run's name does not start a formula
+    "svg.hashsalt": "mamlctl",  # without it, the ids in an SVG are random
+    "svg.fonttype": "path",  # text in another font than DejaVu would be wider, and could overlap
 }
 
 
 def _style() -> AbstractContextManager[None]:
-    """For a block, STYLE over matplotlib's own defaults, whatever the user's matplotlibrc says."""
+    """A context with STYLE and matplotlib's defaults, whatever the user's matplotlibrc contains."""
     import matplotlib
 
-    # The choice of a backend stays: to read it would import pyplot.
+    # The backend is not reset, because reading it would import pyplot.
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if "backend" not in key}
     return matplotlib.rc_context({**defaults, **STYLE})
 
 
 @contextmanager
 def drawing(width: float, height: float, title: str) -> Iterator[Figure]:
-    """A new figure; its layout is fixed at the end, so that every way to save it shows the same."""
+    """Yield a new figure, and fix its layout at the end, so that every file format has the same layout.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        title: printed at the top left.
+    """
     from matplotlib.figure import Figure
 
     with _style():
@@ -79,13 +85,13 @@ def drawing(width: float, height: float, title: str) -> Iterator[Figure]:
         figure.suptitle(plain(title), x=0.08 / width, ha="left", fontsize=10, fontweight="bold")
         yield figure
         figure.draw_without_rendering()
-        figure.set_layout_engine(None)  # with "none" each way to save it would draw it once more, for nothing
-        for ax in figure.axes:  # the solver's last digits are drawn by chance
+        figure.set_layout_engine(None)  # with "none", each save would draw the figure once more
+        for ax in figure.axes:  # the layout solver's last digits vary from run to run
             ax.set_position(ax.get_position().from_bounds(*np.round(ax.get_position().bounds, 6)))
 
 
 def plain(text: str) -> str:
-    """The text with a question mark for what DejaVu has no glyph for, which matplotlib would warn of."""
+    """Replace characters that DejaVu lacks with '?'; matplotlib would warn about them."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
@@ -99,7 +105,7 @@ def finite_values(*parts: Numbers) -> NDArray[np.float64]:
 
 
 def rate_colours(rates: NDArray[np.float64]) -> tuple[Colormap, float, float]:
-    """A colour scale for inner rates, with a second hue where some are negative, and its two ends."""
+    """A colour scale for inner rates, with a second hue if some are negative, and its two limits."""
     from matplotlib import colormaps
 
     finite = finite_values(rates)
@@ -109,7 +115,7 @@ def rate_colours(rates: NDArray[np.float64]) -> tuple[Colormap, float, float]:
 
 
 def is_light(colour: Sequence[float] | Numbers) -> bool:
-    """Whether dark letters are read better on the colour (red, green, blue, 0..1) than white ones."""
+    """Whether dark text is easier to read than white text on the colour (red, green, blue, 0..1)."""
     return bool(np.dot(colour[:3], LUMA) > 0.5)
 
 
@@ -121,7 +127,16 @@ def draw_image(
     edge: str,
     thick: float,
 ) -> None:
-    """Draw an image (0..1 or uint8) in a frame; `corner` and `size` are x and y in the axes' units."""
+    """Draw the image inside a frame.
+
+    Args:
+        ax: the axes; y points down.
+        image_CHW: 0..1 or uint8.
+        corner: x and y of the upper left corner, in data coordinates.
+        size: width and height, in data coordinates.
+        edge: colour of the frame.
+        thick: line width of the frame, in points.
+    """
     (x, y), (width, height) = corner, size
     pixels_HWC = np.moveaxis(image_CHW / (255 if image_CHW.dtype == np.uint8 else 1), 0, -1).clip(0, 1)
     ax.imshow(pixels_HWC, extent=(x, x + width, y + height, y), cmap="gray", vmin=0, vmax=1)
@@ -129,12 +144,12 @@ def draw_image(
 
 
 def draw_cross(ax: Axes, x: float, y: float) -> None:
-    """Mark a wrong prediction, so that it is not known by its colour alone."""
+    """Mark a wrong prediction by more than the colour of its frame."""
     ax.plot(x, y, "X", color=RED, markersize=8, markeredgecolor="white")
 
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """Write stem.png and stem.svg, each in one move, and return their paths."""
+    """Write stem.png and stem.svg, each atomically, and return their paths."""
     png, svg = (stem.with_name(stem.name + ending) for ending in (".png", ".svg"))
     with _style(), replacing(png) as png_file, replacing(svg) as svg_file:
         figure.savefig(png_file, format="png", dpi=DPI)

@@ -1,4 +1,4 @@
-"""Pictures as SVG inside a page: no name twice, nothing from elsewhere, ink that follows the page's."""
+"""Figures as SVG elements of a page: with unique ids, no external references, and the page's colours."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from xml.etree import ElementTree
 
 from mamlctl.report.figures.style import BLUE, CALM, DIM, GRID, INK, RED
 
-# The page's own names of these colours, which differ on a dark page.
+# The page's CSS variables for these colours, which have other values in dark mode.
 COLOURS = {INK: "ink", DIM: "dim", CALM: "calm", GRID: "grid", BLUE: "blue", RED: "red", "#FFFFFF": "paper"}
 VARIABLES = {colour.lower(): f"var(--{name})" for colour, name in COLOURS.items()}
-LEFT_OUT = ("metadata", "style")  # who drew it, with addresses; rules that would hold for the whole page
+LEFT_OUT = ("metadata", "style")  # links to other sites; rules that would apply to the whole page
 
 
 def inline(svg: bytes, prefix: str, title: str) -> str:
-    """An SVG file as an element of a page; `prefix` begins every name in it, `title` is what it shows."""
+    """Convert an SVG file to an element of a page.
+
+    Args:
+        svg: the contents of the file.
+        prefix: put before every id, so that ids are unique on the page.
+        title: what the figure shows, for screen readers.
+    """
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):
@@ -50,12 +56,12 @@ def _rewrite(element: ElementTree.Element, prefix: str, used: set[str]) -> None:
 
 
 def _local(name: str) -> str:
-    """A name without its namespace, which a page knows by itself."""
+    """A name without its namespace, which HTML implies."""
     return name.rpartition("}")[2]
 
 
 def _named(value: str) -> list[str]:
-    """The names that an attribute points at: '#p1', 'url(#p1)'."""
+    """The ids that an attribute refers to: '#p1', 'url(#p1)'."""
     return re.findall(r"(?:^|url\()#([\w.-]+)\)?", value)
 
 
@@ -64,6 +70,6 @@ def _coloured(style: str) -> str:
 
 
 def _shorter(path: str) -> str:
-    """A path to a hundredth of a point, on one line."""
+    """A path on one line, rounded to a hundredth of a point."""
     digits = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", path)
     return " ".join(digits.split())

@@ -1,4 +1,4 @@
-"""A table of runs in pictures: training, differences, adaptation, learnt rates."""
+"""Figures of a table of runs: training, differences, adaptation, learnt rates."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Draw = Callable[[Table, Sequence[Row], str], "Figure"]
 
-# Rows per picture: more would not go on a printed page.
+# Rows per figure: more would not fit on a printed page.
 PANELS = 24
 BARS = 40
 HEATS = 9
-NUMBERED = 6  # inner steps whose rates can be written into a third of a page
+NUMBERED = 6  # inner steps: rates of more do not fit into a third of a page
 
-# The ink on a coloured cell is the same on a dark page: its own values, so that nothing takes it for INK.
+# Text on a coloured cell has the same colour in dark mode, so svg.py must not recognise it as INK or paper.
 DARK_ON_CELL = "#232323"
 LIGHT_ON_CELL = "#fdfdfd"
-REACH = 3.0  # an interval is cut at this many times the range of all others' inner parts
+REACH = 3.0  # outer intervals are cut off this many ranges of the inner intervals away
 
-
-CAPTIONS = {  # beneath each kind of picture
-    "training": "Line: mean of the finished seeds; band: from their least to their greatest score. "
-    "Every panel has the baseline in grey.",
-    "differences": "To the right of zero a row is above the baseline. Thick: interval for these very models "
-    "on new tasks; thin: for newly trained models as well, of which one seed says nothing. "
-    "An arrow: it goes on beyond the picture.",
-    "adaptation": "Of the single best checkpoints, mean over seeds; the baseline in grey.",
-    "rates": "Learnt inner learning rates (LSLR) at the end of training; one colour scale for all.",
+CAPTIONS = {  # below each kind of figure
+    "training": "Line: mean over the finished seeds; band: from their lowest to their highest score. "
+    "The baseline is grey in every panel.",
+    "differences": "A row to the right of zero has a higher score than the baseline. Thick: interval for new "
+    "tasks and these trained models; thin: for new seeds as well, which needs at least two seeds. "
+    "Arrow: the interval continues beyond the figure.",
+    "adaptation": "Scores of the single best checkpoints, mean over seeds; the baseline is grey.",
+    "rates": "Learnt inner learning rates (LSLR) at the end of training; all panels share one colour scale.",
 }
 
 
@@ -59,12 +58,12 @@ class Picture:
 
 
 def pictures(table: Table) -> Iterator[Picture]:
-    """The pictures that the table has numbers for; many rows are parted into several pictures."""
+    """Draw the figures that the table has numbers for; many rows are split into several figures."""
     others = [row for row in table.rows if row.label != table.baseline] or list(table.rows)
     trained = [row for row in others if any(cell.validation for cell in row.cells)]
     yield from _parts(table, "training", "Validation over meta-steps", trained, PANELS, training)
     measured = [row for row in others if _differences(row)]
-    title = f"Differences to {table.baseline}"
+    title = f"Differences from {table.baseline}"
     yield from _parts(table, "differences", title, measured, BARS, differences)
     adapted = [row for row in others if row.best and len(row.best.per_step) > 1]
     yield from _parts(table, "adaptation", "Test score after each inner step", adapted, PANELS, adaptation)
@@ -83,7 +82,7 @@ def _parts(
 
 
 def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """A panel for each row: its validation's mean and range over seeds, with the baseline's in grey."""
+    """Draw a panel per row: the mean and range of validation scores over seeds, with the baseline in grey."""
     with _panels(table, rows, title, "meta-step") as (figure, axes):
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
@@ -102,11 +101,12 @@ def _curve(ax: Axes, row: Row, colour: str, label: str) -> None:
     steps, values_SV = curves(row)
     if len(steps):
         ax.fill_between(steps, values_SV.min(0), values_SV.max(0), color=colour, alpha=0.3, linewidth=0)
-        ax.plot(steps, values_SV.mean(0), color=colour, linewidth=1.3, label=plain(label))
+        marker = "." if len(steps) == 1 else ""  # a line through a single value would be invisible
+        ax.plot(steps, values_SV.mean(0), color=colour, linewidth=1.3, marker=marker, label=plain(label))
 
 
 def curves(row: Row) -> tuple[Floats, Floats]:
-    """The finished runs' validations at the meta-steps that all of them have: steps, seeds x steps."""
+    """The meta-steps at which all finished runs have validations, and the scores there: seeds x steps."""
     finished = [dict(cell.validation) for cell in row.cells if cell.status == "finished" and cell.validation]
     shared = sorted(set.intersection(*(set(curve) for curve in finished))) if finished else []
     values_SV = np.array([[curve[step] for step in shared] for curve in finished], dtype=np.float64)
@@ -115,19 +115,19 @@ def curves(row: Row) -> tuple[Floats, Floats]:
 
 def _unfinished(ax: Axes, cell: Cell) -> None:
     steps, values = zip(*cell.validation, strict=True)
-    ax.plot(steps, values, color=style.RED, linewidth=0.9, linestyle=":", label="a run that did not finish")
+    ax.plot(steps, values, color=style.RED, linewidth=0.9, linestyle=":", label="unfinished run")
     ax.plot(steps[-1:], values[-1:], "x", color=style.RED, markersize=5)
 
 
 def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """A panel for each row: its test score after 0, 1 ... inner steps, with the baseline's in grey."""
+    """Draw a panel per row: the test score after 0, 1 ... inner steps, with the baseline in grey."""
     with _panels(table, rows, title, "inner steps taken") as (figure, axes):
         shown = [row for row in (*rows, *table.rows) if row.best and row in (*rows, _baseline(table))]
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
             if base and base.best:
                 _adaptation_line(ax, base.best, style.CALM, table.baseline)
-            assert row.best is not None  # rows without were left out
+            assert row.best is not None  # pictures() passes only rows with a score
             _adaptation_line(ax, row.best, style.BLUE, "this row")
             ax.locator_params(axis="x", integer=True, nbins=5)
         _cut(figure, axes[0], [row.best.per_step for row in shown if row.best])
@@ -140,7 +140,7 @@ def _adaptation_line(ax: Axes, score: Score, colour: str, label: str) -> None:
 
 
 def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
-    """Leave out the score before adaptation where it would press all others into a line."""
+    """Cut off the score before adaptation if its range would flatten all later scores."""
     before = [curve[0] for curve in curves]
     after = [value for curve in curves for value in curve[1:]]
     span = (max(after) - min(after)) or 0.01
@@ -151,17 +151,17 @@ def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
         figure.text(0.99, 0.01, note, ha="right", color=style.DIM, fontsize=style.SMALL)
 
 
-def _baseline(table: Table, than: Row | None = None) -> Row | None:
-    """The baseline's row, unless it is the one that is drawn."""
+def _baseline(table: Table, panel: Row | None = None) -> Row | None:
+    """The baseline's row; None if that is the row of the panel."""
     row = next((row for row in table.rows if row.label == table.baseline), None)
-    return None if row is than else row
+    return None if row is panel else row
 
 
 @contextmanager
 def _panels(
     table: Table, rows: Sequence[Row], title: str, x_label: str
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of small panels with shared axes, a row's name over each."""
+    """Yield a figure with a small panel per row, titled with its label, on shared axes."""
     across = min(len(rows), 3 if len(rows) <= 9 else 4)
     down = math.ceil(len(rows) / across)
     name_lines = max(len(_panel_title(row, across).splitlines()) for row in rows)
@@ -180,7 +180,7 @@ def _panels(
 
 
 def _label_lowest(axes: NDArray[np.object_], used: int, x_label: str) -> None:
-    """Label each column's last panel that is used; those after the last row are taken away."""
+    """Label the lowest used panel of each column, and hide the panels after the last row."""
     for ax in axes.flat[used:]:
         ax.set_axis_off()
     for ax in axes.flat[max(used - axes.shape[1], 0) : used]:
@@ -189,7 +189,7 @@ def _label_lowest(axes: NDArray[np.object_], used: int, x_label: str) -> None:
 
 
 def _panel_title(row: Row, across: int) -> str:
-    """A row's short label in lines that fit over a panel."""
+    """A row's short label, wrapped to the width of a panel."""
     label = plain(" ".join(row.short_label.split()))
     return "\n".join(textwrap.wrap(label, {1: 90, 2: 52, 3: 34}.get(across, 26))) or "?"
 
@@ -206,7 +206,7 @@ def _differences(row: Row) -> list[Score]:
 
 
 def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """A forest of differences to the baseline: thick of these models, thin of new seeds too."""
+    """Draw a forest plot of differences from the baseline, with thick inner and thin outer intervals."""
     models = {"single best": [row.best for row in rows], "ensemble": [row.ensemble for row in rows]}
     models = {name: scores for name, scores in models.items() if any(s and s.difference for s in scores)}
     with drawing(style.WIDTH, 1.05 + 0.2 * len(rows), title) as figure:
@@ -219,13 +219,13 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
                     _bar(ax, place, score, (low, high))
             ax.set(title=name, xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
             ax.grid(True, axis="x")
-            ax.locator_params(axis="x", nbins=6)  # as many whatever the width, which the layout then keeps
+            ax.locator_params(axis="x", nbins=6)  # ticks that depend on the width would change the layout
             ax.tick_params(axis="y", length=0)
             if table.metric == "accuracy":
                 ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+.3g}" if share else "0")
         names = ["\n".join(textwrap.wrap(plain(row.label), 48)) or "?" for row in rows]
         axes[0].set_yticks(range(len(rows)), names, color=style.INK)
-        unit = "points" if table.metric == "accuracy" else "mean squared error, less is better"
+        unit = "points" if table.metric == "accuracy" else "mean squared error, lower is better"
         for ax in axes:
             ax.set_xlabel(unit)
         figure.legend(handles=_forest_legend(), loc="outside lower left", ncols=4, fontsize=style.SMALL)
@@ -233,7 +233,7 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
 
 
 def _range(scores: Sequence[Score | None]) -> tuple[float, float]:
-    """Limits that hold zero, all inner intervals, and outer ones that do not reach too far."""
+    """Limits that contain zero, all inner intervals, and the outer intervals as far as REACH allows."""
     differences = [score.difference for score in scores if score and score.difference]
     inner = style.finite_values(
         np.array([[0.0] * 3, *([d.mean, d.tasks_low, d.tasks_high] for d in differences)])
@@ -251,7 +251,7 @@ def _bar(ax: Axes, place: int, score: Score, limits: tuple[float, float]) -> Non
     low, high = (value if np.isfinite(value) else np.nan for value in (difference.low, difference.high))
     ax.plot([max(low, limits[0]), min(high, limits[1])], [place] * 2, color=colour, linewidth=1.0)
     for end, limit, marker in ((low, limits[0], "<"), (high, limits[1], ">")):
-        if min(max(end, limits[0]), limits[1]) == limit:  # it goes on beyond the picture
+        if min(max(end, limits[0]), limits[1]) == limit:  # the interval continues beyond the figure
             ax.plot(limit, place, marker, color=colour, markersize=4, clip_on=False)
     ax.plot([difference.tasks_low, difference.tasks_high], [place] * 2, color=colour, linewidth=3.2)
     filled = colour if score.is_significant else "white"
@@ -271,7 +271,7 @@ def _forest_legend() -> list[Line2D]:
 
 
 def mean_rates(row: Row) -> Mapping[str, Floats]:
-    """Learnt inner rates by tensor, one per inner step, mean over the seeds that have them."""
+    """Learnt inner rates of each tensor, one per inner step, averaged over the seeds that have them."""
     learnt = [cell.rates for cell in row.cells if cell.rates]
     if not learnt:
         return {}
@@ -279,7 +279,7 @@ def mean_rates(row: Row) -> Mapping[str, Floats]:
 
 
 def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """A heat map of learnt inner rates for each row: tensors down, inner steps across, one scale for all."""
+    """Draw a heat map of learnt inner rates per row: tensors down, inner steps across, one colour scale."""
     row_rates = [mean_rates(row) for row in rows]
     names = list(dict.fromkeys(name for rates_of in row_rates for name in rates_of))
     tensors = [values for rates_of in row_rates for values in rates_of.values()]
