@@ -1,4 +1,4 @@
-"""The structure of the package: floors, sizes, and what opens without torch."""
+"""The structure of the package: floors, sizes, and modules that work without torch."""
 
 import ast
 import itertools
@@ -10,7 +10,7 @@ import pytest
 from helpers.shared import ROOT
 
 PACKAGE = ROOT / "mamlctl"
-# A package imports only from floors before its own; inside a package the only rule is: no cycles.
+# A package imports only from earlier floors; inside a package, imports must not form a cycle.
 FLOORS = [
     ["core"],
     ["settings"],
@@ -29,15 +29,15 @@ ENGINE = [
     ["algorithms"],
     ["training"],
 ]
-MODULES_PER_PACKAGE = 12  # methods in engine/algorithms are not counted
+MODULES_PER_PACKAGE = 12  # except in engine/algorithms, which has one module per method
 FILE_LINES = 350
 FUNCTION_LINES = 80
-PARAMETERS = 7  # commands, whose parameters are options, and programs in Triton's language are not counted
+PARAMETERS = 7  # except for commands, whose parameters are options, and Triton kernels
 CODE = sorted(PACKAGE.rglob("*.py"))
 
 
 def dotted(path):
-    """A file's module: mamlctl/core/errors.py -> mamlctl.core.errors."""
+    """The name of a file's module: mamlctl/core/errors.py -> mamlctl.core.errors."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -45,7 +45,7 @@ MODULES = {dotted(path): path for path in CODE}
 
 
 def imported(path):
-    """The package's own modules that a file imports, wherever in it."""
+    """The modules of this package that a file imports, at any level."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -58,7 +58,7 @@ def imported(path):
 
 
 def climbs(floors, inside):
-    """Imports that do not go down, among the parts of the package `inside`, as (module, imported)."""
+    """Imports among the parts of the package `inside` that do not go down, as (module, imported) pairs."""
     floor_of = {name: number for number, names in enumerate(floors) for name in names}
     depth = inside.count(".") + 1
     for name, path in MODULES.items():
@@ -80,12 +80,12 @@ def test_imports_only_go_down(floors, inside):
     assert list(climbs(floors, inside)) == []
 
 
-def test_every_package_has_its_floor():
+def test_every_package_has_a_floor():
     parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in CODE}
     assert parts - {"__init__"} == set(itertools.chain.from_iterable(FLOORS))
 
 
-def test_no_modules_import_each_other():
+def test_imports_have_no_cycles():
     graph = {name: imported(path) for name, path in MODULES.items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -118,7 +118,7 @@ def test_core_settings_and_the_command_line_open_without_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_only_the_first_rooms_are_visible():
+def test_the_top_level_has_only_the_known_entries():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     tracked = subprocess.run(

@@ -1,4 +1,4 @@
-"""What commit 207ec7b wrote stays readable: runs open, evaluate, resume and compare, grids are filled."""
+"""Run folders and grids written by commit 207ec7b can still be read, evaluated, resumed and compared."""
 
 import json
 import os
@@ -30,16 +30,16 @@ from mamlctl.settings.rules import VALUE_TYPES, ValueType
 from mamlctl.settings.schema import EvalConfig
 
 STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
-# Of 100 queries that each stored accuracy counts, so many may round to another class on another machine.
+# Share of the 100 queries per stored accuracy that may change class through rounding on another machine.
 ACCURACY_TOLERANCE = 0.03
 MSE_TOLERANCE = 1e-3  # relative
 TESTED = EvalConfig(tasks=20)
-FOLDER = "glyphs-5w1s-one-on-ce4920"  # what 207ec7b called the folder of the stored grid without --out
+FOLDER = "glyphs-5w1s-one-on-ce4920"  # the default folder name in 207ec7b for the stored grid
 
 
 @pytest.fixture
 def old(tmp_path, monkeypatch, glyphs_root):
-    """The stored folders, with the relative data root that their settings name."""
+    """The stored folders, with a data root at the relative path in their settings."""
     with tarfile.open(STORED) as archive:
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "207ec7b" / "data").symlink_to(glyphs_root)
@@ -49,7 +49,7 @@ def old(tmp_path, monkeypatch, glyphs_root):
 
 @pytest.fixture
 def old_images(old, glyphs_root):
-    """The same, where glyphs have the pixels that the stored runs were trained on; others fail under CI."""
+    """The same, skipped (or failed under CI) if glyphs are not drawn with the pixels of the stored runs."""
     before = open_run(old / "maml++-glyphs").environment()["dataset_digest"]
     (described,) = (glyphs_root / "glyphs").glob("*.json")
     digest = json.loads(described.read_text())["digest"]
@@ -70,7 +70,7 @@ def resumed(path):
 
 
 def assert_same_scores(row, stored):
-    """A row of an evaluation against what a stored summary says of the same model."""
+    """Compare a row of an evaluation with a stored row of the same model."""
     metric, names = stored["metric"], ("tasks", "queries", "inner_steps", "bn", "model")
     assert {name: getattr(row, name) for name in names} == {name: stored[name] for name in names}
     assert list(row.epochs) == stored["epochs"]
@@ -79,7 +79,7 @@ def assert_same_scores(row, stored):
     assert list(row.per_step) == pytest.approx(stored["per_step"], **near)
 
 
-def test_stored_checkpoints_belong_to_their_runs(old):
+def test_stored_checkpoints_have_the_digests_of_their_runs(old):
     for path in runs_in(old):
         assert load_file(path / "config.yaml").keys() == FIRST_SETTINGS
         stored = torch.load(path / "checkpoints" / "last.pt", weights_only=True)
@@ -96,7 +96,7 @@ def test_every_run_opens_with_its_settings_status_and_metrics(old):
 
 
 @pytest.mark.parametrize("name", ["maml++-glyphs", "maml-sinusoid"])
-def test_a_finished_run_is_evaluated_to_the_stored_numbers(name, old, request):
+def test_evaluating_a_finished_run_gives_the_stored_numbers(name, old, request):
     if "glyphs" in name:
         request.getfixturevalue("old_images")
     receipt = json.loads((old / f"{name}.json").read_text())
@@ -104,7 +104,7 @@ def test_a_finished_run_is_evaluated_to_the_stored_numbers(name, old, request):
     before = json.loads((folder / "summary.json").read_text())
     shutil.rmtree(folder)
     result = evaluate_run(old / name, TESTED, offline=True, on_event=ignore)
-    assert result.folder == str(folder)  # the same protocol, so the same place
+    assert result.folder == str(folder)  # the same protocol gives the same folder
     after = json.loads((folder / "summary.json").read_text())
     assert after["protocol"] == before["protocol"] and after["step"] == before["step"]
     metric = "mse" if "sinusoid" in name else "accuracy"
@@ -112,7 +112,7 @@ def test_a_finished_run_is_evaluated_to_the_stored_numbers(name, old, request):
         assert_same_scores(row, stored | {"metric": metric})
 
 
-def test_a_run_that_was_not_evaluated_is_evaluated_now(old_images):
+def test_a_run_without_an_evaluation_can_be_evaluated(old_images):
     result = evaluate_run(old_images / "reptile-glyphs", TESTED, offline=True, on_event=ignore)
     assert [row.inner_steps for row in result.rows] == [3, 3] and result.notes == ()
 
@@ -128,7 +128,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
     run = open_run(path)
     assert result.status == "finished" and result.step == run.config.total_steps > done.step
     metrics = run.metrics()
-    assert metrics[: len(before)] == before  # reported before the checkpoint, so not reported again
+    assert metrics[: len(before)] == before  # reports before the checkpoint are kept and not repeated
     steps = [entry["step"] for entry in metrics]
     assert steps == sorted(steps) and steps[-1] == run.config.total_steps
     stored = torch.load(path / "checkpoints" / "last.pt", weights_only=True)
@@ -137,7 +137,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(name, old, request):
 
 
 @pytest.mark.process
-def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
+def test_resuming_a_grid_keeps_its_finished_cells(old_images):
     grid = load_grid(old_images / "grid")
     stored = {row["label"]: row for row in json.loads((grid.folder / "table.json").read_text())["rows"]}
     assert len(grid.cells) == 18 and pending_cells(grid)
@@ -148,7 +148,7 @@ def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
         states = [cell.status for cell in row.cells]
         assert states == (["finished", "missing"] if row.label in begun else ["missing", "missing"])
         assert (row.best is not None) == (row.label == "maml")
-    # The two cells that are there, without the sixteen that would be trained.
+    # Only the two cells that exist, to avoid training the other sixteen.
     small = replace(grid, rows=tuple(row for row in grid.rows if row.label in begun), seeds=(0,))
     kept = {path: path.stat().st_mtime_ns for path in small.cells[0].folder.rglob("*") if path.is_file()}
     trained = (small.cells[1].folder / "checkpoints" / "last.pt").stat().st_mtime_ns
@@ -162,7 +162,7 @@ def test_a_grid_is_resumed_and_keeps_what_it_has(old_images):
             assert getattr(row, kind).mean == pytest.approx(mean, abs=ACCURACY_TOLERANCE)
 
 
-def test_a_plan_given_again_finds_the_folder_that_it_made(old):
+def test_repeating_a_plan_finds_its_folder(old):
     grid = load_grid(old / "grid")
     again = open_grid(None, grid.plan, grid.rows, grid.seeds, grid.evaluate, grid.command)
     assert again.folder == old / "runs" / FOLDER
@@ -185,19 +185,19 @@ def test_a_diverged_run_is_reported_with_its_meta_step(old):
     paths = [old / "maml-sinusoid", old / "diverged-sinusoid"]
     table = compare(paths, TESTED, offline=True, command="mamlctl compare", on_event=ignore)
     assert [row.divergences for row in table.rows] == [0, 1]
-    assert table.rows[1].cells[0].steps == 0  # the last good one
+    assert table.rows[1].cells[0].steps == 0  # the last step without divergence
     assert missing_reason(table.rows[1]) == "diverged at meta-step 1"
 
 
 @dataclass(frozen=True)
 class LaterEvalConfig(EvalConfig):
-    """The settings of a test in a later version of the package: one more."""
+    """The settings of an evaluation in a later version of the package, with one more setting."""
 
     temperature: float = setting(2.0, INNER, "A later setting.", above=0, before=1.0)
 
 
-def test_an_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
-    """Those of a later version too, which only the settings class names."""
+def test_a_stored_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
+    """This includes a setting of a later version that exists only in the settings class."""
     types = VALUE_TYPES[EvalConfig] | {"temperature": ValueType(float, False, ())}
     monkeypatch.setitem(VALUE_TYPES, LaterEvalConfig, types)
     run = open_run(old / "maml-sinusoid")
@@ -216,10 +216,10 @@ def test_an_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
     assert find_evaluation(run, TESTED).protocol == found.protocol
 
 
-# A later version of the package: one more setting, which older runs did without.
+# A setting of a later version of the package, which older runs do not have.
 LATER = """    unroll: int = setting(7, INNER, "A later setting.", least=0, before=3)
     inner_steps: int"""
-RESUME_AND_TELL = """
+RESUME_AND_PRINT = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -250,16 +250,16 @@ print(json.dumps(facts))
 
 
 @pytest.mark.process
-def test_a_setting_of_a_later_version_leaves_older_runs_what_they_were(old, tmp_path):
-    """A copy of the package with one field more opens and resumes a run that was written without it."""
+def test_a_setting_of_a_later_version_does_not_change_older_runs(old, tmp_path):
+    """A copy of the package with one more field opens and resumes a run that lacks it."""
     shutil.copytree(Path(mamlctl.__file__).parent, tmp_path / "later" / "mamlctl")
     schema = tmp_path / "later" / "mamlctl" / "settings" / "schema.py"
     text = schema.read_text()
-    assert text.count("    inner_steps: int") == 2  # of trainings, then of evaluations
+    assert text.count("    inner_steps: int") == 2  # in TrainConfig, then in EvalConfig
     schema.write_text(text.replace("    inner_steps: int", LATER, 1))
     today = open_run(old / "sinusoid-interrupted").owner
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "later"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", RESUME_AND_TELL]
+    words = [sys.executable, "-c", RESUME_AND_PRINT]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -1,7 +1,7 @@
-"""One concept, one table: a data set, an algorithm, an improvement and a column each take one entry.
+"""A new data set, algorithm, improvement or table column needs one entry in one table.
 
-A copy of the package gets the entries of contributing.md; its commands then show, check, plan, train, test
-and compare them without a further edit.
+These tests apply the diffs of contributing.md to a copy of the package; its commands must then show, check,
+plan, train, test and compare the new entries without further edits.
 """
 
 import json
@@ -33,7 +33,7 @@ COMMANDS = {
     "eval with": ["eval", "with", "--tasks", "2", "--quiet"],
     "compare": ["compare", "plain", "with", "--tasks", "2", "--out", "table"],
 }
-# Runs the commands of its first argument in one process, and prints the exit code and output of each.
+# Runs the commands in its first argument in one process, and prints the exit code and output of each.
 PROGRAM = """
 import contextlib, io, json, sys
 from mamlctl.cli.app import main
@@ -53,7 +53,7 @@ print(json.dumps(ended))
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory, glyphs_root):
-    """A folder with a package that has one entry more of each kind, and what its commands answered there."""
+    """A folder with a copy of the package that has the new entries, and the output of its commands."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "mamlctl", folder / "mamlctl", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "presets", folder / "presets")
@@ -128,4 +128,4 @@ def test_every_form_of_the_table_names_new_entries(changed, form):
         text = path.read_text()
     assert "maml-sgd + wu" in text
     assert "runs done" in text or "runs_done" in text
-    assert "turned-glyphs" in text or form == "csv"  # whose rows do not repeat what all of them share
+    assert "turned-glyphs" in text or form == "csv"  # its rows omit the settings that all runs share

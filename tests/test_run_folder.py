@@ -1,4 +1,4 @@
-"""The run folder: one writer, whole files, nothing of the user's overwritten."""
+"""The run folder: one writer, atomic files, and no overwritten files of the user."""
 
 import errno
 import json
@@ -44,19 +44,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_json_holds_no_nan(tmp_path):
+def test_json_contains_no_nan(tmp_path):
     write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
 
 
-def test_a_new_run_tells_itself(tmp_path):
+def test_a_new_run_describes_itself(tmp_path):
     with make_run(tmp_path / "run") as run:
         names = {path.name for path in run.path.iterdir()}
     assert names == {"config.yaml", "command.txt", "environment.json", "lock"}
     assert open_run(run.path).config == TrainConfig()
 
 
-def test_nothing_that_is_there_is_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     with make_run(tmp_path / "run"):
         pass
     with pytest.raises(MamlctlError, match="already contains a run"), make_run(tmp_path / "run"):
@@ -71,7 +71,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_a_run_has_one_writer_even_across_processes(tmp_path):
+def test_only_one_process_can_write_to_a_run(tmp_path):
     code = (
         "import sys; from pathlib import Path; from mamlctl.run_folder import open_run; "
         "from mamlctl.core.errors import MamlctlError\n"
@@ -81,27 +81,27 @@ def test_a_run_has_one_writer_even_across_processes(tmp_path):
     )
     words = [sys.executable, "-c", code, str(tmp_path / "run")]
     with make_run(tmp_path / "run"):
-        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        assert f"is in use by process {os.getpid()}" in told
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert f"is in use by process {os.getpid()}" in output
         with pytest.raises(MamlctlError, match="is in use"), make_run(tmp_path / "run"):
             pass
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "writing\n"
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path, code):
+def test_a_file_system_without_locks_is_reported(monkeypatch, tmp_path, code):
     def no_flock(*_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", no_flock)
-    (tmp_path / "lock").write_text("process 999999")  # what an earlier run leaves
+    (tmp_path / "lock").write_text("process 999999")  # left by an earlier run
     with pytest.raises(MamlctlError, match="cannot be locked"), one_writer(tmp_path):
         pass
     assert not is_locked(tmp_path)
     assert (tmp_path / "lock").read_text() in ("", "process 999999")
 
 
-def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(MamlctlError, match="there is no run folder"):
         open_run(tmp_path / "absent")
     with pytest.raises(MamlctlError, match="is not a run folder"):
@@ -118,12 +118,12 @@ def test_a_folder_that_is_no_run_is_told_apart(tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"status": ["a"], "step": "7", "reason": null, "diverged_at": "q"}', "[1]", "{"]
 )
-def test_values_of_the_wrong_type_in_a_state_count_as_absent(tmp_path, text):
+def test_values_of_the_wrong_type_in_a_state_count_as_missing(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert run_state(tmp_path) == RunState(None)
 
 
-def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
+def test_a_folder_left_by_a_killed_start_is_not_a_run(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").write_text("process 1")
     (tmp_path / "run" / ".config.yaml.half").write_text("dataset: ")
@@ -131,21 +131,21 @@ def test_a_lock_left_by_a_killed_start_is_no_run(tmp_path):
         assert (run.path / "config.yaml").is_file()
 
 
-def test_settings_that_were_being_written_hide_nothing_else(tmp_path):
+def test_other_files_next_to_half_written_settings_are_not_overlooked(tmp_path):
     (tmp_path / ".config.yaml.half").touch()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(MamlctlError, match="is not empty"), make_run(tmp_path):
         pass
 
 
-def test_foreign_lines_in_metrics_are_passed_over(tmp_path):
+def test_foreign_lines_in_metrics_are_skipped(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
     (run.path / "metrics.jsonl").write_bytes(b'[1]\n{"step": 1, "epoch": 0}\n\xff\xfe\n')
     assert [entry["step"] for entry in run.metrics()] == [1]
 
 
-def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
+def test_metrics_skip_an_incomplete_line_and_rewind_to_a_checkpoint(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
     for step in (5, 10):
@@ -164,7 +164,7 @@ def test_metrics_survive_a_cut_line_and_rewind_to_a_checkpoint(tmp_path):
     assert not any("val_accuracy" in entry for entry in run.metrics())
 
 
-def test_the_end_of_long_metrics_is_read_without_their_beginning(tmp_path):
+def test_last_metrics_reads_only_the_end_of_a_long_file(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
     assert run.last_metrics() == []
@@ -174,7 +174,7 @@ def test_the_end_of_long_metrics_is_read_without_their_beginning(tmp_path):
     assert last == run.metrics()[-len(last) :] and 100 < len(last) < 1000
 
 
-def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_path):
+def test_a_state_is_read_as_written_and_is_empty_without_a_file(tmp_path):
     with make_run(tmp_path / "run") as run:
         assert run.state() == RunState(None)
         for state in (RunState("running", 3), RunState("diverged", 7, "the query loss is nan", 8)):
@@ -213,18 +213,18 @@ def test_a_state_is_read_as_it_was_written_and_nothing_is_known_without_one(tmp_
         ),
     ],
 )
-def test_what_older_versions_wrote_is_brought_to_todays_form(file, old, added):
+def test_files_of_older_versions_are_upgraded(file, old, added):
     assert upgrade(file, old) == old | added
 
 
 def trained(path, **settings):
-    """A short training on curves, into `path`."""
+    """Train briefly on curves, in the folder `path`."""
     short = {"dataset": "sinusoid", "epochs": 1, "steps_per_epoch": 3, "val_tasks": 2, "report_every": 2}
     config = resolve_settings([("flag", short | settings)]).config
     return train(config, out=path, offline=True, time_limit_s=None, command="", on_event=ignore)
 
 
-def test_every_row_of_metrics_says_what_it_is(tmp_path):
+def test_every_row_of_metrics_has_its_kind(tmp_path):
     trained(tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
@@ -232,7 +232,7 @@ def test_every_row_of_metrics_says_what_it_is(tmp_path):
     assert {key for row in map(json.loads, lines[:3]) for key in row if key.startswith("val_")} == set()
 
 
-def test_a_diverged_training_says_at_which_meta_step(tmp_path):
+def test_a_diverged_run_records_its_meta_step(tmp_path):
     with pytest.raises(DivergedError) as raised:
         trained(tmp_path / "run", inner_lr=1e30)
     state = run_state(tmp_path / "run")

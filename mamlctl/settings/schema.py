@@ -130,7 +130,7 @@ class TrainConfig:
         None, INNER, "With reptile: support examples per inner step in training.", least=1
     )
     eval_inner_batch: int | None = setting(
-        None, INNER, "With reptile: the same in evaluation (default: all).", least=1
+        None, INNER, "With reptile: support examples per inner step in evaluation (default: all).", least=1
     )
     proximal: float | None = setting(
         None, INNER, "With imaml: strength of the pull towards the initialisation.", above=0, below=LARGEST
@@ -193,8 +193,8 @@ class TrainConfig:
     da_epochs: int | None = setting(
         None, MAMLPP, "Epochs in first order (default: a third of --epochs).", least=0
     )
-    # The paper describes batch-norm statistics and weights as one improvement (section 4). They are two here:
-    # if queries are normalised with their own statistics, only the weights matter.
+    # The paper describes batch-norm statistics and weights as a single improvement (section 4). Here they are
+    # two, since only the weights matter if queries are normalised with their own statistics.
     bnrs: bool = improvement(
         "Separate batch-norm running statistics for each inner step (used with --bn running).",
         unsupported_by=("no unrolled loop", "one pass of the body", "no batch norm"),

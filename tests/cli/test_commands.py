@@ -1,4 +1,4 @@
-"""Every command as a user calls it: words in, streams and exit code out."""
+"""Every command as a user calls it: arguments in, streams and exit code out."""
 
 import json
 import os
@@ -33,7 +33,7 @@ COMMANDS = ["fetch", "train", "eval", "compare", "ablate"]
 
 @pytest.fixture
 def cli(capsys, monkeypatch, glyphs_root):
-    """Call the command line in this process -> exit code, stdout, stderr."""
+    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
 
     def call(*words, data_root=glyphs_root):
         if words[0] in {"train", "eval", "fetch"} and "--help" not in words and "--data-root" not in words:
@@ -49,7 +49,7 @@ def cli(capsys, monkeypatch, glyphs_root):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, glyphs_root):
-    """A run of six meta-steps, made by the front door."""
+    """A run of six meta-steps, trained from the command line."""
     run = tmp_path_factory.mktemp("runs") / "quick"
     words = ["train", *QUICK_WORDS, "--out", run, "--data-root", glyphs_root]
     subprocess.run([*program(), *words], check=True, capture_output=True)
@@ -61,7 +61,7 @@ def program():
 
 
 def assert_two_lines(err, fact, hint):
-    """The whole of stderr is the fact and the way out."""
+    """Check that stderr is exactly a line with the fact and a line with the hint."""
     lines = err.strip().splitlines()
     assert len(lines) == 2, err
     assert lines[0].startswith("error: ")
@@ -71,7 +71,7 @@ def assert_two_lines(err, fact, hint):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_exit_code_of_0(cli, command):
+def test_help_of_every_command_has_exit_code_0(cli, command):
     code, out, err = cli(command, "--help")
     assert code == 0
     assert f"mamlctl {command}" in out.replace("python -m ", "")
@@ -118,7 +118,7 @@ def test_help_and_version_open_without_torch():
     assert shown.stdout.count("Usage: ") == 1 + len(COMMANDS)
 
 
-def test_train_leaves_a_run_that_tells_itself(trained):
+def test_train_writes_a_complete_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml",
@@ -138,7 +138,7 @@ def test_train_leaves_a_run_that_tells_itself(trained):
     assert (trained / "command.txt").read_text().startswith("mamlctl train --dataset glyphs")
 
 
-def test_training_says_one_plain_line_a_report_when_nobody_watches(cli, tmp_path):
+def test_training_prints_one_plain_line_per_report_without_a_terminal(cli, tmp_path):
     code, out, err = cli("train", *QUICK_WORDS, "--out", tmp_path / "run")
     assert code == 0
     assert "\x1b" not in out + err
@@ -156,7 +156,7 @@ def test_train_json_is_one_document(cli, tmp_path):
     assert document["result"]["step"] == 6
 
 
-def test_eval_json_is_the_promised_document(cli, trained):
+def test_eval_json_is_the_documented_object(cli, trained):
     code, out, _ = cli("eval", trained, "--split", "test", "--tasks", "9", "--json")
     assert code == 0
     document = json.loads(out)
@@ -178,7 +178,7 @@ def test_eval_json_is_the_promised_document(cli, trained):
     assert mean == pytest.approx(best["accuracy"], abs=1e-5)
 
 
-def test_eval_is_a_function_of_its_settings(cli, trained):
+def test_eval_depends_only_on_its_settings(cli, trained):
     one, two = (cli("eval", trained, "--tasks", "9", "--json")[1] for _ in range(2))
     assert one == two
     modes = {
@@ -196,7 +196,7 @@ def test_eval_table_names_both_rows_and_the_protocol(cli, trained):
         assert word in out
 
 
-def test_eval_takes_other_numbers_of_inner_steps(cli, trained):
+def test_eval_accepts_other_numbers_of_inner_steps(cli, trained):
     for steps in (1, 4):
         row = json.loads(cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--json")[1])[
             "results"
@@ -299,15 +299,17 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "code", "fact", "hint"), BAD, ids=[case[0] for case in BAD])
-def test_bad_input_gets_two_lines_and_its_exit_code(cli, tmp_path, monkeypatch, line, code, fact, hint):
+def test_bad_input_prints_a_fact_and_a_hint_and_sets_the_exit_code(
+    cli, tmp_path, monkeypatch, line, code, fact, hint
+):
     monkeypatch.chdir(tmp_path)
     exit_code, out, err = cli(*line.split())
     assert (exit_code, out) == (code, "")
     assert_two_lines(err, fact, hint)
-    assert list(tmp_path.iterdir()) == [], "nothing may be left behind"
+    assert list(tmp_path.iterdir()) == [], "no file may be written"
 
 
-def test_all_settings_problems_are_told_at_once(cli):
+def test_all_problems_with_settings_are_printed_at_once(cli):
     code, _, err = cli(
         "train", "--dataset", "glyphs", "--ways", "1", "--no-da", "--da-epochs", "3", "--bn", "x"
     )
@@ -316,14 +318,14 @@ def test_all_settings_problems_are_told_at_once(cli):
     assert all(word in err for word in ("--ways is 1", "--da-epochs", "--bn is 'x'"))
 
 
-def test_offline_without_the_data_is_exit_3_with_the_command_to_run(cli, tmp_path):
+def test_offline_without_the_data_exits_with_3_and_names_the_fetch_command(cli, tmp_path):
     code, _, err = cli("train", "--dataset", "omniglot", "--offline", data_root=tmp_path)
     assert code == 3
     assert_two_lines(err, "omniglot is not", "mamlctl fetch omniglot")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_run_is_not_overwritten_and_keeps_its_settings(cli, trained):
+def test_an_existing_run_is_not_overwritten_or_changed(cli, trained):
     code, _, err = cli("train", *QUICK_WORDS, "--out", trained)
     assert code == 1
     assert_two_lines(err, "already contains a run", "--resume")
@@ -338,7 +340,7 @@ def test_an_existing_run_is_not_overwritten_and_keeps_its_settings(cli, trained)
     assert_two_lines(err, "--print-config has no effect with --resume", "leave it out")
 
 
-def test_resuming_a_finished_run_does_nothing_and_says_so(cli, trained):
+def test_resuming_a_finished_run_only_prints_that_it_is_finished(cli, trained):
     before = (trained / "metrics.jsonl").read_text()
     code, _, err = cli("train", "--resume", trained, "--ways", "3")
     assert code == 0
@@ -346,7 +348,7 @@ def test_resuming_a_finished_run_does_nothing_and_says_so(cli, trained):
     assert (trained / "metrics.jsonl").read_text() == before
 
 
-def test_a_truncated_checkpoint_is_exit_1(cli, trained, tmp_path):
+def test_a_truncated_checkpoint_exits_with_1(cli, trained, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", trained, copy], check=True)
     last = copy / "checkpoints" / "last.pt"
@@ -357,7 +359,7 @@ def test_a_truncated_checkpoint_is_exit_1(cli, trained, tmp_path):
         assert_two_lines(err, "last.pt cannot be read", "another checkpoint")
 
 
-def test_divergence_is_exit_4_and_says_where(cli, tmp_path):
+def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
     run = tmp_path / "run"
     code, _, err = cli("train", *QUICK_WORDS, "--algo", "maml", "--inner-lr", "1e30", "--out", run, "--quiet")
     assert code == 4
@@ -367,7 +369,7 @@ def test_divergence_is_exit_4_and_says_where(cli, tmp_path):
 
 
 def start(run, root, *words):
-    """A long run in a process of its own, once its first report is there; its streams are files beside it."""
+    """Start a long run in its own process and wait for its first report; output goes to RUN.out and RUN.err."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
     with run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
         process = preloaded.Process(["-m", "mamlctl", "train", *long], out, err)
@@ -381,7 +383,9 @@ def start(run, root, *words):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_path, glyphs_root, number, code):
+def test_signals_save_and_exit_with_their_code_and_the_run_can_be_resumed(
+    cli, tmp_path, glyphs_root, number, code
+):
     run = tmp_path / "run"
     process = start(run, glyphs_root)
     busy = cli("train", "--resume", run)
@@ -403,13 +407,13 @@ def test_signals_save_and_leave_with_their_code_and_the_run_goes_on(cli, tmp_pat
 
 
 @pytest.mark.process
-def test_a_second_ctrl_c_leaves_at_once(tmp_path, glyphs_root):
+def test_a_second_ctrl_c_exits_at_once(tmp_path, glyphs_root):
     run = tmp_path / "run"
-    # One meta-step of many tasks takes seconds, so that the first request cannot be met before the second.
+    # A meta-step of this many tasks takes seconds, so the first request is still pending at the second.
     process = start(run, glyphs_root, "--meta-batch-size", "500", "--filters", "16")
     before = (run / "checkpoints" / "last.pt").read_bytes()
     process.send_signal(signal.SIGINT)
-    # Python hears two signals as one if both come during the same operation of torch.
+    # Python merges two signals that arrive during the same torch operation.
     while "Ctrl-C leaves at once" not in run.with_suffix(".err").read_text():
         assert process.poll() is None
         time.sleep(0.01)
@@ -444,7 +448,7 @@ def test_a_checkpoint_of_another_run_is_refused(cli, trained, tmp_path):
     assert_two_lines(err, "was written by a run with other settings", "another checkpoint")
 
 
-def test_weights_alone_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):
+def test_weights_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", trained, copy], check=True)
     (copy / "checkpoints" / "last.pt").write_bytes((copy / "checkpoints" / "best.pt").read_bytes())
@@ -454,7 +458,7 @@ def test_weights_alone_in_place_of_the_last_checkpoint_are_refused(cli, trained,
         assert_two_lines(err, "last.pt ", "another checkpoint")
 
 
-def test_other_data_are_refused_by_resume_and_told_by_eval(cli, trained, tmp_path, glyphs_root):
+def test_changed_data_are_refused_by_resume_and_reported_by_eval(cli, trained, tmp_path, glyphs_root):
     changed = load_pack(next(glyphs_root.glob("glyphs/*.npy")), "glyphs")
     reversed_ = pack(changed.images_MCHW[::-1].copy(), changed.counts, changed.names)
     save_pack(tmp_path / "glyphs" / next(glyphs_root.glob("glyphs/*.npy")).name, reversed_)
@@ -474,13 +478,13 @@ def test_a_run_without_a_checkpoint_starts_from_the_beginning(cli, trained, tmp_
     assert code == 0
     assert "no checkpoint yet" in err
     lasts = [(path / "checkpoints" / "epoch-0002.pt").read_bytes() for path in (copy, trained)]
-    assert lasts[0] == lasts[1], "the same settings give the same weights, however often they report"
+    assert lasts[0] == lasts[1], "the weights do not depend on how often a run reports"
     reported = [entry["step"] for entry in open_run(copy).metrics() if entry["kind"] == "report"]
-    assert reported == [1, 2, 3, 4, 5, 6], "nothing of what was reported before the beginning"
+    assert reported == [1, 2, 3, 4, 5, 6], "rows from before the restart are dropped"
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
-def test_a_folder_that_cannot_be_written_is_two_lines(cli, out):
+def test_an_unwritable_folder_prints_a_fact_and_a_hint(cli, out):
     code, _, err = cli("train", *QUICK_WORDS, "--out", out)
     assert code == 1
     assert_two_lines(err, "error: ", "can be written")
@@ -488,7 +492,7 @@ def test_a_folder_that_cannot_be_written_is_two_lines(cli, out):
 
 @pytest.mark.process
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
+def test_a_full_disk_prints_a_fact_and_a_hint(trained, glyphs_root):
     words = [*program(), "eval", trained, "--tasks", "4", "--quiet", "--data-root", glyphs_root]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([*map(str, words)], stdout=full, stderr=subprocess.PIPE, text=True)
@@ -496,7 +500,7 @@ def test_a_full_disk_under_stdout_is_two_lines(trained, glyphs_root):
     assert_two_lines(done.stderr, "No space left", "free disk space")
 
 
-def test_a_reader_that_leaves_early_gets_no_traceback(trained):
+def test_a_closed_pipe_causes_no_traceback(trained):
     command = f"{sys.executable} -m mamlctl train --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`fetch` as it is called: what it lists, verifies, waits for and leaves alone."""
+"""The `fetch` command: listing, verification, waiting for other processes, and data that are present."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from mamlctl.experiments.fetch import fetch_all, list_all, verify_all
 
 @pytest.fixture
 def root(tmp_path, glyphs_root):
-    """A root of its own with glyphs."""
+    """A data root with only glyphs."""
     packed = load_pack(packs_of(glyphs_root / "glyphs")[0], "glyphs")
     save_pack(tmp_path / "root" / "glyphs" / packs_of(glyphs_root / "glyphs")[0].name, packed)
     return tmp_path / "root"
@@ -35,7 +35,7 @@ def root(tmp_path, glyphs_root):
 
 @pytest.fixture
 def cli(capsys, monkeypatch, root):
-    """Call `fetch` -> exit code, stdout, stderr."""
+    """A function that runs `fetch` and returns exit code, stdout and stderr."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["mamlctl", "fetch", *words, "--data-root", str(root)])
@@ -51,7 +51,7 @@ def pack_of(root):
 
 
 def damage(root):
-    """Change one pixel, and neither length nor time."""
+    """Change one pixel but keep the length and the modification time."""
     path = pack_of(root)
     facts = path.stat()
     with path.open("r+b") as file:
@@ -62,7 +62,7 @@ def damage(root):
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
-def test_list_tells_all_of_every_set(cli, root):
+def test_list_prints_every_fact_about_every_data_set(cli, root):
     code, out, err = cli("--list")
     assert (code, err) == (0, "")
     heads, *rows, last = out.splitlines()
@@ -84,7 +84,7 @@ def test_list_as_json(cli, root):
     assert datetime.fromisoformat(glyphs_entry["verified"]) <= datetime.now().astimezone()
 
 
-def test_a_narrow_terminal_gets_blocks(root):
+def test_list_prints_blocks_on_a_narrow_terminal(root):
     for width, blocks in ((60, True), (300, False)):
         console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
         show_data_sets(console, list_all(["glyphs"], data_root=str(root)))
@@ -92,7 +92,7 @@ def test_a_narrow_terminal_gets_blocks(root):
         assert ("  licence   MIT (mamlctl)" in lines) == blocks
 
 
-def test_verify_finds_all_whole_and_notes_when(cli, root):
+def test_verify_finds_no_damage_and_records_the_time(cli, root):
     path = pack_of(root)
     long_ago = (datetime.now() - timedelta(days=99)).timestamp()
     for file in (path, path.with_suffix(".json")):
@@ -103,10 +103,10 @@ def test_verify_finds_all_whole_and_notes_when(cli, root):
     assert verified_at(path) > datetime.now().astimezone() - timedelta(days=1)
 
 
-def test_verify_sees_one_pixel_of_a_large_pack(cli, root, monkeypatch):
-    monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)  # all packs are large
+def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch):
+    monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)  # every pack counts as large
     damage(root)
-    load_pack(pack_of(root), "glyphs")  # by its shape alone
+    load_pack(pack_of(root), "glyphs")  # checks only the shape
     code, out, err = cli("--verify")
     assert (code, out) == (3, f"glyphs: DAMAGED, 1 pack in {root}\n")
     error, hint = err.splitlines()
@@ -119,7 +119,7 @@ def test_verify_sees_one_pixel_of_a_large_pack(cli, root, monkeypatch):
     assert cli("--verify")[0] == 0
 
 
-def test_list_does_not_call_verified_what_was_changed_or_is_damaged(root):
+def test_list_does_not_call_changed_or_damaged_packs_verified(root):
     path = pack_of(root)
     later = path.stat().st_mtime + 9
     os.utime(path, (later, later))
@@ -129,7 +129,7 @@ def test_list_does_not_call_verified_what_was_changed_or_is_damaged(root):
     assert "is damaged" in list_all(["glyphs"], data_root=str(root))[0]["damage"]
 
 
-def test_verify_tells_bytes_and_an_empty_root(root, tmp_path):
+def test_verify_reports_bytes_and_an_empty_root(root, tmp_path):
     events = []
     verify_all([], data_root=str(root), on_event=events.append)
     size = pack_of(root).stat().st_size
@@ -139,7 +139,7 @@ def test_verify_tells_bytes_and_an_empty_root(root, tmp_path):
     assert events == [Notice(f"nothing is at {tmp_path / 'empty'}")]
 
 
-def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
+def test_a_pack_that_cannot_be_written_keeps_the_old_one(root, monkeypatch):
     before = pack_of(root).read_bytes()
     written = np.save
 
@@ -154,13 +154,13 @@ def test_a_pack_that_cannot_be_written_leaves_the_old_one(root, monkeypatch):
     assert [path.suffix for path in sorted((root / "glyphs").iterdir())] == [".json", ".npy"]
 
 
-def test_the_second_of_two_fetches_waits_and_finds_the_set_there(tmp_path, monkeypatch):
+def test_the_second_of_two_fetches_waits_for_the_first(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.DATA_SETS, "slow", Slow().data_set)
     notices = []
 
     def on_event(event):
         notices.append(event.text)
-        Slow.go_on.set()
+        Slow.proceed.set()
 
     first = threading.Thread(target=lambda: get(tmp_path, ignore))
     first.start()
@@ -179,10 +179,10 @@ def get(root, on_event):
 
 
 class Slow:
-    """A data set that waits while it is made."""
+    """A data set whose preparation waits for `proceed`."""
 
     times_prepared = 0
-    begun, go_on = threading.Event(), threading.Event()
+    begun, proceed = threading.Event(), threading.Event()
 
     @property
     def data_set(self):
@@ -196,14 +196,14 @@ class Slow:
     def prepare(self, root, sources, on_event):
         Slow.times_prepared += 1
         self.begun.set()
-        assert self.go_on.wait(10)
+        assert self.proceed.wait(10)
         (root / "slow").mkdir()
 
     def open_pack(self, root, resize, *, on_event):
         return packs.pack(np.zeros((1, 1, 2, 2), np.uint8), np.array([1]), ("a",))
 
 
-def test_a_root_that_cannot_be_written_will_do_for_what_is_there(root, monkeypatch):
+def test_present_data_need_no_writable_root(root, monkeypatch):
     def no_lock(*words):
         raise AssertionError("locked")
 
@@ -213,7 +213,7 @@ def test_a_root_that_cannot_be_written_will_do_for_what_is_there(root, monkeypat
     )
 
 
-def test_a_lock_is_gone_afterwards_and_one_left_by_a_crash_does_no_harm(tmp_path):
+def test_a_lock_is_removed_and_a_stale_one_is_ignored(tmp_path):
     path = tmp_path / "downloads" / "a.lock"
     path.parent.mkdir()
     path.write_text("process 1")
@@ -224,7 +224,7 @@ def test_a_lock_is_gone_afterwards_and_one_left_by_a_crash_does_no_harm(tmp_path
     assert events == []
 
 
-def test_an_interrupted_wait_leaves_the_others_lock(tmp_path):
+def test_an_interrupted_wait_keeps_the_lock_of_the_other_process(tmp_path):
     path = tmp_path / "downloads" / "a.lock"
 
     def interrupt(event):
@@ -236,7 +236,7 @@ def test_an_interrupted_wait_leaves_the_others_lock(tmp_path):
         assert path.exists()
 
 
-def test_a_place_that_cannot_be_locked_is_two_lines(tmp_path):
+def test_an_unwritable_lock_raises_an_error_with_a_hint(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write") as raised, locked(tmp_path / "file/x", "a", ignore):
         raise AssertionError("locked")

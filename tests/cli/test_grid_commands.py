@@ -1,4 +1,4 @@
-"""`ablate` and `compare` as a user calls them."""
+"""The `ablate` and `compare` commands as a user calls them."""
 
 import csv
 import io
@@ -23,13 +23,13 @@ def called(*words, code=0, **settings):
 
 @pytest.fixture(autouse=True)
 def without_pictures(compared, monkeypatch):
-    """Only the first report of this file has pictures."""
+    """Skip pictures in all reports but the first, to save time."""
     monkeypatch.setenv(preloaded.NO_PICTURES, "1")
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, glyphs_root):
-    """Two algorithms trained and compared, and what was printed."""
+    """The folder of two algorithms that were trained and compared, and the output."""
     out = tmp_path_factory.mktemp("tables") / "out"
     words = [word for word in WORDS if word not in ("--algo", "maml")]
     done = called("compare", "--algos", "protonet,maml", *words, "--data-root", glyphs_root, "--out", out)
@@ -55,8 +55,8 @@ def test_algorithms_are_trained_and_compared(compared):
     }
 
 
-def test_every_format_tells_the_same_numbers(compared):
-    """From the stored table, since nothing is left to do."""
+def test_every_format_has_the_same_numbers(compared):
+    """All cells are finished, so every format is printed from the stored table."""
     out, _ = compared
     document = json.loads(called("ablate", "--resume", out, "--json").stdout)
     assert [row["label"] for row in document["rows"]] == ["protonet", "maml"]
@@ -68,14 +68,14 @@ def test_every_format_tells_the_same_numbers(compared):
         assert called("ablate", "--resume", out, words).stdout == (out / f"table.{ending}").read_text()
 
 
-def test_rows_are_sorted_when_asked(compared):
+def test_sort_orders_the_rows(compared):
     out, _ = compared
     rows = json.loads(called("compare", out, "--tasks", "12", "--json", "--sort", "row").stdout)["rows"]
     assert [row["label"] for row in rows] == ["maml", "protonet"]
 
 
-def test_printed_commands_fill_the_cells_that_a_queue_would(tmp_path, glyphs_root):
-    """The array script is run as SLURM does, one task after the other; then nothing is left for `ablate`."""
+def test_the_printed_commands_fill_the_cells(tmp_path, glyphs_root):
+    """Run the tasks of the array script one by one, as SLURM would; `ablate` then has nothing left to do."""
     words = [*WORDS, "--grid", "inner_lr=0.1,0.4", "--data-root", glyphs_root]
     script = called("ablate", *words, "--slurm", cwd=tmp_path).stdout
     lines = called("ablate", *words, "--print-commands", cwd=tmp_path).stdout.splitlines()
@@ -98,7 +98,7 @@ def test_printed_commands_fill_the_cells_that_a_queue_would(tmp_path, glyphs_roo
     assert all(row["best"] for row in json.loads(done.stdout)["rows"])
 
 
-def test_a_dry_run_tells_cells_and_time_and_leaves_nothing(tmp_path, glyphs_root):
+def test_a_dry_run_prints_cells_and_time_and_writes_nothing(tmp_path, glyphs_root):
     words = [*WORDS, "--grid", "inner_lr=0.1,0.4", "--data-root", glyphs_root, "--dry-run"]
     assert "2 cells, 12 meta-steps: about " in called("ablate", *words, cwd=tmp_path).stdout
     document = json.loads(called("ablate", *words, "--json", cwd=tmp_path).stdout)
@@ -117,7 +117,7 @@ def test_a_time_limit_saves_and_prints_how_to_resume(tmp_path, glyphs_root):
     assert status["status"] == "interrupted"
 
 
-def test_data_that_are_missing_are_told_once(tmp_path):
+def test_missing_data_are_reported_once(tmp_path):
     done = called(
         "ablate", "--dataset", "omniglot", "--offline", "--data-root", tmp_path, code=3, cwd=tmp_path
     )

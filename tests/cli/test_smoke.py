@@ -1,4 +1,4 @@
-"""Each command in a process of its own, as a shell starts it; other files test what the commands do."""
+"""Each command in its own process, as a shell starts it; other files test what the commands do."""
 
 import json
 import subprocess
@@ -11,14 +11,14 @@ pytestmark = pytest.mark.smoke
 
 
 def output_of(*words):
-    """What `mamlctl WORDS --json` prints."""
+    """The JSON document that `mamlctl WORDS --json` prints."""
     command = [sys.executable, "-m", "mamlctl", *map(str, words), "--json"]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, glyphs_root):
-    """A run, which is the only cell of `test_ablate`'s grid too, and what `train` printed."""
+    """A run, which is also the only cell of the grid in `test_ablate`, and the document of `train`."""
     run = tmp_path_factory.mktemp("smoke") / "grid" / "cells" / "inner_lr=0.1-s0"
     words = [*QUICK_WORDS, "--inner-lr", "0.1", "--data-root", glyphs_root]
     return run, output_of("train", *words, "--out", run)
@@ -47,7 +47,7 @@ def test_compare(trained):
 
 
 def test_ablate(trained, glyphs_root):
-    """The grid's cell is trained already; its test on other tasks is a process that `ablate` starts."""
+    """The cell is trained already, so `ablate` only starts a process that tests it on other tasks."""
     words = ["--grid", "inner_lr=0.1", "--seeds", 1, "--tasks", 7, "--data-root", glyphs_root]
     (row,) = output_of("ablate", *QUICK_WORDS, *words, "--out", trained[0].parents[1])["rows"]
     assert [cell["status"] for cell in row["cells"]] == ["finished"]

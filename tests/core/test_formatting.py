@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formatting of numbers and nouns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_clock(seconds: float | None, text: str):
     assert formatting.clock(seconds) == text
 
 
-def test_numbers_as_people_read_them():
+def test_durations_amounts_and_sizes_are_formatted():
     assert [formatting.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
         *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),
     ]

@@ -1,4 +1,4 @@
-"""Statistics against scipy, slow loops and closed forms; and how often their intervals hold the truth."""
+"""Statistics against scipy, slow loops and closed forms, and the coverage of their intervals."""
 
 import itertools
 import math
@@ -21,12 +21,12 @@ from mamlctl.core.statistics import (
 )
 
 EXPERIMENTS = 1000
-# Three standard deviations of a share of 1,000 whose truth is 5 %.
+# Three standard deviations of a share of 1,000 experiments whose true value is 5 %.
 ERROR = 3 * math.sqrt(0.05 * 0.95 / EXPERIMENTS)
 
 
 def scores(seed=0, seeds=3, tasks=40):
-    """A row and its baseline, seeds x tasks, with seeds and tasks in common."""
+    """The scores of a row and its baseline on common seeds and tasks, as seeds x tasks."""
     generator = np.random.default_rng(seed)
     common_T = 0.6 + 0.2 * generator.normal(size=tasks)
     row_ST, baseline_ST = common_T + 0.1 * generator.normal(size=(2, seeds, tasks))
@@ -34,13 +34,13 @@ def scores(seed=0, seeds=3, tasks=40):
 
 
 def crossed(generator, seeds, tasks, by_seed, by_task, residual):
-    """Differences without any true one: deviations by seed, by task and of what is left."""
+    """Differences with a true mean of 0: deviations by seed, by task and of the residual."""
     normal = generator.normal
     of_seed, of_task = by_seed * normal(size=(seeds, 1)), by_task * normal(size=tasks)
     return of_seed + of_task + residual * normal(size=(seeds, tasks))
 
 
-def test_over_seeds_is_the_standard_library_s():
+def test_over_seeds_equals_the_standard_library():
     import statistics
 
     values = [0.5, 0.75, 0.25, 0.875]
@@ -49,8 +49,8 @@ def test_over_seeds_is_the_standard_library_s():
 
 
 @pytest.mark.parametrize(("wider", "deviations"), [("both", (0.1, 0.3, 0.1)), ("seeds", (0.2, 0.1, 0.05))])
-def test_mean_squares_and_degrees_of_freedom_are_a_slow_loop_s(wider, deviations):
-    """The wider of two: of both effects, and of the seeds alone."""
+def test_mean_squares_and_degrees_of_freedom_equal_a_slow_loop(wider, deviations):
+    """The result is the wider interval: of both effects, or of the seeds only."""
     d = 0.02 + crossed(np.random.default_rng(1), 4, 7, *deviations)
     seeds, tasks = range(4), range(7)
     mean = sum(d[s, t] for s in seeds for t in tasks) / 28
@@ -59,7 +59,7 @@ def test_mean_squares_and_degrees_of_freedom_are_a_slow_loop_s(wider, deviations
     by_seed = sum((row[s] - mean) ** 2 for s in seeds for t in tasks) / 3
     by_task = sum((column[t] - mean) ** 2 for s in seeds for t in tasks) / 6
     residual = sum((d[s, t] - row[s] - column[t] + mean) ** 2 for s in seeds for t in tasks) / 18
-    assert by_seed > residual < by_task  # so that no floor is in play
+    assert by_seed > residual < by_task  # so that no floor applies
     variance = by_seed + by_task - residual
     df = variance**2 / (by_seed**2 / 3 + by_task**2 / 6 + residual**2 / 18)
     square, degrees = {"both": (variance, df), "seeds": (by_seed, 3)}[wider]
@@ -70,7 +70,7 @@ def test_mean_squares_and_degrees_of_freedom_are_a_slow_loop_s(wider, deviations
 
 
 @pytest.mark.parametrize("along", ["seeds", "tasks"])
-def test_where_one_of_both_makes_all_the_difference_it_is_the_t_test_over_that_one(along):
+def test_the_interval_is_a_t_test_if_only_seeds_or_only_tasks_have_an_effect(along):
     values = np.random.default_rng(2).normal(0.3, 1, 9)
     d = np.tile(values[:, None], 20) if along == "seeds" else np.tile(values, (3, 1))
     want = scipy_stats.ttest_1samp(values, 0)
@@ -78,7 +78,7 @@ def test_where_one_of_both_makes_all_the_difference_it_is_the_t_test_over_that_o
     np.testing.assert_allclose(crossed_t(d), (low, high, want.pvalue, 8), rtol=1e-12)
 
 
-def test_one_seed_is_the_paired_t_test_over_tasks():
+def test_one_seed_gives_the_paired_t_test_over_tasks():
     row, baseline = scores(seeds=1)
     result, want = difference(row, baseline), scipy_stats.ttest_rel(row[0], baseline[0])
     low, high = want.confidence_interval()
@@ -90,7 +90,7 @@ def test_one_seed_is_the_paired_t_test_over_tasks():
     )
 
 
-def test_interval_over_tasks_is_scipy_s_paired_t_of_the_seeds_mean():
+def test_interval_over_tasks_equals_scipy_paired_t_of_the_mean_over_seeds():
     row, baseline = scores()
     result, want = difference(row, baseline), scipy_stats.ttest_rel(row.mean(0), baseline.mean(0))
     low, high = want.confidence_interval()
@@ -105,7 +105,7 @@ def test_interval_over_tasks_is_scipy_s_paired_t_of_the_seeds_mean():
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
-def test_equal_scores_differ_by_nothing_without_a_warning(seeds):
+def test_equal_scores_have_a_difference_of_0_without_a_warning(seeds):
     row = scores(seeds=seeds)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,22 +116,22 @@ def test_equal_scores_differ_by_nothing_without_a_warning(seeds):
     assert all(math.isfinite(value) for value in astuple(result))
 
 
-def test_a_constant_difference_is_a_point_and_certain():
+def test_a_constant_difference_has_an_interval_of_width_0_and_a_p_of_0():
     result = difference(np.full((3, 8), 0.75), np.full((3, 8), 0.5))
     assert (result.low, result.mean, result.high, result.p) == (0.25, 0.25, 0.25, 0)
-    assert result.permutation_p == 2 / 2**8  # all signs, or none, of 2**8
+    assert result.permutation_p == 2 / 2**8  # all signs flipped, or none
 
 
-def test_scores_that_are_not_in_pairs_are_refused():
+def test_unpaired_scores_are_refused():
     row, baseline = scores()
-    for other in (baseline[:2], baseline[:, :7], baseline[:1]):  # numpy would stretch the last
+    for other in (baseline[:2], baseline[:, :7], baseline[:1]):  # numpy would broadcast the last
         with pytest.raises(ValueError, match="not paired seeds x tasks"):
             difference(row, other)
     with pytest.raises(ValueError, match="not paired seeds x tasks"):
         difference(row[:, :1], baseline[:, :1])
 
 
-def test_permutation_p_counts_all_signs_where_they_are_few():
+def test_permutation_p_counts_all_sign_flips_of_few_tasks():
     d = np.random.default_rng(3).normal(0.4, 1, 9)
     signs = np.array(list(itertools.product([-1, 1], repeat=9)))
     as_far = np.abs((signs * d).mean(1)) >= abs(d.mean()) * (1 - 1e-12)
@@ -140,38 +140,38 @@ def test_permutation_p_counts_all_signs_where_they_are_few():
 
 @pytest.mark.montecarlo
 @pytest.mark.parametrize("tasks", [6, 13, 14, 300])
-def test_permutation_p_is_scipy_s(tasks):
-    d = np.random.default_rng(tasks).integers(-4, 5, tasks) / 4  # sums without round-off
+def test_permutation_p_equals_scipy(tasks):
+    d = np.random.default_rng(tasks).integers(-4, 5, tasks) / 4  # exact sums
     d[0] += round(math.sqrt(tasks)) - d.sum()  # about two deviations of the sum
     want = scipy_stats.permutation_test(
         (d,), np.mean, permutation_type="samples", n_resamples=9999, rng=np.random.default_rng(1)
     )
     assert 0.01 < want.pvalue < 0.99
-    # Both exact, or four deviations of the difference of two shares of 9,999.
+    # Exact for up to 13 tasks, else four standard deviations of the difference of two shares of 9,999.
     error = 1e-12 if tasks <= 13 else 4 * math.sqrt(2 * want.pvalue * (1 - want.pvalue) / 9999)
     assert permutation_p(d) == pytest.approx(want.pvalue, abs=error)
 
 
-def test_permutation_p_of_sums_that_tie_at_0_is_1():
+def test_permutation_p_is_1_for_sums_that_tie_at_0():
     assert permutation_p(np.array([0.1, 0.2, -0.3])) == 1  # their sum is 5.6e-17
     assert permutation_p(np.array([0.1, 0.2, -0.3] * 9)) == 1
 
 
-def test_permutation_p_of_many_tasks_is_near_the_t_test_s_though_nothing_is_normal():
+def test_permutation_p_of_many_tasks_is_close_to_the_t_test():
     correct = np.random.default_rng(4).binomial(50, [[0.601], [0.60]], (2, 5000)) / 50
     p, want = permutation_p(correct[0] - correct[1]), scipy_stats.ttest_rel(*correct).pvalue
     assert 0.01 < want < 0.5
     assert p == pytest.approx(want, abs=4 * math.sqrt(want * (1 - want) / 9999) + 0.0005)
 
 
-def test_bootstrap_of_two_seeds_and_equal_tasks_has_three_values():
-    # Seeds (0, 0), (0, 1), (1, 1) have means 0, 0.5, 1 a quarter, half and a quarter of the time.
+def test_bootstrap_of_two_seeds_and_equal_tasks_has_its_closed_form():
+    # Seeds (0, 0), (0, 1) and (1, 1) have means 0, 0.5 and 1, with probabilities 1/4, 1/2 and 1/4.
     assert bootstrap95(np.tile([[0.0], [1.0]], 5)) == (0, 1)
     assert bootstrap95(np.tile([[1.0], [1.0]], 5)) == (1, 1)
 
 
 @pytest.mark.montecarlo
-def test_bootstrap_is_a_slow_loop_s_and_of_one_seed_scipy_s():
+def test_bootstrap_equals_a_slow_loop_and_with_one_seed_scipy():
     d = crossed(np.random.default_rng(5), 3, 30, 0.1, 0.3, 0.2)
     generator, means = np.random.default_rng(6), []
     for _ in range(10_000):
@@ -183,19 +183,19 @@ def test_bootstrap_is_a_slow_loop_s_and_of_one_seed_scipy_s():
     np.testing.assert_allclose(bootstrap95(d[:1]), want, atol=0.1 * d[0].std() / math.sqrt(30))
 
 
-def test_holm_of_the_hand_computed_example():
-    # 4 x 0.005; 3 x 0.01; then 2 x 0.03, and 1 x 0.04 raised to it.
+def test_holm_equals_a_hand_computed_example():
+    # 4 x 0.005, 3 x 0.01, 2 x 0.03, and 1 x 0.04 raised to 0.06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02], rel=1e-15)
     assert holm([0.6, 0.5]) == [1, 1]
     assert holm([]) == []
 
 
-def test_holm_leaves_out_what_has_no_p():
+def test_holm_ignores_missing_p_values():
     assert holm([None, 0.01, math.nan, 0.04]) == [None, 0.02, None, 0.04]
 
 
-def test_holm_rejects_what_its_steps_reject():
-    """Holm 1979: from the least p on, compare with alpha / (what is left), and stop at the first above."""
+def test_holm_rejects_the_same_hypotheses_as_its_step_down_procedure():
+    """Holm 1979: from the smallest p upwards, compare with alpha / (number left), stop at the first above."""
     generator = np.random.default_rng(7)
     for _ in range(200):
         p_values = (generator.random(6) ** 3).tolist()
@@ -208,8 +208,8 @@ def test_holm_rejects_what_its_steps_reject():
             assert {place for place, p in enumerate(holm(p_values)) if p <= alpha} == rejected
 
 
-# Deviations by seed, by task and of the rest; 3 seeds or 10. Where both hold, the interval is exact but for
-# Satterthwaite's degrees of freedom; where seeds and tasks have no effect of their own, it is too wide.
+# Standard deviations by seed, by task and of the residual, and whether the interval is exact (up to
+# Satterthwaite's degrees of freedom). It is too wide if neither seeds nor tasks have an effect.
 REGIMES = {
     "seeds dominate": ((0.05, 0.02, 0.1), True),
     "tasks dominate": ((0.0, 0.2, 0.05), True),
@@ -222,38 +222,38 @@ REGIMES = {
 @pytest.mark.montecarlo
 @pytest.mark.parametrize("seeds", [3, 10])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_main_interval_holds_the_truth_in_95_of_100_experiments(regime, seeds):
+def test_main_interval_covers_the_truth_in_95_percent_of_experiments(regime, seeds):
     deviations, exact = REGIMES[regime]
     generator, tasks = np.random.default_rng(8), 300
-    held = 0
+    covered = 0
     for _ in range(EXPERIMENTS):
         result = crossed_t(crossed(generator, seeds, tasks, *deviations))
-        held += result.low <= 0 <= result.high
+        covered += result.low <= 0 <= result.high
         assert (result.p > 0.05) == (result.low <= 0 <= result.high)
-    assert held / EXPERIMENTS >= 0.95 - ERROR
+    assert covered / EXPERIMENTS >= 0.95 - ERROR
     if exact:
-        assert held / EXPERIMENTS <= 0.95 + ERROR
+        assert covered / EXPERIMENTS <= 0.95 + ERROR
 
 
 @pytest.mark.montecarlo
-def test_interval_over_tasks_holds_the_truth_about_these_models():
+def test_interval_over_tasks_covers_the_truth_about_these_models():
     generator = np.random.default_rng(9)
-    held = 0
+    covered = 0
     for _ in range(EXPERIMENTS):
         result = paired_t(crossed(generator, 3, 200, 0.0, 0.1, 0.1).mean(0))
-        held += result.low <= 0 <= result.high
-    assert abs(held / EXPERIMENTS - 0.95) <= ERROR
+        covered += result.low <= 0 <= result.high
+    assert abs(covered / EXPERIMENTS - 0.95) <= ERROR
 
 
 def accuracies(generator, rows, gain=0.0, seeds=3, tasks=200, queries=25):
-    """Rows x seeds x tasks of shares of right queries; the first row has `gain` more in truth."""
+    """Accuracies as rows x seeds x tasks; the true accuracy of the first row is higher by `gain`."""
     mean = 0.7 + 0.1 * generator.normal(size=tasks) + 0.015 * generator.normal(size=(rows, seeds, 1))
     mean[0] += gain
     return generator.binomial(queries, mean.clip(0, 1)) / queries
 
 
 @pytest.mark.montecarlo
-def test_none_is_found_where_there_is_none_in_one_row_nor_after_holm_in_eight():
+def test_false_positives_stay_at_5_percent_in_one_row_and_after_holm_in_eight():
     generator = np.random.default_rng(10)
     one, any_of_8, uncorrected = 0, 0, 0
     for _ in range(EXPERIMENTS):
@@ -264,7 +264,7 @@ def test_none_is_found_where_there_is_none_in_one_row_nor_after_holm_in_eight():
         uncorrected += min(p_values) <= 0.05
     assert abs(one / EXPERIMENTS - 0.05) <= ERROR
     assert any_of_8 / EXPERIMENTS <= 0.05 + ERROR
-    assert uncorrected / EXPERIMENTS > 0.1  # what Holm is there for
+    assert uncorrected / EXPERIMENTS > 0.1  # the reason for Holm's correction
 
 
 def test_a_planted_difference_is_found():
@@ -280,6 +280,6 @@ def test_a_planted_difference_is_found():
     )
 
 
-def test_equal_input_gives_equal_bytes():
+def test_equal_input_gives_identical_results():
     first, second = difference(*scores()), difference(*scores())
     assert first == second and repr(asdict(first)) == repr(asdict(second))

@@ -160,7 +160,7 @@ def test_ink_is_exactly_one_or_exactly_zero(dtype):
     assert (ink_zero.numpy() == stored).all()
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     packed = small_pack([20] * 30)
     sizes = {"ways": 20, "shots": 15, "queries": 10}
     too_few_images = (

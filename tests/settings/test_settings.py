@@ -1,4 +1,4 @@
-"""Settings: precedence, every problem at once, what is derived, and the presets that ship."""
+"""Settings: precedence, problems, derived values and presets."""
 
 from dataclasses import asdict
 
@@ -24,7 +24,7 @@ def problems_of(*layers):
     return [fact for fact, _ in caught.value.problems]
 
 
-def test_stronger_layers_win_and_say_so():
+def test_stronger_layers_override_weaker_ones_and_are_recorded():
     settings = resolved(
         ("preset p", {"algo": "maml++", "ways": 7, "shots": 2, "queries": 3}),
         ("f.yaml", {"shots": 3, "queries": 4}),
@@ -45,7 +45,7 @@ def test_the_algorithm_may_come_from_any_layer():
     assert config.improvements == ()
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     facts = problems_of(
         ("f.yaml", {"wyas": 5, "shots": "many"}), ("flag", {"queries": 0, "algo": "mamal", "da_epochs": 3})
     )
@@ -57,7 +57,7 @@ def test_all_problems_are_told_at_once():
     assert len(facts) == 5
 
 
-def test_unknown_names_come_with_the_nearest_one():
+def test_errors_for_unknown_names_suggest_the_nearest_name():
     with pytest.raises(SettingsError) as caught:
         resolved(("--set", {"inner_step": 3}))
     assert caught.value.hint == "did you mean 'inner_steps'?"
@@ -86,12 +86,12 @@ def test_unknown_names_come_with_the_nearest_one():
         ({"min_meta_lr": 1e-5}, "--min-meta-lr has no effect without --ca"),
     ],
 )
-def test_rules_between_settings(settings, fact):
+def test_settings_that_break_a_rule_are_refused(settings, fact):
     ((problem, _),) = check(TrainConfig(**settings))
     assert fact in problem
 
 
-def test_what_a_preset_says_of_a_switch_that_a_flag_turns_off_is_dropped():
+def test_companions_in_a_preset_are_dropped_when_a_flag_turns_off_their_improvement():
     config = resolved(("preset p", {"algo": "maml++", "msl_epochs": 9}), ("flag", {"msl": False})).config
     assert config.msl_epochs is None
     problems_of(("preset p", {"algo": "maml++"}), ("flag", {"msl": False, "msl_epochs": 9}))
@@ -117,7 +117,7 @@ def test_an_improvement_alone_derives_its_companions_and_no_others(name):
     assert derived == set(IMPROVEMENTS[name].companions)
 
 
-def test_a_written_configuration_reads_back_the_same(tmp_path):
+def test_a_written_configuration_reads_back_unchanged(tmp_path):
     config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
     completed = fill_schedules(config, {"resize": "box"})
     text = to_yaml(config, completed)
@@ -126,7 +126,7 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
     assert stored_settings("file", load_file(tmp_path / "config.yaml")) == config
 
 
-def test_a_seed_laid_over_a_runs_settings_has_its_effect(tmp_path):
+def test_a_new_seed_or_epoch_count_changes_the_derived_settings_of_a_stored_file(tmp_path):
     config = TrainConfig(algo="maml++", **dict.fromkeys(IMPROVEMENTS, True))
     (tmp_path / "config.yaml").write_text(to_yaml(config, fill_schedules(config, {})))
     again = resolved(("file", load_file(tmp_path / "config.yaml")), ("flag", {"seed": 3, "epochs": 20}))
@@ -146,7 +146,7 @@ def test_fomaml_cannot_be_made_second_order():
 
 
 @pytest.mark.parametrize("text", ["a: [1\nb: }", "- 1", "7", "ways: ${nothing}", "\x00"])
-def test_files_that_are_no_settings_are_refused(tmp_path, text):
+def test_files_that_are_not_settings_are_refused(tmp_path, text):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError):
@@ -155,7 +155,7 @@ def test_files_that_are_no_settings_are_refused(tmp_path, text):
         load_file(tmp_path / "absent.yaml")
 
 
-def test_set_pairs_have_yaml_types():
+def test_values_of_set_are_parsed_as_yaml():
     assert parse_sets(["ways=7", "inner_lr=1e-2", "msl=false", "clip_norm=null"]) == {
         "ways": 7,
         "inner_lr": 0.01,
@@ -179,7 +179,7 @@ PUBLISHED_STEPS = {
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_loads_and_is_what_its_name_says(name):
+def test_every_preset_loads_and_matches_its_name(name):
     config = resolved((f"preset {name}", load_preset(name))).config
     if name == "demo":
         assert config.dataset == "glyphs"
@@ -193,21 +193,21 @@ def test_every_preset_loads_and_is_what_its_name_says(name):
     assert config.total_steps == (PUBLISHED_STEPS[row] if folder == "paper" else steps)
 
 
-def test_the_presets_that_people_ask_for_are_there():
+def test_every_published_task_has_its_presets():
     tasks = [f"omniglot-{w}w{s}s" for w in (5, 20) for s in (1, 5)]
     tasks += [f"mini-imagenet-5w{s}s" for s in (1, 5)]
     rows = [f"{task}-{algo}" for task in tasks for algo in ("maml", "maml++")]
     assert {f"{folder}{row}" for row in rows for folder in ("", "paper/", "official/")} < set(preset_names())
 
 
-def test_official_presets_are_the_published_codes_settings():
+def test_official_presets_have_the_settings_of_the_published_code():
     config = resolved(("preset", load_preset("official/omniglot-20w1s-maml++"))).config
-    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr", "ca"), "its annealing of derivatives is off"
+    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr", "ca"), "derivative-order annealing is off"
     assert (config.msl_epochs, config.min_meta_lr, config.meta_batch_size) == (10, 1e-5, 8)
     assert (config.ink, config.resize, config.rotations) == (0, "nearest", "augment")
     assert resolved(("preset", load_preset("official/omniglot-5w1s-maml"))).config.improvements == ("ca",)
     config = resolved(("preset", load_preset("official/mini-imagenet-5w1s-maml++"))).config
-    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr"), "neither annealing is on"
+    assert config.improvements == ("msl", "bnrs", "bnwb", "lslr"), "both annealings are off"
     assert (config.msl_epochs, config.inner_lr, config.clip_value, config.meta_batch_size) == (
         15,
         0.1,
@@ -217,7 +217,7 @@ def test_official_presets_are_the_published_codes_settings():
     assert (config.filters, config.queries, config.normalize) == (48, 15, "imagenet")
 
 
-def test_every_setting_has_words_and_a_panel():
+def test_every_setting_has_help_and_a_panel():
     for item in FIELDS.values():
         assert item.metadata["help"].endswith("."), item.name
         assert item.metadata["panel"] in {
@@ -262,51 +262,51 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("given", "fact"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_makes_no_sense_is_refused_with_its_reason(given, fact):
+def test_meaningless_settings_are_refused_with_a_reason(given, fact):
     assert any(problem.startswith(fact) for problem in problems_of(("flag", given)))
 
 
-def test_a_preset_gives_way_to_what_another_algorithm_fixes():
-    """So that one preset of data and budget serves every algorithm."""
+def test_settings_that_another_algorithm_fixes_override_a_preset():
+    """One preset of data and budget thus works for every algorithm."""
     preset = {"algo": "maml++", "inner_steps": 5, "inner_lr": 0.4, "msl": True, "epochs": 7}
     config = resolved(("preset p", preset), ("flag", {"algo": "protonet"})).config
     assert (config.inner_steps, config.msl, config.epochs) == (0, False, 7)
     assert config.inner_lr == TrainConfig.inner_lr
 
 
-def test_curves_bring_their_own_defaults_under_the_algorithms():
+def test_curves_have_defaults_that_an_algorithm_overrides():
     config = resolved(("flag", {"dataset": "sinusoid"})).config
     assert (config.algo, config.net, config.inner_lr, config.meta_batch_size) == ("maml", "mlp", 0.01, 25)
     config = resolved(("flag", {"dataset": "sinusoid", "algo": "reptile"})).config
     assert (config.inner_lr, config.meta_batch_size, config.net) == (0.001, 5, "mlp")
 
 
-def test_settings_the_algorithm_needs_cannot_be_taken_away():
+def test_settings_that_an_algorithm_needs_cannot_be_removed():
     facts = problems_of(("preset p", {"algo": "reptile"}), ("--set", {"inner_optimizer": None}))
     assert facts == ["--algo reptile needs --inner-optimizer"]
 
 
 @pytest.mark.parametrize("new", sorted(ALGORITHMS))
 @pytest.mark.parametrize("old", sorted(ALGORITHMS))
-def test_a_settings_file_of_one_algorithm_becomes_another_as_if_it_were_new(old, new):
-    """`--config RUN/config.yaml --algo NEW`: nothing that made the old one what it was stays."""
+def test_a_settings_file_of_one_algorithm_leaves_no_trace_with_another(old, new):
+    """`--config RUN/config.yaml --algo NEW` drops every setting that belongs to the old algorithm."""
     written = asdict(resolved(("flag", {"algo": old, "ways": 7})).config)
     config = resolved(("config.yaml", written), ("flag", {"algo": new})).config
     assert config == resolved(("flag", {"algo": new, "ways": 7})).config
 
 
-def test_maml_plus_plus_learns_curves_without_what_only_images_have():
+def test_maml_plus_plus_on_curves_has_no_batch_norm_improvements():
     config = resolved(("flag", {"dataset": "sinusoid", "algo": "maml++", "inner_steps": 3})).config
     assert config.improvements == ("msl", "da", "lslr", "ca")
     flags = {"dataset": "sinusoid", "algo": "maml++", "inner_steps": 3, "bnrs": False, "bnwb": False}
     assert resolved(("flag", flags)).config == config
 
 
-def test_cosine_annealing_takes_the_place_of_reptiles_straight_line():
+def test_cosine_annealing_replaces_the_linear_schedule_of_reptile():
     assert resolved(("flag", {"algo": "reptile", "ca": True})).config.meta_lr_final is None
 
 
-def test_a_preset_of_another_data_set_leaves_its_images_to_the_flags():
+def test_image_settings_in_a_preset_are_dropped_for_another_data_set():
     config = resolved(
         ("preset p", load_preset("omniglot-5w1s-maml++")), ("flag", {"dataset": "mini-imagenet"})
     )

@@ -1,4 +1,4 @@
-"""What the tables of improvements, algorithms and data sets decide elsewhere, all without torch."""
+"""Rules derived from the tables of improvements, algorithms and data sets, without torch."""
 
 import subprocess
 import sys
@@ -44,11 +44,11 @@ sys.exit("torch" in sys.modules)
 """
 
 
-def test_names_help_settings_and_plans_are_read_without_torch():
+def test_registries_settings_and_plans_need_no_torch():
     assert subprocess.run([sys.executable, "-c", WITHOUT_TORCH]).returncode == 0
 
 
-def test_improvements_are_the_papers_in_its_order():
+def test_improvements_have_the_order_of_the_paper():
     assert list(IMPROVEMENTS) == ["msl", "da", "bnrs", "bnwb", "lslr", "ca"]
     assert {name: record.name for name, record in IMPROVEMENTS.items()} == {
         name: name for name in FIELDS if name in IMPROVEMENTS
@@ -61,7 +61,7 @@ def test_improvements_are_the_papers_in_its_order():
         assert set(record.companions) <= FIELDS.keys()
 
 
-def test_what_improvements_cannot_go_with_is_refused():
+def test_unsupported_improvements_are_derived_from_obstacles():
     assert improvements_without_meaning("no unrolled loop") == ("msl", "da", "bnrs", "bnwb", "lslr")
     for algo in ("imaml", "reptile", "transfer", "scratch", "protonet", "nearest"):
         assert {*improvements_without_meaning("no unrolled loop"), "first_order"} <= set(
@@ -72,7 +72,7 @@ def test_what_improvements_cannot_go_with_is_refused():
     assert {name for name in IMPROVEMENTS if name in OF_IMAGES} == {"bnrs", "bnwb"}
 
 
-def test_an_unknown_algorithm_is_told_with_the_names_of_the_table():
+def test_the_error_for_an_unknown_algorithm_lists_all_algorithms():
     ((fact, hint),) = algorithm_problems(TrainConfig(algo="xyzzy"))
     assert fact == "unknown algorithm 'xyzzy'"
     assert hint == f"use one of {', '.join(ALGORITHMS)}"
@@ -91,14 +91,14 @@ def test_an_unknown_algorithm_is_told_with_the_names_of_the_table():
         ("msl", 0.5),
     ],
 )
-def test_values_of_another_type_are_left_out_and_told(name, value):
+def test_values_of_the_wrong_type_are_skipped_and_reported(name, value):
     resolved, ((fact, _),) = merge(TrainConfig, [("f.yaml", {name: value})])
     assert fact.startswith(f"{name} is {value!r} in f.yaml, which is not ")
     assert resolved.config == TrainConfig()
     assert resolved.sources[name] == "default"
 
 
-def test_values_are_read_as_the_types_of_their_settings():
+def test_values_are_converted_to_the_types_of_their_settings():
     layer = {"ways": "7", "inner_lr": 1, "msl": "yes", "clip_norm": None, "dataset": 5, "ink": "1"}
     config = merge(TrainConfig, [("f.yaml", layer)])[0].config
     assert (config.ways, config.inner_lr, config.msl, config.clip_norm) == (7, 1.0, True, None)
@@ -106,7 +106,7 @@ def test_values_are_read_as_the_types_of_their_settings():
     assert isinstance(config.inner_lr, float)
 
 
-def test_an_evaluation_takes_its_own_settings_alone():
+def test_an_evaluation_accepts_only_its_own_settings():
     assert evaluation_settings({"tasks": 7, "split": "val"}, "flag") == EvalConfig(tasks=7, split="val")
     with pytest.raises(SettingsError) as caught:
         evaluation_settings({"ways": 5, "tasks": 1, "split": "tset"}, "flag")
@@ -117,17 +117,17 @@ def test_an_evaluation_takes_its_own_settings_alone():
     ]
 
 
-def test_a_run_is_evaluated_with_its_own_steps_unless_others_are_given():
+def test_an_evaluation_uses_the_inner_steps_of_the_run_by_default():
     trained = TrainConfig(inner_steps=3)
     assert (trained.evaluation_inner_steps, EvalConfig().over(trained).evaluation_inner_steps) == (3, 3)
     trained = TrainConfig(inner_steps=3, eval_inner_steps=9)
     assert trained.evaluation_inner_steps == 9
     evaluated = EvalConfig(inner_steps=0, bn="running", eval_seed=0).over(trained)
     assert (evaluated.evaluation_inner_steps, evaluated.bn, evaluated.eval_seed) == (0, "running", 0)
-    assert evaluated.inner_steps == 3, "training is what it was"
+    assert evaluated.inner_steps == 3, "training is unchanged"
 
 
-def test_a_test_replaces_the_settings_of_its_names_and_those_that_decide_nothing_are_named():
+def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
     replaced = {"queries": 3, "adapts": "head", "inner_lr": 0.5, "dataset": "line", "data_root": "d"}
     evaluated = EvalConfig(**replaced, device="cpu", tasks=7, split="val").over(TrainConfig())
     assert evaluated == replace(TrainConfig(), **replaced, device="cpu")
@@ -140,7 +140,7 @@ def test_a_test_replaces_the_settings_of_its_names_and_those_that_decide_nothing
     }
 
 
-def test_curves_are_scored_by_their_squared_error():
+def test_curves_are_scored_by_squared_error():
     assert (metric_of("sinusoid"), metric_of("omniglot"), metric_of("./mine")) == (
         "mse",
         "accuracy",
