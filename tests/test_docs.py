@@ -117,8 +117,16 @@ def test_pages_begin_with_their_use_and_wrap_their_lines(page):
         assert len(line) <= WIDTH or line.startswith("|") or "](" in line, f"{page.name}: {number}: {line}"
 
 
-def test_the_documented_error_is_what_the_command_prints(monkeypatch, capsys):
-    (block,) = [block for block in code_blocks(TEXTS[DOCS / "commands.md"], "console") if "error: " in block]
+ERRORS = [
+    block
+    for text in TEXTS.values()
+    for block in code_blocks(text)
+    if re.match(r"\$ mamlctl .+\nerror: ", block)
+]
+
+
+@pytest.mark.parametrize("block", ERRORS)
+def test_documented_errors_are_those_that_the_commands_print(block, monkeypatch, capsys):
     command, _, printed = block.partition("\n")
     monkeypatch.setattr(sys, "argv", shlex.split(command.removeprefix("$ ")))
     with pytest.raises(SystemExit):

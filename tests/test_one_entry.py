@@ -24,6 +24,7 @@ COMMANDS = {
     "help": ["train", "--help"],
     "list": ["fetch", "--list"],
     "unsupported": ["train", "--dataset", "turned-glyphs", "--algo", "scratch", "--wu"],
+    "no Adam": ["train", "--algo", "maml-sgd", "--adam-beta1", "0.5"],
     "wrong algorithm": ["train", "--algo", "maml-sg"],
     "wrong data set": ["train", "--dataset", "turned-glyph"],
     "plan": ["ablate", "--dataset", "turned-glyphs", "--seeds", "1", "--out", "grid", "--print-commands"],
@@ -82,7 +83,7 @@ def test_help_and_lists_show_new_entries(changed):
     assert "--no-wu" in text and "Warm-up: " in text
     assert "maml-sgd" in text
     assert "turned-glyphs" in text
-    assert "the glyphs, each quarter turn a class of its own" in ended["list"][1]
+    assert "the glyphs, with each quarter turn as a separate class" in ended["list"][1]
 
 
 def test_new_entries_are_checked(changed):
@@ -90,6 +91,7 @@ def test_new_entries_are_checked(changed):
     code, text = ended["unsupported"]
     assert code == 2
     assert "--wu has no effect with --algo scratch" in text
+    assert ended["no Adam"][0] == 2 and "its outer optimiser is plain SGD, not Adam" in ended["no Adam"][1]
     assert ended["wrong algorithm"][0] == 2 and "did you mean 'maml-sgd'?" in ended["wrong algorithm"][1]
     assert ended["wrong data set"][0] == 2 and "did you mean 'turned-glyphs'?" in ended["wrong data set"][1]
 
