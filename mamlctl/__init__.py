@@ -1,3 +1,3 @@
-"""mamlctl: MAML++ and its relatives from the command line."""
+"""mamlctl: train, evaluate and compare MAML++ and its relatives from the command line."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""python -m mamlctl is mamlctl."""
+"""Run `mamlctl` as `python -m mamlctl`."""
 
 from mamlctl.cli.app import main
 

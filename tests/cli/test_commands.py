@@ -369,7 +369,7 @@ def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
 
 
 def start(run, root, *words):
-    """Start a long run in its own process, with output in RUN.out and RUN.err, and wait for its first report."""
+    """Start a long run with its output in RUN.out and RUN.err, and wait for its first report."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
     with run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
         process = preloaded.Process(["-m", "mamlctl", "train", *long], out, err)
