@@ -79,11 +79,13 @@ def test_every_flag_preset_and_exit_code_is_documented():
 
 
 @each_page
-def test_pages_name_only_real_flags_commands_and_presets(page):
+def test_pages_name_only_real_flags_commands_exit_codes_and_presets(page):
     text = TEXTS[page]
     assert flags_in(text) <= FLAGS | FOREIGN
     for command in re.findall(r"(?:`|\$ +|^)mamlctl ([a-z]+)", text, re.MULTILINE):
         assert command in COMMANDS
+    codes = re.findall(r"exit code (\d+)", text)
+    assert {*map(int, codes)} <= {*ExitCode}
     for name in re.findall(r"--preset ([a-z][\w/+.-]*\w\+*)", text):
         assert name in preset_names()
 
@@ -141,6 +143,12 @@ def test_help_names_the_folder_of_the_pages():
 def test_every_page_is_linked_from_another():
     for page in DOCS.glob("*.md"):
         assert re.search(rf"\]\([\w/.]*\b{re.escape(page.name)}[)#]", EVERYTHING), page.name
+
+
+def test_contributing_lists_every_marker():
+    markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(markers) > 5
+    assert all(f"\n| `{marker}` |" in TEXTS[DOCS / "contributing.md"] for marker in markers)
 
 
 @each_page
