@@ -1,4 +1,4 @@
-"""A table of runs in a terminal: as many of its columns as fit, or a block of lines for each row."""
+"""A table of runs in a terminal: the columns that fit, or a block of lines per row."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ from mamlctl.report.rendered_table import (
 )
 from mamlctl.report.table import Table
 
-GAP = 2  # columns of the terminal between two columns of the table
-NOTE_WIDTH = 110  # columns of the terminal: longer lines of prose are hard to read
-MISSING = "red"  # why a row has no score
+GAP = 2  # terminal columns between two table columns
+NOTE_WIDTH = 110  # terminal columns: longer lines of prose are hard to read
+MISSING = "red"  # style of the reason for a missing score
 
 
 def show_table(console: Console, table: Table, sort: str | None = None) -> None:
-    """The table under its head line, above what its numbers mean; in a pipe, every column and no line cut.
+    """Print the table with its title above and its legends below.
 
-    Raises SettingsError for a column that cannot be sorted by.
+    A terminal gets the columns that fit; a pipe gets every column, and no line is wrapped.
+
+    Args:
+        console: where to print.
+        table: the table.
+        sort: key of the column to sort by; None keeps the plan's order.
+
+    Raises:
+        SettingsError: rows cannot be sorted by the column.
     """
     whole = _aligned(render_table(table, sort))
     width = console.width if console.is_terminal else None
@@ -56,7 +64,7 @@ def show_table(console: Console, table: Table, sort: str | None = None) -> None:
 
 
 def _aligned(shown: RenderedTable) -> RenderedTable:
-    """The same with room behind the numbers that have no mark, so that all numbers end in one place."""
+    """Pad the texts that have no mark, so that all numbers of a column are aligned."""
     rooms = {
         column.key: len(column.mark)
         for column in shown.columns
@@ -74,7 +82,7 @@ def _aligned(shown: RenderedTable) -> RenderedTable:
 
 
 def fitting(shown: RenderedTable, width: int | None) -> RenderedTable | None:
-    """The table with the columns that fit side by side; None if not even those fit that always stay."""
+    """Drop columns until the table fits; None if even the columns that are never dropped are too wide."""
     while width is not None and sum(_widths(shown).values()) + GAP * (len(shown.columns) - 1) > width:
         ranks = {column.key: column.drop_rank for column in shown.columns if column.drop_rank is not None}
         if not ranks:
@@ -87,7 +95,7 @@ def fitting(shown: RenderedTable, width: int | None) -> RenderedTable | None:
 
 
 def _widths(shown: RenderedTable) -> dict[str, int]:
-    """Columns of the terminal for each column; why a row has no score may go over all columns of scores."""
+    """The width of each column; the reason for a missing score may span all score columns."""
     widths = {key: cell_len(head) for key, head in shown.heads.items()}
     longest_reason = 0
     for row in shown.rows:
@@ -101,7 +109,7 @@ def _widths(shown: RenderedTable) -> dict[str, int]:
 
 
 def _reason_room(shown: RenderedTable, widths: Mapping[str, int]) -> int:
-    """Columns of the terminal that all columns of scores take."""
+    """The total width of the score columns."""
     return sum(widths[key] + GAP for key in shown.score_keys) - GAP
 
 
@@ -122,7 +130,7 @@ def _side_by_side(shown: RenderedTable) -> list[Text]:
 
 
 def _padded(text: str, width: int, is_left: bool) -> str:
-    """Words to the left, numbers to the right."""
+    """Align words left and numbers right."""
     spaces = " " * (width - cell_len(text))
     return text + spaces if is_left else spaces + text
 
@@ -132,7 +140,7 @@ def _style(column: Column, row: RenderedRow) -> str:
 
 
 def _blocks(shown: RenderedTable, width: int) -> list[Text]:
-    """Each row as a block of lines, a line per text under the row's own."""
+    """Each row as a block: its label, then one line per text."""
     label, *others = shown.columns
     widest = max(cell_len(row.texts[column.key]) for row in shown.rows for column in others)
     longest = min(max(map(cell_len, shown.heads.values())), max(width - widest - 2 * GAP, 0))
@@ -147,7 +155,7 @@ def _blocks(shown: RenderedTable, width: int) -> list[Text]:
 
 
 def _wrapped(text: str, width: int | None) -> list[Text]:
-    """Prose in lines of a terminal's width; in a pipe one line."""
+    """Prose wrapped to the width of a terminal; one line in a pipe."""
     if width is None:
         return [Text(text)]
     return [Text(line) for line in textwrap.wrap(text, min(width, NOTE_WIDTH), subsequent_indent="  ")]

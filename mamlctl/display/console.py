@@ -15,17 +15,23 @@ from mamlctl.core.files import finite
 
 
 def show_error(console: Console, error: MamlctlError) -> None:
-    """The fact, then the way out."""
+    """Print the fact, then the hint."""
     say(console, ("error:", "bold red"), f" {error.message}")
     if error.hint:
         say(console, ("hint:", "bold cyan"), f"  {error.hint}")
 
 
 def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min_width: int = 0) -> None:
-    """Print aligned columns under a dim head: the first `left` of them to the left, all others to the right.
+    """Print a dim head line and rows in aligned columns.
 
-    The others are at least `min_width` wide. rich's Table prints the same, but 65 rows of 6 columns take it
-    54 to 58 ms against 7 ms here, and its import 9 to 13 ms (medians of 21 and of 5, on one busy core).
+    rich's Table prints the same, but takes 54 to 58 ms instead of 7 ms for 65 rows of 6 columns, and 9 to
+    13 ms for its import (medians of 21 and of 5, on one busy core).
+
+    Args:
+        console: where to print.
+        rows: the head, then the other rows; all of one length.
+        left: number of columns that are aligned left; the others are aligned right.
+        min_width: of the columns aligned right, in characters.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
@@ -37,13 +43,13 @@ def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min
 
 
 def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:
-    """One document on one line; a number that is not finite becomes null, which JSON has a word for."""
+    """Write a document on one line; numbers that are not finite become null, since JSON has no NaN."""
     stream.write(json.dumps(finite(document), allow_nan=False) + "\n")
     stream.flush()
 
 
 def say(console: Console, *parts: str | tuple[str, str]) -> None:
-    """One line, as it is: no markup, no highlighting, no wrapping; flushed by rich."""
+    """Print one line without interpreting markup, highlighting or wrapping it."""
     line = Text()
     for part in parts:
         text, style = (part, "") if isinstance(part, str) else part
@@ -52,5 +58,5 @@ def say(console: Console, *parts: str | tuple[str, str]) -> None:
 
 
 def encodable(console: Console, text: str) -> str:
-    """The text with a question mark for what the console's encoding lacks, such as ± in ASCII."""
+    """Replace characters that the console's encoding lacks, such as ± in ASCII, with '?'."""
     return text.encode(console.encoding, "replace").decode(console.encoding)

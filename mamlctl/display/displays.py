@@ -1,4 +1,4 @@
-"""Displays of events: a live view on a terminal, plain lines elsewhere, or nothing."""
+"""Displays of events: a live view on a terminal, plain lines elsewhere, or no output."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from mamlctl.display.grid_view import changed_cells
 from mamlctl.display.live_state import LiveState, advance
 from mamlctl.display.training_view import render
 
-REFRESH_PER_SECOND = 8  # looks fluent; one frame takes 3 to 4 ms of one core
-PROGRESS_EVERY_S = 5.0  # so that a log tells that something goes on without being filled by it
+REFRESH_PER_SECOND = 8  # looks smooth; one frame takes 3 to 4 ms of one core
+PROGRESS_EVERY_S = 5.0  # often enough to show that work continues, without filling a log
 
 Clock = Callable[[], float]
 
 
 class Display(Protocol):
-    """Draws events between `with` and its end."""
+    """Shows events while its `with` block runs."""
 
     def __call__(self, event: Event) -> None: ...
 
@@ -37,10 +37,10 @@ class Display(Protocol):
 
 
 def open_display(console: Console, *, quiet: bool) -> Display:
-    """A live view on a terminal, one plain line per report elsewhere, nothing at all when quiet."""
+    """A live view on a terminal, one plain line per report elsewhere, no output if quiet."""
     if quiet:
         return SilentDisplay()
-    # FORCE_COLOR makes rich take a pipe for a terminal; colours may go there, cursor movements may not.
+    # With FORCE_COLOR, rich treats a pipe as a terminal: it may get colours, but no cursor movements.
     terminal = console.is_interactive and console.is_terminal and console.file.isatty()
     if terminal and console.encoding.startswith("utf"):
         return LiveDisplay(console)
@@ -48,14 +48,14 @@ def open_display(console: Console, *, quiet: bool) -> Display:
 
 
 class SilentDisplay(Display):
-    """Draws nothing."""
+    """Ignores all events."""
 
     def __call__(self, event: Event) -> None:
         pass
 
 
 class LiveDisplay(Display):
-    """A view that moves in place; notices scroll by above it, its last state stays."""
+    """A view that is redrawn in place; notices scroll past above it, and its last frame remains."""
 
     def __init__(self, console: Console, *, clock: Clock = time.monotonic) -> None:
         self._console, self._clock = console, clock
@@ -74,7 +74,7 @@ class LiveDisplay(Display):
             say(self._console, event.text)
             return
         self.state = advance(self.state, event, self._clock())
-        # Not before there is something to draw: a command that fails at once shows its error alone.
+        # Wait for the first event, so that a command that fails at once shows only its error.
         if not self._live.is_started:
             self._live.start(refresh=True)
 
@@ -83,21 +83,21 @@ class LiveDisplay(Display):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._size not in (None, options.size):
-            # The terminal has re-wrapped the old frame, so nobody knows where it began: a clean screen.
+            # The terminal has re-wrapped the old frame, so its position is unknown: clear the screen.
             yield Control.home()
             yield Control.clear()
         self._size = options.size
-        # One line less than the screen, since the cursor goes below the last frame at the end.
+        # One line less than the screen, because the cursor moves below the last frame at the end.
         yield render(replace(self.state, now=self._clock()), options.size.width, options.size.height - 1)
 
 
 @dataclass
 class ProgressLog:
-    """The last line of a plain log about a piece of work."""
+    """What a plain log has reported about a piece of work."""
 
-    written_at: float  # by the display's clock, in seconds
-    tenth: int = 0
-    done: int = 0  # as of the last event, which may have had no line
+    written_at: float  # time of the last line, in seconds of the display's clock
+    tenth: int = 0  # of the work, at the last line
+    done: int = 0  # at the last event, which may have had no line
 
 
 @dataclass
@@ -135,10 +135,10 @@ class PlainDisplay(Display):
                 return ""
 
     def _progress_line(self, event: events.Progress) -> str:
-        """Empty unless the work takes long and a further tenth of it is done."""
+        """Empty unless the work takes long and another tenth of it is done."""
         now = self.clock()
         log = self._progress.get(event.what)
-        if log is None or event.done < log.done:  # begun, or begun again
+        if log is None or event.done < log.done:  # started or restarted
             log = self._progress[event.what] = ProgressLog(now)
         log.done = event.done
         tenth = 10 * event.done // event.total if event.total else log.tenth + 1
@@ -156,13 +156,13 @@ def _run_line(run: events.RunStarted) -> str:
         f"run {run.run}",
         f"{run.algo}{letters}",
         formatting.task(run.dataset, run.ways, run.shots),
-        f"{run.meta_batch_size} tasks a meta-step",
+        f"{run.meta_batch_size} tasks per meta-step",
         f"{run.parameters:,} parameters",
         f"bn {run.bn}",
         run.device,
     ]
     if run.first_step:
-        parts.append(f"goes on after step {run.first_step}")
+        parts.append(f"resuming after step {run.first_step}")
     return "  ".join(parts)
 
 

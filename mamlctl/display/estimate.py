@@ -1,4 +1,4 @@
-"""What a grid will take, as words and as a document."""
+"""The estimated time of a grid, as a table and as a JSON document."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mamlctl.display.console import say, say_table
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
-    """A line per row of the grid, then the whole."""
-    heads = ["row", "meta-steps", "a meta-step", "training a cell", "testing it"]
+    """Print a line per row of the grid, then the total."""
+    heads = ["row", "meta-steps", "per meta-step", "training per cell", "testing per cell"]
     rows = [
         [
             row.row,
@@ -28,16 +28,19 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     ]
     say_table(console, [heads, *rows], left=1)
     say(console)
-    pace = "one after the other" if estimate.workers == 1 else f"{estimate.workers} at a time"
-    total = f"{estimate.cells} cells, {estimate.meta_steps:,} meta-steps"
+    cells = f"{estimate.cells} {formatting.plural(estimate.cells, 'cell')}"
+    total = f"{cells}, {estimate.meta_steps:,} meta-steps"
     say(
         console,
         (f"{total}: about {formatting.duration(estimate.seconds)}", "bold"),
-        f", {pace} on {estimate.device}",
+        f", {estimate.workers} at a time on {estimate.device}",
     )
-    say(console, f"from {estimate.timed} timed meta-steps of each kind on this machine as it is now")
+    say(
+        console,
+        f"based on {estimate.timed} timed meta-steps of each kind, at this machine's current load",
+    )
 
 
 def estimate_document(estimate: Estimate) -> Mapping[str, Any]:
-    """The estimate for `--json`; all times in seconds."""
+    """The estimate for `--json`, with all times in seconds."""
     return {"format": 1, **asdict(estimate)}

@@ -1,4 +1,4 @@
-"""A grid of trainings as people watch it: a row of cells for each setting, and how long it will take."""
+"""The live view of a grid: a line of cells per row, and the time left."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mamlctl.core.literals import Metric
 from mamlctl.display import widgets
 from mamlctl.display.widgets import DIM
 
-CELL = 15  # columns of the terminal for one cell: '▶ 100000 93.1 %'
-LABEL = 34  # columns of the terminal for a row's name, at most
+CELL = 15  # terminal columns per cell: '▶ 100000 93.1 %'
+LABEL = 34  # most terminal columns for the name of a row
 ACCENT = "cyan"
-SHORTEST_BAR = 10  # columns of the terminal
+SHORTEST_BAR = 10  # terminal columns
 
 SIGNS = {
     "waiting": ("·", DIM),
@@ -32,7 +32,7 @@ BUSY = ("training", "testing")
 
 
 def grid_frame(grid: GridChanged, width: int, height: int) -> list[Text]:
-    """One frame: a head, a line for each row, and a bar; where rows do not fit, those that move."""
+    """One frame: a head, a line per row, and a bar; if rows do not fit, those with running cells."""
     rows: dict[str, list[CellState]] = {}
     for cell in grid.cells:
         rows.setdefault(cell.row, []).append(cell)
@@ -50,11 +50,11 @@ def grid_frame(grid: GridChanged, width: int, height: int) -> list[Text]:
         lines.append(Text(f" … {hidden} more rows", DIM))
     if most > room:
         lines[1].append(f"… {most - room} more", DIM)
-    return [*lines, *_whole_bar(grid, width)]
+    return [*lines, *_grid_bar(grid, width)]
 
 
 def _rows_shown(rows: dict[str, list[CellState]], room: int) -> list[str]:
-    """All rows if they fit; else those with cells under way, then those to come, in the table's order."""
+    """All rows if they fit; else rows with running cells, then unfinished rows, in the table's order."""
     if len(rows) <= room:
         return list(rows)
 
@@ -90,8 +90,8 @@ def _state_text(cell: CellState, metric: Metric) -> str:
     return cell.state
 
 
-def _whole_bar(grid: GridChanged, width: int) -> list[Text]:
-    """Meta-steps of the whole grid, what is over counted as done; two lines where one is too narrow."""
+def _grid_bar(grid: GridChanged, width: int) -> list[Text]:
+    """The progress of the grid in meta-steps, counting all of a cell that has ended; two lines if narrow."""
     total = sum(cell.total_steps for cell in grid.cells)
     done = sum(cell.total_steps if cell.state in OVER else cell.step for cell in grid.cells)
     counts = Counter(cell.state for cell in grid.cells)
@@ -105,15 +105,15 @@ def _whole_bar(grid: GridChanged, width: int) -> list[Text]:
     room = width - len(left) - len(right) - 2
     if room >= SHORTEST_BAR:
         return [Text.assemble(" ", widgets.bar(share, room, None, ACCENT), left, right)]
-    whole = Text.assemble(" ", widgets.bar(share, max(width - len(left) - 2, 1), None, ACCENT), left)
-    return [whole, Text(right[1:])]
+    line = Text.assemble(" ", widgets.bar(share, max(width - len(left) - 2, 1), None, ACCENT), left)
+    return [line, Text(right[1:])]
 
 
 def changed_cells(before: GridChanged | None, now: GridChanged) -> list[str]:
-    """A line for each cell whose state is another than before, for logs; at first, how many are over."""
+    """The log lines of an event: one per cell whose state has changed; for the first event, a summary."""
     if before is None:
-        over = sum(cell.state in OVER for cell in now.cells)
-        lines = [f"{now.title}: {len(now.cells)} cells, {over} over already, {now.workers} at a time"]
+        ended = sum(cell.state in OVER for cell in now.cells)
+        lines = [f"{now.title}: {len(now.cells)} cells, {ended} already ended, {now.workers} at a time"]
         return lines + [_log_line(cell, now) for cell in now.cells if cell.state in BUSY]
     return [
         _log_line(cell, now)
@@ -123,9 +123,9 @@ def changed_cells(before: GridChanged | None, now: GridChanged) -> list[str]:
 
 
 def _log_line(cell: CellState, grid: GridChanged) -> str:
-    over = sum(other.state in OVER for other in grid.cells)
+    ended = sum(other.state in OVER for other in grid.cells)
     score = "" if cell.score is None else f"  {formatting.score(grid.metric, cell.score, None, 1)}"
-    what = f"{cell.row}, seed {cell.seed}: {cell.state}"
+    line = f"{cell.row}, seed {cell.seed}: {cell.state}"
     if cell.state not in OVER:
-        return what
-    return f"{what}{score}  {over}/{len(grid.cells)} over, {formatting.clock(grid.seconds_left)} left"
+        return line
+    return f"{line}{score}  {ended}/{len(grid.cells)} ended, {formatting.clock(grid.seconds_left)} left"

@@ -1,4 +1,4 @@
-"""The state of the live view, which events advance."""
+"""The state of the live view, and how events change it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from mamlctl.core import events
 from mamlctl.core.events import Event
 
-HISTORY = 40  # reports that a sparkline remembers: more of its blocks say nothing more at a glance
+HISTORY = 40  # reports in a sparkline: more would not be readable at a glance
 
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work under way, and when it began."""
+    """A piece of work in progress, and when it started."""
 
     progress: events.Progress
     since: float
@@ -20,7 +20,7 @@ class Work:
 
 @dataclass(frozen=True)
 class LiveState:
-    """All that a frame shows; times are seconds of one monotonic clock."""
+    """All that a frame shows; times are in seconds of one monotonic clock."""
 
     now: float
     started: float = 0.0
@@ -31,7 +31,7 @@ class LiveState:
     validations: tuple[events.ValidationDone, ...] = ()
     work: tuple[Work, ...] = ()
     validation_s: float = 0.0  # how long the last validation took
-    grid: events.GridChanged | None = None  # of an ablation, whose cells train elsewhere
+    grid: events.GridChanged | None = None  # of `ablate`, whose cells train in other processes
 
 
 def advance(state: LiveState, event: Event, now: float) -> LiveState:
@@ -62,10 +62,10 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
 
 
 def _with_progress(state: LiveState, event: events.Progress, now: float) -> LiveState:
-    begun = [work.progress.what for work in state.work]
-    if event.what in begun:
+    started = [work.progress.what for work in state.work]
+    if event.what in started:
         work = tuple(replace(w, progress=event) if w.progress.what == event.what else w for w in state.work)
     else:
-        # It began when the event before came, since the first word of it comes after its first part.
+        # It started at the previous event: the first progress is reported after the first part of the work.
         work = (*state.work, Work(event, state.now))
     return replace(state, now=now, work=work)

@@ -1,4 +1,4 @@
-"""What the user's own images were taken for: a table on a terminal, and a document."""
+"""Predictions for the user's own images, as a table and as a JSON document."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mamlctl.display.console import say, say_table
 
 # What batch norm means for a user who asks about several images.
 BN_NOTES = {
-    "transductive": "bn transductive: each prediction depends on all the images asked about",
-    "support": "bn support: normalised as the support set; each prediction is independent of the others",
+    "transductive": "bn transductive: each prediction depends on all query images",
+    "support": "bn support: normalised like the support set; each prediction is independent of the others",
     "running": "bn running: normalised as in training; each prediction is independent of the others",
 }
 
 
 def show_classify_result(console: Console, result: ClassifyResult) -> None:
-    """How the classes were learnt, a line per image, and what was written."""
+    """Print how the classes were learnt, one line per query image, and the files that were written."""
     say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
     say(console, _head_line(result))
     if result.images:
@@ -30,7 +30,7 @@ def show_classify_result(console: Console, result: ClassifyResult) -> None:
     problems = [image.problem for image in result.images if image.problem]
     if problems:
         problems.append(
-            f"left out: {len(problems)} of {len(result.images)} query images, which cannot be read"
+            f"left out: {len(problems)} of {len(result.images)} query images, because they cannot be read"
         )
     pictures = [f"picture  {file}" for file in result.pictures]
     written = [f"written to {file}" for file in (result.csv, result.saved) if file]
@@ -40,7 +40,7 @@ def show_classify_result(console: Console, result: ClassifyResult) -> None:
 
 
 def _head_line(result: ClassifyResult) -> str:
-    """What the support set is, and how it was learnt."""
+    """The size of the support set, and how the classes were learnt from it."""
     fewest, most = min(result.shots), max(result.shots)
     shots = str(fewest) if fewest == most else f"{fewest} to {most}"
     each = f"{shots} {formatting.plural(most, 'support image')} each"
@@ -50,7 +50,7 @@ def _head_line(result: ClassifyResult) -> str:
 
 
 def _table(result: ClassifyResult, width: int | None) -> list[list[str]]:
-    """A row per file, under a head; files' names are shortened in their middle where `width` is too small."""
+    """A head, then a row per file; file names are shortened in the middle if `width` is too small."""
     labelled = any(image.label is not None for image in result.images)
     rows = [["file", "predicted", "probability", *(["label", ""] if labelled else [])]]
     rows += [_image_texts(image, labelled) for image in result.images]
@@ -74,7 +74,7 @@ def _image_texts(image: ClassifiedImage, labelled: bool) -> list[str]:
 
 
 def _accuracy_line(result: ClassifyResult) -> str:
-    """The share that is right, if any labels are known."""
+    """The share of correct predictions; empty without labels."""
     if not result.labelled:
         return ""
     low, high = wilson95(result.right, result.labelled)
@@ -85,7 +85,7 @@ def _accuracy_line(result: ClassifyResult) -> str:
 
 
 def document(result: ClassifyResult) -> dict[str, Any]:
-    """Everything about the images, for `--json`; accuracies and probabilities are 0..1."""
+    """The whole result, for `--json`; accuracies and probabilities are 0..1."""
     labelled = result.labelled
     return {
         "format": 1,

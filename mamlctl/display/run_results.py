@@ -12,7 +12,7 @@ from mamlctl.display.console import say, say_table
 
 
 def show_train_result(console: Console, result: TrainResult) -> None:
-    """How training ended, and the command to type next."""
+    """Print how training ended, and the commands to run next."""
     why = f" ({result.reason})" if result.reason else ""
     run = shlex.quote(result.run)
     say(console, (f"{result.status}{why}", "bold"), f"  {result.run}")
@@ -25,14 +25,14 @@ def show_train_result(console: Console, result: TrainResult) -> None:
         where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
         say(console, "best   ", (score, "bold green"), where)
     if result.status == "interrupted":
-        say(console, "go on  ", (f"mamlctl train --resume {run}", "cyan"))
+        say(console, "next   ", (f"mamlctl train --resume {run}", "cyan"))
     say(console, "test   ", (f"mamlctl eval {run}", "cyan"))
 
 
 def show_eval_result(console: Console, result: EvalResult) -> None:
-    """One row per model, then the accuracy after each inner step."""
+    """Print one row per model, then the scores after each inner step."""
     first = result.rows[0]
-    queries = f", {first.queries} queries{' a class' if first.ways > 1 else ''}"
+    queries = f", {first.queries} queries{' per class' if first.ways > 1 else ''}"
     task = formatting.task(result.dataset, first.ways, first.shots)
     say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
     for note in result.notes:
@@ -46,7 +46,7 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         console,
         (f"{score_name}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"),
     )
-    # Blocks of columns instead of lines that a terminal would break.
+    # Split the columns into blocks, because a terminal would wrap longer lines.
     longest = max(len(row.model) for row in result.rows)
     columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
     for begin in range(0, len(first.per_step), columns):

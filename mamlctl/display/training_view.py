@@ -1,4 +1,4 @@
-"""The drawing of the live view: a pure function of its state, for any width and height."""
+"""The frames of the live view, as a pure function of its state, width and height."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from mamlctl.display.grid_view import grid_frame
 from mamlctl.display.live_state import HISTORY, LiveState, Work
 from mamlctl.display.widgets import DIM
 
-MAX_WIDTH = 140  # columns: beyond it, a row's label and its number are too far apart for the eye
-SMALL = 14  # lines: below it, only the bars and the chart without its title
-LABEL = 16  # columns for the name of a bar: 'epoch 1000/1000' and a space
-RATES_LABEL = 20  # columns for the name of a tensor
+MAX_WIDTH = 140  # terminal columns: on longer lines, a label and its number are too far apart
+SMALL = 14  # lines: lower frames have only the bars and the chart without its title
+LABEL = 16  # terminal columns for the name of a bar: 'epoch 1000/1000' and a space
+RATES_LABEL = 20  # terminal columns for the name of a tensor
 ORDERS = {True: "first order", False: "second order", None: ""}
 NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
 ACCENT = "cyan"
 BAD = "bold red"
 GOOD = "green"
 
-# Ends of a colour scale of medium lightness, readable on black and on white.
+# Red, green and blue at the ends of colour scales, readable on black and on white.
 COLD = (90, 130, 190)
 WARM = (0, 175, 135)
-HEAT = (215, 120, 30)  # the other end for learnt rates
+HEAT = (215, 120, 30)  # instead of WARM, for learnt rates
 
 
 def render(state: LiveState, width: int, height: int) -> RenderableType:
-    """One frame: never wider than `width`, never higher than `height`."""
+    """One frame, at most `width` columns wide and `height` lines high."""
     width = min(width, MAX_WIDTH)
     lines = _frame(state, width, height)[:height]
     for line in lines:
@@ -49,12 +49,12 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     if state.grid is not None and not state.work:
         return grid_frame(state.grid, width, height)
     if run is None:
-        # A file's name needs more room than the names of training's own bars.
+        # The name of a file needs more room than the names of the bars during training.
         label = max([LABEL, *(len(work.progress.what) for work in state.work)])
         return [_work_bar(work, state.now, width, min(label, width // 3)) for work in state.work][-height:]
     head, bars = _header(run, width), _bars(state, run, width)
     if not state.reports:
-        return [*head, *bars, Text(" the first report comes after the first meta-step", DIM)]
+        return [*head, *bars, Text(" waiting for the first meta-step", DIM)]
     report = state.reports[-1]
     if height < SMALL:
         steps = formatting.evenly_spaced(len(report.query_losses), height - 4)
@@ -70,7 +70,7 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
 
 
 def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
-    """The sections below each other, with an empty line between them where there are enough spare lines."""
+    """The sections below each other, separated by empty lines if there are enough spare lines."""
     gap = [Text("")] if spare >= len(sections) - 1 else []
     return reduce(lambda above, below: [*above, *gap, *below], sections)
 
@@ -79,7 +79,7 @@ def _header(run: RunStarted, width: int) -> list[Text]:
     algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
     task = Text(formatting.task(formatting.strip_controls(run.dataset), run.ways, run.shots), "bold")
     machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
-    # Half of the line stays for the run's name, however long the device's words are.
+    # Keep half of the line for the run's name, however long the device's description is.
     machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
     name = Text(
         " " + formatting.elide_middle(formatting.strip_controls(run.run), width - machine.cell_len - 4)
@@ -99,13 +99,13 @@ def _bars(state: LiveState, run: RunStarted, width: int) -> list[Text]:
         label, in_epoch / run.steps_per_epoch, f"{in_epoch:,}/{run.steps_per_epoch:,}", epoch_left, width
     )
     whole = _bar_line("run", state.step / total, f"{state.step:,}/{total:,}", run_left, width)
-    # The third line stays when nothing is under way, so that the rest does not jump.
+    # The third line is kept when it is empty, so that the lines below it do not move.
     other = _work_bar(state.work[-1], state.now, width) if state.work else Text("")
     return [epoch, whole, other]
 
 
 def _seconds_per_step(state: LiveState, run: RunStarted) -> float | None:
-    """Median of the last five reports, since the first one holds the warm-up."""
+    """Median of the last five reports, because the first report includes the warm-up."""
     speeds = [report.tasks_per_second for report in state.reports[-5:] if report.tasks_per_second > 0]
     return run.meta_batch_size / statistics.median(speeds) if speeds else None
 
@@ -132,7 +132,7 @@ def _bar_line(
     half = "╸" if share * length - full >= 0.5 else ""
     name = Text(what)
     name.truncate(label, overflow="ellipsis", pad=True)
-    # What is left to do is a thinner line, so that it can be told apart without colour.
+    # The remaining part is a thinner line, so that it can be distinguished without colour.
     thin = "─" * (length - full - len(half))
     return Text.assemble(" ", name, " ", ("━" * full + half, ACCENT), (thin, DIM), " ", tail)
 
@@ -157,7 +157,7 @@ def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width:
 
 
 def _number_line(row: list[tuple[str, str]], width: int) -> Text:
-    """Labels and values in columns that stay where they are while the numbers move."""
+    """Labels and values in columns that do not move when the numbers change."""
     line = Text(" ")
     for (label, value), column in zip(row, (22, 20, 19, 16), strict=True):
         text = Text.assemble(
@@ -170,15 +170,15 @@ def _number_line(row: list[tuple[str, str]], width: int) -> Text:
 
 @dataclass(frozen=True)
 class ChartWidths:
-    """Columns of the terminal for the chart's three drawings."""
+    """Terminal columns for the three parts of the chart."""
 
     loss: int
-    accuracy: int  # 0 where there are no classes
+    accuracy: int  # 0 for regression
     recent: int
 
     @classmethod
     def of(cls, width: int, run: RunStarted) -> ChartWidths:
-        """What 40 columns of numbers and gaps leave: 3 parts of 10 for the history, then 3 to 2."""
+        """Divide what 40 columns of numbers and gaps leave: 3/10 for the history, the rest 3 to 2."""
         room = max(width - 40, 0)
         recent = min(HISTORY, room * 3 // 10)
         accuracy = (room - recent) * 2 // 5 if run.guesses else 0
@@ -202,8 +202,8 @@ def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: S
 def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, step: int) -> Text:
     report = reports[-1]
     loss = report.query_losses[step]
-    # The loss of guessing is always on the scale, so that the bars do not jump while they shrink; for curves
-    # it is the largest loss that is still remembered.
+    # The scale always includes the loss of guessing, so that it does not change while the bars shrink. For
+    # regression, it ends at the largest loss in the history.
     chance = math.log(run.guesses) if run.guesses else 0.0
     shown = report.query_losses if run.guesses else [loss for past in reports for loss in past.query_losses]
     scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
@@ -220,7 +220,7 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWid
 
 
 def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
-    """How much the query loss after this step counts; a dash where it does not."""
+    """The weight of the query loss after this step; a dash if it is 0."""
     weight = report.msl_weights[step - 1] if 1 <= step <= len(report.msl_weights) else 0.0
     if not weight > 0:
         return [("     –", DIM)]
@@ -230,7 +230,7 @@ def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
 def _validation_lines(state: LiveState, run: RunStarted, width: int) -> list[Text]:
     rule = widgets.rule("Validation", f"{run.val_tasks:,} tasks · bn {run.bn} · 95 % interval", width)
     if not state.validations:
-        return [rule, Text(" none yet: it comes after every epoch", DIM)]
+        return [rule, Text(" none yet; it runs after every epoch", DIM)]
     last = state.validations[-1]
     line = Text.assemble(
         (" last ", DIM),
@@ -246,10 +246,10 @@ def _validation_lines(state: LiveState, run: RunStarted, width: int) -> list[Tex
 
 
 def _rate_lines(report: TrainReport, width: int, room: int) -> list[Text]:
-    """Learnt inner learning rates, layer by step; nothing where fewer than three tensors would fit."""
+    """Learnt inner learning rates, tensors by steps; nothing if fewer than three tensors would fit."""
     names = list(report.rates)
     if len(names) >= room:
-        # Biases go first: the weights hold nearly all of what is learnt.
+        # Leave out biases first, because nearly all parameters are weights.
         names = [name for name in names if not name.endswith(".bias")]
     rows = formatting.evenly_spaced(len(names), min(len(names), room - 1))
     if not names or len(rows) < min(3, len(names)):

@@ -66,12 +66,12 @@ def test_list_prints_every_fact_about_every_data_set(cli, root):
     code, out, err = cli("--list")
     assert (code, err) == (0, "")
     heads, *rows, last = out.splitlines()
-    assert heads.split() == ["name", "here", "download", "licence", "from", "what"]
+    assert heads.split() == ["name", "prepared", "download", "licence", "from", "description"]
     assert [row.split()[0] for row in rows] == list(registry.DATA_SETS)
     assert "15.2 MiB" in rows[0]
     assert "github.com/brendenlake/omniglot" in rows[0]
     assert f"verified {datetime.now().astimezone():%Y-%m-}" in rows[1]
-    assert last == f"prepared data sets lie in {root}"
+    assert last == f"prepared data sets are in {root}"
 
 
 def test_list_as_json(cli, root):
@@ -89,7 +89,7 @@ def test_list_prints_blocks_on_a_narrow_terminal(root):
         console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
         show_data_sets(console, list_all(["glyphs"], data_root=str(root)))
         lines = console.file.getvalue().splitlines()
-        assert ("  licence   MIT (mamlctl)" in lines) == blocks
+        assert ("  licence      MIT (mamlctl)" in lines) == blocks
 
 
 def test_verify_finds_no_damage_and_records_the_time(cli, root):
@@ -99,7 +99,7 @@ def test_verify_finds_no_damage_and_records_the_time(cli, root):
         os.utime(file, (long_ago, long_ago))
     assert verified_at(path) < datetime.now().astimezone() - timedelta(days=98)
     code, out, _ = cli("--verify")
-    assert (code, out) == (0, f"glyphs: whole, 1 pack in {root}\n")
+    assert (code, out) == (0, f"glyphs: intact, 1 pack in {root}\n")
     assert verified_at(path) > datetime.now().astimezone() - timedelta(days=1)
 
 

@@ -1,4 +1,4 @@
-"""What people see: the live view and the plain lines, errors, results and JSON."""
+"""Terminal output: the live view and plain lines, errors, results and JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mamlctl.display.training_view import render
 
 
 @pytest.fixture(autouse=True)
-def a_capable_terminal(monkeypatch: pytest.MonkeyPatch):
-    """What the surroundings of the tests say about their terminal must not decide them."""
+def capable_terminal(monkeypatch: pytest.MonkeyPatch):
+    """The environment in which the tests run must not affect their terminals."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -43,13 +43,13 @@ def written(console: Console) -> str:
 
 
 class Tty(StringIO):
-    """A file that says it is a terminal."""
+    """A file that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_markup_and_control_codes_in_names_stay_text():
+def test_markup_and_control_codes_in_names_are_not_interpreted():
     run = replace(RUN, run="runs/[red]x[/x]:smile:\x1b[2J", dataset="[bold]omni", device="[/]")
     text = "\n".join(frame(state_after(run, a_report()), 120, 40))
     assert "runs/[red]x[/x]:smile:?[2J" in text
@@ -60,7 +60,7 @@ def test_markup_and_control_codes_in_names_stay_text():
         assert "try [red]y" in written(console)
 
 
-def test_the_live_view_draws_on_a_terminal_and_leaves_its_last_frame():
+def test_the_live_view_draws_on_a_terminal_and_keeps_its_last_frame():
     console = terminal()
     with open_display(console, quiet=False) as display:
         assert isinstance(display, LiveDisplay)
@@ -70,17 +70,17 @@ def test_the_live_view_draws_on_a_terminal_and_leaves_its_last_frame():
     assert "made [now]" in text
     assert "0.5000" in text
     assert "93.12 ± 0.61 %" in text
-    assert written(console).endswith("\x1b[?25h")  # the cursor is back
+    assert written(console).endswith("\x1b[?25h")  # the cursor is visible again
 
 
-def test_a_live_view_that_saw_nothing_writes_nothing():
+def test_a_live_view_without_events_writes_nothing():
     console = terminal()
     with open_display(console, quiet=False):
         pass
     assert written(console) == ""
 
 
-def test_a_resize_starts_on_a_clean_screen():
+def test_a_resize_clears_the_screen():
     console = terminal(120, 40)
     with LiveDisplay(console) as display:
         display(RUN)
@@ -90,7 +90,7 @@ def test_a_resize_starts_on_a_clean_screen():
     assert written(console).count("\x1b[2J") == 1
 
 
-def test_no_colour_is_honoured(monkeypatch: pytest.MonkeyPatch):
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch):
     colour = re.compile(r"\x1b\[(?:[12];)?3[0-9]")
     for expected in (True, False):
         console = terminal()
@@ -100,7 +100,7 @@ def test_no_colour_is_honoured(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_pipe_gets_one_plain_line_per_report(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # colours may be forced, cursor movements may not
+    monkeypatch.setenv("FORCE_COLOR", "1")  # forces colours, but must not force cursor movements
     console = Console(file=StringIO(), width=40)
     with open_display(console, quiet=False) as display:
         assert isinstance(display, PlainDisplay)
@@ -110,7 +110,7 @@ def test_a_pipe_gets_one_plain_line_per_report(monkeypatch: pytest.MonkeyPatch):
     assert written(console).splitlines() == [
         "made [now]",
         "run runs/omniglot-20w1s-maml++-s0  maml++ (msl da bnrs bnwb lslr ca)  omniglot 20-way 1-shot  "
-        "8 tasks a meta-step  112,084 parameters  bn transductive  cpu (x86_64, 2 threads)",
+        "8 tasks per meta-step  112,084 parameters  bn transductive  cpu (x86_64, 2 threads)",
         "step 30/500  epoch 1/10  support 0.812  query 3.000>1.500>1.000>0.750>0.600>0.500  acc 95.0 %  "
         "lr 0.00100  order 1  38.1 tasks/s",
         "epoch 1/10  val 93.1 ± 0.6 % (600 tasks, transductive)  best 93.1 % at epoch 1",
@@ -121,20 +121,20 @@ def test_plain_progress_is_rare():
     now = [0.0]
     console = pipe()
     display = PlainDisplay(console, clock=lambda: now[0])
-    for done in range(0, 1001):  # a thousand parts in a hundred seconds
+    for done in range(0, 1001):  # 1,000 parts in 100 seconds
         now[0] = done / 10
         display(Progress("packing", done, 1000))
     lines = written(console).splitlines()
     assert lines[0] == "packing  10 %  100/1,000"
     assert lines[-1] == "packing  100 %  1,000/1,000"
     assert len(lines) == 10
-    for done in range(0, 1001):  # quick work says nothing
+    for done in range(0, 1001):  # quick work has no lines
         now[0] += 0.001
         display(Progress("validating", done, 1000))
     assert len(written(console).splitlines()) == 10
 
 
-def test_an_encoding_without_the_letters_is_no_failure():
+def test_characters_that_the_encoding_lacks_become_question_marks():
     class Ascii(Tty):
         encoding = "ascii"
 
@@ -157,7 +157,7 @@ def test_an_error_is_two_lines_in_a_pipe_and_coloured_on_a_terminal():
     error = MamlctlError(
         "mini-imagenet 'test' has 20 classes, but --ways is 25", hint="use --ways 20 or fewer"
     )
-    console = pipe()  # 40 columns: nothing may be wrapped
+    console = pipe()  # 40 columns wide, but lines must not be wrapped
     show_error(console, error)
     assert written(console) == f"error: {error.message}\nhint:  {error.hint}\n"
     console = terminal()
@@ -165,7 +165,7 @@ def test_an_error_is_two_lines_in_a_pipe_and_coloured_on_a_terminal():
     assert "\x1b[1;31merror:" in written(console)
 
 
-def test_an_error_of_many_settings_tells_them_all_without_an_empty_hint():
+def test_an_error_of_several_settings_lists_all_without_an_empty_hint():
     console = pipe()
     show_error(console, SettingsError([("--ways is 1", "use 2"), ("--shots is 0", "use 1")]))
     assert written(console) == "error: 2 settings are wrong\n  --ways is 1 (use 2)\n  --shots is 0 (use 1)\n"
@@ -176,7 +176,7 @@ TRAINED = TrainResult(
 )
 
 
-def test_a_training_ends_with_the_next_command():
+def test_a_training_ends_with_the_commands_to_run_next():
     console = pipe()
     show_train_result(console, TRAINED)
     assert written(console).splitlines() == [
@@ -195,22 +195,10 @@ def test_a_training_ends_with_the_next_command():
 
 def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
     per_step = tuple(0.05 + 0.9 * k / inner_steps for k in range(inner_steps + 1))
+    facts = ("best", "best", "accuracy", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive")
     best = EvalRow(
-        *(
-            "best",
-            "best",
-            "accuracy",
-            0.9731,
-            ci95,
-            600,
-            "test",
-            20,
-            1,
-            15,
-            inner_steps,
-            "transductive",
-            (93,),
-        ),
+        *facts,
+        epochs=(93,),
         per_step=per_step,
         per_step_ci95=(0.01,) * (inner_steps + 1),
     )
@@ -218,7 +206,7 @@ def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
     return EvalResult("runs/a", "omniglot", "maml++", "runs/a/eval/test-0123", 12.3, rows)
 
 
-def test_an_evaluation_is_a_table_of_plain_aligned_text_in_a_pipe():
+def test_an_evaluation_is_an_aligned_table_of_plain_text_in_a_pipe():
     console = pipe()
     show_eval_result(console, an_evaluation())
     lines = written(console).splitlines()
@@ -233,7 +221,7 @@ def test_an_evaluation_is_a_table_of_plain_aligned_text_in_a_pipe():
     assert "\x1b" not in written(console)
 
 
-def test_an_evaluation_of_many_steps_is_not_broken_by_a_terminal():
+def test_an_evaluation_of_many_steps_is_not_wrapped_by_a_terminal():
     console = terminal(80)
     show_eval_result(console, an_evaluation(20, math.inf))
     text = re.sub(r"\x1b\[[0-9;]*m", "", written(console))
@@ -243,7 +231,7 @@ def test_an_evaluation_of_many_steps_is_not_broken_by_a_terminal():
     assert " ".join(tables).count("best ") == 3  # 8, 8 and 5 steps
 
 
-def test_json_is_one_line_and_what_is_not_finite_is_null():
+def test_json_is_one_line_with_null_for_numbers_that_are_not_finite():
     stream = StringIO()
     write_json(stream, {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf, "d": True}, "e": "ä" * 500})
     assert stream.getvalue().count("\n") == 1

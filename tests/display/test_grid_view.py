@@ -1,4 +1,4 @@
-"""The live view of a grid, drawn for any size, and its lines in a log."""
+"""The live view of a grid in terminals of any size, and its lines in a log."""
 
 from dataclasses import replace
 
@@ -28,37 +28,37 @@ def test_a_frame_fits_its_terminal(rows, seeds, width, height):
     lines = render(LiveState(0.0, grid=grid_of(rows, seeds)), width, height).renderables
     assert len(lines) <= height
     assert max(line.cell_len for line in lines) <= width
-    told = "\n".join(line.plain for line in lines)
-    assert "omniglot 5-way 1-shot" in told
-    assert "12:34 left" in told
+    text = "\n".join(line.plain for line in lines)
+    assert "omniglot 5-way 1-shot" in text
+    assert "12:34 left" in text
     shown = sum(line.plain.startswith(" row ") for line in lines)
-    assert shown == rows or f"{rows - shown} more rows" in told
+    assert shown == rows or f"{rows - shown} more rows" in text
 
 
-def test_rows_that_move_are_shown_before_those_that_rest():
+def test_rows_with_running_cells_are_shown_first():
     cells = [CellState(f"row {row}", 0, "done" if row < 50 else "waiting", 0, 10) for row in range(64)]
     cells[40] = replace(cells[40], state="training")
-    told = "\n".join(
+    text = "\n".join(
         line.plain for line in grid_frame(GridChanged("t", "accuracy", 1, tuple(cells), None), 80, 12)
     )
-    assert "row 40" in told
-    assert "row 50" in told
-    assert "row 1 " not in told
+    assert "row 40" in text
+    assert "row 50" in text
+    assert "row 1 " not in text
 
 
-def test_every_state_has_its_sign_and_its_words():
-    told = "\n".join(line.plain for line in grid_frame(grid_of(7, 1), 100, 30))
+def test_every_state_has_its_sign_and_text():
+    text = "\n".join(line.plain for line in grid_frame(grid_of(7, 1), 100, 30))
     for state in STATES:
-        assert SIGNS[state][0] in told
+        assert SIGNS[state][0] in text
     for word in ("testing", "diverged 90", "failed 50.0 %"[:6], "elsewhere", "▶ 30 50.0 %"):
-        assert word in told
-    assert "1/7 done, 1 diverged, 1 failed" in told
+        assert word in text
+    assert "1/7 done, 1 diverged, 1 failed" in text
 
 
-def test_a_log_tells_each_change_once():
+def test_a_log_reports_each_change_once():
     before = grid_of(7, 1)
     first = changed_cells(None, before)
-    assert "7 cells, 3 over already, 2 at a time" in first[0]
+    assert "7 cells, 3 already ended, 2 at a time" in first[0]
     assert changed_cells(before, before) == []
     cells = list(before.cells)
     cells[1] = replace(cells[1], state="done", score=0.875)
@@ -70,7 +70,7 @@ def test_a_log_tells_each_change_once():
     assert lines[1] == "row 5, seed 0: training"
 
 
-def test_an_error_of_curves_is_no_share():
-    told = "\n".join(line.plain for line in grid_frame(grid_of(2, 1, metric="mse"), 100, 30))
-    assert "0.500" in told
-    assert "%" not in told.replace("0 %", "").replace("1 %", "").split("\n")[3]
+def test_a_mean_squared_error_is_not_shown_in_percent():
+    text = "\n".join(line.plain for line in grid_frame(grid_of(2, 1, metric="mse"), 100, 30))
+    assert "0.500" in text
+    assert "%" not in text.replace("0 %", "").replace("1 %", "").split("\n")[3]

@@ -1,4 +1,4 @@
-"""The frame of the live view: what it shows, and that it fits."""
+"""A frame of the live view shows the state of the run, and fits its terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_frame_fits_its_terminal(width: int, height: int, inner_steps: int
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 23), (120, 39)])
-def test_a_frame_shows_all_that_a_training_tells(width: int, height: int):
+def test_a_frame_shows_everything_about_a_training(width: int, height: int):
     text = "\n".join(frame(state_after(RUN, MetaStepDone(30, 0), a_report(), VALIDATION), width, height))
     for shown in (
         *("maml++", "msl da bnrs bnwb lslr ca", "omniglot 20-way 1-shot", "112,084 parameters", "cpu"),
@@ -44,7 +44,7 @@ def test_a_frame_shows_all_that_a_training_tells(width: int, height: int):
     assert "second order" in "\n".join(frame(state_after(RUN, a_report(first_order=False)), width, height))
 
 
-def test_rates_go_first_when_lines_are_few_and_are_absent_when_fixed():
+def test_rates_are_left_out_if_lines_are_few_or_rates_are_fixed():
     state = state_after(RUN, a_report(), VALIDATION)
     assert "linear.bias" in "\n".join(frame(state, 80, 40))
     small = "\n".join(frame(state, 80, 19))
@@ -53,7 +53,7 @@ def test_rates_go_first_when_lines_are_few_and_are_absent_when_fixed():
     assert "LSLR" not in "\n".join(frame(state_after(RUN, a_report(rates={})), 80, 40))
 
 
-def test_too_many_inner_steps_leave_the_first_and_the_last():
+def test_too_many_inner_steps_are_thinned_out_except_for_the_first_and_the_last():
     lines = frame(state_after(replace(RUN, inner_steps=20), a_report(inner_steps=20)), 80, 24)
     rows = [int(match[1]) for line in lines if (match := re.match(r" {1,4}(\d+)  .*[█▏▎▍▌▋▊▉]", line))]
     assert rows[0] == 0
@@ -62,7 +62,7 @@ def test_too_many_inner_steps_leave_the_first_and_the_last():
     assert 5 < len(rows) < 21
 
 
-def test_weights_move_to_the_last_step():
+def test_weights_of_the_multi_step_loss_are_shown_per_step():
     rows = {}
     for epoch, weights in (("early", (0.2,) * 5), ("late", (0.0, 0.0, 0.0, 0.0, 1.0))):
         lines = frame(state_after(RUN, a_report(msl_weights=weights)), 80, 24)
@@ -72,7 +72,7 @@ def test_weights_move_to_the_last_step():
     assert [row[0] for row in rows["late"]] == ["–"] * 5 + ["█"]
 
 
-def test_losses_that_are_not_finite_are_drawn_as_such():
+def test_losses_that_are_not_finite_are_shown_as_nan_or_inf():
     losses = (3.0, math.nan, math.inf, -math.inf, 1e30, 0.4)
     report = a_report(query_losses=losses, support_loss=math.nan, meta_loss=math.inf, tasks_per_second=0.0)
     rates = {"conv1.weight": (math.nan, 0.1, math.inf, 0.1, -0.2)}
@@ -84,7 +84,7 @@ def test_losses_that_are_not_finite_are_drawn_as_such():
     assert "·" in text.split("Per-step losses")[1]
 
 
-def test_bars_advance_with_meta_steps_and_tell_the_time_left():
+def test_bars_advance_with_meta_steps_and_show_the_time_left():
     def filled(state: LiveState) -> list[int]:
         return [line.count("━") for line in frame(state, 120, 40)[2:] if "━" in line or " left" in line]
 
@@ -95,13 +95,12 @@ def test_bars_advance_with_meta_steps_and_tell_the_time_left():
     text = "\n".join(frame(later, 120, 40))
     assert "25/50" in text
     assert "25/500" in text
-    assert (
-        formatting.clock(25 * 8 / 38.1) + " left" in text
-    )  # meta-steps left x tasks a meta-step / tasks a second
+    # meta-steps left * tasks per meta-step / tasks per second
+    assert formatting.clock(25 * 8 / 38.1) + " left" in text
     assert formatting.clock(475 * 8 / 38.1) + " left" in text
 
 
-def test_the_run_bar_counts_the_validations_to_come():
+def test_the_time_left_of_the_run_includes_future_validations():
     state = state_after(RUN, MetaStepDone(50, 0), a_report(50))
     state = advance(state, Progress("validating", 300, 600), 13.0)
     state = advance(state, replace(VALIDATION, step=50), 23.0)
@@ -109,7 +108,7 @@ def test_the_run_bar_counts_the_validations_to_come():
     assert formatting.clock(450 * 8 / 38.1 + 9 * 20) + " left" in "\n".join(frame(state, 80, 24))
 
 
-def test_other_work_is_a_third_bar_while_under_way():
+def test_other_work_is_a_third_bar_while_it_is_in_progress():
     state = state_after(RUN, a_report(), Progress("validating", 200, 600))
     assert any("validating" in line and "200/600" in line for line in frame(state, 80, 24))
     state = advance(state, VALIDATION, 9.0)
@@ -118,10 +117,10 @@ def test_other_work_is_a_third_bar_while_under_way():
     assert "1.0/9.0 MiB  1.0 MiB/s      0:08 left" in frame(download, 80, 24)[0]
     long = [Progress(f"download images_{part}.zip", 1, 2, "B") for part in ("background", "evaluation")]
     rows = [line.split(" ━")[0] for line in frame(state_after(*long), 80, 24)]
-    assert len(set(rows)) == 2, "two files can be told apart"
+    assert len(set(rows)) == 2, "two files must be distinguishable"
 
 
-def test_a_resumed_run_starts_where_it_stopped_and_tells_the_best_before():
+def test_a_resumed_run_starts_where_it_stopped_and_shows_the_best_score_so_far():
     text = "\n".join(
         frame(
             state_after(

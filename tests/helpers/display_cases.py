@@ -1,4 +1,4 @@
-"""Events and frames that the tests of the display share."""
+"""Events and frames, shared by the tests of the display."""
 
 from __future__ import annotations
 
