@@ -34,6 +34,12 @@ ENVIRONMENT = "environment.json"
 EVALUATIONS = "eval"  # has one folder per evaluation, with the next two files
 SUMMARY = "summary.json"
 TASKS = "tasks.csv"
+# The positive numbers that a row of each kind needs: without them it is damaged.
+NEEDED: dict[RowKind, tuple[str, ...]] = {
+    "report": ("step", "tasks_per_second"),
+    "validation": ("step", "epoch"),
+}
+SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
 TAIL = 20_000  # bytes that `last_metrics` reads at the end of metrics.jsonl
 
 # The settings of commit 207ec7b, which are in every config.yaml and in every owner digest.
@@ -154,16 +160,25 @@ def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, 
 
 
 def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows in the lines before one that is cut off; rows without a step are skipped."""
+    """The rows in the lines before one that is cut off; damaged rows are skipped."""
     rows = []
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(upgrade(METRICS, row))
+        if isinstance(row, dict) and not _is_damaged(upgraded := upgrade(METRICS, row)):
+            rows.append(upgraded)
     return rows
+
+
+def _is_damaged(row: Mapping[str, Any]) -> bool:
+    needed = NEEDED.get(row["kind"])
+    if needed is None or (row["kind"] == "validation" and not row.keys() & SCORES):
+        return True
+    positive = all(isinstance(row.get(key), int | float) and row[key] > 0 for key in needed)
+    scores = (row[key] for key in row.keys() & SCORES)
+    return not positive or not all(score is None or isinstance(score, int | float) for score in scores)
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:

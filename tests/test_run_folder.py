@@ -1,10 +1,12 @@
 """The run folder: one writer, atomic files, and no overwritten files of the user."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
 from typing import get_args
 
 import pytest
@@ -69,6 +71,14 @@ def test_existing_files_are_not_overwritten(tmp_path):
     with pytest.raises(MamlctlError, match="is a file"), make_run(tmp_path / "file"):
         pass
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_probe_that_holds_the_lock_for_a_moment_does_not_refuse_a_writer(tmp_path):
+    with (tmp_path / "lock").open("wb") as probe:
+        fcntl.flock(probe, fcntl.LOCK_EX)
+        threading.Timer(0.05, fcntl.flock, (probe, fcntl.LOCK_UN)).start()
+        with one_writer(tmp_path):
+            assert is_locked(tmp_path)
 
 
 def test_only_one_process_can_write_to_a_run(tmp_path):
@@ -141,17 +151,44 @@ def test_other_files_next_to_half_written_settings_are_not_overlooked(tmp_path):
 def test_foreign_lines_in_metrics_are_skipped(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
-    (run.path / "metrics.jsonl").write_bytes(b'[1]\n{"step": 1, "epoch": 0}\n\xff\xfe\n')
+    whole = b'{"step": 1, "epoch": 0, "query_losses": [2.0], "tasks_per_second": 9.5}'
+    (run.path / "metrics.jsonl").write_bytes(b"[1]\n" + whole + b"\n\xff\xfe\n")
     assert [entry["step"] for entry in run.metrics()] == [1]
+
+
+REPORT = {"kind": "report", "step": 1, "epoch": 0, "tasks_per_second": 2.5}
+VALIDATION = {"kind": "validation", "step": 1, "epoch": 1, "val_accuracy": None, "val_tasks": 4}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        REPORT | {"tasks_per_second": None},
+        REPORT | {"tasks_per_second": 0},
+        REPORT | {"step": "1"},
+        REPORT | {"kind": "letter"},
+        {"step": 1, "epoch": 0},
+        {key: value for key, value in VALIDATION.items() if key != "val_accuracy"},
+        {key: value for key, value in VALIDATION.items() if key != "epoch"},
+        VALIDATION | {"val_accuracy": "high"},
+        VALIDATION | {"epoch": None},
+    ],
+)
+def test_a_damaged_row_of_metrics_is_skipped_alone(tmp_path, damage):
+    with make_run(tmp_path / "run") as run:
+        pass
+    rows = [REPORT, damage, VALIDATION]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run.metrics() == run.last_metrics() == [REPORT, VALIDATION]
 
 
 def test_metrics_skip_an_incomplete_line_and_rewind_to_a_checkpoint(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass
     for step in (5, 10):
-        run.append_metrics("report", {"step": step, "epoch": 0})
+        run.append_metrics("report", {"step": step, "epoch": 0, "tasks_per_second": 1.0})
     run.append_metrics("validation", {"step": 10, "epoch": 1, "val_accuracy": 0.5, "val_tasks": 4})
-    run.append_metrics("report", {"step": 15, "epoch": 1})
+    run.append_metrics("report", {"step": 15, "epoch": 1, "tasks_per_second": 1.0})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "epo')
     assert [entry["step"] for entry in run.metrics()] == [5, 10, 10, 15]
@@ -169,7 +206,7 @@ def test_last_metrics_reads_only_the_end_of_a_long_file(tmp_path):
         pass
     assert run.last_metrics() == []
     for step in range(1, 1001):
-        run.append_metrics("report", {"step": step, "epoch": 0, "query_losses": [1.0, 2.0]})
+        run.append_metrics("report", {"step": step, "epoch": 0, "tasks_per_second": 1.0})
     last = run.last_metrics()
     assert last == run.metrics()[-len(last) :] and 100 < len(last) < 1000
 
