@@ -87,7 +87,10 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
     from filelock import FileLock, Timeout  # not at the top: this import would double the start-up time
 
     try:
-        lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False).acquire(blocking=False)
+        # `is_locked` in another process may hold the lock for a moment.
+        lock = FileLock(path / "lock", thread_local=False, fallback_to_soft=False).acquire(
+            timeout=0.2, poll_interval=0.02
+        )
     except Timeout as error:
         message = f"{what} {path} is in use by {lock_holder(path / 'lock')}"
         raise LockedError(message, hint="wait for it or stop it, or choose another --out") from error
