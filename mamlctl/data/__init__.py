@@ -1,1 +1,1 @@
-"""Data sets and task streams."""
+"""Data sets and streams of tasks."""

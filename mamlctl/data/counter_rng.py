@@ -1,11 +1,11 @@
-"""Random numbers by index: a pure function of (seed, stream, number), the same on every machine and numpy."""
+"""Random numbers by index: a pure function of (seed, stream, number), equal for every machine and numpy."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-# What a stream of numbers is for; two uses of one seed must not meet.
+# What each stream of numbers is for, so that two uses of one seed never share numbers.
 STREAMS = {
     "train": 0,
     "val": 1,
@@ -28,24 +28,31 @@ STREAMS = {
 
 
 def random_words(seed: int, stream: str, number: int, count: int) -> NDArray[np.uint64]:
-    """The first `count` 64-bit words of block `number`.
+    """Return the first `count` 64-bit words of block `number`.
 
-    Only raw words: numpy guarantees their stream for ever, that of `Generator`'s methods it does not.
+    Only raw words are used: numpy guarantees that their stream never changes, but not that of the methods
+    of `Generator`.
+
+    Args:
+        seed: The seed of the run or of the evaluation.
+        stream: A key of `STREAMS`.
+        number: The block, for example the number of a task.
+        count: How many words; a longer draw starts with the shorter one.
     """
     key = np.array([seed, STREAMS[stream]], dtype=np.uint64)
-    # The low word of the counter counts within a block: 2**64 quadruples, so that blocks never overlap.
+    # The low word of the counter counts within a block of 2**64 quadruples, so blocks never overlap.
     counter = np.array([0, number, 0, 0], dtype=np.uint64)
     words: NDArray[np.uint64] = np.random.Philox(counter=counter, key=key).random_raw(count)
     return words
 
 
 def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
-    """Positions of the `count` smallest keys of the last axis, smallest first: a draw without repeats.
+    """Return the positions of the `count` smallest keys along the last axis: a draw without repeats.
 
-    A longer draw from the same keys starts with the shorter one.
+    The smallest comes first, so a longer draw from the same keys starts with the shorter one.
     """
     if count < keys.shape[-1]:
-        # Which positions argpartition finds is certain, since 64-bit keys do not tie; their order is not.
+        # 64-bit keys do not tie, so argpartition always finds the same positions, but in any order.
         positions = np.argpartition(keys, count - 1, axis=-1)[..., :count]
         order = np.argsort(np.take_along_axis(keys, positions, axis=-1), axis=-1)
         return np.take_along_axis(positions, order, axis=-1)
@@ -53,5 +60,5 @@ def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
 
 
 def shuffled(items: int, seed: int, stream: str) -> NDArray[np.int64]:
-    """The numbers below `items` in a random order."""
+    """Return the numbers 0, 1, ..., `items` - 1 in a random order."""
     return k_smallest(random_words(seed, stream, 0, items), items)

@@ -1,4 +1,4 @@
-"""Which settings go with which data set, and what a data set implies."""
+"""Which settings each data set allows, and which it implies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import DataSet, find_data_set, is_curve_family
 from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
-# What curves are usually learnt with (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
+# The usual settings for curves (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
 CURVE_DEFAULTS: Mapping[str, Any] = {
     "algo": "maml",
     "net": "mlp",
@@ -24,12 +24,12 @@ CURVE_DEFAULTS: Mapping[str, Any] = {
     "eval_inner_steps": 10,
 }
 
-# What a preset says of one data set's images, and not of another's.
+# Settings of a preset that apply to its own data set only, not to another that replaces it.
 OF_CLASSES = ("split_scheme", "split_fractions", "strict", "rotations", "augment")
 OF_PIXELS = ("ink", "resize", "normalize", "image_size", "channels")
 OF_ITS_IMAGES = (*OF_CLASSES, *OF_PIXELS)
 
-# What only images have, and why curves do not.
+# Settings that only images have, and the reason that an error for curves gives.
 OF_IMAGES: Mapping[str, str] = {
     **dict.fromkeys(("ways", "split_seed", *OF_CLASSES), "has no classes"),
     **dict.fromkeys(OF_PIXELS, "has no images"),
@@ -38,7 +38,7 @@ OF_IMAGES: Mapping[str, str] = {
 
 
 def metric_of(dataset: str) -> Metric:
-    """How runs on a data set are scored."""
+    """The metric by which runs on a data set are scored."""
     return "mse" if is_curve_family(dataset) else "accuracy"
 
 
@@ -48,7 +48,7 @@ def data_set_defaults(name: str) -> Mapping[str, Any]:
 
 
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
-    """The settings that can have one value only with the data set, and that value."""
+    """The settings that can have only one value with this data set, and that value."""
     if is_curve_family(config.dataset):
         return {name: FIELDS[name].default for name in OF_IMAGES}
     try:
@@ -68,12 +68,12 @@ def data_set_forced(config: TrainConfig) -> dict[str, Any]:
 def data_set_problems(
     config: TrainConfig, sources: Mapping[str, str], refused_from: Collection[str]
 ) -> list[Problem]:
-    """Settings that do not go with the data set.
+    """The settings that do not fit the data set, as (fact, hint) pairs.
 
     Args:
-        config: The settings, after what presets and files say has given way.
+        config: The settings, after the data set has overridden those of presets and files.
         sources: Where each setting comes from.
-        refused_from: The sources whose settings must have a meaning.
+        refused_from: The sources whose settings must have an effect; others are ignored.
     """
     problems = choice_problems(config)
     if not is_curve_family(config.dataset):
@@ -88,7 +88,7 @@ def data_set_problems(
 
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
-    """Choices that the data set does not offer, and a data set that there is not."""
+    """Choices that the data set does not offer, or the unknown data set, as (fact, hint) pairs."""
     if is_curve_family(config.dataset):
         return []
     try:

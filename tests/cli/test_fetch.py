@@ -167,7 +167,7 @@ def test_the_second_of_two_fetches_waits_for_the_first(tmp_path, monkeypatch):
     assert Slow.begun.wait(10)
     get(tmp_path, on_event)
     first.join()
-    assert notices[0] == f"process {os.getpid()} is at work on slow: waiting for it"
+    assert notices[0] == f"waiting for process {os.getpid()}, which is preparing slow"
     assert Slow.times_prepared == 1
     assert not (tmp_path / "downloads").exists()
 

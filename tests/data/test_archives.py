@@ -1,4 +1,4 @@
-"""Archives that are not what they should be: told in two lines, nothing left behind."""
+"""Archives that are damaged or wrong: the error has two lines, and nothing is left behind."""
 
 import zipfile
 from dataclasses import replace
@@ -38,7 +38,7 @@ def source(tmp_path, tiny):
 
 @pytest.fixture
 def fetch(tmp_path, tiny):
-    """Fetch the tiny set into a new root."""
+    """Fetch the tiny data set into a new root."""
 
     def call(*sources, parts=tiny[1], on_event=ignore, force=False):
         root = tmp_path / "root"
@@ -50,7 +50,7 @@ def fetch(tmp_path, tiny):
 
 
 def assert_refused(fetch, tmp_path, *sources, match):
-    """A DataError of one line with a way out, and an empty root."""
+    """The fetch raises a DataError with one line and a hint, and leaves the root empty."""
     with pytest.raises(DataError, match=match) as raised:
         fetch(*sources)
     assert raised.value.exit_code == 3
@@ -60,14 +60,14 @@ def assert_refused(fetch, tmp_path, *sources, match):
 
 
 def unpacked(source, folder):
-    """The two archives of `source` as folders in `folder`."""
+    """Unpack the two archives of `source` into `folder`."""
     for name in FOLDERS:
         with zipfile.ZipFile(source / f"{name}.zip") as archive:
             archive.extractall(folder)
     return folder
 
 
-def test_zips_folders_and_files_hold_the_same_set(fetch, source, tmp_path):
+def test_zips_folders_and_files_give_the_same_data_set(fetch, source, tmp_path):
     digests = {fetch(source).digest}
     for sources in (
         [source / f"{name}.zip" for name in FOLDERS],
@@ -89,7 +89,7 @@ def test_only_verified_files_reach_the_root(fetch, source, tmp_path):
     ]
 
 
-def test_damaged_original_is_told_and_force_mends_it(fetch, source, tmp_path):
+def test_damaged_originals_are_reported_and_force_fixes_them(fetch, source, tmp_path):
     digest = fetch(source).digest
     original = tmp_path / "root" / "omniglot" / "originals-105.npy"
     original.write_bytes(original.read_bytes()[:-9])
@@ -129,11 +129,11 @@ def test_html_page_in_place_of_a_zip(fetch, source, tmp_path):
 def test_wrong_count_names_both_numbers(fetch, source, tmp_path, tiny):
     members = dict(list(tiny[0]["images_background"].items())[:-1])
     write_zip(source / "images_background.zip", members)
-    match = "holds 2 alphabets, 6 characters and 23 images, but Omniglot has 2, 6 and 24 there"
+    match = "contains 2 alphabets, 6 characters and 23 images, but Omniglot's has 2, 6 and 24"
     assert_refused(fetch, tmp_path, source, match=match)
 
 
-def test_other_pixels(fetch, source, tmp_path, tiny):
+def test_wrong_pixels(fetch, source, tmp_path, tiny):
     members = dict(tiny[0]["images_background"])
     first, second, *_ = members
     members[first] = members[second]
@@ -146,14 +146,15 @@ def test_other_pixels(fetch, source, tmp_path, tiny):
 )
 def test_unsafe_name(fetch, source, tmp_path, tiny, name):
     write_zip(source / "images_background.zip", {**tiny[0]["images_background"], name: b"evil"})
-    assert_refused(fetch, tmp_path, source, match="holds a file with the unsafe name")
+    assert_refused(fetch, tmp_path, source, match="contains a file with the unsafe name")
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_member_of_absurd_size(fetch, source, tmp_path, tiny):
+def test_member_that_is_too_large(fetch, source, tmp_path, tiny):
     bomb = {**tiny[0]["images_background"], "images_background/bomb.png": bytes(archives.MEMBER_BYTES + 1)}
     write_zip(source / "images_background.zip", bomb)
-    assert_refused(fetch, tmp_path, source, match="at most 16,777,216 are sane")
+    match = "'images_background/bomb.png' has 16,777,217 bytes, more than the limit of 16,777,216"
+    assert_refused(fetch, tmp_path, source, match=match)
 
 
 def test_encrypted_member(fetch, source, tmp_path):
@@ -161,7 +162,7 @@ def test_encrypted_member(fetch, source, tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 8] |= 1  # the encryption bit of the first entry of the directory
     path.write_bytes(data)
-    assert_refused(fetch, tmp_path, source, match="holds the encrypted file")
+    assert_refused(fetch, tmp_path, source, match="contains the encrypted file")
 
 
 def small_png():
@@ -174,7 +175,7 @@ def small_png():
         (lambda data: b"not an image", "cannot read image images_background/Alphabet_0/character02"),
         (lambda data: data[: len(data) // 2], "cannot read image images_background/Alphabet_0/character02"),
         (lambda data: b"", "cannot read image images_background/Alphabet_0/character02"),
-        (lambda data: small_png(), "is 1 8x8, but Omniglot's are 1-bit 105x105"),
+        (lambda data: small_png(), "has mode 1, 8x8 pixels, but Omniglot's have mode 1, 105x105 pixels"),
     ],
 )
 def test_unreadable_image_is_named(fetch, source, tmp_path, tiny, damage, match):
@@ -185,30 +186,30 @@ def test_unreadable_image_is_named(fetch, source, tmp_path, tiny, damage, match)
     assert_refused(fetch, tmp_path, source, match=match)
 
 
-def test_places_without_archives(fetch, source, tmp_path):
+def test_sources_without_archives(fetch, source, tmp_path):
     assert_refused(fetch, tmp_path, tmp_path / "nowhere", match=r"there is no .*nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert_refused(fetch, tmp_path, empty, match="holds neither images_background.zip nor a folder")
+    assert_refused(fetch, tmp_path, empty, match="contains neither images_background.zip nor a folder")
     only = source / "images_background.zip"
-    assert_refused(fetch, tmp_path, only, match="holds neither images_evaluation.zip nor a folder")
+    assert_refused(fetch, tmp_path, only, match="contains neither images_evaluation.zip nor a folder")
 
 
-def test_offline_names_the_command(tmp_path):
+def test_offline_error_has_the_command(tmp_path):
     with pytest.raises(DataError, match="--offline forbids") as raised:
         fetch_or_open(DATA_SETS["omniglot"], tmp_path, offline=True, on_event=ignore)
     assert "mamlctl fetch omniglot" in raised.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_upstream_is_torchvisions():
+def test_archives_have_the_addresses_of_torchvision():
     sources = omniglot.archives()
     assert [source.file for source in sources] == [f"{name}.zip" for name in FOLDERS]
     urls = [(source.file, url) for source in sources for url in source.urls]
     assert len(urls) == 4
     assert all(url.startswith("https://") and url.endswith(file) for file, url in urls)
     assert sum(source.bytes for source in sources) == DATA_SETS["omniglot"].download_bytes
-    # As noted in ../shared/data/README.md from the upstream files.
+    # From ../shared/data/README.md, measured on the upstream files.
     assert [source.md5 for source in sources] == [
         "68d2efa1b9178cc56df9314c21c6e718",
         "6b91aef0f799c5bb55b94e3f2daec811",

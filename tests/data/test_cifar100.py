@@ -1,4 +1,4 @@
-"""CIFAR-100 from its archive: every pixel in its class, every wrong file named; and the published splits."""
+"""CIFAR-100 from its archive: pixels and classes, errors that name the wrong file, and published splits."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ META = {"fine_label_names": list(NAMES), "coarse_label_names": ["fish"]}
 
 
 def content(file, seed):
-    """What the file of a small CIFAR-100 holds: labels in any order, images in rows of colour planes."""
+    """The contents of a file of a small CIFAR-100: random labels, and images as rows of colour planes."""
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.repeat(np.arange(len(NAMES)), PER_CLASS[file]))
     rows = generator.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
@@ -35,7 +35,7 @@ CONTENTS = {file: content(file, seed) for seed, file in enumerate(PER_CLASS)}
 
 
 def files(**changed):
-    """Name in the archive -> bytes, with the pickles of some files replaced."""
+    """Name in the archive -> bytes, with the pickles in `changed` replaced."""
     contents = {"meta": META, **CONTENTS}
     return {
         f"cifar-100-python/{file}": changed.get(file, pickle.dumps(contents[file], 2)) for file in contents
@@ -68,7 +68,7 @@ def archive(tmp_path):
 
 @pytest.fixture
 def fetch(tmp_path):
-    """Fetch the small set into a new root."""
+    """Fetch the small data set into a new root."""
 
     def call(*sources, parts=PARTS, name="cifar-fs", force=False, on_event=ignore):
         root = tmp_path / "root"
@@ -81,7 +81,7 @@ def fetch(tmp_path):
 
 
 def refused(fetch, tmp_path, *sources, match):
-    """A DataError of one line with a way out, and an empty root."""
+    """The fetch raises a DataError with one line and a hint, and leaves the root empty."""
     with pytest.raises(DataError, match=match) as raised:
         fetch(*sources)
     assert "\n" not in raised.value.message
@@ -95,7 +95,7 @@ def test_classes_and_pixels(fetch, archive):
     assert packed.counts.tolist() == [5] * 100
     assert packed.images_MCHW.shape == (500, 3, 32, 32)
     for label in (0, 41, 99):
-        # Train's images first; of each file in its order; a row is three planes of 1,024 bytes.
+        # First the images of train, in the order of the file; a row is three planes of 1,024 bytes.
         rows = np.concatenate(
             [held["data"][np.array(held["fine_labels"]) == label] for held in CONTENTS.values()]
         )
@@ -105,7 +105,7 @@ def test_classes_and_pixels(fetch, archive):
         assert images[4, 1, 2, 3] == rows[4, 1024 + 2 * 32 + 3]
 
 
-def test_archive_and_folder_hold_the_same_set(fetch, archive, tmp_path):
+def test_archive_and_folder_give_the_same_data_set(fetch, archive, tmp_path):
     digests = {fetch(archive).digest, fetch(archive.parent, force=True).digest}
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "unpacked", filter="data")
@@ -126,7 +126,7 @@ def test_pickles_of_any_protocol(fetch, tmp_path, protocol):
     assert packed.images_MCHW.shape == (500, 3, 32, 32)
 
 
-def test_one_pack_serves_both_sets(fetch, archive, tmp_path):
+def test_both_data_sets_share_one_pack(fetch, archive, tmp_path):
     fetch(archive, name="fc100")
     root = tmp_path / "root"
     assert [str(file.relative_to(root)) for file in sorted(root.rglob("*.npy"))] == ["cifar-100/32x32.npy"]
@@ -148,7 +148,7 @@ def test_one_pack_serves_both_sets(fetch, archive, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
-def test_absent_set_names_its_own_command(tmp_path, name):
+def test_error_for_a_missing_data_set_has_its_command(tmp_path, name):
     data_set = DATA_SETS[name]
     with pytest.raises(DataError, match=f"^{name} is not at") as raised:
         data_set.open_pack(tmp_path, "none", on_event=ignore)
@@ -178,26 +178,26 @@ FIRST = CONTENTS["train"]["fine_labels"][0]
 WRONG = {
     "counts": (
         {"train": changed("train", fine_labels=labels_with((FIRST + 1) % 100))},
-        r"train in .* holds [24] images of class [a-z_]+, but CIFAR-100 has 3 there",
+        r"train in .* has [24] images of class [a-z_]+, not 3",
     ),
     "fewer": (
         {"test": changed("test", fine_labels=[0], data=CONTENTS["test"]["data"][:1])},
-        "test in .* holds 1 images of class apple, but CIFAR-100 has 2 there",
+        "test in .* has 1 images of class apple, not 2",
     ),
     "pixels": (
         {"test": changed("test", data=CONTENTS["test"]["data"] ^ 1)},
         "test in .* but not its bytes: md5",
     ),
-    "label beyond": ({"train": changed("train", fine_labels=labels_with(100))}, "not from 0 to 99"),
-    "label negative": ({"train": changed("train", fine_labels=labels_with(-1))}, "not from 0 to 99"),
-    "label of another kind": ({"train": changed("train", fine_labels=labels_with("a"))}, "not from 0 to 99"),
+    "label too large": ({"train": changed("train", fine_labels=labels_with(100))}, "outside 0 to 99"),
+    "negative label": ({"train": changed("train", fine_labels=labels_with(-1))}, "outside 0 to 99"),
+    "label of another type": ({"train": changed("train", fine_labels=labels_with("a"))}, "outside 0 to 99"),
     "rows missing": (
         {"train": changed("train", data=CONTENTS["train"]["data"][1:])},
-        r"train in .* holds uint8 \(299, 3072\), not 300 rows of 3,072 bytes",
+        r"train in .* contains uint8 \(299, 3072\), not 300 rows of 3,072 bytes",
     ),
     "floats": (
         {"train": changed("train", data=CONTENTS["train"]["data"].astype("f4"))},
-        r"holds float32 \(300, 3072\)",
+        r"contains float32 \(300, 3072\)",
     ),
     "no labels": (
         {"train": pickle.dumps({"data": CONTENTS["train"]["data"]})},
@@ -205,27 +205,25 @@ WRONG = {
     ),
     "no data": ({"train": changed("train", data=[1, 2])}, "train in .* has no ndarray called data"),
     "a list": ({"train": pickle.dumps([1, 2])}, "train in .* has no ndarray called data"),
-    "names": ({"meta": pickle.dumps({"fine_label_names": list(NAMES[::-1])})}, "meta in .* does not name"),
+    "names": ({"meta": pickle.dumps({"fine_label_names": list(NAMES[::-1])})}, "meta in .* does not list"),
     "no names": ({"meta": pickle.dumps({})}, "meta in .* has no list called fine_label_names"),
     "cut off": ({"test": files()["cifar-100-python/test"][:-50]}, "test in .* is cut off or unreadable"),
-    "no pickle": ({"train": b"<html>"}, "train in .* is no sound pickle of arrays"),
+    "no pickle": ({"train": b"<html>"}, "train in .* is not a valid pickle of arrays"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_file_is_named(fetch, tmp_path, wrong):
+def test_error_names_the_wrong_file(fetch, tmp_path, wrong):
     replaced, match = WRONG[wrong]
     refused(fetch, tmp_path, write_tar(tmp_path / "cifar.tar.gz", files(**replaced)), match=match)
 
 
-def test_attack_inside_runs_nothing(fetch, tmp_path):
+def test_attack_in_a_file_runs_nothing(fetch, tmp_path):
     mark = tmp_path / "ran"
     for file in ("meta", "train", "test"):
         evil = pickle.dumps({**(CONTENTS | {"meta": META})[file], "batch_label": Touch(mark)}, 2)
         path = write_tar(tmp_path / "evil.tar.gz", files(**{file: evil}))
-        refused(
-            fetch, tmp_path, path, match=f"{file} in .*evil.tar.gz is refused: it asks for 'posix.system'"
-        )
+        refused(fetch, tmp_path, path, match=f"{file} in .*evil.tar.gz is refused: it uses 'posix.system'")
     assert not mark.exists()
 
 
@@ -246,18 +244,19 @@ def test_archive_without_a_file(fetch, tmp_path):
     members = files()
     del members["cifar-100-python/test"]
     path = write_tar(tmp_path / "less.tar.gz", members)
-    refused(fetch, tmp_path, path, match=r"less.tar.gz holds no file cifar-100-python/test")
+    refused(fetch, tmp_path, path, match=r"less.tar.gz does not contain the file cifar-100-python/test")
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "C:\\evil", "..\\evil"])
 def test_unsafe_name(fetch, tmp_path, name):
     path = write_tar(tmp_path / "evil.tar.gz", {name: b"evil", **files()})
-    refused(fetch, tmp_path, path, match="holds a file with the unsafe name")
+    refused(fetch, tmp_path, path, match="contains a file with the unsafe name")
 
 
-def test_file_of_absurd_size(fetch, tmp_path, monkeypatch):
+def test_file_that_is_too_large(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar100, "FILE_BYTES", 1000)
-    refused(fetch, tmp_path, write_tar(tmp_path / "a.tar.gz", files()), match="bytes; at most 1,000 are sane")
+    path = write_tar(tmp_path / "a.tar.gz", files())
+    refused(fetch, tmp_path, path, match="bytes, more than the limit of 1,000")
 
 
 def test_links_are_not_followed(fetch, tmp_path):
@@ -270,13 +269,14 @@ def test_links_are_not_followed(fetch, tmp_path):
     refused(fetch, tmp_path, path, match="which is a link or a device")
 
 
-def test_places_without_cifar(fetch, tmp_path):
-    for folder in ("train", "test", "meta"):  # of another set
+def test_sources_without_cifar(fetch, tmp_path):
+    for folder in ("train", "test", "meta"):  # of another data set
         (tmp_path / "other" / folder).mkdir(parents=True)
-    refused(fetch, tmp_path, tmp_path / "other", match="holds neither cifar-100-python.tar.gz nor a folder")
+    match = "contains neither cifar-100-python.tar.gz nor a folder"
+    refused(fetch, tmp_path, tmp_path / "other", match=match)
 
 
-def test_upstream_is_torchvisions():
+def test_archive_has_the_address_of_torchvision():
     from torchvision.datasets import CIFAR100
 
     (source,) = cifar100.archives()
@@ -295,13 +295,13 @@ def test_upstream_is_torchvisions():
     ("name", "numbers"),
     [("mini-imagenet", (64, 16, 20)), ("cifar-fs", (64, 16, 20)), ("fc100", (60, 20, 20))],
 )
-def test_lists_are_whole_and_disjoint(name, numbers):
+def test_lists_are_complete_and_disjoint(name, numbers):
     listed = class_splits.listed_split(name)
     assert len(listed) == 100  # each class once
     assert Counter(listed.values()) == dict(zip(class_splits.SPLITS, numbers, strict=True))
 
 
-def test_both_cifar_lists_are_of_the_same_classes():
+def test_both_cifar_lists_have_the_same_classes():
     assert class_splits.listed_split("fc100").keys() == set(NAMES)
     assert (NAMES[0], NAMES[19], NAMES[-1]) == ("apple", "cattle", "worm")  # labels 0, 19 and 99
 
@@ -317,7 +317,7 @@ def test_fc100_never_splits_a_superclass():
         assert len(splits) == 1, (superclass, split)
 
 
-def test_lists_are_those_of_the_sources():
+def test_lists_equal_their_sources():
     from conftest import SHARED
 
     folder = SHARED / "splits"
@@ -335,7 +335,9 @@ def test_lists_are_those_of_the_sources():
         assert [one for one, place in listed.items() if place == split] == list(names)
 
 
-def test_classes_of_another_set_are_told(fetch, archive):
+def test_classes_of_another_data_set_are_refused(fetch, archive):
     packed = fetch(archive)
-    with pytest.raises(DataError, match="the classes are not those of mini-imagenet: 200 differ, such as"):
+    with pytest.raises(
+        DataError, match="the classes are not those of mini-imagenet: 200 differ, for example"
+    ):
         class_splits.split_classes(packed, "ravi", 0)

@@ -1,4 +1,4 @@
-"""Curves without end: task number i is a pure function of (seed, split, i), drawn by the published laws."""
+"""Streams of curves: task i is a pure function of (seed, split, i), with the published distributions."""
 
 import math
 import statistics
@@ -46,7 +46,7 @@ def harmonic(u):
     return lambda x: a1 * math.sin(frequency * x + b1) + a2 * math.sin(2 * frequency * x + b2)
 
 
-# Each family once more, in plain Python: words of the numbers, words of a point, curve, point.
+# Each family again in plain Python: words of the numbers, words per point, curve, point.
 PLAIN = {
     "sinusoid": (2, 1, sinusoid, lambda u, point: 10 * point[0] - 5),
     "line": (2, 1, line, lambda u, point: 10 * point[0] - 5),
@@ -55,7 +55,7 @@ PLAIN = {
 
 
 def plain_task(name, seed, split, task, shots, queries):
-    """support x, support y, query x, query y of one task, word by word."""
+    """The support x, support y, query x and query y of one task, word by word."""
     numbers, width, curve, place = PLAIN[name]
     words = random_words(seed, split, task, numbers + 2 * width * max(shots, queries))
     u = [(int(word) >> 11) / 2**53 for word in words]
@@ -75,11 +75,11 @@ def test_tasks_are_their_closed_forms_word_by_word(name, shots, queries):
     for task in range(40):
         values = [part[task].ravel().tolist() for part in parts(drawn)]
         for got, want in zip(values, plain_task(name, 3, "val", 11 + task, shots, queries), strict=True):
-            # Rounding alone: an angle of up to 14 * 8 turns an error of 1e-16 into one of 1e-14.
+            # Only rounding: an angle of up to 14 * 8 turns an error of 1e-16 into one of 1e-14.
             assert got == pytest.approx(want, rel=0, abs=1e-12)
 
 
-def test_words_of_many_tasks_are_the_raw_words_of_each():
+def test_words_of_several_tasks_are_the_raw_words_of_each():
     for words in range(1, 10):
         for first in (0, 5, 2**40):
             want = np.stack([random_words(7, "test", first + task, words) for task in range(3)])
@@ -87,7 +87,7 @@ def test_words_of_many_tasks_are_the_raw_words_of_each():
 
 
 @each_family
-def test_formula_says_what_the_curve_computes(name):
+def test_formula_equals_the_curve(name):
     family = FAMILIES[name]
     uniform_P = np.random.default_rng(0).random(family.words)
     numbers, x_K = family.numbers(uniform_P), np.linspace(*family.window, 30)
@@ -97,7 +97,7 @@ def test_formula_says_what_the_curve_computes(name):
 
 
 def chi_square(values, low, high, bins=20):
-    """Whether the values fill [low, high] evenly; one outside is an error."""
+    """The chi-square statistic against the uniform law on [low, high], which must contain all values."""
     assert low <= values.min()
     assert values.max() <= high
     counts, _ = np.histogram(values, bins=bins, range=(low, high))
@@ -106,19 +106,22 @@ def chi_square(values, low, high, bins=20):
 
 
 def assert_even(values, low, high):
-    """Uniform on [low, high]: the 99.9 % quantile of chi-square with 19 degrees of freedom; four errors."""
+    """Values are uniform on [low, high].
+
+    Bounds: the 99.9 % quantile of chi-square with 19 degrees of freedom, and 4 standard errors of the mean.
+    """
     assert chi_square(values, low, high) < 43.8
     assert abs(values.mean() - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * len(values))
 
 
-def assert_unrelated(*columns):
-    """No two columns correlate by more than four standard errors."""
+def assert_uncorrelated(*columns):
+    """No two columns have a correlation above four standard errors."""
     apart = np.corrcoef(columns) - np.eye(len(columns))
     assert np.abs(apart).max() < 4 / math.sqrt(len(columns[0]))
 
 
 def first_points(tasks):
-    """The first support and the first query point of many tasks."""
+    """The first support point and the first query point of many tasks."""
     drawn = tasks.episodes(0, MANY)
     return drawn.support_x_TECHW[:, 0, 0].numpy(), drawn.query_x_TECHW[:, 0, 0].numpy()
 
@@ -133,7 +136,7 @@ def test_sinusoids_have_even_amplitudes_phases_and_points():
     assert_even(phase, 0.0, math.pi)
     assert_even(support_x, -5.0, 5.0)
     assert_even(query_x, -5.0, 5.0)
-    assert_unrelated(amplitude, phase, support_x, query_x)
+    assert_uncorrelated(amplitude, phase, support_x, query_x)
 
 
 def test_lines_have_even_slopes_intercepts_and_points():
@@ -144,11 +147,11 @@ def test_lines_have_even_slopes_intercepts_and_points():
     assert_even(end - intercept, -3.0, 3.0)
     assert_even(support_x, -5.0, 5.0)
     assert_even(query_x, -5.0, 5.0)
-    assert_unrelated(end - intercept, intercept, support_x, query_x)
+    assert_uncorrelated(end - intercept, intercept, support_x, query_x)
 
 
 def assert_mean(values, expected):
-    """Within four standard errors."""
+    """The mean is within four standard errors of the expected value."""
     assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(len(values))
 
 
@@ -157,24 +160,24 @@ def test_harmonics_have_the_moments_of_their_laws():
     x_TE, y_TE = drawn.support_x_TECHW[..., 0].numpy(), drawn.support_y_TE.numpy()
     support_x, query_x = x_TE[:, 0], drawn.query_x_TECHW[:, 0, 0].numpy()
     assert_mean(support_x, 0)
-    assert_mean(support_x**2, 8**2 / 12 + 1)  # of the centres, and around them
+    assert_mean(support_x**2, 8**2 / 12 + 1)  # variance of the centres plus that around them
     assert_mean(x_TE.var(1, ddof=1), 1)
-    assert_mean(support_x * query_x, 8**2 / 12)  # they share the centre alone
+    assert_mean(support_x * query_x, 8**2 / 12)  # they share only the centre
     assert_mean(y_TE[:, 0], 0)
     assert_mean(y_TE[:, 0] ** 2, 1)  # E a1² / 2 + E a2² / 2
-    assert_mean(y_TE[:, 0] ** 4, 2 * 3 * 3 / 8 + 6 / 4)  # E a⁴ = 3, E sin⁴ = 3/8, the square of each term 1/2
+    assert_mean(y_TE[:, 0] ** 4, 2 * 3 * 3 / 8 + 6 / 4)  # E a⁴ = 3, E sin⁴ = 3/8, mean of each term² 1/2
 
 
-def test_normal_numbers_fill_the_quantiles_evenly():
+def test_quantiles_of_normal_numbers_are_uniform():
     uniform_2M = ((random_words(0, "train", 0, 2 * MANY) >> np.uint64(11)) / 2.0**53).reshape(2, MANY)
     drawn = Normal(2.0, 3.0)(uniform_2M)
-    # The inverse is statistics' own, Wichura's AS241.
+    # The distribution function is that of the module `statistics`.
     law = statistics.NormalDist(2.0, 3.0)
     assert_even(np.array([law.cdf(value) for value in drawn]), 0.0, 1.0)
     assert drawn.std() == pytest.approx(3, abs=4 * 3 / math.sqrt(2 * MANY))
 
 
-def test_the_least_and_the_greatest_word_give_finite_numbers():
+def test_smallest_and_largest_word_give_finite_numbers():
     ends_2K = np.array([[0.0, 1 - 2.0**-53], [0.0, 0.0]])
     assert Normal(0.0, 1.0)(ends_2K) == pytest.approx([0, math.sqrt(106 * math.log(2))])
     least, greatest = Uniform(-3.0, 3.0)(ends_2K)
@@ -192,7 +195,7 @@ def test_task_is_the_same_in_every_batch_and_order(name):
 
 
 @each_family
-def test_streams_that_differ_in_size_share_curves_and_first_points(name):
+def test_streams_of_different_sizes_share_curves_and_first_points(name):
     few = stream(name, shots=3, queries=2)
     few_x, few_y, few_query_x, few_query_y = parts(few.episodes(0, 9))
     for shots, queries in ((3, 11), (8, 2), (8, 11), (5, 5)):
@@ -206,8 +209,8 @@ def test_streams_that_differ_in_size_share_curves_and_first_points(name):
 
 
 @each_family
-def test_no_two_points_and_no_two_curves_are_the_same(name):
-    """Of every seed and split: a 53-bit number repeats among 1,080 with probability 1e-10."""
+def test_no_two_points_and_no_two_curves_are_equal(name):
+    """Over seeds and splits; the probability that one of 1,080 53-bit numbers repeats is 1e-10."""
     streams = [stream(name, **change) for change in ({}, {"seed": 4}, {"split": "val"}, {"split": "test"})]
     drawn = [tasks.episodes(0, 30) for tasks in streams]
     points = torch.cat([x.ravel() for each in drawn for x in parts(each)[::2]])
@@ -217,7 +220,7 @@ def test_no_two_points_and_no_two_curves_are_the_same(name):
 
 
 @each_family
-def test_truth_passes_through_every_point(name):
+def test_true_curve_passes_through_every_point(name):
     tasks = stream(name)
     support_x, support_y, query_x, query_y = (part.numpy() for part in parts(tasks.episodes(20, 15)))
     for task in range(15):
@@ -238,7 +241,7 @@ def test_float32_is_float64_rounded_once(name):
         assert rounded.is_contiguous()
 
 
-def test_stream_has_what_a_stream_of_image_tasks_has():
+def test_stream_has_the_attributes_of_a_stream_of_image_tasks():
     tasks = stream(shots=6, device=torch.device("meta"))
     assert (tasks.split, tasks.seed, tasks.ways, tasks.shots, tasks.queries) == ("train", 3, 1, 6, 4)
     assert tasks.device == torch.device("meta")
@@ -247,7 +250,7 @@ def test_stream_has_what_a_stream_of_image_tasks_has():
     assert [len(some.query_y_TE) for some in episodes.split(2)] == [2, 2, 1]
 
 
-def test_digest_pins_what_decides_the_tasks_and_nothing_else():
+def test_digest_depends_only_on_what_determines_the_tasks():
     family = FAMILIES["sinusoid"]
     changes = [
         {"laws": {**family.laws, "amplitude": Uniform(0.1, 5.1)}},
@@ -263,7 +266,7 @@ def test_digest_pins_what_decides_the_tasks_and_nothing_else():
     assert replace(family, summary="", window=(0.0, 1.0)).digest == family.digest
 
 
-# So that stored runs keep their tasks: a change here is another set of tasks under the old name.
+# Stored runs depend on these: another digest means other tasks under the old name.
 KEPT = {
     "sinusoid": "6f2e0ae812e512c9b3dabdac1db62430d0026dcc6cf5f9998fd91fec28bbc9cd",
     "line": "487f2be1d236d0182e0fdc3f17a9715281842e89cc4860f7b45e2cb686d4fc0a",
@@ -272,7 +275,7 @@ KEPT = {
 
 
 @each_family
-def test_stored_digests_still_hold(name):
+def test_stored_digests_are_unchanged(name):
     assert FAMILIES[name].name == name
     assert FAMILIES[name].digest == KEPT[name]
 

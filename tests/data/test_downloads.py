@@ -1,4 +1,4 @@
-"""Everything that goes wrong with downloads, against a server on this machine."""
+"""Downloads from a local server that fails in every way that real ones do."""
 
 import contextlib
 import errno
@@ -43,14 +43,14 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="module")
 def archive():
-    """The real archive where there is one, else bytes of about its kind."""
+    """The real archive if it is available, otherwise random bytes."""
     path = SHARED / "omniglot" / "images_evaluation.zip"
     return path.read_bytes() if path.is_file() else np.random.default_rng(0).bytes(500_000)
 
 
 @pytest.fixture
 def get(server, archive, tmp_path):
-    """Download the archive from `paths` of the server -> the file's bytes."""
+    """Download the archive from `paths` of the server, and return its bytes."""
 
     def call(*paths, patience=QUICK, on_event=ignore, **options):
         source = server.source(archive, *(paths or (PATH,)))
@@ -62,12 +62,12 @@ def get(server, archive, tmp_path):
 
 
 def left(tmp_path):
-    """The files below the root."""
+    """The files in the root."""
     return sorted(path.name for path in (tmp_path / "root").rglob("*"))
 
 
 def statuses(server):
-    return [request.status for request in server.asked]
+    return [request.status for request in server.requests]
 
 
 def notices(events):
@@ -75,7 +75,7 @@ def notices(events):
 
 
 def refused(get, *paths, match, **options):
-    """A DataError of one line with a way out."""
+    """The download raises a DataError with one line and a hint."""
     with pytest.raises(DataError, match=match) as raised:
         get(*paths, **options)
     assert raised.value.exit_code == 3
@@ -84,7 +84,7 @@ def refused(get, *paths, match, **options):
     return raised.value
 
 
-def test_whole_with_bytes_and_speed(server, get, archive, capfd):
+def test_complete_download_reports_bytes_and_speed(server, get, archive, capfd):
     server.pages[PATH] = Page(archive)
     events = []
     assert get(on_event=events.append) == archive
@@ -96,54 +96,54 @@ def test_whole_with_bytes_and_speed(server, get, archive, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_there_and_verified_is_not_downloaded_again(server, get, archive, tmp_path):
+def test_verified_file_is_not_downloaded_again(server, get, archive, tmp_path):
     server.pages[PATH] = Page(archive)
     assert get() == get() == archive
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     (tmp_path / "root" / PATH[1:]).write_bytes(archive[:-1])
     assert get() == archive
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
-def test_a_cut_is_resumed_and_only_the_rest_is_sent(server, get, archive):
+def test_interrupted_download_resumes_with_the_missing_bytes(server, get, archive):
     half = len(archive) // 2
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=half)])
     events = []
     assert get(on_event=events.append) == archive
     assert statuses(server) == [200, 206]
-    assert [request.sent for request in server.asked] == [half, len(archive) - half]
-    assert server.asked[1].headers["If-Range"] == '"first"'
-    assert "broke off" in notices(events)[0]
+    assert [request.sent for request in server.requests] == [half, len(archive) - half]
+    assert server.requests[1].headers["If-Range"] == '"first"'
+    assert "closed the connection" in notices(events)[0]
     done = [event.done for event in events if isinstance(event, Progress)]
     assert done == sorted(done)
 
 
-def test_the_next_fetch_goes_on_where_the_last_one_failed(server, get, archive, tmp_path):
+def test_next_fetch_resumes_a_failed_one(server, get, archive, tmp_path):
     third = len(archive) // 3
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=third), *[Twist(503)] * 2])
-    refused(get, match=r"cannot download .*: http.* answers 503")
+    refused(get, match=r"cannot download .*: http.* returned status 503")
     assert left(tmp_path) == ["images_evaluation.zip.part", "images_evaluation.zip.part.json"]
-    server.asked.clear()
+    server.requests.clear()
     assert get() == archive
-    assert [request.sent for request in server.asked] == [len(archive) - third]
+    assert [request.sent for request in server.requests] == [len(archive) - third]
 
 
-def test_a_cut_is_resumed_at_another_mirror(server, get, archive):
+def test_download_resumes_at_another_mirror(server, get, archive):
     half = len(archive) // 2
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=half), *[Twist(500)] * 2])
     server.pages[MIRROR] = Page(archive, etag='"another server\'s"')
     assert get(PATH, MIRROR) == archive
-    assert (server.asked[-1].path, server.asked[-1].sent) == (MIRROR, len(archive) - half)
-    assert "If-Range" not in server.asked[-1].headers
+    assert (server.requests[-1].path, server.requests[-1].sent) == (MIRROR, len(archive) - half)
+    assert "If-Range" not in server.requests[-1].headers
 
 
-def test_many_cuts_are_borne_as_long_as_each_try_brings_something(server, get, archive):
+def test_retries_are_not_limited_while_each_brings_new_bytes(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=len(archive) // 10)] * 8)
     assert get() == archive
-    assert len(server.asked) == 9
+    assert len(server.requests) == 9
 
 
-def test_an_answer_that_does_not_tell_its_length(server, get, archive):
+def test_answer_without_a_length(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(chunked=True, cut_after=1000)])
     assert get() == archive
     assert statuses(server) == [200, 206]
@@ -151,31 +151,31 @@ def test_an_answer_that_does_not_tell_its_length(server, get, archive):
     assert get(MIRROR) == archive
 
 
-def test_a_server_without_ranges_begins_anew(server, get, archive):
+def test_server_without_ranges_sends_the_file_again(server, get, archive):
     server.pages[PATH] = Page(archive, ranges=False, twists=[Twist(cut_after=1000)])
     assert get() == archive
     assert statuses(server) == [200, 200]
-    assert server.asked[1].headers["Range"] == "bytes=1000-"
+    assert server.requests[1].headers["Range"] == "bytes=1000-"
 
 
-def test_a_range_that_is_refused_begins_anew(server, get, archive):
+def test_refused_range_restarts_the_download(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), Twist(416)])
     assert get() == archive
     assert statuses(server) == [200, 416, 200]
-    assert "Range" not in server.asked[2].headers
+    assert "Range" not in server.requests[2].headers
 
 
-def test_a_file_that_has_changed_since_comes_whole(server, get, archive, tmp_path):
+def test_file_that_has_changed_is_downloaded_from_the_start(server, get, archive, tmp_path):
     page = server.pages[PATH] = Page(
         bytes(len(archive)), etag='"old"', twists=[Twist(cut_after=1000), *[Twist(500)] * 2]
     )
-    refused(get, match="answers 500")
+    refused(get, match="returned status 500")
     page.data, page.etag = archive, '"new"'
     assert get() == archive
-    assert (server.asked[-1].status, server.asked[-1].headers["If-Range"]) == (200, '"old"')
+    assert (server.requests[-1].status, server.requests[-1].headers["If-Range"]) == (200, '"old"')
 
 
-def test_a_beginning_of_other_bytes_is_caught_by_the_checksum_and_dropped(server, get, archive):
+def test_part_of_another_file_fails_the_checksum_and_is_dropped(server, get, archive):
     other = bytes(len(archive))
     server.pages[PATH] = Page(other, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
     server.pages[MIRROR] = Page(archive)
@@ -183,45 +183,45 @@ def test_a_beginning_of_other_bytes_is_caught_by_the_checksum_and_dropped(server
     assert statuses(server)[-2:] == [206, 200]
 
 
-def test_a_stop_between_the_last_byte_and_the_checksum(server, get, archive, tmp_path):
+def test_interrupt_between_the_last_byte_and_the_checksum(server, get, archive, tmp_path):
     server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
-    refused(get, match="answers 500")
+    refused(get, match="returned status 500")
     (tmp_path / "root" / "images_evaluation.zip.part").write_bytes(archive)
-    server.asked.clear()
+    server.requests.clear()
     assert get() == archive
-    assert server.asked == []
+    assert server.requests == []
 
 
-def test_a_slow_server_is_waited_for(server, get, archive):
-    server.pages[PATH] = Page(archive, twists=[Twist(bits=10, pause_s=0.06)])
+def test_slow_server_is_not_given_up(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(pieces=10, pause_s=0.06)])
     events = []
-    # Longer in all than the time without a byte that a server is given up after.
+    # The download takes longer than the time without a byte after which a server is given up.
     assert get(patience=Patience(tries=1, timeout_s=0.4), on_event=events.append) == archive
     bars = [event for event in events if isinstance(event, Progress)]
     assert len(bars) >= 4
     assert bars[-1].per_second < len(archive) / 0.45
 
 
-def test_a_stalled_server_is_left(server, get, archive):
+def test_stalled_server_is_given_up(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000), Twist(held_after=0)])
     server.pages[MIRROR] = Page(archive)
     events = []
     patience = Patience(tries=2, pause_s=0.001, timeout_s=0.2)
     assert get(PATH, MIRROR, patience=patience, on_event=events.append) == archive
     assert any("sent nothing for 0.2 s; trying" in text for text in notices(events))
-    # The kept bytes count for the mirror too.
-    assert server.asked[-1].path == MIRROR
-    assert server.asked[-1].status == 206
+    # The mirror sends only the missing bytes.
+    assert server.requests[-1].path == MIRROR
+    assert server.requests[-1].status == 206
 
 
-def test_wrong_bytes_are_not_asked_for_twice(server, get, archive, tmp_path):
+def test_wrong_bytes_are_not_downloaded_twice(server, get, archive, tmp_path):
     server.pages[PATH] = Page(archive[:-1] + b"?")
-    refused(get, match=rf"{PATH[1:]} does not have the md5 [0-9a-f]{{32}}$")
-    assert len(server.asked) == 1
+    refused(get, match=rf"{PATH[1:]} does not have md5 [0-9a-f]{{32}}$")
+    assert len(server.requests) == 1
     assert left(tmp_path) == []
 
 
-def test_wrong_length_is_told_before_anything_is_received(server, archive, tmp_path):
+def test_wrong_length_is_reported_before_the_first_byte(server, archive, tmp_path):
     server.pages[PATH] = Page(archive[:-7])
     source = server.source(archive, PATH, bytes=len(archive))
     with pytest.raises(DataError, match=f"has {len(archive) - 7:,} bytes instead of {len(archive):,}"):
@@ -230,39 +230,39 @@ def test_wrong_length_is_told_before_anything_is_received(server, archive, tmp_p
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_mirror_without_the_file_is_left_at_once(server, get, archive, status):
+def test_mirror_without_the_file_is_given_up_at_once(server, get, archive, status):
     server.pages[PATH] = Page(archive, twists=[Twist(status)])
     server.pages[MIRROR] = Page(archive)
     events = []
     assert get(PATH, MIRROR, on_event=events.append) == archive
     assert statuses(server) == [status, 200]
-    assert f"answers {status}; trying {server.address}{MIRROR}" in notices(events)[0]
+    assert f"returned status {status}; trying {server.address}{MIRROR}" in notices(events)[0]
 
 
-def test_the_users_mirror_is_asked_first(server, get, archive):
+def test_mirrors_of_the_user_come_first(server, get, archive):
     server.pages |= {PATH: Page(archive), MIRROR: Page(archive)}
     assert get(mirrors=[f"{server.address}/nothing/", f"{server.address}/mirror/"]) == archive
-    assert [request.path for request in server.asked] == [f"/nothing{PATH}", MIRROR]
+    assert [request.path for request in server.requests] == [f"/nothing{PATH}", MIRROR]
 
 
-def test_a_quota_page_is_told_with_its_title(server, get, archive, tmp_path):
+def test_quota_page_is_reported_with_its_title(server, get, archive, tmp_path):
     server.pages[PATH] = Page(HTML)
     refused(get, match=r"is an HTML page \(Quota exceeded\), not an archive")
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
     assert left(tmp_path) == []
 
 
-def test_a_quota_page_costs_nothing_of_what_was_there(server, get, archive):
+def test_quota_page_keeps_the_partial_file(server, get, archive):
     page = server.pages[PATH] = Page(archive, twists=[Twist(cut_after=1000), *[Twist(500)] * 2])
-    refused(get, match="answers 500")
+    refused(get, match="returned status 500")
     page.data, page.ranges = HTML, False
     refused(get, match="is an HTML page")
     page.data, page.ranges = archive, True
     assert get() == archive
-    assert server.asked[-1].sent == len(archive) - 1000
+    assert server.requests[-1].sent == len(archive) - 1000
 
 
-def test_503_then_fine_after_the_pause_that_was_asked_for(server, get, archive, monkeypatch):
+def test_busy_server_is_retried_after_the_requested_pause(server, get, archive, monkeypatch):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     server.pages[PATH] = Page(
@@ -273,7 +273,7 @@ def test_503_then_fine_after_the_pause_that_was_asked_for(server, get, archive, 
     assert pauses[:2] == [0.001, 1.0]
 
 
-def test_a_server_that_asks_for_an_hour_is_left(server, get, archive):
+def test_server_that_requests_a_pause_of_an_hour_is_given_up(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(429, {"Retry-After": "3600"})])
     server.pages[MIRROR] = Page(archive)
     assert get(PATH, MIRROR) == archive
@@ -284,7 +284,7 @@ def test_pauses_grow(server, get, archive, monkeypatch):
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     server.pages[PATH] = Page(archive, twists=[Twist(500)] * 9)
-    refused(get, match="answers 500", patience=Patience(tries=4))
+    refused(get, match="returned status 500", patience=Patience(tries=4))
     assert pauses == [1.0, 2.0, 4.0]
 
 
@@ -305,12 +305,12 @@ def test_every_mirror_is_named_with_its_reason(server, archive, tmp_path):
         )
     reasons = raised.value.message.removeprefix("cannot download a.zip: ").split("; ")
     assert [reason.split(" ")[0] for reason in reasons] == [url.replace("me:secret@", "") for url in urls]
-    words = ["answers 404", "refused", "cannot be read", "does not have the md5", "is an HTML page"]
+    words = ["returned status 404", "refused", "cannot be read", "does not have md5", "is an HTML page"]
     assert all(word in reason for word, reason in zip(words, reasons, strict=True)), reasons
     assert raised.value.hint == HINT
 
 
-def test_two_at_once_download_once(server, archive, tmp_path):
+def test_two_processes_download_once(server, archive, tmp_path):
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=1000)])
     events, got = [], []
 
@@ -319,32 +319,32 @@ def test_two_at_once_download_once(server, archive, tmp_path):
         path = download(source, tmp_path / "root", hint=HINT, patience=QUICK, on_event=on_event)
         got.append(path.read_bytes())
 
-    def told(event):
+    def on_event(event):
         events.append(event)
-        server.released.set()  # not before the second one waits
+        server.released.set()  # only when the second download waits
 
     first = threading.Thread(target=get, args=[ignore])
     first.start()
     assert server.held.wait(10)
-    get(told)
+    get(on_event)
     first.join()
     assert got == [archive, archive]
-    assert len(server.asked) == 1
-    assert notices(events) == [f"process {os.getpid()} is at work on images_evaluation.zip: waiting for it"]
+    assert len(server.requests) == 1
+    assert notices(events) == [f"waiting for process {os.getpid()}, which is preparing images_evaluation.zip"]
     assert left(tmp_path) == ["images_evaluation.zip"]
 
 
-def test_a_full_disk_is_seen_before_the_first_byte(server, get, archive, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_the_first_byte(server, get, archive, tmp_path, monkeypatch):
     server.pages[PATH] = Page(archive)
-    room = namedtuple("room", "total used free")(10**9, 10**9 - 4096, 4096)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
-    error = refused(get, match=r"images_evaluation.zip needs .*, but .* has 4.0 KiB left")
-    assert "make room" in error.hint
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 4096, 4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    error = refused(get, match=r"images_evaluation.zip needs .*, but .* has only 4.0 KiB free")
+    assert "free disk space" in error.hint
     assert left(tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_disk_that_fills_up_gets_back_what_it_gave(server, get, archive, tmp_path, monkeypatch):
+def test_partial_file_is_deleted_if_the_disk_fills_up(server, get, archive, tmp_path, monkeypatch):
     server.pages[PATH] = Page(archive)
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "older.zip").write_bytes(b"older")
@@ -356,11 +356,11 @@ def test_a_disk_that_fills_up_gets_back_what_it_gave(server, get, archive, tmp_p
 
     monkeypatch.setattr(Part, "begin", begin_on_a_full_disk)
     error = refused(get, match=r"cannot write .*: No space left on device")
-    assert "make room" in error.hint
+    assert "free disk space" in error.hint
     assert left(tmp_path) == ["older.zip"]
 
 
-def test_a_disk_that_fills_up_keeps_what_an_earlier_try_left(tmp_path):
+def test_partial_file_of_an_earlier_try_is_kept_if_the_disk_fills_up(tmp_path):
     part = Part(tmp_path / "a.zip.part")
     part.path.write_bytes(b"earlier")
 
@@ -373,7 +373,7 @@ def test_a_disk_that_fills_up_keeps_what_an_earlier_try_left(tmp_path):
     assert part.path.read_bytes() == b"earlier"
 
 
-def test_archives_are_deleted_when_the_block_ends_well_only(server, archive, tmp_path):
+def test_archives_are_deleted_only_if_the_block_succeeds(server, archive, tmp_path):
     server.pages[PATH] = Page(archive)
     options = {"hint": HINT, "patience": QUICK, "on_event": ignore}
     sources = [server.source(archive, PATH)]
@@ -383,11 +383,11 @@ def test_archives_are_deleted_when_the_block_ends_well_only(server, archive, tmp
     with downloaded(sources, tmp_path / "root", **options) as paths:
         assert [path.read_bytes() for path in paths] == [archive]
     assert not (tmp_path / "root").exists()
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("mirror", ["ftp://x/y", "folder", "http://", "http://[x", ""])
-def test_a_mirror_that_is_no_web_address_is_refused(mirror):
+def test_mirror_that_is_not_a_web_address_is_refused(mirror):
     with pytest.raises(SettingsError, match="is not a web address") as raised:
         check_mirrors(["https://fine.example/data", mirror])
     assert "--from" in raised.value.hint
@@ -410,7 +410,7 @@ main()
 
 
 @pytest.mark.process
-def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tmp_path):
+def test_ctrl_c_keeps_the_partial_file_and_the_same_command_resumes(server, archive, tmp_path):
     third = len(archive) // 3
     server.pages[PATH] = Page(archive, twists=[Twist(held_after=third)])
     source = server.source(archive, PATH)
@@ -423,19 +423,19 @@ def test_ctrl_c_keeps_what_came_and_the_same_command_goes_on(server, archive, tm
             assert process.poll() is None
             time.sleep(0.01)
         while process.poll() is None:
-            # Python loses an interrupt that comes while an object is being deleted; people press again.
+            # Python loses an interrupt that arrives while an object is being deleted, so send it again.
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
         err = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert "are kept: the same command goes on from there" in err
+    assert "of images_evaluation.zip: rerun the same command to resume" in err
     kept = part.stat().st_size
     assert 0 < kept <= third
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert f"got {len(archive)}" in done.stderr
-    assert (server.asked[1].status, server.asked[1].sent) == (206, len(archive) - kept)
+    assert (server.requests[1].status, server.requests[1].sent) == (206, len(archive) - kept)
 
 
 def serve_omniglot(monkeypatch, *archives):
@@ -459,11 +459,11 @@ def test_real_omniglot_from_a_server(server, omniglot_zips, tmp_path, monkeypatc
 
 
 @pytest.mark.realdata
-def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp_path, monkeypatch):
+def test_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp_path, monkeypatch):
     shutil.copytree(omniglot_root / "omniglot", tmp_path / "omniglot")
     before = {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()}
     originals = load_pack(tmp_path / "omniglot" / "originals-105.npy", "omniglot")
-    # As the fixture has read them from the same archives, which takes seconds.
+    # Reuse the images of the fixture, since reading the same archives takes seconds.
     monkeypatch.setattr(omniglot, "_read_verified", lambda *words: originals)
 
     def full(*words, **options):
@@ -475,6 +475,6 @@ def test_a_forced_fetch_that_fails_keeps_the_old_pack(server, omniglot_root, tmp
             find_data_set("omniglot"), tmp_path, source=[SHARED / "omniglot"], force=True, on_event=ignore
         )
     serve_omniglot(monkeypatch, server.source(b"", "/gone.zip"))
-    with pytest.raises(DataError, match="answers 404"):
+    with pytest.raises(DataError, match="returned status 404"):
         fetch_or_open(find_data_set("omniglot"), tmp_path, force=True, on_event=ignore)
     assert {path.name: path.read_bytes() for path in (tmp_path / "omniglot").iterdir()} == before

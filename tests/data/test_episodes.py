@@ -1,4 +1,4 @@
-"""Task number i: a pure function of (seed, split, i), drawn evenly, gathered exactly."""
+"""Task i is a pure function of (seed, split, i), drawn uniformly, with exactly the stored images."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def parts(episodes):
 def test_raw_words_are_philox_as_published():
     """Counter 0 and key 0 of Philox4x64-10, from the Random123 paper's known answers (kat_vectors).
 
-    numpy raises the counter before its first block, hence the counter one below 0.
+    numpy increments the counter before its first block, so the counter starts at -1.
     """
     below = np.array([2**64 - 1] * 4, dtype=np.uint64)
     first = np.random.Philox(counter=below, key=np.zeros(2, dtype=np.uint64)).random_raw(4)
@@ -51,7 +51,7 @@ def test_raw_words_are_philox_as_published():
         "7e68b68aec7ba23b",
     ]
     assert (random_words(5, "train", 9, 8)[:3] == random_words(5, "train", 9, 3)).all()
-    assert random_words(2, "test", 7, 1)[0] == 0x09CCB91FC8351267  # so that stored runs keep their tasks
+    assert random_words(2, "test", 7, 1)[0] == 0x09CCB91FC8351267  # stored runs depend on this value
 
 
 def test_task_is_the_same_in_every_batch():
@@ -99,7 +99,7 @@ def chi_square(values, bins):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-def test_classes_images_and_turns_are_drawn_evenly():
+def test_classes_images_and_turns_are_uniform():
     tasks = stream(small_pack([10] * 20), np.arange(20), ways=1, shots=1, queries=1)
     image_TNE, turns_TN = tasks.indices(0, 8000)
     # Bounds: the 99.9 % quantiles of chi-square with 19, 9 and 3 degrees of freedom.
@@ -110,7 +110,7 @@ def test_classes_images_and_turns_are_drawn_evenly():
 
 @pytest.mark.parametrize("rotations", ["augment", "classes", "none"])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_images_are_the_stored_ones_turned_in_training_alone(split, rotations):
+def test_images_are_the_stored_ones_and_turned_only_in_training(split, rotations):
     packed = small_pack(UNEVEN)
     tasks = stream(packed, split=split, rotations=rotations)
     image_TNE, turns_TN = tasks.indices(5, 30)
@@ -127,7 +127,7 @@ def test_images_are_the_stored_ones_turned_in_training_alone(split, rotations):
             assert (episodes.query_y_TE[task, 3 * n : 3 * n + 3] == n).all()
 
 
-def test_turns_as_classes_make_four_times_the_classes():
+def test_turns_as_classes_give_four_times_as_many_classes():
     packed = small_pack([3] * 5)
     tasks = stream(packed, np.arange(5), ways=20, shots=1, queries=1, rotations="classes")
     image_TNE, turns_TN = tasks.indices(0, 10)
@@ -139,7 +139,7 @@ def test_turns_as_classes_make_four_times_the_classes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_ink_is_exactly_one_or_exactly_zero(dtype):
+def test_ink_is_exactly_one_or_zero(dtype):
     packed = small_pack([4, 4])
     packed.images_MCHW[:] = np.where(packed.images_MCHW > 127, 255, 0)
     settings = {
@@ -178,7 +178,7 @@ def test_all_problems_are_reported_at_once():
     assert len(raised.value.problems) == 2
 
 
-def test_smallest_class_decides():
+def test_smallest_class_limits_the_size_of_tasks():
     settings = stream_settings(split="train", ways=2, shots=3, queries=3)
     problems = episode_problems(small_pack(UNEVEN), CLASSES, settings, ImageSettings("small"))
     facts = [fact for fact, _ in problems]
@@ -204,7 +204,7 @@ def colour_pack(side=16):
 PLAIN = {"rotations": "none", "ink": 0}
 
 
-def test_colours_are_normalised_by_their_mean_and_deviation():
+def test_colours_are_normalised_with_mean_and_deviation():
     packed = colour_pack()
     plain = stream(packed, **PLAIN).episodes(0, 2).query_x_TECHW
     normalized = stream(packed, normalize="imagenet", **PLAIN).episodes(0, 2).query_x_TECHW
@@ -223,7 +223,7 @@ def test_each_training_image_is_mirrored_or_not_by_its_own_word():
     same = (plain == flipped).flatten(2).all(-1)
     mirrored = (plain.flip(-1) == flipped).flatten(2).all(-1)
     assert (same ^ mirrored).all()
-    assert 0.42 < mirrored.double().mean() < 0.58  # of 800, so that 5 deviations are 0.09
+    assert 0.42 < mirrored.double().mean() < 0.58  # of 800 images, for which 5 standard deviations are 0.09
 
 
 def test_each_training_image_is_shifted_by_its_own_words():
@@ -247,7 +247,7 @@ def test_each_training_image_is_shifted_by_its_own_words():
 
 
 @pytest.mark.parametrize("augment", ["flips", "crops", "flips+crops"])
-def test_augmentation_leaves_tasks_and_evaluation_alone(augment):
+def test_augmentation_changes_neither_the_tasks_nor_evaluation(augment):
     packed = colour_pack()
     for split in ("val", "test"):
         for one, other in zip(
@@ -262,7 +262,7 @@ def test_augmentation_leaves_tasks_and_evaluation_alone(augment):
     assert torch.equal(whole.support_x_TECHW[2:3], alone.support_x_TECHW)
 
 
-def test_images_that_do_not_turn_are_read_where_they_are_mapped():
+def test_images_without_turns_are_read_from_the_mapped_file():
     packed = colour_pack()
     tasks = stream(packed, **PLAIN)
     assert tasks._store_MCHW.data_ptr() == packed.images_MCHW.ctypes.data

@@ -1,4 +1,4 @@
-"""The embedded set: the same pixels every time, classes apart, not too easy; and its cache."""
+"""The built-in data set: reproducible pixels, distinct classes, moderate difficulty; and its pack."""
 
 import json
 from functools import partial
@@ -22,7 +22,7 @@ def packed(glyphs_root):
     return glyphs.open_pack(glyphs_root, on_event=ignore)
 
 
-def test_set_has_its_size_and_conventions(packed):
+def test_data_set_has_its_size_and_conventions(packed):
     assert packed.images_MCHW.shape == (8000, 1, 28, 28)
     assert packed.images_MCHW.dtype == np.uint8
     assert (packed.counts == 20).all()
@@ -30,7 +30,7 @@ def test_set_has_its_size_and_conventions(packed):
     paper = (packed.images_MCHW == 255).mean((1, 2, 3))
     ink = (packed.images_MCHW < 64).mean((1, 2, 3))
     assert paper.min() > 0.3
-    assert ink.min() > 0.005  # every drawing shows something
+    assert ink.min() > 0.005  # no drawing is empty
     assert len(np.unique(packed.images_MCHW.reshape(8000, -1), axis=0)) == 8000
 
 
@@ -40,8 +40,8 @@ def test_drawing_again_gives_the_same_pixels(packed):
     assert again.names == packed.names[:20]
 
 
-def test_pixels_alone_tell_classes_apart_but_not_well(packed):
-    """A nearest neighbour on pixels: far above chance (0.2), far below what a learner can reach."""
+def test_pixels_alone_separate_classes_but_not_well(packed):
+    """A nearest neighbour on pixels is far above chance (0.2), but far below what a learner can reach."""
     classes = glyphs.split_classes(packed, "own", 0)["test"]
     settings = {
         "ways": 5,
@@ -116,7 +116,7 @@ def damage_list(array, sidecar):
         damage_list,
     ],
 )
-def test_damaged_cache_is_told_and_force_mends_it(damage, tmp_path, glyphs_root):
+def test_damaged_pack_is_reported_with_a_hint_to_force(damage, tmp_path, glyphs_root):
     folder = tmp_path / "glyphs"
     folder.mkdir()
     for file in (glyphs_root / "glyphs").iterdir():
@@ -130,7 +130,7 @@ def test_damaged_cache_is_told_and_force_mends_it(damage, tmp_path, glyphs_root)
     assert "\n" not in raised.value.message
 
 
-def test_force_draws_anew(tmp_path, monkeypatch):
+def test_force_draws_again(tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "draw", partial(glyphs.draw, classes=2))
     first = fetch_or_open(find_data_set("glyphs"), tmp_path, offline=True, on_event=ignore)
     (array,) = (tmp_path / "glyphs").glob("*.npy")
@@ -143,13 +143,13 @@ def test_force_draws_anew(tmp_path, monkeypatch):
     assert load_pack(array, "glyphs").digest == first.digest
 
 
-def test_root_that_cannot_be_written_is_told(tmp_path):
+def test_root_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         fetch_or_open(find_data_set("glyphs"), tmp_path / "file", offline=True, force=True, on_event=ignore)
 
 
-def test_set_is_always_here(tmp_path):
+def test_glyphs_are_always_available(tmp_path):
     assert glyphs.is_here(tmp_path)
     assert not DATA_SETS["omniglot"].is_here(tmp_path)
 
@@ -159,7 +159,7 @@ def test_local_archives_have_no_effect_on_a_drawn_set(tmp_path):
         fetch_or_open(find_data_set("glyphs"), tmp_path, source=[tmp_path], offline=True, on_event=ignore)
 
 
-def test_sets_are_opened_by_name(glyphs_root):
+def test_data_sets_are_opened_by_name(glyphs_root):
     data_set = find_data_set("glyphs")
     packed = data_set.open_pack(glyphs_root, "none", on_event=ignore)
     assert packed.images_MCHW.shape[1:] == data_set.image_shape_CHW
@@ -167,7 +167,7 @@ def test_sets_are_opened_by_name(glyphs_root):
     assert all(name == data_set.name for name, data_set in DATA_SETS.items())
 
 
-def test_unknown_choices_are_told_with_the_nearest():
+def test_error_for_an_unknown_choice_has_the_nearest():
     assert choice_problems(TrainConfig(dataset="omniglott")) == [
         ("unknown data set 'omniglott'", "did you mean 'omniglot'?")
     ]

@@ -22,7 +22,7 @@ def read(image, kind="PNG", *, side=8, channels=3, **options):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
-def test_every_mode_becomes_the_colour_that_it_shows(mode, channels):
+def test_every_mode_keeps_its_colour(mode, channels):
     grey = 255 if mode == "1" else 120
     image = Image.new("L", (8, 8), grey)
     if mode in ("I;16", "I"):
@@ -39,7 +39,7 @@ def test_every_mode_becomes_the_colour_that_it_shows(mode, channels):
     assert np.abs(result.astype(int) - grey).max() <= 1
 
 
-def test_transparent_pixels_lie_on_white():
+def test_transparent_pixels_become_white():
     pixels = np.zeros((4, 4, 4), dtype=np.uint8)
     pixels[:, :2] = (200, 10, 30, 255)
     result = read(Image.fromarray(pixels, "RGBA"), side=4)
@@ -51,13 +51,13 @@ def test_transparent_pixels_lie_on_white():
     assert (read(palette, side=2, channels=1, transparency=0)[0] == [255, 7]).all()
 
 
-def test_a_longer_side_is_cut_evenly():
+def test_longer_side_is_cropped_evenly():
     strip = np.zeros((4, 12), dtype=np.uint8)
     strip[:, 4:8] = 200
     assert (read(Image.fromarray(strip), side=4, channels=1) == 200).all()
 
 
-def test_exif_turns_are_followed():
+def test_exif_rotation_is_applied():
     pixels = np.zeros((4, 4), dtype=np.uint8)
     pixels[0] = 255
     exif = Image.Exif()
@@ -67,13 +67,13 @@ def test_exif_turns_are_followed():
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"no image at all", encoded(Image.new("L", (50, 50)))[:60]])
-def test_what_is_no_image_is_told_by_name(data):
+def test_error_names_a_file_that_is_not_an_image(data):
     with pytest.raises(DataError, match=r"cannot read image cat/7\.png: ") as raised:
         read_image(data, "cat/7.png", side=4, channels=1)
     assert "\n" not in str(raised.value)
 
 
-def test_class_folders_are_listed_without_what_is_no_image(tmp_path):
+def test_class_folders_are_listed_without_other_files(tmp_path):
     for name in (
         "b/2.png",
         "b/deep/1.jpg",
@@ -92,7 +92,7 @@ def test_class_folders_are_listed_without_what_is_no_image(tmp_path):
         "b": ["2.png", "1.jpg"],
         "empty": [],
     }
-    with pytest.raises(DataError, match="holds no folders"):
+    with pytest.raises(DataError, match="contains no folders"):
         class_folders(tmp_path / "empty")
     with pytest.raises(DataError, match="is not a folder"):
         class_folders(tmp_path / "a" / "x.bmp")

@@ -1,4 +1,4 @@
-"""A folder of anybody's images: odd sizes and modes, broken files, splits by folders or by fractions."""
+"""A folder of the user's images: any size and mode, broken files, splits by folders or by fractions."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ MODES = ("RGB", "L", "RGBA", "P", "I;16")
 
 
 def picture(mode, number, size):
-    """A picture of one colour, which tells the class, in any mode."""
+    """An image in any mode, filled with one colour that encodes the class."""
     grey = 20 + 10 * number
     if mode == "I;16":
         return Image.fromarray(np.full(size[::-1], grey * 257, dtype=np.uint16))
@@ -32,7 +32,7 @@ def picture(mode, number, size):
 
 
 def make(path, classes=12, images=5, split="", first=0):
-    """Class folders of pictures of all modes and many sizes."""
+    """Make class folders of images with all modes and many sizes."""
     for number in range(first, first + classes):
         home = path / split / f"class {number:02d}"
         home.mkdir(parents=True)
@@ -58,7 +58,7 @@ def opened(path, root, notices=None, **more):
     )
 
 
-def test_every_image_becomes_the_shape_that_is_asked_for(tmp_path):
+def test_every_image_gets_the_requested_shape(tmp_path):
     path = make(tmp_path / "mine")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=3, on_event=ignore)
     assert packed.images_MCHW.shape == (60, 3, 8, 8)
@@ -70,7 +70,7 @@ def test_every_image_becomes_the_shape_that_is_asked_for(tmp_path):
     assert grey.images_MCHW.shape == (60, 1, 8, 8)
 
 
-def test_it_is_packed_once_and_anew_when_a_file_changes(tmp_path):
+def test_folder_is_packed_once_and_again_when_a_file_changes(tmp_path):
     path, notices = make(tmp_path / "mine"), []
     first = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore)
     assert (
@@ -81,14 +81,14 @@ def test_it_is_packed_once_and_anew_when_a_file_changes(tmp_path):
     picture("L", 11, (9, 9)).save(path / "class 00" / "new.png")
     again = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append)
     assert [event.text for event in notices if isinstance(event, Notice)] == [
-        f"{path} has changed since it was packed: packing it anew"
+        f"{path} has changed since it was packed: packing it again"
     ]
     assert again.digest != first.digest and again.counts[0] == first.counts[0] + 1
 
 
 @pytest.fixture
 def flawed(tmp_path):
-    """With a broken file, an empty class, a class of broken files alone and a class that is too small."""
+    """A folder with a broken file, an empty class, a class of only broken files, and a small class."""
     path = make(tmp_path / "mine")
     (path / "class 03" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
     (path / "nothing").mkdir()
@@ -100,32 +100,30 @@ def flawed(tmp_path):
     return path
 
 
-def test_what_is_bad_is_told_once_and_left_out(flawed, tmp_path):
+def test_bad_files_and_classes_are_left_out_with_one_notice_each_time(flawed, tmp_path):
     notices = []
     streams, _ = opened(flawed, tmp_path / "root", notices)
     texts = [event.text for event in notices if isinstance(event, Notice)]
     assert len(texts) == 2
     assert texts[0].startswith("3 left out: nothing (an empty class); cannot read image broken/x.png: ")
     assert "cannot read image class 03/broken.jpg: " in texts[0]
-    assert (
-        texts[1] == "left out: 1 classes have fewer than 2 images, --shots and --queries together: small (1)"
-    )
+    assert texts[1] == "left out: 1 class with fewer than 2 images (--shots plus --queries): small (1)"
     assert sum(stream.pool for stream in streams.values()) == 12
     again = []
     opened(flawed, tmp_path / "root", again)
     assert [event.text for event in again if isinstance(event, Notice)] == texts
 
 
-@pytest.mark.parametrize("mended", [False, True])
-def test_strict_refuses_what_is_bad(flawed, tmp_path, mended):
-    if mended:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_strict_refuses_bad_files_and_small_classes(flawed, tmp_path, fixed):
+    if fixed:
         (flawed / "nothing").rmdir()
         (flawed / "broken" / "x.png").unlink()
         (flawed / "broken").rmdir()
         (flawed / "class 03" / "broken.jpg").unlink()
     with pytest.raises(
         DataError,
-        match="1 classes have fewer than 2" if mended else "--strict is on, but 3 cannot be used: nothing",
+        match="1 class with fewer than 2" if fixed else "--strict is on, but 3 cannot be used: nothing",
     ) as raised:
         opened(flawed, tmp_path / "root", strict=True)
     assert raised.value.exit_code == 3 and raised.value.hint
@@ -135,7 +133,7 @@ def names(config, packed):
     return {split: [packed.names[n] for n in classes] for split, classes in split_of(config, packed).items()}
 
 
-def test_tasks_too_large_for_every_class_are_told(tmp_path):
+def test_tasks_that_are_too_large_for_every_class_are_refused(tmp_path):
     with pytest.raises(SettingsError) as raised:
         opened(make(tmp_path / "mine"), tmp_path / "root", shots=4, queries=2)
     facts = [fact for fact, _ in raised.value.problems]
@@ -152,7 +150,7 @@ def test_classes_are_split_by_fractions_and_seed(tmp_path):
     assert one != names(settings(path, tmp_path, split_fractions="2-1-1", split_seed=1), packed)
 
 
-def test_folders_train_val_and_test_are_the_split(tmp_path):
+def test_folders_train_val_and_test_define_the_split(tmp_path):
     path = tmp_path / "mine"
     for split, first, classes in (("train", 0, 4), ("val", 4, 2), ("test", 6, 3)):
         make(path, classes, split=split, first=first)
@@ -166,7 +164,7 @@ def test_folders_train_val_and_test_are_the_split(tmp_path):
     assert all(name.startswith(f"{split}/") for split, classes in by_split.items() for name in classes)
 
 
-def test_a_val_that_is_missing_is_taken_from_train(tmp_path):
+def test_missing_val_is_taken_from_train(tmp_path):
     path = tmp_path / "mine"
     make(path, 10, split="train")
     make(path, 3, split="test", first=10)
@@ -203,11 +201,11 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, more, fact):
     [
         ("absent", "is not a folder"),
         ("file", "is not a folder"),
-        ("flat", "holds no folders"),
-        ("empty", "holds no images"),
+        ("flat", "contains no folders"),
+        ("empty", "contains no images"),
     ],
 )
-def test_what_is_no_such_folder_is_told(tmp_path, form, fact):
+def test_other_folders_are_refused(tmp_path, form, fact):
     path = tmp_path / "mine"
     if form == "file":
         path.write_text("")
@@ -218,7 +216,7 @@ def test_what_is_no_such_folder_is_told(tmp_path, form, fact):
         opened(path, tmp_path / "root")
 
 
-def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
+def test_grey_data_sets_can_have_colours_and_another_size(tmp_path):
     flags = {"dataset": "glyphs", "image_size": 16, "channels": 3, "data_root": str(tmp_path)}
     config = fill_defaults(resolve_settings([("flag", flags)]).config)
     streams, source = open_streams(config, ("train",), Placement(CPU), offline=True, on_event=ignore)
@@ -233,18 +231,18 @@ def test_grey_sets_are_seen_in_colour_and_other_sizes_are_made_once(tmp_path):
     assert np.array_equal(packed.images_MCHW[7, 0], np.asarray(one)) and packed.names == whole.names
 
 
-def test_a_data_set_of_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_folder_is_stored_with_its_absolute_path(tmp_path, monkeypatch):
     make(tmp_path / "mine", 2, 2)
     monkeypatch.chdir(tmp_path)
     assert resolve_settings([("flag", {"dataset": "./mine"})]).config.dataset == str(tmp_path / "mine")
     assert resolve_settings([("flag", {"dataset": "mine"})]).config.dataset == str(tmp_path / "mine")
-    # A name that is known stays that name, whatever lies about.
+    # The name of a data set wins over a folder of the same name.
     make(tmp_path / "glyphs", 2, 2)
     assert resolve_settings([("flag", {"dataset": "glyphs"})]).config.dataset == "glyphs"
 
 
-def test_a_truncated_file_in_a_pack_of_many_keeps_the_order(tmp_path):
-    """Left-out images move those after them, not their classes."""
+def test_truncated_file_does_not_change_the_order(tmp_path):
+    """The images after one that is left out keep their classes."""
     path = make(tmp_path / "mine", 3, 4)
     whole = io.BytesIO()
     picture("RGB", 1, (30, 30)).save(whole, "JPEG")
@@ -258,25 +256,25 @@ def test_a_truncated_file_in_a_pack_of_many_keeps_the_order(tmp_path):
     ("splits", "fact"),
     [
         ({"train": 3, "val": 3}, "has class 'class 00' in train and in val"),
-        ({"val": 3, "test": 3}, "has test and val, but no folder train beside them"),
-        ({"train": 3, "test": 3, "valid": 2}, "has test and train, but a folder valid beside them"),
+        ({"val": 3, "test": 3}, "has folders test and val, but no folder train"),
+        ({"train": 3, "test": 3, "valid": 2}, "has folders test and train, but also a folder valid"),
     ],
 )
-def test_splits_that_are_none_are_told(tmp_path, splits, fact):
+def test_invalid_splits_are_refused(tmp_path, splits, fact):
     for split, classes in splits.items():
         make(tmp_path / "mine", classes, split=split)
     with pytest.raises(DataError, match=fact):
         opened(tmp_path / "mine", tmp_path / "root")
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_class_may_be_called_train(tmp_path):
     path = make(tmp_path / "mine", 3)
     (path / "class 00").rename(path / "train")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
     assert packed.names == ("class 01", "class 02", "train")
 
 
-def test_a_run_keeps_its_split_when_classes_come(tmp_path):
+def test_run_keeps_its_split_when_classes_are_added(tmp_path):
     path = make(tmp_path / "mine")
     config = settings(path, tmp_path / "root")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
@@ -290,5 +288,5 @@ def test_a_run_keeps_its_split_when_classes_come(tmp_path):
     assert names(config, packed) != stored
     shutil.rmtree(path / "class 03")
     packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
-    with pytest.raises(DataError, match="has no class 'class 03' any more"):
+    with pytest.raises(DataError, match="no longer has class 'class 03'"):
         split_of(config, packed, stored)

@@ -1,4 +1,4 @@
-"""mini-ImageNet and tieredImageNet from what users have, in any form; what is wrong is named."""
+"""mini-ImageNet and tieredImageNet from the user's files in every form, and errors that name the problem."""
 
 import io
 import pickle
@@ -23,14 +23,14 @@ IMAGES = 2
 
 @pytest.fixture
 def small(monkeypatch):
-    """mini-ImageNet with two images a class."""
+    """mini-ImageNet with two images per class."""
     monkeypatch.setattr(imagenet, "PER_CLASS", IMAGES)
 
 
 def jpeg(number, size=(84, 84)):
     file = io.BytesIO()
     pixels = np.full((*size, 3), number % 256, dtype=np.uint8)
-    # Blocks that tell the number, since close colours become one in a JPEG.
+    # Blocks that encode the number, since a JPEG merges similar colours.
     pixels[: size[0] // 2, :, 1:] = (
         200 * np.array([number >> bit & 1 for bit in range(12)]).repeat(7)[:, None]
     )
@@ -39,7 +39,7 @@ def jpeg(number, size=(84, 84)):
 
 
 def members(form):
-    """File name -> content, as people have it."""
+    """File name -> contents, in one of the forms that users have."""
     files = {}
     for number, (label, split) in enumerate(sorted(CLASSES.items())):
         for image in range(IMAGES):
@@ -99,7 +99,7 @@ def test_every_form_gives_the_same_pack(small, tmp_path, form, kind):
     assert np.abs(packed.images_MCHW[:, 0].mean((1, 2)) - np.arange(200)).max() < 5  # JPEG's error
 
 
-def test_split_zips_in_a_folder_are_found(small, tmp_path):
+def test_zips_of_splits_in_a_folder_are_found(small, tmp_path):
     packed = fetch(tmp_path / "root", as_split_zips(tmp_path / "source", members("split")))
     assert packed.images_MCHW.shape == (200, 3, 84, 84)
 
@@ -111,20 +111,20 @@ def test_split_zips_in_a_folder_are_found(small, tmp_path):
         (lambda files: files.update({"flat/n0153282900000009.jpg": jpeg(1)}), "n01532829 has 3 images"),
         (
             lambda files: files.update({"flat/n9999999900000000.jpg": jpeg(1)}),
-            "1 classes do not belong to it",
+            "it has 101 classes instead of 100, for example also n99999999",
         ),
         (
             lambda files: [files.pop(name) for name in list(files) if "n0153282" in name],
-            "1 of its 100 classes",
+            "it lacks 1 of the 100 classes",
         ),
-        (lambda files: files.clear(), "holds no images in folders like n01532829"),
+        (lambda files: files.clear(), "contains no images with file or folder names like n01532829"),
         (
             lambda files: files.update({"flat/n0153282900000001.jpg": b"oops"}),
             "cannot read image .*flat/n01532829",
         ),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_stays(small, tmp_path, spoil, fact):
+def test_error_names_the_problem_and_leaves_nothing_behind(small, tmp_path, spoil, fact):
     files = {name.replace("images/", "flat/"): data for name, data in members("flat").items()}
     spoil(files)
     source = tmp_path / "source"
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_named_and_nothing_stays(small, tmp_path, spoil, fact):
 
 @pytest.mark.parametrize("source", ["folder", "files"])
 def test_pickles_give_the_same_tasks_as_images(small, tmp_path, source):
-    """The classes of a split in the same order, and their images."""
+    """Each split has the same classes in the same order, with the same images."""
     of_images = fetch(tmp_path / "images", as_folder(tmp_path / "source", members("split")))
     folder = tmp_path / "pickles"
     folder.mkdir()
@@ -157,19 +157,19 @@ def test_pickles_give_the_same_tasks_as_images(small, tmp_path, source):
             assert np.array_equal(packed.images_MCHW[one : one + 2], of_images.images_MCHW[two : two + 2])
 
 
-def test_images_that_are_the_same_are_told(small, tmp_path):
+def test_identical_images_are_reported(small, tmp_path):
     files, notices = members("flat"), []
     names = sorted(name for name in files if name.endswith(".jpg") and "images/" in name)
     files[names[0]] = files[names[1]] = files[names[7]]
     packed = fetch(tmp_path / "root", as_folder(tmp_path / "source", files), on_event=notices.append)
     (text,) = [event.text for event in notices if isinstance(event, Notice)]
-    assert "2 pairs of images are the same to the last bit, 1 of them in two classes" in text
+    assert "2 pairs of images are identical, 1 of them across classes" in text
     pairs = [("n01532829", "n01532829"), ("n01532829", "n01749939")]
     assert [tuple(pair) for pair in packed.facts["twins"]] == pairs
 
 
-def test_it_cannot_be_downloaded_and_says_where_people_get_it(tmp_path):
-    with pytest.raises(DataError, match="cannot be downloaded: ImageNet's terms") as raised:
+def test_error_without_files_explains_how_to_get_them(tmp_path):
+    with pytest.raises(DataError, match="cannot be downloaded: the terms of ImageNet forbid") as raised:
         fetch(tmp_path, None)
     assert "mamlctl fetch mini-imagenet --from" in raised.value.hint
 
@@ -198,7 +198,7 @@ def test_tiered_is_split_by_its_folders(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory):
-    """The real set, packed from its zips."""
+    """The real data set, packed from its zips."""
     source = SHARED / "mini-imagenet"
     if not (source / "train.zip").is_file():
         pytest.skip("real mini-ImageNet is not in ../shared/data/mini-imagenet")
@@ -208,19 +208,19 @@ def real(tmp_path_factory):
 
 
 @pytest.mark.realdata
-def test_the_real_set_has_its_counts_and_its_eight_twins(real):
+def test_real_data_set_has_its_counts_and_eight_pairs_of_twins(real):
     packed, notices, _ = real
     assert packed.images_MCHW.shape == (60_000, 3, 84, 84) and set(packed.counts) == {600}
     splits = split_classes(packed, "ravi", 0)
     assert {split: len(numbers) for split, numbers in splits.items()} == {"train": 64, "val": 16, "test": 20}
     assert len(packed.facts["twins"]) == 8 and sum(a != b for a, b in packed.facts["twins"]) == 7
     assert any(
-        "8 pairs of images are the same" in event.text for event in notices if isinstance(event, Notice)
+        "8 pairs of images are identical" in event.text for event in notices if isinstance(event, Notice)
     )
 
 
 @pytest.mark.realdata
-def test_the_real_sets_pixels_are_those_that_pillow_decodes(real):
+def test_real_pixels_are_those_that_pillow_decodes(real):
     packed, _, _ = real
     with zipfile.ZipFile(SHARED / "mini-imagenet" / "val.zip") as archive:
         name = "val/n01855672/n0185567200000003.jpg"

@@ -1,4 +1,4 @@
-"""Locks hold across threads and processes, and one that a killed process left holds nobody."""
+"""Locks exclude other threads and processes, and a lock file left by a killed process excludes nobody."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ with one_writer(Path(sys.argv[1])):
 """
 
 
-def test_threads_take_turns_and_each_is_told_once(tmp_path):
+def test_threads_take_turns_and_each_gets_one_notice(tmp_path):
     path, count, notices = tmp_path / "downloads" / "a.lock", [0], []
 
     def count_up():
@@ -42,7 +42,7 @@ def test_threads_take_turns_and_each_is_told_once(tmp_path):
     assert not path.parent.exists()
 
 
-def test_a_writer_keeps_threads_out_and_is_named_again_and_again(tmp_path):
+def test_writer_excludes_threads_and_every_error_names_it(tmp_path):
     seen = []
 
     def try_it():
@@ -64,12 +64,12 @@ def test_a_writer_keeps_threads_out_and_is_named_again_and_again(tmp_path):
     assert seen == [f"run folder {tmp_path} is in use by {name}"] * 2 + ["written"]
 
 
-def test_a_lock_of_a_killed_process_is_none(tmp_path):
+def test_lock_of_a_killed_process_is_free(tmp_path):
     words = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(LockedError, match=f"is in use by process {process.pid}"), one_writer(tmp_path):
-            raise AssertionError("both")
+            raise AssertionError("both processes write")
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / "lock").read_text() == f"process {process.pid}"
     assert not is_locked(tmp_path)
@@ -77,7 +77,7 @@ def test_a_lock_of_a_killed_process_is_none(tmp_path):
         assert is_locked(tmp_path)
 
 
-def test_a_lock_in_a_folder_that_comes_and_goes(tmp_path):
+def test_lock_creates_and_removes_its_folder(tmp_path):
     path = tmp_path / "downloads" / "a.lock"
     for _ in range(3):
         with locked(path, "a", ignore):

@@ -1,4 +1,4 @@
-"""Real Omniglot: its counts, its digest, its pixels, its splits."""
+"""The real Omniglot: counts, pixels and splits."""
 
 import io
 import zipfile
@@ -34,7 +34,7 @@ def test_counts_are_the_published_ones(packed):
 
 
 def upstream_image(folder, name, drawing):
-    """The drawing as it lies in the archive, read by other code than the package's."""
+    """The drawing in the archive, read by code independent of the package."""
     part, alphabet, character = name.split("/")
     with zipfile.ZipFile(folder / f"images_{part}.zip") as archive:
         inside = f"images_{part}/{alphabet}/{character}/"
@@ -43,7 +43,7 @@ def upstream_image(folder, name, drawing):
 
 
 def test_nearest_gives_the_pixels_of_the_official_code(omniglot_root, omniglot_zips):
-    """There: PIL's resize of the 1-bit image to 28x28 with LANCZOS, which Pillow does as nearest."""
+    """It resizes the 1-bit image to 28x28 with LANCZOS, for which Pillow uses nearest."""
     official = omniglot.open_pack(omniglot_root, "nearest", on_event=ignore)
     assert set(np.unique(official.images_MCHW)) == {0, 255}
     assert official.images_MCHW.mean() / 255 == pytest.approx(0.917, abs=0.005)  # paper is 1 there too
@@ -118,17 +118,17 @@ def test_mamlpp_split_has_its_own_seed(packed):
     assert not np.array_equal(first["test"], other["test"])
 
 
-def test_fetch_again_changes_nothing_and_says_so(omniglot_root, packed):
+def test_fetch_again_changes_nothing_and_sends_a_notice(omniglot_root, packed):
     before = {file.name: file.stat().st_mtime_ns for file in (omniglot_root / "omniglot").iterdir()}
     events = []
     fetched = fetch_or_open(find_data_set("omniglot"), omniglot_root, offline=True, on_event=events.append)
     assert fetched.digest == packed.digest
-    assert events == [Notice(f"omniglot is already at {omniglot_root}; --force prepares it anew")]
+    assert events == [Notice(f"omniglot is already at {omniglot_root}; --force prepares it again")]
     after = {file.name: file.stat().st_mtime_ns for file in (omniglot_root / "omniglot").iterdir()}
     assert {name: after[name] for name in before} == before
 
 
-def test_absent_set_is_told_with_the_command(tmp_path):
+def test_error_for_a_missing_data_set_has_the_command(tmp_path):
     with pytest.raises(DataError, match=f"omniglot is not at {tmp_path}") as raised:
         find_data_set("omniglot").open_pack(tmp_path, "box", on_event=ignore)
     assert raised.value.hint == "mamlctl fetch omniglot"

@@ -1,4 +1,4 @@
-"""The table of data sets: it opens without torch, and every entry keeps what is asked of all."""
+"""The registry of data sets: it imports without torch, and every entry is consistent."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_curve_family, is_image_folder
 
 
-def test_the_table_opens_without_torch():
-    code = "import sys, mamlctl.data.sets.registry as table; sys.exit('torch' in sys.modules)"
+def test_registry_imports_without_torch():
+    code = "import sys, mamlctl.data.sets.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_an_entry_fits_its_settings(name):
+def test_entry_fits_its_defaults(name):
     data_set = DATA_SETS[name]
     assert data_set.name == name and name not in FAMILIES
     channels, height, width = data_set.image_shape_CHW
@@ -26,7 +26,7 @@ def test_an_entry_fits_its_settings(name):
     assert defaults["normalize"] == "none" or channels == 3
 
 
-def test_names_and_folders_are_told_apart(tmp_path, monkeypatch):
+def test_names_and_folders_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pets").mkdir()
     assert is_image_folder("pets") and is_image_folder("./absent") and not is_image_folder("absent")

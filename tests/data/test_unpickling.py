@@ -1,4 +1,4 @@
-"""Pickles of arrays are read whatever wrote them; one that is anything else runs nothing and is told."""
+"""Pickles of arrays from any version of Python are read; all other pickles are refused and run nothing."""
 
 import base64
 import contextlib
@@ -59,7 +59,7 @@ PYTHON_2 = {
 
 
 def refused(data, match="."):
-    """A DataError of two plain lines."""
+    """Reading raises a DataError whose message and hint have one line each."""
     with pytest.raises(DataError, match=match) as raised:
         load_arrays(data, "evil.pkl")
     assert raised.value.message.startswith("evil.pkl ") and raised.value.message.isascii()
@@ -68,7 +68,7 @@ def refused(data, match="."):
 
 
 def same(value, other):
-    """Equal in type, shape and content, all the way down."""
+    """Whether two values are equal in type, shape and content, including nested ones."""
     if isinstance(other, dict):
         return value.keys() == other.keys() and all(same(value[key], other[key]) for key in other)
     if isinstance(other, list | tuple):
@@ -79,7 +79,7 @@ def same(value, other):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_data_of_every_kind_come_back(protocol):
+def test_data_of_every_kind_are_read(protocol):
     shared = PIXELS.copy()
     content = {
         "c": PIXELS,
@@ -102,7 +102,7 @@ def test_data_of_every_kind_come_back(protocol):
 
 
 @pytest.mark.parametrize("protocol", PYTHON_2)
-def test_pickles_of_python_2_come_back(protocol):
+def test_pickles_of_python_2_are_read(protocol):
     result = load_arrays(base64.b64decode(PYTHON_2[protocol]), "x")
     expected = {
         "data": PIXELS,
@@ -117,7 +117,7 @@ def test_pickles_of_python_2_come_back(protocol):
 
 
 def python_2_array(raw):
-    """A dict with an array in Python 2's words, protocol 2, as CIFAR's files have it."""
+    """A pickle of Python 2, protocol 2, of a dict with an array, like the files of CIFAR."""
     string = b"T" + struct.pack("<i", len(raw)) + raw
     return (
         b"\x80\x02}q\x01U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\0\x85U\x01b"
@@ -135,7 +135,7 @@ def test_python_2_array_of_any_length(length):
 @pytest.mark.parametrize(
     "written_by", [python_2_array, lambda raw: pickle.dumps(np.frombuffer(raw, "u1"), 4)]
 )
-def test_a_large_array_is_held_once(written_by, tmp_path):
+def test_large_array_is_in_memory_only_once(written_by, tmp_path):
     size = 8 * 1024**2
     path = tmp_path / "large.pkl"
     path.write_bytes(written_by(bytes(size)))
@@ -148,7 +148,7 @@ def test_a_large_array_is_held_once(written_by, tmp_path):
 
 
 class Call:
-    """What its pickle calls when Python's own reader reads it."""
+    """An object whose pickle calls a function when Python's own reader reads it."""
 
     def __init__(self, function, *arguments):
         self.how = function, arguments
@@ -166,7 +166,7 @@ def named(module, name):
 
 
 def in_objects(call, protocol=4):
-    """A call as the element of an array of objects."""
+    """The pickle of an array of objects whose element is a call."""
     array = np.empty(1, dtype=object)
     array[0] = call
     return pickle.dumps(array, protocol)
@@ -178,11 +178,11 @@ def by_numpy_load(code, folder):
     return pickle.dumps(Call(np.load, str(path), None, True))
 
 
-# Each runs `code`, or the shell's `touch`, if read by Python's own reader.
+# Each runs `code`, or the shell command `touch`, if Python's own reader reads it.
 ATTACKS = {
     "os.system": lambda code, touch, folder: pickle.dumps(Call(os.system, touch)),
-    "eval beside arrays": lambda code, touch, folder: pickle.dumps({"data": [PIXELS, Call(exec, code)]}, 2),
-    "python 2's name": lambda code, touch, folder: b"c__builtin__\neval\n(" + text(code) + b"tR.",
+    "exec next to arrays": lambda code, touch, folder: pickle.dumps({"data": [PIXELS, Call(exec, code)]}, 2),
+    "name of python 2": lambda code, touch, folder: b"c__builtin__\neval\n(" + text(code) + b"tR.",
     "inst": lambda code, touch, folder: b"(" + text(touch) + b"ios\nsystem\n.",
     "obj": lambda code, touch, folder: b"(cos\nsystem\n" + text(touch) + b"o.",
     "newobj": lambda code, touch, folder: (
@@ -198,7 +198,7 @@ ATTACKS = {
         (named("builtins", "getattr") + named("builtins", "__import__") + text("os") + b"\x85R")
         + (text("system") + b"\x86R" + text(touch) + b"\x85R.")
     ),
-    "build": lambda code, touch, folder: (  # an object's attributes set, one of them then called
+    "build": lambda code, touch, folder: (  # sets an object's attributes, then calls one
         (named("types", "SimpleNamespace") + b")R}" + text("__class__") + b"0" + text("run"))
         + (named("os", "system") + b"sb0")
         + (named("os", "system") + text(touch) + b"\x85R.")
@@ -219,15 +219,13 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # numpy 1's names, as Python's own reader finds them
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python's own reader imports names of numpy 1
 def test_attack_runs_nothing(attack, tmp_path):
     mark = tmp_path / "ran"
     data = ATTACKS[attack](f"open({str(mark)!r}, 'w').close()", f"touch {mark}", tmp_path)
     with contextlib.suppress(Exception):
         pickle.loads(data)
-    assert mark.exists()  # so that the attack is one
+    assert mark.exists()  # the attack works with Python's own reader
     mark.unlink()
     refused(data, match="is refused: ")
     assert not mark.exists()
@@ -238,18 +236,18 @@ U1 = b"cnumpy\ndtype\n" + text("u1") + b"\x85R(K\x03" + text("|") + b"NNNtb"
 
 
 def array(shape=b"K\x03\x85", dtype=U1, raw=b"C\x03abc", subtype=b"cnumpy\nndarray\n", wrap=b"%b"):
-    """An array's pickle, with parts to be replaced."""
+    """The pickle of an array; the arguments replace parts of it."""
     pickled = ARRAY + subtype + b"K\x00\x85C\x01b\x87R(K\x01" + shape + dtype + b"\x89" + raw + b"tb"
     return b"\x80\x04" + wrap % pickled + b"."
 
 
-def test_hand_made_array_is_one():
+def test_handmade_array_is_read():
     assert load_arrays(array(), "x").tolist() == [97, 98, 99]
 
 
 FOREIGN = {
     "another type": array(subtype=b"cnumpy\nmatrix\n"),
-    "another type, known": array(subtype=b"cnumpy\ndtype\n"),
+    "another type, allowed name": array(subtype=b"cnumpy\ndtype\n"),
     "no dtype": array(dtype=b"N"),
     "text for a dtype": array(dtype=text("u1")),
     "raw list": array(raw=b"]"),
@@ -272,10 +270,10 @@ FOREIGN = {
     "function in a tuple in a dict": b"}" + text("x") + b"cnumpy\nndarray\n\x85s.",
     "ndarray called": b"cnumpy\nndarray\nK\x09\x85R.",
     "text called": text("os.system") + text("touch x") + b"\x85R.",
-    "call of no tuple": b"cnumpy\ndtype\n" + text("u1") + b"R.",
+    "call without a tuple": b"cnumpy\ndtype\n" + text("u1") + b"R.",
     "bytes of a size": b"cbuiltins\nbytes\nJ\xff\xff\xff\x7f\x85R.",
     "other encoding": b"c_codecs\nencode\n" + text("abc") + text("rot13") + b"\x86R.",
-    "list altered": b"]}b.",
+    "list changed": b"]}b.",
     "dict as a list": b"}K\x01a.",
     "array as a list": array(wrap=b"%bK\x01a"),
     "tuple as a key": b"}K\x01\x85K\x01s.",
@@ -292,52 +290,52 @@ FOREIGN = {
     "number of 2 GB": b"]\x8b\xff\xff\xff\x7f.",
     "popped": b"K\x01K\x020.",
     "name with a line end": b"\x80\x04" + text("os\nsystem") + text("\x1b[31m" * 99) + b"\x93.",
-    "module that is no text": b"]]\x93.",
+    "module that is a list": b"]]\x93.",
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_no_pickle_of_arrays_holds_is_refused(name):
+def test_everything_except_arrays_is_refused(name):
     refused(FOREIGN[name], match="is refused: it ")
 
 
-UNSOUND = {
+INVALID = {
     "empty": b"",
     "page": b"<!DOCTYPE html><html>",
     "zip": b"PK\x03\x04" + bytes(30),
     "protocol 6": b"\x80\x06N.",
-    "nothing to give": b"\x80\x04.",
+    "empty stack": b"\x80\x04.",
     "no mark": b"t.",
-    "beyond the mark": b"K\x01(a.",
-    "key alone": b"}(K\x01u.",
-    "memo without": b"h\x07.",
-    "memo without, line": b"gx\n.",
-    "no number": b"Iabc\n.",
+    "below the mark": b"K\x01(a.",
+    "key without a value": b"}(K\x01u.",
+    "missing memo": b"h\x07.",
+    "missing memo, text": b"gx\n.",
+    "not a number": b"Iabc\n.",
     "number of many digits": b"L" + b"9" * 100_000 + b"L\n.",
     "no quotes": b"Sabc\n.",
-    "half a quote": b"S'\n.",
-    "no UTF-8": b"X\x01\0\0\0\xff.",
+    "one quote": b"S'\n.",
+    "not UTF-8": b"X\x01\0\0\0\xff.",
     "negative length": b"T\xff\xff\xff\xff.",
     "4 GB of text": b"X\xff\xff\xff\xffabc.",
     "16 EB of bytes": b"\x8e" + b"\xff" * 8 + b"abc.",
     "16 EB of buffer": b"\x96" + b"\xff" * 8 + b"abc.",
     "too few bytes": array(shape=b"K\x04\x85"),
     "too many bytes": array(shape=b"K\x02\x85"),
-    "absurd shape": array(shape=b"\x8a\x09" + b"\xff" * 8 + b"\0\x85"),
-    "absurd empty shape": array(shape=b"K\0\x8a\x09" + b"\xff" * 8 + b"\0\x86", raw=b"C\0"),
+    "huge shape": array(shape=b"\x8a\x09" + b"\xff" * 8 + b"\0\x85"),
+    "huge empty shape": array(shape=b"K\0\x8a\x09" + b"\xff" * 8 + b"\0\x86", raw=b"C\0"),
     "no such dtype": array(dtype=U1.replace(text("u1"), text("u7"))),
     "too few arguments": ARRAY + b")R.",
     "state too short": ARRAY + b"cnumpy\nndarray\nK\x00\x85C\x01b\x87R)b.",
 }
 
 
-@pytest.mark.parametrize("name", UNSOUND)
-def test_what_is_no_sound_pickle_is_told(name):
-    refused(UNSOUND[name], match="is no sound pickle of arrays: |is cut off or unreadable")
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_pickles_are_refused(name):
+    refused(INVALID[name], match="is not a valid pickle of arrays: |is cut off or unreadable")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_cut_off_anywhere(protocol):
+def test_pickles_cut_off_anywhere_are_refused(protocol):
     data = pickle.dumps({"a": [PIXELS, "text", b"bytes", 2**99, -7, 0.5, {"k": (1, 2)}]}, protocol)
     for length in range(len(data)):
         refused(data[:length])
@@ -346,7 +344,7 @@ def test_cut_off_anywhere(protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_damaged_bytes_give_data_or_a_data_error(protocol):
+def test_damaged_bytes_give_data_or_a_dataerror(protocol):
     data = pickle.dumps({"a": [PIXELS, "text", b"bytes", 2**99, -7, 0.5, {"k": (1, 2)}]}, protocol)
     generator = np.random.default_rng(protocol)
     for _ in range(2000):
@@ -357,7 +355,7 @@ def test_damaged_bytes_give_data_or_a_data_error(protocol):
             load_arrays(bytes(damaged), "x")
 
 
-# What reading one file takes of resident memory beyond what the modules take, in MiB.
+# Prints the resident memory in MiB that reading one file takes, without that of the modules.
 MEMORY = """
 import io, pickle, sys
 from mamlctl.data.reading.unpickling import load_arrays
@@ -377,23 +375,23 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
-def test_nine_bytes_take_gigabytes_of_the_standard_reader_and_nothing_here():
+def test_nine_bytes_take_gigabytes_in_the_standard_reader_but_nothing_here():
     def taken(reader, place):
         data = b"\x80\x02Nr" + struct.pack("<I", place) + b"."
         words = [sys.executable, "-c", MEMORY, reader, data.hex()]
         return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
-    # 16 bytes for each place before it, so that the last one takes 64 GiB.
+    # 16 bytes for each smaller index, so the largest index takes 64 GiB.
     assert taken("standard", 2**24) > 250
     assert taken("ours", 2**32 - 1) < 5
 
 
-def test_encoding_the_same_again_and_again_is_refused():
+def test_encoding_the_same_text_repeatedly_is_refused():
     name = b"c_codecs\nencode\n"
     once = name + text("x" * 1000) + b"q\x02" + text("latin1") + b"q\x03\x86R"
     again = name + b"h\x02h\x03\x86R"
     assert load_arrays(once + b".", "x") == b"x" * 1000
-    refused(b"](" + once + 2 * again + b"e.", match="grows far beyond its own size")
+    refused(b"](" + once + 2 * again + b"e.", match="expands far beyond its own size")
 
 
 def test_reads_are_counted(monkeypatch):
@@ -401,12 +399,12 @@ def test_reads_are_counted(monkeypatch):
     refused(b"(" + b"]" * 1000 + b"t.", match="takes more than 100 reads")
 
 
-def test_a_list_that_holds_itself():
+def test_list_that_contains_itself():
     items = load_arrays(b"]q\x01h\x01a.", "x")
     assert items[0] is items
 
 
-def test_an_extension_that_is_registered_is_refused(tmp_path):
+def test_registered_extension_is_refused(tmp_path):
     copyreg.add_extension("os", "system", 240)
     try:
         refused(b"]\x82\xf0" + text(f"touch {tmp_path / 'ran'}") + b"\x85R.", match="outside")

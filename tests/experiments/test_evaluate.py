@@ -151,7 +151,7 @@ def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
     assert result.folder != plain.folder
     assert summary["protocol"]["disjoint"] is True and summary["protocol"]["label_permutations"] == 2
     once, orders = result.notes
-    assert once.endswith(f"tasks without reusing an image; {TASKS} asked")
+    assert once.endswith(f"tasks without reusing an image; {TASKS} requested")
     assert orders == "each task judged under 2 orders of its labels, and averaged"
     assert summary["notes"] == [once, orders]
 

@@ -1,4 +1,4 @@
-"""Small packs and small archives in Omniglot's form."""
+"""Small packs, and small archives in the form of Omniglot's."""
 
 import io
 import zipfile
@@ -17,35 +17,35 @@ ALPHABETS, CHARACTERS, DRAWINGS = 2, 3, 4
 
 
 def small_pack(counts, side=4, seed=0):
-    """Random images; class c has counts[c] of them."""
+    """A pack of random images; class c has counts[c] of them."""
     counts = np.array(counts)
     pixels = np.random.default_rng(seed).integers(0, 256, (counts.sum(), 1, side, side), dtype=np.uint8)
     return pack(pixels, counts, tuple(f"class{number}" for number in range(len(counts))))
 
 
 def stream_settings(**settings):
-    """Of one task's size; `device` and `dtype` are the place's."""
+    """Settings of a stream of small tasks; `device` and `dtype` make its `place`."""
     place = {name: settings.pop(name) for name in ("device", "dtype") if name in settings}
     place = Placement(**{"device": torch.device("cpu")} | place)
     return StreamSettings(**{"seed": 0, "shots": 1, "queries": 1, "place": place} | settings)
 
 
 def image_stream(packed, classes, kind=TaskStream, **settings):
-    """A stream of image tasks, all settings by their names."""
+    """A stream of image tasks, with all settings by name."""
     names = {field.name for field in fields(ImageSettings)} & settings.keys()
     images = ImageSettings(**{"name": "small"} | {name: settings.pop(name) for name in names})
     return kind(packed, classes, stream_settings(**settings), images)
 
 
 def png(pixels_HW):
-    """A 1-bit PNG, as Omniglot's."""
+    """A 1-bit PNG like those of Omniglot."""
     file = io.BytesIO()
     Image.fromarray(pixels_HW).convert("1").save(file, "PNG")
     return file.getvalue()
 
 
 def tiny_members(folder, seed):
-    """Path -> PNG, and path -> pixels, of a tiny Omniglot archive."""
+    """The files of a tiny Omniglot archive: path -> PNG, and path -> pixels."""
     generator = np.random.default_rng(seed)
     pixels = {}
     for alphabet in range(ALPHABETS):
@@ -59,7 +59,7 @@ def tiny_members(folder, seed):
 
 
 def tiny_part(folder, pixels):
-    """What the tiny archive must hold, in the words of `omniglot.PARTS`."""
+    """What the tiny archive must contain, as in `omniglot.PARTS`."""
     names = sorted(pixels)
     bits = np.stack([np.packbits(pixels[name], axis=-1) for name in names])
     characters = ALPHABETS * CHARACTERS
@@ -68,7 +68,7 @@ def tiny_part(folder, pixels):
 
 
 def write_zip(path, members):
-    """A zip with `members` (name -> bytes) and what macOS adds."""
+    """Write a zip with `members` (name -> bytes) and a file that macOS adds."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)

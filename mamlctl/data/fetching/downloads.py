@@ -1,4 +1,4 @@
-"""Downloads that bear what networks, servers and disks do: mirrors in turn, resumed after a cut, verified."""
+"""Downloads that survive network, server and disk failures: mirrors in turn, resumed, verified."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from mamlctl.data.reading.archives import html_page
 if TYPE_CHECKING:
     from requests import Response, Session
 
-DOWNLOADS = "downloads"  # the folder below the data root that holds what is under way
-CHUNK = 64 * 1024
-BEGINNING = 512  # enough to tell a page from an archive
-EVENT_EVERY_S = 0.1  # more often no display draws
-DOES_NOT_FIT = "does not go on with what an earlier try left"
-SPEED_OVER_S = 5.0  # shorter jumps about, longer hides a stall
+DOWNLOADS = "downloads"  # the folder in the data root for unfinished downloads
+CHUNK = 64 * 1024  # bytes
+BEGINNING = 512  # bytes; enough to distinguish a web page from an archive
+EVENT_EVERY_S = 0.1  # displays do not draw more often
+DOES_NOT_FIT = "does not fit the part that an earlier try downloaded"
+SPEED_OVER_S = 5.0  # a shorter window fluctuates, a longer one hides a stall
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Archive:
     file: str
     urls: tuple[str, ...]  # every mirror, the best first
     md5: str
-    bytes: int | None = None  # None where upstream does not tell
+    bytes: int | None = None  # None if upstream does not publish it
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,23 @@ def downloaded(
     on_event: OnEvent,
     patience: Patience = PATIENCE,
 ) -> Iterator[list[Path]]:
-    """The verified archives in `folder`, which are deleted when the block ends well.
+    """Download and verify archives; delete them after the block, or keep them for a retry if it fails.
 
-    A block that fails leaves them for the next fetch. One process at a time downloads an archive.
+    Only one process at a time downloads an archive; others wait.
 
-    `mirrors` are addresses of folders that are asked first; `hint` is for where no mirror has an archive.
-    Raises DataError with what each mirror answered, or for a full disk.
+    Args:
+        sources: The archives.
+        folder: Where to put them.
+        mirrors: URLs of folders to try before the archives' own.
+        hint: The hint if no mirror has an archive.
+        on_event: Receives notices and progress.
+        patience: How often and how long to try each mirror.
+
+    Yields:
+        The paths of the verified archives.
+
+    Raises:
+        DataError: No mirror has an archive (the message has the reason of each), or the disk is full.
     """
     with ExitStack() as stack:
         for source in sources:
@@ -98,7 +109,7 @@ def _download(
     target = folder / source.file
     with _disk_failures_as_data_errors(folder):
         if target.is_file() and _md5(target) == source.md5:
-            return target  # of a fetch that failed later
+            return target  # from a fetch that failed later
         with Session() as session:
             job = _Job(source, Part(folder / f"{source.file}.part"), session, on_event, patience)
             try:
@@ -108,7 +119,7 @@ def _download(
             except (KeyboardInterrupt, SystemExit):
                 if job.part.size:
                     kept = amount(job.part.size, 0, "B")
-                    on_event(Notice(f"{kept} of {source.file} are kept: the same command goes on from there"))
+                    on_event(Notice(f"kept {kept} of {source.file}: rerun the same command to resume"))
                 raise
         job.part.finish(target)
     return target
@@ -118,14 +129,14 @@ def _download(
 def _disk_failures_as_data_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # the network's failures have become other types by now
+    except OSError as error:  # network failures were converted to other types before
         message = f"cannot write {folder}: {error.strerror or error}"
-        hint = "make room or choose another --data-root; what was there before is untouched"
+        hint = "free disk space or choose another --data-root; existing data are unchanged"
         raise DataError(message, hint=hint) from error
 
 
 def _from_any(job: _Job, urls: Sequence[str], hint: str) -> None:
-    """Complete the part from the first mirror that has the file."""
+    """Complete the partial file from the first mirror that has the archive."""
     reasons: list[str] = []
     for url in dict.fromkeys(urls):
         if reasons:
@@ -139,10 +150,11 @@ def _from_any(job: _Job, urls: Sequence[str], hint: str) -> None:
 
 
 def _from_one(job: _Job, url: str) -> None:
-    """Try one mirror again and again, each time from where the last try ended.
+    """Retry one mirror, each time from the byte where the last try ended.
 
-    Not by urllib3's Retry: it repeats only what fails before the first byte of the body, without a notice and
-    the first time at once; and it waits for as long as a server asks, where we take the next mirror.
+    urllib3's Retry is not used: it retries only failures before the first byte of the body, sends no notice,
+    does not wait before its first retry, and waits as long as a server requests instead of trying the next
+    mirror.
     """
     patience, failures, furthest = job.patience, 0, job.part.size
     while True:
@@ -156,14 +168,17 @@ def _from_one(job: _Job, url: str) -> None:
             pause = max(dropped.pause_s, patience.pause_s * 2 ** (failures - 1))
             if failures >= patience.tries or dropped.pause_s > patience.longest_pause_s:
                 raise MirrorUnusable(str(dropped)) from dropped
-            job.on_event(Notice(f"{without_password(url)} {dropped}; trying again in {pause:.3g} s"))
+            job.on_event(Notice(f"{without_password(url)} {dropped}; retrying in {pause:.3g} s"))
             time.sleep(pause)
 
 
 def _try(job: _Job, url: str) -> None:
-    """Ask once for what is missing, and verify the whole.
+    """Request the missing bytes once, and verify the complete file.
 
-    Raises Dropped, MirrorUnusable or the disk's OSError.
+    Raises:
+        Dropped: The same mirror may succeed on the next try.
+        MirrorUnusable: The mirror does not have the archive.
+        OSError: The disk cannot be written.
     """
     source, part = job.source, job.part
     begin = start = part.size
@@ -172,25 +187,25 @@ def _try(job: _Job, url: str) -> None:
             begin = _receive(job, url, answer, start)
     if _md5(part.path) != source.md5:
         part.drop()
-        if begin:  # the rest may be of another version than the beginning: the next try is of one piece
+        if begin:  # the two parts may come from different versions: the next try starts at the first byte
             raise Dropped(DOES_NOT_FIT)
-        raise MirrorUnusable(f"does not have the md5 {source.md5}")
+        raise MirrorUnusable(f"does not have md5 {source.md5}")
 
 
 @contextmanager
 def _answer(job: _Job, url: str, start: int) -> Iterator[Response]:
-    # Not compressed on the way, since the part holds the bytes as they came.
+    # No compression in transit, since the partial file has the bytes as received.
     headers = {"Accept-Encoding": "identity", "User-Agent": f"mamlctl/{__version__}"}
     if start:
         headers["Range"] = f"bytes={start}-"
         if validator := job.part.validator(without_password(url)):
-            headers["If-Range"] = validator  # a file that has changed comes whole
+            headers["If-Range"] = validator  # the server sends a changed file from the start
     with job.session.get(url, headers=headers, stream=True, timeout=job.patience.timeout_s) as answer:
         yield answer
 
 
 def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
-    """Bring the part to its end -> where in the file the answer began, 0 if the server does not go on."""
+    """Append the answer to the partial file -> its first byte in the archive, 0 without a range."""
     source, part = job.source, job.part
     begin, total = extent(answer, start)
     other = begin > 0 and None not in (total, part.total) and total != part.total
@@ -198,10 +213,10 @@ def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
         part.drop()
         raise Dropped(DOES_NOT_FIT)
     first = answer.raw.read(BEGINNING, decode_content=False)
-    # What has arrived, without waiting for more: a connection that stalls takes none of it along.
+    # read1 returns what has arrived without waiting for more, so a stalled connection loses no bytes.
     chunks = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
-    # Before the length and the checksum, which would only say that they differ; and before the first byte is
-    # written, so that a page for people costs nothing of what an earlier try left.
+    # A page is reported as such, not as a wrong length or checksum, and before the first byte is written, so
+    # that the partial file of an earlier try is kept.
     if page := html_page(first):
         raise MirrorUnusable(f"is {page}, not an archive")
     if source.bytes is not None and total not in (None, source.bytes):
@@ -218,21 +233,21 @@ def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
 
 
 def _refuse_full(folder: Path, file: str, missing: int) -> None:
-    """Raises DataError for a disk that is too small, before the first byte is written to it."""
+    """Raises DataError if the disk is too small, before the first byte is written."""
     free = shutil.disk_usage(folder).free
     if missing > free:
-        message = f"{file} needs {amount(missing, 0, 'B')}, but {folder} has {amount(free, 0, 'B')} left"
-        raise DataError(message, hint="make room or choose another --data-root")
+        message = f"{file} needs {amount(missing, 0, 'B')}, but {folder} has only {amount(free, 0, 'B')} free"
+        raise DataError(message, hint="free disk space or choose another --data-root")
 
 
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
-        # As upstream tells it; no safeguard against anyone who forges an archive.
+        # The digest that upstream publishes; it does not protect against forged archives.
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 class _Meter:
-    """Bytes and speed as events."""
+    """Reports bytes and speed as events."""
 
     def __init__(self, what: str, begin: int, total: int, on_event: OnEvent) -> None:
         self._what, self._total, self._on_event = what, total, on_event

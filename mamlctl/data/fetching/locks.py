@@ -1,4 +1,4 @@
-"""One process at a time, where two would harm each other."""
+"""Locks, so that two processes never prepare the same data set at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from mamlctl.core.files import NO_LOCKS, lock_holder
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# How often to make the folder that other processes remove; /proc never has one.
+# How often to create the folder that other processes may remove. A limit, since /proc cannot have one.
 TRIES = 100
 
 
 @contextmanager
 def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
-    """Hold lock file `path` for the block; whoever else wants it waits, and says so. It is gone afterwards.
+    """Hold lock file `path` during the block, after waiting for any other holder; then delete it.
 
-    Raises DataError where no file can be written.
+    Args:
+        path: The lock file.
+        what: What the lock protects, for notices.
+        on_event: Receives a notice if another process holds the lock.
+
+    Raises:
+        DataError: The lock file cannot be written.
     """
-    from filelock import FileLock  # here, since its import takes as long as that of the command line
+    from filelock import FileLock  # imported here, since it takes as long as importing the command line
 
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
@@ -33,16 +39,16 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             message = f"cannot write {path.parent}: {error.strerror or error}"
-            raise DataError(message, hint="make room or choose another --data-root") from error
-        on_event(Notice(f"no locks on this file system: let no other process fetch {what} now"))
+            raise DataError(message, hint="free disk space or choose another --data-root") from error
+        on_event(Notice(f"this file system has no locks: do not fetch {what} in another process now"))
     try:
-        with suppress(OSError):  # a full disk: then those who wait do not learn for whom
+        with suppress(OSError):  # if the disk is full, waiting processes cannot name the holder
             path.write_text(f"process {os.getpid()}")
         yield
     finally:
-        path.unlink(missing_ok=True)  # those who wait for it see that, and lock a new one
+        path.unlink(missing_ok=True)  # waiting processes notice this and lock a new file
         lock.release()
-        with suppress(OSError):  # not empty, most often
+        with suppress(OSError):  # usually not empty
             path.parent.rmdir()
 
 
@@ -57,7 +63,7 @@ def _acquire(lock: BaseFileLock, path: Path, what: str, on_event: OnEvent) -> No
             return
         except Timeout:
             is_waiting = True
-            on_event(Notice(f"{lock_holder(path)} is at work on {what}: waiting for it"))
-        except FileNotFoundError:  # another process has removed the empty folder in between
+            on_event(Notice(f"waiting for {lock_holder(path)}, which is preparing {what}"))
+        except FileNotFoundError:  # another process removed the empty folder in the meantime
             if not tries_left:
                 raise

@@ -1,4 +1,4 @@
-"""What a download has brought so far, and from where, kept from one fetch to the next."""
+"""The partial file of a download and where it came from, kept until the next fetch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mamlctl.core.files import read_object, write_json
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes at `path`, and beside them a .json with their address, its version tag and the length."""
+    """The first bytes of a file at `path`, and a .json with its URL, version tag and full length."""
 
     path: Path
 
     @property
     def size(self) -> int:
-        """How much is there."""
+        """Bytes so far."""
         try:
             return self.path.stat().st_size
         except FileNotFoundError:
@@ -27,28 +27,28 @@ class Part:
 
     @property
     def total(self) -> int | None:
-        """How long the whole will be, as its server told."""
+        """Bytes of the complete file according to its server, or None."""
         total = self._facts().get("total")
         return total if isinstance(total, int) else None
 
     def is_whole(self, expected: int | None) -> bool:
-        """Whether nothing is missing, as after a stop between the last byte and the checksum."""
+        """Whether no byte is missing, for example after an interrupt before the checksum."""
         return self.size > 0 and self.size == (self.total if expected is None else expected)
 
     def validator(self, url: str) -> str | None:
-        """What the server at `url` calls the version that the part is of; None if it is another one's."""
+        """The version tag of the file, or None if the part came from another URL."""
         facts = self._facts()
         validator = facts.get("validator") if facts.get("url") == url else None
         return validator if isinstance(validator, str) else None
 
     def begin(self, size: int, url: str, validator: str | None, total: int | None) -> None:
-        """Keep the first `size` bytes, and note where the rest comes from."""
+        """Record where the rest comes from, and drop the part if the download starts at byte 0."""
         if size == 0:
             self.drop()
         write_json(self._sidecar, {"url": url, "validator": validator, "total": total})
 
     def append(self, chunks: Iterable[bytes], on_progress: Callable[[int], None]) -> None:
-        """Write what comes, telling how much is there; a disk that fills up gets back what it gave."""
+        """Append chunks and report the size after each; undo all of it if the disk is full."""
         before = size = self.size
         try:
             with self.path.open("ab") as file:
@@ -63,12 +63,12 @@ class Part:
             raise
 
     def drop(self) -> None:
-        """Forget all of it."""
+        """Delete the part and its .json."""
         self.path.unlink(missing_ok=True)
         self._sidecar.unlink(missing_ok=True)
 
     def finish(self, target: Path) -> None:
-        """Move the verified whole into place."""
+        """Move the verified file to `target`."""
         with self.path.open("rb") as file:
             os.fsync(file.fileno())
         self.path.replace(target)

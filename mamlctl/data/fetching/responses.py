@@ -1,4 +1,4 @@
-"""What servers and networks answer to a request for a file, in a few words each."""
+"""Answers of servers and failures of networks, each with a short reason."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a mirror is asked before the next one is."""
+    """How long to try a mirror before the next one."""
 
-    tries: int = 4  # without a new byte: a dropped connection is usual, a fourth one in a row is not
+    tries: int = 4  # without a new byte; dropped connections are common, but not four in a row
     pause_s: float = 1.0  # before the second try; doubled before each later one
-    longest_pause_s: float = 60.0  # a server that asks for a longer one is left
+    longest_pause_s: float = 60.0  # a server that requests a longer one is given up
     timeout_s: float = 30.0  # without a single byte
 
 
@@ -29,11 +29,11 @@ PATIENCE = Patience()
 
 
 class MirrorUnusable(Exception):
-    """Why a mirror will not do, in a few words."""
+    """The reason why a mirror cannot be used."""
 
 
 class Dropped(Exception):
-    """Why a try failed that the same mirror may well mend, and how long it asks us to wait."""
+    """The reason why one try failed, and how long the server requests to wait before the next."""
 
     def __init__(self, reason: str, pause_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -41,8 +41,8 @@ class Dropped(Exception):
 
 
 def check_mirrors(mirrors: Sequence[str]) -> None:
-    """Raises SettingsError for mirrors that are no web addresses."""
-    hint = "give the http(s) address of a folder with the archives; for files on this machine use --from"
+    """Raises SettingsError for mirrors that are not web addresses."""
+    hint = "give the http(s) URL of a folder with the archives, or use --from for files on this machine"
     wrong = [(f"--mirror {mirror} is not a web address", hint) for mirror in mirrors if not _is_web(mirror)]
     if wrong:
         raise SettingsError(wrong)
@@ -57,29 +57,42 @@ def _is_web(address: str) -> bool:
 
 
 def without_password(url: str) -> str:
-    """The address without a password."""
+    """Return the URL without user name and password."""
     host = urlsplit(url).netloc
     return url.replace(host, host.rpartition("@")[2], 1)
 
 
 def extent(answer: Response, requested: int) -> tuple[int, int | None]:
-    """Where in the file the answer begins (-1: nowhere), and how long the file is, if it tells."""
+    """Return the position of the answer's first byte in the file, and the length of the file.
+
+    Args:
+        answer: The answer of the server.
+        requested: The first byte that was requested.
+
+    Returns:
+        The position in bytes, -1 if the answer does not contain a valid range, and the length in bytes or
+        None.
+
+    Raises:
+        Dropped: The server is busy or has failed; it may succeed later.
+        MirrorUnusable: The server does not have the file.
+    """
     status = answer.status_code
     if status == 206:
         content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if content_range is None:
             return -1, None
         return int(content_range[1]), None if content_range[2] == "*" else int(content_range[2])
-    if status == 200:  # also from a server that refuses ranges
+    if status == 200:  # also from a server that does not support ranges
         length = answer.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
-    if status == 416 and requested:  # the file ends before: no part of this one
+    if status == 416 and requested:  # the file is shorter than the part, which must come from another file
         return -1, None
     if status in (408, 425, 429) or status >= 500:
         pause = _retry_after(answer)
-        asks = f" and asks to wait {pause:.0f} s" if pause else ""
-        raise Dropped(f"answers {status}{asks}", pause)
-    raise MirrorUnusable(f"answers {status}")
+        wait = f" and requests a pause of {pause:.0f} s" if pause else ""
+        raise Dropped(f"returned status {status}{wait}", pause)
+    raise MirrorUnusable(f"returned status {status}")
 
 
 def _retry_after(answer: Response) -> float:
@@ -92,7 +105,7 @@ def _retry_after(answer: Response) -> float:
 
 
 def validator_of(answer: Response) -> str | None:
-    """What tells one version of the file from another; a weak tag does not tell bytes apart."""
+    """Return the version tag of the file, or its date, since equal weak tags do not imply equal bytes."""
     tag = answer.headers.get("ETag", "W/")
     validator: str | None = answer.headers.get("Last-Modified") if tag.startswith("W/") else tag
     return validator
@@ -100,7 +113,7 @@ def validator_of(answer: Response) -> str | None:
 
 @contextmanager
 def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
-    """Everything that network and server can do to a try."""
+    """Convert every failure of network and server to Dropped or MirrorUnusable."""
     from requests import exceptions
     from urllib3.exceptions import HTTPError, IncompleteRead, NameResolutionError, ReadTimeoutError
 
@@ -115,12 +128,12 @@ def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
         if isinstance(error, final) or any(isinstance(c, NameResolutionError) for c in _causes(error)):
             raise MirrorUnusable(reason) from error
         if isinstance(inner, IncompleteRead):
-            reason = f"broke off {inner.expected or 0:,} bytes before the end"
+            reason = f"closed the connection {inner.expected or 0:,} bytes before the end"
         raise Dropped(reason) from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it wraps: the outer ones repeat the address and name Python objects."""
+    """The error and the errors that it wraps; outer ones repeat the URL and name Python objects."""
     inner: object = error
     while isinstance(inner, BaseException):
         yield inner

@@ -1,1 +1,1 @@
-"""Archives, pickles and images, read without trust."""
+"""Readers of untrusted archives, pickles and images."""

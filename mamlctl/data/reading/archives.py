@@ -1,4 +1,4 @@
-"""Archives and folders read as they are, never unpacked into place: zip, tar, and compressed tar."""
+"""Files read directly from folders and archives (zip, tar, compressed tar), without unpacking them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from typing import IO
 
 from mamlctl.core.errors import DataError
 
-MEMBER_BYTES = 16 * 1024**2  # no image of any data set is as large; a zip bomb's member is
+MEMBER_BYTES = 16 * 1024**2  # larger than any image of any data set, but smaller than a zip bomb's member
 
-# The members' size at most, in sizes of the archive: images are compressed already (Omniglot's tar shrinks
-# 8-fold, mostly padding), a bomb expands a thousandfold.
+# The largest ratio of the members' size to the archive's: images are already compressed (Omniglot's tar
+# shrinks 8-fold, mostly padding), and a bomb expands a thousandfold.
 EXPANSION = 100
-EXPANSION_FLOOR = 1024**3  # bytes that any archive may expand to
-CHUNK = 1024**2
+EXPANSION_FLOOR = 1024**3  # bytes to which any archive may expand
+CHUNK = 1024**2  # bytes
 COMPRESSED: Mapping[bytes, Callable[[Path], io.BufferedIOBase]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -45,9 +45,9 @@ DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFE
 
 @dataclass(frozen=True)
 class Members:
-    """The files of an archive or of an unpacked folder: their names, and a way to read one.
+    """The files of an archive or of an unpacked folder: their names, and a function that reads one.
 
-    `read` may be called by several threads at once.
+    Several threads may call `read` at once.
     """
 
     path: Path
@@ -57,19 +57,19 @@ class Members:
 
 @contextmanager
 def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> Iterator[Members]:
-    """Read a zip, a tar (plain, gzip, bzip2, xz), or a folder, whose own name starts the members' names.
+    """Open a zip, a tar (plain, gzip, bzip2, xz), or a folder, whose name is the first part of member names.
 
-    A compressed tar is expanded once into a nameless temporary file, since nothing in it can be read without
-    all before it.
+    A compressed tar is expanded once into an unnamed temporary file, since reading a member requires
+    decompressing everything before it.
 
     Args:
-        path: the archive or the folder.
-        hint: the way out, for DataError.
-        member_bytes: the largest file that an honest archive of this kind holds; None: as of images.
+        path: The archive or the folder.
+        hint: The hint of every DataError.
+        member_bytes: The largest allowed member; None: the limit for images.
 
     Raises:
-        DataError: it is no such archive, is cut off, or has names, kinds of files or sizes that no honest
-            archive has.
+        DataError: The file is not such an archive, is cut off, or has unsafe names, links, devices or
+            implausible sizes.
     """
     member_bytes = MEMBER_BYTES if member_bytes is None else member_bytes
     if path.is_dir():
@@ -79,10 +79,10 @@ def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> I
     start = _start(path, hint)
     compressed = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
     if compressed:
-        with tempfile.TemporaryFile(buffering=0) as expanded:  # nothing is left to fail when it is closed
+        with tempfile.TemporaryFile(buffering=0) as expanded:  # unbuffered, so closing it cannot fail
             _expand(path, compressed, expanded, hint)
             yield _tar_members(path, expanded, hint, member_bytes)
-    elif start[257:262] == b"ustar" or path.suffix == ".tar":  # the oldest tars have no mark
+    elif start[257:262] == b"ustar" or path.suffix == ".tar":  # very old tars have no magic number
         with path.open("rb") as file:
             yield _tar_members(path, file, hint, member_bytes)
     else:
@@ -94,7 +94,7 @@ def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> I
 
 
 def html_page(start: bytes) -> str | None:
-    """'an HTML page (its title)' if a file begins as one, such as those for a login or a used-up quota."""
+    """Return "an HTML page (its title)" if a file starts like one, for example a login or quota page."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script", b"<?xml", b"<!--")):
         return None
@@ -104,7 +104,7 @@ def html_page(start: bytes) -> str | None:
 
 
 def _start(path: Path, hint: str) -> bytes:
-    """The first bytes. Raises DataError for a file that cannot be read or is plainly something else."""
+    """The first bytes. Raises DataError if the file cannot be read or has another known format."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
@@ -116,7 +116,9 @@ def _start(path: Path, hint: str) -> bytes:
         raise DataError(f"{path} is {page}, not an archive", hint=hint)
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
-            raise DataError(f"{path} is {what}, which is not read", hint="unpack it, then --from FOLDER")
+            raise DataError(
+                f"{path} is {what}, which is not supported", hint="unpack it and use --from FOLDER"
+            )
     return start
 
 
@@ -124,7 +126,7 @@ def _start(path: Path, hint: str) -> bytes:
 def _damage_as_data_error(path: Path, what: str, hint: str) -> Iterator[None]:
     try:
         yield
-    except (*DAMAGE, OSError) as error:  # gzip's and bz2's words for damage are OSErrors too
+    except (*DAMAGE, OSError) as error:  # gzip and bz2 raise OSError for damage too
         raise DataError(f"{path} {what}: {error}", hint=hint) from error
 
 
@@ -142,11 +144,11 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: 
     files = {_safe_name(m.filename, path, hint): m for m in archive.infolist() if not m.is_dir()}
     for name, member in files.items():
         if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
-            raise DataError(f"{path} holds the encrypted file {name!r}", hint=hint)
-        if stat.S_ISLNK(member.external_attr >> 16):  # where zip keeps Unix's mode
+            raise DataError(f"{path} contains the encrypted file {name!r}", hint=hint)
+        if stat.S_ISLNK(member.external_attr >> 16):  # the Unix mode in a zip
             raise _not_a_file(path, name, hint)
     _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint, member_bytes)
-    one_at_a_time = threading.Lock()  # zipfile guards its reads, but not its count of open members
+    one_at_a_time = threading.Lock()  # zipfile protects its reads, but not its count of open members
 
     def read(name: str) -> bytes:
         with _damage_as_data_error(path, f"is damaged at {name}", hint):
@@ -162,7 +164,7 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: 
 
 
 def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> Members:
-    """`file`: the tar itself, not compressed."""
+    """The members of `file`, an uncompressed tar."""
     with (
         _damage_as_data_error(path, "is not a tar or is cut off", hint),
         tarfile.open(fileobj=file, mode="r:") as archive,
@@ -180,7 +182,7 @@ def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> M
     def read(name: str) -> bytes:
         begin, size = places[name]
         with _damage_as_data_error(path, f"cannot be read at {name}", hint):
-            data = os.pread(number, size, begin)  # moves no file position that threads would share
+            data = os.pread(number, size, begin)  # leaves the file position, which threads share, unchanged
         if len(data) < size:
             raise DataError(f"{path} is cut off at {name}", hint=hint)
         return data
@@ -189,7 +191,7 @@ def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> M
 
 
 def _expand(path: Path, opener: Callable[[Path], io.BufferedIOBase], target: IO[bytes], hint: str) -> None:
-    """Decompress a whole file. Raises DataError for damage, a bomb, or a full disk."""
+    """Decompress a file. Raises DataError for damage, a bomb, or a full disk."""
     most, size = _largest_expansion(path), 0
     with _damage_as_data_error(path, "is damaged or cut off", hint), opener(path) as file:
         while chunk := file.read(CHUNK):
@@ -207,26 +209,28 @@ def _write(target: IO[bytes], chunk: bytes, path: Path) -> None:
             unwritten = unwritten[target.write(unwritten) :]
     except OSError as error:
         message = f"cannot expand {path} in {tempfile.gettempdir()}: {error.strerror or error}"
-        way = "make room there, set TMPDIR to a larger place, or unpack it and use --from FOLDER"
-        raise DataError(message, hint=way) from error
+        hint = "free space there, set TMPDIR to a folder with more space, or unpack it and use --from FOLDER"
+        raise DataError(message, hint=hint) from error
 
 
 def _safe_name(name: str, path: Path, hint: str) -> str:
-    """The member's name without a leading ./, which tar likes to write."""
+    """The member's name without a leading ./, which tar often writes."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise DataError(f"{path} holds a file with the unsafe name {name!r}", hint=hint)
+        raise DataError(f"{path} contains a file with the unsafe name {name!r}", hint=hint)
     return posix.as_posix()
 
 
 def _not_a_file(path: Path, name: str, hint: str) -> DataError:
-    return DataError(f"{path} holds {name!r}, which is a link or a device, not a file", hint=hint)
+    return DataError(f"{path} contains {name!r}, which is a link or a device, not a file", hint=hint)
 
 
 def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str, member_bytes: int) -> None:
     for name, size in sizes.items():
         if size > member_bytes:
-            message = f"{path} holds {name!r} of {size:,} bytes; at most {member_bytes:,} are sane"
+            message = (
+                f"{path} is refused: {name!r} has {size:,} bytes, more than the limit of {member_bytes:,}"
+            )
             raise DataError(message, hint=hint)
     if sum(sizes.values()) > _largest_expansion(path):
         raise _bomb(path, _largest_expansion(path), hint)
@@ -237,4 +241,5 @@ def _largest_expansion(path: Path) -> int:
 
 
 def _bomb(path: Path, most: int, hint: str) -> DataError:
-    return DataError(f"{path} expands to more than {most:,} bytes, which is not sane", hint=hint)
+    message = f"{path} is refused: it expands to more than {most:,} bytes (decompression bomb?)"
+    return DataError(message, hint=hint)

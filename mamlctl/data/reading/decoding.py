@@ -1,4 +1,4 @@
-"""Images that lie in class folders, archives or both: found, decoded on all cores, packed."""
+"""Image files in folders or archives, decoded on all cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,44 +14,33 @@ from PIL import Image
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
-from mamlctl.data.reading.archives import Members
 from mamlctl.data.reading.image_files import read_image
 
-AT_A_TIME = 512  # images in work at once: enough for every core, and no more memory than a few megabytes
+AT_A_TIME = 512  # images decoded at once: enough for every core, and only a few megabytes of memory
 EVENT_EVERY = 500  # images
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image of a class: where it lies, and how to get its bytes."""
+    """One image of a class, and a function that reads its bytes."""
 
     label: str  # its class
-    display_name: str
+    display_name: str  # its name in messages
     read: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What every image becomes."""
+    """The shape to which every image is converted."""
 
-    side: int
-    channels: int
-    resize: str
+    side: int  # height and width in pixels
+    channels: int  # 1 (grey) or 3 (colour)
+    resize: str  # a key of `FILTERS`
 
     @property
     def chw(self) -> tuple[int, int, int]:
         """Channels, height, width."""
         return self.channels, self.side, self.side
-
-
-def of_members(members: Members, name: str, label: str) -> ImageFile:
-    """An image of an archive."""
-    return ImageFile(label, name, lambda: members.read(name))
-
-
-def of_path(path: Path, root: Path, label: str) -> ImageFile:
-    """An image file, told by its path below `root`."""
-    return ImageFile(label, str(path.relative_to(root)), path.read_bytes)
 
 
 def decoded(
@@ -63,17 +51,20 @@ def decoded(
     on_event: OnEvent,
     on_bad: Callable[[DataError], None] | None = None,
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Label and pixels of every image, in order, decoded by all cores (Pillow lets threads run meanwhile).
+    """Yield the label and the pixels of every image, in order; threads decode on all cores.
 
     Args:
-        files: the images.
-        shape: what each becomes.
-        what: the set's name, for progress.
-        on_event: gets progress.
-        on_bad: gets the error of an image that cannot be read, which is left out.
+        files: The images.
+        shape: The shape of the result.
+        what: The name of the data set, for progress.
+        on_event: Receives progress.
+        on_bad: Receives the error of each image that cannot be read; these images are left out.
+
+    Yields:
+        The label of an image, and its pixels, uint8 _CHW.
 
     Raises:
-        DataError: an image cannot be read, and there is no `on_bad`.
+        DataError: An image cannot be read, and `on_bad` is None.
     """
 
     def decode(file: ImageFile) -> NDArray[np.uint8] | DataError:
@@ -84,7 +75,8 @@ def decoded(
         except DataError as error:
             return error
         except OSError as error:
-            return DataError(f"cannot read {file.display_name}: {error.strerror or error}", hint="mend it")
+            message = f"cannot read {file.display_name}: {error.strerror or error}"
+            return DataError(message, hint="fix or remove the file")
 
     done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -105,7 +97,14 @@ def decoded(
 def reshaped(
     images_MCHW: NDArray[np.uint8], shape_CHW: tuple[int, int, int], what: str, on_event: OnEvent
 ) -> Iterator[NDArray[np.uint8]]:
-    """The same images in another size, and grey for one channel; bilinear, antialiased where they shrink."""
+    """Yield the images in another shape, resized with an antialiased bilinear filter.
+
+    Args:
+        images_MCHW: The images.
+        shape_CHW: The new shape; one channel makes them grey, three repeat grey ones.
+        what: The description in progress events.
+        on_event: Receives progress.
+    """
     channels, height, width = shape_CHW
     for number, image_CHW in enumerate(images_MCHW, 1):
         image = Image.fromarray(image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0))
@@ -121,10 +120,10 @@ def reshaped(
 def twins(
     images: Iterable[tuple[str, NDArray[np.uint8]]], pairs: list[tuple[str, str]]
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """The same images; the labels of every two that are equal to the last bit are put into `pairs`."""
+    """Yield the same images, and append the labels of every two identical ones to `pairs`."""
     labels: dict[bytes, str] = {}
     for label, image in images:
-        # Not the pixels, which are as many as the set; 8 bytes meet by chance once in 10^10 such sets.
+        # A digest instead of the pixels, to save memory. 8 bytes collide by chance in one of 10^10 such sets.
         key = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
         if key in labels:
             pairs.append((labels[key], label))

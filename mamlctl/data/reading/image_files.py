@@ -1,4 +1,4 @@
-"""Image files of any kind that Pillow reads -> uint8 arrays of one shape; folders of classes."""
+"""Image files of any format that Pillow reads, as uint8 arrays of one shape, and folders of classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamlctl.core.errors import DataError
 
-# Pillow warns of images above 90 million pixels, and refuses those of twice as many; the latter is enough.
+# Pillow warns about images of more than 90 million pixels, but also refuses those above twice that number.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 FILTERS = {
@@ -22,33 +22,42 @@ FILTERS = {
     "box": Image.Resampling.BOX,
     "nearest": Image.Resampling.NEAREST,
 }
-DEEP = 257.0  # 65535 / 255: sixteen bits to eight
+DEEP = 257.0  # 65535 / 255: from sixteen bits to eight
 
-# Files that nobody means as images, though they lie among them.
+# Suffixes of files that are often next to images, but are not images.
 NO_IMAGES = {".txt", ".csv", ".json", ".md", ".xml", ".yaml", ".yml", ".py", ".ini", ".db", ".log", ".html"}
 
 
 def read_image(
     data: bytes, display_name: str, *, side: int, channels: int, resize: str = "bilinear"
 ) -> NDArray[np.uint8]:
-    """One image -> CHW with H = W = `side`, `channels` 1 (grey) or 3 (colour).
+    """Decode one image, rotated as its EXIF data say, on white where it is transparent, cropped to a square.
 
-    Turned as its EXIF data say; transparent pixels lie on white; a longer side is cut evenly at both ends.
-    Raises DataError, with `display_name`, for what is not an image, is cut off or absurdly large.
+    Args:
+        data: The bytes of the file.
+        display_name: The name in messages.
+        side: Height and width of the result in pixels.
+        channels: 1 (grey) or 3 (colour).
+        resize: A key of `FILTERS`.
+
+    Returns:
+        uint8 _CHW.
+
+    Raises:
+        DataError: The file is not an image, is cut off or is too large.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = _in_channels(ImageOps.exif_transpose(opened), channels)
-    # Pillow's words for a file that is no image, cut off or broken, or absurdly large.
+    # What Pillow raises for a file that is not an image, or is truncated or damaged.
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataError(
-            f"cannot read image {display_name}: {reason}", hint="mend it or take it away"
-        ) from error
+        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else error
+        message = f"cannot read image {display_name}: {reason}"
+        raise DataError(message, hint="fix or remove the file") from error
     except Image.DecompressionBombError as error:
-        raise DataError(
-            f"image {display_name} is absurdly large", hint="shrink it or take it away"
-        ) from error
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        message = f"image {display_name} has more than {limit:,} pixels"
+        raise DataError(message, hint="shrink or remove the file") from error
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), method=FILTERS[resize])
     pixels = np.asarray(image)
@@ -56,11 +65,11 @@ def read_image(
 
 
 def _in_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Any mode -> grey or colour."""
+    """An image of any mode as grey or colour."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         deep = np.asarray(image.convert("I"), dtype=np.float64)
         image = Image.fromarray(np.rint(deep.clip(0, 65535) / DEEP).astype(np.uint8))
-    elif image.mode == "F":  # whose range is anyone's choice: 0 to 1, or else 0 to 255
+    elif image.mode == "F":  # has no fixed range: assume 0 to 1, or 0 to 255 if a value is larger than 1
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
         image = Image.fromarray(np.rint((values * scale).clip(0, 255)).astype(np.uint8))
@@ -71,13 +80,15 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def class_folders(path: Path) -> dict[str, list[Path]]:
-    """The class folders of `path` and the files of each, at any depth, both in order of their names.
+    """Return the class folders of `path` and the files of each, at any depth, both sorted by name.
 
-    Hidden files and those that plainly are no images are passed over; a class may be empty.
-    Raises DataError if `path` is no folder or has no folders.
+    Hidden files and files with the suffixes of `NO_IMAGES` are skipped; a class may be empty.
+
+    Raises:
+        DataError: `path` is not a folder, or has no subfolders.
     """
     if not path.is_dir():
-        raise DataError(f"{path} is not a folder", hint="name a folder that holds one folder per class")
+        raise DataError(f"{path} is not a folder", hint="give a folder that contains one folder per class")
     folders = {
         folder.name: sorted(
             file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
@@ -86,14 +97,13 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
         if folder.is_dir() and not folder.name.startswith((".", "__"))
     }
     if not folders:
-        raise DataError(
-            f"{path} holds no folders", hint="put the images of each class into a folder of its own"
-        )
+        hint = "put the images of each class into a separate folder"
+        raise DataError(f"{path} contains no folders", hint=hint)
     return folders
 
 
 def may_be_image(name: Path) -> bool:
-    """Whether a file of that name may be an image."""
+    """Whether a file or folder of that name may be or contain an image."""
     return (
         not any(part.startswith((".", "__")) for part in name.parts) and name.suffix.lower() not in NO_IMAGES
     )

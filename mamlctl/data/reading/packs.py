@@ -1,4 +1,4 @@
-"""All images of a data set as one uint8 array, ordered by class, and its cache on disk."""
+"""Packs: all images of a data set in a uint8 array, ordered by class, and the files that store it."""
 
 from __future__ import annotations
 
@@ -21,29 +21,35 @@ from mamlctl.core.files import replacing
 
 FORMAT = 1
 
-# Larger packs are verified by their shape alone: hashing takes 1 s per 1.8 GB of one server core.
-DIGEST_CHECKED_BELOW = 64 * 1024**2
+# Of larger packs, only the shape is verified: hashing takes 1 s per 1.8 GB on one server core.
+DIGEST_CHECKED_BELOW = 64 * 1024**2  # bytes
 HASHED_AT_A_TIME = 8 * 1024**2  # bytes
 
 
 @dataclass(frozen=True)
 class PackedImages:
-    """Every image of every class: all of class 0, then all of class 1, and so on."""
+    """All images: first those of class 0, then those of class 1, and so on."""
 
     images_MCHW: NDArray[np.uint8]
-    starts: NDArray[np.int64]  # where each class begins, and where the last one ends
+    starts: NDArray[np.int64]  # position of each class's first image, and at the end the number of images
     names: tuple[str, ...]  # one per class
-    digest: str  # sha256 over shape, names, starts and pixels
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what else whoever packed them wrote down
+    digest: str  # sha256 of shape, names, starts and pixels
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further facts of the data set
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Images in each class."""
+        """Images per class."""
         return np.diff(self.starts)
 
 
 def pack(images_MCHW: NDArray[np.uint8], counts: NDArray[np.int64], names: tuple[str, ...]) -> PackedImages:
-    """Join images that are already ordered by class with the facts about them."""
+    """Make a pack in memory.
+
+    Args:
+        images_MCHW: The images, ordered by class.
+        counts: Images per class.
+        names: The names of the classes.
+    """
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return PackedImages(images_MCHW, starts, names, _digest(images_MCHW, starts, names))
 
@@ -62,14 +68,14 @@ def _digest_of_facts(
 
 
 def data_root(folder: str | None) -> Path:
-    """The folder of prepared data sets, as an absolute path; None: in the platform's cache folder."""
+    """Return the folder of prepared data sets as an absolute path; None: the platform's cache folder."""
     import platformdirs
 
     return Path(folder).expanduser().absolute() if folder else platformdirs.user_cache_path("mamlctl")
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a complete pack lies at `path`: its sidecar is written last."""
+    """Whether there is a complete pack at `path`; its sidecar is written last."""
     return path.with_suffix(".json").is_file()
 
 
@@ -88,10 +94,16 @@ def stream_pack(
     images: Iterable[tuple[str, NDArray[np.uint8]]],
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Write images one by one, so that a set larger than memory can be packed.
+    """Write a pack image by image, so that it may be larger than memory.
 
-    `images`: class name and image, all of a class together. `facts`: what else to write down, asked for at
-    the end. Raises DataError if the folder cannot be written.
+    Args:
+        path: The .npy file.
+        shape_CHW: The shape of every image.
+        images: Class names and images, with the images of each class together.
+        facts: Called at the end, returns further facts to store.
+
+    Raises:
+        DataError: The folder cannot be written.
     """
     counts: dict[str, int] = {}
     with _replacing_both(path) as (pixels, words):
@@ -102,9 +114,9 @@ def stream_pack(
             counts[name] = counts.get(name, 0) + 1
         names, starts = tuple(counts), np.cumsum([0, *counts.values()], dtype=np.int64)
         shape = (int(starts[-1]), *shape_CHW)
-        # numpy leaves room in its header for a larger first dimension.
+        # numpy reserves space in its header for a larger first dimension.
         if _write_header(pixels, shape) != start:
-            raise DataError(f"{path} cannot hold {shape[0]:,} images", hint="pack fewer")
+            raise DataError(f"{path} cannot store {shape[0]:,} images", hint="use fewer images")
         pixels.flush()
         digest = _digest_of_facts(shape, starts, names)
         while block := os.pread(pixels.fileno(), HASHED_AT_A_TIME, start):
@@ -114,7 +126,7 @@ def stream_pack(
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> int:
-    """numpy's header of a uint8 array, at the file's start -> where the pixels begin; stays at the end."""
+    """Write numpy's header of a uint8 array -> its length in bytes; then the file is at its end."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     file.seek(0)
@@ -130,36 +142,36 @@ def _sidecar(
     digest: str,
     facts: Mapping[str, Any],
 ) -> bytes:
-    """What stands beside the pixels."""
+    """The contents of a sidecar, the .json file next to the pixels."""
     document = {"format": FORMAT, "shape": list(shape), "starts": starts.tolist(), "names": list(names)}
     return json.dumps(document | {"digest": digest, "facts": dict(facts)}).encode()
 
 
 @contextmanager
 def _replacing_both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Files for pixels and sidecar, which take their places if the block ends well. Raises DataError."""
+    """Files for pixels and sidecar, moved into place if the block succeeds. Raises DataError."""
     sidecar = path.with_suffix(".json")
     try:
-        # Both are written before either takes its place, so that a full disk leaves the old pack whole.
+        # Both are written before either is moved into place, so a full disk leaves the old pack intact.
         with replacing(sidecar) as words, replacing(path) as pixels:
             yield pixels, words
-            for file in (pixels, words):  # the sidecar is never the older one: see `verified_at`
+            for file in (pixels, words):  # the sidecar is never older than the pixels: see `verified_at`
                 file.flush()
                 os.fsync(file.fileno())
-            # A crash between the two files must not leave an old sidecar beside new pixels.
+            # A crash between the two moves must not leave an old sidecar with new pixels.
             sidecar.unlink(missing_ok=True)
     except OSError as error:
         message = f"cannot write {path}: {error.strerror or error}"
-        raise DataError(message, hint="make room or choose another --data-root") from error
+        raise DataError(message, hint="free disk space or choose another --data-root") from error
 
 
 def packs_of(home: Path) -> list[Path]:
-    """Every complete pack in a data set's folder."""
+    """Return every complete pack in a data set's folder."""
     return sorted(sidecar.with_suffix(".npy") for sidecar in home.glob("*.json"))
 
 
 def verified_at(path: Path) -> datetime | None:
-    """When a pack was last found whole: when it was written or `verify_pack` saw it, if not changed since."""
+    """Return when a pack was written or last verified, or None if it has changed since."""
     try:
         verified = path.with_suffix(".json").stat().st_mtime
         return datetime.fromtimestamp(verified).astimezone() if path.stat().st_mtime <= verified else None
@@ -168,17 +180,23 @@ def verified_at(path: Path) -> datetime | None:
 
 
 def verify_pack(path: Path, name: str) -> PackedImages:
-    """Load a pack and recompute its digest, however large it is. Raises DataError if it is damaged."""
+    """Load a pack of any size and recompute its digest. Raises DataError if it is damaged."""
     packed = load_pack(path, name, whole=True)
-    with suppress(OSError):  # a root that is shared and cannot be written
+    with suppress(OSError):  # the data root may be shared and read-only
         os.utime(path.with_suffix(".json"))
     return packed
 
 
 def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
-    """Memory-map what `save_pack` wrote for data set `name`. Raises DataError if any of it is damaged.
+    """Memory-map a pack.
 
-    `whole`: recompute the digest of a large pack too.
+    Args:
+        path: The .npy file.
+        name: The data set, for the hint.
+        whole: Whether to recompute the digest of a large pack too.
+
+    Raises:
+        DataError: The pack is missing or damaged.
     """
     hint = f"mamlctl fetch {name} --force"
     try:
@@ -194,14 +212,14 @@ def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
 
 
 def _from_facts(facts: dict[str, Any], path: Path) -> PackedImages:
-    """Raises ValueError, KeyError or TypeError where sidecar and array do not fit together."""
+    """Raises ValueError, KeyError or TypeError if sidecar and array do not match."""
     if facts["format"] != FORMAT:
-        raise ValueError(f"its format is {facts['format']!r}, this version reads {FORMAT}")
-    # Copy-on-write, since torch.from_numpy warns about arrays that it must not write to.
+        raise ValueError(f"its format is {facts['format']!r}, but this version reads {FORMAT}")
+    # Copy-on-write, since torch.from_numpy warns about read-only arrays.
     images_MCHW = np.load(path, mmap_mode="c", allow_pickle=False)
     starts, names = np.array(facts["starts"], dtype=np.int64), tuple(map(str, facts["names"]))
     if images_MCHW.dtype != np.uint8 or list(images_MCHW.shape) != facts["shape"] or images_MCHW.ndim != 4:
-        raise ValueError(f"it holds {images_MCHW.dtype} {images_MCHW.shape}, not uint8 {facts['shape']}")
+        raise ValueError(f"it contains {images_MCHW.dtype} {images_MCHW.shape}, not uint8 {facts['shape']}")
     if len(starts) != len(names) + 1 or starts[-1] != len(images_MCHW) or (np.diff(starts) < 1).any():
-        raise ValueError(f"{len(names)} classes do not fit {len(images_MCHW)} images")
+        raise ValueError(f"{len(names)} classes do not match {len(images_MCHW)} images")
     return PackedImages(images_MCHW, starts, names, str(facts["digest"]), facts.get("facts", {}))

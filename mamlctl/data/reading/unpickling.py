@@ -1,15 +1,15 @@
-"""Pickles read without running them: numbers, strings, lists, dicts and numpy arrays, and nothing else.
+"""Pickles read without running code: only numbers, strings, lists, dicts and numpy arrays.
 
-The format is decoded by the standard library's reader in Python. It gets only the operations that data need,
-and instead of what a pickle names it gets five makers of arrays and bytes that are written here.
+The standard library's reader in Python decodes the format, restricted to the operations that data need. The
+names in a pickle never reach an importer: they stand for a few makers of arrays and bytes in this module.
 
-The library's usual reader, in C, is not used even with a `find_class` that refuses every name (measured with
-Python 3.11; `tests/data/test_unpickling.py` has the files):
+The library's usual reader, in C, would not be safe even with a `find_class` that refuses every name (measured
+with Python 3.11; `tests/data/test_unpickling.py` has the files):
 
-- 9 bytes that put something at place 2^28 of the memo take 4.1 GiB of resident memory, at 2^32 16 times that;
-- 0.9 MB of nested tuples as the key of a dict end the process with a segmentation fault;
-- 87 bytes of tuples that hold one another twice, as a key, take 2^40 steps;
-- an array of 200 MB that Python 2 wrote takes 381 MiB and 1.4 s; this reader takes 191 MiB and 0.4 s.
+- 9 bytes that store an object at index 2^28 of the memo take 4.1 GiB of memory, and 16 times that at 2^32;
+- 0.9 MB of nested tuples as the key of a dict crash the process with a segmentation fault;
+- 87 bytes of tuples that contain each other twice, as a key, take 2^40 steps;
+- an array of 200 MB from Python 2 takes 381 MiB and 1.4 s; this reader takes 191 MiB and 0.4 s.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 
-# Python 2 does not tell text from bytes. A string above this is an array's pixels, which decoding would copy.
+# Python 2 does not distinguish text from bytes. A longer string is an array's pixels, which decoding copies.
 LONGEST_TEXT = 64 * 1024
 
-# Each step reads at least once, and one of one byte can make an object of 64. CIFAR-100's train, with 50,000
-# names, is read in 600,000 reads.
+# Each operation reads at least once, and one of a single byte can make an object of 64 bytes. The train file
+# of CIFAR-100, with 50,000 names, takes 600,000 reads.
 MOST_READS = 60_000_000
 
-# What the reader raises for a file that is damaged.
+# What the reader raises for a damaged file.
 DAMAGE = (
     *(pickle.UnpicklingError, struct.error),
     *(ValueError, TypeError, LookupError, OverflowError, MemoryError),
@@ -44,17 +44,17 @@ DAMAGE = (
 
 PLAIN = (str, bytes, bytearray, int, float, np.generic, np.ndarray, type(None))
 NUMBERS = re.compile(r"[biufc]\d{1,2}")  # dtypes of plain numbers: no objects, strings, fields or dates
-MOST_AXES = 64  # numpy 2's limit
-ORDERS = ("|", "<", ">", "=")  # of the bytes in a number
+MOST_AXES = 64  # the limit of numpy 2
+ORDERS = ("|", "<", ">", "=")  # byte orders
 
 Maker = Literal["ndarray", "dtype", "encode", "bytes", "array", "scalar", "buffer"]
 
-# What a pickle may name, and what it stands for here.
+# The names that a pickle may use -> their makers.
 GLOBALS: dict[tuple[str, str], Maker] = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "encode",  # how Python 3 writes bytes for Python 2
-    ("__builtin__", "bytes"): "bytes",  # and how it writes none of them
+    ("_codecs", "encode"): "encode",  # Python 3 writes bytes like this for Python 2
+    ("__builtin__", "bytes"): "bytes",  # and empty bytes like this
     ("builtins", "bytes"): "bytes",
 }
 
@@ -65,19 +65,19 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
 
 
 class UnsafePickle(Exception):
-    """What no honest pickle of arrays holds."""
+    """The pickle contains something that pickles of arrays never contain."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that a pickle may say; what stands for it is ours."""
+    """A name in a pickle, replaced by one of the makers here."""
 
     kind: Maker
 
 
 @dataclass(eq=False)
 class Unbuilt:
-    """A dtype (by its spec) or an array (without one), known only after the BUILD that follows at once."""
+    """A dtype (with a spec) or an array (without), complete only after the BUILD that must follow."""
 
     spec: str | None = None
     value: np.dtype[Any] | NDArray[Any] | None = None
@@ -86,46 +86,47 @@ class Unbuilt:
 def load_arrays(data: bytes | BinaryIO, display_name: str) -> object:
     """Read a pickle of any protocol, written by Python 2 or 3.
 
-    Python 2's strings become text. Arrays lie in the bytes as read, and may be read-only for it.
+    Strings of Python 2 become text. Arrays share memory with the bytes that were read, and may be read-only.
 
     Args:
-        data: the pickle's bytes, or a file at its start.
-        display_name: what the file is called in messages.
+        data: The bytes of the pickle, or a file at its start.
+        display_name: The name in messages.
 
     Raises:
-        DataError: it holds anything but data, or is damaged.
+        DataError: It contains anything except data, or is damaged.
     """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         return _checked(_Reader(file).load())
     except UnsafePickle as error:
-        hint = "do not trust it: get the file from its authors"
+        hint = "do not trust this file: download it from its authors"
         raise DataError(f"{display_name} is refused: {error}", hint=hint) from error
-    except (EOFError, OSError, zlib.error) as error:  # of a file, or of the archive that it is read from
-        raise DataError(f"{display_name} is cut off or unreadable", hint="get the file anew") from error
+    except (EOFError, OSError, zlib.error) as error:  # from the file, or from the archive that contains it
+        message = f"{display_name} is cut off or unreadable"
+        raise DataError(message, hint="download the file again") from error
     except DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        message = f"{display_name} is no sound pickle of arrays: {reason:.100}"
-        raise DataError(message, hint="get the file anew") from error
+        message = f"{display_name} is not a valid pickle of arrays: {reason:.100}"
+        raise DataError(message, hint="download the file again") from error
 
 
 def _checked(result: object) -> object:
-    """The result, if nothing in it is but data: a marker of ours might have been left in a list."""
+    """The result, if it contains only data: one of the markers here might be left in a list."""
     waiting, seen = [result], set()
     while waiting:
         value = waiting.pop()
         if isinstance(value, PLAIN):
             continue
         if not isinstance(value, list | tuple | dict):
-            raise UnsafePickle("it holds a function or an unfinished array")
-        if id(value) not in seen:  # once, since a list may hold itself
+            raise UnsafePickle("it contains a function or an unfinished array")
+        if id(value) not in seen:  # once, since a list may contain itself
             seen.add(id(value))
             waiting += value.values() if isinstance(value, dict) else value
     return result
 
 
 class _WholeReads:
-    """A file that gives all that it is asked for, or raises EOFError before memory is taken for it."""
+    """A file that returns every requested byte, or raises EOFError before it allocates memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.start = file.tell()
@@ -150,7 +151,7 @@ class _WholeReads:
         return line
 
     def read_writable(self, count: int) -> bytearray:
-        """Filled in place, since an array will lie in it."""
+        """Read into new memory that an array can use without a copy."""
         data = bytearray(count if count <= self.size else 0)
         if len(data) != count or self.file.readinto(data) != count:  # type: ignore[attr-defined]
             raise EOFError
@@ -158,19 +159,19 @@ class _WholeReads:
 
 
 class _Memo(dict[int, object]):
-    """What a pickle has put aside: of arrays and dtypes the finished ones."""
+    """The memo of a pickle, which returns arrays and dtypes only when they are complete."""
 
     def __getitem__(self, place: int) -> object:
         value = super().__getitem__(place)
         if not isinstance(value, Unbuilt):
             return value
         if value.value is None:
-            raise UnsafePickle("it uses an array before it is there")
+            raise UnsafePickle("it uses an array before it is complete")
         return value.value
 
 
 class _Reader(pickle._Unpickler):
-    """The standard library's reader with fewer operations, and with stricter ones in place of some."""
+    """The standard library's reader with fewer operations, some of them stricter."""
 
     stack: list[object]
     append: Callable[[object], None]
@@ -180,14 +181,14 @@ class _Reader(pickle._Unpickler):
         self._source = _WholeReads(file)
         super().__init__(self._source)
         self.memo = _Memo()
-        self._room = self._source.size  # bytes of text that may be encoded
+        self._room = self._source.size  # bytes of text that may still be encoded
 
     def find_class(self, module: object, name: object) -> Global:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UnsafePickle("it asks for what has no name")
+            raise UnsafePickle("it uses a name that is not text")
         kind = GLOBALS.get((module, name))
         if kind is None:
-            raise UnsafePickle(f"it asks for {f'{module}.{name}'!a:.80}, which is no array")
+            raise UnsafePickle(f"it uses {f'{module}.{name}'!a:.80}, which pickles of arrays never use")
         return Global(kind)
 
     def _decode_string(self, data: bytes) -> str | bytes:
@@ -195,11 +196,11 @@ class _Reader(pickle._Unpickler):
 
     def _refuse(self, reason: str) -> None:
         if self._source.file.tell() == self._source.start + 1:  # any other file, such as a zip
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not start like a pickle")
         raise UnsafePickle(reason)
 
     def _skip_frame(self) -> None:
-        self._source.read(8)  # its length helps only those who read in blocks
+        self._source.read(8)  # the length of the frame, needed only by readers that buffer
 
     def _load_bytearray(self) -> None:
         self.append(self._source.read_writable(int.from_bytes(self._source.read(8), "little")))
@@ -236,9 +237,9 @@ class _Reader(pickle._Unpickler):
 
     def _fill(self, target: dict[object, object], items: list[object]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing a tuple goes as deep as the tuple: one of a million levels ends the process.
+            # Hashing a tuple recurses into it: a million levels crash the process.
             if not isinstance(key, str | bytes | int | float):
-                raise UnsafePickle(f"it has a {type(key).__name__} as a key")
+                raise UnsafePickle(f"it uses a {type(key).__name__} as a key")
             target[key] = value
 
     def _reduce(self) -> None:
@@ -246,21 +247,21 @@ class _Reader(pickle._Unpickler):
         if not isinstance(maker, Global) or maker.kind == "ndarray":
             raise UnsafePickle(f"it calls {_kind_of(maker)}")
         if not isinstance(arguments, tuple) or (maker.kind == "bytes" and arguments):
-            raise UnsafePickle(f"it calls {_kind_of(maker)} as no pickle does")
+            raise UnsafePickle(f"it calls {_kind_of(maker)} with invalid arguments")
         self.append(getattr(self, f"_make_{maker.kind}")(*arguments))
 
     def _build(self) -> None:
-        """Put the array or the dtype itself in place of what stood for it."""
+        """Complete an array or a dtype, which replaces its marker on the stack."""
         state, unbuilt = self.stack.pop(), self.stack.pop()
         if not isinstance(unbuilt, Unbuilt) or unbuilt.value is not None or not isinstance(state, tuple):
-            raise UnsafePickle(f"it alters {_kind_of(unbuilt)}")
+            raise UnsafePickle(f"it changes {_kind_of(unbuilt)}")
         if unbuilt.spec is None:
             *_, shape, dtype, fortran, raw = state
             unbuilt.value = self._in_bytes(shape, dtype, "F" if fortran else "C", raw)
         else:
             _, order, *foreign = state
             if order not in ORDERS or any(part is not None for part in foreign[:3]):
-                raise UnsafePickle("it holds an array of fields, not of plain numbers")
+                raise UnsafePickle("it contains an array of fields, not of plain numbers")
             unbuilt.value = np.dtype(unbuilt.spec).newbyteorder(order)
         self.append(unbuilt.value)
 
@@ -269,13 +270,13 @@ class _Reader(pickle._Unpickler):
 
     def _make_array(self, subtype: object, shape: object, code: object) -> Unbuilt:
         if subtype != Global("ndarray"):
-            raise UnsafePickle("it makes an array of a foreign type")
+            raise UnsafePickle("it makes an array of another type than numpy's")
         return Unbuilt()
 
     def _make_dtype(self, spec: object, align: object = False, copy: object = True) -> Unbuilt:
         if not isinstance(spec, str) or not NUMBERS.fullmatch(spec):
             what = f"{spec!a:.40}" if isinstance(spec, str) else _kind_of(spec)
-            raise UnsafePickle(f"it holds an array of {what}, not of plain numbers")
+            raise UnsafePickle(f"it contains an array of {what}, not of plain numbers")
         return Unbuilt(spec)
 
     def _make_scalar(self, dtype: object, raw: object) -> object:
@@ -283,30 +284,30 @@ class _Reader(pickle._Unpickler):
 
     def _make_buffer(self, raw: object, dtype: object, shape: object, order: object, axes: Any = None) -> Any:
         array = self._in_bytes(shape, dtype, order, raw)
-        return array if axes is None else array.transpose(axes)  # so says numpy 2.3 and later
+        return array if axes is None else array.transpose(axes)  # axes: from numpy 2.3 and later
 
     def _make_encode(self, text: object, code: object = "") -> bytes:
         if not isinstance(text, str) or code not in ("latin1", "latin-1"):
-            raise UnsafePickle("it encodes what is no bytes")
+            raise UnsafePickle("it encodes something other than Latin-1 text")
         self._room -= len(text)
-        # What is encoded was read before; only an attack encodes the same again and again.
+        # Text is read before it is encoded, so only an attack that repeats it exceeds the size of the file.
         if self._room < 0:
-            raise UnsafePickle("it grows far beyond its own size")
+            raise UnsafePickle("it expands far beyond its own size")
         return text.encode("latin-1")
 
     def _in_bytes(self, shape: object, dtype: object, order: object, raw: object) -> NDArray[Any]:
-        """An array that lies in the bytes themselves, which may be 815 MB."""
+        """An array that shares memory with the bytes, which may be 815 MB."""
         if not isinstance(dtype, np.dtype):
             raise UnsafePickle("it makes an array without a dtype")
-        if isinstance(raw, str):  # a short string of Python 2
+        if isinstance(raw, str):  # a short string from Python 2
             raw = self._make_encode(raw, "latin-1")
         if not isinstance(raw, bytes | bytearray):
             raise UnsafePickle(f"it makes an array of {_kind_of(raw)}")
         sides = shape if isinstance(shape, tuple) else (None,)
         if len(sides) > MOST_AXES or not all(type(side) is int and side >= 0 for side in sides):
-            raise UnsafePickle("it makes an array without a shape")
+            raise UnsafePickle("it makes an array without a valid shape")
         if math.prod(sides) * dtype.itemsize != len(raw):
-            raise ValueError(f"an array of {dtype} {sides} does not lie in {len(raw):,} bytes")
+            raise ValueError(f"an array of {dtype} {sides} does not fit {len(raw):,} bytes")
         return np.ndarray(sides, dtype, raw, order="F" if order == "F" else "C")
 
 
@@ -318,16 +319,16 @@ def _refusing(reason: str) -> Callable[[_Reader], None]:
     return lambda reader: reader._refuse(reason)
 
 
-# Operations by their codes, as the standard library's pickletools lists them.
+# The codes of operations are listed in the standard library's pickletools.
 _REFUSED = {
-    "it makes objects of classes": b"io\x81\x92",
-    "it names things that lie outside it": b"PQ\x82\x83\x84\x97\x98",  # persistent ids, extensions, buffers
-    "it holds a set": b"\x8f\x90\x91",
-    "it holds a number of absurd size": b"\x8b",
-    "it turns its stack as no honest pickle of arrays does": b"012",
+    "it creates instances of classes": b"io\x81\x92",
+    "it refers to objects outside the file": b"PQ\x82\x83\x84\x97\x98",  # persistent ids, extensions, buffers
+    "it contains a set": b"\x8f\x90\x91",
+    "it contains an integer of more than 255 bytes": b"\x8b",
+    "it uses stack operations that pickles of arrays never contain": b"012",
 }
 
-# The library's own: None, truth, numbers, strings, tuples, lists, names, and what is put aside and fetched.
+# The library's own operations: None, booleans, numbers, strings, tuples, lists, names, and the memo.
 _KEPT = b"\x80.(N\x88\x89IJKML\x8aFGSTUBC\x8eVX\x8c\x8d)t\x85\x86\x87]l}cpqr\x94ghj"
 
 _STRICTER: dict[int, Callable[[_Reader], None]] = {
@@ -345,5 +346,5 @@ _STRICTER: dict[int, Callable[[_Reader], None]] = {
 
 _STRICTER |= {code: _refusing(reason) for reason, codes in _REFUSED.items() for code in codes}
 
-# typeshed says that the functions take the C reader.
+# typeshed declares that the functions take the C reader.
 _Reader.dispatch = {code: pickle._Unpickler.dispatch[code] for code in _KEPT} | _STRICTER  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""The data sets: a table, and one file for each kind."""
+"""The data sets: a registry, and one file for each kind."""

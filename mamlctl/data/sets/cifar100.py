@@ -1,7 +1,7 @@
-"""CIFAR-100 (Krizhevsky 2009) for few-shot learning: 100 classes, 600 colour images of 32x32 each.
+"""CIFAR-100 (Krizhevsky 2009) for few-shot learning: 100 classes with 600 colour images of 32x32 each.
 
-`cifar-fs` and `fc100` are two splits of its classes. Its own parts, train and test, are joined in one pack
-that both share. Its files are pickles, read out of the archive by a reader that runs nothing.
+`cifar-fs` and `fc100` are two splits of its classes. They share one pack, which joins its original parts,
+train and test. Its files are pickles, which a safe reader reads directly from the archive.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ ORIGIN = "www.cs.toronto.edu"
 SIZE = 169_001_437  # bytes of the archive
 TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
-HINT = f"name {ARCHIVE}, the folder {FOLDER} unpacked from it, or the folder that holds either"
+HINT = f"give --from {ARCHIVE}, the folder {FOLDER} unpacked from it, or a folder that contains either"
+DOWNLOAD_AGAIN = "download the archive again"
 
 
 @dataclass(frozen=True)
 class CifarPart:
-    """One of the two files of images, and what it must hold."""
+    """One of the two files of images, and what it must contain."""
 
     file: str
     per_class: int
     md5: str
 
 
-# The md5s are those of torchvision.datasets.CIFAR100, of the files inside the archive.
+# The md5s of the files inside the archive, from torchvision.datasets.CIFAR100.
 PARTS = (
     CifarPart("train", 500, "16019d7e3df5f24257cddd939b257f8d"),
     CifarPart("test", 100, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
@@ -54,8 +55,8 @@ PARTS = (
 
 
 def archives() -> tuple[Archive, ...]:
-    """The archive as torchvision names it, so that its corrections reach us with its releases."""
-    from torchvision.datasets import CIFAR100  # here, since it imports torch
+    """The archive with the address in torchvision, so that its releases also correct ours."""
+    from torchvision.datasets import CIFAR100  # imported here, since it imports torch
 
     return (Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, SIZE),)
 
@@ -63,17 +64,37 @@ def archives() -> tuple[Archive, ...]:
 def prepare(
     root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[CifarPart, ...] = PARTS
 ) -> None:
-    """Verify the archive, its unpacked folder, or a folder of either, and pack it. Raises DataError."""
+    """Verify and pack CIFAR-100.
+
+    Args:
+        root: The data root.
+        sources: The archive, its unpacked folder, or a folder that contains either.
+        on_event: Receives progress.
+        parts: What the two files of images must contain.
+
+    Raises:
+        DataError: A file is missing, damaged or not CIFAR-100's, or the pack cannot be written.
+    """
     save_pack(_path(root), _packed(_find_source(sources), parts, on_event))
 
 
 def is_here(root: Path) -> bool:
-    """Whether either of the two data sets was fetched: they share their images."""
+    """Whether the images, which both data sets share, are in the data root."""
     return is_packed(_path(root))
 
 
 def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent, name: str = "cifar-fs") -> PackedImages:
-    """All images, classes in the order of their names. Raises DataError if absent or damaged."""
+    """Return all images, classes in the order of their names.
+
+    Args:
+        root: The data root.
+        resize: Not used, since images keep their size.
+        on_event: Not used, since nothing is packed.
+        name: The data set, for messages.
+
+    Raises:
+        DataError: The images are missing or damaged.
+    """
     if not is_here(root):
         raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
     return load_pack(_path(root), name)
@@ -84,12 +105,12 @@ def _path(root: Path) -> Path:
 
 
 def class_names() -> tuple[str, ...]:
-    """CIFAR-100's classes in the order of their labels, which is the alphabet's."""
+    """Return CIFAR-100's classes in the order of their labels, which is alphabetical."""
     return tuple(sorted(listed_split("cifar-fs")))
 
 
 def _find_source(sources: Sequence[Path]) -> Path:
-    """The archive or the folder of CIFAR's files among the sources or in them."""
+    """The archive or the folder of CIFAR's files, among the sources or inside one."""
     for source in sources:
         path = source.expanduser().resolve()
         if path.is_file():
@@ -100,7 +121,7 @@ def _find_source(sources: Sequence[Path]) -> Path:
         if (path / ARCHIVE).is_file():
             return path / ARCHIVE
     places = ", ".join(str(source) for source in sources)
-    raise DataError(f"{places} holds neither {ARCHIVE} nor a folder {FOLDER}", hint=HINT)
+    raise DataError(f"{places} contains neither {ARCHIVE} nor a folder {FOLDER}", hint=HINT)
 
 
 def _file_names(parts: Sequence[CifarPart]) -> tuple[str, ...]:
@@ -108,7 +129,7 @@ def _file_names(parts: Sequence[CifarPart]) -> tuple[str, ...]:
 
 
 def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
-    """The bytes of the files of CIFAR that the folder or archive holds. Raises DataError if one is absent."""
+    """Read CIFAR's files from the folder or archive. Raises DataError if one is missing."""
     contents = {}
     with open_members(path, hint=HINT, member_bytes=FILE_BYTES) as members:
         for file in _file_names(parts):
@@ -117,27 +138,27 @@ def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
                     contents[file] = members.read(name)
                     break
             else:
-                raise DataError(f"{path} holds no file {FOLDER}/{file}", hint=HINT)
+                raise DataError(f"{path} does not contain the file {FOLDER}/{file}", hint=HINT)
     return contents
 
 
 def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> PackedImages:
-    """All images by class; within one, the first part's before the second's, in the order of the file."""
+    """All images by class; within a class, in the order of the parts and of their files."""
     files, names = _files(path, parts), class_names()
     meta_name = f"{META} in {path}"
     if _typed(load_arrays(files[META], meta_name), meta_name, "fine_label_names", list) != list(names):
-        fact = f"{meta_name} does not name CIFAR-100's {len(names)} classes in their order"
+        fact = f"{meta_name} does not list the {len(names)} classes of CIFAR-100 in their order"
         raise DataError(fact, hint=HINT)
     per_class = sum(part.per_class for part in parts)
     images_KMCHW = np.empty((len(names), per_class, CHANNELS, SIDE, SIDE), dtype=np.uint8)
     filled = 0
     for number, part in enumerate(parts):
-        # Taken out, so that the file's bytes are held no longer than need be.
+        # Popped, so that the bytes of the file are freed as early as possible.
         rows_MX, labels_M = _read_part(files.pop(part.file), f"{part.file} in {path}", part, names)
-        # Stable, so that images keep the file's order within their class.
+        # Stable, so that the images of a class keep the order of the file.
         order_KM = np.argsort(labels_M, kind="stable").reshape(len(names), part.per_class)
         for label, places in enumerate(order_KM):
-            # A row is the red, then the green, then the blue plane.
+            # A row has the red plane, then the green, then the blue.
             planes_MCHW = rows_MX[places].reshape(-1, CHANNELS, SIDE, SIDE)
             images_KMCHW[label, filled : filled + part.per_class] = planes_MCHW
         filled += part.per_class
@@ -149,35 +170,33 @@ def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> Packed
 def _read_part(
     data: bytes, display_name: str, part: CifarPart, names: Sequence[str]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Rows of pixels and a label each. Raises DataError for wrong counts, then for other pixels."""
+    """Rows of pixels and their labels. Raises DataError for wrong counts first, then for wrong pixels."""
     content = load_arrays(data, display_name)
     rows_MX = _typed(content, display_name, "data", np.ndarray)
     labels = _typed(content, display_name, "fine_labels", list)
     width = CHANNELS * SIDE * SIDE
     if rows_MX.dtype != np.uint8 or rows_MX.shape != (len(labels), width):
         expected = f"{len(labels):,} rows of {width:,} bytes"
-        message = f"{display_name} holds {rows_MX.dtype} {rows_MX.shape}, not {expected}"
-        raise DataError(message, hint="get the archive anew")
+        message = f"{display_name} contains {rows_MX.dtype} {rows_MX.shape}, not {expected}"
+        raise DataError(message, hint=DOWNLOAD_AGAIN)
     if not all(type(label) is int and 0 <= label < len(names) for label in labels):
-        message = f"{display_name} has labels that are not from 0 to {len(names) - 1}"
-        raise DataError(message, hint="get the archive anew")
+        message = f"{display_name} has labels outside 0 to {len(names) - 1}"
+        raise DataError(message, hint=DOWNLOAD_AGAIN)
     labels_M = np.array(labels, dtype=np.int64)
     counts = np.bincount(labels_M, minlength=len(names))
     for name, count in zip(names, counts.tolist(), strict=True):
         if count != part.per_class:
-            message = (
-                f"{display_name} holds {count:,} images of class {name}, but CIFAR-100 has {part.per_class:,}"
-            )
-            raise DataError(f"{message} there", hint="get the archive anew")
+            message = f"{display_name} has {count:,} images of class {name}, not {part.per_class:,}"
+            raise DataError(message, hint=DOWNLOAD_AGAIN)
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 != part.md5:
         message = f"{display_name} has CIFAR-100's labels, but not its bytes: md5 {md5} instead of {part.md5}"
-        raise DataError(message, hint="get the archive anew")
+        raise DataError(message, hint=DOWNLOAD_AGAIN)
     return rows_MX, labels_M
 
 
 def _typed(content: object, display_name: str, key: str, kind: type[T]) -> T:
-    """What a file's dict holds under `key`."""
+    """The value of `key` in a file's dict. Raises DataError if it is missing or of another type."""
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind):
         raise DataError(f"{display_name} has no {kind.__name__} called {key}", hint=HINT)

@@ -2,8 +2,8 @@
 
 mini-imagenet: Ravi & Larochelle 2017, 64/16/20 (twitter-research/meta-learning-lstm, data/miniImagenet).
 cifar-fs: Bertinetto et al. 2019, 64/16/20, and fc100: Oreshkin et al. 2018, 60/20/20 (12, 4 and 4
-superclasses, here each with its five classes): as tristandeleu/pytorch-meta has them; FC100's superclasses
-agree with ElementAI/TADAM, CIFAR-FS's classes were compared with no second source.
+superclasses, each with its five classes): copied from tristandeleu/pytorch-meta. FC100's superclasses agree
+with ElementAI/TADAM; CIFAR-FS's classes have no second source to compare with.
 """
 
 from __future__ import annotations
@@ -22,27 +22,33 @@ from mamlctl.data.reading.packs import PackedImages
 
 SPLITS: tuple[str, ...] = get_args(Split)
 
-# Split scheme -> the list's name: whose split it is.
+# Split scheme, named after its authors -> name of the list.
 SCHEMES = {"ravi": "mini-imagenet", "bertinetto": "cifar-fs", "oreshkin": "fc100"}
 
 
 @cache
 def listed_split(name: str) -> dict[str, str]:
-    """Class -> split of the data set `name`, in the list's order; shared by all callers."""
+    """Return class -> split of data set `name`, in the order of the list. Callers share the dict."""
     path = Path(__file__).with_name("splits") / f"{name}.csv"
     with path.open(encoding="ascii", newline="") as file:
         return {row["class"]: row["split"] for row in csv.DictReader(file)}
 
 
 def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """The classes of train, val and test as published; `seed` chooses nothing.
+    """Return the published classes of train, val and test.
 
-    Raises DataError if the classes are not exactly those of the list.
+    Args:
+        packed: All images of the data set.
+        scheme: A key of `SCHEMES`.
+        seed: Not used, since the lists are fixed.
+
+    Raises:
+        DataError: The classes are not exactly those of the list.
     """
     listed = listed_split(SCHEMES[scheme])
     if set(packed.names) != listed.keys():
         odd = sorted(set(packed.names) ^ listed.keys())
-        message = f"the classes are not those of {SCHEMES[scheme]}: {len(odd)} differ, such as {odd[0]}"
+        message = f"the classes are not those of {SCHEMES[scheme]}: {len(odd)} differ, for example {odd[0]}"
         raise DataError(message, hint=f"mamlctl fetch {SCHEMES[scheme]} --force")
     places = np.array([listed[name] for name in packed.names])
     return {split: np.flatnonzero(places == split) for split in SPLITS}

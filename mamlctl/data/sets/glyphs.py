@@ -1,7 +1,7 @@
-"""Glyphs: an embedded few-shot set of invented characters, drawn by code as if by hand.
+"""Glyphs: a built-in few-shot data set of invented characters, drawn by code to look hand-drawn.
 
-A class is two to four curved strokes; an image is one drawing of them, with its own wobble, slant, size,
-place and pen. All arithmetic is plain and elementwise, so that every machine draws the same pixels.
+A class has two to four curved strokes; an image is one drawing of them, with its own wobble, slant, size,
+position and pen. All arithmetic is simple and elementwise, so every machine draws the same pixels.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from mamlctl.data.counter_rng import random_words, shuffled
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
 NAME = "glyphs"
-VERSION = 1  # of the drawing: raise it with any change that alters a pixel
+VERSION = 1  # of the drawing code: raise it with any change that alters a pixel
 CLASSES = 400
-DRAWINGS = 20  # of each class, as in Omniglot
+DRAWINGS = 20  # per class, as in Omniglot
 SIDE = 28  # pixels
 SPLIT_SCHEMES = ("own",)
 TRAIN = 300  # classes; 60 are left for test
 VAL = 40  # classes
-SHAPE_SEED = 0  # the set is one fixed set; the split has a seed of its own
-STROKES = (2, 4)  # fewest, most
+SHAPE_SEED = 0  # fixed, since the data set is; the split has its own seed
+STROKES = (2, 4)  # fewest and most per glyph
 CONTROLS = 4  # control points of a stroke's cubic curve
-POINTS = 48  # drawn on a stroke, under a pixel apart
+POINTS = 48  # drawn points per stroke, less than a pixel apart
 
-# Chosen by eye, and so that a nearest neighbour on pixels gets about 65 % of 5-way 1-shot tasks.
-WOBBLE = 0.05  # of a control point, in units of the glyph's box
-SLANT = 0.13  # of the affine map's entries: turn, shear and size
-SHIFT = 1.1  # pixels
-BOX = 19.0  # pixels: the glyph's box inside the image
-PEN = (0.7, 1.4)  # radius in pixels
+# Chosen by eye, and so that a nearest neighbour on pixels reaches about 65 % on 5-way 1-shot tasks.
+WOBBLE = 0.05  # standard deviation of a control point, in units of the glyph's box
+SLANT = 0.13  # standard deviation of the affine map's entries: rotation, shear and size
+SHIFT = 1.1  # standard deviation in pixels
+BOX = 19.0  # side in pixels of the glyph's box inside the image
+PEN = (0.7, 1.4)  # smallest and largest radius in pixels
 
 
 def prepare(root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
-    """Draw the set, of which there are no `sources`, and cache it."""
-    on_event(Notice(f"drawing {NAME} (embedded, no download)"))
+    """Draw the data set and save it; `sources` is not used."""
+    on_event(Notice(f"drawing {NAME} (built in, no download)"))
     save_pack(_path(root), draw(on_event))
 
 
 def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
-    """All images at 28x28, ink 0, paper 255; drawn on first use. Raises DataError if the cache is damaged."""
+    """Return all images: 28x28, ink 0, paper 255, drawn on first use. Raises DataError for a damaged pack."""
     if not is_packed(_path(root)):
         prepare(root, (), on_event)
     return load_pack(_path(root), NAME)
 
 
 def is_here(root: Path) -> bool:
-    """Always: what is not cached yet, `open_pack` draws."""
+    """Always true, since `open_pack` draws missing images."""
     return True
 
 
 def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """300 classes to train, 40 to validate, 60 to test, shuffled by `seed`."""
+    """Return 300 classes for train, 40 for val and 60 for test, shuffled by `seed`."""
     train, val, test = np.split(shuffled(len(packed.names), seed, "class split"), [TRAIN, TRAIN + VAL])
     return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 
@@ -66,7 +66,7 @@ def _path(root: Path) -> Path:
 
 
 def draw(on_event: OnEvent, classes: int = CLASSES) -> PackedImages:
-    """The first `classes` glyphs, twenty drawings each."""
+    """Draw the first `classes` glyphs, twenty times each."""
     images_MCHW = np.empty((classes * DRAWINGS, 1, SIDE, SIDE), dtype=np.uint8)
     for number in range(classes):
         strokes_BPX = _drawings(_shape(number), number)
@@ -78,18 +78,18 @@ def draw(on_event: OnEvent, classes: int = CLASSES) -> PackedImages:
 
 
 def _uniform(raw: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Random words as numbers from -1 to 1."""
+    """Random words as uniform numbers in [-1, 1)."""
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
 
 
 def _bell(raw_3: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Three words (the last axis) as one number of about normal distribution, variance 1: their sum."""
+    """Sum of three uniform numbers (the last axis): about normally distributed, with variance 1."""
     parts = _uniform(raw_3)
     return parts[..., 0] + parts[..., 1] + parts[..., 2]  # each has variance 1/3
 
 
 def _shape(number: int) -> NDArray[np.float64]:
-    """A glyph's control points, scaled so that its curves fill a box of side 1 around 0: strokes, 4, 2."""
+    """A glyph's control points (strokes, 4, 2), scaled so that its curves fill a box of side 1 around 0."""
     most = STROKES[1]
     words = random_words(SHAPE_SEED, "glyph shapes", number, 1 + most * CONTROLS * 2)
     strokes = STROKES[0] + int(words[0] % np.uint64(STROKES[1] - STROKES[0] + 1))
@@ -101,7 +101,7 @@ def _shape(number: int) -> NDArray[np.float64]:
 
 
 def _drawings(controls: NDArray[np.float64], number: int) -> NDArray[np.uint8]:
-    """Twenty drawings of one glyph -> B, H, W."""
+    """Twenty drawings of one glyph, _BHW."""
     wobbles = controls.size
     words = random_words(SHAPE_SEED, "glyph drawings", number, DRAWINGS * (wobbles + 7) * 3)
     noise = _bell(words.reshape(DRAWINGS, wobbles + 7, 3))
@@ -119,7 +119,7 @@ def _drawings(controls: NDArray[np.float64], number: int) -> NDArray[np.uint8]:
 
 
 def _curve(controls: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points on the strokes' cubic Bezier curves: B, strokes, 4 -> B, strokes * POINTS."""
+    """Points on the cubic Bezier curves of strokes: (B, strokes, 4) -> (B, strokes * POINTS)."""
     t = np.arange(POINTS) / (POINTS - 1)
     p, q, r, s = (controls[..., place, None] for place in range(CONTROLS))
     u = 1 - t
@@ -128,12 +128,12 @@ def _curve(controls: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _inked(x: NDArray[np.float64], y: NDArray[np.float64], pen: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Ink where a pixel is within the pen's radius of a point, with an edge one pixel soft."""
+    """Draw ink where a pixel is within the pen's radius of a point, with a soft edge one pixel wide."""
     grid = np.arange(SIDE, dtype=np.float32)
     dx2_BPW = (grid - x[..., None].astype(np.float32)) ** 2
     dy2_BPH = (grid - y[..., None].astype(np.float32)) ** 2
     nearest = np.full((len(x), SIDE, SIDE), np.inf, dtype=np.float32)
-    for point in range(x.shape[1]):  # a point at a time: the whole would not fit the processor's cache
+    for point in range(x.shape[1]):  # one point at a time, since all of them would not fit in the cache
         np.minimum(nearest, dy2_BPH[:, point, :, None] + dx2_BPW[:, point, None, :], out=nearest)
     ink = np.clip(pen[:, None, None] + 0.5 - np.sqrt(nearest), 0, 1)
     return (255 - np.rint(255 * ink)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The user's own images: a folder of class folders, or with train, val and test above them."""
+"""The user's own images: a folder of class folders, or of train, val and test with class folders in each."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.data.counter_rng import shuffled
-from mamlctl.data.reading.decoding import ImageShape, decoded, of_path
+from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
 from mamlctl.data.reading.image_files import FILTERS, class_folders
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS
 
-# mini-ImageNet's, for which the field's networks are made.
+# The size of mini-ImageNet's images, for which the usual networks are made.
 SIDE = 84
 CHANNELS = 3
 RESIZES = tuple(FILTERS)
 SPLIT_SCHEMES = ("folders", "fractions")
-FRACTIONS = "64-16-20"  # mini-ImageNet's classes
-MOST_NAMED = 5  # files that are named before "and n more"
+FRACTIONS = "64-16-20"  # classes of mini-ImageNet
+MOST_NAMED = 5  # files that are listed before "and n more"
 
 
 def prepare(folder: Path, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
-    """Forget the packs of the folder, so that `open_pack` makes them again; there are no other `sources`."""
+    """Drop the packs of the folder, so that `open_pack` makes them again; `sources` is not used."""
     for sidecar in (root / home_of(folder)).glob("*.json"):
         sidecar.unlink()
 
 
 def is_here(folder: Path, root: Path) -> bool:
-    """Whether the folder is there: what is not packed yet, `open_pack` packs."""
+    """Whether the folder exists; `open_pack` packs it if necessary."""
     return folder.is_dir()
 
 
@@ -46,36 +46,49 @@ def open_pack(
     channels: int = CHANNELS,
     on_event: OnEvent,
 ) -> PackedImages:
-    """All images of the folder; packed anew if a file came, went or changed since.
+    """Return all images of the folder, packed again if a file was added, removed or changed.
 
-    Images that cannot be read, and classes without any, are left out and written down. Raises DataError if
-    nothing is left, or there is no folder of such a form.
+    Images that cannot be read, and classes without images, are left out and listed in the pack's facts.
+
+    Args:
+        folder: The user's folder.
+        root: The data root.
+        resize: A key of `FILTERS`.
+        side: Height and width in pixels.
+        channels: 1 (grey) or 3 (colour).
+        on_event: Receives notices and progress.
+
+    Raises:
+        DataError: The folder does not exist or has another structure, or no image can be read.
     """
     classes = _classes(folder)
     stamp = _stamp(folder, classes)
-    path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}.npy"
-    if is_packed(path):
-        packed = load_pack(path, str(folder))
+    pack_path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}.npy"
+    if is_packed(pack_path):
+        packed = load_pack(pack_path, str(folder))
         if packed.facts.get("stamp") == stamp:
             _announce_left_out(packed.facts["left_out"], on_event)
             return packed
-        on_event(Notice(f"{folder} has changed since it was packed: packing it anew"))
-    files = [of_path(file, folder, name) for name, paths in classes.items() for file in paths]
+        on_event(Notice(f"{folder} has changed since it was packed: packing it again"))
+    files = [
+        ImageFile(name, str(path.relative_to(folder)), path.read_bytes)
+        for name, paths in classes.items()
+        for path in paths
+    ]
     left_out = [f"{name} (an empty class)" for name, paths in classes.items() if not paths]
     if not files:
-        raise DataError(
-            f"{folder} holds no images", hint="put the images of each class into a folder of its own"
-        )
+        hint = "put the images of each class into a separate folder"
+        raise DataError(f"{folder} contains no images", hint=hint)
     shape = ImageShape(side, channels, resize)
     images = decoded(
         files,
         shape,
-        what=path.parent.name,
+        what=pack_path.parent.name,
         on_event=on_event,
         on_bad=lambda error: left_out.append(str(error)),
     )
-    stream_pack(path, shape.chw, images, lambda: {"stamp": stamp, "left_out": left_out})
-    packed = load_pack(path, str(folder))
+    stream_pack(pack_path, shape.chw, images, lambda: {"stamp": stamp, "left_out": left_out})
+    packed = load_pack(pack_path, str(folder))
     _announce_left_out(packed.facts["left_out"], on_event)
     return packed
 
@@ -83,9 +96,14 @@ def open_pack(
 def split_classes(
     packed: PackedImages, scheme: str, seed: int, fractions: str = FRACTIONS
 ) -> dict[str, NDArray[np.int64]]:
-    """By the folders train, val and test, or by `fractions` of the classes, shuffled by `seed`.
+    """Return the classes of train, val and test.
 
-    Without a folder val, or test, its share of `fractions` is taken from train.
+    Args:
+        packed: All images.
+        scheme: `folders` (train, val and test) or `fractions` (of the shuffled classes).
+        seed: The seed of the shuffle.
+        fractions: Shares of train, val and test. With `folders`, a missing val or test takes its share of
+            the classes from train.
     """
     of_folder = np.array([name.partition("/")[0] for name in packed.names])
     if scheme == "fractions":
@@ -108,25 +126,25 @@ def _shares(fractions: str) -> list[float]:
 
 
 def _parted(classes: NDArray[np.int64], seed: int, shares: Sequence[float]) -> list[NDArray[np.int64]]:
-    """The classes dealt out: every share that is not 0 gets a class if there are enough."""
+    """The shuffled classes in parts of the given shares (0..1)."""
     order = classes[shuffled(len(classes), seed, "class split")]
     ends = np.round(np.cumsum(shares)[:-1] * len(classes)).astype(np.int64)
     return [np.sort(part) for part in np.split(order, ends)]
 
 
 def fraction_problem(fractions: str) -> tuple[str, str] | None:
-    """Why `fractions` are none, and the way out."""
+    """Return the (fact, hint) pair if `fractions` is not valid."""
     try:
         parts = [float(part) for part in fractions.split("-")]
     except ValueError:
         parts = []
     if len(parts) == len(SPLITS) and all(0 <= part < np.inf for part in parts) and parts[0] > 0:
         return None
-    return f"--split-fractions is {fractions!r}", "write shares of train, val and test like 64-16-20"
+    return f"--split-fractions is {fractions!r}", "give shares of train, val and test, for example 64-16-20"
 
 
 def has_splits(folder: Path) -> bool:
-    """Whether the classes lie in folders train, val and test: two of them, or train and nothing beside it."""
+    """Whether the folder has at least two of the folders train, val and test, or only train."""
     if not folder.is_dir():
         return False
     names = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
@@ -134,21 +152,23 @@ def has_splits(folder: Path) -> bool:
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The files of every class; of folders train, val and test the names begin with those."""
+    """The files of every class; with folders train, val and test, class names start with the split."""
     if not has_splits(folder):
         return class_folders(folder)
     parts = class_folders(folder).keys()
     if "train" not in parts or (odd := sorted(parts - set(SPLITS))):
-        fact = f"a folder {odd[0]}" if "train" in parts else "no folder train"
-        message = f"{folder} has {' and '.join(sorted(parts & set(SPLITS)))}, but {fact} beside them"
-        raise DataError(message, hint="name the splits train, val and test, with one folder a class in each")
+        fact = f"also a folder {odd[0]}" if "train" in parts else "no folder train"
+        message = f"{folder} has folders {' and '.join(sorted(parts & set(SPLITS)))}, but {fact}"
+        raise DataError(message, hint="use folders train, val and test, with one folder per class in each")
     by_split = {split: class_folders(folder / split) for split in SPLITS if split in parts}
     where: dict[str, str] = {}
     for split, classes in by_split.items():
         for name in classes:
             if name in where:
                 message = f"{folder} has class {name!r} in {where[name]} and in {split}"
-                hint = "splits share no class here: put all images of a class into one folder, without splits"
+                hint = (
+                    "put each class into one split, or drop the split folders to split by --split-fractions"
+                )
                 raise DataError(message, hint=hint)
             where[name] = split
     return {
@@ -157,7 +177,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
-    """What changes when a file comes, goes or is written."""
+    """A digest that changes if a file is added, removed or written."""
     digest = hashlib.sha256()
     for name, files in classes.items():
         digest.update(f"{name}\0".encode())
@@ -172,13 +192,13 @@ def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
 
 
 def home_of(folder: Path) -> str:
-    """Where its packs lie: named for people, and by a digest of its path, since names are not unique."""
+    """The folder of its packs below the data root: its name, and a digest of its path, which is unique."""
     digest = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()
     return f"folders/{folder.name}-{digest[:12]}"
 
 
 def _announce_left_out(left_out: Sequence[str], on_event: OnEvent) -> None:
-    """One notice of everything that was left out."""
+    """Send one notice of all files and classes that were left out."""
     if left_out:
         more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
         on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:MOST_NAMED])}{more}"))

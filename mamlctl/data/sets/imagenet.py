@@ -1,7 +1,7 @@
-"""Image sets that nobody may pass on, packed from what the user has: mini-ImageNet and tieredImageNet.
+"""mini-ImageNet and tieredImageNet, packed from the user's files, since they may not be redistributed.
 
-mini-ImageNet's classes: Ravi & Larochelle 2017 (twitter-research/meta-learning-lstm).
-tieredImageNet's counts: Ren et al. 2018, section 4.1.
+The classes of mini-ImageNet are from Ravi & Larochelle 2017 (twitter-research/meta-learning-lstm), the counts
+of tieredImageNet from Ren et al. 2018, section 4.1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,32 +19,32 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.data.reading.archives import Members, open_members
-from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, of_members, twins
+from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, twins
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
 
 SIDE = 84
 IMAGE = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
-SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet; file names begin with theirs
+SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet, with which the names of its files start
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 PICKLES = (".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class ListedSet:
-    """A set whose files the user brings, and what it must hold."""
+    """A data set whose files the user must provide, and what they must contain."""
 
     name: str
     title: str
     classes: tuple[int, int, int]  # train, val, test
     images: tuple[int, int, int]
     split_schemes: tuple[str, ...]
-    where: str  # where people get it
+    where: str  # how to get it, in the imperative
 
     @property
     def hint(self) -> str:
-        """The way out where it is absent."""
+        """The hint if files are missing."""
         return f"{self.where}; then: mamlctl fetch {self.name} --from FOLDER_OR_ARCHIVES"
 
 
@@ -53,7 +54,7 @@ MINI = ListedSet(
     (64, 16, 20),
     (38_400, 9_600, 12_000),
     ("ravi",),
-    "make it from ImageNet with github.com/yaoyao-liu/mini-imagenet-tools, or get a copy",
+    "create it from ImageNet with github.com/yaoyao-liu/mini-imagenet-tools, or get a copy",
 )
 TIERED = ListedSet(
     "tiered-imagenet",
@@ -61,16 +62,27 @@ TIERED = ListedSet(
     (351, 97, 160),
     (448_695, 124_261, 206_209),
     ("ren",),
-    "make it from ImageNet with github.com/yaoyao-liu/tiered-imagenet-tools, or get a copy",
+    "create it from ImageNet with github.com/yaoyao-liu/tiered-imagenet-tools, or get a copy",
 )
 
-PER_CLASS = 600  # mini-ImageNet's images of every class
+PER_CLASS = 600  # images in each class of mini-ImageNet
 
 
 def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
-    """Verify what the user has, and pack it. Raises DataError, with nothing left behind."""
+    """Verify and pack the user's files.
+
+    Args:
+        listed: The data set.
+        root: The data root.
+        sources: Archives or folders of images, or the pickles of mini-ImageNet.
+        on_event: Receives notices and progress.
+
+    Raises:
+        DataError: Files are missing, damaged or not the data set's, or the pack cannot be written. No partial
+            pack is left.
+    """
     if not sources:
-        message = f"{listed.title} cannot be downloaded: ImageNet's terms let nobody pass it on"
+        message = f"{listed.title} cannot be downloaded: the terms of ImageNet forbid redistribution"
         raise DataError(message, hint=listed.hint)
     if listed is MINI and (pickles := _pickles(sources)):
         _pack_pickles(_path(listed, root), pickles, on_event)
@@ -84,15 +96,13 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
         stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
     if pairs:
-        apart = [pair for pair in pairs if pair[0] != pair[1]]
-        fact = (
-            f"{len(pairs)} pairs of images are the same to the last bit, {len(apart)} of them in two classes"
-        )
-        on_event(Notice(f"{listed.name}: {fact}: a known flaw of the set, left as it is"))
+        apart = sum(one != other for one, other in pairs)
+        fact = f"{len(pairs)} pairs of images are identical, {apart} of them across classes"
+        on_event(Notice(f"{listed.name}: {fact} (a known flaw of the data set, left unchanged)"))
 
 
 def _pickles(sources: Sequence[Path]) -> list[Path]:
-    """The pickles of mini-ImageNet among the sources or in them."""
+    """The pickles of mini-ImageNet, among the sources or inside a single one."""
     paths = [source.expanduser().resolve() for source in sources]
     if all(path.suffix in PICKLES for path in paths):
         return paths
@@ -100,7 +110,7 @@ def _pickles(sources: Sequence[Path]) -> list[Path]:
 
 
 def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> None:
-    """Pack them class by class: within a split in the order of the names, as the images are packed."""
+    """Pack the classes of each split in the order of their names, as for images."""
     classes = read_mini_cache(pickles, per_class=PER_CLASS)
 
     def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
@@ -113,19 +123,23 @@ def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> Non
 
 
 def is_here(listed: ListedSet, root: Path) -> bool:
-    """Whether it was fetched."""
+    """Whether the data set is in the data root."""
     return is_packed(_path(listed, root))
 
 
 def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
-    """All images at 84x84 in colour, memory-mapped. Raises DataError if absent or damaged."""
+    """Return all images, 84x84 in colour, memory-mapped; `resize` is not used.
+
+    Raises:
+        DataError: The data set is missing or damaged.
+    """
     if not is_here(listed, root):
         raise DataError(f"{listed.name} is not at {root}", hint=listed.hint)
     return load_pack(_path(listed, root), listed.name)
 
 
 def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """The classes of train, val and test by the folders that they lay in; `seed` chooses nothing."""
+    """Return the classes of train, val and test by their folders; `scheme` and `seed` are not used."""
     splits = np.array([name.partition("/")[0] for name in packed.names])
     return {split: np.flatnonzero(splits == split) for split in SPLITS}
 
@@ -135,7 +149,7 @@ def _path(listed: ListedSet, root: Path) -> Path:
 
 
 def _candidates(sources: Sequence[Path]) -> list[Path]:
-    """A source itself, or the archives that lie in it if there are any."""
+    """The archives inside each source, or the source itself if it contains none."""
     paths = []
     for source in sources:
         path = source.expanduser().resolve()
@@ -147,7 +161,7 @@ def _candidates(sources: Sequence[Path]) -> list[Path]:
 
 
 def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[ImageFile]]:
-    """The images of every class, sorted by file name; of tieredImageNet with the split before the class."""
+    """The images of every class, sorted by file name; for tieredImageNet, keys are split/class."""
     by_label: dict[str, dict[str, ImageFile]] = {}
     for members in opened:
         for name in members.names:
@@ -162,18 +176,18 @@ def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[Im
                 parts = (*path.parts, members.path.name.partition(".")[0])
                 split = next((split for split in SPLITS if split in parts), "")
                 label = f"{split}/{label}"
-            by_label.setdefault(label, {})[path.name] = of_members(members, name, label)
+            by_label.setdefault(label, {})[path.name] = ImageFile(label, name, partial(members.read, name))
     return {label: [files[name] for name in sorted(files)] for label, files in by_label.items()}
 
 
 def _verify(listed: ListedSet, by_class: dict[str, list[ImageFile]], sources: Sequence[Path]) -> None:
-    """Raises DataError, which names what is missing or too much."""
+    """Raises DataError that names the first class or split with a wrong count."""
     places = ", ".join(str(source) for source in sources)
     if not by_class:
-        message = f"{places} holds no images in folders like n01532829, and none with such names"
+        message = f"{places} contains no images with file or folder names like n01532829"
         raise DataError(message, hint=listed.hint)
     for problem in _count_problems(listed, by_class):
-        raise DataError(f"{places} is not the whole of {listed.title}: {problem}", hint=listed.hint)
+        raise DataError(f"{places} is not the complete {listed.title}: {problem}", hint=listed.hint)
 
 
 def _count_problems(listed: ListedSet, by_class: dict[str, list[ImageFile]]) -> Iterator[str]:
@@ -181,9 +195,9 @@ def _count_problems(listed: ListedSet, by_class: dict[str, list[ImageFile]]) -> 
         expected = listed_split(MINI.name)
         missing, more = sorted(expected.keys() - by_class.keys()), sorted(by_class.keys() - expected.keys())
         if missing:
-            yield f"{len(missing)} of its 100 classes are missing, such as {missing[0]}"
+            yield f"it lacks {len(missing)} of the {len(expected)} classes, for example {missing[0]}"
         if more:
-            yield f"{len(more)} classes do not belong to it, such as {more[0]}"
+            yield f"it has {len(by_class)} classes instead of {len(expected)}, for example also {more[0]}"
         for label, files in sorted(by_class.items()):
             if len(files) != PER_CLASS:
                 yield f"{label} has {len(files):,} images instead of {PER_CLASS}"

@@ -1,8 +1,8 @@
-"""mini-ImageNet in the pickles that people hand on, since its images may not be published.
+"""mini-ImageNet from the pickles that are in circulation, written by Python 2 or 3.
 
-Two forms: `mini-imagenet-cache-train.pkl` and its like (Ren et al. 2018's code) hold `image_data` and
-`class_dict`, class -> places; `miniImageNet_category_split_train_phase_train.pickle` and its like (Gidaris &
-Komodakis 2018's code) hold `data`, `labels`, and names for the labels. Both by Python 2 or 3.
+They have two forms. `mini-imagenet-cache-*.pkl` (the code of Ren et al. 2018) contain `image_data` and
+`class_dict`, class -> places; `miniImageNet_category_split_*.pickle` (the code of Gidaris & Komodakis 2018)
+contain `data`, `labels`, and the names of the labels. A place is the position of an image in its file.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ FILE_NAMES = (
     tuple(f"miniImageNet_category_split_{part}.pickle" for part in ("train_phase_train", "val", "test")),
 )
 
-HINT = "get the file anew, or mini-ImageNet in another form"
+HINT = "download the file again, or get mini-ImageNet in another form"
 
 
 def cache_files(folder: Path) -> list[Path]:
-    """The pickles of train, val and test in `folder`, or none. Raises DataError if it has some of them."""
+    """Return the pickles of train, val and test in `folder`, or []. Raises DataError if some are missing."""
     for names in FILE_NAMES:
         paths = [folder / name for name in names]
         present = [path for path in paths if path.is_file()]
         if present and present != paths:
             lacking = next(path for path in paths if path not in present)
-            raise DataError(f"{folder} holds {present[0].name}, but not {lacking.name}", hint="add it")
+            raise DataError(f"{folder} contains {present[0].name}, but not {lacking.name}", hint="add it")
         if present:
             return paths
     return []
@@ -45,52 +45,61 @@ def cache_files(folder: Path) -> list[Path]:
 def read_mini_cache(
     paths: Sequence[Path], *, per_class: int = PER_CLASS
 ) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Every class and its images_NHWC, a file at a time: of one, the classes in the order of the list.
+    """Yield every class and its images_NHWC, one file at a time, in the order of the published list.
 
-    The images are a view where the file has them together, so that a file is held once, and only until the
-    last view is let go. Raises DataError, on the way or at the end, for what is not all of mini-ImageNet.
+    Images that are contiguous in the file are a view, so a file is in memory only once, and only as long as
+    one of its views.
+
+    Args:
+        paths: The pickles of train, val and test.
+        per_class: Images per class.
+
+    Raises:
+        DataError: A file is missing, damaged, or not mini-ImageNet's; raised when the file is reached.
     """
     read: dict[str, Path] = {}
     for path in paths:
         images_NHWC, places = _read_pickle(path)
         split = _split_of(path, places)
         if split in read:
-            raise DataError(f"{path} holds the classes of {split}, as {read[split]} does", hint="name one")
+            message = f"{path} and {read[split]} both contain the classes of {split}"
+            raise DataError(message, hint="give one of them")
         read[split] = path
         _check_places(path, places, len(images_NHWC), per_class)
         for name, of in listed_split(NAME).items():
             if of == split:
                 yield name, _of_places(images_NHWC, places[name])
-        del images_NHWC  # before the next file is read
+        del images_NHWC  # freed before the next file is read
     for split in SPLITS:
         if split not in read:
-            raise DataError(f"{', '.join(map(str, paths))} holds no classes of {split}", hint="add its file")
+            message = f"{', '.join(map(str, paths))} contains no classes of {split}"
+            raise DataError(message, hint="add its file")
 
 
 def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
-    """All images_NHWC of a file, and the places of each class among them."""
+    """All images_NHWC of a file, and the places of each class."""
     try:
         with path.open("rb") as file:
             content = load_arrays(file, str(path))
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}"
-        raise DataError(message, hint="give --from files that exist") from error
+        raise DataError(message, hint="give --from readable files") from error
     fields = {_decoded(key): value for key, value in content.items()} if isinstance(content, dict) else {}
     if "image_data" in fields and "class_dict" in fields:
         return _images(fields["image_data"], path), _by_class(fields["class_dict"], path)
     if "data" in fields and "labels" in fields:
         return _images(fields["data"], path), _by_label(fields, path)
-    message = f"{path} holds neither image_data and class_dict nor data and labels"
+    message = f"{path} contains neither image_data and class_dict nor data and labels"
     raise DataError(message, hint=HINT)
 
 
 def _decoded(word: object) -> object:
-    """Names are bytes where Python 3 read Python 2's pickle and wrote it anew."""
+    """A name as text; names are bytes if Python 3 read a pickle of Python 2 and wrote it again."""
     return word.decode("latin-1") if isinstance(word, bytes) else word
 
 
 def _images(images: object, path: Path) -> NDArray[np.uint8]:
-    """The images, channels last."""
+    """The images with channels last."""
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
         kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
         raise DataError(f"{path} has images of {kind}, not an array of uint8", hint=HINT)
@@ -98,13 +107,13 @@ def _images(images: object, path: Path) -> NDArray[np.uint8]:
         return images.transpose(0, 2, 3, 1)
     if images.shape[1:] == (SIDE, SIDE, 3):
         return images
-    message = f"{path} has images in the shape {images.shape}, not colour images of {SIDE}x{SIDE}"
+    message = f"{path} has images of shape {images.shape}, not colour images of {SIDE}x{SIDE}"
     raise DataError(message, hint=HINT)
 
 
 def _by_class(class_dict: object, path: Path) -> dict[str, NDArray[np.int64]]:
     if not isinstance(class_dict, dict):
-        raise DataError(f"{path} has a class_dict that is no dict", hint=HINT)
+        raise DataError(f"{path} has a class_dict that is not a dict", hint=HINT)
     return {str(_decoded(name)): _integers(class_places, path) for name, class_places in class_dict.items()}
 
 
@@ -126,46 +135,45 @@ def _by_label(fields: Mapping[object, object], path: Path) -> dict[str, NDArray[
 
 
 def _integers(values: object, path: Path) -> NDArray[np.int64]:
-    """A list of places or labels as an array."""
+    """Places or labels as an array."""
     if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iu":
         return values.astype(np.int64)
     if isinstance(values, list | tuple) and all(isinstance(value, int | np.integer) for value in values):
         try:
             return np.array(values, dtype=np.int64)
         except OverflowError as error:
-            raise DataError(f"{path} has absurd places or labels", hint=HINT) from error
-    raise DataError(f"{path} has places or labels that are no list of numbers", hint=HINT)
+            raise DataError(f"{path} has places or labels beyond 64 bits", hint=HINT) from error
+    raise DataError(f"{path} has places or labels that are not a list of integers", hint=HINT)
 
 
 def _split_of(path: Path, classes: Mapping[str, object]) -> str:
-    """The split whose classes these are, all of them and no others."""
+    """The split that has exactly these classes. Raises DataError if there is none."""
     listed = listed_split(NAME)
     foreign = sorted(classes.keys() - listed.keys())
     if foreign:
-        raise DataError(f"{path} holds {foreign[0]!a:.40}, which is no class of {NAME}", hint=HINT)
+        raise DataError(f"{path} contains {foreign[0]!a:.40}, which is not a class of {NAME}", hint=HINT)
     splits = sorted({listed[name] for name in classes}, key=SPLITS.index)
     if len(splits) != 1:
-        message = f"{path} holds classes of {' and '.join(splits) or 'no split'}, not those of one split"
+        message = f"{path} contains classes of {' and '.join(splits) or 'no split'}, not those of one split"
         raise DataError(message, hint=HINT)
     expected = [name for name, split in listed.items() if split == splits[0]]
     lacking = [name for name in expected if name not in classes]
     if lacking:
-        message = (
-            f"{path} lacks {len(lacking)} of the {len(expected)} classes of {splits[0]}, such as {lacking[0]}"
-        )
-        raise DataError(message, hint=HINT)
+        missing = f"{len(lacking)} of the {len(expected)} classes of {splits[0]}, for example {lacking[0]}"
+        raise DataError(f"{path} lacks {missing}", hint=HINT)
     return splits[0]
 
 
 def _check_places(path: Path, places: Mapping[str, NDArray[np.int64]], images: int, per_class: int) -> None:
-    """Every image in one class, and as many in each as there must be."""
+    """Raises DataError unless every class has `per_class` images and every image is in exactly one class."""
     for name, class_places in places.items():
         if len(class_places) != per_class:
-            message = f"{path} holds {len(class_places):,} images of {name}, but {NAME} has {per_class:,}"
+            message = f"{path} contains {len(class_places):,} images of {name}, but {NAME} has {per_class:,}"
             raise DataError(message, hint=HINT)
     together = np.sort(np.concatenate(list(places.values())))
     if not np.array_equal(together, np.arange(images)):
-        raise DataError(f"{path} does not put each of its {images:,} images into one class", hint=HINT)
+        message = f"{path} does not assign each of its {images:,} images to exactly one class"
+        raise DataError(message, hint=HINT)
 
 
 def _of_places(images_NHWC: NDArray[np.uint8], places: NDArray[np.int64]) -> NDArray[np.uint8]:

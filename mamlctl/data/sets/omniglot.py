@@ -1,6 +1,6 @@
 """Omniglot (Lake, Salakhutdinov & Tenenbaum 2015): 1,623 characters of 50 alphabets, each drawn by 20 people.
 
-The originals are kept once, a bit per pixel; images of 28x28 are packed from them for each resize filter.
+The originals are stored once, with one bit per pixel; each resize filter has its own pack of 28x28 images.
 """
 
 from __future__ import annotations
@@ -30,32 +30,33 @@ NAME = "omniglot"
 SIDE = 105
 SMALL = 28
 
-# Of `FILTERS` the first is the default, for the best raw pixels: a nearest neighbour's accuracy on 1,000
-# 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 % in their order. `nearest` drops
-# 13 of 14 pixels, and is what the MAML++ code gets: Pillow shrinks 1-bit images by no other.
+# The first of `FILTERS` is the default, since it gives the best raw pixels: a nearest neighbour's accuracy on
+# 1,000 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 %, in their order. `nearest`
+# drops 13 of 14 pixels; it is what the MAML++ code gets, since Pillow has no other filter for 1-bit images.
 RESIZES = tuple(FILTERS)
 SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
 EVENT_EVERY = 1000  # images
+DOWNLOAD_AGAIN = "download the archive again"
 
 
 @dataclass(frozen=True)
 class OmniglotPart:
-    """One of the two archives, and what it must hold."""
+    """One of the two archives, and what it must contain."""
 
     folder: str
     alphabets: int
     characters: int
     images: int
-    digest: str  # of `Decoded.digest`
+    digest: str  # the result of `content_digest`
 
     @property
     def name(self) -> str:
-        """How class names begin."""
+        """The first part of class names."""
         return self.folder.removeprefix("images_")
 
 
-# Counts: Lake et al. 2015. Digests: of a complete copy, of which 2,720 images were compared with upstream's
-# `images_background_small1.zip` and found equal, byte for byte.
+# Counts: Lake et al. 2015. Digests: from a complete copy; 2,720 of its images were compared with upstream's
+# `images_background_small1.zip` and are equal byte for byte.
 PARTS = (
     OmniglotPart(
         "images_background",
@@ -73,25 +74,25 @@ PARTS = (
     ),
 )
 
-# Vinyals et al. 2016 name no alphabets; these are the published lists of Prototypical Networks' code
-# (jakesnell/prototypical-networks, data/omniglot/splits/vinyals): five background alphabets validate, the
-# last 423 characters test.
+# Vinyals et al. 2016 do not name the alphabets. These are from the published lists of Prototypical Networks
+# (jakesnell/prototypical-networks, data/omniglot/splits/vinyals): five background alphabets are for val, the
+# last 423 characters for test.
 VINYALS_VAL = ("Hebrew", "Mkhedruli_(Georgian)", "Armenian", "Early_Aramaic", "Bengali")
 VINYALS_TRAIN_AND_VAL = 1200
 
-# Of 1,623 classes, the MAML++ code's fractions; 423 are left for test.
+# The fractions of the MAML++ code, of 1,623 classes; 423 are left for test.
 MAMLPP_TRAIN = 1150
 MAMLPP_VAL = 50
-LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, this is as many alphabets as Vinyals's
+LAKE_VAL_ALPHABETS = 5  # of 30; Lake et al. have no validation split, and Vinyals et al. use five alphabets
 
-# Bytes of the archives by their md5, as TensorFlow Datasets lists them (url_checksums/omniglot.txt).
+# md5 -> bytes of the archives, from TensorFlow Datasets (url_checksums/omniglot.txt).
 SIZES = {"68d2efa1b9178cc56df9314c21c6e718": 9_464_212, "6b91aef0f799c5bb55b94e3f2daec811": 6_462_886}
 ORIGIN = "github.com/brendenlake/omniglot"
 
 
 def archives() -> tuple[Archive, ...]:
-    """The two zips as torchvision names them, so that its corrections reach us with its releases."""
-    from torchvision.datasets import Omniglot  # here, since it imports torch
+    """The two zips with the addresses in torchvision, so that its releases also correct ours."""
+    from torchvision.datasets import Omniglot  # imported here, since it imports torch
 
     return tuple(
         Archive(
@@ -107,19 +108,38 @@ def archives() -> tuple[Archive, ...]:
 def prepare(
     root: Path, sources: Sequence[Path], on_event: OnEvent, parts: tuple[OmniglotPart, ...] = PARTS
 ) -> None:
-    """Verify zips, unpacked folders, or folders of either, and pack them. Raises DataError for others."""
+    """Verify and pack Omniglot.
+
+    Args:
+        root: The data root.
+        sources: The zips, the unpacked folders, or folders that contain either.
+        on_event: Receives progress.
+        parts: What the two archives must contain.
+
+    Raises:
+        DataError: A file is missing, damaged or not Omniglot's, or the pack cannot be written.
+    """
     save_pack(_originals(root), _read_verified(sources, parts, on_event))
     for resize in RESIZES:
         _small(root, resize).with_suffix(".json").unlink(missing_ok=True)
 
 
 def is_here(root: Path) -> bool:
-    """Whether Omniglot was fetched."""
+    """Whether Omniglot is in the data root."""
     return is_packed(_originals(root))
 
 
 def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> PackedImages:
-    """All images at 28x28, ink 0, paper 255; packed on first use. Raises DataError if absent or damaged."""
+    """Return all images: 28x28, ink 0, paper 255; each filter is packed on first use.
+
+    Args:
+        root: The data root.
+        resize: A key of `FILTERS`.
+        on_event: Receives progress.
+
+    Raises:
+        DataError: Omniglot is missing or damaged.
+    """
     path = _small(root, resize)
     if not is_packed(path):
         if not is_here(root):
@@ -131,7 +151,14 @@ def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> Pac
 
 
 def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """The classes of train, val and test: `maml++` (by `seed`), `vinyals`, or `lake` (val by `seed`)."""
+    """Return the classes of train, val and test.
+
+    Args:
+        packed: All images.
+        scheme: `maml++` (random classes), `vinyals` (fixed), or `lake` (fixed test classes, random alphabets
+            for val).
+        seed: The seed of the random choices.
+    """
     names = packed.names
     if scheme == "maml++":
         order = shuffled(len(names), seed, "class split")
@@ -174,13 +201,13 @@ def _shrunk(bits_MCHW: NDArray[np.uint8], resize: str, on_event: OnEvent) -> NDA
 def _read_verified(
     sources: Sequence[Path], parts: tuple[OmniglotPart, ...], on_event: OnEvent
 ) -> PackedImages:
-    """Every part's images, a bit per pixel (rows padded to whole bytes), classes in the published order."""
-    hint = "name the folder that holds images_background and images_evaluation, zipped or not"
+    """Both parts' images, one bit per pixel (rows padded to whole bytes), in the order of their paths."""
+    hint = "give --from the folder that contains images_background and images_evaluation, zipped or not"
     bits, counts, names = [], [], []
     total, done = sum(part.images for part in parts), 0
     with ExitStack() as stack:
         opened = [stack.enter_context(open_members(path, hint=hint)) for path in _candidates(sources, parts)]
-        # All counts before the first pixel: a missing file is told at once.
+        # All counts are checked before the first pixel is decoded, so a missing file is reported at once.
         selected = [_select(part, opened, sources, hint) for part in parts]
         for part, (members, images) in zip(parts, selected, strict=True):
             bits.append(_decode(members, images, hint, on_event, done, total))
@@ -188,7 +215,7 @@ def _read_verified(
             if content_digest(images, bits[-1]) != part.digest:
                 message = f"{members.path} has Omniglot's files, but not its pixels: digest "
                 message += f"{content_digest(images, bits[-1]):.12} instead of {part.digest:.12}"
-                raise DataError(message, hint="get the archive anew")
+                raise DataError(message, hint=DOWNLOAD_AGAIN)
             classes = [f"{part.name}/{name.split('/')[1]}/{name.split('/')[2]}" for name in images]
             per_class = Counter(classes)  # in the order of the images
             names += list(per_class)
@@ -198,7 +225,7 @@ def _read_verified(
 
 
 def _candidates(sources: Sequence[Path], parts: tuple[OmniglotPart, ...]) -> list[Path]:
-    """A source itself if it is a zip or an unpacked part, else what the folder holds of the parts."""
+    """The zips and unpacked parts among the sources and in their folders."""
     paths = []
     for source in sources:
         path = source.expanduser().resolve()
@@ -213,7 +240,7 @@ def _candidates(sources: Sequence[Path], parts: tuple[OmniglotPart, ...]) -> lis
 def _select(
     part: OmniglotPart, opened: Sequence[Members], sources: Sequence[Path], hint: str
 ) -> tuple[Members, list[str]]:
-    """The first source with this part's files, and their names in order; DataError for a wrong count."""
+    """The first source with this part's files, and their sorted names; DataError for a wrong count."""
     pattern = re.compile(rf"{part.folder}/[^/]+/character\d+/\d+_\d+\.png")
     for members in opened:
         images = sorted(
@@ -223,13 +250,15 @@ def _select(
             break
     else:
         places = ", ".join(str(source) for source in sources)
-        raise DataError(f"{places} holds neither {part.folder}.zip nor a folder {part.folder}", hint=hint)
+        raise DataError(f"{places} contains neither {part.folder}.zip nor a folder {part.folder}", hint=hint)
     alphabets = len({name.split("/")[1] for name in images})
     characters = len({name.rpartition("/")[0] for name in images})
     if (alphabets, characters, len(images)) != (part.alphabets, part.characters, part.images):
-        message = f"{members.path} holds {alphabets} alphabets, {characters} characters and {len(images):,} "
-        message += f"images, but Omniglot has {part.alphabets}, {part.characters} and {part.images:,} there"
-        raise DataError(message, hint="get the archive anew")
+        message = (
+            f"{members.path} contains {alphabets} alphabets, {characters} characters and {len(images):,} "
+        )
+        message += f"images, but Omniglot's has {part.alphabets}, {part.characters} and {part.images:,}"
+        raise DataError(message, hint=DOWNLOAD_AGAIN)
     return members, images
 
 
@@ -245,22 +274,22 @@ def _decode(
 
 
 def _pixels(members: Members, name: str) -> NDArray[np.bool_]:
-    data = members.read(name)
+    data, expected = members.read(name), f"mode 1, {SIDE}x{SIDE} pixels"
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            facts = f"{image.mode} {image.width}x{image.height}"
-            if facts == f"1 {SIDE}x{SIDE}":  # before any pixel is decoded: a bomb's size is told here
+            facts = f"mode {image.mode}, {image.width}x{image.height} pixels"
+            if facts == expected:  # before any pixel is decoded, so a bomb does not expand
                 return np.asarray(image)
-    # Pillow's words for a file that is no image, cut off or broken, or absurdly large.
+    # What Pillow raises for a file that is not an image, is truncated or damaged, or is far too large.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         message = f"cannot read image {name} in {members.path}"
-        raise DataError(message, hint="get the archive anew") from error
-    message = f"image {name} in {members.path} is {facts}, but Omniglot's are 1-bit {SIDE}x{SIDE}"
-    raise DataError(message, hint="get the archive anew")
+        raise DataError(message, hint=DOWNLOAD_AGAIN) from error
+    message = f"image {name} in {members.path} has {facts}, but Omniglot's have {expected}"
+    raise DataError(message, hint=DOWNLOAD_AGAIN)
 
 
 def content_digest(names: Sequence[str], bits: NDArray[np.uint8]) -> str:
-    """sha256 over every image's path and decoded pixels, in order: what the pins of `PARTS` are of."""
+    """Return the sha256 of the paths and packed pixels of images, in order; `PARTS` has the expected ones."""
     digest = hashlib.sha256()
     for name, rows in zip(names, bits, strict=True):
         digest.update(name.encode() + b"\0" + rows.tobytes())

@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""The registry of data sets, and how to fetch and open them."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imag
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.imagenet import ListedSet
 
-# Verify the sources that are there, and pack them into the data root.
+# (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]
 
-# The class numbers of train, val and test, by the split scheme and its seed.
+# (images, split scheme, seed) -> the class numbers of train, val and test.
 SplitClasses = Callable[[PackedImages, str, int], dict[str, NDArray[np.int64]]]
 
 
 class OpenPack(Protocol):
-    """All images of a data set, shrunk by filter `resize`."""
+    """Opens all images of a data set, shrunk with filter `resize`."""
 
     def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages: ...
 
 
 class OpenShaped(Protocol):
-    """The same in any shape, made from the originals."""
+    """Opens all images in any shape, made from the originals."""
 
     def __call__(
         self, root: Path, resize: str, *, side: int, channels: int, on_event: OnEvent
@@ -48,35 +48,35 @@ class OpenShaped(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """What can be asked of a data set."""
+    """The facts about a data set of images, and the functions that fetch, open and split it."""
 
     name: str
     summary: str
     licence: str
     origin: str  # where it comes from
-    download_bytes: int | None  # 0: nothing to download; None: only --from brings it
+    download_bytes: int | None  # 0: nothing to download; None: only available with --from
     image_shape_CHW: tuple[int, int, int]
     split_schemes: tuple[str, ...]  # the first is the default
     prepare: Prepare
     open_pack: OpenPack
     split_classes: SplitClasses
-    is_here: Callable[[Path], bool]  # in a data root: whether `open_pack` needs no `prepare` before it
+    is_here: Callable[[Path], bool]  # whether `open_pack` can open it in a data root without `prepare`
     resizes: tuple[str, ...] = ("none",)  # the first is the default
-    rotations: Rotations = "none"  # the default, as those of `ink` and `normalize`
+    rotations: Rotations = "none"  # the default of the setting; so are `ink` and `normalize`
     ink: int = 0
     normalize: Normalize = "none"
-    archives: Callable[[], tuple[Archive, ...]] | None = None  # what a download brings, if one can
+    archives: Callable[[], tuple[Archive, ...]] | None = None  # the downloads, if there are any
     open_shaped: OpenShaped | None = None
-    own_files: bool = False  # whether it is what the user has, so that images may be bad and classes small
-    folder: str = ""  # where its packs lie in the data root; its name where that is none
+    own_files: bool = False  # whether it is the user's folder, which may have bad images and small classes
+    folder: str = ""  # the folder of its packs in the data root, if not its name
 
     def home(self, root: Path) -> Path:
-        """Where its packs lie."""
+        """The folder of its packs."""
         return root / (self.folder or self.name)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The settings that the data set decides where nobody else does."""
+        """The values of settings that are not set otherwise."""
         channels, side, _ = self.image_shape_CHW
         values = {name: getattr(self, name) for name in ("rotations", "ink", "normalize")}
         values |= {"split_scheme": self.split_schemes[0], "resize": self.resizes[0], "augment": "none"}
@@ -105,12 +105,12 @@ def _cifar(name: str, summary: str, scheme: str) -> DataSet:
 
 
 def imagenet_set(listed: ListedSet, summary: str) -> DataSet:
-    """A set that only the user's own files bring."""
+    """A data set that must be packed from the user's own files."""
     return DataSet(
         name=listed.name,
         summary=summary,
-        licence="ImageNet's terms: for research, not to be passed on",
-        origin="you: --from",
+        licence="ImageNet's terms: research only, no redistribution",
+        origin="your files: --from",
         download_bytes=None,
         image_shape_CHW=(3, imagenet.SIDE, imagenet.SIDE),
         split_schemes=listed.split_schemes,
@@ -125,7 +125,7 @@ def imagenet_set(listed: ListedSet, summary: str) -> DataSet:
 DATA_SETS = {
     "omniglot": DataSet(
         name="omniglot",
-        summary="1,623 handwritten characters of 50 alphabets, 20 drawings each",
+        summary="1,623 handwritten characters from 50 alphabets, 20 drawings each",
         licence="MIT (Brenden Lake)",
         origin=omniglot.ORIGIN,
         download_bytes=sum(omniglot.SIZES.values()),
@@ -142,7 +142,7 @@ DATA_SETS = {
     ),
     "glyphs": DataSet(
         name="glyphs",
-        summary="400 invented characters, 20 drawings each, drawn by code: nothing to download",
+        summary="400 invented characters, 20 drawings each, drawn by code",
         licence="MIT (mamlctl)",
         origin="drawn by mamlctl",
         download_bytes=0,
@@ -156,40 +156,45 @@ DATA_SETS = {
         is_here=glyphs.is_here,
     ),
     "mini-imagenet": imagenet_set(
-        imagenet.MINI, "100 classes of ImageNet, 600 images each (Vinyals et al. 2016)"
+        imagenet.MINI, "100 classes from ImageNet, 600 images each (Vinyals et al. 2016)"
     ),
     "tiered-imagenet": imagenet_set(
-        imagenet.TIERED, "608 classes of ImageNet, split by kind (Ren et al. 2018)"
+        imagenet.TIERED, "608 classes from ImageNet, split by category (Ren et al. 2018)"
     ),
-    "cifar-fs": _cifar("cifar-fs", "CIFAR-100's classes as Bertinetto et al. split them", "bertinetto"),
-    "fc100": _cifar("fc100", "CIFAR-100's classes split by superclass (Oreshkin et al. 2018)", "oreshkin"),
+    "cifar-fs": _cifar("cifar-fs", "CIFAR-100 with the split of Bertinetto et al. 2019", "bertinetto"),
+    "fc100": _cifar("fc100", "CIFAR-100, split by superclass (Oreshkin et al. 2018)", "oreshkin"),
 }
 
 NAMES = [*DATA_SETS, *FAMILIES]
 
 
 def is_curve_family(name: str) -> bool:
-    """Whether the tasks of a data set are curves, not classes of images."""
+    """Whether the tasks of a data set are curves instead of classes of images."""
     return name in FAMILIES
 
 
 def is_image_folder(name: str) -> bool:
-    """Whether a data set is named by where it lies."""
+    """Whether `name` is the path of a folder of images."""
     return name not in NAMES and (os.sep in name or name.startswith((".", "~")) or Path(name).is_dir())
 
 
 def absolute_data_set(name: str) -> str:
-    """The name of a data set from wherever it is asked for."""
+    """Return the name of a data set, with the path of a folder made absolute."""
     return os.path.abspath(Path(name).expanduser()) if is_image_folder(name) else name  # noqa: PTH100 - without following links
 
 
 def find_data_set(name: str, *, fractions: str | None = None) -> DataSet:
-    """The data set `name` of images, or that of a folder, split by `fractions` if it has no splits.
+    """Look up a data set of images.
 
-    Raises SettingsError, with the nearest name, if there is none.
+    Args:
+        name: A name in the registry, or the path of a folder of images.
+        fractions: For a folder without splits: shares of train, val and test, such as 64-16-20.
+
+    Raises:
+        SettingsError: There is no such data set, or it is a family of curves.
     """
     if is_curve_family(name):
-        fact = f"{name} is drawn anew for every task: there is nothing to fetch"
+        fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
     if is_image_folder(name):
         return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS)
@@ -206,7 +211,7 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         name=str(path),
         summary="your own images",
         licence="yours",
-        origin="you",
+        origin="your files",
         download_bytes=0,
         folder=image_folder.home_of(path),
         image_shape_CHW=(image_folder.CHANNELS, image_folder.SIDE, image_folder.SIDE),
@@ -231,35 +236,35 @@ def fetch_or_open(
     force: bool = False,
     on_event: OnEvent,
 ) -> PackedImages:
-    """Fetch a data set, unless it is there; of two processes the second waits, and finds it there.
+    """Fetch a data set unless it is in the data root, and open it; a second process waits for the first.
 
     Args:
-        data_set: what to fetch.
-        root: where the packs lie.
-        source: archives and folders that replace the download.
-        mirrors: addresses of folders that are asked before the archives' own.
-        offline: whether downloads are forbidden.
-        force: whether to prepare again what is there.
-        on_event: gets notices and progress.
+        data_set: What to fetch.
+        root: The data root.
+        source: Archives and folders to use instead of a download.
+        mirrors: URLs of folders to try before the archives' own.
+        offline: Whether downloads are forbidden.
+        force: Whether to prepare again a data set that is in the data root.
+        on_event: Receives notices and progress.
 
     Raises:
-        SettingsError: an option has no effect.
-        DataError: the data are absent, damaged, or not what they should be.
+        SettingsError: An option has no effect.
+        DataError: The data are missing, damaged, or not those of the data set.
     """
     name, made_here = data_set.name, data_set.download_bytes == 0
     for switch, has_value in (("--from", source), ("--mirror", mirrors)):
         if made_here and has_value:
-            fact = f"{switch} has no effect on {name}, for which there is nothing to download"
+            fact = f"{switch} has no effect on {name}, which needs no download"
             raise SettingsError([(fact, "leave it out")])
     force = force and bool(made_here or source or data_set.archives)
     with ExitStack() as stack:
-        if force or not data_set.is_here(root):  # else nothing is written: a root that cannot be will do
+        if force or not data_set.is_here(root):  # otherwise nothing is written, and the root may be read-only
             stack.enter_context(locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event))
         if force or not data_set.is_here(root):
             _prepare(data_set, root, source, mirrors, offline, on_event)
         elif not made_here:
-            way = "--force" if data_set.archives else "--force --from ..."
-            on_event(Notice(f"{name} is already at {root}; {way} prepares it anew"))
+            flags = "--force" if data_set.archives else "--force --from ..."
+            on_event(Notice(f"{name} is already at {root}; {flags} prepares it again"))
         return data_set.open_pack(root, data_set.resizes[0], on_event=on_event)
 
 
@@ -277,11 +282,11 @@ def _prepare(
         return
     if offline:
         message = f"{name} is not at {root}, and --offline forbids downloading it"
-        raise DataError(message, hint=f"mamlctl fetch {name}, or with --from FOLDER")
+        raise DataError(message, hint=f"mamlctl fetch {name}, or add --from FOLDER")
     archives = data_set.archives()
     on_event(Notice(f"downloading {name} ({data_set.licence})"))
     files = " and ".join(archive.file for archive in archives)
-    hint = f"try again or with --mirror URL, or get {files} otherwise: mamlctl fetch {name} --from FOLDER"
+    hint = f"retry, add --mirror URL, or get {files} elsewhere and run mamlctl fetch {name} --from FOLDER"
     with downloaded(archives, root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event) as paths:
         data_set.prepare(root, paths, on_event)
 
@@ -289,18 +294,18 @@ def _prepare(
 def open_images(
     data_set: DataSet, root: Path, *, resize: str, side: int, channels: int, on_event: OnEvent
 ) -> PackedImages:
-    """All images in one shape; shapes that the data set does not have are made once and kept.
+    """Open all images in one shape; other shapes than the data set's own are made once and kept.
 
     Args:
-        data_set: whose images.
-        root: where the packs lie.
-        resize: the filter by which originals shrink.
-        side: pixels of a side.
-        channels: 1 makes colour images grey; 3 leaves grey ones as they are.
-        on_event: gets notices and progress.
+        data_set: The data set, which is in the data root.
+        root: The data root.
+        resize: The filter that shrinks the originals.
+        side: Height and width in pixels.
+        channels: 1 makes colour images grey; 3 leaves grey ones unchanged.
+        on_event: Receives notices and progress.
 
     Raises:
-        DataError: the data are absent or damaged.
+        DataError: The data are missing or damaged.
     """
     if data_set.open_shaped is not None:
         return data_set.open_shaped(root, resize, side=side, channels=channels, on_event=on_event)

@@ -1,1 +1,1 @@
-"""Task number in, task out."""
+"""Streams of tasks: each task is a pure function of its number."""

@@ -1,4 +1,4 @@
-"""Tasks that use no image twice, as far as a split allows."""
+"""Tasks that share no image, as far as a split allows."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.data.counter_rng import k_smallest, random_words
 from mamlctl.data.tasks.image_tasks import TURNS, TaskStream
 
-A_PASS = 2**32  # blocks of random words that a pass may take: its images and order one, each task another
+BLOCKS_PER_PASS = 2**32  # blocks of random words per pass: one for its images and order, and one per task
 
 
 class Pass(NamedTuple):
-    """Tasks that share no image, in the order in which they are asked for. Shapes: P tasks of a pass."""
+    """Tasks that share no image, in their final order. Shapes: P tasks in the pass, C classes."""
 
-    class_PN: NDArray[np.int64]  # position in the split
+    class_PN: NDArray[np.int64]  # positions in the split
     block_PN: NDArray[np.int64]  # which of the class's blocks
-    turns_PN: NDArray[np.int64]
-    image_CM: NDArray[np.int64]  # every class's images, shuffled
+    turns_PN: NDArray[np.int64]  # quarter turns
+    image_CM: NDArray[np.int64]  # the images of every class, shuffled
 
 
 class DisjointTasks(TaskStream):
-    """Passes over a split, each with as many tasks as use every image at most once.
+    """Passes over a split; a pass has the greatest number of tasks that use every image at most once.
 
-    A class's images are shuffled and cut into blocks of shots + queries. Each task takes a block of those
-    classes that have most left, which gives the greatest number of tasks; ties are drawn, and so are the
-    order of a task's classes and of the tasks, since late ones have the small classes. The next pass begins
-    with new shuffles. A training image counts as one however it is turned.
+    The images of each class are shuffled and cut into blocks of shots + queries. Each task takes one block
+    from each of the classes that have most blocks left, which gives the greatest number of tasks. Ties are
+    broken at random, and the order of a task's classes and of the tasks is random, since late tasks get the
+    small classes. The next pass starts with new shuffles. A turned training image is still the same image.
     """
 
     def _prepare(self) -> None:
         if (classes := len(self._counts)) < self.ways:
-            fact = f"--disjoint counts turned images as one: {classes} classes, but --ways is {self.ways}"
+            fact = f"--ways is {self.ways}, but --disjoint has {classes} classes, not counting turned ones"
             raise SettingsError([(fact, f"use --ways {classes} or fewer, or leave out --disjoint")])
         self._block = self.shots + self.queries
         self._purpose = f"{self.split} disjoint"
@@ -43,16 +43,16 @@ class DisjointTasks(TaskStream):
         self.tasks_once = len(self._kept[1].class_PN)  # without reusing an image
 
     def words(self, tasks: int) -> str:
-        """How often so many tasks use an image."""
+        """How often that many tasks use an image, in words."""
         if tasks <= self.tasks_once:
-            return f"{self.tasks_once} tasks without reusing an image; {tasks} asked"
+            return f"{self.tasks_once} tasks without reusing an image; {tasks} requested"
         once, most = self.tasks_once, -(-tasks // self.tasks_once)
-        return f"{once} tasks use each image once; in {tasks} tasks an image is used up to {most} times"
+        return f"{once} tasks use each image once; {tasks} tasks use an image up to {most} times"
 
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         parts = []
         size, last = self.tasks_once, first + tasks
-        # Parts that each lie in one pass.
+        # Each part belongs to one pass.
         cuts = [first, *range((first // size + 1) * size, last, size), last]
         for begin, end in itertools.pairwise(cuts):
             drawn, start = self._pass(begin // size), begin % size
@@ -64,7 +64,7 @@ class DisjointTasks(TaskStream):
         return class_TN, example_TNE, turns_TN
 
     def _pass(self, number: int) -> Pass:
-        """A pass; the last one asked for is kept."""
+        """Return a pass; the most recent one is cached."""
         if self._kept[0] != number:
             self._kept = number, self._make_pass(number)
         return self._kept[1]
@@ -74,12 +74,14 @@ class DisjointTasks(TaskStream):
         classes, most = len(counts), int(counts.max())
         left_C = counts // self._block
         tasks = _most_tasks(left_C, ways)
-        words = random_words(self.seed, self._purpose, number * A_PASS, classes * most + tasks)
+        words = random_words(self.seed, self._purpose, number * BLOCKS_PER_PASS, classes * most + tasks)
         keys_CM = words[: classes * most].reshape(classes, most)
         keys_CM[np.arange(most) >= counts[:, None]] = np.iinfo(np.uint64).max  # as in TaskStream
         class_PN, block_PN, turns_PN = np.zeros((3, tasks, ways), dtype=np.int64)
         for task in range(tasks):
-            raw = random_words(self.seed, self._purpose, number * A_PASS + 1 + task, classes + 2 * ways)
+            raw = random_words(
+                self.seed, self._purpose, number * BLOCKS_PER_PASS + 1 + task, classes + 2 * ways
+            )
             richest = np.lexsort((raw[:classes], -left_C))[:ways]
             chosen = richest[np.argsort(raw[classes : classes + ways])]
             left_C[chosen] -= 1
@@ -91,9 +93,9 @@ class DisjointTasks(TaskStream):
 
 
 def _most_tasks(blocks_C: NDArray[np.int64], ways: int) -> int:
-    """The greatest number P of tasks that each take a block of `ways` classes.
+    """The greatest number P of tasks, each of which takes one block from each of `ways` classes.
 
-    P can be reached if, and only if, the sum of min(blocks, P) is at least P ways.
+    P tasks are possible if and only if the sum of min(blocks, P) over classes is at least P * ways.
     """
     low, high = 1, int(blocks_C.sum()) // ways
     while low < high:

@@ -1,6 +1,6 @@
-"""Task number i of a split: a pure function of (seed, split, i), drawn on the CPU, gathered on the device.
+"""Task i of a split: a pure function of (seed, split, i), drawn on the CPU, gathered on the device.
 
-Shapes: T tasks, N ways, E examples, M images, C H W image.
+Shapes: T tasks, N ways, E examples, I inner steps, B examples per mini-batch, M images, C H W image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mamlctl.data.counter_rng import random_words
 
 @dataclass(frozen=True)
 class Episodes:
-    """A meta-batch: sampled tasks with their data, examples ordered class by class.
+    """A meta-batch: sampled tasks with their data, examples ordered by class.
 
     A label is the position of the class in its task.
     """
@@ -29,7 +29,7 @@ class Episodes:
     query_x_TECHW: Tensor
     query_y_TE: Tensor
     class_TN: Tensor | None = None  # which class of the split each label means; None for curves
-    batches_TIB: Tensor | None = None  # support examples of every inner step; None: all of them in each
+    batches_TIB: Tensor | None = None  # support examples of every inner step; None: each step uses all
 
     @property
     def sets(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,23 +37,23 @@ class Episodes:
         return self.support_x_TECHW, self.support_y_TE, self.query_x_TECHW, self.query_y_TE
 
     def present(self) -> dict[str, Tensor]:
-        """The tensors that there are, by field."""
+        """The tensors that are not None, by field."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def split(self, tasks: int) -> list[Episodes]:
-        """The same tasks, so many at a time; the last part may have fewer."""
+        """Split into parts of `tasks` tasks; the last part may have fewer."""
         parts = {name: torch.split(tensor, tasks) for name, tensor in self.present().items()}
         return [Episodes(**dict(zip(parts, part, strict=True))) for part in zip(*parts.values(), strict=True)]
 
 
 def to_device_no_sync(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the CPU; from pageable memory the copy would wait for the device's earlier work."""
+    """Copy from the CPU; a copy from pageable memory would wait for the device's earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where examples lie, and in which type."""
+    """The device and the type of examples."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -61,7 +61,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Which tasks a stream gives, and where."""
+    """Which tasks a stream draws, and where it puts them."""
 
     split: Split
     seed: int
@@ -72,7 +72,7 @@ class StreamSettings:
 
 
 class Tasks(Protocol):
-    """A stream of tasks: number i of it is the same whenever it is asked for."""
+    """A stream of tasks: task i is the same whenever it is drawn."""
 
     split: Split
     seed: int
@@ -82,14 +82,14 @@ class Tasks(Protocol):
     device: torch.device
 
     def episodes(self, first: int, tasks: int) -> Episodes:
-        """Tasks `first`, `first` + 1, ..."""
+        """Return `tasks` tasks: `first`, `first` + 1, ..."""
 
 
 class MiniBatches:
-    """A stream whose tasks also say which support examples each inner step sees.
+    """A stream whose tasks also list the support examples of each inner step.
 
-    A task's examples are shuffled, and consecutive mini-batches cut from one shuffle after another, as in
-    Reptile's published code: a batch may straddle two.
+    Mini-batches are cut one after another from repeated shuffles of a task's examples, as in the published
+    code of Reptile; a batch may span two shuffles.
     """
 
     def __init__(self, stream: Tasks, steps: int, size: int) -> None:
@@ -98,7 +98,7 @@ class MiniBatches:
         self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
 
     def episodes(self, first: int, tasks: int) -> Episodes:
-        """The stream's tasks, with their mini-batches."""
+        """Return the stream's tasks with their mini-batches."""
         purpose, examples = f"{self.split} batches", self.ways * self.shots
         batches = [
             mini_batches(self.seed, purpose, first + task, examples, self.steps, self.size)
@@ -111,7 +111,19 @@ class MiniBatches:
 def mini_batches(
     seed: int, purpose: str, task: int, examples: int, steps: int, size: int
 ) -> NDArray[np.int64]:
-    """The support examples of every inner step of a task, cut from as many shuffles as it takes -> _IB."""
+    """Draw the support examples of every inner step of a task, from as many shuffles as needed.
+
+    Args:
+        seed: The seed of the stream.
+        purpose: A key of `counter_rng.STREAMS`.
+        task: The number of the task.
+        examples: How many support examples the task has.
+        steps: Inner steps, I.
+        size: Examples per inner step, B.
+
+    Returns:
+        Positions of examples in the support set, _IB.
+    """
     shuffles = -(-steps * size // examples)
     keys = random_words(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)
     return np.argsort(keys, axis=-1).reshape(-1)[: steps * size].reshape(steps, size)

@@ -18,9 +18,9 @@ from mamlctl.data.reading.packs import PackedImages
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
 TURNS = 4  # quarter turns of a square image
-SHIFT = 8  # crops move an image by up to one of so many parts of its side, as is usual (4 of 32 pixels)
+SHIFT = 8  # crops move an image by up to an eighth of its side, as usual (4 of 32 pixels)
 
-# Of ImageNet's red, green and blue, by which the MAML++ code normalises mini-ImageNet.
+# ImageNet's red, green and blue, with which the MAML++ code normalises mini-ImageNet.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
@@ -30,8 +30,8 @@ class ImageSettings:
     """How stored images become the examples of a data set's tasks."""
 
     name: str  # of the data set
-    # augment: a quarter turn for each class of a training task; classes: each turn of a training class is a
-    # class of its own, so that two turns of a character may meet; none.
+    # augment: a random quarter turn for each class of a training task; classes: each turn of a training class
+    # is a separate class, so one task may have two turns of a character; none.
     rotations: Rotations = "none"
     ink: int = 0  # the value of ink; stored images have ink 0 and paper 255
     augment: Augment = "none"  # drawn for each image of a training task
@@ -42,12 +42,23 @@ class ImageSettings:
 def episode_problems(
     packed: PackedImages, classes: NDArray[np.int64], settings: StreamSettings, images: ImageSettings
 ) -> list[Problem]:
-    """Why tasks of this size cannot be drawn from these classes: (fact, way out) pairs."""
+    """Explain why tasks of this size cannot be drawn from these classes.
+
+    Args:
+        packed: All images of the data set.
+        classes: The classes of the split, as numbers in `packed`.
+        settings: The split and the size of its tasks.
+        images: How images become examples.
+
+    Returns:
+        (fact, hint) pairs; none if the tasks can be drawn.
+    """
     problems = []
     name, ways, examples = images.name, settings.ways, settings.shots + settings.queries
     height, width = packed.images_MCHW.shape[-2:]
     if images.rotations != "none" and height != width:
-        problems.append((f"{name} has images of {height}x{width}, which do not turn", "use --rotations none"))
+        fact = f"images of {name} have {height}x{width} pixels: only square ones can be turned"
+        problems.append((fact, "use --rotations none"))
     pool = len(classes) * _turns_as_classes(settings.split, images.rotations)
     if pool < ways:
         way = f"use --ways {pool} or fewer" if pool > 1 else "use other splits"
@@ -63,14 +74,14 @@ def episode_problems(
 
 
 def _turns_as_classes(split: Split, rotations: Rotations) -> int:
-    """How many classes each class of the split counts for; only training classes turn."""
+    """How many classes each class of the split counts as; only training classes are turned."""
     return TURNS if rotations == "classes" and split == "train" else 1
 
 
 class PixelValues:
-    """Stored uint8 images -> what a network sees: 0 to 1, inverted for ink 1, then normalised.
+    """Turn stored uint8 images into network inputs: scaled to 0..1, inverted for ink 1, then normalised.
 
-    Grey images become `channels` equal ones. Constants are put on the device once, so that no call waits.
+    Grey images are repeated over `channels`. Constants are copied to the device once, so no call waits.
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class PixelValues:
     def __call__(self, x_MCHW: Tensor) -> Tensor:
         if self._ink == 1:
             x_MCHW = x_MCHW.bitwise_not()  # 255 - x, exact in uint8
-        values_MCHW = x_MCHW / self._white  # takes the dtype of `_white`
+        values_MCHW = x_MCHW / self._white  # the result has the dtype of `_white`
         if values_MCHW.shape[1] < self._channels:
             values_MCHW = values_MCHW.expand(-1, self._channels, -1, -1)
         if self._moments is not None:
@@ -96,7 +107,7 @@ class PixelValues:
 
 
 class TaskStream:
-    """All tasks of a split: number i is the same in every run, batch size and order of asking."""
+    """All tasks of a split; task i does not depend on the run, the batch size or the order of calls."""
 
     def __init__(
         self,
@@ -105,7 +116,17 @@ class TaskStream:
         settings: StreamSettings,
         images: ImageSettings,
     ) -> None:
-        """Raises SettingsError if the split is too small for such tasks."""
+        """Put the split's images on the device.
+
+        Args:
+            packed: All images of the data set.
+            classes: The classes of the split, as numbers in `packed`.
+            settings: The split, the size of its tasks, the seed and the device.
+            images: How images become examples.
+
+        Raises:
+            SettingsError: The split is too small for such tasks.
+        """
         if problems := episode_problems(packed, classes, settings, images):
             raise SettingsError(problems)
         self.split, self.seed, self.ways = settings.split, settings.seed, settings.ways
@@ -113,7 +134,7 @@ class TaskStream:
         split, rotations, device = settings.split, images.rotations, settings.place.device
         self._turns_as_classes = _turns_as_classes(split, rotations)
         self.pool = len(classes) * self._turns_as_classes  # classes that tasks are drawn from
-        self._apart = len(classes) if self._turns_as_classes > 1 else 0  # from a turn's classes to the next's
+        self._apart = len(classes) if self._turns_as_classes > 1 else 0  # class numbers per turn
         self._turns = rotations != "none" and split == "train"
         self._augment = images.augment if split == "train" else "none"
         self._values = PixelValues(
@@ -127,13 +148,13 @@ class TaskStream:
         self._offsets = np.cumsum(self._counts) - self._counts
         image_M = np.repeat(self._starts - self._offsets, self._counts) + np.arange(self._counts.sum())
         if device.type == "cpu" and not self._turns:
-            # Read where they are mapped from the disk, so that a large set takes the memory of what is used.
+            # Images are read from the memory-mapped file, so only those in use take memory.
             self._offsets, store_MCHW = self._starts, torch.from_numpy(packed.images_MCHW)
         else:
-            # Images of the split alone go to the device, joined class by class.
+            # Only the images of the split are copied to the device, ordered by class.
             store_MCHW = torch.from_numpy(packed.images_MCHW[image_M]).to(device)
         if self._turns:
-            # Turned once, here: a task's turn is then index arithmetic too (1.3 of 2 ms a meta-batch before).
+            # Turned once, so that a task's turn is index arithmetic; turning took 1.3 of 2 ms per meta-batch.
             views = [torch.rot90(store_MCHW, turn, dims=(-2, -1)) for turn in range(TURNS)]
             store_MCHW = torch.cat(views)
         self._store_MCHW, self._images = store_MCHW, len(image_M)
@@ -143,18 +164,18 @@ class TaskStream:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What a subclass makes besides; raises SettingsError if the split is too small for it."""
+        """Extra set-up of a subclass; raises SettingsError if the split is too small for it."""
 
     def indices(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tasks `first`, ...: positions in the pack, shots first, and turns -> image_TNE, turns_TN."""
+        """Return image_TNE (positions in the pack, shots first) and turns_TN (quarter turns) of tasks."""
         class_TN, example_TNE, turns_TN = self._draw(first, tasks)
         return self._starts[class_TN][..., None] + example_TNE, turns_TN
 
     def episodes(self, first: int, tasks: int) -> Episodes:
-        """Tasks `first`, `first` + 1, ... with their images, without a host sync."""
+        """Return tasks `first`, `first` + 1, ... with their images, without a host sync."""
         class_TN, example_TNE, turns_TN = self._draw(first, tasks)
         at_TNE = (self._offsets[class_TN] + turns_TN * self._images)[..., None] + example_TNE
-        # index_select copies whole images; indexing by a tensor would go pixel by pixel (18 times slower).
+        # index_select copies whole images; indexing by a tensor copies pixel by pixel (18 times slower).
         x_MCHW = self._store_MCHW.index_select(0, self._to_device_no_sync(at_TNE.ravel()))
         if self._augment != "none":
             x_MCHW = self._augmented(x_MCHW, first, tasks)
@@ -169,7 +190,7 @@ class TaskStream:
         )
 
     def _augmented(self, x_MCHW: Tensor, first: int, tasks: int) -> Tensor:
-        """Each image mirrored or shifted, or both, by words of its task alone."""
+        """Mirror or shift each image, or both, by random words that depend only on its task."""
         images, side = len(x_MCHW) // tasks, x_MCHW.shape[-1]
         purpose = f"{self.split} augment"
         words = np.stack(
@@ -194,10 +215,10 @@ class TaskStream:
         return x_MCHW
 
     def _draw(self, first: int, tasks: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """-> position of the class in the split _TN, of the example in its class _TNE, quarter turns _TN."""
+        """Positions of classes in the split _TN, of examples in their class _TNE, and quarter turns _TN."""
         pool, ways, most = self.pool, self.ways, int(self._counts.max())
-        # Classes before turns before examples: of two streams that differ in ways, tasks share their first
-        # classes; of two that differ in queries, they share the support set.
+        # Classes come before turns, and turns before examples: tasks of two streams that differ only in ways
+        # share their first classes, and tasks of two that differ only in queries share the support set.
         words = pool + ways + ways * most
         raw = np.stack([random_words(self.seed, self.split, first + task, words) for task in range(tasks)])
         class_TN = k_smallest(raw[:, :pool], ways)
@@ -207,7 +228,7 @@ class TaskStream:
         elif self._turns:
             turns_TN = (raw[:, pool : pool + ways] & np.uint64(TURNS - 1)).astype(np.int64)
         keys_TNM = raw[:, pool + ways :].reshape(tasks, ways, most)
-        # Smaller classes leave their last keys unused: the largest key is never among the smallest.
+        # Smaller classes do not use their last keys: the largest key is never among the smallest.
         keys_TNM[np.arange(most) >= self._counts[class_TN][..., None]] = np.iinfo(np.uint64).max
         return class_TN, k_smallest(keys_TNM, self.shots + self.queries), turns_TN
 

@@ -1,4 +1,4 @@
-"""The same tasks under several orders of their labels."""
+"""The same tasks with their labels in several orders."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mamlctl.data.tasks.episodes import Episodes, Tasks
 
 
 class LabelPermutations:
-    """A stream in which every task comes `orders` times in a row, its classes labelled differently each time.
+    """A stream that repeats every task `orders` times in a row, with different labels each time.
 
-    The first orders are the stream's own and its cyclic shifts, so that as many as ways give each class each
-    label once; further ones are shifts of orders drawn for the task.
+    The first orders are the stream's own and its cyclic shifts, so that N orders (N ways) give each class
+    each label once; further ones are cyclic shifts of random orders of the task.
     """
 
     def __init__(self, stream: Tasks, orders: int) -> None:
@@ -25,7 +25,7 @@ class LabelPermutations:
         self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
 
     def episodes(self, first: int, tasks: int) -> Episodes:
-        """Numbers `first`, `first` + 1, ...: task number // orders in order number % orders."""
+        """Return tasks `first`, `first` + 1, ...; number n is task n // orders in order n % orders."""
         numbers = range(first, first + tasks)
         task = first // self.orders
         tasks_once = self.stream.episodes(task, numbers[-1] // self.orders - task + 1)
@@ -42,7 +42,7 @@ class LabelPermutations:
         return replace(episodes, **changed)
 
     def labels(self, number: int) -> NDArray[np.int64]:
-        """What each of the task's own labels becomes -> _N."""
+        """Return the new label for each of the task's own labels, _N."""
         task, place = divmod(number, self.orders)
         drawn, shift = divmod(place, self.ways)
         order_N = np.arange(self.ways)

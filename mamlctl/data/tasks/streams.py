@@ -1,4 +1,4 @@
-"""From settings to streams of tasks: the data set found, fetched if need be, split and put on the device."""
+"""Streams of tasks from settings: the data set is found, fetched if missing, split, and put on the device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mamlctl.settings.schema import TrainConfig
 
 @dataclass(frozen=True)
 class TaskSource:
-    """What the streams' tasks are drawn from."""
+    """The data from which the streams draw their tasks."""
 
     digest: str  # of all images, or of a family of curves
     example_shape: tuple[int, ...]  # C, H, W of images, D of curves
-    classes: Mapping[str, int]  # of each split, turns counted as training counts them; empty for curves
-    names: Mapping[str, Sequence[str]]  # of every split's classes; empty for curves
+    classes: Mapping[str, int]  # split -> number of classes, including turned ones; empty for curves
+    names: Mapping[str, Sequence[str]]  # split -> names of its classes; empty for curves
     brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
 
 
@@ -43,20 +43,23 @@ def open_streams(
     stored: Mapping[str, Sequence[str]] | None = None,
     disjoint: bool = False,
 ) -> tuple[dict[str, Tasks], TaskSource]:
-    """A stream of tasks for each split, its images on the device; a data set that is not there is fetched.
+    """Open a stream of tasks for each split, and fetch the data set first if it is not in the data root.
 
     Args:
-        config: complete.
-        splits: which streams to open.
-        place: of the examples.
-        offline: whether fetching is forbidden.
-        on_event: gets notices and progress.
-        stored: the names of each split's classes with which a run began, for the user's own images.
-        disjoint: as far as a split allows, its tasks share no image.
+        config: The complete settings.
+        splits: Which streams to open.
+        place: The device and type of the examples.
+        offline: Whether fetching is forbidden.
+        on_event: Receives notices and progress.
+        stored: For the user's own images: the class names of each split when the run started.
+        disjoint: Whether test tasks share no image, as far as a split allows.
+
+    Returns:
+        The streams by split, and the data from which they draw.
 
     Raises:
-        SettingsError: a split is too small for such tasks.
-        DataError: the data are missing or damaged.
+        SettingsError: A split is too small for such tasks.
+        DataError: The data are missing or damaged.
     """
     settings = {split: _stream_settings(config, split, place) for split in splits}
     if is_curve_family(config.dataset):
@@ -71,7 +74,7 @@ def open_streams(
         image_streams = _image_streams(config, packed, classes, settings, disjoint=disjoint)
         pools = {name: stream.pool for name, stream in image_streams.items()}
         streams = dict(image_streams)
-        # Some hundreds of images tell paper from ink; all of a large set would take a second.
+        # A few hundred images are enough; reading all images of a large set would take a second.
         some_MCHW = packed.images_MCHW[:: max(len(packed.images_MCHW) // 500, 1)]
         brightness = float(some_MCHW.mean() / 255)
         shape = (config.channels or 1, *packed.images_MCHW.shape[2:])
@@ -90,7 +93,7 @@ def _stream_settings(config: TrainConfig, split: Split, place: Placement) -> Str
 
 
 def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
-    """The stream, with mini-batches where the inner loop wants smaller ones than the support set."""
+    """The stream, with mini-batches if those of the inner loop are smaller than the support set."""
     training = stream.split == "train"
     size = config.inner_batch if training else config.eval_inner_batch
     steps = config.inner_steps if training else config.evaluation_inner_steps
@@ -105,7 +108,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
             raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
         on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
         fetch_or_open(data_set, root, on_event=on_event)
-    assert config.image_size is not None and config.channels is not None  # the data set's defaults
+    assert config.image_size is not None and config.channels is not None  # filled in by the data set
     packed = open_images(
         data_set,
         root,
@@ -116,7 +119,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
     )
     if config.strict and (left_out := packed.facts.get("left_out")):
         named = "; ".join(left_out[:5])
-        hint = "mend them or take them away, or leave out --strict"
+        hint = "fix or remove them, or leave out --strict"
         raise DataError(f"--strict is on, but {len(left_out)} cannot be used: {named}", hint=hint)
     return packed
 
@@ -124,15 +127,22 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
 def split_of(
     config: TrainConfig, packed: PackedImages, stored: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, NDArray[np.int64]]:
-    """The classes of train, val and test as the settings (complete) split them, or as a run `stored` them.
+    """Split the classes into train, val and test.
 
-    Of the user's own images only: another's classes do not change. Raises DataError for one that is gone.
+    Args:
+        config: The complete settings.
+        packed: All images of the data set.
+        stored: The class names of each split when the run started. They replace the split of the settings,
+            but only for the user's own images: the classes of other data sets do not change.
+
+    Raises:
+        DataError: A class of `stored` is missing.
     """
     if stored and find_data_set(config.dataset).own_files:
         places = {name: number for number, name in enumerate(packed.names)}
         if gone := [name for names in stored.values() for name in names if name not in places]:
-            message = f"{config.dataset} has no class {gone[0]!r} any more, which the run was split with"
-            raise DataError(message, hint="bring it back, or train a new run")
+            message = f"{config.dataset} no longer has class {gone[0]!r}, which is in the split of the run"
+            raise DataError(message, hint="restore the class, or train a new run")
         return {split: np.array([places[name] for name in names], int) for split, names in stored.items()}
     data_set = find_data_set(config.dataset, fractions=config.split_fractions)
     return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
@@ -145,15 +155,17 @@ def _large_enough(
     needed: int,
     on_event: OnEvent,
 ) -> dict[str, NDArray[np.int64]]:
-    """The classes with as many images as a task takes; of the user's own images, small ones are left out."""
+    """Leave out classes with fewer images than a task needs, but only for the user's own images."""
     small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
     nothing_left = len(small) == sum(map(len, classes.values()))
     if not small or nothing_left or not find_data_set(config.dataset).own_files:
         return dict(classes)
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
-    fact = f"{len(small)} classes have fewer than {needed} images, --shots and --queries together: {named}"
+    noun = "class" if len(small) == 1 else "classes"
+    fact = f"{len(small)} {noun} with fewer than {needed} images (--shots plus --queries): {named}"
     if config.strict:
-        raise DataError(f"{fact}, but --strict is on", hint="use fewer --shots or --queries, or add images")
+        hint = "use fewer --shots or --queries, add images, or leave out --strict"
+        raise DataError(f"--strict refuses {fact}", hint=hint)
     on_event(Notice(f"left out: {fact}{', ...' if len(small) > 5 else ''}"))
     return {split: part[packed.counts[part] >= needed] for split, part in classes.items()}
 
