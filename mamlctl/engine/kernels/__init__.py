@@ -1,1 +1,1 @@
-"""Convolution blocks: torch, C and Triton."""
+"""Convolution blocks and their derivatives in torch, C and Triton."""

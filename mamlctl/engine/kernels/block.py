@@ -1,16 +1,43 @@
-"""Convolution, batch norm, leaky ReLU and 2x2 max-pool as one block, its derivatives by hand.
+"""A block of convolution, batch norm, activation and 2x2 max-pooling, with hand-written derivatives.
 
-Every function here is plain tensor arithmetic without autograd; `c_block.py` has the same four in C.
-Task and channel are one axis, X = T * C, and a convolution in T groups gives every task its own weights.
+Task and channel share an axis of length X = T * C, and a convolution in T groups gives each task its own
+weights. Of one channel, with c the output of the convolution, M its number of values (examples x height x
+width) and p the values of c that max-pooling selects, the forward pass is
 
-Max-pool commutes with what follows the convolution where the norm's weight is not negative: so the sign of a
-negative weight is folded into the convolution, the raw output is pooled, and only the quarter that is left
-is normalised and activated. The statistics are still those of the whole output. For a weight of exactly 0 all
-places of a window tie: the first of them gives the weight's gradient there, the largest output's here.
+    mean = sum c / M        var = sum c^2 / M - mean^2        r = 1 / sqrt(var + eps)        s = gamma r
+    z = gamma r (p - mean) + beta = s p + (beta - s mean)        a = act(z)
 
-Letters, all of one channel: c the convolution's output, p its pooled values, mean and r = 1/sqrt(var + eps)
-its statistics, M the number of values behind them, n = (p - mean) r, z = gamma n + beta, s = gamma r;
-a prefix g is the loss's gradient by the letter, a suffix _t the tangent along a direction of the weights.
+Pooling c in place of a is exact for gamma > 0, since normalisation and activation are then non-decreasing,
+and it leaves a quarter of the values to normalise. For gamma < 0 the sign is folded into the filter, because
+-W with -gamma is the same block (the kernels select the smallest c instead). At gamma = 0 all places of a
+window tie: the gradient of gamma then comes from the largest c, where pooling a would select the first place.
+
+Backward, from ga = dL/da (a prefix g denotes the gradient of the loss), with sums over pooled values:
+
+    gz = act'(z) ga        dL/dbeta = b = sum gz        dL/dgamma = G = r (sum gz p - mean b)
+    gc = s gz at the selected places + slope c + offset at all places
+         slope = -s r G / M        offset = -s b / M - slope mean
+
+The first term of gc is the path through p. The others are the paths through mean, -s b / M for each value,
+and through var, -s r G (c - mean) / M for each value, because dL/dr = gamma G / r, dr/dvar = -r^3 / 2 and
+dvar/dc = 2 (c - mean) / M.
+
+A Hessian-vector product takes the tangents (suffix _t) of all these formulas along a direction of input and
+filter, with gamma and beta fixed. Forward, by the product and chain rules,
+
+    c_t = conv(x_t, W) + conv(x, W_t)        mean_t = sum c_t / M
+    var_t = 2 (sum c c_t / M - mean mean_t)        r_t = -r^3 var_t / 2        s_t = gamma r_t
+    z_t = s (p_t - mean_t) + s_t (p - mean)        a_t = act'(z) z_t
+
+and of the backward pass, with act'' = 0 and s r_t = s_t r,
+
+    gz_t = act'(z) ga_t        b_t = sum gz_t
+    G_t = r_t (sum gz p - mean b) + r (sum (gz_t p + gz p_t) - mean b_t - mean_t b)
+    slope_t = -(2 s_t r G + s r G_t) / M        offset_t = -(s_t b + s b_t) / M - slope_t mean - slope mean_t
+    gc_t = s gz_t + s_t gz at the selected places + slope_t c + slope c_t + offset_t at all places
+
+The gradient of the input is the transposed convolution of gc with W, that of the filter the correlation of
+gc with x. Their tangents follow by the product rule.
 """
 
 from __future__ import annotations
@@ -26,84 +53,102 @@ from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS
 
-Statistics_X = tuple[Tensor, Tensor]  # mean and biased variance
+Statistics_X = tuple[Tensor, Tensor]  # mean and biased variance of each channel
 
 
 @dataclass(frozen=True)
 class Planes:
-    """What a first block in C wants of a set: padded planes, and the patches' first two moments by task."""
+    """The images of a set as the first block in C reads them, and the moments of their 3x3 patches."""
 
-    x: Tensor  # [E, T, C, H + 2, W + 2]
-    mean_TD1: Tensor  # D = 9 C numbers a patch; float64
-    covariance_TDD: Tensor
+    x: Tensor  # padded by zeros, [E, T, C, H + 2, W + 2]
+    mean_TD1: Tensor  # mean of each task's patches, D = 9 C values; float64
+    covariance_TDD: Tensor  # their covariance; float64
 
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What a block is made for, besides its tensors."""
+    """The parameters of a block other than its tensors."""
 
-    groups: int  # tasks
-    compute: torch.dtype | None  # type of the convolutions' products; None: that of the weight
-    first: bool  # whether the input is the image, whose gradient nobody asks for
-    statistics: Statistics_X | None = None  # stored ones; None: those of the output itself
-    measured: int | None = None  # how many leading examples give the statistics; None: all
-    leak: float = LEAK  # the activation's slope below 0
-    planes: Planes | None = None  # of the first block's input, for arithmetic that prepares them
+    groups: int  # T, the number of tasks
+    compute: torch.dtype | None  # dtype of the convolutions' products; None for that of the weight
+    first: bool  # whether the input is the image, which needs no gradient
+    statistics: Statistics_X | None = None  # running statistics; None for those of the output c
+    measured: int | None = None  # how many leading examples the statistics come from; None for all
+    leak: float = LEAK  # slope of the activation below 0
+    planes: Planes | None = None  # of the first block's input, for the block in C
 
 
 @dataclass
 class BlockGradient:
-    """Gradients of one block; `x` is None where nobody asked."""
+    """The gradients of one block, or their tangents."""
 
-    x: Tensor | None
-    weight: Tensor  # like the block's weight, in the type of the norm
+    x: Tensor | None  # of the input; None for the first block
+    weight: Tensor  # of the filters, in the dtype of batch norm
     gamma_X: Tensor
     beta_X: Tensor
-    x_2: Tensor | None = None  # to be added to `x`, left to the next block, which reads both
+    # A second summand of `x`, or None. The kernels of the next block add both while they read them, which
+    # saves a pass over memory.
+    x_2: Tensor | None = None
 
 
 class BlockTape(Protocol):
-    """One block's forward pass over one set, which its derivatives go on from."""
+    """The intermediate results of a block's forward pass, from which its derivatives are computed."""
 
     @property
     def out(self) -> Tensor:
-        """The block's output."""
+        """The block's output a, [E, X, H/2, W/2]."""
 
     @property
     def statistics(self) -> Statistics_X:
-        """Those of the convolution's output."""
+        """Mean and biased variance of c."""
 
     @property
     def count(self) -> int:
-        """Values a channel behind the statistics."""
+        """M, the number of values per channel behind the statistics."""
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        """Gradients by input, weight and norm, from the output's; `keep` what the two below need."""
+        """Compute the gradients of input, filters and norm from ga = dL/da.
+
+        `keep` the intermediate results that the two methods below need.
+        """
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        """The output's change along a change of the input (None: none) and of the weight."""
+        """Compute a_t, the tangent of the output, along `x_t` (None for 0) and `weight_t`."""
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        """The gradients' change along the same, `ga_t` + `other` being that of the output's gradient."""
+        """Compute the tangents of the gradients along the direction of the last call of `tangent`.
+
+        The tangent of ga is `ga_t` + `other`.
+        """
 
 
 class MakeBlock(Protocol):
-    """A block's forward pass, in some arithmetic."""
+    """The forward pass of a block, in one implementation."""
 
     def __call__(
         self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
     ) -> BlockTape:
-        """`x`: [E, X_in, H, W], channels last. `weight`: [X, C_in, 3, 3]."""
+        """Compute the forward pass.
+
+        Args:
+            x: the input, [E, T * C_in, H, W], channels last.
+            weight: the filters, [X, C_in, 3, 3].
+            gamma_X: batch norm's weight of each channel.
+            beta_X: batch norm's bias of each channel.
+            settings: everything else.
+        """
 
 
 class TorchTape:
-    """The block in torch's own operations: any device, any type."""
+    """The block in torch operations, for any device and dtype: the reference for the kernels."""
 
     def __init__(
         self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
     ) -> None:
-        """Forward; arguments are those of `MakeBlock`."""
+        """Compute the forward pass; arguments as in `MakeBlock`."""
         self.x, self.weight, self.settings = x, weight, settings
+        # Fold the sign of gamma into the filter. So in this class c, mean and gamma are those of the folded
+        # block, and mean, dL/dgamma and dL/dW are multiplied by the sign on their way out.
         self.sign = torch.where(gamma_X < 0, -1.0, 1.0).to(gamma_X).view(1, -1, 1, 1)
         self.folded = weight * self.sign.view(-1, 1, 1, 1)
         c = self._conv(x, self.folded)
@@ -118,16 +163,14 @@ class TorchTape:
         self.r = (var + EPS).rsqrt()
         self.s = _channel(gamma_X) * self.sign * self.r
         self.p, self.where = F.max_pool2d(c, 2, return_indices=True)
-        # z = s p + (beta - s mean)
-        z = torch.addcmul(_channel(beta_X) - self.s * mean, self.p, self.s)
+        z = torch.addcmul(_channel(beta_X) - self.s * mean, self.p, self.s)  # (beta - s mean) + s p
         self.c, self.mean, self.positive = c, mean, z > 0
         self.out = F.leaky_relu(z, settings.leak)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         gz = self._activated(ga)
-        beta, product = _sum(gz), _sum(gz * self.p)
-        gamma = self.r * (product - self.mean * beta)
-        # Through mean and var every value counts: offset + slope c, beside s gz at the pooled places.
+        beta, product = _sum(gz), _sum(gz * self.p)  # b = dL/dbeta, and sum gz p
+        gamma = self.r * (product - self.mean * beta)  # G = dL/dgamma
         slope = -self.s * self.r * gamma / self.count
         offset = -self.s * beta / self.count - slope * self.mean
         gc = self._scatter(self.s * gz, torch.addcmul(offset, self.c, slope))
@@ -142,11 +185,11 @@ class TorchTape:
         c_t = self._conv(self.x, self.folded_t)
         if x_t is not None:
             c_t = c_t + self._conv(x_t, self.folded)
-        # The tangents of mean, of var = <c^2> - mean^2, and of r = 1/sqrt(var + eps).
         self.mean_t = _sum(c_t) / self.count
         var_t = 2 * (_sum(self.c * c_t) / self.count - self.mean * self.mean_t)
         self.r_t = -0.5 * self.r**3 * var_t
-        self.s_t = self.s * self.r_t / self.r
+        self.s_t = self.s * self.r_t / self.r  # gamma r_t
+        # Max-pooling keeps selecting the same places, so p_t is c_t there.
         self.p_t = c_t.flatten(2).gather(2, self.where.flatten(2)).view_as(self.p)
         z_t = self.s * (self.p_t - self.mean_t) + self.s_t * (self.p - self.mean)
         self.c_t = c_t
@@ -169,7 +212,8 @@ class TorchTape:
         gc_t = self._scatter(self.s * gz_t + self.s_t * self.gz, spread)
         gx_t, weight_t = self._conv_backward(gc_t, self.x, self.folded, not self.settings.first)
         if self.x_t is not None and gx_t is not None:
-            # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
+            # The other summands of the product rule, both from one call: the input gradient from gc and W_t,
+            # the filter gradient from gc and x_t.
             gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.folded_t, True)
             assert gx_2 is not None
             gx_t, weight_t = gx_t + gx_2, weight_t + weight_2
@@ -180,11 +224,11 @@ class TorchTape:
         return BlockGradient(gx, weight, (gamma * self.sign).flatten(), beta.flatten())
 
     def _activated(self, change: Tensor) -> Tensor:
-        """Times the activation's slope."""
+        """Multiply by act'(z), the slope of the activation."""
         return torch.where(self.positive, change, change * self.settings.leak)
 
     def _scatter(self, values: Tensor, onto: Tensor) -> Tensor:
-        """Add pooled values where they were taken from. Windows do not overlap: no place is hit twice."""
+        """Add pooled values at the selected places; windows do not overlap, so the places are distinct."""
         return onto.flatten(2).scatter_add_(2, self.where.flatten(2), values.flatten(2)).view_as(onto)
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The blocks of `block.py` in C on a CPU: fewer passes over the data, bfloat16 where the processor has it.
+"""The block of `block.py` in C for CPUs, with fewer passes over memory than torch operations.
 
-`c/` is compiled once for each type by the machine's C compiler (about 2 s) into the cache folder. Where
-there is none, torch's own operations do the same, slower.
+The machine's C compiler compiles `c/` once for each dtype (about 2 s) into the cache folder. Without a
+compiler torch operations do the same work, more slowly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mamlctl.engine.kernels.fused_block import (
 SOURCES = Path(__file__).parent / "c"
 TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
 
-# Options that not every compiler and processor knows are left out one after another, the last first.
+# Not every compiler and processor supports these options. Each failure drops the last one and retries.
 TUNING = ("-march=native", "-mprefer-vector-width=512")
 OPTIONS = (
     "-std=gnu11",
@@ -48,12 +48,12 @@ OPTIONS = (
     "-fPIC",
 )
 
-VEC = 16  # filters side by side in the first block, as in c/first.c
+VEC = 16  # filters per vector in the first block, as in c/first.c
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled functions for tensors stored in `dtype`, or None where they cannot be had."""
+    """Load the compiled functions for tensors stored in `dtype`; None if they cannot be compiled."""
     if dtype not in TYPES:
         return None
     sources = sorted(SOURCES.glob("*.[ch]"))
@@ -68,12 +68,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
 def _load(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # absent, no library, or in a folder that allows no programs
+    except OSError:  # missing, not a library, or in a folder that is mounted noexec
         return None
 
 
 def _build(compilers: list[list[str]], kind: str, sources: list[Path], path: Path) -> ctypes.CDLL | None:
-    """Compile and load: with every compiler, with fewer and fewer options; kept at `path` if that can be."""
+    """Compile and load, trying each compiler with fewer and fewer options; cache at `path` if possible."""
     programs = [str(source) for source in sources if source.suffix == ".c"]
     for folder in (path.parent, None):
         try:
@@ -89,7 +89,7 @@ def _build(compilers: list[list[str]], kind: str, sources: list[Path], path: Pat
                         if folder is not None:
                             built.replace(path)
                         return loaded
-        except OSError:  # a cache folder that cannot be written: without it then
+        except OSError:  # the cache folder cannot be written: compile without it
             continue
     return None
 
@@ -102,18 +102,24 @@ def _succeeds(command: list[str]) -> bool:
 
 
 def processor() -> str:
-    """What tells one processor's instructions from another's; empty where that is not known."""
+    """Return a string that identifies the processor's instruction set; "" if it is unknown."""
     return cpu_line("flags", "Features") or platform.processor()
 
 
 def lacks_bfloat16() -> bool:
-    """Whether this is known to be a processor without products of bfloat16."""
+    """Whether the processor is known to have no bfloat16 instructions."""
     flags = processor().split()
     return flags[:1] == ["flags"] and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
 def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
-    """Planes and moments of a set [E, T * C, H, W]; the moments of the leading `measured` examples."""
+    """Compute the planes and patch moments of a set, once for all inner steps.
+
+    Args:
+        x: the images, [E, T * C, H, W].
+        tasks: T.
+        measured: how many leading examples the moments come from; None for all.
+    """
     examples, channels, height, width = x.shape
     inputs = channels // tasks
     planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
@@ -124,19 +130,18 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     _call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
     mean_TD1 /= count * height * width
     covariance_TDD /= count * height * width
-    covariance_TDD -= mean_TD1 @ mean_TD1.transpose(1, 2)
+    covariance_TDD -= mean_TD1 @ mean_TD1.transpose(1, 2)  # cov(q) = <q q^T> - <q> <q>^T
     return Planes(planes, mean_TD1, covariance_TDD)
 
 
 @dataclass(frozen=True)
 class Native:
-    """The kernels of c/block.c for tensors stored in a type; `fused_block.Kernels`."""
+    """The kernels of c/block.c for tensors stored in one dtype; implements `fused_block.Kernels`."""
 
     stored: torch.dtype
 
     def partial_rows(self, shape: BlockShape) -> int:
-        """Sums are joined by example."""
-        return int(shape.examples)
+        return int(shape.examples)  # one partial sum for each example
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
         self._call("forward", block, c, block.p, block.where, out)
@@ -155,34 +160,43 @@ class Native:
         self._call("tangent_backward", block, *pooled, t.c, t.c_t)
 
     def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
-        """The functions of c/block.c end with the channels' numbers and the partial sums."""
+        # All functions of c/block.c end with these two arguments.
         _call(self.stored, name, block.shape, *tensors, block.d, block.partial)
 
 
 class NativeFirstTape(KernelTape):
-    """The first block, convolution included: its unpooled output, the largest tensor, is never written.
+    """The first block, including its convolution. Its output c, the largest tensor, is never stored.
 
-    Its statistics, and the part of the weights' gradient that they carry, follow from the moments of the
-    image's patches, which never change: with q a patch, mean = W <q> and var = W cov(q) W.
+    Let w be a filter (D = 9 C values) and q a 3x3 patch of the image, so that c = w . q. With <q> the mean
+    and cov(q) the covariance of the patches, which never change,
+
+        mean = w . <q>        var = w . cov(q) w
+
+    The gradient of w is the sum over all patches of gc q. With gc from `block.py`, the part of it that does
+    not come from the selected places is
+
+        slope sum c q + offset sum q = M slope cov(q) w - s b <q>
+
+    because sum c q = M (cov(q) + <q> <q>^T) w, sum q = M <q> and M offset = -s b - M slope mean. Tangents
+    follow by the product rule, with var_t = 2 w_t . cov(q) w.
     """
 
     def _forward(self) -> None:
         assert self.settings.planes is not None
         self.planes, block = self.settings.planes, self.block
         weight_TDO = self._by_patch(self.weight)
-        self.along_TDO = self.planes.covariance_TDD @ weight_TDO
+        self.along_TDO = self.planes.covariance_TDD @ weight_TDO  # cov(q) w
         if block.shape.measured:
             block.d[ChannelRow.MEAN] = _inner(self.planes.mean_TD1, weight_TDO)
-            # Rounding can make the variance of a flat image negative.
+            # Rounding can make the variance of a constant image negative.
             block.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)
         self._call("first_forward", self._padded(weight_TDO), block.p, block.where, self.out, block.d)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        """First derivatives; no gradient by the image."""
         self.ga, gw, block = ga.to(self.stored), self._empty_padded(), self.block
         self._call("first_backward", self.ga, block.p, block.where, block.d, block.partial, gw)
         s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
-        # By the weight through the statistics, in addition to `gw`, which is through the pooled values.
+        # `gw` is the part of the gradient that comes from the selected places; this is the other part.
         statistics_TDO = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
         by_norm = self._of_norm(ChannelRow.G, ChannelRow.B)
         return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
@@ -191,7 +205,7 @@ class NativeFirstTape(KernelTape):
         weight_TDO, block = self._by_patch(weight_t), self.block
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
         block.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
-        block.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t, from which C goes on
+        block.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t; first_tangent makes it s_t
         self.p_t, a_t = self._empty(), self._empty()
         self._call("first_tangent", self._padded(weight_TDO), block.p, block.where, self.p_t, a_t, block.d)
         return a_t
@@ -202,56 +216,57 @@ class NativeFirstTape(KernelTape):
         self._call("first_tangent_backward", *pooled, block.d, block.partial, gw)
         s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
         s_t, slope_t, b_t = (self._d_row(row) for row in (ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T))
+        # The tangent of M slope cov(q) w - s b <q>.
         statistics_TDO = self.count * (slope_t * self.along_TDO + slope * self.along_t_TDO)
         statistics_TDO -= (s_t * b + s * b_t) * self.planes.mean_TD1
         by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
         return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
 
     def _call(self, name: str, *tensors: Tensor | None) -> None:
-        """The functions of c/first.c begin with the planes."""
+        # These functions of c/first.c all begin with the planes.
         _call(self.stored, name, self.block.shape, self.planes.x, *tensors)
 
     def _d_row(self, row: ChannelRow) -> Tensor:
-        """A row of `d`, to be multiplied with _TDO."""
+        """Return a row of `d` as _T1O, to be multiplied with _TDO."""
         return self.block.d[row].view(self.settings.groups, 1, -1)
 
     def _by_patch(self, weight: Tensor) -> Tensor:
-        """[X, C, 3, 3] -> _TDO in float64, the type of all that statistics are made of."""
+        """Reshape filters [X, C, 3, 3] to _TDO, in float64 because statistics are computed from them."""
         patch = self.block.shape.inputs * 9
         return weight.double().view(self.settings.groups, -1, patch).transpose(1, 2)
 
     def _by_filter(self, gw: Tensor, statistics_TDO: Tensor) -> Tensor:
-        """The reverse of `_by_patch`, of both parts of the weight's gradient, in the type of the norm."""
+        """Add both parts of the filters' gradient -> [X, C, 3, 3] in the dtype of batch norm."""
         gw_TDO = gw[:, :, : statistics_TDO.shape[2]] + statistics_TDO
         return gw_TDO.transpose(1, 2).reshape(-1, self.block.shape.inputs, 3, 3).to(self.type)
 
     def _padded(self, weight_TDO: Tensor) -> Tensor:
-        """With filters of zeros up to a multiple of VEC."""
+        """Append filters of zeros up to a multiple of VEC."""
         filters = weight_TDO.shape[2]
         return F.pad(weight_TDO, (0, -filters % VEC)).to(self.type).contiguous()
 
     def _empty_padded(self) -> Tensor:
-        """Room for the gradient of a padded weight."""
+        """Allocate the gradient of padded filters."""
         shape, tasks = self.block.shape, self.settings.groups
         filters = shape.channels // tasks
         return torch.empty(tasks, shape.inputs * 9, filters + -filters % VEC, dtype=self.type)
 
 
 def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
-    """Inner product over the patch -> _X."""
+    """Compute the inner product over the patch axis D -> _X."""
     return (a_TDO * b_TDO).sum(1).flatten()
 
 
 def native_block(
     x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
 ) -> KernelTape:
-    """A block in C; see `block.MakeBlock`."""
+    """Compute a block's forward pass in C; arguments as in `block.MakeBlock`."""
     tape = NativeFirstTape if settings.first else KernelTape
     return tape(x, weight, gamma_X, beta_X, settings, Native(settings.compute or weight.dtype))
 
 
 def _call(stored: torch.dtype, name: str, shape: BlockShape, *tensors: Tensor | None) -> None:
-    """Call a compiled function. The tensors must be whole: it sees their memory only."""
+    """Call a compiled function; it gets pointers only, so the tensors must be contiguous."""
     compiled = library(stored)
     assert compiled is not None
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]

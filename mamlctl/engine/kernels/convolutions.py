@@ -1,8 +1,8 @@
-"""3x3 convolutions with every task's own weights, in whichever way a device does faster.
+"""3x3 convolutions in which each task has its own weights, by the fastest method on the device.
 
 Tensors are [E, T * C, H, W], weights [T * O, C, 3, 3]. On a CPU one convolution in T groups, channels last,
-runs at the rate of matrix products (215 and 181 GFLOP/s on 2 cores); on a CUDA device both ways are timed
-once for each shape.
+is as fast as matrix products (215 and 181 GFLOP/s on 2 cores). On a CUDA device both methods are timed once
+for each shape.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from mamlctl.engine.devices import cuda_ms
 
 @dataclass(frozen=True)
 class Way:
-    """One way to convolve."""
+    """One method to compute a convolution and its gradients."""
 
     forward: Callable[[Tensor, Tensor, int], Tensor]  # x, weight, tasks -> out
+    # gradient of out, x, weight, tasks, whether x needs a gradient -> gradients of x and weight
     backward: Callable[[Tensor, Tensor, Tensor, int, bool], tuple[Tensor | None, Tensor]]
 
 
@@ -40,7 +41,7 @@ def _grouped_backward(
 
 
 def _patches(x: Tensor, tasks: int) -> Tensor:
-    """Every 3x3 patch of a task's images -> [T, 9 C, E * H * W]."""
+    """Copy every 3x3 patch of each task's images into a column -> [T, 9 C, E * H * W]."""
     examples, channels, height, width = x.shape
     windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)
     windows = windows.reshape(examples, tasks, channels // tasks, height, width, 9)
@@ -48,7 +49,7 @@ def _patches(x: Tensor, tasks: int) -> Tensor:
 
 
 def _by_task(x: Tensor, tasks: int) -> Tensor:
-    """[E, T * C, H, W] -> [T, C, E * H * W]."""
+    """Reshape [E, T * C, H, W] to [T, C, E * H * W]."""
     examples, _, height, width = x.shape
     return x.reshape(examples, tasks, -1, height, width).permute(1, 2, 0, 3, 4).flatten(2)
 
@@ -66,7 +67,8 @@ def _products_backward(
     gw = (_by_task(g, tasks) @ _patches(x, tasks).transpose(1, 2)).view_as(weight)
     if not by_input:
         return None, gw
-    # The input's gradient is a convolution of the output's with the weight's taps turned round.
+    # The gradient of the input is the convolution of g with the weight rotated by 180 degrees, whose input
+    # and output channels are exchanged.
     turned = weight.view(tasks, -1, *weight.shape[1:]).transpose(1, 2).flip(-1, -2).flatten(0, 1)
     return _products(g, turned.contiguous(), tasks), gw
 
@@ -78,20 +80,40 @@ _chosen: dict[tuple[object, ...], Way] = {}
 
 
 def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
-    """Convolution, stride 1, padding 1 -> [E, T * O, H, W], channels last."""
+    """Convolve with stride 1 and padding 1.
+
+    Args:
+        x: the input, [E, T * C, H, W].
+        weight: the filters, [T * O, C, 3, 3].
+        tasks: T.
+
+    Returns:
+        The output, [E, T * O, H, W], channels last.
+    """
     return _channels_last(_way(x, weight, tasks).forward(x, weight, tasks))
 
 
 def conv_backward(
     g: Tensor, x: Tensor, weight: Tensor, tasks: int, *, by_input: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients by the input (channels last; None unless asked for) and by the weight, from the output's."""
+    """Compute the gradients of a convolution.
+
+    Args:
+        g: gradient with respect to the output, [E, T * O, H, W].
+        x: the input, [E, T * C, H, W].
+        weight: the filters, [T * O, C, 3, 3].
+        tasks: T.
+        by_input: whether to compute the gradient with respect to the input.
+
+    Returns:
+        The gradients with respect to the input (channels last, or None) and to the filters.
+    """
     gx, gw = _way(x, weight, tasks).backward(g, x, weight, tasks, by_input)
     return None if gx is None else _channels_last(gx), gw
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """As the kernels read it. With one input channel torch may answer in the other layout."""
+    """Convert to the layout that the kernels read: with one channel torch may return the other layout."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -101,7 +123,7 @@ def _way(x: Tensor, weight: Tensor, tasks: int) -> Way:
     key = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, torch.backends.cudnn.allow_tf32)
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
-            return GROUPED  # no timing in a capture; a shape's first pass is never captured
+            return GROUPED  # timing synchronises, which a capture does not allow
         _chosen[key] = fastest((GROUPED, PRODUCTS), x, weight, tasks, cuda_ms)
     return _chosen[key]
 
@@ -113,7 +135,15 @@ def fastest(
     tasks: int,
     time_of: Callable[[Callable[[], object]], float],
 ) -> Way:
-    """The way whose forward and backward together take the least time."""
+    """Return the method whose forward and backward pass together take the least time.
+
+    Args:
+        ways: the methods.
+        x: an input.
+        weight: filters.
+        tasks: T.
+        time_of: runs a function and returns the time it took.
+    """
 
     def once(way: Way) -> Callable[[], object]:
         return lambda: way.backward(way.forward(x, weight, tasks), x, weight, tasks, True)

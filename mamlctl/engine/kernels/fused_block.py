@@ -1,8 +1,8 @@
-"""Blocks of `block.py` from a few kernels that fuse what lies between two convolutions.
+"""The block of `block.py` from kernels that fuse all operations between two convolutions.
 
-The kernels are C on a CPU (`c_block.py`) and Triton on a CUDA device (`triton_block.py`): the same arithmetic
-on the same memory. Tensors are channels last, [E, X, H, W] in torch's words, in the type of the products;
-what a kernel knows of a channel is a column of `d`, in float64.
+The kernels are written in C for CPUs (`c_block.py`) and in Triton for CUDA devices (`triton_block.py`), with
+the same arithmetic on the same tensors. Tensors are [E, X, H, W], channels last, in the dtype of the
+products. The values of one channel, such as its mean, are a column of `d`, in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mamlctl.engine.nets.batch_norm import EPS
 
 
 class ChannelRow(IntEnum):
-    """The rows of `d`; the letters are those of `block.py`, and the order that of c/common.h."""
+    """The rows of `d`, in the letters of `block.py` and in the order of c/common.h; PRODUCT is sum gz p."""
 
     MEAN = 0
     VAR = 1
@@ -45,7 +45,7 @@ class ChannelRow(IntEnum):
 
 
 class BlockShape(ctypes.Structure):
-    """`shape` of c/common.h."""
+    """The struct `shape` of c/common.h."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("examples", "height", "width", "channels")),
@@ -56,7 +56,15 @@ class BlockShape(ctypes.Structure):
 
 
 def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = LEAK) -> BlockShape:
-    """The shape of a block: its input, channels behind it, and examples that its statistics come from."""
+    """Describe a block for the kernels.
+
+    Args:
+        x: the input, [E, T * C_in, H, W].
+        channels: X, the number of output channels of all tasks.
+        measured: how many leading examples the statistics come from.
+        tasks: T.
+        leak: the slope of the activation below 0.
+    """
     examples, inputs, height, width = x.shape
     sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
     return BlockShape(*sizes, EPS, leak)
@@ -64,53 +72,54 @@ def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = 
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """What all kernels of a block read and write."""
+    """The tensors that all kernels of a block read and write."""
 
     shape: BlockShape
-    p: Tensor  # pooled values
-    where: Tensor  # which place of its window each one was taken from; uint8
-    d: Tensor  # a column for each channel, its rows `ChannelRow`; float64
-    partial: Tensor  # room for sums of parts; float64
+    p: Tensor  # pooled values of c
+    where: Tensor  # the place in its window, 0 to 3, that each of them comes from; uint8
+    d: Tensor  # [rows of `ChannelRow`, X]; float64
+    partial: Tensor  # buffer for partial sums, [rows, 2, X]; float64
 
 
 @dataclass(frozen=True)
 class TangentTensors:
-    """What the way back of a tangent reads, in the letters of `block.py`."""
+    """The tensors that `Kernels.tangent_backward` reads, in the letters of `block.py`."""
 
     ga_t: Tensor
-    other: Tensor | None  # to be added to ga_t
+    other: Tensor | None  # second summand of ga_t
     ga: Tensor
     p_t: Tensor
     c: Tensor
-    c_t: Tensor  # which becomes gc_t
+    c_t: Tensor  # overwritten with gc_t
 
 
 class Kernels(Protocol):
-    """What lies between two convolutions; letters as in `block.py`.
+    """The operations between two convolutions, in the letters of `block.py`.
 
-    Every tensor is whole, and outputs are written in place: those named, and what `BlockMemory` has of them.
+    All tensors are contiguous (channels last). Outputs are written in place, into the tensors that a method
+    names and into `BlockMemory`.
     """
 
     def partial_rows(self, shape: BlockShape) -> int:
-        """How many rows of sums they want room for."""
+        """Return the number of rows of `BlockMemory.partial`."""
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        """From c to p, where, statistics and out."""
+        """Compute p, `where`, the statistics and out = a from c."""
 
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        """From ga to gc, and the gradients by the norm."""
+        """Compute gc, G and b from ga."""
 
     def tangent(
         self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
     ) -> None:
-        """From c_t + `other`, which c_t becomes, to p_t and a_t."""
+        """Add `other` to c_t, and compute p_t and a_t from it."""
 
     def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
-        """From ga_t + other to gc_t, in the place of c_t, and the change of the gradients by the norm."""
+        """Compute gc_t, in place of c_t, and G_t and b_t from ga_t + other."""
 
 
 class KernelTape:
-    """A block whose norm, activation and pooling are kernels; the convolutions are `convolutions.py`'s."""
+    """A block with kernels for norm, activation and pooling, and the convolutions of `convolutions.py`."""
 
     def __init__(
         self,
@@ -121,7 +130,10 @@ class KernelTape:
         settings: BlockSettings,
         kernels: Kernels,
     ) -> None:
-        """Forward. Arguments are those of `block.MakeBlock`; `kernels`: for the type of the products."""
+        """Compute the forward pass; arguments as in `block.MakeBlock`, and the kernels to use.
+
+        The kernels must store tensors in the dtype of the products.
+        """
         self.settings, self.kernels, self.type = settings, kernels, weight.dtype
         self.stored = settings.compute or weight.dtype
         self.x, self.weight = x, weight
@@ -129,7 +141,7 @@ class KernelTape:
         channels = len(gamma_X)
         measured = examples if settings.measured is None else settings.measured
         if settings.statistics is not None:
-            measured = 0  # nothing is to be measured
+            measured = 0  # tells the kernels to use the statistics in `d`
         self.count = measured * height * width
         shape = shape_of(x, channels, measured, settings.groups, settings.leak)
         d = torch.empty(len(ChannelRow), channels, dtype=torch.float64, device=x.device)
@@ -150,7 +162,6 @@ class KernelTape:
 
     @property
     def statistics(self) -> Statistics_X:
-        """Mean and biased variance a channel."""
         return self._of_norm(ChannelRow.MEAN, ChannelRow.VAR)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
@@ -175,7 +186,8 @@ class KernelTape:
         gx_t, weight_t = self._conv_backward(self.c_t, self.x, self.weight)
         gx_2 = None
         if self.x_t is not None:
-            # Both cross terms from one call: its input gradient is by x_t, its weight gradient by weight_t.
+            # The other summands of the product rule, both from one call: the input gradient from gc and W_t,
+            # the filter gradient from gc and x_t.
             gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.weight_t)
             weight_t = weight_t + weight_2
         by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
@@ -185,11 +197,11 @@ class KernelTape:
         return conv_backward(gc, x, weight, self.settings.groups, by_input=not self.settings.first)
 
     def _of_norm(self, one: ChannelRow, other: ChannelRow) -> tuple[Tensor, Tensor]:
-        """Two rows of `d` in the type of the norm."""
+        """Return two rows of `d` in the dtype of batch norm."""
         return self.block.d[one].to(self.type), self.block.d[other].to(self.type)
 
     def _empty(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for a pooled tensor."""
+        """Allocate a pooled tensor."""
         layout = torch.channels_last
         return torch.empty(
             self.pooled, dtype=dtype or self.stored, device=self.x.device, memory_format=layout

@@ -1,4 +1,4 @@
-"""Blocks on a CUDA device, their kernels in Triton."""
+"""The block of `block.py` on CUDA devices, with kernels in Triton."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mamlctl.engine.kernels import triton_kernels as programs
 from mamlctl.engine.kernels.block import BlockSettings
 from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, KernelTape, TangentTensors
 
-CHANNELS = 128  # that a program takes; not measured
-TILE = {"RS": 64, "BX": 32}  # in which partial sums are joined; not measured
+CHANNELS = 128  # channels per program; not tuned
+TILE = {"RS": 64, "BX": 32}  # rows and channels per tile when partial sums are added up; not tuned
 
 Argument = Tensor | float | None
 
 
 class Program(Protocol):
-    """A function in Triton's language: a grid of programs, to be called with pointers and numbers."""
+    """A compiled Triton function: program[grid](*pointers, *numbers) launches it."""
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., object]: ...
 
 
 @dataclass(frozen=True)
 class Triton:
-    """The kernels of `triton_kernels.py`; `fused_block.Kernels`."""
+    """The kernels of `triton_kernels.py`; implements `fused_block.Kernels`."""
 
-    real: tl.dtype  # of the arithmetic
+    real: tl.dtype  # dtype of the arithmetic
 
     def partial_rows(self, shape: BlockShape) -> int:
-        """Sums are joined by row of pooling windows."""
+        # One partial sum for each row of pooling windows, including an odd last row.
         return int(shape.examples * ((shape.height + 1) // 2))
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
@@ -65,17 +65,17 @@ class Triton:
         self._windows(programs.tangent_spread, shape, *spread, shape.leak, TWO=two)
 
     def _windows(self, program: Program, shape: BlockShape, *arguments: Argument, **constants: bool) -> None:
-        """One program a row of pooling windows, the odd last row too."""
+        """Launch one program per row of pooling windows, including an odd last row."""
         sizes = shape.height, shape.width, shape.channels
         self._run(program, self.partial_rows(shape), shape.channels, *arguments, *sizes, **constants)
 
     def _rows(self, program: Program, shape: BlockShape, *arguments: Argument, **constants: bool) -> None:
-        """One program a row of pooled values."""
+        """Launch one program per row of pooled values."""
         sizes = shape.leak, shape.width // 2, shape.channels
         self._run(program, _pooled_rows(shape), shape.channels, *arguments, *sizes, **constants)
 
     def _pooled(self, program: Program, shape: BlockShape, *arguments: Argument) -> None:
-        """One program some pooled values."""
+        """Launch one program per CHANNELS pooled values."""
         total = _pooled_rows(shape) * (shape.width // 2) * shape.channels
         count = -(-total // CHANNELS)
         self._run(program, count, CHANNELS, *arguments, shape.leak, total, shape.channels)
@@ -86,29 +86,29 @@ class Triton:
         program[(count, -(-channels // CHANNELS))](*arguments, REAL=self.real, BX=CHANNELS, **constants)
 
     def _channels(self, program: Program, block: BlockMemory, *numbers: float) -> None:
-        """One program some channels."""
+        """Launch one program per tile of channels."""
         grid = 1, -(-block.shape.channels // TILE["BX"])
         program[grid](block.d, block.partial, *numbers, block.shape.channels, **TILE)
 
 
 def _count(shape: BlockShape) -> float:
-    """Values a channel behind the statistics."""
+    """M, the number of values per channel behind the statistics."""
     return float(shape.measured * shape.height * shape.width)
 
 
 def _measured_rows(shape: BlockShape) -> int:
-    """Rows of partial sums that hold those values."""
+    """The number of leading rows of partial sums that belong to the measured examples."""
     return int(shape.measured * ((shape.height + 1) // 2))
 
 
 def _pooled_rows(shape: BlockShape) -> int:
-    """Rows of pooled values."""
+    """The number of rows of pooled values."""
     return int(shape.examples * (shape.height // 2))
 
 
 def triton_block(
     x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
 ) -> KernelTape:
-    """A block with Triton's kernels; see `block.MakeBlock`."""
+    """Compute a block's forward pass with Triton kernels; arguments as in `block.MakeBlock`."""
     real = tl.float64 if weight.dtype == torch.float64 else tl.float32
     return KernelTape(x, weight, gamma_X, beta_X, settings, Triton(real))

@@ -1,7 +1,8 @@
-"""The block kernels of `fused_block.py` for CUDA devices, in Triton: the arithmetic of c/block.c, row by row.
+"""The kernels of `fused_block.py` for CUDA devices, in Triton: the arithmetic of c/block.c.
 
-Each program takes one row of pooling windows of one example and BX channels; sums go to `partial` by row and
-are joined in float64 in a fixed order, so that results repeat. TRITON_INTERPRET=1 runs them on a CPU, slowly.
+Letters and formulas are those of `block.py`. Unless noted otherwise a program handles one row of pooling
+windows of one example, for BX channels. It writes its two sums to `partial`; these are added up in float64 in
+a fixed order, so results are reproducible. With TRITON_INTERPRET=1 the kernels run on a CPU, slowly.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ def _channels(X, BX: tl.constexpr):
 
 @triton.jit
 def _within(inside, h, H, w, W, BX: tl.constexpr):
-    """Channels, if row h and column w are; as vectors, since the interpreter's scalars are no masks."""
+    """Mask the channels if row h and column w are in the image; vectors, as the interpreter needs them."""
     zero = tl.zeros((BX,), tl.int32)
     return inside & (zero + h < H) & (zero + w < W)
 
 
 @triton.jit
 def _slope(p, d, X, x, inside, leak, REAL: tl.constexpr):
-    """The activation's slope at pooled values."""
+    """act'(z) with z = s (p - mean) + beta, at pooled values p."""
     s = _row(d, S, X, x, inside, REAL)
     z = (p - _row(d, MEAN, X, x, inside, REAL)) * s + _row(d, BETA, X, x, inside, REAL)
     return tl.where(z > 0, 1.0, leak).to(REAL)
@@ -44,6 +45,7 @@ def _slope(p, d, X, x, inside, leak, REAL: tl.constexpr):
 
 @triton.jit
 def pool(c, p, where, d, partial, H, W, X, REAL: tl.constexpr, BX: tl.constexpr):
+    """Write p and `where` from c, and the partial sums of c and c^2."""
     item = tl.program_id(0)
     e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
     x, inside = _channels(X, BX)
@@ -60,6 +62,7 @@ def pool(c, p, where, d, partial, H, W, X, REAL: tl.constexpr, BX: tl.constexpr)
             total += v
             square += v * v
             larger = v * sign > best
+            # With gamma < 0 the smallest value is selected.
             if q == 0:
                 best = v * sign
             else:
@@ -75,7 +78,7 @@ def pool(c, p, where, d, partial, H, W, X, REAL: tl.constexpr, BX: tl.constexpr)
 
 @triton.jit
 def _join(partial, rows, X, which, x, inside, RS: tl.constexpr, BX: tl.constexpr):
-    """One of the two sums over all rows."""
+    """Add up one of the two partial sums over `rows` rows; RS rows at a time."""
     total = tl.zeros((BX,), tl.float64)
     for first in range(0, rows, RS):
         row = first + tl.arange(0, RS)
@@ -92,12 +95,13 @@ def _put(d, row, X, x, inside, value):
 
 @triton.jit
 def statistics(d, partial, rows, count, eps, X, RS: tl.constexpr, BX: tl.constexpr):
+    """mean, var, r = 1 / sqrt(var + eps) and s = gamma r; with 0 rows mean and var are in d already."""
     x, inside = _channels(X, BX)
     var = _row(d, VAR, X, x, inside, tl.float64)
     if rows > 0:
         mean = _join(partial, rows, X, 0, x, inside, RS, BX) / count
         var = _join(partial, rows, X, 1, x, inside, RS, BX) / count - mean * mean
-        var = tl.where(var < 0, 0.0, var)
+        var = tl.where(var < 0, 0.0, var)  # rounding of a constant channel
         _put(d, MEAN, X, x, inside, mean)
         _put(d, VAR, X, x, inside, var)
     r = 1.0 / tl.sqrt(var + eps)
@@ -107,6 +111,7 @@ def statistics(d, partial, rows, count, eps, X, RS: tl.constexpr, BX: tl.constex
 
 @triton.jit
 def activate(p, a, d, leak, total, X, REAL: tl.constexpr, BX: tl.constexpr):
+    """a = act(s (p - mean) + beta); a program handles BX pooled values."""
     at = tl.program_id(0) * BX + tl.arange(0, BX)
     inside, x = at < total, at % X
     s = _row(d, S, X, x, inside, REAL)
@@ -117,6 +122,7 @@ def activate(p, a, d, leak, total, X, REAL: tl.constexpr, BX: tl.constexpr):
 
 @triton.jit
 def backward_sums(ga, p, d, partial, leak, PW, X, REAL: tl.constexpr, BX: tl.constexpr):
+    """Partial sums of gz = act'(z) ga and of gz p."""
     item = tl.program_id(0)
     x, inside = _channels(X, BX)
     total = tl.zeros((BX,), REAL)
@@ -133,6 +139,7 @@ def backward_sums(ga, p, d, partial, leak, PW, X, REAL: tl.constexpr, BX: tl.con
 
 @triton.jit
 def backward_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: tl.constexpr):
+    """b, sum gz p, G, slope and offset of the backward pass."""
     x, inside = _channels(X, BX)
     b = _join(partial, rows, X, 0, x, inside, RS, BX)
     product = _join(partial, rows, X, 1, x, inside, RS, BX)
@@ -149,6 +156,7 @@ def backward_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: tl.conste
 
 @triton.jit
 def backward_spread(ga, p, where, c, gc, d, leak, H, W, X, REAL: tl.constexpr, BX: tl.constexpr):
+    """gc = s gz at the selected places + slope c + offset."""
     item = tl.program_id(0)
     e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
     x, inside = _channels(X, BX)
@@ -172,6 +180,7 @@ def backward_spread(ga, p, where, c, gc, d, leak, H, W, X, REAL: tl.constexpr, B
 def tangent_pool(
     ct, c2, c, where, p_t, partial, H, W, X, TWO: tl.constexpr, REAL: tl.constexpr, BX: tl.constexpr
 ):
+    """c_t += c2 if TWO, p_t = c_t at the selected places, and the partial sums of c_t and c c_t."""
     item = tl.program_id(0)
     e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
     x, inside = _channels(X, BX)
@@ -188,7 +197,7 @@ def tangent_pool(
             v = tl.load(ct + cell, mask=present, other=0.0).to(REAL)
             if TWO:
                 v += tl.load(c2 + cell, mask=present, other=0.0).to(REAL)
-                v = v.to(ct.dtype.element_ty).to(REAL)
+                v = v.to(ct.dtype.element_ty).to(REAL)  # the sums use the rounded value that is stored
                 tl.store(ct + cell, v.to(ct.dtype.element_ty), mask=present)
             total += v
             cross += v * tl.load(c + cell, mask=present, other=0.0).to(REAL)
@@ -200,6 +209,7 @@ def tangent_pool(
 
 @triton.jit
 def tangent_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: tl.constexpr):
+    """mean_t, r_t = -r^3 var_t / 2 and s_t = gamma r_t."""
     x, inside = _channels(X, BX)
     mean_t = _join(partial, rows, X, 0, x, inside, RS, BX) / count
     cross = _join(partial, rows, X, 1, x, inside, RS, BX) / count
@@ -213,6 +223,7 @@ def tangent_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: tl.constex
 
 @triton.jit
 def tangent_activate(p, p_t, a_t, d, leak, total, X, REAL: tl.constexpr, BX: tl.constexpr):
+    """a_t = act'(z) (s (p_t - mean_t) + s_t (p - mean)); a program handles BX pooled values."""
     at = tl.program_id(0) * BX + tl.arange(0, BX)
     inside, x = at < total, at % X
     v = tl.load(p + at, mask=inside, other=0.0).to(REAL)
@@ -225,6 +236,7 @@ def tangent_activate(p, p_t, a_t, d, leak, total, X, REAL: tl.constexpr, BX: tl.
 
 @triton.jit
 def _both(one, two, at, inside, TWO: tl.constexpr, REAL: tl.constexpr):
+    """Load ga_t from its summands: one + two if TWO, else one."""
     value = tl.load(one + at, mask=inside, other=0.0).to(REAL)
     if TWO:
         value += tl.load(two + at, mask=inside, other=0.0).to(REAL)
@@ -235,6 +247,7 @@ def _both(one, two, at, inside, TWO: tl.constexpr, REAL: tl.constexpr):
 def tangent_sums(
     ga1, ga2, ga, p, p_t, d, partial, leak, PW, X, TWO: tl.constexpr, REAL: tl.constexpr, BX: tl.constexpr
 ):
+    """Partial sums of gz_t = act'(z) ga_t and of gz_t p + gz p_t."""
     item = tl.program_id(0)
     x, inside = _channels(X, BX)
     total = tl.zeros((BX,), REAL)
@@ -253,6 +266,7 @@ def tangent_sums(
 
 @triton.jit
 def tangent_backward_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: tl.constexpr):
+    """b_t, G_t, slope_t and offset_t of the backward pass."""
     x, inside = _channels(X, BX)
     b_t = _join(partial, rows, X, 0, x, inside, RS, BX)
     product_t = _join(partial, rows, X, 1, x, inside, RS, BX)
@@ -273,6 +287,7 @@ def tangent_backward_numbers(d, partial, rows, count, X, RS: tl.constexpr, BX: t
 def tangent_spread(
     ga1, ga2, ga, p, where, c, ct, d, leak, H, W, X, TWO: tl.constexpr, REAL: tl.constexpr, BX: tl.constexpr
 ):
+    """gc_t = s gz_t + s_t gz at the selected places + slope_t c + slope c_t + offset_t, written over c_t."""
     item = tl.program_id(0)
     e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
     x, inside = _channels(X, BX)

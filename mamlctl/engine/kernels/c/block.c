@@ -1,9 +1,9 @@
-/* Batch norm, leaky ReLU and 2x2 max-pool behind a convolution: forward, backward, and the tangents of both.
- * Each function passes over the data as few times as its sums allow.
+/* Batch norm, activation and 2x2 max-pooling after a convolution: forward, backward, and the tangents of both.
+ * A function needs two passes over the data, because the values per channel are known only after all sums.
  */
 #include "common.h"
 
-/* c -> p, where, a; the statistics from the first `measured` examples, or from d if that is 0 */
+/* c -> p, where, a = act(s p + beta - s mean); statistics of the first `measured` examples, or those in d if 0 */
 void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8_t *restrict where,
                    STORED *restrict a, double *restrict d, double *restrict partial) {
     SHAPE;
@@ -19,7 +19,7 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
                         const STORED *c0 = c + CELL(0, 0), *c1 = c + CELL(0, 1), *c2 = c + CELL(1, 0), *c3 = c + CELL(1, 1);
                         STORED *to = p + POOLED;
                         uint8_t *at = where + POOLED;
-                        for (int l = 0; l < n; l++) {
+                        for (int l = 0; l < n; l++) { /* gamma < 0: the smallest value */
                             const REAL v0 = GET(c0[l]), v1 = GET(c1[l]), v2 = GET(c2[l]), v3 = GET(c3[l]), g = sign[l];
                             sum[l] += (v0 + v1) + (v2 + v3);
                             square[l] += (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3);
@@ -33,7 +33,7 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
                         }
                         continue;
                     }
-                    for (int q = 0; q < 4; q++) { /* the odd last row and column count, but are not pooled */
+                    for (int q = 0; q < 4; q++) { /* an odd last row or column enters the statistics only */
                         if (2 * i + q / 2 >= H || 2 * j + q % 2 >= W) continue;
                         const STORED *cell = c + CELL(q / 2, q % 2);
                         for (int l = 0; l < n; l++) {
@@ -75,7 +75,7 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
     }
 }
 
-/* ga -> gc, and the sums */
+/* ga -> gc = h + slope c + offset with h = s gz at the selected places, and the values of backward_sums */
 void backward(const shape *s, const STORED *restrict ga, const STORED *restrict p, const uint8_t *restrict where,
                     const STORED *restrict c, STORED *restrict gc, double *restrict d, double *restrict partial) {
     SHAPE;
@@ -111,7 +111,8 @@ void backward(const shape *s, const STORED *restrict ga, const STORED *restrict 
     }
 }
 
-/* ct (the convolution along the weight) += c2 (along the input); c, where -> p_t, a_t */
+/* c_t: ct = conv(x, W_t) += c2 = conv(x_t, W) unless c2 is absent; then p_t and a_t = act'(z) z_t.
+ * Row S_T contains sum c c_t, then var_t, then s_t. */
 void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, const STORED *restrict c,
                    const STORED *restrict p, const uint8_t *restrict where, STORED *restrict p_t, STORED *restrict a_t,
                    double *restrict d, double *restrict partial) {
@@ -179,7 +180,8 @@ void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, con
     }
 }
 
-/* ga1_t + ga2_t (may be absent) -> gc_t, which may lie on ct */
+/* ga_t = ga1_t + ga2_t (which may be absent) -> gc_t = h + slope_t c + slope c_t + offset_t with h = s gz_t + s_t gz at
+ * the selected places, written over ct; and the values of tangent_sums */
 void tangent_backward(const shape *s, const STORED *restrict ga1_t, const STORED *restrict ga2_t,
                             const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
                             const uint8_t *restrict where, const STORED *restrict c, STORED *restrict ct,

@@ -1,22 +1,24 @@
-/* What both kinds of block share: types, per-channel numbers, work items, and the sums of both backward passes.
+/* Code that block.c and first.c share: types, values per channel, work items, and the sums of both backward passes.
  *
- * Layouts: [E][H][W][X] with channels last, X = tasks * filters; pooled tensors [E][H/2][W/2][X]. Per-channel numbers
- * are doubles in d[K][X], in the order of the enum below; block.py has the letters and the mathematics.
- * Sums are taken per example and then over examples in order, so that results do not depend on the threads.
+ * block.py explains the letters and formulas. Tensors are [E][H][W][X] with channels last, X = tasks * filters, and
+ * pooled tensors [E][H/2][W/2][X]. The values of a channel are doubles in d[row][X], with the rows of the enum below.
+ * Sums are computed for each example and then added in the order of the examples, so that results do not depend on
+ * the number of threads.
  */
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 enum { MEAN, VAR, GAMMA, BETA, R, S, B, PRODUCT, G, SLOPE, OFFSET, MEAN_T, R_T, S_T, B_T, G_T, SLOPE_T, OFFSET_T };
-enum { LANES = 128 }; /* channels that a thread takes at a time */
+enum { LANES = 128 }; /* channels of a work item */
 
 typedef struct {
-    int examples, height, width, channels, threads, measured; /* measured: examples behind the statistics */
-    int tasks, inputs;                                        /* of the first block */
+    int examples, height, width, channels, threads, measured; /* measured: leading examples behind the statistics */
+    int tasks, inputs;                                        /* used by the first block only */
     double eps, leak;
 } shape;
 
+/* bfloat16 is the upper half of a float. */
 static inline float widen(uint16_t v) {
     uint32_t bits = (uint32_t)v << 16;
     float f;
@@ -24,13 +26,13 @@ static inline float widen(uint16_t v) {
     return f;
 }
 
-static inline uint16_t narrow(float f) { /* to nearest, ties to even */
+static inline uint16_t narrow(float f) { /* rounds to nearest, ties to even; 0x7fc0 is NaN */
     uint32_t bits;
     memcpy(&bits, &f, 4);
     return f != f ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/* The type that large tensors are stored in, set by the compiler's command line. */
+/* STORED is the type of large tensors, chosen on the compiler's command line; REAL is that of the arithmetic. */
 #if defined(BFLOAT16)
 typedef uint16_t STORED;
 typedef float REAL;
@@ -46,7 +48,7 @@ typedef float STORED, REAL;
 #define PUT(v) (v)
 #endif
 
-/* A row of d for some channels, in the type of the arithmetic. */
+/* Converts n channels of a row of d to REAL. */
 static inline void take(REAL *to, const double *d, int row, int X, int x0, int n) {
     for (int l = 0; l < n; l++) to[l] = (REAL)d[row * X + x0 + l];
 }
@@ -55,21 +57,21 @@ static inline void take(REAL *to, const double *d, int row, int X, int x0, int n
     REAL to[LANES]; \
     take(to, d, row, X, x0, n)
 
-/* z = scale p + beta, of pooled values p: the norm and its shift in one. */
+/* z = scale p + beta at pooled values p, with scale = s and beta replaced by beta - s mean. */
 #define TAKE_AFFINE \
     TAKE(scale, S); \
     TAKE(mean, MEAN); \
     TAKE(beta, BETA); \
     for (int l = 0; l < n; l++) beta[l] -= scale[l] * mean[l]
 
-/* The two sums of a work item's example and channels, for sum_up to join. */
+/* Stores the two sums of a work item for sum_up. */
 #define KEEP_SUMS(one, two) \
     for (int l = 0; l < n; l++) { \
         partial[(e * 2L) * X + x0 + l] = one[l]; \
         partial[(e * 2L + 1) * X + x0 + l] = two[l]; \
     }
 
-/* Work items: one example, up to LANES channels. */
+/* A work item is one example with up to LANES channels. */
 #define ITEMS \
     _Pragma("omp for schedule(static)") \
     for (int item = 0; item < s->examples * ((X + LANES - 1) / LANES); item++)
@@ -80,12 +82,14 @@ static inline void take(REAL *to, const double *d, int row, int X, int x0, int n
     const int H = s->height, W = s->width, X = s->channels, PH = H / 2, PW = W / 2; \
     const REAL leak = (REAL)s->leak
 
+/* Offsets of pooled value (i, j), and of place (di, dj) in its window, at example e and channel x0. */
 #define POOLED (((long)(e * PH + i) * PW + j) * X + x0)
 #define CELL(di, dj) (((long)(e * H + 2 * i + (di)) * W + 2 * j + (dj)) * X + x0)
 
-/* Values of a channel behind its statistics. */
+/* M, the number of values per channel behind the statistics. */
 static inline double values(const shape *s) { return (double)s->measured * s->height * s->width; }
 
+/* Adds one of the two partial sums over the first examples, in order. */
 static void sum_up(const shape *s, const double *partial, int row, double *to, int examples) {
     const int X = s->channels;
     for (int x = 0; x < X; x++) to[x] = 0;
@@ -93,6 +97,7 @@ static void sum_up(const shape *s, const double *partial, int row, double *to, i
         for (int x = 0; x < X; x++) to[x] += partial[(e * 2L + row) * X + x];
 }
 
+/* r = 1 / sqrt(var + eps), s = gamma r */
 static void set_scale(const shape *s, double *d) {
     const int X = s->channels;
     for (int x = 0; x < X; x++) {
@@ -101,7 +106,7 @@ static void set_scale(const shape *s, double *d) {
     }
 }
 
-/* From mean_t and var_t (in S_T's place) the other tangents of the forward pass's numbers. */
+/* r_t = -r^3 var_t / 2, s_t = gamma r_t; row S_T contains var_t on entry. */
 static void set_scale_tangent(const shape *s, double *d) {
     const int X = s->channels;
     for (int x = 0; x < X; x++) {
@@ -111,7 +116,7 @@ static void set_scale_tangent(const shape *s, double *d) {
     }
 }
 
-/* Sums over the gradient behind the activation, and what follows from them; called by all threads. */
+/* From ga: b = sum gz with gz = act'(z) ga, sum gz p, and G, slope and offset. Called by all threads. */
 static void backward_sums(const shape *s, const STORED *restrict ga, const STORED *restrict p, double *restrict d,
                                 double *restrict partial) {
     SHAPE;
@@ -144,7 +149,8 @@ static void backward_sums(const shape *s, const STORED *restrict ga, const STORE
     }
 }
 
-/* Sums over the tangent of the gradient behind the activation; called by all threads. */
+/* From ga_t = ga1_t + ga2_t: b_t = sum gz_t, sum (gz_t p + gz p_t) (first into row G_T), and G_t, slope_t and offset_t.
+ * k is s of block.py. Called by all threads. */
 static void tangent_sums(const shape *s, const STORED *restrict ga1_t, const STORED *restrict ga2_t,
                                const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
                                double *restrict d, double *restrict partial) {

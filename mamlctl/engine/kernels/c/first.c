@@ -1,11 +1,12 @@
-/* The first block, with the convolution of the image: its whole output, four times its pooled one, is never written.
+/* The first block, including its convolution. The output of the convolution, four times as large as the pooled one, is
+ * never stored.
  *
- * x: padded planes [E][T][C][H+2][W+2]; weights [T][C][9][O], O the filters rounded up to VEC. The statistics follow
- * from the moments of the image's patches and are in d already.
+ * x: padded planes [E][T][C][H+2][W+2]. Weights: [T][C][9][O] with O filters, padded to a multiple of VEC. The caller
+ * computes mean and var from the moments of the image's patches and passes them in d (see NativeFirstTape).
  */
 #include "common.h"
 
-enum { VEC = 16 }; /* filters side by side */
+enum { VEC = 16 }; /* filters per vector */
 #ifdef FLOAT64
 typedef int64_t INTEGER;
 #else
@@ -23,8 +24,8 @@ typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned
     const int T = s->tasks, C = s->inputs, O = X / T; \
     (void)leak, (void)H, (void)PH, (void)PW
 
-/* Sums over the patches of the measured examples -> sum [T][D], product [T][D][D], D = 9 C; in double,
- * since the variances that follow from them are small differences. */
+/* Sums of q and q q^T over the patches q of the measured examples -> sum [T][D], product [T][D][D], D = 9 C. In double,
+ * because variances are small differences of them. */
 void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, double *restrict product) {
     const int H = s->height, W = s->width, T = s->tasks, C = s->inputs, D = 9 * C;
 #pragma omp parallel for num_threads(s->threads) schedule(dynamic)
@@ -51,7 +52,7 @@ void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, do
     }
 }
 
-/* The four convolution outputs of a pooling window, for VEC filters. */
+/* The four outputs of the convolution in a pooling window, for VEC filters. */
 INLINE void window(const REAL *plane, const REAL *w, int C, long size, int wide, int padded, REAL out[4][VEC]) {
     vec v0 = {0}, v1 = {0}, v2 = {0}, v3 = {0};
     for (int c = 0; c < C; c++, plane += size)
@@ -66,7 +67,8 @@ INLINE void window(const REAL *plane, const REAL *w, int C, long size, int wide,
     memcpy(out[2], &v2, sizeof v2), memcpy(out[3], &v3, sizeof v3);
 }
 
-/* One example and task, n filters from o on; n is a constant to the compiler wherever it is VEC. */
+/* One example and task, n filters from o on. Callers pass the constant VEC if they can, for which the compiler
+ * vectorises the loops. */
 INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, STORED *p, uint8_t *where, STORED *a,
                             const double *d, int e, int t, int o, const int n) {
     FIRST;
@@ -114,6 +116,7 @@ void first_forward(const shape *s, const REAL *restrict x, const REAL *restrict 
     }
 }
 
+/* The same for p_t and a_t = act'(z) (s (p_t - mean_t) + s_t (p - mean)); w contains the direction. */
 INLINE void tangent_filters(const shape *s, const REAL *planes, const REAL *w, const STORED *p, const uint8_t *where,
                             STORED *p_t, STORED *a_t, const double *d, int e, int t, int o, const int n) {
     FIRST;
@@ -143,7 +146,7 @@ INLINE void tangent_filters(const shape *s, const REAL *planes, const REAL *w, c
         }
 }
 
-/* x, the weights' direction -> p_t, a_t; mean_t and var_t (in S_T's place) are in d */
+/* x, the direction of the weights -> p_t, a_t; d contains mean_t, and var_t in row S_T */
 void first_tangent(const shape *s, const REAL *restrict x, const REAL *restrict w, const STORED *restrict p,
                    const uint8_t *restrict where, STORED *restrict p_t, STORED *restrict a_t, double *restrict d) {
     FIRST;
@@ -159,7 +162,7 @@ void first_tangent(const shape *s, const REAL *restrict x, const REAL *restrict 
     }
 }
 
-/* n stored numbers, the rest 0. */
+/* A vector of n stored values, padded by 0. */
 INLINE vec read(const STORED *from, const int n) {
     REAL each[VEC] = {0};
     vec all;
@@ -168,6 +171,7 @@ INLINE vec read(const STORED *from, const int n) {
     return all;
 }
 
+/* A vector of n channels of a row of d, padded by 0. */
 INLINE vec row(const double *d, int which, int X, int x0, const int n) {
     REAL each[VEC] = {0};
     vec all;
@@ -176,8 +180,9 @@ INLINE vec row(const double *d, int which, int X, int x0, const int n) {
     return all;
 }
 
-/* The gradients that reach a pooling window's four places, of which one gets all: h[4]. In vectors of masks, since
- * compilers make branches of the same in scalars (1.5 ms against 0.5 ms for 40 images of 28x28). */
+/* The gradients of the four places of a pooling window, h[4]: s gz at the selected place (s gz_t + s_t gz if ga1_t is
+ * present) and 0 at the others. Written with vector masks, because compilers turn the scalar form into branches
+ * (1.5 ms against 0.5 ms for 40 images of 28x28). */
 INLINE void spread(const STORED *ga1_t, const STORED *ga2_t, const STORED *ga, const STORED *p, const uint8_t *where,
                    vec scale, vec shift, vec scale_t, REAL leak, const int n, vec h[4]) {
     INTEGER each[VEC] = {0};
@@ -195,7 +200,8 @@ INLINE void spread(const STORED *ga1_t, const STORED *ga2_t, const STORED *ga, c
     for (int q = 0; q < 4; q++) h[q] = (vec)(both & (which == q));
 }
 
-/* The part of the weights' gradient that comes through the pooled places, of one task, channel and n filters. */
+/* The part of the weights' gradient that comes from the selected places, sum of h q over patches q; for one task, one
+ * input channel and n filters. */
 INLINE void pooled_part(const shape *s, const REAL *x, const STORED *ga1_t, const STORED *ga2_t, const STORED *ga,
                         const STORED *p, const uint8_t *where, const double *d, REAL *gw, int t, int channel, int o,
                         const int n) {
@@ -229,7 +235,8 @@ INLINE void pooled_part(const shape *s, const REAL *x, const STORED *ga1_t, cons
         memcpy(gw + (((long)t * C + channel) * 9 + tap) * padded + o, &total[tap], sizeof total[tap]);
 }
 
-/* The same for all -> gw [T][C][9][O]; called by all threads. ga1_t absent: of the gradient, else of its tangent. */
+/* The same for all tasks, channels and filters -> gw [T][C][9][O]: the gradient if ga1_t is absent, else its tangent.
+ * Called by all threads. */
 static void through_pool(const shape *s, const REAL *x, const STORED *ga1_t, const STORED *ga2_t, const STORED *ga,
                          const STORED *p, const uint8_t *where, const double *d, REAL *gw) {
     FIRST;
@@ -244,7 +251,7 @@ static void through_pool(const shape *s, const REAL *x, const STORED *ga1_t, con
     }
 }
 
-/* ga -> the sums, gw */
+/* ga -> gw, and the values of backward_sums */
 void first_backward(const shape *s, const REAL *x, const STORED *ga, const STORED *p, const uint8_t *where, double *d,
                     double *partial, REAL *gw) {
 #pragma omp parallel num_threads(s->threads)
@@ -254,7 +261,7 @@ void first_backward(const shape *s, const REAL *x, const STORED *ga, const STORE
     }
 }
 
-/* ga1_t + ga2_t -> the sums' tangents, gw */
+/* ga_t = ga1_t + ga2_t -> the tangent of gw, and the values of tangent_sums */
 void first_tangent_backward(const shape *s, const REAL *x, const STORED *ga1_t, const STORED *ga2_t, const STORED *ga,
                             const STORED *p, const STORED *p_t, const uint8_t *where, double *d, double *partial,
                             REAL *gw) {
