@@ -275,7 +275,7 @@ def open_run(path: Path) -> RunFolder:
         return RunFolder(path, stored_config(load_file(path / CONFIG), str(path / CONFIG)))
     except SettingsError as error:
         fact = f"{path / CONFIG} is damaged: {error.problems[0][0]}"
-        raise MamlctlError(fact, hint="train again") from error
+        raise MamlctlError(fact, hint="train a new run") from error
 
 
 def stored_config(values: Mapping[str, Any], source: str) -> TrainConfig:

@@ -40,7 +40,6 @@ COMMANDS = {
 }
 
 app = typer.Typer(
-    help="Train, evaluate, compare and ablate MAML++ and its relatives.",
     epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -33,6 +33,9 @@ def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
+TimeLimit = Annotated[str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")]
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """The options of every command."""

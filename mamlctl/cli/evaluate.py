@@ -66,7 +66,7 @@ class EvaluateOptions(OutputOptions):
             problems = unused(image_options, "without --support", "add --support DIR or leave it out")
             if self.files and not problems:
                 problems.append(
-                    (f"eval takes one run, but {self.files[0]} was named too", "evaluate one run at a time")
+                    (f"eval takes one run, but {self.files[0]} was given too", "evaluate one run at a time")
                 )
             if self.beside and not self.plot:
                 problems.append(("--beside has no effect without --plot", "add --plot or leave it out"))

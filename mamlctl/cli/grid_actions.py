@@ -126,9 +126,8 @@ def _report_ending(result: GridResult, console: Console) -> ExitCode:
         where = f" (see {log})" if (result.folder / log).is_file() else ""
         say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
-        cells = f"{plural(result.left, 'cell')} {'is' if result.left == 1 else 'are'}"
         resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}"
-        say(console, f"{result.left} {cells} left; resume with: ", (resume, "cyan"))
-    undone = result.failed or (result.left and not result.reason)
+        say(console, f"{result.left} {plural(result.left, 'cell')} left; resume with: ", (resume, "cyan"))
+    incomplete = result.failed or (result.left and not result.reason)
     code = STOP_EXIT_CODES[result.reason]
-    return ExitCode.FAILED if code == ExitCode.OK and undone else code
+    return ExitCode.FAILED if code == ExitCode.OK and incomplete else code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from rich.console import Console
 
-from mamlctl.cli.common_options import SettingsOptions, option, unused
+from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mamlctl.report.table import Table
 
 PLAN = "Plan"  # a help panel
-FORMATS = ("json", "csv", "markdown", "latex")  # of the table on stdout
-DRY = ("dry_run", "print_commands", "slurm")  # instead of making a table
+FORMATS = ("json", "csv", "markdown", "latex")  # of the table
+DRY = ("dry_run", "print_commands", "slurm")  # instead of training and printing a table
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,9 @@ class GridOptions(SettingsOptions):
             HARDWARE, "With ray: training time between syncs, the most a lost node can cost (default: 10m)."
         ),
     ] = None
-    time_limit: Annotated[
-        str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")
-    ] = None
+    time_limit: TimeLimit = None
     dry_run: Annotated[
-        bool,
-        option(
-            PLAN,
-            "Time a few meta-steps, print the number of cells and the estimated time, and exit.",
-            "--dry-run",
-        ),
+        bool, option(PLAN, "Time a few meta-steps, print the time for all cells, and exit.", "--dry-run")
     ] = False
     print_commands: Annotated[
         bool, option(PLAN, "Print one shell command per cell and exit.", "--print-commands")
@@ -87,9 +80,7 @@ class GridOptions(SettingsOptions):
     sort: Annotated[str | None, option(OUTPUT, "Sort rows by this column.")] = None
     csv: Annotated[bool, option(OUTPUT, "Print the table as CSV on stdout.", "--csv")] = False
     markdown: Annotated[bool, option(OUTPUT, "Print the table as Markdown on stdout.", "--markdown")] = False
-    latex: Annotated[bool, option(OUTPUT, "Print the table as LaTeX (booktabs) on stdout.", "--latex")] = (
-        False
-    )
+    latex: Annotated[bool, option(OUTPUT, "Print the table as LaTeX booktabs on stdout.", "--latex")] = False
 
     def check(self) -> None:
         """Check the options before anything is read. Raises SettingsError if some do not fit together."""
@@ -112,7 +103,7 @@ class GridOptions(SettingsOptions):
         check_sort(self.sort)
 
     def _problems_without_table(self, formats: Sequence[str]) -> list[Problem]:
-        """Problems for options that have no effect if no table is made."""
+        """Problems for options that have no effect if no table is printed."""
         dry = [name for name in DRY if getattr(self, name)]
         if len(dry) > 1:
             return [(f"{' and '.join(map(flag, dry))} are given together", "choose one")]
@@ -121,7 +112,7 @@ class GridOptions(SettingsOptions):
         if dry == ["dry_run"] and formats == ["json"]:
             formats = []
         table_options = self.by_flag(*formats, "sort", "time_limit")
-        return unused(table_options, f"with {flag(dry[0])}, which makes no table")
+        return unused(table_options, f"with {flag(dry[0])}, which prints no table")
 
     def with_sets(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         """The settings from the command line; flags override --set."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import SettingsOptions, option, unused
+from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
@@ -35,9 +35,7 @@ def train(
         Path | None, option(OUTPUT, "Run folder to create (default: a new one under runs/).")
     ] = None,
     resume: Annotated[Path | None, option(OUTPUT, "Resume this run with its saved settings.")] = None,
-    time_limit: Annotated[
-        str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")
-    ] = None,
+    time_limit: TimeLimit = None,
 ) -> ExitCode:
     """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
     if print_config and resume is None:

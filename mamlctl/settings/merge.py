@@ -46,7 +46,7 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
                 sources[name] = source
             except ValueError:
                 noun = NOUNS[types[name].kind]
-                problems.append((f"{name} is {value!r} in {source}, which is not {noun}", f"make it {noun}"))
+                problems.append((f"{name} is {value!r} in {source}, which is not {noun}", f"use {noun}"))
     return Resolved(config_type(**values), sources), problems
 
 

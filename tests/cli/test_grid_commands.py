@@ -112,7 +112,7 @@ def test_a_dry_run_prints_cells_and_time_and_writes_nothing(tmp_path, glyphs_roo
 def test_a_time_limit_saves_and_prints_how_to_resume(tmp_path, glyphs_root):
     words = ["ablate", *WORDS, "--grid", "inner_lr=0.1,0.4", "--epochs", "5000", "--data-root", glyphs_root]
     done = called(*words, "--time-limit", "4s", "--out", tmp_path / "o")
-    assert f"2 cells are left; resume with: mamlctl ablate --resume {tmp_path / 'o'}" in done.stderr
+    assert f"2 cells left; resume with: mamlctl ablate --resume {tmp_path / 'o'}" in done.stderr
     status = json.loads((tmp_path / "o/cells/inner_lr=0.1-s0/status.json").read_text())
     assert status["status"] == "interrupted"
 
