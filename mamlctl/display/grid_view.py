@@ -14,7 +14,7 @@ from mamlctl.core.literals import Metric
 from mamlctl.display import widgets
 from mamlctl.display.widgets import DIM
 
-CELL = 15  # terminal columns per cell: '▶ 100000 93.1 %'
+CELL = 16  # terminal columns per cell: '◆ testing 93.1 %'
 LABEL = 34  # most terminal columns for the name of a row
 ACCENT = "cyan"
 SHORTEST_BAR = 10  # terminal columns

@@ -29,9 +29,7 @@ def show_classify_result(console: Console, result: ClassifyResult) -> None:
         say(console)
     problems = [image.problem for image in result.images if image.problem]
     if problems:
-        problems.append(
-            f"left out: {len(problems)} of {len(result.images)} query images, because they cannot be read"
-        )
+        problems.append(f"left out: {len(problems)} of {len(result.images)} query images (unreadable)")
     pictures = [f"picture  {file}" for file in result.pictures]
     written = [f"written to {file}" for file in (result.csv, result.saved) if file]
     for line in (*problems, _accuracy_line(result), BN_NOTES.get(result.bn, ""), *pictures, *written):

@@ -32,9 +32,10 @@ def show_train_result(console: Console, result: TrainResult) -> None:
 def show_eval_result(console: Console, result: EvalResult) -> None:
     """Print one row per model, then the scores after each inner step."""
     first = result.rows[0]
-    queries = f", {first.queries} queries{' per class' if first.ways > 1 else ''}"
+    per_class = " per class" if first.ways > 1 else ""
+    queries = f"{first.queries} {formatting.plural(first.queries, 'query')}{per_class}"
     task = formatting.task(result.dataset, first.ways, first.shots)
-    say(console, (task, "bold"), f"{queries}  {result.algo}  {result.run}")
+    say(console, (task, "bold"), f", {queries}  {result.algo}  {result.run}")
     for note in result.notes:
         say(console, note)
     say(console)
@@ -58,7 +59,8 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     say(console)
     for row in result.rows:
         if row.epochs:
-            say(console, f"{row.model}: epoch {', '.join(map(str, row.epochs))}")
+            epochs = formatting.plural(len(row.epochs), "epoch")
+            say(console, f"{row.model}: {epochs} {', '.join(map(str, row.epochs))}")
     chance = f"; chance: {formatting.percent(1 / first.ways, 2)}" if first.metric == "accuracy" else ""
     say(
         console,
