@@ -43,7 +43,8 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([(f"{path} cannot be read: {error}", "use a YAML file of settings")]) from error
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError([(f"{path} cannot be read: {reason}", "use a YAML file of settings")]) from error
     except (YAMLError, OmegaConfBaseException) as error:
         raise SettingsError(
             [(f"{path} is not YAML: {_first_line(error)}", "write one 'name: value' per line")]

@@ -140,8 +140,8 @@ def _choice_problem(name: str, value: Any, choices: tuple[object, ...]) -> Probl
     if not choices or value in choices:
         return None
     words = [str(choice) for choice in choices]
-    fact = f"{flag(name)} is {value!r}, but it can only be one of {', '.join(words)}"
-    return fact, nearest(str(value), words, otherwise=f"use one of {', '.join(words)}")
+    fact = f"{flag(name)} is {value!r}, which is not one of {', '.join(words)}"
+    return fact, nearest(str(value), words, otherwise="use one of these")
 
 
 def _limit_problem(item: Field[Any], value: Any) -> Problem | None:

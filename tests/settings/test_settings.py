@@ -81,7 +81,7 @@ def test_errors_for_unknown_names_suggest_the_nearest_name():
         ({"meta_lr": 1e39}, "must be below 1e+38"),
         ({"seed": 2**64}, "must be below"),
         ({"meta_batch_size": 10**8}, "must be below 100001"),
-        ({"bn": "transduktive"}, "can only be one of transductive, running, support"),
+        ({"bn": "transduktive"}, "is not one of transductive, running, support"),
         ({"msl_epochs": 5}, "--msl-epochs has no effect without --msl"),
         ({"min_meta_lr": 1e-5}, "--min-meta-lr has no effect without --ca"),
     ],
