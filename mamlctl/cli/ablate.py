@@ -67,8 +67,8 @@ def _planned_rows(
     if plan not in (None, *PLANS):
         problems.append((f"--plan is '{plan}'", f"use one of {', '.join(PLANS)}, or --grid key=value,value"))
     if plan != "cumulative":
-        way = "add --plan cumulative, or leave it out"
-        problems += unused({"--order": order}, "without --plan cumulative", way)
+        hint = "add --plan cumulative, or leave it out"
+        problems += unused({"--order": order}, "without --plan cumulative", hint)
     if problems:
         raise SettingsError(problems)
     if grid:

@@ -101,16 +101,16 @@ class SettingsOptions(OutputOptions):
         return parse_sets(self.set_ or [])
 
 
-def unused(options: Mapping[str, object], why: str, way: str = "leave it out") -> list[Problem]:
+def unused(options: Mapping[str, object], why: str, hint: str = "leave it out") -> list[Problem]:
     """Problems for options that are set but have no effect.
 
     Args:
         options: values by flag; None and False count as not set.
         why: the end of the sentence "--flag has no effect ...".
-        way: the hint.
+        hint: what to do about it.
     """
     return [
-        (f"{name} has no effect {why}", way)
+        (f"{name} has no effect {why}", hint)
         for name, value in options.items()
         if value is not None and value is not False
     ]

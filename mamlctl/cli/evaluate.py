@@ -76,8 +76,8 @@ class EvaluateOptions(OutputOptions):
         if self.beside:
             problems.append(("--beside is for curves, but --support contains images", "leave it out"))
         if not (self.query or self.files):
-            way = "add --query or leave it out"
-            problems += unused(self.by_flag("csv", "plot"), "without --query", way)
+            hint = "add --query or leave it out"
+            problems += unused(self.by_flag("csv", "plot"), "without --query", hint)
             if self.save_adapted is None:
                 problems.append(("--support has no effect alone", "add --query, or --save-adapted FILE"))
         return problems
