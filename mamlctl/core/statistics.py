@@ -79,7 +79,7 @@ def difference(row_ST: NDArray[np.float64], baseline_ST: NDArray[np.float64]) ->
 
     Args:
         row_ST: the scores of the row.
-        baseline_ST: the scores of the baseline, from the same seeds and on the same tasks.
+        baseline_ST: the scores of the baseline, from the same seeds and, for every seed, on the same tasks.
 
     Raises:
         ValueError: the shapes differ, or there are fewer than two tasks.
