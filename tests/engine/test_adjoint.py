@@ -1,4 +1,4 @@
-"""The adjoint engine and the derivatives by hand, held to double backward through the unrolled loop."""
+"""The adjoint and the hand-written derivatives, compared with double backward through the unrolled loop."""
 
 import importlib
 import itertools
@@ -57,7 +57,7 @@ def test_adjoint_equals_double_backward(way, settings, image, first_order):
 
 
 def block_by_autograd(x, weight, gamma, beta, groups):
-    """The block as anybody would write it."""
+    """The block, written in the usual way."""
     c = F.conv2d(x, weight, padding=1, groups=groups)
     mean, var = c.mean((0, 2, 3), keepdim=True), c.var((0, 2, 3), correction=0, keepdim=True)
     z = (c - mean) / (var + EPS).sqrt() * gamma.view(1, -1, 1, 1) + beta.view(1, -1, 1, 1)
@@ -66,13 +66,13 @@ def block_by_autograd(x, weight, gamma, beta, groups):
 
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
 @pytest.mark.parametrize("way", [*BY_HAND, pytest.param("triton", marks=needs_triton)])
-def test_a_block_has_the_derivatives_of_autograd(way, first):
+def test_first_and_second_derivatives_of_a_block_equal_autograd(way, first):
     generator = torch.Generator().manual_seed(3)
 
     def normal(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    # Triton's interpreter goes through every program.
+    # Small sizes, because Triton's interpreter runs the programs one after another.
     tasks, channels, filters, examples = (2, 2, 3, 3) if way == "triton" else (3, 2, 5, 4)
     x, weight = normal(examples, tasks * channels, 7, 6), normal(tasks * filters, channels, 3, 3)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,8 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
     ga, ga_t = normal(*out.shape), normal(*out.shape)
     ga, ga_t = (part.contiguous(memory_format=torch.channels_last) for part in (ga, ga_t))
     grads = torch.autograd.grad((out * ga).sum(), leaves, create_graph=True)
-    # The gradient's change along (x_t, weight_t) with ga along ga_t: differentiate what they pair with.
+    # The tangent of the gradient along (x_t, weight_t), with ga along ga_t: differentiate the inner product
+    # of the gradient with (x_t, weight_t), and add the gradient for ga_t.
     along = sum(((grads[1] * weight_t).sum(), *(() if first else ((grads[0] * x_t).sum(),))))
     seconds = torch.autograd.grad(along, leaves, retain_graph=True, materialize_grads=True)
     by_ga = torch.autograd.grad((out * ga_t).sum(), leaves, retain_graph=True)
@@ -99,7 +100,7 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
         "c": c_block.native_block,
         "triton": triton_block and triton_block.triton_block,
     }[way]
-    # Triton takes numbers of Python as float32, such as the norm's epsilon and the activation's slope.
+    # Triton passes Python numbers as float32, here batch norm's epsilon and the slope of the activation.
     near = {"atol": 1e-6 if way == "triton" else 1e-10}
     planes = c_block.prepare(x, tasks, None) if way == "c" and first else None
     settings = BlockSettings(groups=tasks, compute=None, first=first, planes=planes)
@@ -121,7 +122,7 @@ def test_a_block_has_the_derivatives_of_autograd(way, first):
 @pytest.mark.parametrize("statistics", list(Statistics))
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("way", BY_HAND)
-def test_class_scores_by_hand_equal_the_net_in_every_norm_mode(way, image, statistics):
+def test_hand_written_class_scores_equal_the_network_in_every_norm_mode(way, image, statistics):
     _, net, state, episodes = prepared(image, algo="maml++")
     for rows in state.running.values():
         rows.mul_(1.3).add_(0.1)
@@ -137,7 +138,7 @@ def test_class_scores_by_hand_equal_the_net_in_every_norm_mode(way, image, stati
 
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
 @pytest.mark.parametrize("chunk", ["1", "2", "5"])
-def test_tasks_a_few_at_a_time_give_the_same(engine, chunk):
+def test_results_do_not_depend_on_the_tasks_per_pass(engine, chunk):
     measured = []
     for task_chunk in ("auto", chunk):
         config, net, state, episodes = prepared(
@@ -147,7 +148,7 @@ def test_tasks_a_few_at_a_time_give_the_same(engine, chunk):
     assert_equal_measurements(measured[1], measured[0], state)
 
 
-def test_memory_that_runs_out_halves_the_tasks_per_pass():
+def test_running_out_of_memory_halves_the_tasks_per_pass():
     config, net, state, episodes = prepared(algo="maml++", da=False, meta_batch_size=5)
     expected = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
     step, chunks = MetaStep(config, net, state), []
@@ -161,13 +162,13 @@ def test_memory_that_runs_out_halves_the_tasks_per_pass():
 
     step.outer = small_device
     assert_equal_measurements(step.measure(episodes, 0, measure_all=True), expected, state)
-    assert chunks == [5, 3, 2, 2, 1], "and it stays at two"
+    assert chunks == [5, 3, 2, 2, 1], "5 and 3 fail, then 2 at a time"
     step.measure(episodes, 0, measure_all=True)
     assert chunks[5:] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("chunk", ["auto", "3"])
-def test_no_memory_at_all_is_told_in_words(chunk):
+def test_too_little_memory_for_the_smallest_chunk_is_an_error(chunk):
     config, net, state, episodes = prepared(algo="maml", meta_batch_size=3, task_chunk=chunk)
     step = MetaStep(config, net, state)
 
@@ -179,8 +180,8 @@ def test_no_memory_at_all_is_told_in_words(chunk):
         step.measure(episodes, 0, measure_all=False)
 
 
-def test_only_the_last_steps_are_kept_for_the_way_back():
-    """What makes memory flat: no more tapes are alive at once than KEPT, however many inner steps."""
+def test_only_the_tapes_of_the_last_inner_steps_are_kept():
+    """At most KEPT tapes are alive at once, so memory does not grow with the number of inner steps."""
     config, net, state, episodes = prepared(algo="maml++", da=False, inner_steps=3 * adjoint_module.KEPT)
 
     class Counting(Autograd):
@@ -208,10 +209,10 @@ def test_only_the_last_steps_are_kept_for_the_way_back():
     measured_by(adjoint, config, net, state, episodes, False, derivatives=Counting(net))
     assert (Counting.most, Counting.alive) == (adjoint_module.KEPT, 0)
     again = 2 * adjoint_module.KEPT
-    assert Counting.count == 2 * config.inner_steps + again, "support, query, and the early supports again"
+    assert Counting.count == 2 * config.inner_steps + again, "support, query, and early support passes again"
 
 
-def test_the_fastest_derivatives_follow_device_type_and_engine(monkeypatch):
+def test_select_derivatives_depends_on_device_dtype_and_engine(monkeypatch):
     _, net, state, _ = prepared(algo="maml")
     like = state.slow["linear.bias"]
     assert isinstance(select_derivatives(net, like, "plain"), Autograd)
@@ -222,9 +223,9 @@ def test_the_fastest_derivatives_follow_device_type_and_engine(monkeypatch):
 
 
 @needs_c
-def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
+def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    # What is built here is only loaded: -O3 takes several times as long.
+    # The libraries are only loaded, so -O0 saves most of the compile time.
     monkeypatch.setattr(c_block, "OPTIONS", [word.replace("-O3", "-O0") for word in c_block.OPTIONS])
     fresh = c_block.library.__wrapped__
     with monkeypatch.context() as without:
@@ -232,14 +233,14 @@ def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
         without.setenv("CC", "no-such-compiler")
         assert fresh(torch.float32) is None
     monkeypatch.setenv("CC", "cc -g0")
-    assert fresh(torch.float32) is not None, "with words of its own"
+    assert fresh(torch.float32) is not None, "CC may contain options"
     (built,) = tmp_path.rglob("*.so")
-    built.unlink()  # this process has it mapped: another file, not the same one cut short
+    built.unlink()  # this process has mapped the file, so it must not be truncated
     built.write_bytes(b"damaged")
-    assert fresh(torch.float32) is not None, "a damaged one is built again"
+    assert fresh(torch.float32) is not None, "a damaged library is compiled again"
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(c_block, "TUNING", ("-march=native", "--no-such-option"))
-    assert fresh(torch.float32) is not None, "by cc instead, without what it does not know"
+    assert fresh(torch.float32) is not None, "cc is used instead, without the unknown option"
     monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: Path("/proc/nowhere"))
     assert fresh(torch.float32) is not None, "without a cache"
     assert fresh(torch.int8) is None
@@ -248,10 +249,11 @@ def test_a_missing_or_broken_compiler_is_no_error(monkeypatch, tmp_path):
 @pytest.mark.parametrize("ink", [1, 0])
 @pytest.mark.parametrize("way", BY_HAND)
 def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
-    """Mostly blank images make the first layer's variance a small difference: there an error would show.
+    """On mostly blank images the variance of the first layer is a small difference, sensitive to rounding.
 
-    Meta-gradient of 3 inner steps, relative to float64's norm. Measured: 5e-7 to 2e-6 (12 cases); a pooling
-    window that falls the other way by rounding costs about 1e-3. Patch moments in float32 gave 2e-2.
+    Error of the meta-gradient of 3 inner steps, relative to its norm in float64. Measured: 5e-7 to 2e-6 (12
+    cases). A pooling window that selects another place because of rounding costs about 1e-3. Patch moments in
+    float32 would give 2e-2.
     """
     grads = {}
     for precision in ("float64", "float32"):
@@ -276,8 +278,8 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
     assert float(error) < 5e-3
 
 
-def test_another_block_is_taken_only_where_it_is_faster_and_right():
-    """As Triton's kernels are on a CUDA device."""
+def test_another_block_is_used_only_if_it_is_faster_and_correct():
+    """Triton's kernels are selected in this way on a CUDA device."""
 
     class Wrong(TorchTape):
         def tangent(self, *args):
@@ -291,7 +293,7 @@ def test_another_block_is_taken_only_where_it_is_faster_and_right():
         pass
 
     def chosen(other, slow, fast):
-        times = iter((slow, fast))  # of the other, of the sure one
+        times = iter((slow, fast))  # of the other block, then of the reference
         return faster_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
 
     assert chosen(Good, 1.0, 2.0) is Good
@@ -301,10 +303,10 @@ def test_another_block_is_taken_only_where_it_is_faster_and_right():
 
 @needs_c
 @pytest.mark.parametrize("first", [False, True], ids=["inner", "first"])
-def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
-    """Every pass; each result is stored with 8 bits, so that a per cent is round-off.
+def test_bfloat16_blocks_in_c_agree_with_torch(first):
+    """Compare every pass; results are stored with 8 bits, so that rounding is about 1 %.
 
-    Behind the first block the norm's gradient is a difference of such sums: 5 % measured.
+    In the first block batch norm's gradient is a difference of such sums: 5 % measured.
     """
     generator, bf16 = torch.Generator().manual_seed(5), torch.bfloat16
 
@@ -322,7 +324,7 @@ def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
         in_c = make is c_block.native_block
         settings = BlockSettings(
             groups=tasks,
-            # The first block in C multiplies in float32, more exactly than asked for.
+            # The first block in C multiplies in float32 even with compute=bfloat16.
             compute=bf16 if in_c or not first else None,
             first=first,
             planes=c_block.prepare(x, tasks, None) if in_c and first else None,
@@ -344,8 +346,8 @@ def test_bfloat16_blocks_in_c_do_what_torchs_operations_do(first):
 
 
 @pytest.mark.parametrize("way", [BY_HAND[1], pytest.param("triton", marks=needs_triton)])
-def test_kernels_read_one_task_with_one_channel_aright(way):
-    """There torch may answer a convolution in the other memory layout."""
+def test_kernels_handle_one_task_with_one_channel(way):
+    """With one channel torch may return a convolution in the other memory layout."""
     generator = torch.Generator().manual_seed(4)
     x, weight = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((3, 1, 6, 6), (5, 1, 3, 3))
@@ -365,8 +367,8 @@ def test_kernels_read_one_task_with_one_channel_aright(way):
 
 
 @needs_c
-def test_flat_images_leave_the_first_block_its_precision():
-    """The variance of a flat image under a filter of one tap is all border: sums in float32 lost it."""
+def test_first_block_stays_precise_on_constant_images():
+    """Here the variance of c comes from the image's border only; sums in float32 would lose it."""
     x = torch.full((4, 1, 12, 12), 0.5).contiguous(memory_format=torch.channels_last)
     weight = torch.zeros(3, 1, 3, 3)
     weight[:, 0, 1, 1] = torch.tensor([3.0, 30.0, 0.1])

@@ -1,4 +1,4 @@
-"""What every algorithm keeps: chunks, engines, curves."""
+"""MAML in closed form, and every algorithm with different chunks, engines and on curves."""
 
 import itertools
 
@@ -19,9 +19,12 @@ from mamlctl.engine.training.meta_step import MetaStep
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_mamls_gradient_of_quadratic_tasks_has_its_closed_form(steps, first_order):
-    """v_k+1 - c = (I - r A)(v_k - c): the gradient is the mean over tasks of (I - r A)^steps times the
-    query gradient at the end, and without that factor in first order."""
+def test_maml_gradient_of_quadratic_tasks_equals_the_closed_form(steps, first_order):
+    """For a quadratic loss with Hessian A and minimum c, an inner step is v_{k+1} - c = (1 - r A)(v_k - c).
+
+    So the meta-gradient is the mean over tasks of (1 - r A)^steps times the final query gradient, without
+    that factor in first order.
+    """
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, queries=query)
     weights = (0.0,) * (steps - 1) + (1.0,)
@@ -38,8 +41,8 @@ def test_mamls_gradient_of_quadratic_tasks_has_its_closed_form(steps, first_orde
     assert close(joined(result.grads), expected, 1e-13)
 
 
-def test_fomaml_differs_from_maml_by_the_curvature_alone():
-    """One step of rate r on a loss of curvature a in one number: MAML's gradient is (1 - r a) of FOMAML's."""
+def test_fomaml_differs_from_maml_only_by_the_curvature():
+    """With one weight, one step of rate r and curvature a, MAML's gradient is (1 - r a) times FOMAML's."""
     slow = {"linear.weight": torch.zeros(1, 1).double(), "linear.bias": torch.zeros(1).double()}
     x = torch.tensor([[[2.0]]]).double()  # loss (2 w - y)^2 in w: a = 8
     grads = {}
@@ -55,8 +58,8 @@ def test_fomaml_differs_from_maml_by_the_curvature_alone():
 
 
 @pytest.mark.parametrize("algo", sorted(ALGORITHMS))
-def test_every_algorithm_gives_the_same_in_chunks_and_by_either_engine(algo):
-    """Two tasks at a time or one, derivatives by hand or torch's own."""
+def test_every_algorithm_is_independent_of_task_chunk_and_engine(algo):
+    """One or two tasks per pass, hand-written derivatives or autograd."""
     classes = torch.tensor([[4, 0, 3], [2, 1, 0]])
     result = {}
     for engine, chunk in itertools.product(("adjoint", "plain"), ("auto", "1")):
@@ -81,8 +84,8 @@ def test_every_algorithm_gives_the_same_in_chunks_and_by_either_engine(algo):
 @pytest.mark.parametrize(
     "algo", ["maml", "fomaml", "anil", "boil", "meta-sgd", "alpha-maml", "imaml", "reptile", "transfer"]
 )
-def test_curves_are_learnt_by_either_engine(algo):
-    """Squared errors instead of classes: the same meta-gradient by the adjoint and by double backward."""
+def test_engines_agree_on_curves(algo):
+    """Regression has the same meta-gradient by the adjoint and by double backward."""
     grads = {}
     for engine in ("adjoint", "plain"):
         config = small_config(algo=algo, engine=engine, net="mlp", ways=1, train_shots=None, inner_lr=0.01)

@@ -1,4 +1,4 @@
-"""ANIL and BOIL against MAML with the other rates at 0."""
+"""ANIL and BOIL compared with MAML whose other inner rates are 0."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ ANIL = [
 
 
 @pytest.mark.parametrize("settings", ANIL, ids=str)
-def test_anils_gradient_is_that_of_the_loop_over_the_whole_net(settings):
-    """The body passed once against the unrolled loop that passes it at every step."""
+def test_anil_equals_the_unrolled_loop_over_the_whole_network(settings):
+    """ANIL passes the body once, --engine plain passes it at every inner step."""
     _, fast = measured("anil", **settings)
     _, plain = measured("anil", engine="plain", **settings)
     assert fast.grads.keys() == plain.grads.keys()
@@ -31,7 +31,7 @@ def test_anils_gradient_is_that_of_the_loop_over_the_whole_net(settings):
         assert all(float(one[step]) == pytest.approx(float(two[step])) for step in one)
 
 
-def test_anil_is_maml_with_the_bodys_rates_at_nothing():
+def test_anil_is_maml_with_body_rates_of_zero():
     step, anil = measured("anil")
     config = small_config(algo="maml")
     net, state = build_uneven(config)
@@ -43,7 +43,7 @@ def test_anil_is_maml_with_the_bodys_rates_at_nothing():
         assert close(anil.grads[name], grad, 1e-8), name
 
 
-def test_boil_is_maml_with_the_heads_rates_at_nothing():
+def test_boil_is_maml_with_head_rates_of_zero():
     step, boil = measured("boil")
     config = small_config(algo="maml")
     net, state = build_uneven(config)
@@ -53,4 +53,4 @@ def test_boil_is_maml_with_the_heads_rates_at_nothing():
     maml = MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False)
     for name, grad in maml.grads.items():
         assert close(boil.grads[name], grad), name
-    assert float(boil.grads["linear.weight"].abs().max()) > 0  # not adapted, but learnt
+    assert float(boil.grads["linear.weight"].abs().max()) > 0  # the head is not adapted, but meta-learnt

@@ -1,4 +1,4 @@
-"""Replayed meta-steps, with a recorder that needs no CUDA device: a recorded function is run again."""
+"""Replayed meta-steps on the CPU: the recorder of these tests calls the recorded function again."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class Recorded:
-    """Stands in for a CUDA graph: recording leaves the state alone, replaying writes to the same tensors."""
+    """Replaces a CUDA graph: recording does not change the state, replaying writes to the same tensors."""
 
     count = 0
 
@@ -81,20 +81,20 @@ def trained(captured, engine="adjoint"):
 
 
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
-def test_replaying_follows_tasks_and_schedules(engine):
-    """MSL weights, learning rate, derivative order and what is measured all change on the way."""
+def test_replayed_meta_steps_follow_tasks_and_schedules(engine):
+    """MSL weights, learning rate, derivative order and measurements all change on the way."""
     Recorded.count = 0
     (eager, losses), (replayed, again) = (trained(captured, engine) for captured in (False, True))
-    # First order; second order while MSL lasts; second order and the last step alone: each with and without
-    # measuring all, but for one of these that came only once.
-    assert Recorded.count == 2 * (2 * 3 - 1), "two graphs a kind, recorded once"
+    # First order; second order with MSL; second order with the last step only. Each occurs with and without
+    # measuring all query losses, except that one of these six kinds occurs only once and is not recorded.
+    assert Recorded.count == 2 * (2 * 3 - 1), "two graphs per kind, recorded once"
     assert losses == again
     for name, tensor in eager.items():
         assert torch.equal(tensor, replayed[name]), name
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-def test_a_capture_that_fails_is_told_and_leaves_the_eager_way(error):
+def test_a_failed_capture_is_reported_once_and_training_stays_eager(error):
     config = small_config(algo="maml++")
     net, state = build(config, IMAGE, CPU)
     failures = []
@@ -108,13 +108,13 @@ def test_a_capture_that_fails_is_told_and_leaves_the_eager_way(error):
     for number in range(4):
         for each in (runner, eager):
             each.apply(each.measure(random_episodes(config, seed=number), 0, measure_all=False), 0)
-    assert failures == ["operation not permitted when stream is capturing"], "once"
+    assert failures == ["operation not permitted when stream is capturing"], "reported once"
     for name, tensor in state.stored().items():
         assert torch.equal(tensor, other.stored()[name]), name
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_matrix_products_convolve_as_grouped_convolutions_do(channels):
+def test_convolutions_by_matrix_products_equal_grouped_convolutions(channels):
     generator = torch.Generator().manual_seed(channels)
     x, weight, g = (
         torch.randn(size, generator=generator, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_matrix_products_convolve_as_grouped_convolutions_do(channels):
         assert pairs[0][0] is None if not by_input else torch.allclose(pairs[0][0], pairs[1][0], atol=1e-12)
 
 
-def test_the_faster_way_to_convolve_is_taken():
+def test_the_faster_convolution_method_is_chosen():
     x, weight = torch.zeros(1, 2, 4, 4), torch.zeros(2, 1, 3, 3)
     for order in ((3.0, 2.0), (2.0, 3.0)):
         times = iter(order)

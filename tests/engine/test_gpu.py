@@ -1,4 +1,4 @@
-"""The same numbers on a CUDA device as on the CPU."""
+"""Results on a CUDA device compared with those on the CPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def on(device, config, meta_steps=2):
-    """The learner after some meta-steps on a device, and its last measurement."""
+    """The state after some meta-steps on a device, and the last result."""
     net, state = build(config, IMAGE, device)
     step = MetaStep(config, net, state)
     for number in range(meta_steps):
@@ -30,7 +30,7 @@ def on(device, config, meta_steps=2):
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-def test_cuda_gives_the_numbers_of_the_cpu(first_order):
+def test_cuda_results_equal_cpu_results(first_order):
     config = small_config(algo="maml++", da=False, first_order=first_order)
     device = open_device("cuda", "float64")
     (state, measured), (cuda_state, cuda_measured) = (on(torch.device("cpu"), config), on(device, config))
@@ -44,8 +44,8 @@ def test_cuda_gives_the_numbers_of_the_cpu(first_order):
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
-def test_replayed_meta_steps_give_the_eager_numbers(engine, first_order):
-    """Schedules move in between: MSL weights, learning rate, and which query losses count."""
+def test_replayed_meta_steps_equal_eager_ones(engine, first_order):
+    """The schedules change on the way: MSL weights, learning rate, and which query losses are used."""
     device = open_device("cuda", "float64")
     states, failures = [], []
     for captured in (False, True):
@@ -66,8 +66,8 @@ def test_replayed_meta_steps_give_the_eager_numbers(engine, first_order):
         assert torch.allclose(tensor, states[1][name], rtol=1e-9, atol=1e-11), name
 
 
-def test_meta_steps_ask_the_device_nothing():
-    """No host sync between reports, eager or replayed."""
+def test_meta_steps_do_not_synchronise_with_the_device():
+    """There is no host synchronisation between reports, neither eager nor replayed."""
     device = open_device("cuda", "float32")
     config = small_config(algo="maml++", precision="float32")
     net, state = build(config, IMAGE, device)
@@ -77,7 +77,7 @@ def test_meta_steps_ask_the_device_nothing():
     )
     runner, period = Captured(MetaStep(config, net, state)), Period.empty(config.inner_steps, device)
     for number in range(6):
-        # The first of a kind may time convolutions, and the second is recorded.
+        # The first meta-step of a kind may time convolutions, and the second is recorded.
         torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
         try:
             measured = runner.measure(ready, 0, measure_all=False)
@@ -88,7 +88,7 @@ def test_meta_steps_ask_the_device_nothing():
     assert what_is_not_finite(measured) is None
 
 
-def test_both_ways_to_convolve_agree_on_the_device():
+def test_both_convolution_methods_agree_on_the_device():
     generator = torch.Generator().manual_seed(0)
     x, weight, g = (
         torch.randn(size, generator=generator, dtype=torch.float64).cuda()

@@ -1,4 +1,4 @@
-"""Alpha-MAML: both learning rates follow their hypergradients."""
+"""Alpha-MAML learns both learning rates by hypergradients."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from mamlctl.engine.algorithms.alpha_maml import Hypergradient
 
 
-def test_a_hypergradient_is_the_change_of_the_loss_along_both_rates():
-    """In the logs: rate x derivative by the rate, and -rate x (this gradient . last direction)."""
+def test_hypergradients_are_the_derivatives_by_the_logarithms_of_both_rates():
+    """dL/d log a = a dL/da, and dL/d log b = -b <gradient, previous direction>."""
     weights = {"w": torch.tensor([1.0, 2.0]).double(), "rate.w": torch.tensor([0.5]).double()}
     optimizer = Hypergradient(weights, 0.1, (0.9, 0.999), 0.02)
     seen = []
@@ -24,8 +24,8 @@ def test_a_hypergradient_is_the_change_of_the_loss_along_both_rates():
 
 
 @pytest.mark.parametrize("start", [0.1, 10.0])
-def test_hypergradients_find_the_way_from_a_bad_start(start):
-    """A steady slope makes the meta rate grow, an oscillation makes it shrink, hyper_lr a step."""
+def test_hypergradients_correct_a_bad_initial_rate(start):
+    """A constant gradient increases the meta rate, an oscillating one decreases it, by hyper_lr per step."""
     weights = {"w": torch.zeros(1).double(), "rate.w": torch.ones(1).double()}
     optimizer = Hypergradient(weights, start, (0.9, 0.999), 0.05)
     for number in range(40):

@@ -1,4 +1,4 @@
-"""iMAML against closed forms and central differences."""
+"""iMAML compared with closed forms and central differences."""
 
 import weakref
 
@@ -15,8 +15,8 @@ from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
 
-def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
-    """Minimum of loss + p/2 |v - v0|^2: the gradient by v0 is p (A + p)^-1 times the query gradient there."""
+def test_implicit_gradient_of_quadratic_tasks_equals_the_closed_form():
+    """With Hessian A and proximal p, it is p (A + p)^-1 times the query gradient at the minimum."""
     slow, support, query = random_line()
     net, state, episodes = linear_tasks(*support, slow, inner_lr=0.05, queries=query)
     result = imaml(
@@ -38,7 +38,7 @@ def test_the_implicit_gradient_of_quadratic_tasks_has_its_closed_form():
     assert close(joined(result.grads), expected, 1e-10)
 
 
-def test_conjugate_gradient_solves_every_task_and_stands_still_where_there_is_no_curvature():
+def test_conjugate_gradient_solves_every_task_and_stops_without_positive_curvature():
     generator = torch.Generator().manual_seed(0)
     root_TDD = torch.randn(3, 5, 5, generator=generator, dtype=torch.float64)
     matrix_TDD = root_TDD @ root_TDD.transpose(1, 2) + torch.eye(5)
@@ -58,10 +58,10 @@ def test_conjugate_gradient_solves_every_task_and_stands_still_where_there_is_no
     assert close(beyond["a"][:2], result["a"][:2], 1e-8)
 
 
-def test_the_implicit_gradient_of_a_net_is_its_central_differences():
-    """The inner problem solved to its end, then the query loss as a function of weights and norm.
+def test_implicit_gradient_of_a_network_matches_central_differences():
+    """Solve the inner problem to convergence, and differentiate the query loss by weights and norm.
 
-    The head alone is adapted, since a minimum over the body likes to lie on a kink of its activations.
+    Only the head is adapted, because a minimum over the body tends to be at a kink of an activation.
     """
     settings = {
         "proximal": 0.5,
@@ -85,8 +85,8 @@ def test_the_implicit_gradient_of_a_net_is_its_central_differences():
         assert float(result.grads[name][at]) == pytest.approx(difference, rel=1e-5, abs=1e-8), name
 
 
-def test_the_implicit_gradient_keeps_nothing_of_earlier_inner_steps(monkeypatch):
-    """Of all gradients that were made, no more than the last two are alive at any time before the end."""
+def test_implicit_gradient_frees_the_gradients_of_earlier_inner_steps(monkeypatch):
+    """At any time at most the last two gradients are alive, so memory does not grow with the steps."""
     config = small_config(algo="imaml", inner_steps=12)
     net, state = build(config, IMAGE, CPU)
     real = fastest(net)

@@ -1,4 +1,4 @@
-"""The inner loop by first derivatives, held to the plain one."""
+"""The inner loop with first derivatives only, compared with the plain one."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ CASES = [pytest.param(way, marks=needs_c if way == "c" else ()) for way in WAYS]
 
 
 @pytest.mark.parametrize("way", CASES)
-def test_weights_and_measurements_are_those_of_the_plain_loop(way):
+def test_weights_and_measurements_equal_the_plain_loop(way):
     config = small_config(algo="maml++")
     net, state = build_uneven(config)
     episodes = random_episodes(config)
@@ -35,8 +35,8 @@ def test_weights_and_measurements_are_those_of_the_plain_loop(way):
 
 
 @pytest.mark.parametrize("way", CASES)
-def test_a_mini_batch_is_a_support_set_of_its_examples(way):
-    """Task by task: step k of the loop sees the examples that the task's row k names."""
+def test_a_mini_batch_equals_a_support_set_of_its_examples(way):
+    """Inner step k of a task uses the examples in row k of the task's batches."""
     config = small_config(inner_steps=1, shots=3)
     net, state = build_uneven(config)
     episodes = random_episodes(config)

@@ -1,4 +1,4 @@
-"""The meta-gradient against central differences, a slow loop, the library higher, and closed forms."""
+"""The meta-gradient compared with central differences, a slow loop, the library higher and closed forms."""
 
 import itertools
 
@@ -81,8 +81,8 @@ def test_second_order_matches_central_differences(case):
         assert float((grads[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
-def test_learnt_rates_have_their_exact_gradient_in_first_order_too():
-    """The query loss as a function of the last step's rates alone is the same in both orders."""
+def test_learnt_rates_have_exact_gradients_in_first_order_too():
+    """The query loss as a function of the last step's rates is the same in first and second order."""
     config = small_config(lslr=True, first_order=True)
     net, state = build_uneven(config)
     episodes = random_episodes(config)
@@ -101,7 +101,7 @@ def test_learnt_rates_have_their_exact_gradient_in_first_order_too():
 
 
 def test_first_and_second_order_differ_by_the_hessian_term():
-    """After one step, g2 = g1 - lr H g1, with H the Hessian of the support loss at the start."""
+    """After one inner step, g2 = g1 - lr H g1, with H the Hessian of the support loss at the slow weights."""
     settings = {"inner_steps": 1, "meta_batch_size": 1}
     config = small_config(**settings)
     net, state = build(config, IMAGE, torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_first_and_second_order_differ_by_the_hessian_term():
     for name, hessian_times_first in zip(state.slow, torch.autograd.grad(along, weights), strict=True):
         expected = first[name] - config.inner_lr * hessian_times_first
         assert torch.allclose(second[name], expected, rtol=1e-9, atol=1e-12), name
-        assert relative(second[name], first[name]) > 1e-3, f"{name} does not show the second order"
+        assert relative(second[name], first[name]) > 1e-3, f"both orders are the same for {name}"
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -123,7 +123,7 @@ def test_first_and_second_order_differ_by_the_hessian_term():
     "switches", [{}, {"msl": True}, {"lslr": True}, {"msl": True, "lslr": True}], ids=case_id
 )
 def test_maml_and_its_improvements_equal_the_library_higher(first_order, switches):
-    """higher's differentiable SGD on torch.nn modules, its own documented loop; rates by its `override`."""
+    """The documented loop of higher: its differentiable SGD on torch.nn modules, with rates by `override`."""
     config = small_config(first_order=first_order, **switches)
     net, state = build(config, IMAGE, torch.device("cpu"))
     for number, rate in enumerate(state.rates.values()):
@@ -148,7 +148,7 @@ def test_maml_and_its_improvements_equal_the_library_higher(first_order, switche
                 inner.step(support, override={"lr": rates})
                 query = F.cross_entropy(fast(episodes.query_x_TECHW[task]), episodes.query_y_TE[task])
                 if first_order:
-                    # Without tracking, higher leaves the gradient on the adapted weights: MAML's first order.
+                    # Without tracking, higher gives the gradient at the adapted weights: first-order MAML.
                     grads = torch.autograd.grad(weights[number] * query, fast.parameters())
                     expected = [total + grad for total, grad in zip(expected, grads, strict=True)]
                 loss = loss + weights[number] * query
@@ -169,7 +169,7 @@ def test_maml_and_its_improvements_equal_the_library_higher(first_order, switche
 
 
 def _module_like(state, config):
-    """The same Conv4 from torch.nn; its norms have no weights, since plain MAML does not adapt them."""
+    """Conv4 from torch.nn layers; batch norm has no weights, because MAML does not adapt them."""
     layers = []
     channels = IMAGE[0]
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Meta-SGD against MAML and central differences."""
+"""Meta-SGD compared with MAML and central differences."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from mamlctl.engine.training.meta_step import MetaStep
 
 
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])
-def test_meta_sgd_with_equal_rates_is_maml_and_its_rates_add_up(engine):
-    """The gradients by a tensor's rates, one a weight, add up to that by one rate for the tensor."""
+def test_meta_sgd_with_equal_rates_is_maml_and_its_rate_gradients_add_up(engine):
+    """The gradients of a tensor's rates, one per weight, add up to that of a single rate for the tensor."""
     _, result = measured("meta-sgd", uneven=False, engine=engine)
     config = small_config(algo="maml", lslr=True)
     net, state = build(config, IMAGE, CPU)
@@ -23,7 +23,7 @@ def test_meta_sgd_with_equal_rates_is_maml_and_its_rates_add_up(engine):
         assert float(by_weight.sum()) == pytest.approx(float(by_step.sum()), rel=1e-8)
 
 
-def test_meta_sgds_rates_are_held_to_central_differences_and_may_be_negative():
+def test_meta_sgd_rate_gradients_match_central_differences_even_for_negative_rates():
     step, result = measured("meta-sgd")
     episodes, rate = random_episodes(step.config), step.learnable["rate.conv2.weight"]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the learner is: parameter counts, equalities between settings, norm modes, traceless evaluation."""
+"""Parameter counts, equivalent settings, batch-norm modes, and evaluation without side effects."""
 
 import itertools
 
@@ -15,21 +15,22 @@ from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 CPU = torch.device("cpu")
-PUBLISHED = {  # the published code's counts for Omniglot: inner-adapted, per-step norm, learnt rates (10 x 6)
+# Parameter counts of the published code on Omniglot: adapted, per-step norm, learnt rates (10 x 6).
+PUBLISHED = {
     5: (111_749, 2_560, 60),
     20: (112_724, 2_560, 60),
 }
-INERT_BIASES = 4 * 64  # of its convolutions, in front of batch norm
+INERT_BIASES = 4 * 64  # biases of its convolutions, which batch norm cancels
 
 
 @pytest.mark.parametrize("ways", [5, 20])
-def test_parameter_counts_are_the_published_ones_but_for_inert_numbers(ways):
+def test_parameter_counts_are_the_published_ones_without_inert_biases(ways):
     config = TrainConfig(ways=ways, **dict.fromkeys(IMPROVEMENTS, True))
     _, state = build(config, (1, 28, 28), CPU)
     adapted, norm, rates = PUBLISHED[ways]
     assert sum(w.numel() for w in state.slow.values()) + INERT_BIASES == adapted
     assert sum(w.numel() for w in state.norm.values()) == norm
-    # Of its 10 vectors of 6 rates, 4 belong to the inert biases, and the last entry of each is never used.
+    # Of its 10 vectors of 6 rates, 4 belong to the inert biases, and the last rate of each is never used.
     assert sum(w.numel() for w in state.rates.values()) == rates - 4 * 6 - 6
     assert {tuple(rate.shape) for rate in state.rates.values()} == {(5,)}
 
@@ -41,7 +42,7 @@ def test_a_convolution_bias_before_batch_norm_changes_nothing():
     assert torch.allclose(*normed, atol=1e-12)
 
 
-def test_initial_weights_are_a_function_of_the_init_seed_alone():
+def test_initial_weights_depend_only_on_the_init_seed():
     first = build(small_config(seed=3), IMAGE, CPU)[1].slow
     again = build(small_config(seed=9, init_seed=3), IMAGE, CPU)[1].slow
     other = build(small_config(seed=9), IMAGE, CPU)[1].slow
@@ -66,26 +67,26 @@ def test_maml_plus_plus_with_all_six_off_is_maml():
     assert same(trained(small_config(algo="maml++", **off))[1].stored(), trained(small_config())[1].stored())
 
 
-def test_fomaml_is_maml_in_first_order():
+def test_fomaml_is_first_order_maml():
     fomaml = trained(small_config(algo="fomaml"))[1].stored()
     assert same(fomaml, trained(small_config(first_order=True))[1].stored())
     assert not same(fomaml, trained(small_config())[1].stored())
 
 
-def test_annealed_derivatives_are_first_order_then_second():
+def test_annealed_derivatives_are_first_order_and_then_second_order():
     config = small_config(da=True, da_epochs=2)
     assert same(trained(config, epoch=1)[1].slow, trained(small_config(first_order=True), epoch=1)[1].slow)
     assert same(trained(config, epoch=2)[1].slow, trained(small_config(), epoch=2)[1].slow)
 
 
-def test_multi_step_loss_after_its_epochs_is_the_plain_loss():
+def test_multi_step_loss_is_the_plain_loss_after_msl_epochs():
     assert same(
         trained(small_config(msl=True, msl_epochs=1), epoch=1)[1].slow,
         trained(small_config(), epoch=1)[1].slow,
     )
 
 
-def test_learnt_rates_that_do_not_move_are_a_fixed_rate():
+def test_learnt_rates_that_never_change_equal_a_fixed_rate():
     config = small_config(lslr=True)
     net, state = build(config, IMAGE, CPU)
     with_rates = MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False).grads
@@ -95,7 +96,7 @@ def test_learnt_rates_that_do_not_move_are_a_fixed_rate():
     assert all(torch.allclose(with_rates[name], without[name], rtol=1e-12, atol=0) for name in without)
 
 
-def test_adam_is_torchs_to_the_bit():
+def test_adam_equals_torch_bit_for_bit():
     config = small_config(algo="maml++", da=False, adam_beta1=0.8, adam_beta2=0.99, meta_lr=0.01, ca=False)
     (net, state), (_, other) = (build(config, IMAGE, CPU) for _ in range(2))
     step = MetaStep(config, net, state)
@@ -132,7 +133,7 @@ def test_measuring_every_query_loss_does_not_change_training():
     assert torch.equal(few.query_losses[3], all_.query_losses[3])
 
 
-def test_clipping_bounds_the_network_and_spares_the_rates():
+def test_clipping_limits_the_gradients_of_weights_but_not_of_rates():
     config = small_config(lslr=True, clip_value=1e-4)
     net, state = build_uneven(config)
     grads = MetaStep(config, net, state).measure(random_episodes(config), 0, measure_all=False).grads
@@ -159,7 +160,7 @@ def random_ETCHW(*shape, seed=0):
     return 3 + 2 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_own_statistics_equal_torch_batch_norm_task_by_task():
+def test_own_statistics_equal_torch_batch_norm_for_each_task():
     x = random_ETCHW(6, 2, 3, 4, 4)
     out, norm = norm_pass_of(x, Statistics.OWN)
     for task in range(2):
@@ -180,7 +181,7 @@ def test_support_statistics_ignore_the_queries():
     assert torch.allclose(out[:4], norm_pass_of(x[:4], Statistics.OWN)[0], atol=1e-12)
 
 
-def test_running_statistics_equal_torch_in_evaluation():
+def test_running_statistics_equal_torch_batch_norm_in_evaluation_mode():
     x = random_ETCHW(6, 2, 3, 4, 4)
     mean, var = random_ETCHW(1, 3), random_ETCHW(1, 3, seed=1).abs() + 0.1
     out, norm = norm_pass_of(x, Statistics.RUNNING, {"n.mean": mean, "n.var": var})
@@ -190,7 +191,7 @@ def test_running_statistics_equal_torch_in_evaluation():
     assert not norm.seen, "a pass with running statistics must not feed them"
 
 
-def test_accumulation_averages_tasks_and_passes_of_a_row_only():
+def test_running_statistics_average_over_the_tasks_and_passes_of_each_row():
     passes = []
     for step, seed in ((0, 0), (1, 1), (1, 2), (5, 3)):
         norm = NormPass({"n.weight": torch.ones(1, 3), "n.bias": torch.zeros(1, 3)}, {}, step)
@@ -206,7 +207,7 @@ def test_accumulation_averages_tasks_and_passes_of_a_row_only():
     assert float(untouched["n.mean"][1:].abs().sum()) == 0
 
 
-def test_bnrs_keeps_a_row_for_each_inner_step_and_training_fills_it():
+def test_bnrs_trains_one_row_per_inner_step():
     for bnrs, rows in ((True, 3), (False, 1)):
         _, state = trained(small_config(bnrs=bnrs))
         assert state.running["norm1.mean"].shape == (rows, 4)
@@ -217,7 +218,7 @@ def test_bnrs_keeps_a_row_for_each_inner_step_and_training_fills_it():
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
-def test_evaluation_changes_nothing_that_is_stored(statistics):
+def test_evaluation_does_not_change_the_state(statistics):
     config = small_config(algo="maml++")
     net, state = trained(config)
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
@@ -227,7 +228,7 @@ def test_evaluation_changes_nothing_that_is_stored(statistics):
     assert same(before, state.stored())
 
 
-def test_each_bn_mode_gives_its_own_predictions_and_running_ones_use_their_row():
+def test_bn_modes_give_different_predictions_and_running_uses_the_row_of_the_step():
     config = small_config(algo="maml++")
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
@@ -258,7 +259,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
     assert not torch.allclose(first_query(episodes, mode), first_query(disturbed, mode), atol=1e-3)
 
 
-def test_more_inner_steps_reuse_the_last_row_and_fewer_just_stop():
+def test_extra_inner_steps_use_the_last_row():
     config = small_config(algo="maml++")
     net, state = build_uneven(config)
     episodes = random_episodes(config)
@@ -279,7 +280,7 @@ def test_more_inner_steps_reuse_the_last_row_and_fewer_just_stop():
 
 
 def test_bfloat16_products_stay_near_float32():
-    """Same direction of the meta-gradient; bfloat16 keeps 8 bits, so a per cent or two is its round-off."""
+    """The meta-gradients have the same direction; bfloat16 has 8 bits, so its rounding is about 1 or 2 %."""
     grads = {}
     for precision in ("float32", "bf16"):
         config = small_config(precision=precision, inner_steps=1, inner_lr=0.01)
@@ -295,11 +296,11 @@ def test_bfloat16_products_stay_near_float32():
     flat = {key: torch.cat([grad.flatten() for grad in value.values()]) for key, value in grads.items()}
     cosine = F.cosine_similarity(flat["float32"], flat["bf16"], dim=0)
     assert float(cosine) > 0.98
-    assert not torch.equal(flat["float32"], flat["bf16"]), "bf16 must really compute in another type"
+    assert not torch.equal(flat["float32"], flat["bf16"]), "bf16 must compute in another dtype"
 
 
-def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
-    """What `--bn` changes is the query pass alone."""
+def test_adaptation_uses_the_statistics_of_the_support_set_in_every_mode():
+    """`--bn` changes only the pass of the query set."""
     config = small_config(algo="maml++")
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
@@ -311,7 +312,7 @@ def test_adaptation_uses_the_support_sets_own_statistics_in_every_mode():
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
     assert torch.allclose(transductive, support, atol=1e-10)
-    state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps, whose queries are not the last's
+    state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps; the last prediction uses the third
     before, after = (
         adapted(PredictRequest(fastest(net), which.frozen(), episodes, 3, Statistics.RUNNING))[3]
         for which in (trained(config)[1], state)

@@ -1,4 +1,4 @@
-"""The networks against torch's own layers, task by task, and their derivatives against each other's."""
+"""Networks compared with torch's layers task by task, and implementations of derivatives with each other."""
 
 import itertools
 import math
@@ -41,7 +41,7 @@ def normal(*size, seed=0):
 
 
 def own_weights(net, tasks=TASKS):
-    """Weights, and norm weights and biases of both signs, that differ from task to task."""
+    """Weights for each task, and batch-norm weights and biases of both signs."""
     weights = net.init(torch.Generator().manual_seed(1), torch.float64)
     fast = {
         name: weight + 0.3 * (float(weight.abs().mean()) or 1) * normal(tasks, *weight.shape, seed=number)
@@ -58,8 +58,10 @@ def of_task(fast, task):
 
 
 def assert_equals_its_twin(net, twin, shape):
-    """`twin`(one task's weights, x) is the same network in torch's own layers; all tasks, and once again
-    with the first one's norm as the row that all share."""
+    """Compare a network with `twin`(one task's weights, x), the same network in torch's layers.
+
+    First each task has its own batch-norm weights, then all tasks share those of the first one.
+    """
     fast, x = own_weights(net), normal(TASKS, EXAMPLES, *shape, seed=7)
     outputs_TEN = net(fast, x, NormPass({}, {}, 0))
     for task in range(TASKS):
@@ -74,7 +76,7 @@ def assert_equals_its_twin(net, twin, shape):
 
 
 def normed(weights, name, x):
-    """Torch's own batch norm."""
+    """Apply torch's batch norm."""
     return F.batch_norm(x, None, None, weights[f"{name}.weight"], weights[f"{name}.bias"], training=True)
 
 
@@ -82,7 +84,7 @@ ACTIVATIONS = {"relu": F.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.01)}
 
 
 def plain_conv4_maps(net, weights, x):
-    """Conv4's blocks, without a word from the package."""
+    """Conv4's blocks, without code from the package."""
     for block in range(1, 5):
         x = F.conv2d(x, weights[f"conv{block}.weight"], stride=2 if net.pooling == "stride" else 1, padding=1)
         x = ACTIVATIONS[net.activation](normed(weights, f"norm{block}", x))
@@ -95,8 +97,8 @@ def plain_conv4_maps(net, weights, x):
 @pytest.mark.parametrize("readout", ["flatten", "mean"])
 @pytest.mark.parametrize("pooling", ["max", "stride"])
 @pytest.mark.parametrize("image", [*IMAGES, (1, 28, 28)], ids=str)
-def test_conv4_is_the_plain_network_in_all_its_variants(image, pooling, readout, activation):
-    """Odd sizes: a stride rounds up, pooling rounds down."""
+def test_conv4_equals_torch_layers_in_every_variant(image, pooling, readout, activation):
+    """A stride of 2 rounds odd sizes up, pooling rounds them down."""
     net = Conv4(image, 3, 4, pooling=pooling, readout=readout, activation=activation)
 
     def twin(weights, x):
@@ -108,14 +110,14 @@ def test_conv4_is_the_plain_network_in_all_its_variants(image, pooling, readout,
     assert_equals_its_twin(net, twin, image)
 
 
-def test_conv4_with_strides_leaves_a_place_of_any_image():
+def test_conv4_with_strides_leaves_a_pixel_of_any_image():
     net = Conv4((1, 5, 3), 3, 4, pooling="stride")
     assert net.features_shape == (4, 1, 1)
     assert net.features(own_weights(net), normal(TASKS, EXAMPLES, 1, 5, 3), NormPass({}, {}, 0)).shape[2] == 4
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_mlp_on_images_is_the_plain_network(activation):
+def test_mlp_on_images_equals_torch_layers(activation):
     net = Mlp((1, 6, 5), 3, (8, 7, 6, 6), CLASSIFICATION, activation)
 
     def twin(weights, x):
@@ -129,7 +131,7 @@ def test_mlp_on_images_is_the_plain_network(activation):
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_mlp_on_curves_is_the_plain_network_without_norm(activation):
+def test_mlp_on_curves_equals_torch_layers_without_batch_norm(activation):
     net = Mlp((1,), 1, (40, 40), REGRESSION, activation)
     assert net.norm_layers == {}
 
@@ -143,7 +145,7 @@ def test_mlp_on_curves_is_the_plain_network_without_norm(activation):
 
 
 class Block(nn.Module):
-    """A residual block as anybody would write it."""
+    """A residual block, written in the usual way."""
 
     def __init__(self, inputs, width):
         super().__init__()
@@ -164,7 +166,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("image", [(1, 28, 28), (3, 19, 16)], ids=str)
-def test_resnet12_is_the_plain_network(image):
+def test_resnet12_equals_torch_layers(image):
     net = ResNet12(image, 3, 4)
 
     def twin(weights, x):
@@ -188,21 +190,21 @@ def numbers_of(net):
     return sum(map(torch.numel, weights.values())) - head, head, 2 * sum(net.norm_layers.values())
 
 
-def test_the_networks_have_the_published_sizes():
-    """Body, head, norm. The regression network: 1,761; ResNet-12: 12.4 M."""
+def test_networks_have_the_published_numbers_of_parameters():
+    """Numbers of body, head and norm; 1,761 in total for the regression network, 12.4 M for ResNet-12."""
     curves = numbers_of(Mlp((1,), 1, (40, 40), REGRESSION))
     assert curves == (40 + 40 + 40 * 40 + 40, 40 + 1, 0)
     assert sum(curves) == 1761
     images = numbers_of(Mlp((1, 28, 28), 5, (256, 128, 64, 64), CLASSIFICATION))
     assert images == (784 * 256 + 256 * 128 + 128 * 64 + 64 * 64, 64 * 5 + 5, 2 * (256 + 128 + 64 + 64))
     assert sum(images) == 247_109
-    # 9 taps a convolution and 1 a skip; the body and its norms are what is published as 12.4 M.
+    # 9 weights per filter and channel, 1 for a skip; the published 12.4 M are body and norm.
     resnet12 = numbers_of(ResNet12((3, 84, 84), 5, 64))
     widths = (3, 64, 160, 320, 640)
     taps = [10 * a * b + 18 * b * b for a, b in itertools.pairwise(widths)]
     assert resnet12 == (sum(taps), 640 * 5 + 5, 8 * (64 + 160 + 320 + 640))
     assert resnet12[0] + resnet12[2] == 12_424_320
-    # Published: 111,749 with 4 x 64 biases in front of norms.
+    # The published 111,749 include 4 x 64 biases before batch norm.
     assert sum(numbers_of(Conv4((1, 28, 28), 5, 64))[:2]) == 111_749 - 4 * 64
     for readout, features in (("flatten", 2 * 2 * 64), ("mean", 64)):
         body, head, _ = numbers_of(Conv4((1, 28, 28), 5, 64, pooling="stride", readout=readout))
@@ -214,8 +216,8 @@ def test_the_networks_have_the_published_sizes():
     [{}, {"readout": "mean"}, {"net": "resnet12"}],
     ids=["conv4", "conv4-mean", "resnet12"],
 )
-def test_images_that_a_network_leaves_nothing_of_are_told_at_once(settings):
-    """Four halvings leave one place of 16 pixels, and none of 15."""
+def test_images_that_are_too_small_for_the_network_are_an_error(settings):
+    """Four halvings leave one of 16 pixels, and none of 15."""
     config = TrainConfig(filters=2, **settings)
     net, _ = build(config, (1, 16, 16), CPU)
     assert net(own_weights(net), normal(TASKS, EXAMPLES, 1, 16, 16), NormPass({}, {}, 0)).shape[2] == 5
@@ -266,8 +268,8 @@ def test_adjoint_equals_double_backward_on_curves(algo):
     assert_equal_measurements(measured_by(adjoint, *learner), expected, state, tolerance=1e-9)
 
 
-def test_only_what_conv4_py_knows_is_differentiated_by_hand():
-    """Those of the variants that differ from the default by the activation alone."""
+def test_only_the_variants_of_conv4_py_have_hand_written_derivatives():
+    """Only the variant that differs from the default by its activation has them."""
     like = torch.empty(0, dtype=torch.float64)
     for variant, (settings, image) in VARIANTS.items():
         net, _ = build(small_config(**settings), image, CPU)
@@ -278,12 +280,12 @@ def assert_close(result, expected, tolerance=1e-9):
     assert result.keys() == expected.keys()
     for name, value in expected.items():
         scale = float(value.abs().max())
-        assert scale > 0, f"{name} tests nothing"
+        assert scale > 0, f"the expected value of {name} is 0"
         assert float((result[name] - value).abs().max()) < tolerance * scale, name
 
 
 def by_hand_and_not(way, image, activation):
-    """Derivatives two ways, weights of every task's own, a set, and two directions for products."""
+    """Autograd and hand-written derivatives, weights for each task, tasks, and two directions."""
     net = Conv4(image, 3, 4, activation=activation)
     fast = own_weights(net)
     episodes = random_episodes(small_config(), image=image)
@@ -300,8 +302,8 @@ def by_hand_and_not(way, image, activation):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("image", IMAGES, ids=str)
 @pytest.mark.parametrize("way", BY_HAND)
-def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activation):
-    """Products twice: what one leaves on the tape must not reach the next."""
+def test_hand_written_conv4_gradients_and_products_equal_autograd(way, image, activation):
+    """Products are repeated, because one must not change the tape for the next."""
     *both, fast, episodes, directions = by_hand_and_not(way, image, activation)
     weights = {name: weight for name, weight in fast.items() if not name.startswith("norm")}
     rows = {name: weight[:1] for name, weight in fast.items() if name.startswith("norm")}
@@ -335,8 +337,8 @@ def test_conv4_by_hand_has_autograds_gradients_and_products(way, image, activati
     ],
     ids=["mlp", "resnet12", "stride-mean"],
 )
-def test_products_of_any_network_are_differences_of_gradients_and_can_be_asked_for_twice(net, shape):
-    """Over so short a way that no place of a window and no activation changes sides."""
+def test_products_of_any_network_match_differences_of_gradients_and_can_be_repeated(net, shape):
+    """The differences are so small that no pooling window and no activation changes its branch."""
     fast, length = own_weights(net), 1e-7
     labels_TE = torch.arange(EXAMPLES).expand(TASKS, EXAMPLES) % 3
     ready = Autograd(net).prepare(normal(TASKS, EXAMPLES, *shape), labels_TE)
@@ -354,8 +356,8 @@ def test_products_of_any_network_are_differences_of_gradients_and_can_be_asked_f
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("way", BY_HAND)
-def test_norm_weights_that_are_adapted_have_autograds_gradient_by_hand(way, activation):
-    """Reptile's and transfer's: every task has its own."""
+def test_hand_written_gradients_of_adapted_norm_weights_equal_autograd(way, activation):
+    """With Reptile and transfer every task has its own batch-norm weights."""
     *both, fast, episodes, directions = by_hand_and_not(way, IMAGES[1], activation)
     for algo in ("reptile", "transfer"):
         _, state = build(small_config(algo=algo, ways=3), IMAGES[1], CPU)
@@ -377,8 +379,8 @@ def test_norm_weights_that_are_adapted_have_autograds_gradient_by_hand(way, acti
 @pytest.mark.parametrize("statistics", list(Statistics))
 @pytest.mark.parametrize("adapted_norm", [False, True])
 @pytest.mark.parametrize("way", BY_HAND)
-def test_features_by_hand_are_autograds_and_so_is_the_way_back(way, adapted_norm, statistics):
-    """Without the head's weights; back where training goes, through a set's own statistics."""
+def test_hand_written_features_and_their_backward_pass_equal_autograd(way, adapted_norm, statistics):
+    """The head's weights are absent; only a set's own statistics have a backward pass, as in training."""
     *both, fast, episodes, _ = by_hand_and_not(way, IMAGES[1], "relu")
     body = {name: weight for name, weight in fast.items() if name not in HEAD}
     rows = {} if adapted_norm else {name: weight[:1] for name, weight in body.items() if "norm" in name}
@@ -402,8 +404,8 @@ def test_features_by_hand_are_autograds_and_so_is_the_way_back(way, adapted_norm
     assert_close(result[1][2], result[0][2])
 
 
-def test_weights_start_within_their_laws_bounds():
-    """Glorot's for Conv4 and image layers, torch's own for curves, He's by outputs in ResNet-12."""
+def test_initial_weights_have_the_bounds_of_their_distributions():
+    """Glorot's for Conv4 and for layers on images, torch's default on curves, He's in ResNet-12."""
     generator = torch.Generator().manual_seed(0)
     conv = Conv4((1, 28, 28), 5, 64).init(generator, torch.float64)["conv2.weight"]
     assert float(conv.abs().max()) == pytest.approx(math.sqrt(6 / (128 * 9)), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Pre-training, fine-tuning and a random start."""
+"""Pre-training, fine-tuning and a random initialisation."""
 
 import copy
 
@@ -17,7 +17,7 @@ from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
 
-def test_pre_training_is_one_classifier_of_all_classes():
+def test_pre_training_trains_one_classifier_of_all_classes():
     config = small_config(algo="transfer")
     net, state = build(config, IMAGE, CPU, classes=9)
     assert net.outputs == 9
@@ -38,7 +38,7 @@ def test_pre_training_is_one_classifier_of_all_classes():
 
 
 @pytest.mark.parametrize("adapts", ["all", "head"])
-def test_fine_tuning_begins_with_a_head_of_zeros_and_follows_the_support_loss(adapts):
+def test_fine_tuning_starts_with_a_head_of_zeros_and_descends_on_the_support_loss(adapts):
     config = small_config(algo="transfer", adapts=adapts, inner_lr=0.3)
     net, _ = build(config, IMAGE, CPU)
     _, state = build(config, IMAGE, CPU, classes=9)
@@ -64,8 +64,8 @@ def test_fine_tuning_begins_with_a_head_of_zeros_and_follows_the_support_loss(ad
 
 
 @pytest.mark.parametrize("statistics", list(Statistics))
-def test_adapting_the_head_alone_on_features_equals_passing_the_whole_net(statistics):
-    """`adapted` passes the body once where it may; two rows of norm keep it from doing so."""
+def test_adapting_the_head_on_features_equals_adapting_it_in_the_network(statistics):
+    """`adapted` passes the body only once, unless batch norm has more than one row."""
     config = small_config(algo="anil")
     net, state = build_uneven(config)
     for rows in state.running.values():

@@ -1,4 +1,4 @@
-"""Prototypical networks and nearest neighbours against direct computations."""
+"""Prototypical networks and nearest neighbours compared with direct computations."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_prototypical_networks_equal_a_direct_computation():
     )
 
 
-def test_the_nearest_neighbour_is_the_nearest():
+def test_nearest_predicts_the_class_of_the_nearest_support_example():
     config = small_config(algo="nearest")
     net, state = build(config, IMAGE, CPU)
     episodes = random_episodes(config)
@@ -58,12 +58,12 @@ def test_the_nearest_neighbour_is_the_nearest():
 
 
 @pytest.mark.parametrize("predict", [by_prototypes, by_neighbours])
-def test_running_statistics_normalise_both_sets_that_are_compared(predict):
-    """A query that is a support image lies on its own features then."""
+def test_running_statistics_normalise_both_sets_before_distances(predict):
+    """A query that is also a support image then has distance 0 to itself."""
     config = small_config(algo="nearest", shots=1, queries=1)
     net, state = build(config, IMAGE, CPU)
     for rows in state.running.values():
         rows.add_(0.3)
     x, y, _, _ = random_episodes(config).sets
     outputs = predict(PredictRequest(fastest(net), state, Episodes(x, y, x, y), 0, Statistics.RUNNING))
-    assert float(outputs[0].amax(-1).abs().max()) < 1e-9  # the distance to itself
+    assert float(outputs[0].amax(-1).abs().max()) < 1e-9

@@ -1,4 +1,4 @@
-"""Reptile against gradient descent and a serial loop."""
+"""Reptile compared with gradient descent and a serial loop."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_reptile_with_one_step_of_sgd_is_gradient_descent_on_the_support_loss():
 
 
 def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
-    """One task after another with the moments kept, as the published code does (a meta-batch of 1)."""
+    """As in the published code, tasks follow each other (a meta-batch of 1) and Adam's moments are kept."""
     config = small_config(algo="reptile", meta_batch_size=1, inner_steps=4, inner_batch=2, train_shots=None)
     net, state = build(config, IMAGE, CPU)
     step = MetaStep(config, net, state)
@@ -54,7 +54,7 @@ def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
         result = step.measure(episodes, 0, measure_all=False)
         for name, tensor in slow.items():
             assert close(result.grads[name], before[name] - tensor.detach(), 1e-6), name
-        # Half of the way, as an outer rate of 0.5 goes.
+        # An outer rate of 0.5 goes half of the way.
         step.optimizer.set_lr(0.5)
         step.move(result)
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_reptile_equals_a_serial_loop_with_torchs_adam_on_mini_batches():
                 assert close(step.state.slow[name].detach(), tensor), name
 
 
-def test_reptiles_outer_rate_goes_down_to_nothing_in_a_straight_line():
+def test_reptile_meta_lr_decreases_linearly_to_zero():
     config = small_config(algo="reptile", epochs=2, steps_per_epoch=5)
     step = MetaStep(config, *build(config, IMAGE, CPU))
     assert isinstance(step.optimizer, Sgd)
@@ -74,14 +74,15 @@ def test_reptiles_outer_rate_goes_down_to_nothing_in_a_straight_line():
     assert rates == pytest.approx([1 - number / 10 for number in range(10)])
 
 
-def test_mini_batches_go_through_shuffles_without_repeating_an_example():
+def test_mini_batches_use_every_example_once_per_shuffle():
     stream = CurveStream(FAMILIES["line"], stream_settings(split="train", seed=3, shots=5, queries=1))
     batched = MiniBatches(stream, steps=5, size=2)
     result = batched.episodes(7, 4).batches_TIB
     assert result.shape == (4, 5, 2)
     for task, order in enumerate(result.flatten(1).tolist()):
         assert sorted(order[:5]) == sorted(order[5:]) == list(range(5)), task
-    assert torch.equal(batched.episodes(9, 1).batches_TIB[0], result[2])  # task 9 whenever it is asked
+    # Task 9 has the same mini-batches whichever request it is part of.
+    assert torch.equal(batched.episodes(9, 1).batches_TIB[0], result[2])
     assert len({tuple(order) for order in result.flatten(1).tolist()}) > 1
     assert not torch.equal(
         MiniBatches(
@@ -94,7 +95,7 @@ def test_mini_batches_go_through_shuffles_without_repeating_an_example():
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_reptiles_head_alone_on_features_equals_passing_the_whole_net(optimizer):
+def test_reptile_adapting_the_head_on_features_equals_adapting_it_in_the_network(optimizer):
     config = small_config(algo="reptile", adapts="head", inner_optimizer=optimizer, train_shots=None)
     net, state = build(config, IMAGE, CPU)
     for name, moment in state.moments.items():

@@ -1,4 +1,4 @@
-"""Schedules against the values that the published code gives."""
+"""Schedules compared with the values of the published code."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ PINS = [
 
 
 @pytest.mark.parametrize(("msl_epochs", "epoch", "weights"), PINS)
-def test_msl_weights_are_those_of_the_published_code(msl_epochs, epoch, weights):
+def test_msl_weights_equal_the_published_code(msl_epochs, epoch, weights):
     assert msl_weights(5, epoch, msl_epochs) == pytest.approx(weights, abs=5e-6)
 
 
@@ -38,7 +38,7 @@ def test_msl_weights_sum_to_one_and_move_to_the_last_step(inner_steps, msl_epoch
     assert lasts[-1] == 1
 
 
-def test_the_least_msl_weight_binds_only_in_long_schedules():
+def test_msl_floor_has_an_effect_only_in_long_schedules():
     assert min(msl_weights(5, 32, 33)) == pytest.approx(1 / (5 * 33))
     assert min(msl_weights(5, 199, 200)) == pytest.approx(0.03 / 5)
 
@@ -51,7 +51,7 @@ def test_derivatives_are_first_order_for_exactly_da_epochs():
     assert first_order_at(replace(config, first_order=True), 3)
 
 
-def test_cosine_meets_the_published_values():
+def test_cosine_annealing_equals_the_published_values():
     assert cosine_meta_lr(0, 100, 1e-3, 1e-5) == pytest.approx(1e-3)
     assert cosine_meta_lr(50, 100, 1e-3, 1e-5) == pytest.approx(5.05e-4)
     assert cosine_meta_lr(99, 100, 1e-3, 1e-5) == pytest.approx(1.0244e-5, rel=1e-4)

@@ -1,4 +1,4 @@
-"""A run stopped anywhere and resumed is, to the bit, the run that nobody stopped."""
+"""The trainer: a run that is stopped anywhere and resumed equals an uninterrupted one bit for bit."""
 
 from dataclasses import replace
 
@@ -20,15 +20,15 @@ from mamlctl.run_folder import open_run
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody stopped."""
+    """An uninterrupted run."""
     run = make_run(tmp_path_factory.mktemp("whole") / "run", config_of())
     assert trainer_of(run, run.config).train() == ""
     return run
 
 
 @pytest.mark.parametrize("stops", [[0], [1], [4], [5], [2, 2], [3, 0, 4], [1] * 40])
-def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
-    """`stops` after so many questions; questions come before steps and inside validation."""
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tmp_path, stops):
+    """`stops`: the call of `stop_reason` that stops each start; calls come before steps and in validation."""
     run = make_run(tmp_path / "run", config_of())
     trainer = trainer_of(run, run.config, stop_at=stops[0])
     reason = trainer.train()
@@ -60,7 +60,7 @@ def test_resume_equals_never_stopped_to_the_bit(whole, tmp_path, stops):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_each_algorithm_goes_on_to_the_bit(tmp_path, settings):
+def test_each_algorithm_resumes_bit_for_bit(tmp_path, settings):
     config = config_of(
         **settings, bnrs=False, epochs=2, meta_lr_final=0.0 if "reptile" in settings.values() else None
     )
@@ -84,7 +84,7 @@ def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whol
     assert comparable(run) == comparable(whole)
 
 
-def test_metrics_have_what_readers_count_on(whole):
+def test_metrics_contain_the_documented_fields(whole):
     metrics = whole.metrics()
     reports = [entry for entry in metrics if "val_accuracy" not in entry]
     validations = [entry for entry in metrics if "val_accuracy" in entry]
@@ -112,7 +112,7 @@ def test_a_report_is_the_mean_of_its_meta_steps(tmp_path):
         assert mean[2][name] == pytest.approx(np.mean([entry[name] for entry in single[3:6]]))
 
 
-def test_the_five_best_and_the_best_are_kept(tmp_path):
+def test_the_five_best_checkpoints_and_best_pt_are_kept(tmp_path):
     run = make_run(tmp_path / "run", config_of(epochs=8, steps_per_epoch=1, inner_steps=2))
     events = []
     trainer = trainer_of(run, run.config, events=events)
@@ -124,7 +124,7 @@ def test_the_five_best_and_the_best_are_kept(tmp_path):
     assert checkpoints.load(run.checkpoints / "best.pt", owner=run.owner)["epoch"] == best[0]
 
 
-def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
+def test_a_kept_checkpoint_has_the_score_of_its_validation(whole):
     content = checkpoints.load(whole.checkpoints / "best.pt", owner=whole.owner)
     trainer = trainer_of(whole, whole.config)
     checkpoints.restore(trainer.state, content["stored"], whole.checkpoints / "best.pt")
@@ -135,10 +135,10 @@ def test_a_kept_checkpoint_scores_what_its_validation_said(whole):
         EvaluationPlan(10, 3, Statistics.OWN),
     )
     assert scores.single[0][:, -1].mean() == pytest.approx(content["val_score"], abs=1e-12)
-    assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one is that one"
+    assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one equals the model"
 
 
-def test_every_meta_step_is_announced_and_reports_come_on_time(tmp_path):
+def test_every_meta_step_sends_an_event_and_reports_follow_report_every(tmp_path):
     run = make_run(tmp_path / "run", config_of(epochs=1))
     events = []
     trainer_of(run, run.config, events=events).train()
@@ -152,7 +152,7 @@ def test_every_meta_step_is_announced_and_reports_come_on_time(tmp_path):
     assert all(len(rates) == 3 for rates in reports[0].rates.values())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(tmp_path):
     config = config_of(inner_lr=1e200, first_order=True, da=False, inner_steps=3)
     run = make_run(tmp_path / "run", config)
     trainer = trainer_of(run, config)
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_good(tmp_pat
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.state.stored().values())
 
 
-def test_scores_that_are_not_finite_are_divergence_and_no_accuracy(tmp_path):
+def test_predictions_that_are_not_finite_raise_diverged_error(tmp_path):
     run = make_run(tmp_path / "run", config_of(epochs=1, steps_per_epoch=1, meta_lr=1e200))
     with pytest.raises(DivergedError, match="predictions in tasks 0 to 9 are not finite"):
         trainer_of(run, run.config).train()
@@ -173,7 +173,7 @@ def test_scores_that_are_not_finite_are_divergence_and_no_accuracy(tmp_path):
     assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 0
 
 
-def test_a_time_limit_lets_every_start_move_on(tmp_path):
+def test_every_start_advances_despite_a_time_limit(tmp_path):
     run = make_run(tmp_path / "run", config_of())
     starts = 0
     reason = "time limit"
@@ -183,11 +183,11 @@ def test_a_time_limit_lets_every_start_move_on(tmp_path):
         if starts:
             trainer.resume()
         reason, starts = trainer.train(), starts + 1
-    assert starts == 12 + 3, "one meta-step or validation each, and the last one finds the end"
+    assert starts == 12 + 3, "one meta-step or validation per start"
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "format", "foreign", "garbage", "shape", "owner"])
-def test_damaged_checkpoints_are_refused_in_words(whole, tmp_path, harm):
+def test_damaged_checkpoints_raise_an_error_with_a_hint(whole, tmp_path, harm):
     source = (whole.checkpoints / "last.pt").read_bytes()
     path = tmp_path / "last.pt"
     if harm == "truncate":
@@ -217,7 +217,7 @@ def test_the_run_folder_opens_with_its_settings(whole):
     assert open_run(whole.path).config == whole.config
 
 
-def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_tasks(whole):
+def test_an_evaluation_that_runs_out_of_memory_continues_with_fewer_tasks(whole):
     trainer = trainer_of(whole, whole.config)
     chunks = []
 

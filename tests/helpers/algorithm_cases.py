@@ -1,4 +1,4 @@
-"""Tasks with closed forms, and a meta-step of any algorithm."""
+"""Tasks whose meta-gradient has a closed form, and a meta-step of any algorithm."""
 
 import torch
 
@@ -25,11 +25,8 @@ def measured(algo, episodes=None, *, epoch=0, uneven=True, **settings):
     return step, step.measure(episodes, epoch, measure_all=True)
 
 
-# Tasks with a quadratic loss: a linear net without inputs but one, y = w x + b, on chosen points.
-
-
 def linear_tasks(x, y, slow, *, inner_lr=0.1, queries=None):
-    """Regression by the head alone: features x_TED, values y_TE; loss = mean (w x + b - y)^2."""
+    """Linear regression with a quadratic loss, mean (w . x + b - y)^2; points x_TED, values y_TE."""
     net = HeadNet(1, REGRESSION)
     state = MetaState(slow, {}, {name: torch.full((1,), inner_lr, dtype=torch.float64) for name in slow})
     for tensor in slow.values():
@@ -49,7 +46,7 @@ def random_line(seed=0, tasks=3, examples=4, features=2):
 
 
 def quadratic(x_ED, y_E):
-    """Of the loss mean (x . w + b - y)^2, in v = (w, b): Hessian and the gradient at v as functions."""
+    """The Hessian of mean (w . x + b - y)^2 in v = (w, b), and its gradient as a function of v."""
     inputs = torch.cat([x_ED, torch.ones(len(x_ED), 1).double()], 1)
     hessian = 2 * inputs.T @ inputs / len(y_E)
     return hessian, lambda v: 2 * inputs.T @ (inputs @ v - y_E) / len(y_E)

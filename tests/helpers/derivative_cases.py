@@ -1,4 +1,4 @@
-"""The ways to compute derivatives, problems for them, and how two of them are compared."""
+"""The implementations of derivatives, learners to test them on, and a comparison of their results."""
 
 import pytest
 import torch
@@ -32,18 +32,18 @@ IMAGES = [(1, 16, 16), (3, 21, 19), (2, 35, 16)]
 
 SETTINGS = [
     {"algo": "maml++", "da": False},
-    {"algo": "maml", "bnwb": True, "filters": 20, "meta_batch_size": 3},  # no multiple of any vector
-    {"algo": "maml", "lslr": True, "inner_steps": adjoint_module.KEPT + 2},  # so that steps are made again
+    {"algo": "maml", "bnwb": True, "filters": 20, "meta_batch_size": 3},  # not a multiple of a vector
+    {"algo": "maml", "lslr": True, "inner_steps": adjoint_module.KEPT + 2},  # some passes are computed again
 ]
 
 
 def prepared(image=IMAGES[0], **settings):
-    """A learner with some negative norm weights, and tasks for it."""
+    """A learner with some negative batch-norm weights, and tasks for it."""
     config = small_config(**settings)
     net, state = build_uneven(config, image=image)
     for name, tensor in state.norm.items():
         if name.endswith("weight"):
-            tensor[:, 1] *= -1  # max-pool and norm then commute only through the sign
+            tensor[:, 1] *= -1  # pooling before batch norm must then take the sign into account
     for tensor in state.learnable().values():
         tensor.requires_grad_()
     return config, net, state, random_episodes(config, image=image)
@@ -65,7 +65,7 @@ def assert_equal_measurements(result, expected, state, tolerance=1e-11):
     assert torch.allclose(result.meta_loss, expected.meta_loss, rtol=tolerance)
     assert result.grads.keys() == expected.grads.keys()
     for name, grad in expected.grads.items():
-        assert float(grad.abs().max()) > 0, f"{name} tests nothing"
+        assert float(grad.abs().max()) > 0, f"the expected gradient of {name} is 0"
         error = (result.grads[name] - grad).abs().max() / grad.abs().max()
         assert float(error) < tolerance, (name, float(error))
     running = [{name: rows.clone() for name, rows in state.running.items()} for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Small learners in float64, and a slow MAML++ written another way, that the engine's tests share."""
+"""Small learners in float64, and an independent, slow MAML++ to compare the engine with."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from mamlctl.engine.training.initial_state import build
 from mamlctl.settings.merge import fill_schedules
 from mamlctl.settings.schema import TrainConfig
 
-IMAGE = (1, 16, 16)  # the smallest that four halvings leave a pixel of
+IMAGE = (1, 16, 16)  # the smallest image with a pixel left after four halvings
 SMALL = {
     "ways": 3,
     "shots": 2,
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def small_config(**settings):
-    """A float64 learner of seconds; `settings` as in TrainConfig."""
+    """The settings of a small float64 learner; `settings` as in TrainConfig."""
     values = SMALL | {"precision": "float64", "inner_lr": 0.05, "rotations": "none"} | settings
     values = {"algo": "maml"} | values
     entry = ALGORITHMS[values["algo"]]
@@ -32,12 +32,12 @@ def small_config(**settings):
 
 
 def fastest(net):
-    """The derivatives that a float64 run on the CPU has."""
+    """The derivatives that a float64 run on the CPU uses."""
     return select_derivatives(net, torch.empty(0, dtype=torch.float64))
 
 
 def random_episodes(config, seed=0, image=IMAGE):
-    """Tasks of random images: each class a pattern, each example the pattern with noise."""
+    """Tasks of random images: each class is a pattern, each example is the pattern with noise."""
     generator = torch.Generator().manual_seed(seed)
     tasks, ways, examples = config.meta_batch_size, config.ways, config.shots + config.queries
     pattern = torch.randn(tasks, ways, 1, *image, generator=generator, dtype=torch.float64)
@@ -53,7 +53,7 @@ def random_episodes(config, seed=0, image=IMAGE):
 
 
 def build_uneven(config, seed=1, image=IMAGE):
-    """A state whose norm rows and rates all differ, so that a wrong row shows."""
+    """A state whose norm rows and rates all differ, so that using a wrong row changes the result."""
     net, state = build(config, image, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     for part in (state.norm, state.rates):
@@ -68,7 +68,7 @@ def build_uneven(config, seed=1, image=IMAGE):
 
 
 def slow_forward(fast, norm, step, x):
-    """Conv4 for one task, by torch's own batch norm."""
+    """Conv4 for one task, with torch's batch norm."""
     for block in range(1, 5):
         gamma, beta = (norm[f"norm{block}.{kind}"] for kind in ("weight", "bias"))
         row = min(step, len(gamma) - 1)
@@ -79,7 +79,7 @@ def slow_forward(fast, norm, step, x):
 
 
 def slow_meta_loss(state, episodes, *, inner_steps, msl_weights, first_order):
-    """One task after another, one example set at a time -> the meta-loss, differentiable."""
+    """The differentiable meta-loss, computed for one task and one example set at a time."""
     losses = []
     for task in range(len(episodes.support_y_TE)):
         fast = dict(state.slow)

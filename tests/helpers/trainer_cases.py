@@ -1,4 +1,4 @@
-"""Small trainings, whole or interrupted, and what of them is to be equal."""
+"""Small training runs, interrupted or not, and the part of their results that must be equal."""
 
 import itertools
 
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 CLASSES, IMAGES = 12, 6
 
 
-TIMES = {"tasks_per_second", "memory_bytes"}  # what no two runs share
+TIMES = {"tasks_per_second", "memory_bytes"}  # metrics that differ between any two runs
 
 
 def patterns():
-    """Classes of random patterns with noise, 16x16."""
+    """Images of 16x16 whose classes are random patterns with noise."""
     generator = np.random.default_rng(0)
     pattern = generator.integers(0, 256, (CLASSES, 1, 1, 16, 16))
     images = (pattern + generator.integers(-60, 60, (CLASSES, IMAGES, 1, 16, 16))).clip(0, 255)
@@ -34,7 +34,7 @@ def config_of(**settings):
 
 
 def trainer_of(run, config, *, stop_at=None, events=None):
-    """`stop_at`: the number of the question to `stop_reason` that is answered with a stop."""
+    """A trainer; `stop_at` is the call of `stop_reason`, counted from 0, that returns a reason to stop."""
     packed = patterns()
     net, state = build(config, (1, 16, 16), CPU, classes=8)
     common = {"name": "patterns", "ways": 3, "shots": 2, "queries": 1, "rotations": "none", "ink": 1}
@@ -57,6 +57,6 @@ def make_run(path, config):
 
 
 def comparable(run):
-    """All metrics but times, and every tensor and number of the last checkpoint."""
+    """All metrics except times, and a digest of all tensors and numbers of the last checkpoint."""
     metrics = [{key: value for key, value in entry.items() if key not in TIMES} for entry in run.metrics()]
     return metrics, checkpoints._digest(checkpoints.load(run.checkpoints / "last.pt", owner=run.owner))

@@ -141,7 +141,7 @@ class KernelTape:
         channels = len(gamma_X)
         measured = examples if settings.measured is None else settings.measured
         if settings.statistics is not None:
-            measured = 0  # tells the kernels to use the statistics in `d`
+            measured = 0  # the kernels then use the statistics in `d`
         self.count = measured * height * width
         shape = shape_of(x, channels, measured, settings.groups, settings.leak)
         d = torch.empty(len(ChannelRow), channels, dtype=torch.float64, device=x.device)
