@@ -1,4 +1,4 @@
-"""How long a grid will take: phases by their closed forms, the sum by hand."""
+"""Estimates of a grid: phases against their closed forms, and the total against a sum by hand."""
 
 from collections import Counter
 
@@ -10,8 +10,8 @@ from mamlctl.experiments.grid.estimate import estimate
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
 
-def test_phases_are_those_of_the_schedules():
-    """Order changes with da_epochs, queries after every step cost until msl_epochs."""
+def test_phases_follow_the_schedules():
+    """The order changes after da_epochs; until msl_epochs, queries cost time after every inner step."""
     flags = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
     config = fill_defaults(resolve_settings([("flag", flags)]).config)
     first_msl, first, second = (True, True), (True, False), (False, False)
@@ -22,8 +22,8 @@ def test_phases_are_those_of_the_schedules():
     assert module._phases(plain) == Counter({first: 7})
 
 
-def test_the_whole_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
-    """With invented times of every kind, so that the sum is known."""
+def test_the_total_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
+    """Times are invented, so that the sum is known."""
     calls = []
 
     def measured(config, offline, on_event):
@@ -33,7 +33,7 @@ def test_the_whole_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
     monkeypatch.setattr(module, "_measure", measured)
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_steps=2,3", "meta_lr=0.1,0.01", seeds=(0, 1, 2))
     result = estimate(grid, 2, offline=True, on_event=ignore)
-    assert sorted(calls) == [2, 3]  # the meta learning rate costs nothing
+    assert sorted(calls) == [2, 3]  # the meta learning rate does not affect the time
     assert (result.cells, result.meta_steps, result.workers) == (12, 12 * 6, 2)
     each = [6 * 0.5 + 2 * 6 * 0.01 * steps + 12 * 2 * 0.01 * steps for steps in (2, 2, 3, 3)]
     assert [row.train_s + row.test_s for row in result.rows] == pytest.approx(each)

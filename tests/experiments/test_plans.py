@@ -1,4 +1,4 @@
-"""Which rows a plan has, what settings each gets, and that its printed command gives the same ones."""
+"""A plan has the right rows with the right settings, and their printed commands give the same settings."""
 
 import functools
 from dataclasses import asdict
@@ -28,7 +28,7 @@ def train_command():
 
 
 def settings_from(arguments):
-    """The settings that `mamlctl train` takes these arguments for."""
+    """The settings that `mamlctl train` resolves from these arguments."""
     values = train_command().make_context("train", list(arguments)).params
     given = {
         name: value for name, value in values.items() if name in asdict(TrainConfig()) and value is not None
@@ -36,7 +36,7 @@ def settings_from(arguments):
     return resolve_settings([("--set", parse_sets(values["set_"] or [])), ("flag", given)]).config
 
 
-def test_one_on_is_the_papers_table_with_batch_norm_together_and_apart():
+def test_one_on_is_the_papers_table_with_batch_norm_improvements_together_and_separately():
     rows = improvement_rows("one-on", "maml++")
     assert [row.label for row in rows] == [
         "maml", "maml + msl", "maml + da", "maml + bnrs + bnwb", "maml + bnrs", "maml + bnwb", "maml + lslr",
@@ -47,7 +47,7 @@ def test_one_on_is_the_papers_table_with_batch_norm_together_and_apart():
     assert on(rows[-1]) == FULL
 
 
-def test_one_off_takes_from_maml_plus_plus():
+def test_one_off_removes_improvements_from_maml_plus_plus():
     rows = improvement_rows("one-off", "maml")
     assert rows[0].label == "maml++"
     for row in rows:
@@ -62,7 +62,7 @@ def test_full_has_every_subset_once():
     assert (rows[0].label, rows[-1].label) == ("maml", "maml++")
 
 
-def test_cumulative_goes_in_the_order_that_is_given():
+def test_cumulative_adds_improvements_in_the_given_order():
     rows = improvement_rows("cumulative", "maml", "lslr-bnrs+bnwb-msl")
     assert [sorted(on(row)) for row in rows] == [
         [], ["lslr"], ["bnrs", "bnwb", "lslr"], ["bnrs", "bnwb", "lslr", "msl"],
@@ -72,7 +72,7 @@ def test_cumulative_goes_in_the_order_that_is_given():
             improvement_rows("cumulative", "maml", wrong)
 
 
-def test_a_grid_is_every_combination_in_order():
+def test_a_grid_has_every_combination_in_order():
     rows = grid_rows(["inner_lr=0.1,0.4", "algo=maml,fomaml"])
     assert [row.label for row in rows] == [
         "inner_lr=0.1, maml", "inner_lr=0.1, fomaml", "inner_lr=0.4, maml", "inner_lr=0.4, fomaml",
@@ -82,7 +82,7 @@ def test_a_grid_is_every_combination_in_order():
 
 
 @pytest.mark.parametrize("pair", ["inner_lr", "inner_lr=", "inner_rl=1", "seed=1,2", "ways=5,20", "=1"])
-def test_a_grid_refuses_what_no_table_can_have(pair):
+def test_a_grid_refuses_invalid_pairs(pair):
     with pytest.raises(SettingsError):
         grid_rows([pair])
 
@@ -99,8 +99,8 @@ PUBLISHED = [name for name in preset_names() if name.endswith("maml++")]
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_every_plan_fits_every_preset_and_its_commands_say_the_same(preset, plan):
-    """A preset's --msl-epochs and the like give way in rows without MSL."""
+def test_every_plan_works_with_every_preset_and_its_commands_give_the_same_settings(preset, plan):
+    """A preset's settings that have no effect in a row, such as msl_epochs without MSL, are dropped."""
     planned = improvement_rows(plan, "maml++")
     rows = resolve_rows(planned, [(f"preset {preset}", load_preset(preset))], {}, 0)
     for row, plan_row in zip(rows, planned, strict=True):
@@ -110,7 +110,7 @@ def test_every_plan_fits_every_preset_and_its_commands_say_the_same(preset, plan
         assert settings_from(train_arguments(row.config)) == row.config
 
 
-def test_a_row_is_what_train_makes_of_the_same_flags():
+def test_a_row_has_the_settings_that_train_resolves_from_the_same_flags():
     given = {"dataset": "omniglot", "ways": 20, "shots": 1, "inner_lr": 0.2, "epochs": 30}
     rows = {row.label: row.config for row in resolve_rows(improvement_rows("one-on", "maml++"), [], given, 4)}
     for label, flags in {
@@ -121,14 +121,14 @@ def test_a_row_is_what_train_makes_of_the_same_flags():
         assert rows[label] == resolve_settings([("flag", given | flags | {"seed": 4})]).config
 
 
-def test_algorithms_get_their_own_defaults_below_what_is_given():
+def test_algorithms_get_their_own_defaults_unless_a_flag_overrides_them():
     given = {"dataset": "omniglot", "shots": 1, "meta_lr": 0.01}
     for row in resolve_rows(algorithm_rows("maml++,reptile,protonet,anil"), [], given, 0):
         assert row.config == resolve_settings([("flag", given | {"algo": row.label, "seed": 0})]).config
         assert settings_from(train_arguments(row.config)) == row.config
 
 
-def test_a_flag_gives_way_where_it_means_nothing_but_not_everywhere():
+def test_a_flag_is_dropped_in_rows_where_it_has_no_effect_unless_that_is_all_rows():
     given = {"msl_epochs": 7}
     rows = {row.label: row.config for row in resolve_rows(improvement_rows("one-on", "maml"), [], given, 0)}
     assert rows["maml"].msl_epochs is None
@@ -143,8 +143,8 @@ def test_problems_name_their_rows():
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_on_curves_rows_without_batch_norm_are_left_out(plan):
-    """A regression net has none, so bnrs and bnwb would be the same run under another name."""
+def test_regression_plans_leave_out_batch_norm_rows(plan):
+    """A regression net has no batch norm, so those rows would be duplicates."""
     given = {"dataset": "sinusoid", "shots": 5, "inner_lr": 0.01, "inner_steps": 3}
     rows = resolve_rows(improvement_rows(plan, "maml++"), [], given, 0)
     labels = [row.label for row in rows]
@@ -155,7 +155,7 @@ def test_on_curves_rows_without_batch_norm_are_left_out(plan):
         assert settings_from(train_arguments(row.config)) == row.config
 
 
-def test_another_algorithm_has_the_improvements_that_mean_something_there():
+def test_another_algorithm_gets_only_the_improvements_that_affect_it():
     rows = resolve_rows(improvement_rows("one-on", "anil"), [], {"algo": "anil", "dataset": "omniglot"}, 0)
     for row in rows:
         assert row.config.algo == "anil"
@@ -173,12 +173,12 @@ def test_another_algorithm_has_the_improvements_that_mean_something_there():
         (["inner_lr=0.1,abc"], {}),
     ],
 )
-def test_a_grid_whose_rows_would_not_be_what_they_say_is_refused(pairs, given):
+def test_a_grid_with_ineffective_or_duplicate_or_invalid_values_is_refused(pairs, given):
     with pytest.raises(SettingsError):
         resolve_rows(grid_rows(pairs), [], {"dataset": "omniglot"} | given, 0)
 
 
-def test_the_same_problem_of_all_rows_is_told_once():
+def test_a_problem_that_all_rows_share_is_reported_once():
     with pytest.raises(SettingsError) as refused:
         resolve_rows(improvement_rows("full", "maml"), [], {"ways": 1}, 0)
     assert len(refused.value.problems) == 1

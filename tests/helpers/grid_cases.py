@@ -1,4 +1,4 @@
-"""Small grids that the tests of `ablate` and `compare` share."""
+"""Small grids, shared by the tests of `ablate` and `compare`."""
 
 import sys
 from contextlib import nullcontext
@@ -27,25 +27,25 @@ QUICK_WORDS = [word for name, value in TINY.items() for word in (f"--{name.repla
 
 
 def ignore(event):
-    """An `on_event` that no test looks at."""
+    """An `on_event` that drops all events."""
 
 
 def tiny_grid(folder, data_root, *pairs, seeds=(0, 1), evaluate=TESTED, **settings):
-    """A grid over `key=v1,v2` pairs, of runs that take no time."""
+    """A grid over `key=v1,v2` pairs, with runs that take milliseconds."""
     given = TINY | {"data_root": str(data_root)} | settings
     rows = resolve_rows(grid_rows(pairs), [], given, seeds[0])
     return open_grid(folder, "grid", rows, seeds, evaluate, "mamlctl ablate")
 
 
 def filled(grid, workers=2, on_event=ignore, pictures=False):
-    """Bring the grid to its end -> GridResult."""
+    """Train and test all cells -> GridResult."""
     drawing = nullcontext() if pictures else preloaded.without_pictures()
     with drawing, patch.object(sys, "executable", preloaded.python()):
         return ablate(grid, local_executor(grid, workers), time_limit_s=None, on_event=on_event)
 
 
 def without_times(document):
-    """A table's document but for what no two runs share: times, and where it lies."""
+    """A table's document without times and paths, which differ between two runs of the same grid."""
     if isinstance(document, dict):
         return {
             key: without_times(value)
