@@ -118,12 +118,12 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
     root = folder_of(data_root)
     for name in names:
         if not find_data_set(name).is_here(root):
-            raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
+            raise DataError(f"{name} is not in {root}", hint=f"mamlctl fetch {name}")
     packs = {name: packs_of(find_data_set(name).home(root)) for name in dict.fromkeys(names or DATA_SETS)}
     sizes = {path: path.stat().st_size for paths in packs.values() for path in paths if path.is_file()}
     total, done = sum(sizes.values()), 0
     if not total and not names:
-        on_event(Notice(f"nothing is at {root}"))
+        on_event(Notice(f"nothing is in {root}"))
     checked = []
     for name, paths in packs.items():
         damages = []

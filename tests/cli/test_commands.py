@@ -269,7 +269,7 @@ BAD = [
     ("fetch omniglot --mirror folder", 2, "--mirror folder is not a web address", "--from"),
     ("fetch omniglot --offline --mirror http://x", 2, "no effect with --offline", "leave out"),
     ("fetch glyphs --force --mirror http://x", 2, "--mirror has no effect on glyphs", "leave it out"),
-    ("fetch --verify omniglot", 3, "omniglot is not at", "mamlctl fetch omniglot"),
+    ("fetch --verify omniglot", 3, "omniglot is not in", "mamlctl fetch omniglot"),
     ("fetch --list nothing", 2, "unknown data set 'nothing'", "use "),
     ("compare runs/a runs/b", 1, "no run folder runs/a", "mamlctl train"),
     ("compare", 2, "nothing to compare", "--algos maml,maml++"),

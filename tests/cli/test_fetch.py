@@ -136,7 +136,7 @@ def test_verify_reports_bytes_and_an_empty_root(root, tmp_path):
     assert events == [Progress("verify glyphs", size, size, "B")]
     events.clear()
     assert verify_all([], data_root=str(tmp_path / "empty"), on_event=events.append) == []
-    assert events == [Notice(f"nothing is at {tmp_path / 'empty'}")]
+    assert events == [Notice(f"nothing is in {tmp_path / 'empty'}")]
 
 
 def test_a_pack_that_cannot_be_written_keeps_the_old_one(root, monkeypatch):

@@ -143,14 +143,14 @@ def test_both_data_sets_share_one_pack(fetch, archive, tmp_path):
         digests.add(packed.digest)
         notices = []
         fetch_or_open(DATA_SETS[name], root, offline=True, on_event=notices.append)
-        assert notices[0].text.startswith(f"{name} is already at")
+        assert notices[0].text.startswith(f"{name} is already in")
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("name", ["cifar-fs", "fc100"])
 def test_error_for_a_missing_data_set_has_its_command(tmp_path, name):
     data_set = DATA_SETS[name]
-    with pytest.raises(DataError, match=f"^{name} is not at") as raised:
+    with pytest.raises(DataError, match=f"^{name} is not in") as raised:
         data_set.open_pack(tmp_path, "none", on_event=ignore)
     assert raised.value.hint == f"mamlctl fetch {name}"
     with pytest.raises(DataError, match="--offline forbids") as raised:

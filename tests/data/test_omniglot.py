@@ -123,13 +123,13 @@ def test_fetch_again_changes_nothing_and_sends_a_notice(omniglot_root, packed):
     events = []
     fetched = fetch_or_open(find_data_set("omniglot"), omniglot_root, offline=True, on_event=events.append)
     assert fetched.digest == packed.digest
-    assert events == [Notice(f"omniglot is already at {omniglot_root}; --force prepares it again")]
+    assert events == [Notice(f"omniglot is already in {omniglot_root}; --force prepares it again")]
     after = {file.name: file.stat().st_mtime_ns for file in (omniglot_root / "omniglot").iterdir()}
     assert {name: after[name] for name in before} == before
 
 
 def test_error_for_a_missing_data_set_has_the_command(tmp_path):
-    with pytest.raises(DataError, match=f"omniglot is not at {tmp_path}") as raised:
+    with pytest.raises(DataError, match=f"omniglot is not in {tmp_path}") as raised:
         find_data_set("omniglot").open_pack(tmp_path, "box", on_event=ignore)
     assert raised.value.hint == "mamlctl fetch omniglot"
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,6 @@ from mamlctl.core.errors import DataError
 from mamlctl.data.reading import archives
 from mamlctl.data.reading.archives import open_members
 
-HINT = "download it again"
 FILES = {f"train/n{c:04d}/{i:05d}.jpg": bytes([c, i]) * (c * i + 1) for c in range(20) for i in range(50)}
 
 
@@ -46,7 +45,7 @@ def write_zip(path, files=FILES):
 
 
 def refused(path, match):
-    with pytest.raises(DataError, match=match) as raised, open_members(path, hint=HINT) as members:
+    with pytest.raises(DataError, match=match) as raised, open_members(path) as members:
         for name in members.names:
             members.read(name)
     assert "\n" not in raised.value.message
@@ -57,7 +56,7 @@ def refused(path, match):
 def test_every_kind_of_tar_gives_the_same_files(tmp_path, kind):
     # Recognised by its first bytes, not by its name.
     path = write_tar(tmp_path / "images.bin", kind=kind)
-    with open_members(path, hint=HINT) as members:
+    with open_members(path) as members:
         assert members.names == tuple(FILES)
         assert {name: members.read(name) for name in members.names} == FILES
     assert [file.name for file in tmp_path.iterdir()] == ["images.bin"], "nothing is unpacked"
@@ -67,13 +66,13 @@ def test_every_kind_of_tar_gives_the_same_files(tmp_path, kind):
 def test_threads_read_at_once(tmp_path, make, name):
     names = list(FILES) * 5
     random.Random(0).shuffle(names)
-    with open_members(make(tmp_path / name), hint=HINT) as members, ThreadPoolExecutor(8) as pool:
+    with open_members(make(tmp_path / name)) as members, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(members.read, names)) == [FILES[name] for name in names]
 
 
 def test_names_lose_their_leading_dot_and_the_last_of_two_wins(tmp_path):
     path = write_tar(tmp_path / "a.tar", entry("./a.png", b"old"), entry("./a.png", b"new"), files={})
-    with open_members(path, hint=HINT) as members:
+    with open_members(path) as members:
         assert members.names == ("a.png",)
         assert members.read("a.png") == b"new"
 
@@ -81,7 +80,7 @@ def test_names_lose_their_leading_dot_and_the_last_of_two_wins(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_in_every_format(tmp_path, format):
     name = "/".join(["x" * 60, "y" * 60, "z" * 60 + ".png"])
-    with open_members(write_tar(tmp_path / "a.tar", files={name: b"1"}, format=format), hint=HINT) as members:
+    with open_members(write_tar(tmp_path / "a.tar", files={name: b"1"}, format=format)) as members:
         assert members.names == (name,)
 
 
@@ -175,7 +174,7 @@ def test_no_space_to_expand(tmp_path, monkeypatch):
 def test_large_tar_is_read_in_any_order(tmp_path):
     files = {f"n{number // 600:08d}/{number:08d}.jpg": number.to_bytes(4, "big") for number in range(20_000)}
     path = write_tar(tmp_path / "large.tar", files=files)
-    with open_members(path, hint=HINT) as members:
+    with open_members(path) as members:
         assert len(members.names) == 20_000
         # Backwards, so that the result cannot depend on the order.
         assert all(members.read(name) == files[name] for name in reversed(members.names))

@@ -123,7 +123,11 @@ def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
         raise Dropped(f"sent nothing for {patience.timeout_s:.3g} s") from error
     except (exceptions.RequestException, HTTPError) as error:
         *_, inner = _causes(error)
-        reason = f"cannot be read: {str(inner).split(': ')[-1].splitlines()[0] or type(inner).__name__}"
+        # Without what repeats the address or means nothing to a user, such as [Errno 111].
+        words = re.sub(r"\[Errno -?\d+\] ", "", str(inner).split(": ")[-1]).splitlines() or [
+            type(inner).__name__
+        ]
+        reason = f"failed: {words[0]}"
         final = (exceptions.SSLError, exceptions.InvalidURL, exceptions.TooManyRedirects)
         if isinstance(error, final) or any(isinstance(c, NameResolutionError) for c in _causes(error)):
             raise MirrorUnusable(reason) from error

@@ -22,6 +22,10 @@ from typing import IO
 
 from mamlctl.core.errors import DataError
 
+CHECK_FROM = "give --from a folder or archives that can be read"
+DOWNLOAD_AGAIN = "download the archive again"
+DISTRUST = "download it from its authors, or unpack it and use --from FOLDER if you trust it"
+
 MEMBER_BYTES = 16 * 1024**2  # larger than any image of any data set, but smaller than a zip bomb's member
 
 # The largest ratio of the members' size to the archive's: images are already compressed (Omniglot's tar
@@ -56,7 +60,7 @@ class Members:
 
 
 @contextmanager
-def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> Iterator[Members]:
+def open_members(path: Path, *, member_bytes: int | None = None) -> Iterator[Members]:
     """Open a zip, a tar (plain, gzip, bzip2, xz), or a folder, whose name is the first part of member names.
 
     A compressed tar is expanded once into an unnamed temporary file, since reading a member requires
@@ -64,7 +68,6 @@ def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> I
 
     Args:
         path: The archive or the folder.
-        hint: The hint of every DataError.
         member_bytes: The largest allowed member; None: the limit for images.
 
     Raises:
@@ -74,23 +77,25 @@ def open_members(path: Path, *, hint: str, member_bytes: int | None = None) -> I
     member_bytes = MEMBER_BYTES if member_bytes is None else member_bytes
     if path.is_dir():
         inside = (file.relative_to(path.parent) for file in path.rglob("*") if file.is_file())
-        yield Members(path, tuple(name.as_posix() for name in inside), _folder_reader(path, hint))
+        yield Members(path, tuple(name.as_posix() for name in inside), _folder_reader(path))
         return
-    start = _start(path, hint)
+    start = _start(path)
     compressed = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
     if compressed:
         with tempfile.TemporaryFile(buffering=0) as expanded:  # unbuffered, so closing it cannot fail
-            _expand(path, compressed, expanded, hint)
-            yield _tar_members(path, expanded, hint, member_bytes)
+            _expand(path, compressed, expanded)
+            yield _tar_members(path, expanded, member_bytes)
     elif start[257:262] == b"ustar" or path.suffix == ".tar":  # very old tars have no magic number
         with path.open("rb") as file:
-            yield _tar_members(path, file, hint, member_bytes)
+            yield _tar_members(path, file, member_bytes)
     else:
-        what = "is a zip that is cut off" if start.startswith(b"PK") else "is neither a zip nor a tar"
-        with _damage_as_data_error(path, what, hint):
+        try:
             archive = zipfile.ZipFile(path)
+        except (*DAMAGE, OSError) as error:
+            what = "a zip that is cut off" if start.startswith(b"PK") else "neither a zip nor a tar"
+            raise DataError(f"{path} is {what}", hint=DOWNLOAD_AGAIN) from error
         with archive:
-            yield _zip_members(path, archive, hint, member_bytes)
+            yield _zip_members(path, archive, member_bytes)
 
 
 def html_page(start: bytes) -> str | None:
@@ -103,17 +108,17 @@ def html_page(start: bytes) -> str | None:
     return f"an HTML page ({words})" if words else "an HTML page"
 
 
-def _start(path: Path, hint: str) -> bytes:
+def _start(path: Path) -> bytes:
     """The first bytes. Raises DataError if the file cannot be read or has another known format."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
     except FileNotFoundError as error:
-        raise DataError(f"there is no {path}", hint=hint) from error
+        raise DataError(f"there is no {path}", hint=CHECK_FROM) from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", hint=hint) from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}", hint=CHECK_FROM) from error
     if page := html_page(start):
-        raise DataError(f"{path} is {page}, not an archive", hint=hint)
+        raise DataError(f"{path} is {page}, not an archive", hint=DOWNLOAD_AGAIN)
     for magic, what in FOREIGN.items():
         if start.startswith(magic):
             raise DataError(
@@ -123,35 +128,36 @@ def _start(path: Path, hint: str) -> bytes:
 
 
 @contextmanager
-def _damage_as_data_error(path: Path, what: str, hint: str) -> Iterator[None]:
+def _damage_as_data_error(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (*DAMAGE, OSError) as error:  # gzip and bz2 raise OSError for damage too
-        raise DataError(f"{path} {what}: {error}", hint=hint) from error
+        raise DataError(f"{path} {what}: {error}", hint=DOWNLOAD_AGAIN) from error
 
 
-def _folder_reader(path: Path, hint: str) -> Callable[[str], bytes]:
+def _folder_reader(path: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         try:
             return (path.parent / name).read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read {path.parent / name}: {error.strerror}", hint=hint) from error
+            message = f"cannot read {path.parent / name}: {error.strerror}"
+            raise DataError(message, hint=CHECK_FROM) from error
 
     return read
 
 
-def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: int) -> Members:
-    files = {_safe_name(m.filename, path, hint): m for m in archive.infolist() if not m.is_dir()}
+def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Members:
+    files = {_safe_name(m.filename, path): m for m in archive.infolist() if not m.is_dir()}
     for name, member in files.items():
         if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
-            raise DataError(f"{path} contains the encrypted file {name!r}", hint=hint)
+            raise DataError(f"{path} contains the encrypted file {name!r}", hint=DISTRUST)
         if stat.S_ISLNK(member.external_attr >> 16):  # the Unix mode in a zip
-            raise _not_a_file(path, name, hint)
-    _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, hint, member_bytes)
+            raise _not_a_file(path, name)
+    _refuse_bomb(path, {name: member.file_size for name, member in files.items()}, member_bytes)
     one_at_a_time = threading.Lock()  # zipfile protects its reads, but not its count of open members
 
     def read(name: str) -> bytes:
-        with _damage_as_data_error(path, f"is damaged at {name}", hint):
+        with _damage_as_data_error(path, f"is damaged at {name}"):
             with one_at_a_time:
                 file = archive.open(files[name])
             try:
@@ -163,41 +169,41 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, hint: str, member_bytes: 
     return Members(path, tuple(files), read)
 
 
-def _tar_members(path: Path, file: IO[bytes], hint: str, member_bytes: int) -> Members:
+def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:
     """The members of `file`, an uncompressed tar."""
     with (
-        _damage_as_data_error(path, "is not a tar or is cut off", hint),
+        _damage_as_data_error(path, "is not a tar or is cut off"),
         tarfile.open(fileobj=file, mode="r:") as archive,
     ):
         members = [member for member in archive if not member.isdir()]
     places: dict[str, tuple[int, int]] = {}
     for member in members:
-        name = _safe_name(member.name, path, hint)
+        name = _safe_name(member.name, path)
         if not member.isreg() or member.issparse():
-            raise _not_a_file(path, name, hint)
+            raise _not_a_file(path, name)
         places[name] = member.offset_data, member.size
-    _refuse_bomb(path, {name: size for name, (_, size) in places.items()}, hint, member_bytes)
+    _refuse_bomb(path, {name: size for name, (_, size) in places.items()}, member_bytes)
     number = file.fileno()
 
     def read(name: str) -> bytes:
         begin, size = places[name]
-        with _damage_as_data_error(path, f"cannot be read at {name}", hint):
+        with _damage_as_data_error(path, f"cannot be read at {name}"):
             data = os.pread(number, size, begin)  # leaves the file position, which threads share, unchanged
         if len(data) < size:
-            raise DataError(f"{path} is cut off at {name}", hint=hint)
+            raise DataError(f"{path} is cut off at {name}", hint=DOWNLOAD_AGAIN)
         return data
 
     return Members(path, tuple(places), read)
 
 
-def _expand(path: Path, opener: Callable[[Path], io.BufferedIOBase], target: IO[bytes], hint: str) -> None:
+def _expand(path: Path, opener: Callable[[Path], io.BufferedIOBase], target: IO[bytes]) -> None:
     """Decompress a file. Raises DataError for damage, a bomb, or a full disk."""
     most, size = _largest_expansion(path), 0
-    with _damage_as_data_error(path, "is damaged or cut off", hint), opener(path) as file:
+    with _damage_as_data_error(path, "is damaged or cut off"), opener(path) as file:
         while chunk := file.read(CHUNK):
             size += len(chunk)
             if size > most:
-                raise _bomb(path, most, hint)
+                raise _bomb(path, most)
             _write(target, chunk, path)
     target.seek(0)
 
@@ -213,33 +219,33 @@ def _write(target: IO[bytes], chunk: bytes, path: Path) -> None:
         raise DataError(message, hint=hint) from error
 
 
-def _safe_name(name: str, path: Path, hint: str) -> str:
+def _safe_name(name: str, path: Path) -> str:
     """The member's name without a leading ./, which tar often writes."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise DataError(f"{path} contains a file with the unsafe name {name!r}", hint=hint)
+        raise DataError(f"{path} contains a file with the unsafe name {name!r}", hint=DISTRUST)
     return posix.as_posix()
 
 
-def _not_a_file(path: Path, name: str, hint: str) -> DataError:
-    return DataError(f"{path} contains {name!r}, which is a link or a device, not a file", hint=hint)
+def _not_a_file(path: Path, name: str) -> DataError:
+    return DataError(f"{path} contains {name!r}, which is a link or a device, not a file", hint=DISTRUST)
 
 
-def _refuse_bomb(path: Path, sizes: Mapping[str, int], hint: str, member_bytes: int) -> None:
+def _refuse_bomb(path: Path, sizes: Mapping[str, int], member_bytes: int) -> None:
     for name, size in sizes.items():
         if size > member_bytes:
             message = (
                 f"{path} is refused: {name!r} has {size:,} bytes, more than the limit of {member_bytes:,}"
             )
-            raise DataError(message, hint=hint)
+            raise DataError(message, hint=DISTRUST)
     if sum(sizes.values()) > _largest_expansion(path):
-        raise _bomb(path, _largest_expansion(path), hint)
+        raise _bomb(path, _largest_expansion(path))
 
 
 def _largest_expansion(path: Path) -> int:
     return max(EXPANSION * path.stat().st_size, EXPANSION_FLOOR)
 
 
-def _bomb(path: Path, most: int, hint: str) -> DataError:
+def _bomb(path: Path, most: int) -> DataError:
     message = f"{path} is refused: it expands to more than {most:,} bytes (decompression bomb?)"
-    return DataError(message, hint=hint)
+    return DataError(message, hint=DISTRUST)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.data.fetching.downloads import Archive
-from mamlctl.data.reading.archives import open_members
+from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, open_members
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
@@ -35,7 +35,6 @@ SIZE = 169_001_437  # bytes of the archive
 TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
 HINT = f"give --from {ARCHIVE}, the folder {FOLDER} unpacked from it, or a folder that contains either"
-DOWNLOAD_AGAIN = "download the archive again"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent, name: str 
         DataError: The images are missing or damaged.
     """
     if not is_here(root):
-        raise DataError(f"{name} is not at {root}", hint=f"mamlctl fetch {name}")
+        raise DataError(f"{name} is not in {root}", hint=f"mamlctl fetch {name}")
     return load_pack(_path(root), name)
 
 
@@ -131,7 +130,7 @@ def _file_names(parts: Sequence[CifarPart]) -> tuple[str, ...]:
 def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
     """Read CIFAR's files from the folder or archive. Raises DataError if one is missing."""
     contents = {}
-    with open_members(path, hint=HINT, member_bytes=FILE_BYTES) as members:
+    with open_members(path, member_bytes=FILE_BYTES) as members:
         for file in _file_names(parts):
             for name in (f"{FOLDER}/{file}", f"{path.name}/{file}", file):
                 if name in members.names:

@@ -88,7 +88,7 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
         _pack_pickles(_path(listed, root), pickles, on_event)
         return
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_members(path, hint=listed.hint)) for path in _candidates(sources)]
+        opened = [stack.enter_context(open_members(path)) for path in _candidates(sources)]
         by_class = _by_class(listed, opened)
         _verify(listed, by_class, sources)
         files = [image for name in sorted(by_class) for image in by_class[name]]
@@ -134,7 +134,7 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
         DataError: The data set is missing or damaged.
     """
     if not is_here(listed, root):
-        raise DataError(f"{listed.name} is not at {root}", hint=listed.hint)
+        raise DataError(f"{listed.name} is not in {root}", hint=listed.hint)
     return load_pack(_path(listed, root), listed.name)
 
 

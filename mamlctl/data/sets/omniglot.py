@@ -22,7 +22,7 @@ from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.fetching.downloads import Archive
-from mamlctl.data.reading.archives import Members, open_members
+from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, Members, open_members
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
@@ -36,7 +36,6 @@ SMALL = 28
 RESIZES = tuple(FILTERS)
 SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
 EVENT_EVERY = 1000  # images
-DOWNLOAD_AGAIN = "download the archive again"
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> Pac
     path = _small(root, resize)
     if not is_packed(path):
         if not is_here(root):
-            raise DataError(f"{NAME} is not at {root}", hint=f"mamlctl fetch {NAME}")
+            raise DataError(f"{NAME} is not in {root}", hint=f"mamlctl fetch {NAME}")
         originals = load_pack(_originals(root), NAME)
         small_MCHW = _shrunk(originals.images_MCHW, resize, on_event)
         save_pack(path, pack(small_MCHW, originals.counts, originals.names))
@@ -202,15 +201,14 @@ def _read_verified(
     sources: Sequence[Path], parts: tuple[OmniglotPart, ...], on_event: OnEvent
 ) -> PackedImages:
     """Both parts' images, one bit per pixel (rows padded to whole bytes), in the order of their paths."""
-    hint = "give --from the folder that contains images_background and images_evaluation, zipped or not"
     bits, counts, names = [], [], []
     total, done = sum(part.images for part in parts), 0
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_members(path, hint=hint)) for path in _candidates(sources, parts)]
+        opened = [stack.enter_context(open_members(path)) for path in _candidates(sources, parts)]
         # All counts are checked before the first pixel is decoded, so a missing file is reported at once.
-        selected = [_select(part, opened, sources, hint) for part in parts]
+        selected = [_select(part, opened, sources) for part in parts]
         for part, (members, images) in zip(parts, selected, strict=True):
-            bits.append(_decode(members, images, hint, on_event, done, total))
+            bits.append(_decode(members, images, on_event, done, total))
             done += len(images)
             if content_digest(images, bits[-1]) != part.digest:
                 message = f"{members.path} has Omniglot's files, but not its pixels: digest "
@@ -238,7 +236,7 @@ def _candidates(sources: Sequence[Path], parts: tuple[OmniglotPart, ...]) -> lis
 
 
 def _select(
-    part: OmniglotPart, opened: Sequence[Members], sources: Sequence[Path], hint: str
+    part: OmniglotPart, opened: Sequence[Members], sources: Sequence[Path]
 ) -> tuple[Members, list[str]]:
     """The first source with this part's files, and their sorted names; DataError for a wrong count."""
     pattern = re.compile(rf"{part.folder}/[^/]+/character\d+/\d+_\d+\.png")
@@ -250,6 +248,7 @@ def _select(
             break
     else:
         places = ", ".join(str(source) for source in sources)
+        hint = "give --from the folder that contains images_background and images_evaluation, zipped or not"
         raise DataError(f"{places} contains neither {part.folder}.zip nor a folder {part.folder}", hint=hint)
     alphabets = len({name.split("/")[1] for name in images})
     characters = len({name.rpartition("/")[0] for name in images})
@@ -263,7 +262,7 @@ def _select(
 
 
 def _decode(
-    members: Members, images: Sequence[str], hint: str, on_event: OnEvent, done: int, total: int
+    members: Members, images: Sequence[str], on_event: OnEvent, done: int, total: int
 ) -> NDArray[np.uint8]:
     bits = np.empty((len(images), SIDE, (SIDE + 7) // 8), dtype=np.uint8)
     for number, name in enumerate(images):

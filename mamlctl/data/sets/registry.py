@@ -199,9 +199,8 @@ def find_data_set(name: str, *, fractions: str | None = None) -> DataSet:
     if is_image_folder(name):
         return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS)
     if name not in DATA_SETS:
-        raise SettingsError(
-            [(f"unknown data set {name!r}", nearest(name, NAMES, otherwise=f"use {' or '.join(NAMES)}"))]
-        )
+        hint = nearest(name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder")
+        raise SettingsError([(f"unknown data set {name!r}", hint)])
     return DATA_SETS[name]
 
 
@@ -264,7 +263,7 @@ def fetch_or_open(
             _prepare(data_set, root, source, mirrors, offline, on_event)
         elif not made_here:
             flags = "--force" if data_set.archives else "--force --from ..."
-            on_event(Notice(f"{name} is already at {root}; {flags} prepares it again"))
+            on_event(Notice(f"{name} is already in {root}; {flags} prepares it again"))
         return data_set.open_pack(root, data_set.resizes[0], on_event=on_event)
 
 
@@ -281,7 +280,7 @@ def _prepare(
         data_set.prepare(root, source or (), on_event)
         return
     if offline:
-        message = f"{name} is not at {root}, and --offline forbids downloading it"
+        message = f"{name} is not in {root}, and --offline forbids downloading it"
         raise DataError(message, hint=f"mamlctl fetch {name}, or add --from FOLDER")
     archives = data_set.archives()
     on_event(Notice(f"downloading {name} ({data_set.licence})"))

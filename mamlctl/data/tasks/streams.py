@@ -104,9 +104,10 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
     data_set, root = find_data_set(config.dataset), data_root(config.data_root)
     if not data_set.own_files and not data_set.is_here(root):
         if offline:
-            message = f"{config.dataset} is not at {root}, and --offline forbids fetching it"
-            raise DataError(message, hint=f"mamlctl fetch {config.dataset}")
-        on_event(Notice(f"{config.dataset} is not at {root}: fetching it"))
+            message = f"{config.dataset} is not in {root}, and --offline forbids fetching it"
+            source = " --from FOLDER" if data_set.archives is None else ""
+            raise DataError(message, hint=f"mamlctl fetch {config.dataset}{source}")
+        on_event(Notice(f"{config.dataset} is not in {root}: fetching it"))
         fetch_or_open(data_set, root, on_event=on_event)
     assert config.image_size is not None and config.channels is not None  # filled in by the data set
     packed = open_images(
