@@ -25,7 +25,14 @@ def rule(title: str, note: str, width: int) -> Text:
 
 
 def bar(share: float, columns: int, chance: float | None, colour: str) -> Text:
-    """A bar in eighths of a column, with a mark at chance level unless the bar covers it or it is None."""
+    """Draw a bar in eighths of a column.
+
+    Args:
+        share: length of the bar, 0..1; drawn as 0 if it is not finite.
+        columns: width of a full bar.
+        chance: position of the chance mark, 0..1, which a longer bar covers; None for no mark.
+        colour: style of the bar.
+    """
     share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
     eighths = round(share * columns * 8)
     full, part = divmod(eighths, 8)

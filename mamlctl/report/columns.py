@@ -38,10 +38,8 @@ class Column:
     is_always_shown: bool = False  # even if the text of every row is empty
     is_score: bool = False  # adjacent columns, which the reason for a missing score can span
     field: str | None = ""  # of the value in files; "": the key; None: another column writes it
-    csv: Callable[[Table, Row], Fields] | None = None  # instead of `field`: fields of a row in a CSV file
-    json: Callable[[Table, Row], Fields] | None = (
-        None  # instead of `field`: fields of a row in a JSON document
-    )
+    csv: Callable[[Table, Row], Fields] | None = None  # replaces `field` in a CSV file
+    json: Callable[[Table, Row], Fields] | None = None  # replaces `field` in a JSON document
     style: str | Callable[[Row], str] = ""  # in a terminal
     mark: str = ""  # suffix of some texts; the other texts are padded to align the numbers
 
