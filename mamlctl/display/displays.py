@@ -141,6 +141,8 @@ class PlainDisplay(Display):
         if log is None or event.done < log.done:  # started or restarted
             log = self._progress[event.what] = ProgressLog(now)
         log.done = event.done
+        if event.done == event.total:
+            del self._progress[event.what]  # its next event belongs to new work of the same name
         tenth = 10 * event.done // event.total if event.total else log.tenth + 1
         if now - log.written_at < PROGRESS_EVERY_S or tenth <= log.tenth:
             return ""

@@ -131,6 +131,9 @@ def test_plain_progress_is_rare():
     for done in range(0, 1001):  # quick work has no lines
         now[0] += 0.001
         display(Progress("validating", done, 1000))
+    for _ in range(9):  # nine validations, each of a single part
+        now[0] += 10
+        display(Progress("validating", 40, 40))
     assert len(written(console).splitlines()) == 10
 
 
