@@ -5,8 +5,10 @@ learning rate (Finn et al. 2017, arXiv:1703.03400, section 2.2),
 
     g_k = grad_w L_support(w_k; f_k)        w_{k+1} = w_k - a_k g_k        k = 0 .. I-1
 
-where w_0 are the slow weights and f_k the batch-norm weights and biases of step k. MAML++ learns f_k (BNWB)
-and a_k (LSLR: one rate per tensor and step); Meta-SGD learns one rate per weight.
+where w_0 are the slow weights and f_k the batch-norm weights and biases. The outer optimiser learns w_0 and
+f_k: one row f for all steps, or one per step with BNWB. The rates are fixed, or learnt: per tensor and step
+with LSLR (both are improvements of MAML++, arXiv:1810.09502, section 4), per weight with Meta-SGD
+(arXiv:1707.09835, section 3).
 """
 
 from __future__ import annotations
@@ -234,7 +236,7 @@ def mini_batch(episodes: Episodes, step: int) -> tuple[Tensor, Tensor] | None:
 Stepper = Callable[[Params, Params, int], Params]  # fast weights, their gradients, step -> fast weights
 
 
-def pulled(state: MetaState, proximal: float) -> Stepper:
+def proximal_descent(state: MetaState, proximal: float) -> Stepper:
     """Return iMAML's inner step: gradient descent on L_support(w) + proximal/2 |w - w_0|^2.
 
     The objective is equation 3 of arXiv:1909.04630; its gradient is g_k + proximal (w_k - w_0).
@@ -291,7 +293,7 @@ class InnerRule:
         """Return the update function for one inner loop of `tasks` tasks."""
         if self.optimizer == "adam":
             return AdamSteps(state, tasks)
-        return state.stepped if self.proximal is None else pulled(state, self.proximal)
+        return state.stepped if self.proximal is None else proximal_descent(state, self.proximal)
 
 
 DESCENT = InnerRule()

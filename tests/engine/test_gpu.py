@@ -8,7 +8,7 @@ from mamlctl.engine.devices import memory_bytes, open_device
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
+from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
 from mamlctl.engine.training.trainer import Period
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_cuda_results_equal_cpu_results(first_order):
     config = small_config(algo="maml++", da=False, first_order=first_order)
     device = open_device("cuda", "float64")
     (state, measured), (cuda_state, cuda_measured) = (on(torch.device("cpu"), config), on(device, config))
-    assert what_is_not_finite(cuda_measured) is None
+    assert first_non_finite(cuda_measured) is None
     for name, grad in measured.grads.items():
         assert torch.allclose(grad, cuda_measured.grads[name].cpu(), rtol=1e-7, atol=1e-10), name
     for name, tensor in state.stored().items():
@@ -85,7 +85,7 @@ def test_meta_steps_do_not_synchronise_with_the_device():
             period.add_no_sync(measured)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert what_is_not_finite(measured) is None
+    assert first_non_finite(measured) is None
 
 
 def test_both_convolution_methods_agree_on_the_device():

@@ -7,12 +7,12 @@ multi-step loss are those of arXiv:1810.09502, section 4)
     L   = sum_k v_k L_query(w_{k+1}; f_k)
 
 with fast weights w_k, inner rates a_k and batch-norm rows f_k. The adjoint p_k = dL/dw_k is the gradient of
-the meta-loss with respect to the fast weights before step k, through all later steps. Differentiating w_{k+1}
-with respect to w_k gives the identity minus a_k H_k, with H_k the Hessian of the support loss at w_k. By the
-chain rule, backwards from p_I = v_{I-1} grad L_query(w_I; f_{I-1}):
+the meta-loss with respect to the fast weights w_k, through their own query loss and through all later steps.
+Differentiating w_{k+1} with respect to w_k gives the identity minus a_k H_k, with H_k the Hessian of the
+support loss at w_k. By the chain rule, backwards from p_I = v_{I-1} grad L_query(w_I; f_{I-1}):
 
-    dL/da_k  = -<p_{k+1}, g_k>                       summed over the weights that share the rate
-    p_k      = p_{k+1} - H_k (a_k p_{k+1}) + v_{k-1} grad L_query(w_k; f_{k-1})      without v_{-1}
+    dL/da_k  = -<p_{k+1}, g_k>        summed over the weights that share the rate
+    p_k      = p_{k+1} - H_k (a_k p_{k+1}) + v_{k-1} grad L_query(w_k; f_{k-1})        no query term for k = 0
     dL/df_k += v_k dL_query/df (w_{k+1}; f_k) - d/df <grad_w L_support(w_k; f_k), a_k p_{k+1}>
 
 and the mean of p_0 over tasks is the meta-gradient of the slow weights (the code includes the factor 1/T in
@@ -40,8 +40,8 @@ from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
 
 # The number of last inner steps whose support passes are kept for the Hessian-vector products. The passes of
-# earlier steps are computed again, which is 3 of the 15 units of convolution work of such a step. So memory
-# stops growing with the number of steps.
+# earlier steps are computed again, which is 3 of the 15 units of convolution work of such a step. So each
+# further step needs memory for its fast weights only.
 KEPT = 5
 
 

@@ -64,19 +64,19 @@ def imaml(
     support = loop.support_gradient(state.norm_pass(0), keep=True)
     query = loop.query_gradient(request.inner_steps)
     # v has no component along tensors that are not adapted.
-    still = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}
+    zeros = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}
 
-    def pulled_product(direction: Params) -> Params:
+    def shifted_product(direction: Params) -> Params:
         """Multiply H + l by a direction of the adapted tensors."""
-        products, _ = support.product(direction | still)
+        products, _ = support.product(direction | zeros)
         return {name: products[name] + proximal * part for name, part in direction.items()}
 
     adapted_grads = {name: query.fast[name] for name in state.rates}
-    solved = conjugate_gradient(pulled_product, adapted_grads, cg_steps)
-    products, mixed = support.product(solved | still)
+    solved = conjugate_gradient(shifted_product, adapted_grads, cg_steps)
+    products, mixed = support.product(solved | zeros)
     # Means over tasks: l v for the adapted tensors, dL_query - d<grad L_support, v> for all others.
     grads = {name: proximal * v.mean(0) for name, v in solved.items()}
-    grads |= {name: (query.fast[name] - products[name]).mean(0) for name in still}
+    grads |= {name: (query.fast[name] - products[name]).mean(0) for name in zeros}
     for name, rows_RC in state.norm.items():
         grads[name] = torch.zeros_like(rows_RC)
         grads[name][0] = (query.norm[name] - mixed[name]) / len(episodes.query_y_TE)

@@ -7,8 +7,8 @@ batch-norm rows and v_k the MSL weights (0, .., 0, 1 without MSL),
     w_{k+1}   = w_k - a_k grad_w L_support(w_k; f_k)        k = 0 .. I-1
     meta-loss = mean over tasks of  sum_k v_k L_query(w_{k+1}; f_k)
 
-and the meta-gradient is the derivative of the meta-loss with respect to w_0, and to a_k and f_k where they
-are learnt. First order treats the support gradients as constants.
+and the meta-gradient is the derivative of the meta-loss with respect to w_0, to f_k and, if they are learnt,
+to a_k. First order treats the support gradients as constants.
 """
 
 from __future__ import annotations

@@ -86,12 +86,11 @@ class AutogradSet:
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
         leaves = Leaves.of(fast, norm)
         with torch.enable_grad():
-            norm_by_leaves = NormPass(leaves.rows_as_params(), norm.running, norm.step)
+            norm_by_leaves = replace(norm, params=leaves.rows_as_params())  # shares `norm.seen`
             logits_TEN = self.net(leaves.fast, self.x_TECHW, norm_by_leaves)
             loss_T = self.net.objective.loss(logits_TEN, self.y_TE)
             # Tasks share no fast weights, so the gradient of the summed loss contains each task's own one.
             grads = torch.autograd.grad(loss_T.sum(), leaves.all, create_graph=keep)
-        norm.seen.update(norm_by_leaves.seen)
         by_fast, by_norm = leaves.named(grads)
         tape = AutogradTape(leaves, by_fast) if keep else None
         detached, rows = ({name: g.detach() for name, g in part.items()} for part in (by_fast, by_norm))

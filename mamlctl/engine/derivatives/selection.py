@@ -43,7 +43,7 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
 
 
 @functools.cache
-def _cuda_block(where: torch.device, dtype: torch.dtype, compute: torch.dtype | None) -> MakeBlock:
+def _cuda_block(device: torch.device, dtype: torch.dtype, compute: torch.dtype | None) -> MakeBlock:
     """Return the Triton block if it is faster than torch's on this device and gives the same results."""
     if dtype == torch.float64:
         return TorchTape  # Triton passes Python numbers as float32, which is not precise enough
@@ -53,38 +53,38 @@ def _cuda_block(where: torch.device, dtype: torch.dtype, compute: torch.dtype | 
         from mamlctl.engine.kernels.triton_block import triton_block
     except ImportError:  # torch without Triton
         return TorchTape
-    return faster_block(TorchTape, triton_block, where, dtype, compute, time_of=cuda_ms, refused=TritonError)
+    return faster_block(TorchTape, triton_block, device, dtype, compute, time_of=cuda_ms, failure=TritonError)
 
 
 def faster_block(
-    sure: MakeBlock,
-    other: MakeBlock,
-    where: torch.device,
+    reference: MakeBlock,
+    candidate: MakeBlock,
+    device: torch.device,
     dtype: torch.dtype,
     compute: torch.dtype | None,
     *,
     time_of: Callable[[Callable[[], object]], float],
-    refused: type[Exception] = RuntimeError,
+    failure: type[Exception] = RuntimeError,
 ) -> MakeBlock:
     """Time two implementations of a block on the second block of 20-way 1-shot with 8 tasks.
 
     Args:
-        sure: the reference implementation.
-        other: the one to use instead if it is faster.
-        where: the device.
+        reference: the reference implementation.
+        candidate: the one to use instead if it is faster.
+        device: the device.
         dtype: of weights and images.
         compute: of the convolutions' products; None for `dtype`.
         time_of: runs a function and returns the time it took.
-        refused: the exception, besides RuntimeError, of kernels that do not compile or run.
+        failure: the exception, besides RuntimeError, from kernels that do not compile or run.
 
     Returns:
-        `other` if its four passes agree with those of `sure` and together take less time, else `sure`.
+        `candidate` if its four passes agree with the reference and together take less time, else `reference`.
     """
     tasks, channels = 8, 64
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(where, dtype)
+        return torch.randn(size, generator=generator).to(device, dtype)
 
     x, x_t, ga = (
         normal(20, tasks * channels, size, size).contiguous(memory_format=torch.channels_last)
@@ -103,16 +103,17 @@ def faster_block(
         return [part.double() for part in (tape.out, grads.weight, moved, second.weight)]
 
     try:
-        for one, two in zip(passes(sure), passes(other), strict=True):
+        for one, two in zip(passes(reference), passes(candidate), strict=True):
             if float((one - two).norm() / one.norm()) > SAME:
-                return sure
-        return other if time_of(lambda: passes(other)) < time_of(lambda: passes(sure)) else sure
-    except (RuntimeError, refused):
-        return sure
+                return reference
+        faster = time_of(lambda: passes(candidate)) < time_of(lambda: passes(reference))
+        return candidate if faster else reference
+    except (RuntimeError, failure):
+        return reference
 
 
 def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str | None:
-    """Return a notice on why a run is slower than it could be on this machine, or None."""
+    """Return why a run is slower than it could be here, or None; arguments as in `select_derivatives`."""
     derivatives = select_derivatives(net, like, engine)
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
     if like.device.type == "cpu" and by_torch:
@@ -122,12 +123,12 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     return None
 
 
-def tasks_per_pass(net: Net, examples: int, where: torch.device) -> int:
+def tasks_per_pass(net: Net, examples: int, device: torch.device) -> int:
     """Return how many tasks to adapt together.
 
     Args:
         net: the network.
         examples: the number of examples in the larger set of a task.
-        where: the device.
+        device: the device.
     """
-    return max(1, LARGEST[where.type] // (examples * net.largest))
+    return max(1, LARGEST[device.type] // (examples * net.largest))

@@ -40,7 +40,7 @@ def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
 
 
 def squared_error(outputs_TE1: Tensor, y_TE: Tensor) -> Tensor:
-    """Mean of (output - y)^2 over each task's examples -> loss_T (arXiv:1703.03400, equation 2)."""
+    """Mean of (output - y)^2 over each task's examples -> loss_T (arXiv:1703.03400, equation 2, averaged)."""
     return (outputs_TE1.squeeze(-1) - y_TE).square().mean(1)
 
 
@@ -161,7 +161,7 @@ def task_conv(x_ETCHW: Tensor, weight_TOCHW: Tensor, compute: torch.dtype | None
     return out.to(x_ETCHW.dtype).view(examples, tasks, outputs, *out.shape[-2:])
 
 
-def halved(x_ETCHW: Tensor) -> Tensor:
+def max_pool(x_ETCHW: Tensor) -> Tensor:
     """Apply 2x2 max-pooling; an odd last row or column is dropped."""
     pooled = F.max_pool2d(x_ETCHW.flatten(0, 1), 2)
     return pooled.view(x_ETCHW.shape[:3] + pooled.shape[-2:])

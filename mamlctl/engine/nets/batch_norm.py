@@ -87,7 +87,7 @@ class NormPass:
             var_TC: the biased variance of each task and channel.
             count: the number of values behind each of them.
         """
-        # torch accumulates the unbiased variance too, although it normalises by the biased one.
+        # As in torch: normalise by the biased variance, accumulate the unbiased one.
         self.seen[name] = mean_TC, var_TC * (count / max(count - 1, 1))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.core.literals import Activation, Pooling, Readout
-from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, halved, head, task_conv, xavier_uniform
+from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, head, max_pool, task_conv, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
@@ -82,7 +82,7 @@ class Conv4:
             c_ETCHW = task_conv(x_ETCHW, fast[f"conv{block}.weight"], self.compute, stride)
             x_ETCHW = F.leaky_relu(norm(f"norm{block}", c_ETCHW, fast), SLOPES[self.activation])
             if stride == 1:
-                x_ETCHW = halved(x_ETCHW)
+                x_ETCHW = max_pool(x_ETCHW)
         if self.readout == "mean":
             x_ETCHW = x_ETCHW.mean((3, 4))
         return x_ETCHW.flatten(2).transpose(0, 1)

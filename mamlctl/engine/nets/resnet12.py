@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import CLASSIFICATION, halved, head, task_conv
+from mamlctl.engine.nets.base import CLASSIFICATION, head, max_pool, task_conv
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.1  # negative slope in the published code of Lee et al. 2019 (MetaOptNet)
@@ -84,7 +84,7 @@ class ResNet12:
             for layer in (1, 2):
                 inner = F.leaky_relu(normed(f"{block}.{layer}", inner), LEAK)
             both = normed(f"{block}.3", inner) + normed(f"{block}.skip", x_ETCHW)
-            x_ETCHW = halved(F.leaky_relu(both, LEAK))
+            x_ETCHW = max_pool(F.leaky_relu(both, LEAK))
         return x_ETCHW.mean((3, 4)).transpose(0, 1)
 
     def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:

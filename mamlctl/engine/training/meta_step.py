@@ -170,7 +170,7 @@ def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepRes
     )
 
 
-def what_is_not_finite(measured: MetaStepResult) -> str | None:
+def first_non_finite(measured: MetaStepResult) -> str | None:
     """Describe the first loss or gradient that is NaN or infinite, or return None; synchronises."""
     for step, loss in enumerate(measured.support_losses_I.tolist()):
         if not math.isfinite(loss):

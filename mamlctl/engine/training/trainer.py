@@ -28,7 +28,7 @@ from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
-from mamlctl.engine.training.meta_step import MetaStep, what_is_not_finite
+from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
 from mamlctl.settings.schema import TrainConfig
 
 # The number of best checkpoints to keep: the size of the ensemble in the published MAML++ code
@@ -202,7 +202,7 @@ class Trainer:
             self._report(epoch)
 
     def _check(self, step: int) -> None:
-        what = what_is_not_finite(self._latest) if self._latest else None
+        what = first_non_finite(self._latest) if self._latest else None
         if what:
             clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
             raise DivergedError(
