@@ -105,7 +105,7 @@ def chi_square(values, low, high, bins=20):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-def assert_even(values, low, high):
+def assert_uniform(values, low, high):
     """Values are uniform on [low, high].
 
     Bounds: the 99.9 % quantile of chi-square with 19 degrees of freedom, and 4 standard errors of the mean.
@@ -126,27 +126,27 @@ def first_points(tasks):
     return drawn.support_x_TECHW[:, 0, 0].numpy(), drawn.query_x_TECHW[:, 0, 0].numpy()
 
 
-def test_sinusoids_have_even_amplitudes_phases_and_points():
+def test_sinusoids_have_uniform_amplitudes_phases_and_points():
     tasks = stream(shots=1, queries=1)
     # y(0) = -A sin(phase), y(pi / 2) = A cos(phase)
     ends = np.stack([tasks.curve(task, np.array([0.0, math.pi / 2])) for task in range(MANY)])
     amplitude, phase = np.hypot(*ends.T), np.arctan2(-ends[:, 0], ends[:, 1])
     support_x, query_x = first_points(tasks)
-    assert_even(amplitude, 0.1, 5.0)
-    assert_even(phase, 0.0, math.pi)
-    assert_even(support_x, -5.0, 5.0)
-    assert_even(query_x, -5.0, 5.0)
+    assert_uniform(amplitude, 0.1, 5.0)
+    assert_uniform(phase, 0.0, math.pi)
+    assert_uniform(support_x, -5.0, 5.0)
+    assert_uniform(query_x, -5.0, 5.0)
     assert_uncorrelated(amplitude, phase, support_x, query_x)
 
 
-def test_lines_have_even_slopes_intercepts_and_points():
+def test_lines_have_uniform_slopes_intercepts_and_points():
     tasks = stream("line", shots=1, queries=1)
     intercept, end = np.stack([tasks.curve(task, np.array([0.0, 1.0])) for task in range(MANY)]).T
     support_x, query_x = first_points(tasks)
-    assert_even(intercept, -3.0, 3.0)
-    assert_even(end - intercept, -3.0, 3.0)
-    assert_even(support_x, -5.0, 5.0)
-    assert_even(query_x, -5.0, 5.0)
+    assert_uniform(intercept, -3.0, 3.0)
+    assert_uniform(end - intercept, -3.0, 3.0)
+    assert_uniform(support_x, -5.0, 5.0)
+    assert_uniform(query_x, -5.0, 5.0)
     assert_uncorrelated(end - intercept, intercept, support_x, query_x)
 
 
@@ -173,7 +173,7 @@ def test_quantiles_of_normal_numbers_are_uniform():
     drawn = Normal(2.0, 3.0)(uniform_2M)
     # The distribution function is that of the module `statistics`.
     law = statistics.NormalDist(2.0, 3.0)
-    assert_even(np.array([law.cdf(value) for value in drawn]), 0.0, 1.0)
+    assert_uniform(np.array([law.cdf(value) for value in drawn]), 0.0, 1.0)
     assert drawn.std() == pytest.approx(3, abs=4 * 3 / math.sqrt(2 * MANY))
 
 

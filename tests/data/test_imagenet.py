@@ -111,7 +111,7 @@ def test_zips_of_splits_in_a_folder_are_found(small, tmp_path):
         (lambda files: files.update({"flat/n0153282900000009.jpg": jpeg(1)}), "n01532829 has 3 images"),
         (
             lambda files: files.update({"flat/n9999999900000000.jpg": jpeg(1)}),
-            "it has 101 classes instead of 100, for example also n99999999",
+            "it has 101 classes, not 100, and n99999999 is not one of those",
         ),
         (
             lambda files: [files.pop(name) for name in list(files) if "n0153282" in name],

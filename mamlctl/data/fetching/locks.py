@@ -15,7 +15,7 @@ from mamlctl.core.files import NO_LOCKS, lock_holder
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# How often to create the folder that other processes may remove. A limit, since /proc cannot have one.
+# Tries to create the folder, which other processes may remove. Limited, since every try in /proc fails.
 TRIES = 100
 
 

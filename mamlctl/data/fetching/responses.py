@@ -1,4 +1,4 @@
-"""Answers of servers and failures of networks, each with a short reason."""
+"""Answers from servers and failures of the network, each with a short reason."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ def extent(answer: Response, requested: int) -> tuple[int, int | None]:
         requested: The first byte that was requested.
 
     Returns:
-        The position in bytes, -1 if the answer does not contain a valid range, and the length in bytes or
-        None.
+        The position in bytes (-1 for an invalid range), and the length in bytes (None if unknown).
 
     Raises:
         Dropped: The server is busy or has failed; it may succeed later.

@@ -54,7 +54,7 @@ PARTS = (
 
 
 def archives() -> tuple[Archive, ...]:
-    """The archive with the address in torchvision, so that its releases also correct ours."""
+    """The archive, with the address from torchvision, whose releases keep it up to date."""
     from torchvision.datasets import CIFAR100  # imported here, since it imports torch
 
     return (Archive(ARCHIVE, (CIFAR100.url,), CIFAR100.tgz_md5, SIZE),)

@@ -167,7 +167,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
             if name in where:
                 message = f"{folder} has class {name!r} in {where[name]} and in {split}"
                 hint = (
-                    "put each class into one split, or drop the split folders to split by --split-fractions"
+                    "put all images of a class into one split, or use --split-fractions without split folders"
                 )
                 raise DataError(message, hint=hint)
             where[name] = split

@@ -197,7 +197,7 @@ def _count_problems(listed: ListedSet, by_class: dict[str, list[ImageFile]]) -> 
         if missing:
             yield f"it lacks {len(missing)} of the {len(expected)} classes, for example {missing[0]}"
         if more:
-            yield f"it has {len(by_class)} classes instead of {len(expected)}, for example also {more[0]}"
+            yield f"it has {len(by_class)} classes, not {len(expected)}, and {more[0]} is not one of those"
         for label, files in sorted(by_class.items()):
             if len(files) != PER_CLASS:
                 yield f"{label} has {len(files):,} images instead of {PER_CLASS}"

@@ -90,7 +90,7 @@ ORIGIN = "github.com/brendenlake/omniglot"
 
 
 def archives() -> tuple[Archive, ...]:
-    """The two zips with the addresses in torchvision, so that its releases also correct ours."""
+    """The two zips, with the addresses from torchvision, whose releases keep them up to date."""
     from torchvision.datasets import Omniglot  # imported here, since it imports torch
 
     return tuple(
