@@ -1,5 +1,5 @@
 """Run `mamlctl` as `python -m mamlctl`."""
 
-from mamlctl.cli.app import main
+from mamlctl.cli.app import run_program
 
-main()
+run_program()

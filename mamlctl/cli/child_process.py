@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from mamlctl.cli.app import main
+from mamlctl.cli.app import run_program
 from mamlctl.core.errors import MamlctlError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -53,7 +53,7 @@ def run(path: Path) -> None:
     sys.excepthook = on_bug
     accept_signals()
     end_with_parent()
-    main(on_error=lambda error: report_error(path, error))
+    run_program(on_error=lambda error: report_error(path, error))
 
 
 if __name__ == "__main__":
