@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from helpers.shared import ROOT
@@ -56,7 +57,7 @@ def test_code_output_threads_and_exit_functions_survive_a_quick_end(start):
 
 
 def test_output_that_cannot_be_flushed_is_reported_by_the_interpreter():
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         done = ended("module", "silent", stdout=full)
     assert done.returncode == 120
     assert "No space left on device" in done.stderr

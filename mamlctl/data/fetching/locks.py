@@ -64,6 +64,7 @@ def _acquire(lock: BaseFileLock, path: Path, what: str, on_event: OnEvent) -> No
         except Timeout:
             is_waiting = True
             on_event(Notice(f"waiting for {lock_holder(path)}, which is preparing {what}"))
-        except FileNotFoundError:  # another process removed the empty folder in the meantime
+        # Another process removed the empty folder after `mkdir` returned, or while it ran.
+        except (FileNotFoundError, FileExistsError):
             if not tries_left:
                 raise

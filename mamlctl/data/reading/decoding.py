@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from mamlctl.core.events import OnEvent, Progress
 from mamlctl.data.reading.image_files import read_image
 
 AT_A_TIME = 512  # images decoded at once: enough for every core, and only a few megabytes of memory
+BATCH = 16  # images per job of a thread; one per job took 15 % more processor time
 EVENT_EVERY = 500  # images
 
 
@@ -78,11 +80,16 @@ def decoded(
             message = f"cannot read {file.display_name}: {error.strerror or error}"
             return DataError(message, hint="fix or remove the file")
 
+    def decode_batch(batch: Sequence[ImageFile]) -> list[NDArray[np.uint8] | DataError]:
+        return [decode(file) for file in batch]
+
     done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), AT_A_TIME):
             part = files[start : start + AT_A_TIME]
-            for file, pixels in zip(part, pool.map(decode, part), strict=True):
+            batches = [part[first : first + BATCH] for first in range(0, len(part), BATCH)]
+            pixels_of_part = itertools.chain.from_iterable(pool.map(decode_batch, batches))
+            for file, pixels in zip(part, pixels_of_part, strict=True):
                 done += 1
                 if done % EVENT_EVERY == 0:
                     on_event(Progress(f"{what}: read images", done, len(files)))

@@ -84,7 +84,9 @@ def drawing(width: float, height: float, title: str) -> Iterator[Figure]:
         figure = Figure((width, height), dpi=DPI, layout="constrained")
         figure.suptitle(plain(title), x=0.08 / width, ha="left", fontsize=10, fontweight="bold")
         yield figure
-        figure.draw_without_rendering()
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)  # less work than `draw_without_rendering`, which also draws every artist
         figure.set_layout_engine(None)  # with "none", each save would draw the figure once more
         for ax in figure.axes:  # the layout solver's last digits vary from run to run
             ax.set_position(ax.get_position().from_bounds(*np.round(ax.get_position().bounds, 6)))
