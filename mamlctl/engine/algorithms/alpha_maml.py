@@ -11,8 +11,8 @@ the rates. Their sizes depend on the data and on the rates themselves, so here t
 
     dL/d log a = a dL/da        dL/d log b = -b <g, d>
 
-with Adam at rate `hyper_lr`. Adam's steps have about this size whatever the gradient's, so a rate that starts
-10 times too large or small is corrected in about log(10) / hyper_lr meta-steps.
+with Adam at rate `hyper_lr`. Adam's steps have about this size for gradients of any size, so a rate that
+starts 10 times too large or small is corrected in about log(10) / hyper_lr meta-steps.
 """
 
 from __future__ import annotations

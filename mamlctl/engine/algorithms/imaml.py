@@ -12,8 +12,8 @@ Hessian of the support loss at w* (the implicit function theorem; lemma 1),
 
 So with v the solution of (H + l) v = grad L_query(w*; f), the meta-gradient of a task is
 
-    with respect to w_0                               l v
-    with respect to f, and to all that is not adapted     dL_query/df - d/df <grad_w L_support, v>
+    with respect to w_0                            l v
+    with respect to f and all that is not adapted  dL_query/df - d/df <grad_w L_support, v>
 
 v comes from `cg_steps` steps of conjugate gradient, one Hessian-vector product each, for all tasks at once.
 Only the end of the inner loop matters, so memory does not depend on the number of inner steps.

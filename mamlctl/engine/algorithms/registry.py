@@ -93,7 +93,7 @@ def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
 class Algorithm:
     """The definition of an algorithm: what it learns and adapts, how, and which settings it has."""
 
-    summary: str  # shown by --help
+    summary: str  # paper and main idea
     outer: Callable[[TrainConfig], Outer]  # the meta-gradient
     optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = _adam
     # One inner rate for each tensor, for each weight, or one that all tensors share.

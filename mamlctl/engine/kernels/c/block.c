@@ -5,7 +5,7 @@
 
 /* c -> p, where, a = act(s p + beta - s mean); statistics of the first `measured` examples, or those in d if 0 */
 void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8_t *restrict where,
-                   STORED *restrict a, double *restrict d, double *restrict partial) {
+             STORED *restrict a, double *restrict d, double *restrict partial) {
     SHAPE;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -77,7 +77,7 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
 
 /* ga -> gc = h + slope c + offset with h = s gz at the selected places, and the values of backward_sums */
 void backward(const shape *s, const STORED *restrict ga, const STORED *restrict p, const uint8_t *restrict where,
-                    const STORED *restrict c, STORED *restrict gc, double *restrict d, double *restrict partial) {
+              const STORED *restrict c, STORED *restrict gc, double *restrict d, double *restrict partial) {
     SHAPE;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -114,8 +114,8 @@ void backward(const shape *s, const STORED *restrict ga, const STORED *restrict 
 /* c_t: ct = conv(x, W_t) += c2 = conv(x_t, W) unless c2 is absent; then p_t and a_t = act'(z) z_t.
  * Row S_T contains sum c c_t, then var_t, then s_t. */
 void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, const STORED *restrict c,
-                   const STORED *restrict p, const uint8_t *restrict where, STORED *restrict p_t, STORED *restrict a_t,
-                   double *restrict d, double *restrict partial) {
+             const STORED *restrict p, const uint8_t *restrict where, STORED *restrict p_t, STORED *restrict a_t,
+             double *restrict d, double *restrict partial) {
     SHAPE;
 #pragma omp parallel num_threads(s->threads)
     {
@@ -183,9 +183,9 @@ void tangent(const shape *s, STORED *restrict ct, const STORED *restrict c2, con
 /* ga_t = ga1_t + ga2_t (which may be absent) -> gc_t = h + slope_t c + slope c_t + offset_t with h = s gz_t + s_t gz at
  * the selected places, written over ct; and the values of tangent_sums */
 void tangent_backward(const shape *s, const STORED *restrict ga1_t, const STORED *restrict ga2_t,
-                            const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
-                            const uint8_t *restrict where, const STORED *restrict c, STORED *restrict ct,
-                            double *restrict d, double *restrict partial) {
+                      const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
+                      const uint8_t *restrict where, const STORED *restrict c, STORED *restrict ct,
+                      double *restrict d, double *restrict partial) {
     SHAPE;
 #pragma omp parallel num_threads(s->threads)
     {

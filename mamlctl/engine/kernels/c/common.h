@@ -118,7 +118,7 @@ static void set_scale_tangent(const shape *s, double *d) {
 
 /* From ga: b = sum gz with gz = act'(z) ga, sum gz p, and G, slope and offset. Called by all threads. */
 static void backward_sums(const shape *s, const STORED *restrict ga, const STORED *restrict p, double *restrict d,
-                                double *restrict partial) {
+                          double *restrict partial) {
     SHAPE;
     ITEMS {
         ITEM;
@@ -152,8 +152,8 @@ static void backward_sums(const shape *s, const STORED *restrict ga, const STORE
 /* From ga_t = ga1_t + ga2_t: b_t = sum gz_t, sum (gz_t p + gz p_t) (first into row G_T), and G_t, slope_t and offset_t.
  * k is s of block.py. Called by all threads. */
 static void tangent_sums(const shape *s, const STORED *restrict ga1_t, const STORED *restrict ga2_t,
-                               const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
-                               double *restrict d, double *restrict partial) {
+                         const STORED *restrict ga, const STORED *restrict p, const STORED *restrict p_t,
+                         double *restrict d, double *restrict partial) {
     SHAPE;
     ITEMS {
         ITEM;
