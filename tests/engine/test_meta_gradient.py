@@ -6,6 +6,7 @@ import higher
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.algorithm_cases import central_difference, unit_vector
 from helpers.engine_cases import (
     IMAGE,
     build_uneven,
@@ -70,14 +71,9 @@ def test_second_order_matches_central_differences(case):
     for name, tensor in learnable.items():
         direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
         direction /= direction.norm()
-        losses = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                tensor.add_(sign * 1e-6 * direction)
-            losses.append(float(measured(config, net, state, episodes).meta_loss))
-            with torch.no_grad():
-                tensor.sub_(sign * 1e-6 * direction)
-        slope = (losses[0] - losses[1]) / 2e-6
+        slope = central_difference(
+            lambda: measured(config, net, state, episodes).meta_loss, tensor, direction, 1e-6
+        )
         assert float((grads[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), name
 
 
@@ -88,16 +84,10 @@ def test_learnt_rates_have_exact_gradients_in_first_order_too():
     episodes = random_episodes(config)
     grads = measured(config, net, state, episodes).grads
     for name, rates in state.rates.items():
-        losses = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                rates[-1] += sign * 1e-5
-            losses.append(float(measured(config, net, state, episodes).meta_loss))
-            with torch.no_grad():
-                rates[-1] -= sign * 1e-5
-        assert float(grads[f"rate.{name}"][-1]) == pytest.approx(
-            (losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-9
+        slope = central_difference(
+            lambda: measured(config, net, state, episodes).meta_loss, rates, unit_vector(rates, -1), 1e-5
         )
+        assert float(grads[f"rate.{name}"][-1]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
 
 
 def test_first_and_second_order_differ_by_the_hessian_term():

@@ -25,6 +25,23 @@ def measured(algo, episodes=None, *, epoch=0, uneven=True, **settings):
     return step, step.measure(episodes, epoch, measure_all=True)
 
 
+def central_difference(measure, tensor, direction, length):
+    """The slope of `measure()` when `tensor` moves along `direction`, from -`length` to `length`."""
+    values = []
+    for signed in (length, -length):
+        tensor.detach().add_(signed * direction)  # changes `tensor`, with which it shares memory
+        values.append(float(measure()))
+        tensor.detach().sub_(signed * direction)
+    return (values[0] - values[1]) / (2 * length)
+
+
+def unit_vector(tensor, at):
+    """A direction in which only the element `at` of a tensor changes."""
+    direction = torch.zeros_like(tensor)
+    direction[at] = 1
+    return direction
+
+
 def linear_tasks(x, y, slow, *, inner_lr=0.1, queries=None):
     """Linear regression with a quadratic loss, mean (w . x + b - y)^2; points x_TED, values y_TE."""
     net = HeadNet(1, REGRESSION)

@@ -14,7 +14,7 @@ from mamlctl.core.literals import Activation
 from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, SLOPES, Objective, head, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
-# Layer widths of the published networks (arXiv:1703.03400, section 5.1 and appendix A.1).
+# Layer widths of the published networks (arXiv:1703.03400, sections 5.1 and 5.2).
 HIDDEN = {CLASSIFICATION.metric: "256-128-64-64", REGRESSION.metric: "40-40"}
 
 
