@@ -96,7 +96,7 @@ def missing_reason(row: Row) -> str:
 
 
 def remarks(table: Table) -> tuple[str, ...]:
-    """One line per row and way in which its runs ended unfinished, and one for all missing runs."""
+    """One line per row and way in which its unfinished runs ended, and one line for all missing runs."""
     seeds_by_end: dict[tuple[str, str], list[str]] = {}
     for row in table.rows:
         for cell in row.cells:

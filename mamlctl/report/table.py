@@ -15,13 +15,13 @@ from mamlctl.core.literals import BatchNormMode, CellStatus, Metric, Model, Spli
 if TYPE_CHECKING:
     from mamlctl.core.statistics import Difference
 
-SIGNIFICANT = 0.05  # the limit for a p after Holm's correction
+SIGNIFICANT = 0.05  # significance level of p after Holm's correction
 MODELS: tuple[Model, ...] = ("best", "ensemble")  # never compared with each other
 
 
 @dataclass(frozen=True)
 class Published:
-    """A number that a paper or a repository prints, and where we have it from."""
+    """A number that a paper or a repository prints, and its provenance."""
 
     source: str  # "MAML++ (Antoniou et al. 2019)"
     row: str  # in the source's words
@@ -62,9 +62,7 @@ class Cell:
     steps_to_99: int | None  # meta-steps until validation first reached 99 % of its final score
     step_s: float | None  # median seconds per meta-step
     validation: tuple[tuple[int, float], ...]  # meta-steps, score
-    rates: Mapping[
-        str, tuple[float, ...]
-    ]  # final learnt inner rates: tensor -> one per inner step; may be empty
+    rates: Mapping[str, tuple[float, ...]]  # final learnt rates: tensor -> one per inner step; may be empty
     command: str  # that trains only this run
     device: str = ""  # the device it was trained on
     diverged_at: int | None = None  # the meta-step whose loss or gradient was not finite
@@ -133,7 +131,7 @@ class Table:
     settings: Mapping[str, Any]  # those that all rows share
     environment: Mapping[str, Any]  # versions and machine of the first cell
     commands: tuple[str, ...]  # that reproduce this table
-    notes: tuple[str, ...] = field(default=())  # what a reader of the numbers must know
+    notes: tuple[str, ...] = field(default=())  # caveats about the numbers
 
     @property
     def most_seeds(self) -> int:

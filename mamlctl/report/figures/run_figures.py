@@ -255,7 +255,7 @@ def _column(rows: Sequence[Mapping[Key, Any]], key: Key) -> NDArray[np.float64]:
 
 
 def _columns(rows: Rows, key: str) -> list[NDArray[np.float64]]:
-    """The columns of lists, one list per row and one column per number of inner steps taken."""
+    """Split the lists of all rows into columns, one per number of inner steps taken."""
     lists = [dict(enumerate(row.get(key) or ())) for row in rows]
     return [_column(lists, place) for place in range(max(map(len, lists), default=0))]
 

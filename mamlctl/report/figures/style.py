@@ -146,7 +146,7 @@ def draw_image(
 
 
 def draw_cross(ax: Axes, x: float, y: float) -> None:
-    """Mark a wrong prediction by more than the colour of its frame."""
+    """Mark a wrong prediction with a cross, so that it is not shown by colour alone."""
     ax.plot(x, y, "X", color=RED, markersize=8, markeredgecolor="white")
 
 

@@ -34,7 +34,7 @@ NUMBERED = 6  # inner steps: rates of more do not fit into a third of a page
 # Text on a coloured cell has the same colour in dark mode, so svg.py must not recognise it as INK or paper.
 DARK_ON_CELL = "#232323"
 LIGHT_ON_CELL = "#fdfdfd"
-REACH = 3.0  # outer intervals are cut off this many ranges of the inner intervals away
+REACH = 3.0  # outer intervals are cut off at this many times the range of the inner ones
 
 CAPTIONS = {  # below each kind of figure
     "training": "Line: mean over the finished seeds; band: from their lowest to their highest score. "
