@@ -1,1 +1,1 @@
-"""Commands as functions: they return results and print nothing."""
+"""The commands as functions, which return results and print nothing."""

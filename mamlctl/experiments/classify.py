@@ -1,4 +1,4 @@
-"""`eval --support`: the user's own images classified by a run that was adapted to their classes."""
+"""Classification of the user's own images by a run that is adapted to their classes (`eval --support`)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import save
 from mamlctl.settings.schema import EvalConfig
 
-# Numbers in the largest tensor with --bn transductive: 1 GiB, and several such tensors are alive at once.
+# Limit for the elements of the largest tensor with --bn transductive: 1 GiB each, and several exist at once.
 MOST_AT_ONCE = 2**28
 
 
 @dataclass(frozen=True)
 class ClassifyRequest:
-    """What to learn from, what to classify, what to write."""
+    """The support folder, the images to classify, and the files to write."""
 
     support: Path
     queries: Sequence[Path] = ()
@@ -40,11 +40,11 @@ class ClassifyRequest:
 
 @dataclass
 class Predictions:
-    """The predictions of all query images, and the pictures of the first ones."""
+    """The predictions for all query images, and pictures of the first ones."""
 
     images: list[ClassifiedImage] = field(default_factory=list)
     shown: list[contact_sheet.QueryPicture] = field(default_factory=list)
-    copies: int = 0  # of images in the support set
+    copies: int = 0  # query images that are also in the support set
 
 
 def classify_images(
@@ -52,20 +52,26 @@ def classify_images(
 ) -> ClassifyResult:
     """Adapt a run's best checkpoint to class folders and classify images.
 
+    Args:
+        path: the run folder.
+        settings: the settings of the evaluation.
+        request: the images and the files to write.
+        on_event: receives progress and notices.
+
     Raises:
-        SettingsError: the run cannot do what the settings or the request ask for.
-        DataError: images are missing or cannot be read.
+        SettingsError: the run does not support the settings or the request.
+        DataError: images are missing or unreadable.
         MamlctlError: the run is damaged.
     """
     started = time.monotonic()
     for switch, target in (("--csv", request.csv), ("--save-adapted", request.save_adapted)):
         if target is not None and target.is_dir():
-            raise SettingsError([(f"{switch} is {target}, which is a folder", "name a file")])
+            raise SettingsError([(f"{switch} {target} is a folder", "use the name of a file")])
     to_save = request.save_adapted is not None
     model = adapt_classifier(path, settings, request.support, to_save=to_save, on_event=on_event)
     queries, repeated = find_queries(request.queries, model.support.classes)
     if repeated:
-        on_event(Notice(f"query files named twice, which count once: {repeated}"))
+        on_event(Notice(f"query files that are given twice and count once: {repeated}"))
     predictions = _classify_all(model, queries, on_event)
     pictures = _draw(model, predictions) if request.plot else ()
     if request.csv is not None:
@@ -91,29 +97,30 @@ def classify_images(
 
 
 def _classify_all(model: ImageClassifier, queries: Sequence[Query], on_event: OnEvent) -> Predictions:
-    """Every query, in chunks, so that memory does not grow with their number."""
+    """Classify every query, in chunks, so that memory does not grow with their number."""
     net, predictions = model.adapted.derivatives.net, Predictions()
     images = predictions.images
     chunk = tasks_per_pass(net, 1, model.device)
     if model.bn == Statistics.OWN.value:
-        chunk = max(len(queries), 1)  # their statistics are those of all of them
-        if chunk * net.largest > MOST_AT_ONCE:
-            fact = f"--bn transductive takes all {chunk} images at once, which are too many"
-            raise SettingsError([(fact, "use --bn support, which takes them one by one")])
+        chunk = max(len(queries), 1)  # normalised with the statistics of all of them
+        most = MOST_AT_ONCE // net.largest
+        if chunk > most:
+            fact = f"--bn transductive takes all {chunk} images at once, but the limit is {most}"
+            raise SettingsError([(fact, "use --bn support, which classifies each image on its own")])
     for first in range(0, len(queries), chunk):
         _classify_chunk(model, queries[first : first + chunk], predictions)
         on_event(Progress("predicting", len(images), len(queries)))
     if queries and all(image.predicted is None for image in images):
         fact = f"none of the {len(queries)} query images can be read: {images[0].problem}"
-        raise DataError(fact, hint="name images that Pillow can open")
+        raise DataError(fact, hint="use images that Pillow can open")
     if predictions.copies:
-        fact = "query images that are in the support set too, which flatters any accuracy"
+        fact = "query images that are also in the support set, which flatters the accuracy"
         on_event(Notice(f"{fact}: {predictions.copies}"))
     return predictions
 
 
 def _classify_chunk(model: ImageClassifier, queries: Sequence[Query], predictions: Predictions) -> None:
-    """Add the predictions of some queries, in their order; those that cannot be read say why."""
+    """Add the predictions for some queries, in order; unreadable images get a `problem`."""
     images, places, pixels = predictions.images, [], []
     support_digests = set(model.support.digests)
     for query in queries:
@@ -138,7 +145,7 @@ def _classify_chunk(model: ImageClassifier, queries: Sequence[Query], prediction
 
 
 def _draw(model: ImageClassifier, predictions: Predictions) -> tuple[str, ...]:
-    """The contact sheet in the run's folder plots/ -> the files."""
+    """Draw the contact sheet in the run's folder plots/ and return the files."""
     images, y_E = model.support.x_ECHW, model.support.y_E
     support = [(name, images[y_E == label]) for label, name in enumerate(model.support.classes)]
     readable = sum(image.predicted is not None for image in predictions.images)
@@ -148,7 +155,7 @@ def _draw(model: ImageClassifier, predictions: Predictions) -> tuple[str, ...]:
 
 
 def _write_csv(path: Path, images: Sequence[ClassifiedImage]) -> None:
-    """One line per file; what is not known is empty."""
+    """Write one line per file; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["file", "predicted", "probability", "label", "problem"])
@@ -156,5 +163,5 @@ def _write_csv(path: Path, images: Sequence[ClassifiedImage]) -> None:
         probability = "" if image.probability is None else f"{image.probability:.6f}"
         writer.writerow([image.file, image.predicted, probability, image.label, image.problem])
     with replacing(path) as file:
-        # A file's name may be no text; what its bytes were is kept.
+        # A file name may not be valid UTF-8; its bytes are kept.
         file.write(text.getvalue().encode(errors="surrogateescape"))

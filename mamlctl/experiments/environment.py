@@ -1,4 +1,4 @@
-"""The machine, the versions and the code that a run was started with."""
+"""The machine, the versions and the code with which a run is started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from mamlctl.settings.schema import TrainConfig
 
 
 def environment(config: TrainConfig, source: TaskSource, device: torch.device) -> dict[str, Any]:
-    """What a reader needs to run the same again: versions, machine, code, data, seeds."""
+    """What a reader needs to repeat a run: versions, machine, code, data and seeds.
+
+    Args:
+        config: the settings, with all derived values.
+        source: the data of the run.
+        device: the device of the run.
+    """
     return {
         "mamlctl": mamlctl.__version__,
         "git": _git_state(),
@@ -44,7 +50,7 @@ def environment(config: TrainConfig, source: TaskSource, device: torch.device) -
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and dirt of the checkout that this package runs from; None in an installed wheel."""
+    """The commit of this package's checkout and whether it has changes; None in an installed wheel."""
     root = Path(mamlctl.__file__).parent.parent
     if not (root / ".git").exists():
         return None

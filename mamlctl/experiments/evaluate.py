@@ -1,4 +1,4 @@
-"""`eval`: a trained run evaluated on a fixed list of tasks."""
+"""Evaluation of a trained run on a fixed list of tasks (`eval`)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ from mamlctl.settings.schema import EvalConfig
 def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:
     """Evaluate a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
 
-    Raises what `load_trained_model` does.
+    Args:
+        path: the run folder.
+        settings: the settings of the evaluation.
+        offline: never download.
+        on_event: receives progress and notices.
+
+    Raises:
+        SettingsError, DataError, MamlctlError: as `load_trained_model` does.
     """
     started = time.monotonic()
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
-    # All that decides the tasks and the evaluation on them; runs that agree here can be compared.
+    # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)
     protocol |= {"bn": model.bn, "dataset_digest": model.source.digest}
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     folder = model.run.path / EVALUATIONS / f"{settings.split}-{digest}"
-    # Before the work, so that a folder that cannot be written loses none.
+    # Created before the evaluation, so that no work is lost if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
     scores = _scores(model, settings, on_event)
     rows = _eval_rows(model, settings, scores)
@@ -51,7 +58,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "device": device_words(model.device),
         "seconds": seconds,
     }
-    # The summary last: where it is, the rest is complete.
+    # The summary is written last: if it exists, the evaluation is complete.
     _write_tasks(folder / TASKS, rows, scores)
     write_json(folder / SUMMARY, summary)
     return EvalResult(
@@ -66,7 +73,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
 
 
 def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
-    """Every task's scores, means over the orders of its labels."""
+    """The scores of every task, averaged over the orders of its labels."""
     orders = settings.label_permutations
     scores = evaluate(
         model.derivatives,
@@ -84,7 +91,7 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
 
 
 def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
-    """The best checkpoint's row, and the ensemble's if there was a validation."""
+    """A row for the best checkpoint, and one for the ensemble if there was a validation."""
     config, epochs = model.config, tuple(model.epochs)
     models: list[tuple[str, Model, NDArray[np.float64], tuple[int, ...]]]
     models = [("best" if epochs else "last", "best", scores.single[0], epochs[:1])]
@@ -115,7 +122,7 @@ def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> lis
 
 
 def _write_tasks(path: Path, rows: Sequence[EvalRow], scores: Scores) -> None:
-    """One line per task: its number and each row's score after the last inner step."""
+    """Write one line per task: its number and the score of each row after the last inner step."""
     columns = [scores.single[0][:, -1], scores.ensemble[:, -1]][: len(rows)]
     lines = [",".join(["task", *(row.model for row in rows)])]
     for task, values in enumerate(np.stack(columns, axis=1).tolist()):

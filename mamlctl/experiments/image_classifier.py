@@ -1,4 +1,4 @@
-"""A trained run adapted to the user's own classes: what predicts, and what can be saved of it."""
+"""A trained run adapted to the user's own classes, for predictions and for saving."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
-FORMAT = 1  # of the file that `save_adapted` writes
-PLAIN = 0.2  # a mean brightness that is further from the middle than this shows the colour of the paper
+FORMAT = 1  # of the file written by `save_adapted`
+PLAIN = 0.2  # mean brightness further than this from 0.5 shows whether the paper is white or black
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ class ImageClassifier:
     """A run's best checkpoint, adapted to the user's own classes."""
 
     run: RunFolder
-    config: TrainConfig  # complete, with what evaluation replaces
+    config: TrainConfig  # with all derived values, and those that the evaluation replaces
     name: str
     support: SupportImages
     read: Reader
     device: torch.device
     adapted: AdaptedModel
-    head: str  # what tells the classes apart
+    head: str  # how classes are predicted, for people
 
     @property
     def bn(self) -> BatchNormMode:
-        """What normalises the images; none without batch norm."""
+        """The batch-norm mode; "none" without batch norm."""
         return bn_mode(self.adapted.derivatives.net, self.config.bn)
 
     @property
     def inner_steps(self) -> int:
-        """Taken on the support set."""
+        """Inner steps on the support set."""
         return self.config.evaluation_inner_steps
 
     def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Of every class -> _MN. Raises DivergedError if they are not finite."""
+        """The probability of every class (_MN). Raises DivergedError if one is not finite."""
         scores_MN = self.adapted.scores(_network_input(self.config, x_MCHW, self.device))
         if not bool(scores_MN.isfinite().all()):
             hint = "use fewer --inner-steps, a lower --inner-lr, or another run"
@@ -77,30 +77,33 @@ class ImageClassifier:
 def adapt_classifier(
     path: Path, settings: EvalConfig, support_path: Path, *, to_save: bool, on_event: OnEvent
 ) -> ImageClassifier:
-    """Adapt a run's best checkpoint to class folders; the data that it was trained on are not needed.
+    """Adapt a run's best checkpoint to class folders; its training data are not needed.
 
     Args:
-        to_save: the adapted model is to be saved as layers.
+        path: the run folder.
+        settings: the settings of the evaluation.
+        support_path: a folder with one subfolder of images per class.
+        to_save: whether `save_adapted` will be called, which not every algorithm supports.
+        on_event: receives notices.
 
     Raises:
-        SettingsError: the run cannot do what the settings ask for.
-        DataError: images are missing or cannot be read.
+        SettingsError: the run does not support the settings.
+        DataError: images are missing or unreadable.
         MamlctlError: the run is damaged.
     """
     run = open_run(path)
     if is_curve_family(run.config.dataset):
-        fact = f"--support holds images, but the run learnt {run.config.dataset}, which has curves"
-        raise SettingsError([(fact, "name a run of images")])
+        fact = f"--support contains images, but the run was trained on {run.config.dataset}, which has curves"
+        raise SettingsError([(fact, "use a run that was trained on images")])
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
-        # Transductive is the custom of papers, but nobody expects of a classifier that its prediction for one
-        # image depends on the others.
+        # Papers report transductive accuracy, but the prediction for one image should not depend on others.
         settings = replace(settings, bn=Statistics.SUPPORT.value)
     config, device = evaluation_setup(run, settings, on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
         others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]
-        raise SettingsError([(fact, f"leave it out, or use a run of {' or '.join(others)}")])
+        raise SettingsError([(fact, f"leave it out, or use a run with --algo {' or '.join(others)}")])
     files, epochs = checkpoint_files(run, on_event)
     learnt = load_state(run, files[0], settings, shape, device)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
@@ -133,30 +136,31 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
     for problem in support.unreadable:
         on_event(Notice(f"left out: {problem}"))
     if copies := len(support.digests) - len(set(support.digests)):
-        on_event(Notice(f"support files that are copies of another, and count again: {copies}"))
-    # Runs that do not record it were trained on dark ink on white paper.
+        on_event(Notice(f"support files that are copies of another and count as well: {copies}"))
+    # Runs without a recorded brightness were trained on dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
     brightness = float(support.x_ECHW.mean() / 255)
     if abs(trained - 0.5) > PLAIN and (brightness - 0.5) * (trained - 0.5) < 0:
-        paper = "dark on white" if trained > 0.5 else "bright on black"
-        fact = f"mean brightness {brightness:.2f}, where {run.config.dataset} has {trained:.2f}"
-        on_event(Notice(f"support images have {fact}: the run knows images {paper}, so invert yours"))
+        trained_on = "dark on white" if trained > 0.5 else "bright on black"
+        fact = f"mean brightness {brightness:.2f}, but {run.config.dataset} has {trained:.2f}"
+        hint = f"the run was trained on images {trained_on}, so invert yours"
+        on_event(Notice(f"support images have {fact}: {hint}"))
 
 
 def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
-    """What tells `ways` classes apart. Raises SettingsError if the run's head cannot be resized to them."""
+    """How `ways` classes are predicted. Raises SettingsError if the run's head cannot be resized to them."""
     match ALGORITHMS[config.algo].classifier:
         case "prototypes":
             return "prototypes: the mean features of each class"
         case "neighbours":
-            return "nearest support image in the features"
+            return "the nearest support image by features"
         case "zeros":
             return "a new head of zeros"
     if ways == config.ways:
         return "the learnt head"
     adapted = not learnt.rates.keys().isdisjoint(HEAD)
     if ways > config.ways and not adapted:
-        fact = f"there are {ways} classes, but the run learnt a head for {config.ways}, which is not adapted"
+        fact = f"there are {ways} classes, but the run has a head for {config.ways}, which is not adapted"
         raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
     rows = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
     return f"the learnt head of {config.ways} classes, {rows}"
@@ -174,7 +178,7 @@ def _episode(config: TrainConfig, support: SupportImages, device: torch.device) 
 
 
 def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
-    """Images as the network sees them."""
+    """Images as the network's input."""
     values = PixelValues(
         ink=int(config.ink or 0),
         normalize=config.normalize or "none",
@@ -186,7 +190,7 @@ def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch
 
 
 def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
-    """Write weights that torch's own layers load, and whatever else predicting without mamlctl needs."""
+    """Write the weights for torch's own layers, and everything else that predictions without mamlctl need."""
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
     config, read = model.config, model.read
@@ -198,9 +202,10 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
         "channels": read.channels,
         "side": read.side,
         "resize": read.resize,
-        "ink": config.ink,  # a pixel is value / 255, and with ink 1 one minus that,
-        "mean": list(IMAGENET_MEAN) if colours else [0.0],  # less the mean,
-        "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],  # over the deviation
+        # input = (x - mean) / deviation, where x is value / 255, or 1 - value / 255 if ink is 1
+        "ink": config.ink,
+        "mean": list(IMAGENET_MEAN) if colours else [0.0],
+        "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],
         "settings": {name: getattr(config, name) for name in names},
         "weights": plain_weights(model.adapted),
     }

@@ -1,4 +1,4 @@
-"""Ways to ask a run to stop: Ctrl-C, SIGTERM, a time limit."""
+"""Requests to stop a run: Ctrl-C, SIGTERM or a time limit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def parse_duration(text: str) -> float:
 
 
 class StopRequests:
-    """While entered, turns the first SIGINT or SIGTERM into a request; a second SIGINT leaves at once."""
+    """Turns the first SIGINT or SIGTERM in its block into a request; another SIGINT exits at once."""
 
     def __init__(self, on_event: OnEvent, *, time_limit_s: float | None) -> None:
-        """The limit counts from now on."""
+        """Start the clock; `time_limit_s` is None without a limit."""
         self.started = time.monotonic()
         self._on_event = on_event
         self._deadline = None if time_limit_s is None else self.started + time_limit_s
@@ -37,10 +37,10 @@ class StopRequests:
         self._previous: dict[signal.Signals, object] = {}
 
     def reason(self) -> StopReason:
-        """Why to stop, or ""."""
+        """The reason to stop, or ""."""
         if self._signal and not self._announced:
             self._announced = True
-            self._on_event(Notice(f"{self._signal}: saving; Ctrl-C leaves at once, unsaved"))
+            self._on_event(Notice(f"{self._signal}: saving; Ctrl-C exits at once without saving"))
         if self._signal:
             return self._signal
         return "time limit" if self._deadline is not None and time.monotonic() >= self._deadline else ""
@@ -58,5 +58,5 @@ class StopRequests:
         if self._signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = self._signal or ("SIGINT" if number == signal.SIGINT else "SIGTERM")
-        text = "stopping after this meta-step; Ctrl-C leaves at once, unsaved"
+        text = "stopping after this meta-step; Ctrl-C exits at once without saving"
         self._on_event(Notice(f"{self._signal}: {text}"))

@@ -1,4 +1,4 @@
-"""The pictures of a run: curves or images before and after adaptation, training, learnt rates."""
+"""The figures of a run: its training, its learnt rates, and curves or images before and after adaptation."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mamlctl.report.figures.style import save
 from mamlctl.run_folder import open_run, rows_of
 from mamlctl.settings.schema import EvalConfig
 
-TASKS = 3  # of each kind in a picture
+TASKS = 3  # per figure
 POINTS = 200  # of a drawn curve
-STEPS = (0, 1, 5, 10)  # inner steps whose curves are drawn, as in MAML's own picture
+STEPS = (0, 1, 5, 10)  # inner steps after which curves are drawn, as in the figure of the MAML paper
 
-# What a pre-trained start shares with the run that it stands beside.
+# Settings that a pre-trained start has in common with the run that it is compared with.
 SHARED: tuple[str, ...] = ("dataset", "shots", "queries", "net", "hidden", "activation", "inner_lr")
 SHARED += ("meta_batch_size", "epochs", "steps_per_epoch", "val_tasks", "precision")
 SHARED += ("seed", "init_seed", "train_seed", "eval_seed")
@@ -40,14 +40,18 @@ SHARED += ("seed", "init_seed", "train_seed", "eval_seed")
 def draw(
     path: Path, settings: EvalConfig, beside: Sequence[Path], *, offline: bool, on_event: OnEvent
 ) -> list[Path]:
-    """Write the pictures of a run into its folder plots/, each as PNG and SVG -> the files.
+    """Write the figures of a run into its folder plots/, each as PNG and SVG, and return the files.
 
     Args:
-        beside: runs whose curves are drawn beside this one's; without any, a start is pre-trained on all
-            curves for as many meta-steps, and kept in plots/.
+        path: the run folder.
+        settings: the settings of the evaluation, which define the tasks.
+        beside: other runs whose curves are drawn; if empty, a run for comparison is pre-trained on all curves
+            for the same number of meta-steps and kept in plots/.
+        offline: never download.
+        on_event: receives progress and notices.
 
     Raises:
-        MamlctlError: what `load_trained_model` and `train` raise.
+        MamlctlError: as `load_trained_model` and `train` do.
         SystemExit: that pre-training was stopped.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
@@ -60,11 +64,11 @@ def draw(
         dataset = model.config.dataset
         for other in opened:
             if other.source.digest != model.source.digest:
-                fact = f"{other.run.path} has curves of {other.config.dataset}, this run {dataset}"
-                raise SettingsError([(fact, "name runs of the same data set")])
+                fact = f"{other.run.path} has curves of {other.config.dataset}, but this run of {dataset}"
+                raise SettingsError([(fact, "use runs of the same data set")])
         figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
     elif beside:
-        raise SettingsError([("--beside is for curves, and this run has images", "leave it out")])
+        raise SettingsError([("--beside is for curves, but this run has images", "leave it out")])
     else:
         figures = {"tasks": run_figures.tasks(_task_pictures(model), name)}
     metrics = model.run.metrics()
@@ -79,10 +83,10 @@ def draw(
 
 
 def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
-    """A pre-trained run with as many meta-steps, made once; one that was stopped is resumed."""
+    """Pre-train a run with the same number of meta-steps, unless it exists; resume it if it was stopped."""
     if path.is_dir() and open_run(path).state().status == "finished":
         return path
-    on_event(Notice(f"pre-training on all curves at once, for the picture: {path}"))
+    on_event(Notice(f"pre-training on all curves at once, for the figure: {path}"))
     if path.is_dir():
         result = resume(path, {}, offline=offline, time_limit_s=None, command="", on_event=on_event)
     else:
@@ -108,7 +112,7 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
 
 
 def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
-    """A row per task of the first run: each start, and a random one, before and after adaptation."""
+    """A row per task of the first run, with a panel for each start and for a random one."""
     first = models[0]
     stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
     assert isinstance(stream, CurveStream)
@@ -121,8 +125,8 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
 
 
 def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> run_figures.Panel:
-    """The curve of one task, and what a start makes of it."""
-    # Mini-batches are the run's own, long enough for the picture; the tasks are the same for all.
+    """The curve of one task, and those that a start predicts before and after adaptation."""
+    # The tasks are the same for all runs. Mini-batches are the run's own, enough for all steps of the figure.
     batches = model.stream
     tasks = MiniBatches(stream, max(STEPS), batches.size) if isinstance(batches, MiniBatches) else stream
     episodes = tasks.episodes(task, 1)
@@ -159,11 +163,11 @@ def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:
     episodes = model.stream.episodes(0, TASKS)
     predicted_TE = _outputs(model, episodes, model.inner_steps)[-1].argmax(-1).cpu()
     config = model.config
-    # One query of every class after the other, so that the first ones are of all classes.
+    # One query of each class in turn, so that the first queries cover all classes.
     order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()
 
     def shown(x: torch.Tensor) -> NDArray[np.float64]:
-        # Ink is dark on paper, whatever its value in the network.
+        # Ink is drawn dark, whatever its value in the network's input.
         return (1 - x if config.ink == 1 and x.shape[-3] == 1 else x).double().cpu().numpy()
 
     return [

@@ -1,4 +1,4 @@
-"""Settings with all that the data set and the algorithm imply and refuse."""
+"""Training settings, completed and checked by the rules of the data set and the algorithm."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from mamlctl.settings.schema import TrainConfig
 def resolve_settings(
     layers: Sequence[Layer], *, check_devices: bool = False, checked: bool = True
 ) -> Resolved[TrainConfig]:
-    """Settings with all that the data set and the algorithm imply and refuse.
+    """Merge layers of settings with the defaults of the data set and the algorithm, and check them.
 
     Args:
-        layers: Where settings come from and what they are, weakest first.
-        check_devices: They are to run on this machine, so that its devices count too.
-        checked: Without it, settings may break rules that a further layer would repair.
+        layers: the sources of settings and their values, weakest first.
+        check_devices: whether the settings must run on this machine.
+        checked: False accepts settings that break rules between settings, which another layer may repair.
 
     Raises:
-        SettingsError: With every problem: unknown names, wrong types, limits, rules between settings.
+        SettingsError: all problems: unknown names, wrong types, limits, rules between settings.
     """
-    # What the layers name decides whose defaults lie beneath them.
+    # The layers choose the data set and the algorithm, whose defaults then go below them.
     named, _ = merge(TrainConfig, layers)
     dataset, algo = named.config.dataset, named.config.algo
     if named.sources["algo"] == "default":
         algo = data_set_defaults(dataset).get("algo", algo)
     resolved, problems = merge(TrainConfig, with_defaults(layers, dataset, algo))
 
-    # What presets and files say gives way to what the algorithm and the data set fix; flags are kept.
+    # Values that the algorithm or the data set fixes override presets and files; flags are kept and checked.
     forced = algorithm_forced(resolved.config) | data_set_forced(resolved.config)
     resolved = drop_ineffective(resolved, forced)
 
@@ -60,20 +60,25 @@ def resolve_settings(
         problems += device_problems(config.device, config.precision, config.cuda_graph)
     if problems:
         raise SettingsError(problems)
-    # A run must find its folder from wherever it is resumed.
+    # Absolute, so that the run finds its data from wherever it is resumed.
     return replace(resolved, config=replace(config, dataset=absolute_data_set(config.dataset)))
 
 
 def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Layer]:
-    """The layers with what the data set and the algorithm imply.
+    """The layers with the defaults of the data set and the algorithm.
 
-    The algorithm's lies below the layer that names it, and so over a preset or file of another algorithm; of
-    that one, what the other algorithm implied is left out.
+    The algorithm's defaults go directly below the layer that names the algorithm, so they override a preset
+    or a file for another algorithm, which also loses the settings that define that other algorithm.
+
+    Args:
+        layers: the sources of settings and their values, weakest first.
+        dataset: the data set that the layers choose.
+        algo: the algorithm that they choose.
     """
-    layers = [(source, _without(values, OF_ITS_IMAGES, "dataset", dataset)) for source, values in layers]
+    layers = [(source, _drop_foreign(values, OF_ITS_IMAGES, "dataset", dataset)) for source, values in layers]
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     weaker = [
-        (source, _without(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
+        (source, _drop_foreign(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
         for source, values in layers[:naming]
     ]
     of_data_set = (f"data set {dataset}", data_set_defaults(dataset))
@@ -81,18 +86,23 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
-def _without(values: Mapping[str, Any], names: Collection[str], owner: str, current: str) -> dict[str, Any]:
-    """A layer's values without those that belong to the `owner` that it names, if that is not the current."""
+def _drop_foreign(
+    values: Mapping[str, Any], names: Collection[str], owner: str, current: str
+) -> dict[str, Any]:
+    """Drop the settings `names` from a layer that was written for another data set or algorithm.
+
+    `owner` is the setting "dataset" or "algo", and `current` its value in the merged settings.
+    """
     foreign = names if values.get(owner, current) != current else ()
     return {name: value for name, value in values.items() if name not in foreign}
 
 
 def fill_defaults(config: TrainConfig) -> TrainConfig:
-    """The settings with nothing left open. Raises SettingsError for a choice that the data set lacks."""
+    """Fill in every setting that is None. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
     if is_curve_family(config.dataset):
-        # One output instead of ways; the choices are not read.
+        # Curves have one output instead of ways, and none of these choices.
         choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         return fill_schedules(replace(config, ways=1), choices)
     defaults = find_data_set(config.dataset).defaults

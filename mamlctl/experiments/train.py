@@ -1,4 +1,4 @@
-"""`train`: a new run, or one that is resumed."""
+"""Training of a new run, or of one that is resumed (`train`)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from mamlctl.settings.schema import TrainConfig
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a training needs besides its run folder."""
+    """What training needs besides its run folder."""
 
-    config: TrainConfig  # complete
+    config: TrainConfig  # with all derived values
     device: torch.device
     streams: Mapping[str, Tasks]
     source: TaskSource
@@ -49,15 +49,19 @@ def train(
     command: str,
     on_event: OnEvent,
 ) -> TrainResult:
-    """Train from the beginning into a new run folder.
+    """Train a new run.
 
     Args:
+        config: the settings, before `fill_defaults`.
         out: the run folder; None for a new one under runs/.
+        offline: never download.
+        time_limit_s: seconds until the run saves and stops; None for no limit.
         command: the command line, for command.txt.
+        on_event: receives progress, reports and notices.
 
     Raises:
-        SettingsError, DataError, MamlctlError: before the folder is made.
-        DivergedError: after that.
+        SettingsError, DataError, MamlctlError: before the run folder is created.
+        DivergedError: a loss or a gradient is not finite.
     """
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
@@ -78,15 +82,20 @@ def resume(
     command: str,
     on_event: OnEvent,
 ) -> TrainResult:
-    """Continue a run from its last checkpoint, to the same result as without the interruption.
+    """Resume a run from its last checkpoint, with the same result as without the interruption.
 
     Args:
-        overrides: values of settings in run_folder.RESUME_OVERRIDES that replace the run's own.
+        path: the run folder.
+        overrides: new values of settings in run_folder.RESUME_OVERRIDES.
+        offline: never download.
+        time_limit_s: seconds until the run saves and stops; None for no limit.
+        command: the command line, for command.txt.
+        on_event: receives progress, reports and notices.
 
     Raises:
         SettingsError, DivergedError: as `train` does.
-        MamlctlError: the run is damaged, or another process writes to it.
-        DataError: the data are no longer those that the run began with.
+        MamlctlError: the run is damaged, or another process is writing to it.
+        DataError: the data differ from those with which the run started.
     """
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     run = open_run(path)
@@ -97,11 +106,11 @@ def resume(
         trained_on = run.environment().get("dataset_digest", source.digest)
         if trained_on != source.digest:
             now = f"{run.config.dataset} has digest {source.digest:.12}"
-            fact = f"{now}, but the run began with {trained_on:.12}"
-            raise DataError(fact, hint="resume with the --data-root, and the Pillow, that it began with")
+            fact = f"{now}, but the run started with {trained_on:.12}"
+            raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")
-        if not run.environment():  # the run was stopped before it was written
+        if not run.environment():  # the run was killed before it wrote these files
             write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))
             if source.names:
                 write_json(run.path / CLASSES, source.names)
@@ -111,7 +120,10 @@ def resume(
 def _prepare(
     config: TrainConfig, cuda_graph: bool | None, offline: bool, stop: StopRequests, on_event: OnEvent
 ) -> _Prepared:
-    """`cuda_graph`: what this call asks for; a run that had graphs may resume where there are none."""
+    """Open the device and the data.
+
+    `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
+    """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
         raise SettingsError(problems)
@@ -139,10 +151,10 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         elif resume:
             trainer.resume()
             if trainer.position.validated == config.epochs:
-                on_event(Notice(f"{run.path} is finished already"))
+                on_event(Notice(f"{run.path} is already finished"))
         on_event(_run_started(run, trainer))
         run.set_state(RunState("running", trainer.position.step))
-        end = RunState("failed", reason="a bug or the machine: see the error")
+        end = RunState("failed", reason="unexpected error; see the output")
         try:
             reason = trainer.train()
             end = RunState("interrupted" if reason else "finished", reason=reason)
@@ -151,7 +163,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             end = RunState("diverged", reason=error.cause, diverged_at=step)
             raise
         except KeyboardInterrupt:
-            end = RunState("interrupted", reason="left at once")
+            end = RunState("interrupted", reason="exited without saving")
             raise
         finally:
             run.set_state(replace(end, step=trainer.position.step))

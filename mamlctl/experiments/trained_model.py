@@ -1,4 +1,4 @@
-"""A trained run made ready to predict: its checkpoints, its data, and how its algorithm adapts."""
+"""A trained run ready for predictions: its checkpoints, its data, and how its algorithm adapts."""
 
 from __future__ import annotations
 
@@ -35,37 +35,43 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run with all that evaluating it takes."""
+    """A run with everything that its evaluation needs."""
 
     run: RunFolder
-    config: TrainConfig  # complete, with what evaluation replaces
+    config: TrainConfig  # with all derived values, and those that the evaluation replaces
     source: TaskSource
     stream: Tasks
     device: torch.device
     derivatives: Derivatives
     predict: Predict
     states: Sequence[MetaState]  # best first
-    epochs: Sequence[int]  # of the states; empty before any validation
-    notes: tuple[str, ...] = ()  # what a reader of the results must know
+    epochs: Sequence[int]  # of the states; empty before the first validation
+    notes: tuple[str, ...] = ()  # caveats about the results
 
     @property
     def inner_steps(self) -> int:
-        """Taken on every support set."""
+        """Inner steps on every support set."""
         return self.config.evaluation_inner_steps
 
     @property
     def statistics(self) -> Statistics:
-        """What normalises a query set."""
+        """The statistics that normalise a query set."""
         return Statistics(self.config.bn)
 
     @property
     def bn(self) -> BatchNormMode:
-        """The same in words; none without batch norm."""
+        """The batch-norm mode; "none" without batch norm."""
         return bn_mode(self.derivatives.net, self.config.bn)
 
 
 def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> TrainedModel:
     """Open a run for an evaluation.
+
+    Args:
+        path: the run folder.
+        settings: the settings of the evaluation.
+        offline: never download.
+        on_event: receives progress and notices.
 
     Raises:
         SettingsError: the run cannot be evaluated with these settings.
@@ -86,9 +92,9 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     )
     stream = streams[settings.split]
     trained_on = run.environment().get("dataset_digest", source.digest)
-    notes = _notes(fill_defaults(run.config), config) + _notes_of_tasks(stream, settings)
+    notes = _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
     if settings.dataset is None and source.digest != trained_on:
-        notes += ("these data are not those of the training: images or classes have changed",)
+        notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]
     net, _ = build(config, source.example_shape, torch.device("meta"))
@@ -106,8 +112,8 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     )
 
 
-def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
-    """What was done to the images of another data set for the run's network."""
+def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
+    """How the images of another data set are converted for the run's network."""
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
@@ -116,25 +122,34 @@ def _notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, ...]:
     data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW
     if data_set.open_shaped is not None or side != config.image_size:
-        note += f", its images brought to {config.image_size}x{config.image_size} pixels"
+        note += f", with images resized to {config.image_size}x{config.image_size} pixels"
     if data_set.open_shaped is None and channels < (config.channels or channels):
-        note += ", grey repeated in three colours"
+        note += ", with grey copied to three colours"
     return (note,)
 
 
-def _notes_of_tasks(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
-    """How often images are used and labels reordered, if the settings ask for either."""
+def _task_notes(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
+    """Notes about disjoint tasks and reordered labels, if the settings ask for them."""
     tasks = stream.stream if isinstance(stream, MiniBatches) else stream
     notes = [tasks.words(settings.tasks)] if isinstance(tasks, DisjointTasks) else []
     if (orders := settings.label_permutations) > 1:
-        notes.append(f"each task judged under {orders} orders of its labels, and averaged")
+        notes.append(f"the score of each task is its mean over {orders} orders of its labels")
     return tuple(notes)
 
 
 def evaluation_setup(
     run: RunFolder, settings: EvalConfig, on_event: OnEvent
 ) -> tuple[TrainConfig, torch.device]:
-    """The run's settings (complete) with what evaluation replaces, and the device. Raises SettingsError."""
+    """Complete the run's settings for an evaluation, and open the device.
+
+    Args:
+        run: the run.
+        settings: the settings of the evaluation, some of which replace the run's.
+        on_event: receives notices.
+
+    Raises:
+        SettingsError: the run does not support the settings, or the machine does not have the device.
+    """
     trained = fill_defaults(run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
     problems += evaluation_problems(trained, settings) + _problems_of_other_data(trained, settings)
@@ -143,14 +158,26 @@ def evaluation_setup(
     config = fill_defaults(evaluation_config(trained, settings))
     device = open_device(config.device, config.precision)
     if config.precision == "tf32" and device.type == "cpu":
-        on_event(Notice("trained in tf32, which a CPU does not have: judged in float32"))
+        on_event(Notice("the run was trained in tf32, which CPUs do not have: evaluating in float32"))
     return config, device
 
 
 def load_state(
     run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
 ) -> MetaState:
-    """A checkpoint, with the inner rates that the settings leave or replace. Raises MamlctlError."""
+    """Load a checkpoint, with the inner learning rates of the settings if they replace the run's.
+
+    Args:
+        run: the run.
+        file: the checkpoint.
+        settings: the settings of the evaluation.
+        example_shape: C, H, W of an image, or the size of a point.
+        device: where the tensors go.
+
+    Raises:
+        MamlctlError: the checkpoint is missing, damaged or from another run.
+        SettingsError: the run has no inner learning rates for the layers that the settings adapt.
+    """
     stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
     bias = stored.get("linear.bias")
     classes = None if bias is None else len(bias)
@@ -160,12 +187,12 @@ def load_state(
 
 
 def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
-    """The run's settings, with those that only evaluation reads replaced."""
+    """The run's settings, with the values that the evaluation replaces."""
     config = settings.over(trained)
     if settings.dataset is None:
         return config
-    # What belongs to a data set is the other one's; what the network takes stays. The user's own images and
-    # curves do not say which value ink should have: it stays the run's.
+    # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
+    # the user's own images do not define the value of ink, so it stays the run's.
     keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
         config,
@@ -179,16 +206,16 @@ def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig
 
 
 def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
-    """Why a run cannot be evaluated on another data set: (fact, way out) pairs."""
+    """Why the run cannot be evaluated on the other data set, as (fact, hint) pairs."""
     if settings.dataset is None:
         return []
     if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
         kinds = ("curves", "images") if is_curve_family(settings.dataset) else ("images", "curves")
         fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
-        return [(fact, "test it on data of its own kind")]
+        return [(fact, f"test it on {kinds[1]}")]
     if is_curve_family(settings.dataset):
         return []
-    data_set = find_data_set(settings.dataset)  # raises SettingsError for an unknown one
+    data_set = find_data_set(settings.dataset)
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
         fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
         return [(fact, "train with --channels 3, or test on grey images")]
@@ -196,7 +223,7 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
 
 
 def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
-    """What of the settings the run's algorithm or data set has no use for."""
+    """Settings that the run's algorithm or data set does not support, as (fact, hint) pairs."""
     entry, problems = ALGORITHMS[trained.algo], list[Problem]()
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
@@ -206,7 +233,7 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         if setting in entry.forced
     }
     if is_curve_family(trained.dataset):
-        unused["bn"] = f"{trained.dataset}, which is learnt without batch norm"
+        unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
         if settings.disjoint:
             problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
         if settings.label_permutations != 1:
@@ -215,7 +242,7 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if entry.learns_rates(trained):
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:
-        fact = f"--adapts {settings.adapts} does nothing with --algo {trained.algo}"
+        fact = f"--adapts {settings.adapts} has no effect with --algo {trained.algo}"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     for name, why in unused.items():
         if getattr(settings, name, None) is not None:
@@ -224,12 +251,12 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
 
 
 def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
-    """The state with the inner rates that the settings leave or replace. Raises SettingsError."""
+    """Replace the inner learning rates that the settings name. Raises SettingsError if there are none."""
     rates = state.rates
     if settings.adapts is not None:
         names = adapted_names(state.slow, settings.adapts)
         if state.rates_learnt and not set(names) <= rates.keys():
-            fact = f"--adapts is {settings.adapts}, but the run learnt no rates for that"
+            fact = f"--adapts is {settings.adapts}, but the run learnt no rates for those layers"
             raise SettingsError([(fact, "leave it out")])
         rate = next(iter(rates.values()))
         rates = {name: rates.get(name, rate) for name in names}
@@ -239,14 +266,14 @@ def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
 
 
 def checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
-    """The best checkpoints, best first, and their epochs; before any validation, the last one."""
+    """The best checkpoints, best first, and their epochs; the last one if there was no validation yet."""
     last = run.checkpoints / "last.pt"
     content = checkpoints.load(last, owner=run.owner)
     if "position" not in content:
-        raise checkpoints.damaged(last, "does not tell which epochs were best")
+        raise checkpoints.damaged(last, "does not record which epochs were best")
     top = content["position"]["top"]
     if not top:
-        on_event(Notice(f"{run.path} has not been validated yet: its last checkpoint is judged"))
+        on_event(Notice(f"{run.path} has not been validated yet: using its last checkpoint"))
         return [last], []
     epochs = [int(entry[0]) for entry in top]
     return [epoch_file(run, epoch) for epoch in epochs], epochs

@@ -293,7 +293,7 @@ BAD = [
     ("ablate --dataset glyphs --address auto", 2, "--address has no effect", "--executor ray"),
     ("ablate --dataset glyphs --split tset", 2, "--split is 'tset'", "did you mean 'test'"),
     ("ablate --dataset glyphs --cg-steps 3", 2, "--cg-steps has no effect in any row", "leave it out"),
-    ("ablate --resume nowhere", 1, "nowhere has no plan.yaml", "mamlctl ablate"),
+    ("ablate --resume nowhere", 1, "nowhere has no readable plan.yaml", "mamlctl ablate"),
     ("ablate --resume nowhere --ways 5", 2, "--ways has no effect with --resume", "leave it out"),
 ]
 
@@ -344,7 +344,7 @@ def test_resuming_a_finished_run_only_prints_that_it_is_finished(cli, trained):
     before = (trained / "metrics.jsonl").read_text()
     code, _, err = cli("train", "--resume", trained, "--ways", "3")
     assert code == 0
-    assert "finished already" in err
+    assert "already finished" in err
     assert (trained / "metrics.jsonl").read_text() == before
 
 
@@ -414,14 +414,14 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path, glyphs_root):
     before = (run / "checkpoints" / "last.pt").read_bytes()
     process.send_signal(signal.SIGINT)
     # Python merges two signals that arrive during the same torch operation.
-    while "Ctrl-C leaves at once" not in run.with_suffix(".err").read_text():
+    while "Ctrl-C exits at once" not in run.with_suffix(".err").read_text():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     process.wait()
     assert process.returncode == 130
     status = json.loads((run / "status.json").read_text())
-    assert (status["status"], status["reason"]) == ("interrupted", "left at once")
+    assert (status["status"], status["reason"]) == ("interrupted", "exited without saving")
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
 
 
@@ -464,7 +464,7 @@ def test_changed_data_are_refused_by_resume_and_reported_by_eval(cli, trained, t
     save_pack(tmp_path / "glyphs" / next(glyphs_root.glob("glyphs/*.npy")).name, reversed_)
     code, _, err = cli("train", "--resume", trained, data_root=tmp_path)
     assert code == 3
-    assert_two_lines(err, "but the run began with", "--data-root")
+    assert_two_lines(err, "but the run started with", "--data-root")
     code, _, err = cli("eval", trained, "--tasks", "4", data_root=tmp_path)
     assert code == 0
     assert "not those of the training" in err

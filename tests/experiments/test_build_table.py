@@ -57,7 +57,7 @@ def test_an_improvement_that_the_test_does_not_read_is_named(monkeypatch):
     others = [replace(config, bnrs=True), replace(config, ca=True)]
     runs = [equal_runs(label, each) for label, each in zip("abc", (config, *others), strict=True)]
     equal = "equal on every task: a, b, c"
-    note = "{} keeps statistics that only --bn {} reads, so alone it changes nothing here"
+    note = "{} keeps statistics that only --bn {} uses, so alone it has no effect here"
     assert _equal_rows(runs) == [equal, note.format("bnrs", "running")]
     monkeypatch.setitem(IMPROVEMENTS, "bnrs", replace(IMPROVEMENTS["bnrs"], read_by_bn=None))
     monkeypatch.setitem(IMPROVEMENTS, "ca", replace(IMPROVEMENTS["ca"], read_by_bn="support"))

@@ -135,7 +135,7 @@ def test_every_algorithm_takes_other_ways_and_unequal_classes(algo, trained, pac
     assert np.allclose(table(result).sum(1), 1)
     more, query = folders(tmp_path / "more", packed, [2, 1, 2, 3, 1])
     if algo == "boil":
-        with pytest.raises(SettingsError, match="5 classes, but the run learnt a head for 3, which is not"):
+        with pytest.raises(SettingsError, match="5 classes, but the run has a head for 3, which is not"):
             classify(trained(algo), more, query)
     else:
         assert table(classify(trained(algo), more, query)).shape == (10, 5)
@@ -289,7 +289,7 @@ def test_the_paper_of_the_other_colour_is_told(trained, packed, tmp_path):
         Image.fromarray(255 - np.array(Image.open(file))).save(file)
     classify(trained("maml"), support, query, on_event=events.append)
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
-    assert "where glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
+    assert "but glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
 
 
 def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_path):
@@ -303,9 +303,9 @@ def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_
     result = classify(trained("maml"), support, query, query / "learned.png", on_event=events.append)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert any("left out: cannot read image" in text for text in notices)
-    assert "support files that are copies of another, and count again: 1" in notices
-    assert "query files named twice, which count once: 1" in notices
-    assert "query images that are in the support set too, which flatters any accuracy: 1" in notices
+    assert "support files that are copies of another and count as well: 1" in notices
+    assert "query files that are given twice and count once: 1" in notices
+    assert "query images that are also in the support set, which flatters the accuracy: 1" in notices
     assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)
     # The order is that of the names, a folder's own files before those of its classes.
     assert [Path(image.file).name for image in result.images][:2] == ["learned.png", "x00.png"]
@@ -479,7 +479,7 @@ def test_runs_of_curves_and_absent_folders_are_refused(cli, trained, packed, tmp
     where = {"out": tmp_path / "run", "offline": True, "time_limit_s": None}
     train(config, **where, command="test", on_event=silent)
     code, _, err = cli("eval", tmp_path / "run", "--support", support, "--query", query)
-    assert_two_lines(err, "but the run learnt line, which has curves", "name a run of images")
+    assert_two_lines(err, "the run was trained on line, which has curves", "a run that was trained on images")
     assert code == 2
 
 

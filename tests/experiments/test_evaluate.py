@@ -152,7 +152,7 @@ def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
     assert summary["protocol"]["disjoint"] is True and summary["protocol"]["label_permutations"] == 2
     once, orders = result.notes
     assert once.endswith(f"tasks without reusing an image; {TASKS} requested")
-    assert orders == "each task judged under 2 orders of its labels, and averaged"
+    assert orders == "the score of each task is its mean over 2 orders of its labels"
     assert summary["notes"] == [once, orders]
 
 

@@ -75,7 +75,7 @@ def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
     assert x.mean() < 0.4  # ink is 1 as in training, and there is less ink than paper
     found = evaluate_run(grey, settings, offline=True, on_event=ignore)
     assert found.dataset == str(mine)
-    note = f"trained on glyphs, tested on {mine}, its images brought to 28x28 pixels"
+    note = f"trained on glyphs, tested on {mine}, with images resized to 28x28 pixels"
     assert found.notes == (note,)
     (summary,) = (grey / "eval").glob("train-*/summary.json")
     assert json.loads(summary.read_text())["notes"] == [note]
@@ -85,8 +85,8 @@ def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
     model = load_trained_model(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
     x = model.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 3, 20, 20) and (x[:, :, 0] == x[:, :, 1]).all()
-    brought = "its images brought to 20x20 pixels, grey repeated in three colours"
-    assert model.notes[0].endswith(f"tested on glyphs, {brought}")
+    converted = "with images resized to 20x20 pixels, with grey copied to three colours"
+    assert model.notes[0].endswith(f"tested on glyphs, {converted}")
     assert model.config.split_scheme == "own"
 
 

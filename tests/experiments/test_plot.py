@@ -145,5 +145,5 @@ def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
 
 def test_runs_of_other_data_are_not_drawn_beside(curves, tmp_path):
     other = trained(tmp_path / "line", dataset="line", shots=5, steps_per_epoch=2)
-    with pytest.raises(SettingsError, match="has curves of line, this run sinusoid"):
+    with pytest.raises(SettingsError, match="has curves of line, but this run of sinusoid"):
         draw(curves, EvalConfig(), [other], offline=True, on_event=silent)

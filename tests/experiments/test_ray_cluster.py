@@ -224,7 +224,7 @@ def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
         open_cluster(nodes[0].address, slots=None, cpus=1, gpus=8, slice_s=1, on_event=events.append),
     ):
         pass
-    assert "ask for less" in error.value.hint
+    assert "lower --cell-cpus or --cell-gpus" in error.value.hint
 
 
 @pytest.mark.cluster

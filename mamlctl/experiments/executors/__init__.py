@@ -1,1 +1,1 @@
-"""Where the cells of a grid run."""
+"""Executors, which run the cells of a grid."""

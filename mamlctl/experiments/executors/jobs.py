@@ -1,4 +1,4 @@
-"""A cell of a grid as work for an executor: the commands that bring its run folder to its end."""
+"""Jobs for executors: the commands that train and test one cell of a grid."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from typing import BinaryIO, Protocol
 from mamlctl.core.errors import ExitCode
 from mamlctl.run_folder import CONFIG, run_state
 
-Arguments = tuple[str, ...]  # of `mamlctl`
+Arguments = tuple[str, ...]  # of the command line after `mamlctl`
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run folder to be trained to its end, unless it is there already, and then tested."""
+    """A run folder to train, unless its training has ended, and then to test."""
 
     name: str
     folder: Path  # absolute
-    train: Arguments  # of `mamlctl train` but for --out
-    evaluate: Arguments  # of `mamlctl eval` after the folder; empty: tested already
-    overrides: Arguments = ()  # of `mamlctl train --resume`: settings that the run resumes with
+    train: Arguments  # of `mamlctl train` without --out
+    evaluate: Arguments  # of `mamlctl eval` after the folder; empty if no test is needed
+    overrides: Arguments = ()  # of `mamlctl train --resume` after the folder
 
     def train_command(self, folder: Path, time_limit: str | None = None) -> Arguments | None:
-        """The command that trains on from what `folder` holds; None when it is trained to its end.
+        """The command that starts or resumes training; None if training has ended.
 
         Args:
             folder: where the job's run folder is now.
-            time_limit: how long to train; afterwards there may be another command.
+            time_limit: as `mamlctl train --time-limit` takes it; None for no limit.
         """
         if run_state(folder).ended:
             return None
@@ -42,7 +42,7 @@ class Job:
         return ("train", *self.train, "--out", str(folder), *limit)
 
     def eval_command(self, folder: Path) -> Arguments | None:
-        """The command that tests the run in `folder`; None when there is nothing to test."""
+        """The command that tests the run in `folder`; None if there is nothing to test."""
         if not self.evaluate or run_state(folder).status != "finished":
             return None
         return ("eval", str(folder), *self.evaluate)
@@ -54,11 +54,11 @@ class Ended:
 
     name: str
     code: int  # exit code of its last command, or minus the number of the signal that killed it
-    error: str = ""  # that this command reported
+    error: str = ""  # the error that this command reported
 
     @property
     def failed(self) -> bool:
-        """Whether the job left its cell undone for a reason of its own."""
+        """Whether the job failed: it did not finish, diverge or stop on request."""
         stopped = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
         return self.code not in (ExitCode.OK, ExitCode.DIVERGED, *stopped)
 
@@ -73,25 +73,25 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Runs jobs somewhere; their results come back into the jobs' folders."""
+    """Runs jobs somewhere; their results end up in the jobs' folders."""
 
     slots: int  # jobs at a time
 
     def start(self, job: Job) -> None:
-        """Begin a job. Never called while `slots` jobs are under way."""
+        """Start a job; not called while `slots` jobs are running."""
 
     def ended(self) -> Sequence[Ended]:
-        """The jobs that ended since the last call; does not wait for any."""
+        """The jobs that have ended since the last call; does not wait."""
 
     def stop(self, number: int) -> None:
-        """Ask what runs to save and end, as that signal does, and wait until it has."""
+        """Make all running jobs save and end, as this signal does, and wait for them."""
 
 
 class ChildProcess:
-    """A `mamlctl` command in a process of its own, so that a crash or a full memory takes nothing else."""
+    """A `mamlctl` command in its own process, so that a crash or a lack of memory affects nothing else."""
 
     def __init__(self, arguments: Arguments, environment: Mapping[str, str], output: BinaryIO | int) -> None:
-        """Start it, with what it prints going to `output`."""
+        """Start the command. What it prints goes to `output`."""
         self._error = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mamlctl.cli.child_process", self._error.name, *arguments],
@@ -99,11 +99,11 @@ class ChildProcess:
             stdout=output,
             stderr=output,
             env=environment,
-            start_new_session=True,  # Ctrl-C is for the process that started them all, which passes it on
+            start_new_session=True,  # only the parent gets Ctrl-C, and passes it on
         )
 
     def wait(self) -> tuple[int, str]:
-        """Wait until it ends -> its exit code as in `Ended`, and the error that it reported. Once only."""
+        """Wait for the command; return its exit code, as in `Ended`, and its error. Call this only once."""
         code = self.process.wait()
         with self._error as file:
             file.seek(0)

@@ -1,4 +1,4 @@
-"""Jobs on this machine, each a process of its own."""
+"""An executor for this machine, which runs each job in its own process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ class _Running:
 
 
 class LocalExecutor:
-    """Several jobs at a time, sharing the processor's threads, or each with one of the CUDA devices."""
+    """Runs several jobs at once, which share the cores or the CUDA devices. Implements jobs.Executor."""
 
     def __init__(self, slots: int, logs: Path, *, cuda_devices: Sequence[str] = ()) -> None:
-        """`logs`: a folder for the jobs' output. `cuda_devices`: as CUDA_VISIBLE_DEVICES names them."""
+        """An executor without jobs.
+
+        Args:
+            slots: jobs at a time.
+            logs: the folder for the output of the jobs.
+            cuda_devices: the devices to use, as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
+        """
         self.slots, self._logs, self._cuda_devices = slots, logs, list(cuda_devices)
         self._running: list[_Running] = []
         logs.mkdir(parents=True, exist_ok=True)
 
     def start(self, job: Job) -> None:
-        """Begin a job in a free slot. Raises ValueError for one that has nothing to do."""
+        """Start a job in a free slot. Raises ValueError if the job has nothing to do."""
         training = job.train_command(job.folder)
         command = training or job.eval_command(job.folder)
         if command is None:
@@ -43,12 +49,12 @@ class LocalExecutor:
         self._running.append(_Running(job, slot, log, child, testing=training is None))
 
     def ended(self) -> list[Ended]:
-        """The jobs that ended since the last call."""
+        """The jobs that have ended since the last call."""
         ends = [self._poll(running) for running in list(self._running)]
         return [end for end in ends if end is not None]
 
     def stop(self, number: int) -> None:
-        """Pass the signal on, and wait: trainings save after their meta-step."""
+        """Pass the signal on and wait for the jobs, which save after their current meta-step."""
         for running in self._running:
             running.child.process.send_signal(number)
         for running in self._running:
@@ -57,7 +63,7 @@ class LocalExecutor:
         self._running.clear()
 
     def _poll(self, running: _Running) -> Ended | None:
-        """None while the job is under way; a training that ended well is followed by the job's test."""
+        """How the job ended, or None if it is running. Starts the job's test after its training."""
         if running.child.process.poll() is None:
             return None
         job, (code, error) = running.job, running.child.wait()
@@ -75,19 +81,19 @@ class LocalExecutor:
         environment = dict(os.environ)
         if self._cuda_devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._cuda_devices[slot % len(self._cuda_devices)]
-        # Threads of several cells on the same cores stop each other; who set the variable knows better.
+        # Too many threads of several cells would slow each other down. A value that the user has set is kept.
         environment.setdefault("OMP_NUM_THREADS", str(threads_each(self.slots)))
         return ChildProcess(command, environment, log)
 
 
 def threads_each(slots: int) -> int:
-    """Threads of a job, so that all jobs together have one per core."""
+    """Threads per job, so that all jobs together use one per core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // slots, 1)
 
 
 def visible_cuda_devices() -> list[str]:
-    """The CUDA devices that a job may be given, as CUDA_VISIBLE_DEVICES names them; empty without any."""
+    """The CUDA devices of this process, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: each in slices, on any node, so that a node's death costs one slice at most."""
+"""An executor for a Ray cluster: jobs run in slices on any node, so a lost node costs at most one slice."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from mamlctl.experiments.executors.jobs import Ended, Job
 from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pack, unpack
 from mamlctl.run_folder import run_state
 
-TRIES = 4  # of one slice: that many nodes do not die by chance within one
+TRIES = 4  # of one slice; if so many nodes die, the slice is probably the reason
 CONNECT_S = 10.0
-REACH_S = 60.0  # for ray's health check, which imports ray: 1 s on an idle machine. ray.init tries for 122 s
-STOP_S = 60.0  # for all to save and come back: more than ray_worker.SAVE_S
-HEARD_S = 10.0  # for a slot to receive a stop; one that does not has no node yet
+REACH_S = 60.0  # for ray's health check, which takes 1 s on an idle machine; ray.init would try for 122 s
+STOP_S = 60.0  # for all jobs to save and send their folders back; more than ray_worker.SAVE_S
+HEARD_S = 10.0  # for a slot to acknowledge a stop; one that does not has no node yet
 POLL_S = 0.1
-LOOK_S = 2.0  # between two looks at which nodes there are
+LOOK_S = 2.0  # between two checks for new and dead nodes
 ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # neither its question nor its reports
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # no GPU asked, none seen; said, so that ray does not warn
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # all: else ray prints a dead node's log on stdout, over any result
+    "RAY_USAGE_STATS_ENABLED": "0",  # no usage reports, and no question about them
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # jobs without a GPU see none; set because ray warns otherwise
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # everything: ray would print the log of a dead node on stdout
 }
 
 
 @dataclass
 class RunningJob:
-    """A job, the slot that it has, and the slice that is awaited from there."""
+    """A job with its slot and the slice that runs there."""
 
     job: Job
-    lock: ExitStack  # holds the run folder's lock
-    limit_s: float
-    tries: int = 0  # of this slice
+    lock: ExitStack  # releases the lock of the run folder
+    limit_s: float  # of a slice
+    tries: int = 0  # of the current slice
     slot: Any = None  # ray's handle of a WorkerSlot
     slice: Any = None  # ray's reference to a SliceResult
     node: Any = None  # ray's reference to the id of the slot's node
@@ -52,28 +52,28 @@ class RunningJob:
 
 
 class RayExecutor:
-    """Runs jobs on the cluster that `open_cluster` reached. Follows jobs.Executor."""
+    """Runs jobs on the cluster to which `open_cluster` has connected. Implements jobs.Executor."""
 
     def __init__(
         self, ray: Any, *, slots: int | None, cpus: float, gpus: float, slice_s: float, on_event: OnEvent
     ) -> None:
-        """Arguments are those of `open_cluster`, which documents them."""
+        """See `open_cluster` for the arguments."""
         self._ray, self._on_event, self._slice_s = ray, on_event, slice_s
         self._cpus, self._gpus, self._fixed_slots = cpus, gpus, slots
-        # One thread works, another takes the stop meanwhile, a third answers which node it is.
+        # Three threads: one works, one receives a stop in the meantime, one answers `node`.
         self._actor = ray.remote(WorkerSlot).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0, max_concurrency=3
         )
         self._running: list[RunningJob] = []
         self._ended: list[Ended] = []
         self._stopped_by = 0
-        self._nodes: dict[str, str] = {}  # id -> name, of those alive at the last look
+        self._nodes: dict[str, str] = {}  # names by id, as of the last check
         self._last_look = -LOOK_S
         self.slots = slots or 1
         self._look_at_nodes()
 
     def start(self, job: Job) -> None:
-        """Begin a job, as soon as a node has room for it."""
+        """Start a job, which runs as soon as a node has room for it."""
         job.folder.mkdir(parents=True, exist_ok=True)
         lock = ExitStack()
         try:
@@ -86,7 +86,7 @@ class RayExecutor:
         self._continue(running)
 
     def ended(self) -> Sequence[Ended]:
-        """The jobs that ended since the last call; takes in what slices have finished, waits for none."""
+        """The jobs that have ended since the last call; handles finished slices and does not wait."""
         self._collect_slices()
         if time.monotonic() > self._last_look + LOOK_S:
             self._look_at_nodes()
@@ -94,7 +94,7 @@ class RayExecutor:
         return ended
 
     def stop(self, number: int) -> None:
-        """Have every job save and end as that signal asks, and its folder brought back; a minute at most."""
+        """Make every job save, end and send its folder back; wait for at most a minute."""
         self._stopped_by = number
         began = time.monotonic()
         heard = {running.job.name: running.slot.stop.remote(number) for running in self._running}
@@ -103,25 +103,25 @@ class RayExecutor:
             if time.monotonic() > began + HEARD_S:
                 for running in [*self._running]:
                     if not self._ready([heard[running.job.name]]):
-                        self._end(running, self._stop_code, "stopped before a node had room for it")
+                        self._end(running, self._stop_code, "stopped before a node had room for the job")
             time.sleep(POLL_S)
         for running in [*self._running]:
             self._end(
-                running, self._stop_code, "stopped, but its node did not answer: its last slice is lost"
+                running, self._stop_code, "stopped, but the node did not answer: the last slice is lost"
             )
 
     def close(self) -> None:
-        """Give every slot back, at once."""
+        """Release every slot at once."""
         for running in [*self._running]:
             self._end(running, -signal.SIGKILL)
 
     @property
     def _stop_code(self) -> int:
-        """The exit code of jobs that are stopped; 0 before a stop."""
+        """The exit code of stopped jobs; 0 before a stop."""
         return 128 + self._stopped_by if self._stopped_by else 0
 
     def _look_at_nodes(self) -> None:
-        """Find the nodes that are alive, report those that came and went, and set `slots`."""
+        """Find the nodes that are alive, report new and dead ones, and set `slots`."""
         nodes = alive_nodes(self._ray)
         names = {node["NodeID"]: _node_name(node) for node in nodes}
         self.slots = self._fixed_slots or max(room(nodes, self._cpus, self._gpus), 1)
@@ -146,11 +146,11 @@ class RayExecutor:
         return list(ready)
 
     def _collect(self, running: RunningJob) -> None:
-        """Take in a slice that came back, or did not."""
+        """Handle a slice that has finished or was lost."""
         errors = self._ray.exceptions
         try:
             result: SliceResult = self._ray.get(running.slice)
-        except errors.RayTaskError as error:  # the node cannot do it, or we made a mistake
+        except errors.RayTaskError as error:  # an error on the node, or a bug
             self._end(running, ExitCode.FAILED, f"{type(error.cause).__name__}: {error.cause}")
             return
         except errors.RayError as error:  # the slot is gone
@@ -160,19 +160,18 @@ class RayExecutor:
         if result.files is not None:
             unpack(result.files, running.job.folder)
         if result.code != ExitCode.OK or running.testing:
-            # A child that cannot handle a signal yet dies of it.
+            # A child that has not installed its signal handlers yet is killed by the signal.
             killed = self._stopped_by > 0 and result.code == -self._stopped_by
             self._end(running, self._stop_code if killed else result.code, result.error)
             return
-        if (
-            run_state(running.job.folder).step == step
-        ):  # too short for its start and a meta-step, or in validation
+        if run_state(running.job.folder).step == step:
+            # The slice was too short for the start and a meta-step, or was spent on validation.
             running.limit_s *= 2
         running.tries = 0
         self._continue(running)
 
     def _restart(self, running: RunningJob, error: str) -> None:
-        """Try a lost slice in another slot, unless it was tried often enough."""
+        """Run a lost slice again in another slot, up to TRIES times."""
         running.tries += 1
         self._release(running)
         if self._stopped_by or running.tries >= TRIES:
@@ -180,11 +179,11 @@ class RayExecutor:
             return
         name, step = running.job.name, run_state(running.job.folder).step
         node = self._node_of(running)
-        self._on_event(Notice(f"{name} lost its place{node}: it goes on elsewhere from meta-step {step}"))
+        self._on_event(Notice(f"{name} lost its place{node}: restarting elsewhere from meta-step {step}"))
         self._continue(running)
 
     def _node_of(self, running: RunningJob) -> str:
-        """' on node NAME' of the job's slot; empty if it never had one."""
+        """The node of the job's slot, for a message; empty if the slot has not started."""
         if self._ready([running.node]):
             with suppress(self._ray.exceptions.RayError):
                 node = self._ray.get(running.node)
@@ -192,7 +191,7 @@ class RayExecutor:
         return ""
 
     def _continue(self, running: RunningJob) -> None:
-        """Ask for the next slice, in the slot that the job has or in a new one; or end the job."""
+        """Start the next slice, in the job's slot or in a new one; end the job if nothing is left to do."""
         job, limit = running.job, f"{running.limit_s:.3f}s"
         training = job.train_command(job.folder, limit)
         if self._stopped_by or not (training or job.eval_command(job.folder)):
@@ -213,7 +212,7 @@ class RayExecutor:
         self._ended.append(Ended(running.job.name, code, error))
 
     def _release(self, running: RunningJob) -> None:
-        """Give a slot back: its folder removed if it still answers, its resources free at once."""
+        """Release the job's slot at once; if it still answers, it removes its folder first."""
         slot, running.slot = running.slot, None
         if slot is not None:
             self._ray.wait([slot.leave.remote()], timeout=1.0)
@@ -221,17 +220,23 @@ class RayExecutor:
 
 
 def alive_nodes(ray: Any) -> list[Mapping[str, Any]]:
-    """The cluster's nodes that are alive, as ray describes them."""
+    """The living nodes of the cluster, as ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _node_name(node: Mapping[str, Any]) -> str:
-    """Several nodes may be on one host, so with the beginning of ray's own name."""
+    """The host and the beginning of ray's id, since a host may run several nodes."""
     return f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
 
 
 def room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
-    """How many jobs of so many CPUs and GPUs ray's nodes have room for, each of them on one node."""
+    """The number of jobs for which the nodes have room; each job runs on one node.
+
+    Args:
+        nodes: the nodes, as ray describes them.
+        cpus: CPUs per job.
+        gpus: GPUs per job, which may be a fraction.
+    """
     needs = {name: number for name, number in (("CPU", cpus), ("GPU", gpus)) if number > 0}
     rooms = ([int(node["Resources"].get(name, 0) / need) for name, need in needs.items()] for node in nodes)
     return sum(min(each, default=1) for each in rooms)
@@ -241,16 +246,16 @@ def room(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
 def open_cluster(
     address: str, *, slots: int | None, cpus: float, gpus: float, slice_s: float, on_event: OnEvent
 ) -> Iterator[RayExecutor]:
-    """A cluster's executor for the block.
+    """Connect to a cluster for the duration of the block.
 
     Args:
-        address: HOST:PORT, "auto" (the cluster that this machine is part of) or "local" (started here, ended
-            with the block).
-        slots: jobs at a time; None: as many as there is room for, counted again whenever a node dies.
-        cpus: of each job.
-        gpus: of each job; it may be a part of one.
-        slice_s: seconds of training after which a run folder comes back.
-        on_event: receives a notice for every node that joins or dies and every slice that is lost.
+        address: HOST:PORT, "auto" (the cluster of this machine) or "local" (a new cluster on this machine,
+            which ends with the block).
+        slots: jobs at a time; None to fill the cluster, with a new count whenever nodes join or die.
+        cpus: CPUs per job.
+        gpus: GPUs per job, which may be a fraction.
+        slice_s: seconds of training after which a run folder is sent back.
+        on_event: receives a notice for every node that joins or dies and for every lost slice.
 
     Raises:
         MamlctlError: ray is not installed, no cluster answers, or no node has room for one job.
@@ -261,7 +266,7 @@ def open_cluster(
         nodes = alive_nodes(ray)
         if not room(nodes, cpus, gpus):
             fact = f"no node of the cluster ({len(nodes)}) has {cpus:g} CPUs and {gpus:g} GPUs"
-            raise MamlctlError(fact, hint="ask for less for each job, or add a node that has them")
+            raise MamlctlError(fact, hint="lower --cell-cpus or --cell-gpus, or add a larger node")
         executor = RayExecutor(ray, slots=slots, cpus=cpus, gpus=gpus, slice_s=slice_s, on_event=on_event)
         try:
             yield executor
@@ -284,7 +289,7 @@ def _ray() -> Any:
 def _connect(ray: Any, address: str) -> None:
     if address != "local":
         _reach(address)
-    handler = signal.getsignal(signal.SIGTERM)  # ray replaces it
+    handler = signal.getsignal(signal.SIGTERM)  # ray.init replaces it
     options = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -296,9 +301,9 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _reach(address: str) -> None:
-    """Ask ray's own health check, in a process that can be left. Raises MamlctlError if there is no answer.
+    """Run ray's health check in a child process. Raises MamlctlError if the cluster does not answer.
 
-    ray.init tries for two minutes where nobody answers, and then ends its whole process.
+    Without an answer, ray.init would try for two minutes and then exit this process.
     """
     named = address != "auto"
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
@@ -306,9 +311,9 @@ def _reach(address: str) -> None:
         command += ["--address", address]
     host, _, port = address.rpartition(":")
     if named and (not port.isdecimal() or "/" in host):
-        raise _unreachable(address, "an address is HOST:PORT, as 'ray start --head' told it")
+        raise _unreachable(address, "the address must be HOST:PORT, as 'ray start --head' prints it")
     try:
-        if named:  # where nobody listens, the health check would still try for 40 s
+        if named:  # the health check would try for 40 s if nothing listens
             socket.create_connection((host, int(port)), CONNECT_S).close()
     except OSError as error:
         raise _unreachable(address, error.strerror or str(error)) from error
@@ -318,11 +323,11 @@ def _reach(address: str) -> None:
         raise _unreachable(address, f"no answer in {REACH_S:g} s") from error
     if check.returncode and b"InvalidAuthToken" in check.stderr:
         hint = "set RAY_AUTH_MODE=token here and on every node, with the head's token (ray get-auth-token)"
-        raise MamlctlError(f"the ray cluster at {address} asks for a token", hint=hint)
+        raise MamlctlError(f"the ray cluster at {address} requires a token", hint=hint)
     if check.returncode:
         raise _unreachable(address, "its health check failed")
 
 
 def _unreachable(address: str, why: str) -> MamlctlError:
-    hint = "begin one with 'ray start --head'; mamlctl must run on one of its machines"
+    hint = "start one with 'ray start --head', and run mamlctl on one of its machines"
     return MamlctlError(f"no ray cluster can be used at {address}: {why}", hint=hint)

@@ -1,4 +1,4 @@
-"""A job's work on another machine, slice by slice: its run folder arrives, is trained on and sent back."""
+"""The part of a job that runs on a Ray node: a slot receives a run folder, trains it and sends it back."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from mamlctl.core.files import replacing, write_text
 from mamlctl.experiments.executors.jobs import Arguments, ChildProcess, Job
 from mamlctl.run_folder import CONFIG, METRICS, STATUS
 
-# Files of a run folder: the lock of its writer, and the commands that trained it.
+# Files of a run folder: the lock of its writer, and the commands that have trained it.
 LOCK = "lock"
 COMMANDS = "command.txt"
 
-# A slot's folder among the temporary ones, and the file in it that is locked while the slot is in use.
+# The name of a slot's temporary folder, and of the file in it that is locked while the slot exists.
 SLOT_FOLDER = "mamlctl-slot-"
 SLOT_LOCK = "in-use"
 
-# In the order in which a training writes them: settings before all else; the checkpoint after the metrics
-# that it rewinds to itself; then the run's status. All other files come between the first and the second.
+# The order in which training writes its files: the settings, all other files, the metrics, the checkpoint
+# (which rewinds the metrics to its own step), and the status.
 WRITE_ORDER = {CONFIG: 0, METRICS: 2, "checkpoints/last.pt": 3, STATUS: 4}
-SAVE_S = 50.0  # after a signal, for a meta-step and a save; then the child is killed
+SAVE_S = 50.0  # time for a meta-step and a save after a signal; then the child is killed
 
 
 @dataclass(frozen=True)
 class Files:
-    """A run folder on its way: the names of its files in the order to write them, and those that changed."""
+    """A run folder to send: the names of its files in the order of writing, and what has changed."""
 
     names: tuple[str, ...]
     changed: Mapping[str, bytes]
@@ -46,42 +46,42 @@ class Files:
 
 @dataclass(frozen=True)
 class SliceResult:
-    """The run folder that one command on a node left, and how the command ended."""
+    """The run folder after a command on a node, and how the command ended."""
 
-    files: Files | None  # None: nothing was tried
+    files: Files | None  # None if no command was run
     code: int  # as in jobs.Ended
     error: str
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
-    """A run folder's files in the order to write them; no lock, nothing of writes that were cut off."""
+    """The files of a run folder in the order of writing, without its lock and temporary files."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
     names = [path.relative_to(folder).as_posix() for path in paths if not path.name.startswith(".")]
     return tuple(sorted((name for name in names if name != LOCK), key=lambda name: WRITE_ORDER.get(name, 1)))
 
 
 def stamps(folder: Path) -> dict[str, object]:
-    """What changes in each file with every write, since each is replaced or lengthened."""
+    """A value for each file that changes with every write, since files are replaced or extended."""
     stats = {name: (folder / name).stat() for name in names_in(folder)}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def pack(folder: Path, sent: Mapping[str, object] | None = None) -> Files:
-    """A run folder's files, without the content of those whose stamps are among `sent`, as they were last."""
+    """The files of a run folder; those whose stamps are in `sent` are unchanged and come without contents."""
     current = stamps(folder)
     changed = [name for name in current if not sent or sent.get(name) != current[name]]
     return Files(tuple(current), {name: (folder / name).read_bytes() for name in changed})
 
 
 def unpack(files: Files, folder: Path) -> None:
-    """Make `folder` hold these files: each replaced in one move, then those removed that are no more.
+    """Update `folder` to these files: replace changed files atomically, then remove files that are gone.
 
-    Cut off anywhere, it leaves a run that resumes to the same end. Raises MamlctlError, before anything is
-    written, for a name that leads out of the folder.
+    If this is interrupted at any point, the run still resumes to the same result. Raises MamlctlError before
+    anything is written if a name leads out of the folder.
     """
     for path in map(PurePosixPath, files.names):
         if path.is_absolute() or ".." in path.parts:
-            raise MamlctlError(f"a node sent a file named {path}", hint="use a cluster that you trust")
+            raise MamlctlError(f"a node sent a file called {path}", hint="use a cluster that you trust")
     for name in files.names:
         if name in files.changed:
             with replacing(folder / name) as file:
@@ -91,13 +91,19 @@ def unpack(files: Files, folder: Path) -> None:
 
 
 class WorkerSlot:
-    """A job's slot on a node: a folder of its own there, and the command that runs in it.
+    """A job's slot on a node: a temporary folder, and the command that runs in it.
 
     Its methods may be called from several threads.
     """
 
     def __init__(self, job: Job, cpus: float, version: str) -> None:
-        """`version`: of the mamlctl that asks."""
+        """Create the folder.
+
+        Args:
+            job: the job.
+            cpus: CPUs of the slot, which limit the threads of its commands.
+            version: the version of mamlctl that has started the slot.
+        """
         self._job, self._version = job, version
         self._threads = max(int(cpus), 1)
         _remove_abandoned_slots()
@@ -105,15 +111,15 @@ class WorkerSlot:
         self._lock = FileLock(self._slot / SLOT_LOCK, thread_local=False)
         self._lock.acquire()
         self._folder = self._slot / job.folder.name
-        self._sent: dict[str, object] = {}  # stamps of the files that the other side has
+        self._sent: dict[str, object] = {}  # stamps of the files that the driver has
         self._child: ChildProcess | None = None
         self._stopped_by, self._starting = 0, threading.Lock()
 
     def work(self, files: Files | None, time_limit: str) -> SliceResult:
-        """Run one command: train on for that long, or test.
+        """Run one command, which trains for a limited time or tests.
 
         Args:
-            files: the run folder; None: as the last slice left it here.
+            files: the run folder; None to use it as the last slice left it on this node.
             time_limit: as `mamlctl train --time-limit` takes it.
         """
         if self._version != mamlctl.__version__:
@@ -133,7 +139,7 @@ class WorkerSlot:
         return SliceResult(changed, code, self._with_final_folder(error))
 
     def stop(self, number: int) -> None:
-        """Pass a signal on to the running command, and let none begin; does not wait."""
+        """Pass a signal on to the running command and start no other; does not wait."""
         with self._starting:
             self._stopped_by = number
             process = None if self._child is None else self._child.process
@@ -144,7 +150,7 @@ class WorkerSlot:
                 kill.start()
 
     def node(self) -> str:
-        """Ray's name for the node."""
+        """Ray's id of the node."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
@@ -155,7 +161,7 @@ class WorkerSlot:
         self._lock.release()
 
     def _run(self, command: Arguments) -> tuple[int, str]:
-        """A command's exit code and error; a stop before it counts as its end."""
+        """Run a command; return its exit code and error. After a stop, return the signal's code at once."""
         with self._starting:
             if self._stopped_by:
                 return 128 + self._stopped_by, ""
@@ -171,7 +177,7 @@ class WorkerSlot:
 
 
 def _remove_abandoned_slots() -> None:
-    """Remove the folders of slots on this node whose process was killed: those that are not locked."""
+    """Remove the unlocked folders on this node, whose processes were killed."""
     for lock in Path(tempfile.gettempdir()).glob(f"{SLOT_FOLDER}*/{SLOT_LOCK}"):
-        with suppress(OSError), FileLock(lock, timeout=0):  # OSError: locked, or another user's
+        with suppress(OSError), FileLock(lock, timeout=0):  # it is locked, or belongs to another user
             shutil.rmtree(lock.parent, ignore_errors=True)

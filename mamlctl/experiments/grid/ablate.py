@@ -1,4 +1,4 @@
-"""`ablate`: a grid of trainings brought to its end, cell by cell, and its table."""
+"""Training and testing of all cells of a grid, and its table (`ablate`)."""
 
 from __future__ import annotations
 
@@ -35,22 +35,27 @@ from mamlctl.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class GridResult:
-    """How far a grid has come, and its table."""
+    """The table of a grid, and what is missing from it."""
 
     folder: Path
     table: Table
     reason: StopReason
-    failed: Mapping[str, str]  # cells whose jobs failed -> why
+    failed: Mapping[str, str]  # why jobs failed, by cell
     left: int  # cells that are not done
     files: tuple[Path, ...]
 
 
 def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
-    """Fetch and open what the cells will need and build their networks, so that what fails does so once.
+    """Open the data of all cells and build their networks, so that a problem is reported only once.
+
+    Args:
+        grid: the grid.
+        offline: never download.
+        on_event: receives progress and notices.
 
     Raises:
-        SettingsError: tasks that a split is too small for, or images that a network cannot take.
-        DataError: missing or damaged data, or others than a cell was trained on.
+        SettingsError: a split is too small for the tasks, or a network cannot process the images.
+        DataError: data are missing, damaged, or not those on which a cell was trained.
     """
     evaluate, configs = grid.evaluate, [fill_defaults(row.config) for row in grid.rows]
     if problems := [problem for config in configs for problem in evaluation_problems(config, evaluate)]:
@@ -71,7 +76,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
         if digest != source.digest:
             current = f"{configs[0].dataset} has digest {source.digest:.12}"
             message = f"{current}, but {cell.folder} was trained on {digest:.12}"
-            raise DataError(message, hint="choose another --out: rows of one table see the same images")
+            raise DataError(message, hint="choose another --out: all rows of a table need the same images")
 
 
 def ablate(
@@ -82,16 +87,17 @@ def ablate(
     on_event: OnEvent,
     offline: bool = False,
 ) -> GridResult:
-    """Train and test whatever of the grid is missing, then make its table and its files.
+    """Train and test what is missing from a grid, then write its table.
 
     Args:
-        grid: where the table and its runs are or will be.
-        executor: entered only if there is anything to do.
-        time_limit_s: after which trainings save and stop.
-        on_event: receives a GridChanged whenever the jobs were polled, and notices.
+        grid: the grid.
+        executor: entered only if cells are missing.
+        time_limit_s: seconds until the runs save and stop; None for no limit.
+        on_event: receives a GridChanged after every poll of the jobs, and notices.
+        offline: never download.
 
     Raises:
-        MamlctlError: another process fills the grid, or a cell is damaged.
+        MamlctlError: another process is working on the grid, or a cell is damaged.
     """
     limited = StopRequests(on_event, time_limit_s=time_limit_s)
     with lock_grid(grid):
@@ -99,11 +105,11 @@ def ablate(
         pending = pending_cells(grid)
         if grid.left_out:
             labels = ", ".join(grid.left_out)
-            on_event(Notice(f"left out or renamed, since an improvement means nothing there: {labels}"))
+            on_event(Notice(f"left out or renamed, because an improvement has no effect there: {labels}"))
         reason: StopReason = ""
         failed: dict[str, str] = {}
         if pending:
-            on_event(Notice(f"into {grid.folder}"))
+            on_event(Notice(f"writing to {grid.folder}"))
             with limited as stop, executor as entered:
                 scheduler = Scheduler(grid, pending, entered, stop, on_event, offline)
                 reason, failed = scheduler.run(), scheduler.failed
@@ -114,7 +120,7 @@ def ablate(
 
 
 def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
-    """The table of what the grid's folder holds now; `failed`: cells whose jobs failed -> why."""
+    """The table of the cells that are complete; `failed` has the reasons of failed jobs by cell."""
     rows = []
     for row in grid.rows:
         runs = [_run_reference(cell, failed) for cell in grid.cells if cell.row == row]
@@ -129,20 +135,20 @@ def _run_reference(cell: GridCell, failed: Mapping[str, str]) -> RunReference:
 
 @contextmanager
 def local_executor(grid: Grid, workers: int) -> Iterator[Executor]:
-    """Workers on this machine, each with a CUDA device where there are some."""
+    """An executor for this machine, with the CUDA devices that the cells may use."""
     executor = LocalExecutor(workers, grid.folder / "logs", cuda_devices=_cuda_devices(grid))
     try:
         yield executor
     finally:
-        executor.stop(signal.SIGTERM)  # what still runs after an error would train on
+        executor.stop(signal.SIGTERM)  # jobs that are still running after an error
 
 
 def workers_here(grid: Grid, workers: int | None) -> int:
-    """`workers`; if None, one for each CUDA device that cells may take; on a CPU one, with all threads."""
+    """`workers`; if None, one per CUDA device that the cells may use, or a single one on the CPU."""
     return max(len(_cuda_devices(grid)), 1) if workers is None else workers
 
 
 def _cuda_devices(grid: Grid) -> list[str]:
-    """Devices to share out; none where cells name their own, or the CPU."""
+    """The devices to distribute; none if the cells name a device or the CPU."""
     devices = {row.config.device for row in grid.rows}
     return visible_cuda_devices() if devices <= {"auto", "cuda"} else []

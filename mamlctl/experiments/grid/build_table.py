@@ -1,4 +1,4 @@
-"""From run folders to a table: every row's scores on the same tasks, and how it differs from the baseline."""
+"""The table of run folders: the scores of all rows on the same tasks, compared with the baseline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
 @dataclass(frozen=True)
 class RunReference:
-    """One run of a row: where it is, the command that trains it alone, and why its last try failed."""
+    """One run of a row: its folder, the command that trains it alone, and why its last job failed."""
 
     seed: int
     folder: Path
@@ -37,26 +37,26 @@ class RunReference:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A row to be filled: its label, its settings (with any seed), its runs."""
+    """A row of the table: its label, its settings (with any seed) and its runs."""
 
     label: str
     config: TrainConfig
     runs: tuple[RunReference, ...]
 
 
-Scores = Mapping[int, NDArray[np.float64]]  # seed -> a score per task
+Scores = Mapping[int, NDArray[np.float64]]  # the score of every task, by seed
 
 
 @dataclass(frozen=True)
 class _RowRuns:
-    """A row's runs as they are, and the evaluations of those that have one."""
+    """The state of a row's runs, and the evaluations of those that have one."""
 
     spec: RowSpec
     cells: tuple[Cell, ...]
     evaluations: Mapping[int, StoredEvaluation]  # by seed
 
     def scores(self, model: Model) -> Scores:
-        """Every task's score of one of MODELS, for the seeds that have it."""
+        """The scores of one of MODELS, for the seeds that have it."""
         return {
             seed: evaluation.scores[model]
             for seed, evaluation in self.evaluations.items()
@@ -73,15 +73,15 @@ def tabulate(
     commands: Sequence[str],
     unfinished: bool = False,
 ) -> Table:
-    """Make the table of these runs; runs without an evaluation leave gaps.
+    """Make the table of these runs, with gaps for runs without an evaluation.
 
     Args:
-        name: what the table is, for its title: a plan, or "compared".
-        rows: the rows in their order; differences are taken to the first.
-        evaluate: the evaluation that every run is looked up for.
-        root: the folder that the runs' folders are named relative to.
+        name: the end of the title: a plan, or "compared".
+        rows: the rows in order; the first is the baseline.
+        evaluate: the settings of the evaluation to use.
+        root: the folder to which the names of run folders are relative.
         commands: the command lines that make this table again.
-        unfinished: whether runs count that have not come to their end.
+        unfinished: whether to include runs whose training has not ended.
 
     Raises:
         MamlctlError: a run or an evaluation is damaged.
@@ -89,7 +89,7 @@ def tabulate(
     filled = [_row_runs(row, evaluate, root, unfinished) for row in rows]
     best, ensemble = (_model_scores(filled, model) for model in MODELS)
     common = common_settings([identity_settings(row.config) for row in rows])
-    made = [
+    table_rows = [
         _table_row(runs, rows[0], best[place], ensemble[place], evaluate, common)
         for place, runs in enumerate(filled)
     ]
@@ -107,11 +107,11 @@ def tabulate(
         disjoint=evaluate.disjoint,
         label_permutations=evaluate.label_permutations,
         baseline=rows[0].label,
-        rows=tuple(made),
+        rows=tuple(table_rows),
         settings=common,
         environment=_environment(filled, root),
         commands=tuple(commands),
-        notes=tuple(_notes(filled, made)),
+        notes=tuple(_table_notes(filled, table_rows)),
     )
 
 
@@ -137,12 +137,12 @@ def _row_runs(row: RowSpec, evaluate: EvalConfig, root: Path, unfinished: bool) 
 
 
 def _model_scores(rows: Sequence[_RowRuns], model: Model) -> list[Score | None]:
-    """Every row's score for the best checkpoints or the ensembles, with differences to the first row's."""
+    """The score of each row for one model, with its difference from the first row."""
     baseline = rows[0].scores(model)
     scores = [_score(row, model) for row in rows]
-    differences = [None, *(_difference(row.scores(model), baseline) for row in rows[1:])]
+    differences = [None, *(_paired_difference(row.scores(model), baseline) for row in rows[1:])]
     most_seeds = max((len(score.per_seed) for score in scores if score is not None), default=0)
-    # Of one seed where there are more, the interval is for other tasks alone: surer than those beside it.
+    # With one seed, p covers only the choice of tasks: too certain next to rows with more seeds.
     corrected = holm(
         [each.p if each is not None and (each.seeds > 1 or most_seeds == 1) else None for each in differences]
     )
@@ -163,8 +163,8 @@ def _score(row: _RowRuns, model: Model) -> Score | None:
     return Score(mean, ci95, over_seeds(per_seed)[1], per_seed, tuple(per_step.tolist()), None, None)
 
 
-def _difference(row: Scores, baseline: Scores) -> Difference | None:
-    """On the seeds that both have; None without any."""
+def _paired_difference(row: Scores, baseline: Scores) -> Difference | None:
+    """The difference on the seeds that both have; None if there are none."""
     shared = [seed for seed in row if seed in baseline]
     if not shared:
         return None
@@ -197,24 +197,24 @@ def _table_row(
         best=best,
         ensemble=ensemble,
         ensemble_size=min((evaluation.ensemble_size for evaluation in evaluations), default=0),
-        published=_published(config, evaluate, evaluated.evaluation_inner_steps, bn),
+        published=_published_scores(config, evaluate, evaluated.evaluation_inner_steps, bn),
         bn=bn,
         inner_steps=evaluated.evaluation_inner_steps,
     )
 
 
 def _changes(row: RowSpec, baseline: RowSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The improvements that the row adds to the baseline and takes from it, if its label says just that."""
+    """The improvements added to and removed from the baseline, if they are all that the row's label says."""
     row_names, baseline_names = row.config.improvements, baseline.config.improvements
     added = tuple(name for name in row_names if name not in baseline_names)
     removed = tuple(name for name in baseline_names if name not in row_names)
     return (added, removed) if row.label == improved_label(baseline.label, added, removed) else ((), ())
 
 
-def _published(
+def _published_scores(
     config: TrainConfig, evaluate: EvalConfig, inner_steps: int, bn: BatchNormMode
 ) -> tuple[Published, ...]:
-    """What papers print for such a run; nothing for another network, order, split or way to normalise."""
+    """The numbers in papers for such a run; none if its network, order or split differs from theirs."""
     usual = resolve_settings(
         [("flag", {"algo": config.algo, "dataset": config.dataset, "shots": config.shots})], checked=False
     ).config
@@ -226,7 +226,7 @@ def _published(
 
 
 def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
-    """Of the first run that has one; its own seeds and paths left out."""
+    """The environment of the first run that has one, without its seeds and paths."""
     for row in rows:
         for cell in row.cells:
             path = root / cell.run
@@ -236,22 +236,22 @@ def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
     return {}
 
 
-def _notes(runs: Sequence[_RowRuns], rows: Sequence[Row]) -> list[str]:
-    """What a reader of the numbers must know."""
+def _table_notes(runs: Sequence[_RowRuns], rows: Sequence[Row]) -> list[str]:
+    """Caveats about the numbers."""
     notes = [note for row in runs for evaluation in row.evaluations.values() for note in evaluation.notes]
     notes += _equal_rows(runs)
     if len({row.bn for row in rows}) > 1:
-        notes.append("rows differ in how queries are normalised: see the column bn")
+        notes.append("rows differ in batch-norm mode: see the column bn")
     if len({row.inner_steps for row in rows}) > 1:
-        notes.append("rows differ in inner steps of the test: see the column inner steps")
+        notes.append("rows differ in inner steps in the test: see the column inner steps")
     devices = {cell.device for row in rows for cell in row.cells if cell.device}
     if len(devices) > 1:
-        notes.append(f"trained on different devices ({', '.join(sorted(devices))}): times do not compare")
+        notes.append(f"trained on different devices ({', '.join(sorted(devices))}): do not compare times")
     return list(dict.fromkeys(notes))
 
 
 def _equal_rows(rows: Sequence[_RowRuns]) -> list[str]:
-    """Rows that agree on every task: what sets them apart changes no prediction."""
+    """Notes about rows whose scores are equal on every task, so that their settings make no difference."""
     groups: list[list[_RowRuns]] = []
     for row in rows:
         for group in groups:
@@ -264,9 +264,8 @@ def _equal_rows(rows: Sequence[_RowRuns]) -> list[str]:
         f"equal on every task: {', '.join(row.spec.label for row in group)}" for group in groups if group[1:]
     ]
     for name, bn in ((name, entry.read_by_bn) for name, entry in IMPROVEMENTS.items()):
-        if bn and any(_differ_in_one_alone(group, name) for group in groups):
-            fact = f"{name} keeps statistics that only --bn {bn} reads"
-            notes.append(f"{fact}, so alone it changes nothing here")
+        if bn and any(_differ_only_in(name, group) for group in groups):
+            notes.append(f"{name} keeps statistics that only --bn {bn} uses, so alone it has no effect here")
     return notes
 
 
@@ -276,7 +275,7 @@ def _are_equal(one: Scores, other: Scores) -> bool:
     return all(bool(np.array_equal(one[seed], other[seed])) for seed in one)
 
 
-def _differ_in_one_alone(group: Sequence[_RowRuns], improvement: str) -> bool:
-    """Whether two of these rows differ in nothing but this improvement."""
+def _differ_only_in(improvement: str, group: Sequence[_RowRuns]) -> bool:
+    """Whether two of these rows differ only in this improvement."""
     configs = [{**vars(row.spec.config), improvement: False} for row in group]
     return any(config in configs[:place] for place, config in enumerate(configs))

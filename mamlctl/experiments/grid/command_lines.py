@@ -1,4 +1,4 @@
-"""Settings as command lines that give them: plain lines to run by hand, a script for a cluster's queue."""
+"""Command lines that reproduce settings, as single lines and as a SLURM script."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 
 
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:
-    """Arguments of `mamlctl train` that give these settings, and no more than it takes."""
+    """The shortest arguments of `mamlctl train` that result in these settings."""
     leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
     if is_curve_family(config.dataset):
         del leading["ways"]
@@ -30,12 +30,12 @@ def train_arguments(config: TrainConfig) -> tuple[str, ...]:
 
 
 def settings_arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Flags that give settings these values."""
+    """The flags for these values of settings."""
     return tuple(word for name, value in values.items() for word in _flag_words(name, value))
 
 
 def _flag_words(name: str, value: Any) -> list[str]:
-    if value is None:  # a flag cannot take back what the algorithm or the data set implies
+    if value is None:  # no flag removes a default of the algorithm or the data set
         return ["--set", f"{name}=null"]
     if isinstance(value, bool):
         return [flag(name) if value else flag("no_" + name)]
@@ -43,7 +43,7 @@ def _flag_words(name: str, value: Any) -> list[str]:
 
 
 def eval_arguments(settings: EvalConfig) -> tuple[str, ...]:
-    """Arguments of `mamlctl eval` after the run folder."""
+    """The arguments of `mamlctl eval` after the run folder."""
     return settings_arguments(
         {
             item.name: getattr(settings, item.name)
@@ -54,12 +54,12 @@ def eval_arguments(settings: EvalConfig) -> tuple[str, ...]:
 
 
 def cell_lines(grid: Grid) -> list[str]:
-    """A shell line for every cell that trains it, or goes on with it, and tests it."""
+    """A shell line per cell, which trains or resumes the cell and tests it."""
     return [_cell_line(cell, cell_test(cell, grid.evaluate)) for cell in grid.cells]
 
 
 def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:
-    """Arguments of `mamlctl eval` after a cell's folder: the grid's test, where the cell trains."""
+    """The arguments of `mamlctl eval` for the grid's test of a cell, on the device of its training."""
     return eval_arguments(replace(evaluate, device=cell.config.device, data_root=cell.config.data_root))
 
 
@@ -68,15 +68,15 @@ def _cell_line(cell: GridCell, evaluate: Sequence[str]) -> str:
     train = shlex.join(["mamlctl", "train", *train_arguments(cell.config), "--out", folder])
     resume = shlex.join(["mamlctl", "train", "--resume", folder])
     test = shlex.join(["mamlctl", "eval", folder, *evaluate])
-    # A queue may start a job again that it has stopped.
+    # A queue may restart a job that it has stopped.
     has_begun = f"[ -e {shlex.quote(folder)}/{CONFIG} ]"
     return f"if {has_begun}; then {resume}; else {train}; fi && {test}"
 
 
 def slurm_script(name: str, commands: Sequence[str]) -> str:
-    """A SLURM array job with one of the commands for each of its tasks.
+    """A SLURM array job with one command per task.
 
-    Time, memory and partition are the user's: sbatch takes them as options.
+    It leaves time, memory and partition to the options of sbatch.
     """
     name = re.sub(r"[^\w.+-]", "_", name)
     lines = "\n".join(f"  {shlex.quote(command)}" for command in commands)

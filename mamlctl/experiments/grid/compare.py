@@ -1,4 +1,4 @@
-"""`compare`: trained runs on the same test tasks."""
+"""Comparison of trained runs on the same test tasks (`compare`)."""
 
 from __future__ import annotations
 
@@ -22,37 +22,38 @@ from mamlctl.report.table import Table
 from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.schema import EvalConfig
 
-# Settings that an evaluation may give for all runs, so that they may differ in it.
+# Settings of the runs that an evaluation can replace, so that runs may differ in them.
 SHARED_BY_EVALUATION = ("queries", "eval_seed")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run to compare, and the label that its plan has given it; "" without one."""
+    """A run to compare, and its label in the plan of its grid ("" without a grid)."""
 
     folder: RunFolder
     label: str
 
     @property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
-        """Equal for runs that differ in their seed alone."""
+        """Equal for runs that differ only in their seed."""
         return self.label, identity_settings(self.folder.config)
 
 
 def compare(
     paths: Sequence[Path], evaluate: EvalConfig, *, offline: bool, command: str, on_event: OnEvent
 ) -> Table:
-    """Test whichever run lacks these test tasks, and make the table; the first run's row is the baseline.
+    """Test the runs that have not been tested on these tasks, and make the table.
 
     Args:
-        paths: run folders, or folders of grids for all their runs. Runs that differ in their seed alone are
-            one row.
-        evaluate: the test tasks.
+        paths: run folders, or folders of grids for all their runs. Runs that differ only in their seed
+            share a row. The first row is the baseline.
+        evaluate: the settings of the evaluation.
         offline: never download.
         command: the command line, for the table.
+        on_event: receives progress and notices.
 
     Raises:
-        SettingsError: runs that cannot be compared.
+        SettingsError: the runs cannot be compared.
         DataError, MamlctlError: as `evaluate_run` does.
     """
     runs = [run for path in paths for run in _runs(path)]
@@ -72,31 +73,31 @@ def compare(
 
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
-    """Test a run unless it has been, or has diverged. Raises DataError if its images are others by now."""
+    """Test a run unless it has been tested or has diverged. Raises DataError if its images have changed."""
     if run.state().status == "diverged" or find_evaluation(run, evaluate) is not None:
         return
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
     if find_evaluation(run, evaluate) is None:
-        fact = f"{run.path} was trained on other images than {run.config.dataset} has now"
-        raise DataError(fact, hint="compare it with the --data-root that it was trained with")
+        fact = f"{run.path} was trained on images that differ from those of {run.config.dataset} now"
+        raise DataError(fact, hint="use the --data-root with which it was trained")
 
 
 def _runs(path: Path) -> list[_Run]:
-    """A folder's run, or all runs of a grid that have ended. Raises MamlctlError for neither."""
+    """The run in a folder, or all ended runs of a grid. Raises MamlctlError if there are none."""
     if not (path / PLAN).is_file():
         return [_Run(open_run(path), "")]
     ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).ended]
     if not ended:
         raise MamlctlError(f"{path} has no finished runs yet", hint=f"mamlctl ablate --resume {path}")
-    # Row by row: cells are in the order in which they are trained.
+    # Cells are in the order of training; sort them by row.
     labels = list(dict.fromkeys(cell.row.label for cell in ended))
     ended.sort(key=lambda cell: labels.index(cell.row.label))
     return [_Run(open_run(cell.folder), cell.row.label) for cell in ended]
 
 
 def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
-    """What keeps the runs from being judged on the same tasks: (fact, way out) pairs."""
+    """Why the runs cannot be tested on the same tasks, as (fact, hint) pairs."""
     first, *others = [run.folder for run in runs]
     paths = [run.folder.path.resolve() for run in runs]
     repeated = {path for path in paths if paths.count(path) > 1}
@@ -108,7 +109,7 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
                 continue
             ours, theirs = (getattr(fill_defaults(folder.config), name) for folder in (first, run))
             if ours != theirs:
-                way = f"compare them apart, or give {flag(name)}" if shared else "compare them apart"
+                way = f"compare them separately, or add {flag(name)}" if shared else "compare them separately"
                 problems.append((f"{run.path} has {flag(name)} {theirs}, but {first.path} has {ours}", way))
         ours, theirs = (str(folder.environment().get("dataset_digest")) for folder in (first, run))
         if first.config.dataset == run.config.dataset and ours != theirs:
@@ -118,7 +119,7 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
 
 
 def _row_specs(runs: Sequence[_Run]) -> list[RowSpec]:
-    """Runs that differ in their seed alone are a row; its label says what sets it apart from the others."""
+    """One row for runs that differ only in their seed; what distinguishes equal labels is added to them."""
     groups: list[list[_Run]] = []
     for run in runs:
         for group in groups:
@@ -134,14 +135,14 @@ def _row_specs(runs: Sequence[_Run]) -> list[RowSpec]:
     for first, label, group in zip(firsts, labels, groups, strict=True):
         rivals = [other for other, same in zip(firsts, labels, strict=True) if same == label]
         if len(rivals) > 1:
-            label = f"{label}, {_difference(first, rivals)}"
+            label = f"{label}, {_distinction(first, rivals)}"
         references = tuple(_run_reference(run.folder) for run in group)
         rows.append(RowSpec(label, first.folder.config, references))
     return rows
 
 
-def _difference(run: _Run, rivals: Sequence[_Run]) -> str:
-    """The settings in which runs of the same label differ; the run's folder where none do."""
+def _distinction(run: _Run, rivals: Sequence[_Run]) -> str:
+    """The settings in which runs with the same label differ; the run's folder if they are equal."""
     _, ours = run.identity
     keys = [key for key in ours if any(rival.identity[1][key] != ours[key] for rival in rivals)]
     return ", ".join(f"{key}={ours[key]}" for key in keys) or str(run.folder.path)

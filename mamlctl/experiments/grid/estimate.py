@@ -1,4 +1,4 @@
-"""How long a grid will take, from meta-steps and test tasks measured on this machine."""
+"""An estimate of a grid's time, from meta-steps and test tasks that are timed on this machine."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.settings.schema import EvalConfig, TrainConfig
 
-# Meta-steps that are not timed: the first allocates and compiles; a CUDA graph is recorded in the second.
+# Meta-steps before the timed ones: the first allocates and compiles, the second records a CUDA graph.
 WARM_UP = {"cpu": 1, "cuda": 3}
-TASKS = 16  # validation tasks that are timed
+TASKS = 16  # timed validation tasks
 
 # Settings that change neither the number nor the size of what a meta-step computes: bnrs and ca only change
 # which statistics and which rate it uses. A setting that is not here is measured apart, which takes longer.
@@ -46,26 +46,28 @@ FREE_SETTINGS = (
 
 
 class Phase(NamedTuple):
-    """What the cost of a run's meta-steps depends on while the run goes on."""
+    """What the cost of a meta-step depends on during a run."""
 
     first_order: bool
-    msl: bool  # queries are passed after every inner step
+    msl: bool  # whether the query loss is computed after every inner step
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a run's parts take."""
+    """The time of the parts of a run, in seconds."""
 
     meta_step_s: Mapping[Phase, float]
-    task_s: float  # of a validation or test task
+    task_s: float  # per validation or test task
 
 
 def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> Estimate:
-    """Measure every kind of meta-step that the grid has, each once.
+    """Estimate the time of a grid by timing each kind of its meta-steps once.
 
     Args:
+        grid: the grid.
         workers: cells at a time.
         offline: never download.
+        on_event: receives progress.
 
     Raises:
         SettingsError, DataError: as `open_streams` does.
@@ -78,9 +80,9 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
     rows = []
     try:
         for done, row in enumerate(grid.rows):
-            on_event(Progress("measuring meta-steps", done, len(grid.rows)))
+            on_event(Progress("timing meta-steps", done, len(grid.rows)))
             config = fill_defaults(row.config)
-            # The same for runs whose meta-steps cost the same.
+            # Runs with the same key have meta-steps of the same cost.
             key = repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
             if key not in costs:
                 costs[key] = _measure(config, offline, on_event)
@@ -109,7 +111,7 @@ def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: C
 
 
 def _phases(config: TrainConfig) -> Counter[Phase]:
-    """Epochs of each phase."""
+    """The number of epochs in each phase."""
     return Counter(_phase(config, epoch) for epoch in range(config.epochs))
 
 
@@ -118,7 +120,7 @@ def _phase(config: TrainConfig, epoch: int) -> Phase:
 
 
 def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
-    """Medians over meta-steps of each phase, and a validation task's best of two times."""
+    """The median time of a meta-step in each phase, and the better of two times for a validation task."""
     device = open_device(config.device, config.precision)
     streams, source = open_streams(
         config,

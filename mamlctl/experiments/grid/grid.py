@@ -1,4 +1,4 @@
-"""The folder of a grid: its plan, and a run folder for every row and seed."""
+"""A grid: the rows of a plan with their settings, and a cell (run folder) per row and seed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from mamlctl.experiments.settings import resolve_settings
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 
-# Of plan.yaml.
-FORMAT = 1
-
-# What the folder of a grid holds.
+# The contents of a grid's folder, and the format of its plan.
 PLAN = "plan.yaml"
 CELLS = "cells"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """A row of the table to be: its label, its folders' name, its settings with the first seed."""
+    """A row of a grid: its label, the name of its folders, and its settings with the first seed."""
 
     label: str
     slug: str
@@ -42,30 +40,30 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        """The last part of its folder."""
+        """The name of the run folder."""
         return self.folder.name
 
     @property
     def config(self) -> TrainConfig:
-        """The settings of this run."""
+        """The settings of the run."""
         return replace(self.row.config, seed=self.seed)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A plan with its settings, seeds and protocol, and where its cells lie."""
+    """A plan with its settings, seeds and evaluation, and the folder of its cells."""
 
     folder: Path  # absolute
     plan: str
     rows: tuple[GridRow, ...]
     seeds: tuple[int, ...]
     evaluate: EvalConfig
-    command: str  # that made it
-    left_out: tuple[str, ...] = ()  # rows of the plan that would be the same runs as others
+    command: str  # the command line that created it
+    left_out: tuple[str, ...] = ()  # rows of the plan that would be equal to others
 
     @property
     def cells(self) -> list[GridCell]:
-        """Every cell, the first seed of all rows first, so that a table is whole as early as can be."""
+        """All cells, with the first seed of every row first, so that the table is soon complete."""
         return [
             GridCell(row, seed, self.folder / CELLS / f"{row.slug}-s{seed}")
             for seed in self.seeds
@@ -81,21 +79,23 @@ def resolve_rows(
     *,
     check_devices: bool = True,
 ) -> list[GridRow]:
-    """The settings of every row.
+    """Resolve the settings of every row.
 
-    A flag that has no effect in some rows, as --msl-epochs in those without MSL, gives way there. An
-    improvement that means nothing with the algorithm or the data is left out, and so is a row that is another
-    one then.
+    A flag may have no effect in some rows, such as --msl-epochs in rows without MSL. Improvements without
+    meaning for the algorithm or the data are left out, and so are rows that are then equal to another row.
 
     Args:
-        rows: What each row sets, over everything else.
-        layers: Presets and files, weakest first.
-        settings: Those of the command line, over the layers.
-        seed: The first seed.
-        check_devices: They are to run on this machine.
+        rows: the rows, whose own settings override all others.
+        layers: presets and files, weakest first.
+        settings: the settings from the command line, which override the layers.
+        seed: the first seed.
+        check_devices: whether the cells must run on this machine.
+
+    Returns:
+        The rows that are left, in order.
 
     Raises:
-        SettingsError: With every problem, and for a flag without effect in all rows.
+        SettingsError: all problems, including flags that have no effect in any row.
     """
     resolved_rows, problems = list[GridRow](), list[tuple[str, Problem]]()
     flags = {name: value for name, value in settings.items() if name not in ("algo", "seed")}
@@ -110,12 +110,12 @@ def resolve_rows(
             problems += [(row.label, problem) for problem in error.problems]
             continue
         unused -= {name for name in flags if resolved.sources[name] == "flags" or name in row.values}
-        grid_row, row_problems = _grid_row(row, resolved.config)
+        grid_row, row_problems = _effective_row(row, resolved.config)
         problems += [(row.label, problem) for problem in row_problems]
         others = [as_unimproved(other.config) for other in resolved_rows]
         if not (row.of_improvements and as_unimproved(grid_row.config) in others):
             resolved_rows.append(grid_row)
-    refusals = _grouped(problems, len(rows)) or _alike(resolved_rows)
+    refusals = _grouped_problems(problems, len(rows)) or _equal_row_problems(resolved_rows)
     refusals = refusals or [
         (f"{flag(name)} has no effect in any row", "leave it out") for name in sorted(unused)
     ]
@@ -124,8 +124,8 @@ def resolve_rows(
     return resolved_rows
 
 
-def _grid_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:
-    """The row with its settings: without improvements that mean nothing; nothing else may get lost."""
+def _effective_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:
+    """The row without improvements that have no meaning, and problems for other values without effect."""
     lost = [name for name, value in row.values.items() if getattr(config, name) != value]
     if row.of_improvements:
         row = row.without(lost)
@@ -136,8 +136,8 @@ def _grid_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Probl
     return GridRow(row.label, row.slug, config), problems
 
 
-def _grouped(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem]:
-    """Each problem once, with its row where not all have it."""
+def _grouped_problems(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem]:
+    """Each problem once, with the name of a row unless all rows have it."""
     by_problem: dict[Problem, list[str]] = {}
     for label, problem in problems:
         by_problem.setdefault(problem, []).append(label)
@@ -147,17 +147,17 @@ def _grouped(problems: Sequence[tuple[str, Problem]], rows: int) -> list[Problem
     ]
 
 
-def _alike(rows: Sequence[GridRow]) -> list[Problem]:
-    """Rows that are the same run, or that would share a folder."""
+def _equal_row_problems(rows: Sequence[GridRow]) -> list[Problem]:
+    """Problems for rows that have the same settings, or would share a folder."""
     return [
-        (f"rows '{other.label}' and '{row.label}' are the same", "leave one out")
+        (f"rows '{other.label}' and '{row.label}' are the same", "remove one of them")
         for other, row in itertools.combinations(rows, 2)
         if row.slug == other.slug or row.config == other.config
     ]
 
 
 def not_default(evaluate: EvalConfig) -> dict[str, Any]:
-    """What of a test is not as it always is, but for where it runs."""
+    """The settings of an evaluation that differ from their defaults and decide its results."""
     return {
         item.name: getattr(evaluate, item.name)
         for item in fields(evaluate)
@@ -166,18 +166,18 @@ def not_default(evaluate: EvalConfig) -> dict[str, Any]:
 
 
 def check_rows(rows: Sequence[GridRow], seeds: int) -> None:
-    """Raises SettingsError unless all rows are tested on the same tasks, and their seeds are several runs."""
+    """Raises SettingsError unless all rows have the same test tasks and their seeds make a difference."""
     first = rows[0]
     problems = [
         (
-            f"'{row.label}' has --init-seed and --train-seed, so that its {seeds} seeds are one run",
-            "leave one out",
+            f"'{row.label}' has --init-seed and --train-seed, so its {seeds} seeds would be the same run",
+            "leave one of them out",
         )
         for row in rows
         if seeds > 1 and row.config.init_seed is not None and row.config.train_seed is not None
     ]
     problems += [
-        (f"'{row.label}' has {flag(name)} {theirs}, but '{first.label}' has {ours}", "make a table for each")
+        (f"'{row.label}' has {flag(name)} {theirs}, but '{first.label}' has {ours}", "make separate tables")
         for row in rows[1:]
         for name in OF_TASKS
         if (theirs := getattr(row.config, name)) != (ours := getattr(first.config, name))

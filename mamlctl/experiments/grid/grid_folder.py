@@ -1,4 +1,4 @@
-"""A grid's folder: its plan saved and loaded, locked while a process fills it."""
+"""The folder of a grid: saving and loading its plan, and locking it for one process."""
 
 from __future__ import annotations
 
@@ -38,36 +38,36 @@ def open_grid(
     evaluate: EvalConfig,
     command: str,
 ) -> Grid:
-    """A new grid, or one that is there and has the same rows; it may have other seeds and test tasks.
+    """A new grid, or an existing one with the same rows; seeds and test tasks may differ.
 
     Args:
-        folder: None for the one under runs/ that belongs to these settings.
-        plan: what the plan is called.
-        rows: of the table, the baseline first.
-        seeds: of every row's runs.
-        evaluate: the test of every run.
-        command: that made the grid.
+        folder: the folder; None for the folder under runs/ that belongs to these settings.
+        plan: the name of the plan.
+        rows: the rows, the baseline first.
+        seeds: the seeds of every row.
+        evaluate: the test of every cell.
+        command: the command line that creates the grid.
 
     Raises:
-        SettingsError: the folder has rows or runs with other settings.
-        MamlctlError: the folder is something else.
+        SettingsError: the folder contains rows or runs with other settings.
+        MamlctlError: the folder contains something else.
     """
     path = (folder or _default_folder(plan, rows)).expanduser().absolute()
     grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
     if (path / PLAN).is_file():
-        if problems := _differences(load_grid(path), grid):
+        if problems := _plan_problems(load_grid(path), grid):
             raise SettingsError(problems)
     elif path.is_dir() and any(name != CELLS for name in contents(path, PLAN)):
-        raise MamlctlError(f"{path} is no folder of a grid: it has no {PLAN}", hint="choose another --out")
+        raise MamlctlError(f"{path} is not a grid's folder: it has no {PLAN}", hint="choose another --out")
     if problems := [problem for cell in grid.cells for problem in _cell_problems(cell)]:
         raise SettingsError(problems)
     return grid
 
 
 def save_plan(grid: Grid) -> None:
-    """Write plan.yaml: what a second call goes on with."""
+    """Write plan.yaml, from which another call can resume."""
     common = common_settings([asdict(row.config) for row in grid.rows])
     document = {
         "format": FORMAT,
@@ -90,13 +90,13 @@ def save_plan(grid: Grid) -> None:
 
 
 def load_grid(folder: Path) -> Grid:
-    """The grid of a folder. Raises MamlctlError for a folder that has none, or a damaged one."""
+    """Load the grid of a folder. Raises MamlctlError if the plan is missing or damaged."""
     path = folder.expanduser().absolute()
     try:
         document = yaml.safe_load((path / PLAN).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        hint = "name the folder that 'mamlctl ablate' printed"
-        raise MamlctlError(f"{path} has no {PLAN} that can be read", hint=hint) from error
+        hint = "use the folder that 'mamlctl ablate' printed"
+        raise MamlctlError(f"{path} has no readable {PLAN}", hint=hint) from error
     except yaml.YAMLError as error:
         raise _damaged(path, "not YAML") from error
     try:
@@ -116,17 +116,17 @@ def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -
 
 
 def _damaged(path: Path, why: str) -> MamlctlError:
-    return MamlctlError(f"{path / PLAN} is damaged: {why}", hint="give the plan again, with another --out")
+    return MamlctlError(f"{path / PLAN} is damaged: {why}", hint="run the plan again with another --out")
 
 
 def lock_grid(grid: Grid) -> AbstractContextManager[None]:
-    """Be the one who fills the grid's cells. Raises MamlctlError if another process is."""
+    """Lock the grid for the block. Raises LockedError if another process is working on it."""
     grid.folder.mkdir(parents=True, exist_ok=True)
     return one_writer(grid.folder, "folder")
 
 
 def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
-    """One folder for the same settings, so that the same command finds what it began."""
+    """A folder that depends only on the settings, so that the same command resumes the same grid."""
     first = fill_defaults(rows[0].config)
     content = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
@@ -134,14 +134,14 @@ def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
 
 
-def _differences(stored: Grid, planned: Grid) -> list[Problem]:
-    """Why the grid that is there cannot take the planned rows: (fact, way out) pairs."""
-    way = "choose another --out, or the settings of the one that is there"
+def _plan_problems(stored: Grid, planned: Grid) -> list[Problem]:
+    """Why the existing grid is not the planned one, as (fact, hint) pairs."""
+    way = "choose another --out, or use the settings of the existing grid"
     stored_rows = {row.label: row for row in stored.rows}
     if list(stored_rows) != [row.label for row in planned.rows]:
         fact = f"{stored.folder} has the rows of {stored.plan} ({len(stored.rows)}), not of {planned.plan}"
         return [(f"{fact} ({len(planned.rows)})", way)]
-    labels: dict[tuple[str, object, object], list[str]] = {}  # of the rows that a setting changed in
+    labels: dict[tuple[str, object, object], list[str]] = {}  # of the rows in which a setting has changed
     for row in planned.rows:
         before, now = identity_settings(stored_rows[row.label].config), identity_settings(row.config)
         for key in now:
@@ -156,11 +156,11 @@ def _differences(stored: Grid, planned: Grid) -> list[Problem]:
 
 
 def _cell_problems(cell: GridCell) -> list[Problem]:
-    """Why the run folder that is there is not this cell's: (fact, way out) pairs, three at most."""
+    """Why the existing run folder is not this cell's, as at most three (fact, hint) pairs."""
     if not (cell.folder / CONFIG).is_file():
         return []
     stored, planned = asdict(open_run(cell.folder).config), asdict(cell.config)
-    way = "choose another --out, or move that folder away"
+    way = "choose another --out, or move the folder away"
     return [
         (f"{cell.folder} was trained with {key} {stored[key]}, not {planned[key]}", way)
         for key in planned

@@ -1,4 +1,4 @@
-"""Plans of an ablation: which rows its table has, and what sets each of them apart."""
+"""Plans of an ablation: the rows of its table, and the settings that only each of them has."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 PLANS = ("one-on", "one-off", "cumulative", "full")
 
-# The improvements as the paper counts them, in its order.
+# The improvements in the paper's order, grouped as the paper counts them.
 GROUPS: tuple[tuple[str, ...], ...] = tuple(
     tuple(group) for _, group in itertools.groupby(IMPROVEMENTS, lambda name: IMPROVEMENTS[name].paper_group)
 )
 
-# None, and each improvement alone: groups as one, and their members apart.
+# No improvement, and each one alone: first a whole group, then its members.
 ALONE: tuple[tuple[str, ...], ...] = (
     (),
     *itertools.chain.from_iterable(
@@ -32,10 +32,10 @@ ALONE: tuple[tuple[str, ...], ...] = (
     ),
 )
 
-# What --order takes.
+# The default of --order.
 ORDER = "-".join("+".join(group) for group in GROUPS)
 
-# Rows of one table are judged on the same tasks, so nothing that decides those can vary.
+# The rows of a table have the same test tasks, so the settings that decide the tasks cannot vary.
 OF_TASKS = (
     *("dataset", "ways", "shots", "queries", "split_scheme", "split_fractions", "split_seed", "eval_seed"),
     *("image_size", "channels", "resize", "strict"),
@@ -44,22 +44,22 @@ OF_TASKS = (
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row to be: what it is called, the algorithm it begins with, and the settings laid over all others."""
+    """A row of a plan: its name, its algorithm, and its settings, which override all others."""
 
-    base: str  # its name, but for the improvements
-    algo: str | None  # None: as asked for
+    base: str  # the name without improvements
+    algo: str | None  # None for that of the command line
     values: Mapping[str, Any]
-    added: tuple[str, ...] = ()  # improvements that the base does not have
+    added: tuple[str, ...] = ()  # improvements that the base lacks
     removed: tuple[str, ...] = ()  # improvements that the base has
 
     @property
     def label(self) -> str:
-        """The base and its improvements: "maml + msl"."""
+        """The base with its improvements, e.g. "maml + msl"."""
         return improved_label(self.base, self.added, self.removed)
 
     @property
     def of_improvements(self) -> bool:
-        """Whether the row says of every improvement if it is on."""
+        """Whether the row turns every improvement on or off."""
         return IMPROVEMENTS.keys() <= self.values.keys()
 
     @property
@@ -68,7 +68,7 @@ class PlannedRow:
         return re.sub(r"[^\w.+=,-]", "_", self.label.replace(" ", ""))
 
     def without(self, improvements: Collection[str]) -> PlannedRow:
-        """The row as it is called where these improvements mean nothing."""
+        """The row without these improvements in its name."""
         return replace(self, added=tuple(name for name in self.added if name not in improvements))
 
 
@@ -76,12 +76,12 @@ def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRo
     """The rows of a plan of improvements, the baseline first.
 
     Args:
-        plan: One of PLANS.
-        algo: What improvements are laid on; maml++ counts as maml, since it is maml with all of them.
-        order: Of the plan "cumulative": improvements, or groups of them joined by "+", joined by "-".
+        plan: one of PLANS.
+        algo: the algorithm to improve; maml++ counts as maml, because it is maml with all improvements.
+        order: for the plan "cumulative": improvements, or groups of them joined by "+", separated by "-".
 
     Raises:
-        SettingsError: For a wrong `order`.
+        SettingsError: `order` names an unknown improvement, or one improvement twice.
     """
     base = _without_improvements(algo)
     if plan == "one-on":
@@ -97,9 +97,9 @@ def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRo
 
 
 def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
-    """A row for every combination of `key=v1,v2` pairs, the first value of each first.
+    """A row for every combination of values in `key=v1,v2` pairs, in order.
 
-    Raises SettingsError for a pair that is none, an unknown setting, or one that decides the test tasks.
+    Raises SettingsError for a malformed pair, an unknown setting, or a setting that decides the test tasks.
     """
     axes, problems = [], []
     for pair in pairs:
@@ -111,21 +111,21 @@ def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
             hint = nearest(key, FIELDS, otherwise="mamlctl train --print-config shows all settings")
             problems.append((f"unknown setting '{key}' in --grid", hint))
         elif key == "seed":
-            problems.append(("--grid cannot vary seed, which is no row of its own", "use --seeds"))
+            problems.append(("--grid cannot vary seed: the seeds of a row are separate runs", "use --seeds"))
         elif key in OF_TASKS:
             fact = f"--grid cannot vary {key}: rows of one table are tested on the same tasks"
-            problems.append((fact, "make a table for each"))
+            problems.append((fact, "make a table for each value"))
         else:
             axes.append([(key, word) for word in words])
     keys = [axis[0][0] for axis in axes]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        problems.append((f"--grid names {', '.join(repeated)} twice", "give all values at once"))
+        problems.append((f"--grid names {', '.join(repeated)} twice", "write all values in one --grid"))
     if problems:
         raise SettingsError(problems)
-    return [_grid_row(choice) for choice in itertools.product(*axes)]
+    return [_planned_row(choice) for choice in itertools.product(*axes)]
 
 
-def _grid_row(choice: Sequence[tuple[str, str]]) -> PlannedRow:
+def _planned_row(choice: Sequence[tuple[str, str]]) -> PlannedRow:
     values = {key: _parsed_value(key, word) for key, word in choice}
     algo = values.pop("algo", None)
     name = ", ".join(word if key == "algo" else f"{key}={word}" for key, word in choice)
@@ -133,7 +133,7 @@ def _grid_row(choice: Sequence[tuple[str, str]]) -> PlannedRow:
 
 
 def _parsed_value(key: str, word: str) -> Any:
-    """What YAML makes of the word, as --set does. Raises SettingsError if it makes nothing of it."""
+    """Parse a value as YAML, as --set does. Raises SettingsError if it is not valid."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={word}"]))[key]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException) as error:
@@ -141,7 +141,7 @@ def _parsed_value(key: str, word: str) -> Any:
 
 
 def algorithm_rows(names: str) -> list[PlannedRow]:
-    """A row for every algorithm of a list such as "maml,fomaml". Raises SettingsError for a repeated one."""
+    """A row per algorithm in a list such as "maml,fomaml". Raises SettingsError if one is repeated."""
     algos = [name.strip() for name in names.split(",") if name.strip()]
     if len(set(algos)) < len(algos) or not algos:
         raise SettingsError([(f"--algos is '{names}'", "name each algorithm once: --algos maml,maml++")])
@@ -165,7 +165,7 @@ def _without(base: str, off: tuple[str, ...]) -> PlannedRow:
 
 
 def _with_improvements(algo: str) -> str | None:
-    """The name of an algorithm with all improvements, as maml++ is maml's; None where it has no such name."""
+    """The name of an algorithm with all improvements: maml++ for maml; None if there is no name."""
     return next((name for name, entry in ALGORITHMS.items() if entry.improves == algo), None)
 
 
@@ -176,29 +176,29 @@ def _without_improvements(algo: str) -> str:
 
 
 def improved_label(base: str, added: Collection[str], removed: Collection[str]) -> str:
-    """A name and what is added to it and taken from it: "maml + msl", "maml++ - ca"."""
+    """A name with the improvements that are added and removed, e.g. "maml + msl" or "maml++ - ca"."""
     return "".join([base, *(f" + {name}" for name in added), *(f" - {name}" for name in removed)])
 
 
 def _ordered(order: str) -> list[list[str]]:
-    """ "msl-bnrs+bnwb" -> [[msl], [bnrs, bnwb]]. Raises SettingsError unless each is named once at most."""
+    """Parse "msl-bnrs+bnwb" as [[msl], [bnrs, bnwb]]. Raises SettingsError for unknown or repeated names."""
     steps = [step.split("+") for step in order.split("-")]
     names = [*itertools.chain(*steps)]
     if unknown := [name for name in names if name not in IMPROVEMENTS]:
         hint = nearest(unknown[0], IMPROVEMENTS, otherwise=f"write it like {ORDER}")
-        raise SettingsError([(f"--order names '{unknown[0]}', which is no improvement", hint)])
+        raise SettingsError([(f"--order names '{unknown[0]}', which is not an improvement", hint)])
     if len(set(names)) < len(names):
         raise SettingsError([(f"--order {order} names an improvement twice", f"write it like {ORDER}")])
     return steps
 
 
 def as_unimproved(config: TrainConfig) -> TrainConfig:
-    """maml++ as maml with its flags: where those are compared, the name says nothing more."""
+    """The same settings under the name without improvements: maml++ becomes maml with its flags."""
     return replace(config, algo=_without_improvements(config.algo))
 
 
 def label_of(config: TrainConfig) -> str:
-    """A run's algorithm with the improvements that it has, or that MAML++ lacks, as plans name rows."""
+    """The name of a run in the style of plans: its algorithm, and how its improvements differ from that."""
     if _without_improvements(config.algo) == config.algo:
         return improved_label(config.algo, config.improvements, ())
     return improved_label(config.algo, (), [name for name in IMPROVEMENTS if not getattr(config, name)])

@@ -1,4 +1,4 @@
-"""The jobs of a grid: started, watched and reported until every cell is done."""
+"""The scheduler of a grid, which starts and watches jobs until every cell is done."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, rows_of, run_state
 
-POLL_S = 0.25  # how often jobs are looked after: below what a person notices
+POLL_S = 0.25  # between polls of the jobs: too short for a person to notice
 
 
 def is_pending(cell: GridCell, grid: Grid) -> bool:
-    """Whether a cell is to be trained or tested."""
+    """Whether a cell has to be trained or tested."""
     state = run_state(cell.folder)
     return not state.ended or (state.status == "finished" and _evaluation(cell, grid) is None)
 
 
 def pending_cells(grid: Grid) -> list[GridCell]:
-    """The cells that are to be trained or tested."""
+    """The cells that have to be trained or tested."""
     return [cell for cell in grid.cells if is_pending(cell, grid)]
 
 
 class Scheduler:
-    """Starts jobs for the pending cells of a grid, and reports how every cell stands."""
+    """Starts jobs for the pending cells of a grid and reports the state of every cell."""
 
     def __init__(
         self,
@@ -46,12 +46,21 @@ class Scheduler:
         on_event: OnEvent,
         offline: bool,
     ) -> None:
-        """`pending`: the cells to bring to their end; the others are only reported."""
+        """A scheduler that has started no job yet.
+
+        Args:
+            grid: the grid.
+            pending: the cells to train and test; all others are only reported.
+            executor: runs the jobs.
+            stop: requests to stop.
+            on_event: receives a GridChanged after every poll, and notices.
+            offline: never download.
+        """
         self.ended: dict[str, Ended] = {}  # the last job of each cell, by the cell's name
         self._grid, self._executor, self._stop, self._on_event = grid, executor, stop, on_event
         self._waiting, self._offline = [cell.name for cell in pending], offline
         self._running: set[str] = set()
-        self._elsewhere: set[str] = set()  # waiting cells that another process trains
+        self._elsewhere: set[str] = set()  # waiting cells that another process is training
         self._began = time.monotonic()
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
@@ -62,11 +71,11 @@ class Scheduler:
 
     @property
     def failed(self) -> dict[str, str]:
-        """Cells whose jobs failed -> why."""
+        """Why jobs failed, by cell."""
         return {name: end.reason for name, end in self.ended.items() if end.failed}
 
     def run(self) -> StopReason:
-        """Run until every job has ended -> ""; or until there is a reason to stop before -> the reason."""
+        """Run until every job has ended and return "", or stop early and return the reason."""
         while self._waiting or self._running:
             if reason := self._stop.reason():
                 self._executor.stop(signal.SIGINT if reason == "SIGINT" else signal.SIGTERM)
@@ -85,14 +94,14 @@ class Scheduler:
                 return
             cell = self._cells[name]
             if is_locked(cell.folder):
-                # Trained by another process, such as a queue's job, or a child of a killed call for a moment.
+                # Used by another process, such as a job of a queue, or briefly by a child of a killed call.
                 if name not in self._elsewhere:
                     self._elsewhere.add(name)
                     self._on_event(Notice(f"{name} is in use by another process: waiting for it"))
                 continue
             self._elsewhere.discard(name)
             self._waiting.remove(name)
-            # Another process may have done some of it meanwhile, or all.
+            # Another process may have trained or tested the cell in the meantime.
             if is_pending(cell, self._grid):
                 self._running.add(name)
                 self._executor.start(self._job(cell))
@@ -100,7 +109,7 @@ class Scheduler:
                 self._states[name] = self._cell_state(cell)
 
     def _job(self, cell: GridCell) -> Job:
-        """What is left to do for a pending cell."""
+        """The job that completes a pending cell."""
         offline = ("--offline",) if self._offline else ()
         overrides: tuple[str, ...] = ()
         if (cell.folder / CONFIG).is_file():
@@ -117,7 +126,7 @@ class Scheduler:
 
     def _record_end(self, end: Ended) -> None:
         self._running.remove(end.name)
-        if end.code == ExitCode.LOCKED:  # another process was quicker
+        if end.code == ExitCode.LOCKED:  # another process took the cell first
             self._waiting.append(end.name)
             return
         self.ended[end.name] = end
@@ -134,7 +143,7 @@ class Scheduler:
         )
 
     def _seconds_left(self, states: Sequence[CellState]) -> float | None:
-        """From the meta-steps done since this call began, or where only tests are left, from those."""
+        """An estimate from the meta-steps done in this call, or from the tests if only tests are left."""
         pending = [state for state in states if state.state not in OVER]
         steps_left = sum(state.total_steps - state.step for state in pending)
         if steps_left:

@@ -1,4 +1,4 @@
-"""What run folders hold for a table: how training went, and each test task's score."""
+"""What a table reads from run folders: the course of training, and the score of each test task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.schema import EvalConfig
 
-NEAR = 0.99  # share of the last validation's score that counts as having got there
+NEAR = 0.99  # share of the last validation's score that counts as reaching it
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class StoredEvaluation:
     """A stored evaluation of one run."""
 
     protocol: Mapping[str, Any]
-    scores: Mapping[Model, NDArray[np.float64]]  # of every task
-    per_step: Mapping[Model, Sequence[float]]  # of the same, after 0, 1 ... inner steps
+    scores: Mapping[Model, NDArray[np.float64]]  # for every task
+    per_step: Mapping[Model, Sequence[float]]  # means after 0, 1, ..., I inner steps
     ensemble_size: int
     notes: tuple[str, ...]
 
 
 def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
-    """The evaluation of the run as it is now that the settings ask for; None if there is none yet.
+    """The evaluation of the run's current checkpoint with these settings; None if there is none yet.
 
-    Raises MamlctlError for one that is damaged.
+    Raises MamlctlError if it is damaged.
     """
     required = protocol_settings(settings, settings.over(run.config))
     required["dataset_digest"] = run.environment().get("dataset_digest", "")
@@ -57,12 +57,12 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
         try:
             summary = upgrade(SUMMARY, json.loads(path.read_text()))
             protocol = {key: value for key, value in dict(summary["protocol"]).items() if key not in OF_RUN}
-            # One from before the last training, or of other images, is no result of this run.
+            # Evaluations of an earlier checkpoint or of other images do not count.
             same = protocol in (required, required | {"bn": "none"})
             if same and summary.get("step") == run.state().step:
                 return _load_evaluation(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            hint = "remove that folder, and it is tested again"
+            hint = "remove that folder, so that the run is tested again"
             raise MamlctlError(f"{path.parent} is damaged: {error}", hint=hint) from error
     return None
 
@@ -82,13 +82,13 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluati
 
 
 def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, failed: str = "") -> Cell:
-    """How a run's training went.
+    """The course of a run's training.
 
     Args:
-        run: None before it began.
-        seed: of the run.
-        place: how the table names the run's folder.
-        command: that trains it alone.
+        run: the run; None if it does not exist yet.
+        seed: the seed of the run.
+        place: the run folder, as the table names it.
+        command: the command line that trains this run alone.
         failed: why its last job failed; "" if it did not.
     """
     if run is None:
@@ -97,13 +97,13 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
     reports = rows_of(metrics, "report")
     metric = metric_of(run.config.dataset)
     scores = [(int(row["step"]), row[f"val_{metric}"]) for row in rows_of(metrics, "validation")]
-    # A file's null is a number that was not finite.
+    # null stands for a number that was not finite.
     validation = tuple((step, math.nan if score is None else float(score)) for step, score in scores)
     status: CellStatus = state.status or "running"
     if failed and status != "diverged":
         status = "failed"
     elif status == "running" and not is_locked(run.path):
-        status = "interrupted"  # killed: it could not say so
+        status = "interrupted"  # killed before it could write its status
     # The first report includes the warm-up.
     step_seconds = [run.config.meta_batch_size / row["tasks_per_second"] for row in reports[1:] or reports]
     return Cell(
@@ -123,12 +123,12 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
 
 
 def steps_done(state: RunState, metrics: Sequence[Mapping[str, Any]]) -> int:
-    """Meta-steps that a run has done; after a kill status.json is behind metrics.jsonl."""
+    """The number of meta-steps done; status.json is behind metrics.jsonl if the run was killed."""
     return max([state.step, *(int(row["step"]) for row in metrics[-1:])])
 
 
 def _steps_to_99(validation: Sequence[tuple[int, float]], metric: Metric) -> int | None:
-    """Meta-steps to the first (step, score) as good as 99 % of the last one's (mse: within 1 %)."""
+    """The first step with a score of at least 99 % of the last one (mse: at most 1/0.99 of it)."""
     for step, score in validation:
         last = validation[-1][1]
         if score <= last / NEAR if metric == "mse" else score >= last * NEAR:
