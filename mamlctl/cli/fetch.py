@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mamlctl.cli.common_options import OutputOptions, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
-from mamlctl.display.console import say
-from mamlctl.display.datasets import fetched_line, show_data_sets, verified_line
+from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
+from mamlctl.display.datasets import show_data_sets, show_fetched, show_verified
 from mamlctl.settings.fields import HARDWARE
 
 
@@ -53,29 +53,28 @@ def fetch(
         if problems := unused(fetching, f"with {'--list' if list_ else '--verify'}"):
             raise SettingsError(problems)
     if list_:
-        entries = list_all(names or [], data_root=data_root)
-        options.write(entries, {"format": 1, "data_sets": entries}, show_data_sets)
+        listed = list_all(names or [], data_root=data_root)
+        options.write(listed, _document(listed), show_data_sets)
+        return ExitCode.OK
+    if verify:
+        with options.display() as display:
+            verified = verify_all(names or [], data_root=data_root, on_event=display)
+        options.write(verified, _document(verified), show_verified)
+        refuse_damage(verified)
         return ExitCode.OK
     with options.display() as display:
-        if verify:
-            entries = verify_all(names or [], data_root=data_root, on_event=display)
-        else:
-            entries = fetch_all(
-                names or [],
-                source=source,
-                mirrors=mirror or [],
-                data_root=data_root,
-                force=force,
-                offline=options.offline,
-                on_event=display,
-            )
-    line_of = verified_line if verify else fetched_line
-
-    def show(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
-        for entry in entries:
-            say(console, line_of(entry))
-
-    options.write(entries, {"format": 1, "data_sets": entries}, show)
-    if verify:
-        refuse_damage(entries)
+        fetched = fetch_all(
+            names or [],
+            source=source,
+            mirrors=mirror or [],
+            data_root=data_root,
+            force=force,
+            offline=options.offline,
+            on_event=display,
+        )
+    options.write(fetched, _document(fetched), show_fetched)
     return ExitCode.OK
+
+
+def _document(entries: Sequence[ListedSet | VerifiedSet | FetchedSet]) -> dict[str, Any]:
+    return {"format": 1, "data_sets": [asdict(entry) for entry in entries]}

@@ -139,6 +139,42 @@ class ClassifyResult:
         return sum(image.predicted is None for image in self.images)
 
 
+@dataclass(frozen=True)
+class FetchedSet:
+    """A data set that `fetch` has prepared."""
+
+    name: str
+    classes: int
+    images: int
+    digest: str
+    folder: str  # the data root
+
+
+@dataclass(frozen=True)
+class ListedSet:
+    """A data set in `fetch --list`."""
+
+    name: str
+    what: str
+    download_bytes: int | None  # 0 if it is generated, None if it needs --from
+    licence: str
+    origin: str
+    here: bool
+    verified: str | None  # ISO time of the oldest verification of its packs
+    damage: str | None
+    folder: str  # the data root
+
+
+@dataclass(frozen=True)
+class VerifiedSet:
+    """A data set that `fetch --verify` has checked."""
+
+    name: str
+    packs: int
+    damage: str | None
+    folder: str  # the data root
+
+
 def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:
     """A record as it is stored in files, with the name of its metric in place of "score" in each key."""
     return {

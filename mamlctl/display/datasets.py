@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from mamlctl.core import formatting
+from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
 from mamlctl.display.console import say, say_table
 
 HEADS = ["name", "prepared", "download", "licence", "from", "description"]
 
 
-def _state(entry: Mapping[str, Any]) -> str:
-    if entry["damage"]:
+def _state(entry: ListedSet) -> str:
+    if entry.damage:
         return "damaged"
-    if entry["verified"]:
-        return f"verified {entry['verified'][:10]}"
-    return "yes" if entry["here"] else "no"
+    if entry.verified:
+        return f"verified {entry.verified[:10]}"
+    return "yes" if entry.here else "no"
 
 
-def _size(entry: Mapping[str, Any]) -> str:
-    count = entry["download_bytes"]
-    if count is None:
+def _size(entry: ListedSet) -> str:
+    if entry.download_bytes is None:
         return "use --from"
-    return formatting.size(count) if count else "none"
+    return formatting.size(entry.download_bytes) if entry.download_bytes else "none"
 
 
-def verified_line(entry: Mapping[str, Any]) -> str:
-    """The outcome of verifying a data set again."""
-    packs = f"{entry['packs']} {formatting.plural(entry['packs'], 'pack')}"
-    return f"{entry['name']}: {'DAMAGED' if entry['damage'] else 'intact'}, {packs} in {entry['folder']}"
+def show_verified(console: Console, entries: Sequence[VerifiedSet]) -> None:
+    """Print a line per data set that was verified again."""
+    for entry in entries:
+        packs = f"{entry.packs} {formatting.plural(entry.packs, 'pack')}"
+        say(console, f"{entry.name}: {'DAMAGED' if entry.damage else 'intact'}, {packs} in {entry.folder}")
 
 
-def fetched_line(entry: Mapping[str, Any]) -> str:
-    """The outcome of fetching a data set."""
-    return "{name}: {classes} classes, {images} images, digest {digest:.12}, in {folder}".format(**entry)
+def show_fetched(console: Console, entries: Sequence[FetchedSet]) -> None:
+    """Print a line per data set that was fetched."""
+    for entry in entries:
+        counts = f"{entry.classes} classes, {entry.images} images"
+        say(console, f"{entry.name}: {counts}, digest {entry.digest:.12}, in {entry.folder}")
 
 
-def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> None:
+def show_data_sets(console: Console, entries: Sequence[ListedSet]) -> None:
     """Print a table, or a block of lines per data set if the terminal is too narrow for the table."""
     rows = [
-        [entry["name"], _state(entry), _size(entry), entry["licence"], entry["origin"], entry["what"]]
+        [entry.name, _state(entry), _size(entry), entry.licence, entry.origin, entry.what]
         for entry in entries
     ]
     widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
@@ -53,4 +55,4 @@ def show_data_sets(console: Console, entries: Sequence[Mapping[str, Any]]) -> No
             say(console, (row[0], "bold"))
             for head, text in zip(HEADS[1:], row[1:], strict=True):
                 say(console, (f"  {head:<13}", "dim"), text)
-    say(console, f"prepared data sets are in {entries[0]['folder']}")
+    say(console, f"prepared data sets are in {entries[0].folder}")

@@ -1,13 +1,13 @@
-"""`fetch`: data sets downloaded or taken over, verified and packed; listed; verified again."""
+"""Downloading, importing, listing and verifying data sets (`fetch`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
 from mamlctl.data.fetching.responses import check_mirrors
 from mamlctl.data.reading.packs import data_root as folder_of
 from mamlctl.data.reading.packs import load_pack, packs_of, verified_at, verify_pack
@@ -23,13 +23,17 @@ def fetch_all(
     force: bool,
     offline: bool,
     on_event: OnEvent,
-) -> list[dict[str, Any]]:
-    """Fetch each data set -> its name, numbers of classes and images, digest and folder.
+) -> list[FetchedSet]:
+    """Download or import data sets and pack them.
 
     Args:
+        names: the data sets.
         source: archives or folders to use instead of a download.
-        mirrors: addresses to try first.
-        force: fetch again what is there.
+        mirrors: URLs to try first.
+        data_root: the folder of prepared data sets; None for the default.
+        force: prepare data sets again that are already present.
+        offline: never download.
+        on_event: receives progress and notices.
 
     Raises:
         SettingsError: a name is unknown, or an option has no effect.
@@ -48,8 +52,8 @@ def fetch_all(
             force=force,
             on_event=on_event,
         )
-        counts = {"classes": len(packed.names), "images": len(packed.images_MCHW)}
-        fetched.append({"name": name, **counts, "digest": packed.digest, "folder": str(root)})
+        counts = len(packed.names), len(packed.images_MCHW)
+        fetched.append(FetchedSet(name, *counts, packed.digest, str(root)))
     return fetched
 
 
@@ -69,37 +73,37 @@ def _check(
     check_mirrors(mirrors)
     for path in source or ():
         if not path.exists():
-            raise DataError(f"there is no {path}", hint="give --from a folder or archives that exist")
+            raise DataError(f"there is no {path}", hint="use --from with a folder or archives that exist")
 
 
-def list_all(names: Sequence[str], *, data_root: str | None) -> list[dict[str, Any]]:
-    """Every data set, or those of `names`: what it is, where it comes from, whether it is here and whole."""
+def list_all(names: Sequence[str], *, data_root: str | None) -> list[ListedSet]:
+    """Describe the data sets in `names`, or all. Raises SettingsError for an unknown name."""
     root = folder_of(data_root)
     sets = [find_data_set(name) for name in names] or list(DATA_SETS.values())
     return [_listed_set(data_set, root) for data_set in dict.fromkeys(sets)]
 
 
-def _listed_set(data_set: DataSet, root: Path) -> dict[str, Any]:
+def _listed_set(data_set: DataSet, root: Path) -> ListedSet:
     packs = packs_of(data_set.home(root))
-    # The oldest counts; none where a pack was changed since.
+    # The oldest time counts; there is none if a pack has changed since.
     times = [time for path in packs if (time := verified_at(path)) is not None]
     verified = min(times) if packs and len(times) == len(packs) else None
     damage = next(filter(None, (_damage(path, data_set.name) for path in packs)), None)
-    return {
-        "name": data_set.name,
-        "what": data_set.summary,
-        "download_bytes": data_set.download_bytes,
-        "licence": data_set.licence,
-        "origin": data_set.origin,
-        "here": data_set.is_here(root),
-        "verified": verified.isoformat(timespec="seconds") if verified and not damage else None,
-        "damage": damage,
-        "folder": str(root),
-    }
+    return ListedSet(
+        name=data_set.name,
+        what=data_set.summary,
+        download_bytes=data_set.download_bytes,
+        licence=data_set.licence,
+        origin=data_set.origin,
+        here=data_set.is_here(root),
+        verified=verified.isoformat(timespec="seconds") if verified and not damage else None,
+        damage=damage,
+        folder=str(root),
+    )
 
 
 def _damage(path: Path, name: str, *, whole: bool = False) -> str | None:
-    """What is wrong with a pack; without `whole`, large ones are looked at by their shape alone."""
+    """The damage of a pack; without `whole`, only the shape of large packs is checked."""
     try:
         if whole:
             verify_pack(path, name)
@@ -110,10 +114,17 @@ def _damage(path: Path, name: str, *, whole: bool = False) -> str | None:
     return None
 
 
-def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent) -> list[dict[str, Any]]:
-    """Recompute the digest of every pack of the data sets, by default of all that are here.
+def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent) -> list[VerifiedSet]:
+    """Recompute the digests of all packs.
 
-    Raises SettingsError for an unknown name, DataError for a data set that is not here.
+    Args:
+        names: the data sets; empty for all that are present.
+        data_root: the folder of prepared data sets; None for the default.
+        on_event: receives progress.
+
+    Raises:
+        SettingsError: a name is unknown.
+        DataError: a named data set is not present.
     """
     root = folder_of(data_root)
     for name in names:
@@ -133,13 +144,13 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
             on_event(Progress(f"verify {name}", done, total, "B"))
         if paths or names:
             damage = "; ".join(filter(None, damages)) or None
-            checked.append({"name": name, "packs": len(paths), "damage": damage, "folder": str(root)})
+            checked.append(VerifiedSet(name, len(paths), damage, str(root)))
     return checked
 
 
-def refuse_damage(checked: Sequence[dict[str, Any]]) -> None:
-    """Raises DataError that names what `verify_all` found damaged."""
-    if damaged := [entry for entry in checked if entry["damage"]]:
-        names = " ".join(entry["name"] for entry in damaged)
-        message = "; ".join(entry["damage"] for entry in damaged)
+def refuse_damage(checked: Sequence[VerifiedSet]) -> None:
+    """Raises DataError if one of the data sets is damaged."""
+    if damages := {entry.name: entry.damage for entry in checked if entry.damage}:
+        names = " ".join(damages)
+        message = "; ".join(damages.values())
         raise DataError(message, hint=f"mamlctl fetch {names} --force")

@@ -124,9 +124,9 @@ def test_list_does_not_call_changed_or_damaged_packs_verified(root):
     later = path.stat().st_mtime + 9
     os.utime(path, (later, later))
     entry = list_all(["glyphs"], data_root=str(root))[0]
-    assert (entry["verified"], entry["damage"]) == (None, None)
+    assert (entry.verified, entry.damage) == (None, None)
     damage(root)
-    assert "is damaged" in list_all(["glyphs"], data_root=str(root))[0]["damage"]
+    assert "is damaged" in list_all(["glyphs"], data_root=str(root))[0].damage
 
 
 def test_verify_reports_bytes_and_an_empty_root(root, tmp_path):
