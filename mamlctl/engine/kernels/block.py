@@ -1,4 +1,4 @@
-"""A block of convolution, batch norm, activation and 2x2 max-pooling, with hand-written derivatives.
+"""A block of convolution, batch norm, activation and max-pooling, with hand-written derivatives.
 
 Task and channel share an axis of length X = T * C, and a convolution in T groups gives each task its own
 weights. Of one channel, with c the output of the convolution, M its number of values (examples x height x

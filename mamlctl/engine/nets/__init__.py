@@ -1,1 +1,1 @@
-"""Networks as functions of their weights."""
+"""The networks and their batch norm."""

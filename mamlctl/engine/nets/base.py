@@ -1,4 +1,6 @@
-"""Networks as functions of their weights; every weight has the leading task axis T.
+"""The interface of networks, which are functions of their weights, and the parts that they share.
+
+Every weight has a leading task axis, so one call computes the network of each task with its own weights.
 
 Names of tensors end with their shape, one letter per axis:
 T tasks, N ways, K shots, Q queries per class, E examples in a set (N*K or N*Q), I inner steps,
