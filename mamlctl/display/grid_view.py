@@ -98,10 +98,8 @@ def _grid_bar(grid: GridChanged, width: int) -> list[Text]:
     done_of_all = f"{counts['done']}/{len(grid.cells)} done"
     done_of_all += "".join(f", {counts[state]} {state}" for state in ("diverged", "failed") if counts[state])
     share = done / max(total, 1)
-    left, right = (
-        f" {math.floor(100 * share)} %",
-        f"  {formatting.clock(grid.seconds_left)} left  {done_of_all}",
-    )
+    left = f" {math.floor(100 * share)} %"
+    right = f"  {formatting.clock(grid.seconds_left)} left  {done_of_all}"
     room = width - len(left) - len(right) - 2
     if room >= SHORTEST_BAR:
         return [Text.assemble(" ", widgets.bar(share, room, None, ACCENT), left, right)]

@@ -7,7 +7,7 @@ import shlex
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import EvalResult, EvalRow, TrainResult
+from mamlctl.core.results import EvalResult, TrainResult
 from mamlctl.display.console import say, say_table
 
 
@@ -40,13 +40,14 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         say(console, note)
     say(console)
     score_name = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
-    heads = ["model", score_name, "tasks", "split", "bn", "inner steps"]
-    say_table(console, [heads, *map(_eval_texts, result.rows)], left=2)
+    table = [["model", score_name, "tasks", "split", "bn", "inner steps"]]
+    for row in result.rows:
+        score = formatting.score(row.metric, row.score, row.ci95)
+        table.append([row.model, score, str(row.tasks), row.split, row.bn, str(row.inner_steps)])
+    say_table(console, table, left=2)
     say(console)
-    say(
-        console,
-        (f"{score_name}{' in %' if first.metric == 'accuracy' else ''} after each inner step", "bold"),
-    )
+    unit = " in %" if first.metric == "accuracy" else ""
+    say(console, (f"{score_name}{unit} after each inner step", "bold"))
     # Split the columns into blocks, because a terminal would wrap longer lines.
     longest = max(len(row.model) for row in result.rows)
     columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
@@ -69,14 +70,3 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     )
     for picture in result.pictures:
         say(console, f"picture  {picture}")
-
-
-def _eval_texts(row: EvalRow) -> list[str]:
-    return [
-        row.model,
-        formatting.score(row.metric, row.score, row.ci95),
-        str(row.tasks),
-        row.split,
-        row.bn,
-        str(row.inner_steps),
-    ]

@@ -21,6 +21,10 @@ def grid_of(rows, seeds, metric="accuracy"):
     return GridChanged("omniglot 5-way 1-shot, full", metric, 2, cells, 754.0)
 
 
+def frame_text(grid, width, height):
+    return "\n".join(line.plain for line in grid_frame(grid, width, height))
+
+
 @pytest.mark.parametrize("rows", [1, 9, 64])
 @pytest.mark.parametrize("seeds", [1, 3, 12])
 @pytest.mark.parametrize(("width", "height"), [(40, 10), (80, 24), (120, 30), (200, 80)])
@@ -38,16 +42,14 @@ def test_a_frame_fits_its_terminal(rows, seeds, width, height):
 def test_rows_with_running_cells_are_shown_first():
     cells = [CellState(f"row {row}", 0, "done" if row < 50 else "waiting", 0, 10) for row in range(64)]
     cells[40] = replace(cells[40], state="training")
-    text = "\n".join(
-        line.plain for line in grid_frame(GridChanged("t", "accuracy", 1, tuple(cells), None), 80, 12)
-    )
+    text = frame_text(GridChanged("t", "accuracy", 1, tuple(cells), None), 80, 12)
     assert "row 40" in text
     assert "row 50" in text
     assert "row 1 " not in text
 
 
 def test_every_state_has_its_sign_and_text():
-    text = "\n".join(line.plain for line in grid_frame(grid_of(7, 1), 100, 30))
+    text = frame_text(grid_of(7, 1), 100, 30)
     for state in STATES:
         assert SIGNS[state][0] in text
     for word in ("testing", "diverged 90", "failed 50.0 %"[:6], "elsewhere", "▶ 30 50.0 %"):
@@ -71,6 +73,6 @@ def test_a_log_reports_each_change_once():
 
 
 def test_a_mean_squared_error_is_not_shown_in_percent():
-    text = "\n".join(line.plain for line in grid_frame(grid_of(2, 1, metric="mse"), 100, 30))
+    text = frame_text(grid_of(2, 1, metric="mse"), 100, 30)
     assert "0.500" in text
     assert "%" not in text.replace("0 %", "").replace("1 %", "").split("\n")[3]

@@ -79,15 +79,10 @@ def sheet(
             for place, image_CHW in enumerate(images_MCHW[:SUPPORT_SHOWN]):
                 x = MARGIN + label + place * (SUPPORT + SPACE / 2)
                 style.draw_image(ax, image_CHW, (x, y), (SUPPORT, SUPPORT), style.DIM, 0.6)
-            if len(images_MCHW) > SUPPORT_SHOWN:
+            more = len(images_MCHW) - SUPPORT_SHOWN
+            if more > 0:
                 x = MARGIN + label + SUPPORT_SHOWN * (SUPPORT + SPACE / 2)
-                ax.text(
-                    x,
-                    y + SUPPORT / 2,
-                    f"and {len(images_MCHW) - SUPPORT_SHOWN} more",
-                    va="center",
-                    c=style.DIM,
-                )
+                ax.text(x, y + SUPPORT / 2, f"and {more} more", va="center", c=style.DIM)
         if shown:
             ax.text(MARGIN, query_top - 0.08, _query_head(queries, total), fontsize=9)
         for number, query in enumerate(shown):
