@@ -14,8 +14,8 @@ RECALLED = "†"  # marks a published number that is quoted from memory
 FROM_MEMORY = "quoted from memory, not verified"
 
 PUBLISHED_LEGEND = (
-    "published: the number printed in the source, which may have trained for longer or shorter; its ± is "
-    f"not always a 95 % interval; {RECALLED}: {FROM_MEMORY}."
+    "published: as printed in the source, with its own length of training; its ± is not always a "
+    f"95 % interval; {RECALLED}: {FROM_MEMORY}."
 )
 
 About = TypeVar("About")

@@ -141,7 +141,7 @@ def table(rows, **changes):
                 "git": {"commit": "85eb56b"},
             },
             "commands": ("mamlctl ablate --dataset omniglot --ways 20 --shots 1 --plan one-on --seeds 3",),
-            "notes": ("Differences of 9 rows to one baseline are not independent of each other.",),
+            "notes": ("The differences of 9 rows from one baseline are not independent of each other.",),
         }
         | changes
     )
