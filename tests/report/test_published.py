@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers.table_cases import LETTERS, learner
 
-from mamlctl.experiments.grid.build_table import _published
+from mamlctl.experiments.grid.build_table import _published_scores
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.report.published import FILE, entries, published
 from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig
@@ -157,12 +157,12 @@ def test_a_new_improvement_does_not_hide_published_numbers(monkeypatch):
     """The published MAML++ has six improvements, however many this program has."""
     setup = ("flag", {"dataset": "omniglot", "ways": 20, "algo": "maml++"})
     config = resolve_settings([setup], checked=False).config
-    numbers = _published(config, EvalConfig(), 5, "transductive")
+    numbers = _published_scores(config, EvalConfig(), 5, "transductive")
     assert numbers[0].row == "maml++"
     monkeypatch.setitem(IMPROVEMENTS, "first_order", replace(IMPROVEMENTS["msl"], name="first_order"))
-    assert _published(config, EvalConfig(), 5, "transductive") == numbers
+    assert _published_scores(config, EvalConfig(), 5, "transductive") == numbers
     as_maml = replace(config, algo="maml")
-    assert _published(as_maml, EvalConfig(), 5, "transductive") == numbers
+    assert _published_scores(as_maml, EvalConfig(), 5, "transductive") == numbers
     assert published("omniglot", 20, 1, "maml", [*LETTERS, "first_order"]) == ()
 
 
