@@ -21,7 +21,9 @@ def plural(count: int, noun: str) -> str:
     """The singular or plural of a noun: 1 -> 'seed', 3 -> 'seeds', 0 -> 'queries'."""
     if count == 1:
         return noun
-    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    if noun.endswith("y"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def percent(accuracy: float, digits: int = 1) -> str:

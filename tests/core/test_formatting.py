@@ -41,6 +41,7 @@ def test_durations_amounts_and_sizes_are_formatted():
         (0, "seed", "seeds"),
         (1, "query", "query"),
         (3, "query", "queries"),
+        (2, "class", "classes"),
     ],
 )
 def test_nouns_agree_with_their_count(count: int, noun: str, form: str):

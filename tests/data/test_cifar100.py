@@ -182,7 +182,7 @@ WRONG = {
     ),
     "fewer": (
         {"test": changed("test", fine_labels=[0], data=CONTENTS["test"]["data"][:1])},
-        "test in .* has 1 images of class apple, not 2",
+        "test in .* has 1 image of class apple, not 2",
     ),
     "pixels": (
         {"test": changed("test", data=CONTENTS["test"]["data"] ^ 1)},

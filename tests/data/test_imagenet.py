@@ -107,7 +107,7 @@ def test_zips_of_splits_in_a_folder_are_found(small, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "fact"),
     [
-        (lambda files: files.pop("flat/n0153282900000001.jpg"), "n01532829 has 1 images instead of 2"),
+        (lambda files: files.pop("flat/n0153282900000001.jpg"), "n01532829 has 1 image instead of 2"),
         (lambda files: files.update({"flat/n0153282900000009.jpg": jpeg(1)}), "n01532829 has 3 images"),
         (
             lambda files: files.update({"flat/n9999999900000000.jpg": jpeg(1)}),
@@ -192,7 +192,7 @@ def test_tiered_is_split_by_its_folders(tmp_path, monkeypatch):
         "test": [0],
     }
     files.pop("val/n00000002/1.jpg")
-    with pytest.raises(DataError, match="val has 1 classes and 1 images instead of 1 and 2"):
+    with pytest.raises(DataError, match="val has 1 class and 1 image instead of 1 and 2"):
         fetch(tmp_path / "other", as_zip(tmp_path / "fewer", files), which=tiny)
 
 

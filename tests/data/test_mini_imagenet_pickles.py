@@ -177,8 +177,8 @@ WRONG = {
         cache("val", class_dict={name: places_of("val")[name] for name in CLASSES["val"][1:]}),
         f"lacks 1 of the 16 classes of val, for example {FIRST}",
     ),
-    "too few": (places_with(**{FIRST: [0]}), f"contains 1 images of {FIRST}, but mini-imagenet has 2"),
-    "too many": (places_with(**{FIRST: [0, 1, 2]}), f"contains 3 images of {FIRST}, but mini-imagenet has 2"),
+    "too few": (places_with(**{FIRST: [0]}), f"has 1 image of {FIRST}, but mini-imagenet has 2"),
+    "too many": (places_with(**{FIRST: [0, 1, 2]}), f"has 3 images of {FIRST}, but mini-imagenet has 2"),
     "twice": (places_with(**{FIRST: [0, 0]}), "does not assign each of its 32 images to exactly one class"),
     "in two classes": (places_with(**{FIRST: places_of("val")[SECOND]}), "does not assign each of its 32"),
     "too large": (places_with(**{FIRST: [0, 32]}), "does not assign each of its 32 images to exactly one"),
@@ -188,7 +188,7 @@ WRONG = {
     "too few images": (cache("val", image_data=IMAGES["val"][:-1]), "does not assign each of its 31 images"),
     "no names": (category("val", catname2label=None, label2catname=None), "has no class name for label 0"),
     "names that are lists": (category("val", label2catname=[[]] * 16), "has no class name for label 0"),
-    "too few labels": (category("val", labels=category("val")["labels"][:-1]), "contains 1 images of n"),
+    "too few labels": (category("val", labels=category("val")["labels"][:-1]), "has 1 image of n"),
 }
 
 

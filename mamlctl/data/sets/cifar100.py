@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
+from mamlctl.core.formatting import plural
 from mamlctl.data.fetching.downloads import Archive
 from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, open_members
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
@@ -185,7 +186,8 @@ def _read_part(
     counts = np.bincount(labels_M, minlength=len(names))
     for name, count in zip(names, counts.tolist(), strict=True):
         if count != part.per_class:
-            message = f"{display_name} has {count:,} images of class {name}, not {part.per_class:,}"
+            images = f"{count:,} {plural(count, 'image')}"
+            message = f"{display_name} has {images} of class {name}, not {part.per_class:,}"
             raise DataError(message, hint=DOWNLOAD_AGAIN)
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 != part.md5:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.core.formatting import plural
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, twins
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
@@ -200,11 +201,12 @@ def _count_problems(listed: ListedSet, by_class: dict[str, list[ImageFile]]) -> 
             yield f"it has {len(by_class)} classes, not {len(expected)}, and {more[0]} is not one of those"
         for label, files in sorted(by_class.items()):
             if len(files) != PER_CLASS:
-                yield f"{label} has {len(files):,} images instead of {PER_CLASS}"
+                yield f"{label} has {len(files):,} {plural(len(files), 'image')} instead of {PER_CLASS}"
         return
     for split, classes, images in zip(SPLITS, listed.classes, listed.images, strict=True):
         of_split = [files for label, files in by_class.items() if label.startswith(f"{split}/")]
         count = sum(map(len, of_split))
         if (len(of_split), count) != (classes, images):
-            counts = f"{split} has {len(of_split)} classes and {count:,} images"
+            counts = f"{split} has {len(of_split)} {plural(len(of_split), 'class')} and "
+            counts += f"{count:,} {plural(count, 'image')}"
             yield f"{counts} instead of {classes} and {images:,}"

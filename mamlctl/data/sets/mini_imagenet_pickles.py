@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.formatting import plural
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 
@@ -168,8 +169,8 @@ def _check_places(path: Path, places: Mapping[str, NDArray[np.int64]], images: i
     """Raises DataError unless every class has `per_class` images and every image is in exactly one class."""
     for name, class_places in places.items():
         if len(class_places) != per_class:
-            message = f"{path} contains {len(class_places):,} images of {name}, but {NAME} has {per_class:,}"
-            raise DataError(message, hint=HINT)
+            count = f"{len(class_places):,} {plural(len(class_places), 'image')}"
+            raise DataError(f"{path} has {count} of {name}, but {NAME} has {per_class:,}", hint=HINT)
     together = np.sort(np.concatenate(list(places.values())))
     if not np.array_equal(together, np.arange(images)):
         message = f"{path} does not assign each of its {images:,} images to exactly one class"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Augment, Normalize, Rotations, Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.counter_rng import k_smallest, random_words
@@ -61,15 +62,17 @@ def episode_problems(
         problems.append((fact, "use --rotations none"))
     pool = len(classes) * _turns_as_classes(settings.split, images.rotations)
     if pool < ways:
-        way = f"use --ways {pool} or fewer" if pool > 1 else "use other splits"
-        problems.append((f"{name} '{settings.split}' has {pool} classes, but --ways is {ways}", way))
+        hint = f"use --ways {pool} or fewer" if pool > 1 else "add classes, or use other --split-fractions"
+        classes_in_split = f"{name} '{settings.split}' has {pool} {plural(pool, 'class')}"
+        problems.append((f"{classes_in_split}, but --ways is {ways}", hint))
     counts = packed.counts[classes]
     fewest = int(counts.min()) if len(counts) else examples
     if fewest < examples:
-        each = "images per class" if fewest == counts.max() else "images in its smallest class"
+        where = "per class" if fewest == counts.max() else "in its smallest class"
         sizes = f"--shots {settings.shots} + --queries {settings.queries}"
-        fact = f"{name} has {fewest} {each}, but {sizes} is {examples}"
-        problems.append((fact, f"use --shots and --queries that sum to {fewest} or fewer"))
+        fact = f"{name} has {fewest} {plural(fewest, 'image')} {where}, but {sizes} is {examples}"
+        hint = f"use --shots and --queries that sum to {fewest} or fewer" if fewest > 1 else "add images"
+        problems.append((fact, hint))
     return problems
 
 

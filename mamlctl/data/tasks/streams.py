@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.packs import PackedImages, data_root
@@ -162,8 +163,8 @@ def _large_enough(
     if not small or nothing_left or not find_data_set(config.dataset).own_files:
         return dict(classes)
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
-    noun = "class" if len(small) == 1 else "classes"
-    fact = f"{len(small)} {noun} with fewer than {needed} images (--shots plus --queries): {named}"
+    classes_left_out = f"{len(small)} {plural(len(small), 'class')}"
+    fact = f"{classes_left_out} with fewer than {needed} images (--shots plus --queries): {named}"
     if config.strict:
         hint = "use fewer --shots or --queries, add images, or leave out --strict"
         raise DataError(f"--strict refuses {fact}", hint=hint)
