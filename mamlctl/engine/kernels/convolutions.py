@@ -18,7 +18,7 @@ from mamlctl.engine.devices import cuda_ms
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """One method to compute a convolution and its gradients."""
 
     forward: Callable[[Tensor, Tensor, int], Tensor]  # x, weight, tasks -> out
@@ -69,14 +69,14 @@ def _products_backward(
         return None, gw
     # The gradient of the input is the convolution of g with the weight rotated by 180 degrees, whose input
     # and output channels are exchanged.
-    turned = weight.view(tasks, -1, *weight.shape[1:]).transpose(1, 2).flip(-1, -2).flatten(0, 1)
-    return _products(g, turned.contiguous(), tasks), gw
+    rotated = weight.view(tasks, -1, *weight.shape[1:]).transpose(1, 2).flip(-1, -2).flatten(0, 1)
+    return _products(g, rotated.contiguous(), tasks), gw
 
 
-GROUPED = Way(_grouped, _grouped_backward)
-PRODUCTS = Way(_products, _products_backward)
+GROUPED = Method(_grouped, _grouped_backward)
+PRODUCTS = Method(_products, _products_backward)
 
-_chosen: dict[tuple[object, ...], Way] = {}
+_chosen: dict[tuple[object, ...], Method] = {}
 
 
 def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
@@ -90,7 +90,7 @@ def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
     Returns:
         The output, [E, T * O, H, W], channels last.
     """
-    return _channels_last(_way(x, weight, tasks).forward(x, weight, tasks))
+    return _channels_last(_method(x, weight, tasks).forward(x, weight, tasks))
 
 
 def conv_backward(
@@ -108,7 +108,7 @@ def conv_backward(
     Returns:
         The gradients with respect to the input (channels last, or None) and to the filters.
     """
-    gx, gw = _way(x, weight, tasks).backward(g, x, weight, tasks, by_input)
+    gx, gw = _method(x, weight, tasks).backward(g, x, weight, tasks, by_input)
     return None if gx is None else _channels_last(gx), gw
 
 
@@ -117,7 +117,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _way(x: Tensor, weight: Tensor, tasks: int) -> Way:
+def _method(x: Tensor, weight: Tensor, tasks: int) -> Method:
     if x.device.type != "cuda":
         return GROUPED
     key = (tuple(x.shape), tuple(weight.shape), x.dtype, x.device, torch.backends.cudnn.allow_tf32)
@@ -129,23 +129,23 @@ def _way(x: Tensor, weight: Tensor, tasks: int) -> Way:
 
 
 def fastest(
-    ways: tuple[Way, ...],
+    methods: tuple[Method, ...],
     x: Tensor,
     weight: Tensor,
     tasks: int,
     time_of: Callable[[Callable[[], object]], float],
-) -> Way:
+) -> Method:
     """Return the method whose forward and backward pass together take the least time.
 
     Args:
-        ways: the methods.
+        methods: the methods.
         x: an input.
         weight: filters.
         tasks: T.
         time_of: runs a function and returns the time it took.
     """
 
-    def once(way: Way) -> Callable[[], object]:
-        return lambda: way.backward(way.forward(x, weight, tasks), x, weight, tasks, True)
+    def once(method: Method) -> Callable[[], object]:
+        return lambda: method.backward(method.forward(x, weight, tasks), x, weight, tasks, True)
 
-    return min(ways, key=lambda way: time_of(once(way)))
+    return min(methods, key=lambda method: time_of(once(method)))
