@@ -107,6 +107,17 @@ class RunFolder:
         """The environment at the start of the run; empty if its file is missing or damaged."""
         return read_object(self.path / ENVIRONMENT)
 
+    @property
+    def dataset_digest(self) -> str | None:
+        """The digest of the data at the start of the run; None if it is unknown."""
+        digest = self.environment().get("dataset_digest")
+        return digest if isinstance(digest, str) else None
+
+    def trained_on(self, digest: str | None) -> bool:
+        """Whether the run was trained on the data with this digest; true if either digest is unknown."""
+        own = self.dataset_digest
+        return own is None or digest is None or own == digest
+
     def classes(self) -> dict[str, list[str]]:
         """The classes of each split at the start of training; empty for curves."""
         return read_object(self.path / CLASSES)

@@ -58,6 +58,13 @@ def test_a_new_run_describes_itself(tmp_path):
     assert open_run(run.path).config == TrainConfig()
 
 
+def test_a_run_knows_whether_it_was_trained_on_other_data(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        assert run.dataset_digest is None and run.trained_on("a")
+        write_json(run.path / "environment.json", {"dataset_digest": "a"})
+        assert [run.trained_on(digest) for digest in ("a", None, "b")] == [True, True, False]
+
+
 def test_existing_files_are_not_overwritten(tmp_path):
     with make_run(tmp_path / "run"):
         pass

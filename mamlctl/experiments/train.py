@@ -103,10 +103,9 @@ def resume(
         run.config = replace(run.config, **overrides)
         prepared = _prepare(run.config, overrides.get("cuda_graph"), offline, stop, on_event)
         source = prepared.source
-        trained_on = run.environment().get("dataset_digest", source.digest)
-        if trained_on != source.digest:
+        if not run.trained_on(source.digest):
             now = f"{run.config.dataset} has digest {source.digest:.12}"
-            fact = f"{now}, but the run started with {trained_on:.12}"
+            fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")
         with (run.path / "command.txt").open("a") as file:
             file.write(command + "\n")

@@ -91,9 +91,8 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
-    trained_on = run.environment().get("dataset_digest", source.digest)
     notes = _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
-    if settings.dataset is None and source.digest != trained_on:
+    if settings.dataset is None and not run.trained_on(source.digest):
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     states = [load_state(run, file, settings, source.example_shape, device) for file in files]

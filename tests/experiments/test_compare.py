@@ -95,6 +95,12 @@ def test_other_images_are_refused(copied):
         called([copied / "cells" / "maml-s0", run])
 
 
+def test_a_run_whose_images_are_unknown_can_be_compared(copied):
+    run = copied / "cells" / "protonet-s0"
+    (run / "environment.json").unlink()
+    assert called([copied / "cells" / "maml-s0", run]).rows[1].best is not None
+
+
 def test_rows_of_one_algorithm_are_told_apart_by_what_differs(copied):
     shutil.copytree(copied / "cells" / "maml-s0", copied / "other")
     (copied / "other" / "config.yaml").write_text(

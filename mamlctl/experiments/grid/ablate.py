@@ -72,10 +72,10 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     for config in configs:
         build(config, source.example_shape, torch.device("meta"), classes=source.classes.get("train"))
     for cell in grid.cells:
-        digest = RunFolder(cell.folder, cell.config).environment().get("dataset_digest", source.digest)
-        if digest != source.digest:
+        run = RunFolder(cell.folder, cell.config)
+        if not run.trained_on(source.digest):
             current = f"{configs[0].dataset} has digest {source.digest:.12}"
-            message = f"{current}, but {cell.folder} was trained on {digest:.12}"
+            message = f"{current}, but {cell.folder} was trained on {run.dataset_digest:.12}"
             raise DataError(message, hint="choose another --out: all rows of a table need the same images")
 
 

@@ -52,13 +52,13 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     Raises MamlctlError if it is damaged.
     """
     required = protocol_settings(settings, settings.over(run.config))
-    required["dataset_digest"] = run.environment().get("dataset_digest", "")
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         try:
             summary = upgrade(SUMMARY, json.loads(path.read_text()))
             protocol = {key: value for key, value in dict(summary["protocol"]).items() if key not in OF_RUN}
+            digest = protocol.pop("dataset_digest", None)
             # Evaluations of an earlier checkpoint or of other images do not count.
-            same = protocol in (required, required | {"bn": "none"})
+            same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
             if same and summary.get("step") == run.state().step:
                 return _load_evaluation(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
