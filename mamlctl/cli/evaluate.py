@@ -11,7 +11,8 @@ import typer
 
 from mamlctl.cli.common_options import OutputOptions, option, unused
 from mamlctl.cli.options import with_options
-from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
+from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
@@ -97,23 +98,23 @@ def evaluate(
         raise SettingsError(problems)
     config = EvalConfig(**settings)
     if options.support is None:
-        _test(run, config, options)
-    else:
-        _classify(run, options.support, config, options)
+        return _test(run, config, options)
+    _classify(run, options.support, config, options)
     return ExitCode.OK
 
 
-def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> None:
-    """Test the run on tasks of a data set."""
+def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> ExitCode:
+    """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
     from mamlctl.experiments.evaluate import evaluate_run
 
+    reason: StopReason = ""
     with options.display() as display:
         result = evaluate_run(run, config, offline=options.offline, on_event=display)
         if options.plot:
             from mamlctl.experiments.plot import draw
 
             beside = options.beside or []
-            pictures = draw(run, config, beside, offline=options.offline, on_event=display)
+            pictures, reason = draw(run, config, beside, offline=options.offline, on_event=display)
             result = replace(result, pictures=tuple(map(str, pictures)))
     document = {
         "format": 1,
@@ -124,6 +125,7 @@ def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> None:
         "notes": result.notes,
     }
     options.write(result, document, show_eval_result)
+    return STOP_EXIT_CODES[reason]
 
 
 def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:

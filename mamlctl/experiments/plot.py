@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import STOP_EXIT_CODES, SettingsError
+from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.literals import StopReason
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
@@ -39,8 +40,8 @@ SHARED += ("seed", "init_seed", "train_seed", "eval_seed")
 
 def draw(
     path: Path, settings: EvalConfig, beside: Sequence[Path], *, offline: bool, on_event: OnEvent
-) -> list[Path]:
-    """Write the figures of a run into its folder plots/, each as PNG and SVG, and return the files.
+) -> tuple[list[Path], StopReason]:
+    """Write the figures of a run into its folder plots/, each as PNG and SVG.
 
     Args:
         path: the run folder.
@@ -50,16 +51,20 @@ def draw(
         offline: never download.
         on_event: receives progress and notices.
 
+    Returns:
+        The files; if the pre-training was stopped, no files and the reason.
+
     Raises:
         MamlctlError: as `load_trained_model` and `train` do.
-        SystemExit: that pre-training was stopped.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
     if is_curve_family(model.config.dataset):
         others = list(beside)
         if not others and ALGORITHMS[model.config.algo].start != "pre-trained":
-            others = [_pretrained(model, folder / "pretrained", offline, on_event)]
+            others = [folder / "pretrained"]
+            if reason := _pretrain(model, others[0], offline, on_event):
+                return [], reason
         opened = [load_trained_model(other, settings, offline=offline, on_event=on_event) for other in others]
         dataset = model.config.dataset
         for other in opened:
@@ -79,13 +84,13 @@ def draw(
     if state.rates_learnt:
         rates = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
         figures["rates"] = run_figures.rates(rates, name)
-    return [file for stem, figure in figures.items() for file in save(figure, folder / stem)]
+    return [file for stem, figure in figures.items() for file in save(figure, folder / stem)], ""
 
 
-def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> Path:
-    """Pre-train a run with the same number of meta-steps, unless it exists; resume it if it was stopped."""
+def _pretrain(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent) -> StopReason:
+    """Pre-train or resume a run with as many meta-steps, unless it is finished; return why it was stopped."""
     if path.is_dir() and open_run(path).state().status == "finished":
-        return path
+        return ""
     on_event(Notice(f"pre-training on all curves at once, for the figure: {path}"))
     if path.is_dir():
         result = resume(path, {}, offline=offline, time_limit_s=None, command="", on_event=on_event)
@@ -106,9 +111,7 @@ def _pretrained(model: TrainedModel, path: Path, offline: bool, on_event: OnEven
             command="",
             on_event=on_event,
         )
-    if result.reason:
-        raise SystemExit(STOP_EXIT_CODES[result.reason])
-    return path
+    return result.reason
 
 
 def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:

@@ -1,13 +1,17 @@
 """The pictures that `eval --plot` draws: what they show is what the run predicts."""
 
 import json
+import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.cli.app import main
+from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.plot import POINTS, STEPS, _panels, _task_pictures, draw
@@ -66,7 +70,7 @@ def test_the_curves_are_those_of_the_adapted_weights(curves):
 
 @pytest.mark.render
 def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(curves):
-    files = draw(curves, EvalConfig(), [], offline=True, on_event=silent)
+    files, _ = draw(curves, EvalConfig(), [], offline=True, on_event=silent)
     assert {file.name for file in files} == {
         f"{stem}.{kind}" for stem in ("regression", "training") for kind in ("png", "svg")
     }
@@ -80,6 +84,18 @@ def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(cur
     before = (start.path / "status.json").stat().st_mtime_ns
     draw(curves, EvalConfig(), [], offline=True, on_event=silent)
     assert (start.path / "status.json").stat().st_mtime_ns == before
+
+
+def test_a_stopped_pre_training_still_prints_the_evaluation(curves, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(curves, tmp_path / "run", ignore=shutil.ignore_patterns("plots"))
+    monkeypatch.setattr("mamlctl.experiments.plot.train", lambda *_, **__: SimpleNamespace(reason="SIGTERM"))
+    words = ["mamlctl", "eval", str(run), "--tasks", "4", "--plot", "--json", "--quiet"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        main()
+    document = json.loads(capsys.readouterr().out)
+    assert end.value.code == ExitCode.TERMINATED
+    assert document["results"] and document["pictures"] == []
 
 
 def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
@@ -114,8 +130,8 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
     support = pictures[0].support_NKCHW
     assert support.shape == (5, 1, 1, 28, 28)
     assert (support == 1).mean() > 0.5  # paper is white, ink dark
-    names = {file.name for file in draw(path, EvalConfig(), [], offline=True, on_event=silent)}
-    assert {"tasks.png", "training.svg", "rates.png"} <= names
+    files, _ = draw(path, EvalConfig(), [], offline=True, on_event=silent)
+    assert {"tasks.png", "training.svg", "rates.png"} <= {file.name for file in files}
 
 
 @pytest.mark.render
@@ -140,7 +156,8 @@ def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
             assert np.array_equal(panel.truth, row[0].truth)
             assert np.array_equal(panel.support_x, row[0].support_x)
             assert np.isfinite([curve.mse for curve in panel.curves]).all()
-    assert draw(curves, EvalConfig(), [transfer], offline=True, on_event=silent)
+    files, reason = draw(curves, EvalConfig(), [transfer], offline=True, on_event=silent)
+    assert files and reason == ""
 
 
 def test_runs_of_other_data_are_not_drawn_beside(curves, tmp_path):
