@@ -37,8 +37,8 @@ from mamlctl.settings.schema import EvalConfig, TrainConfig
 WARM_UP = {"cpu": 1, "cuda": 3}
 TASKS = 16  # timed validation tasks
 
-# Settings that change neither the number nor the size of what a meta-step computes: bnrs and ca only change
-# which statistics and which rate it uses. A setting that is not here is measured apart, which takes longer.
+# Settings without effect on the time of a meta-step: bnrs and ca, for example, only change which statistics
+# and which rate it uses. Rows that differ only in these are timed once.
 FREE_SETTINGS = (
     *("seed", "init_seed", "train_seed", "inner_lr", "bnrs"),
     *("ca", "meta_lr", "meta_lr_final", "min_meta_lr"),

@@ -140,6 +140,8 @@ def _plan_problems(stored: Grid, planned: Grid) -> list[Problem]:
     stored_rows = {row.label: row for row in stored.rows}
     if list(stored_rows) != [row.label for row in planned.rows]:
         fact = f"{stored.folder} has the rows of {stored.plan} ({len(stored.rows)}), not of {planned.plan}"
+        if stored.plan == planned.plan:  # for example, a newer version has one more improvement
+            way = f"choose another --out, or keep the old rows: mamlctl ablate --resume {stored.folder}"
         return [(f"{fact} ({len(planned.rows)})", way)]
     labels: dict[tuple[str, object, object], list[str]] = {}  # of the rows in which a setting has changed
     for row in planned.rows:
