@@ -103,7 +103,7 @@ def choice_problems(config: TrainConfig) -> list[Problem]:
             problems.append((f"{config.dataset} has no {flag(name)} {value!r}", hint))
     if not data_set.own_files:
         problems += [
-            (f"{flag(name)} has no effect: {config.dataset} has splits of its own", "leave it out")
+            (f"{flag(name)} has no effect: {config.dataset} has its own splits", "leave it out")
             for name in ("split_fractions", "strict")
             if getattr(config, name) != FIELDS[name].default
         ]

@@ -97,7 +97,7 @@ def test_classes_and_pixels(fetch, archive):
     for label in (0, 41, 99):
         # First the images of train, in the order of the file; a row is three planes of 1,024 bytes.
         rows = np.concatenate(
-            [held["data"][np.array(held["fine_labels"]) == label] for held in CONTENTS.values()]
+            [values["data"][np.array(values["fine_labels"]) == label] for values in CONTENTS.values()]
         )
         images = packed.images_MCHW[packed.starts[label] : packed.starts[label + 1]]
         assert np.array_equal(images[:, 0].reshape(5, 1024), rows[:, :1024])
@@ -118,7 +118,7 @@ def test_archive_and_folder_give_the_same_data_set(fetch, archive, tmp_path):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickles_of_any_protocol(fetch, tmp_path, protocol):
-    changed = {file: pickle.dumps(held, protocol) for file, held in CONTENTS.items()}
+    changed = {file: pickle.dumps(values, protocol) for file, values in CONTENTS.items()}
     parts = [
         CifarPart(file, PER_CLASS[file], hashlib.md5(data).hexdigest()) for file, data in changed.items()
     ]

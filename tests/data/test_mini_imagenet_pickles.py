@@ -39,23 +39,23 @@ def cache(split, **changed):
 def category(split, first=0, **changed):
     """The second form; labels start at `first`, as those of val start at 64 in some files."""
     names = dict(enumerate(CLASSES[split], first))
-    held = {
+    contents = {
         "data": IMAGES[split],
         "labels": [label for label in names for _ in range(PER_CLASS)],
         "catname2label": {name: label for label, name in names.items()},
         "label2catname": names,
         **changed,
     }
-    return {key: value for key, value in held.items() if value is not None}
+    return {key: value for key, value in contents.items() if value is not None}
 
 
-def in_bytes(held):
+def in_bytes(contents):
     """The contents with names as bytes, as Python 3 reads a pickle of Python 2 with encoding="bytes"."""
     return {
         key.encode(): {name.encode(): places for name, places in value.items()}
         if isinstance(value, dict)
         else value
-        for key, value in held.items()
+        for key, value in contents.items()
     }
 
 
@@ -194,8 +194,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_error_names_the_wrong_file(wrong, tmp_path):
-    held, match = WRONG[wrong]
-    paths = written(tmp_path, lambda split: held if split == "val" else cache(split))
+    contents, match = WRONG[wrong]
+    paths = written(tmp_path, lambda split: contents if split == "val" else cache(split))
     with pytest.raises(DataError, match=f"mini-imagenet-cache-val.pkl {match}") as raised:
         list(read_mini_cache(paths, per_class=PER_CLASS))
     assert "\n" not in raised.value.message + raised.value.hint and raised.value.hint

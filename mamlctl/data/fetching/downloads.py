@@ -1,4 +1,4 @@
-"""Downloads that survive network, server and disk failures: mirrors in turn, resumed, verified."""
+"""Downloads that survive network, server and disk failures: resumed, verified, with mirrors."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def stream_pack(
     with _replacing_both(path) as (pixels, words):
         start = _write_header(pixels, (1, *shape_CHW))
         for name, image_CHW in images:
-            assert name not in counts or name == next(reversed(counts)), f"{name} comes twice"
+            assert name not in counts or name == next(reversed(counts)), f"images of {name} are not together"
             pixels.write(image_CHW.tobytes())
             counts[name] = counts.get(name, 0) + 1
         names, starts = tuple(counts), np.cumsum([0, *counts.values()], dtype=np.int64)

@@ -33,7 +33,7 @@ META = "meta"
 HOME = "cifar-100"  # the folder of the packs
 ORIGIN = "www.cs.toronto.edu"
 SIZE = 169_001_437  # bytes of the archive
-TERMS = "no licence stated; its author asks to cite Krizhevsky 2009"
+TERMS = "no licence stated; the author requests a citation of Krizhevsky 2009"
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
 HINT = f"give --from {ARCHIVE}, the folder {FOLDER} unpacked from it, or a folder that contains either"
 
