@@ -42,13 +42,20 @@ class Part:
         return validator if isinstance(validator, str) else None
 
     def begin(self, size: int, url: str, validator: str | None, total: int | None) -> None:
-        """Record where the rest comes from, and drop the part if the download starts at byte 0."""
+        """Record where the rest comes from.
+
+        Args:
+            size: The byte at which the download starts; 0 drops the part.
+            url: The URL, without a password.
+            validator: The version tag of the file, or None.
+            total: Bytes of the complete file, or None.
+        """
         if size == 0:
             self.drop()
         write_json(self._sidecar, {"url": url, "validator": validator, "total": total})
 
     def append(self, chunks: Iterable[bytes], on_progress: Callable[[int], None]) -> None:
-        """Append chunks and report the size after each; undo all of it if the disk is full."""
+        """Append chunks and report the size after each. If that raises OSError, the part is as before."""
         before = size = self.size
         try:
             with self.path.open("ab") as file:

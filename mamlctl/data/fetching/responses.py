@@ -112,7 +112,7 @@ def validator_of(answer: Response) -> str | None:
 
 @contextmanager
 def network_failures_as_reasons(patience: Patience) -> Iterator[None]:
-    """Convert every failure of network and server to Dropped or MirrorUnusable."""
+    """Raise every failure of network and server as Dropped or MirrorUnusable."""
     from requests import exceptions
     from urllib3.exceptions import HTTPError, IncompleteRead, NameResolutionError, ReadTimeoutError
 
