@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import preloaded
 from helpers.grid_cases import filled
 from helpers.shared import ignore
 
@@ -259,7 +259,7 @@ def test_a_setting_of_a_later_version_does_not_change_older_runs(old, tmp_path):
     schema.write_text(text.replace("    inner_steps: int", LATER, 1))
     today = open_run(old / "sinusoid-interrupted").owner
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "later"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", RESUME_AND_PRINT]
+    words = [preloaded.python(), "-c", preloaded.IMPORT_AGAIN + RESUME_AND_PRINT]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
+from helpers import preloaded
 from helpers.pages import apply_diff, documented_diff
 from helpers.shared import ROOT
 
@@ -66,7 +66,7 @@ def changed(tmp_path_factory, glyphs_root):
     }
     environment = os.environ | {"PYTHONPATH": str(folder), "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
+        [preloaded.python(), "-c", preloaded.IMPORT_AGAIN + PROGRAM, json.dumps(commands)],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -3,9 +3,11 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 
 import pytest
+from helpers import preloaded
 from helpers.grid_cases import ignore, tiny_grid
 
 from mamlctl.cli.child_process import report_error
@@ -36,7 +38,8 @@ def test_a_failed_job_has_a_reason(end, failed, reason):
 
 
 @pytest.mark.process
-def test_a_child_reports_its_error_and_prints_it_as_ever():
+def test_a_child_reports_its_error_and_prints_it_as_ever(monkeypatch):
+    monkeypatch.setattr(sys, "executable", preloaded.python())
     with tempfile.TemporaryFile() as output:
         child = ChildProcess(("train", "--dataset", "glyps"), os.environ, output)
         code, error = child.wait()

@@ -44,6 +44,13 @@ PRELOADED = [
     "mamlctl.experiments.grid.estimate",
     "mamlctl.experiments.train",
 ]
+# The first lines of a program for `python -c` that imports mamlctl from PYTHONPATH, not as it was preloaded.
+IMPORT_AGAIN = """
+import os, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "mamlctl"]:
+    del sys.modules[name]
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+"""
 NO_PICTURES = "TEST_WITHOUT_PICTURES"  # a variable of the environment; see `without_pictures`
 STOP_S = 30  # for what is still running when the session ends
 
@@ -126,7 +133,7 @@ def ask(connection, words, streams):
 
 def launch(path, words):
     """Be `python WORDS` for whoever has started this process."""
-    if words[:1] != ["-m"]:
+    if words[:1] not in (["-m"], ["-c"]):
         os.execv(sys.executable, [sys.executable, *words])
     if words[1] == "mamlctl.cli.child_process" and sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -191,7 +198,7 @@ def become_or_wait(connection):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = words[1:]
+    sys.argv = words[1:] if words[0] == "-m" else words
 
 
 def without_pictures():
@@ -206,7 +213,11 @@ def run():
     if NO_PICTURES in os.environ:
         without_pictures().start()
     try:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        if sys.argv[0] == "-c":
+            exec(sys.argv.pop(1), {"__name__": "__main__"})
+        else:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
