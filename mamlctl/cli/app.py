@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from typer.exceptions import TyperException
 
 import mamlctl
@@ -21,7 +20,7 @@ from mamlctl.cli.evaluate import evaluate
 from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError
-from mamlctl.display.console import show_error
+from mamlctl.display.console import discard, show_error, stderr_console
 
 # Each command's function and the examples at the end of its help.
 COMMANDS = {
@@ -83,7 +82,7 @@ def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     share_the_processor()
     code, error = _run()
     if error is not None:
-        show_error(Console(stderr=True), error)
+        show_error(stderr_console(), error)
         if on_error is not None:
             on_error(error)
     sys.exit(code)
@@ -134,8 +133,7 @@ def _run() -> tuple[int, MamlctlError | None]:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED, None
     except BrokenPipeError:
-        # The reader closed the pipe; redirect stdout so that Python's final flush does not raise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)  # the reader closed the pipe
         return ExitCode.FAILED, None
     except OSError as error:
         # A file that cannot be read or written is a problem that the user can fix, not a bug.

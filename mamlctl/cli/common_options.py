@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from mamlctl.core.problems import Problem, flag
-from mamlctl.display.console import write_json
+from mamlctl.display.console import stderr_console, write_json
 from mamlctl.display.displays import Display, open_display
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
@@ -52,7 +52,7 @@ class OutputOptions:
 
     def display(self) -> Display:
         """The display that shows events while the command runs."""
-        return open_display(Console(stderr=True), quiet=self.quiet)
+        return open_display(stderr_console(), quiet=self.quiet)
 
     def write(
         self, result: Result, document: Mapping[str, Any], show: Callable[[Console, Result], None]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
@@ -16,7 +15,7 @@ from mamlctl.cli.grid_options import DRY, PLAN, GridOptions
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import flag
-from mamlctl.display.console import say
+from mamlctl.display.console import say, stderr_console
 from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
@@ -81,5 +80,5 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
     files = [] if out is None else write_files(table, out.expanduser())
     options.write_table(table)
     if files:
-        say(Console(stderr=True), f"report  {files[-1]}")
+        say(stderr_console(), f"report  {files[-1]}")
     return ExitCode.OK

@@ -16,7 +16,7 @@ from mamlctl.cli.grid_options import GridOptions
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
 from mamlctl.core.formatting import plural
-from mamlctl.display.console import say
+from mamlctl.display.console import say, stderr_console
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
 from mamlctl.settings.merge import evaluation_settings
@@ -100,7 +100,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         executor = local_executor(grid, workers) if local else _ray_executor(options, display)
         result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
     options.write_table(result.table)
-    return _report_ending(result, Console(stderr=True))
+    return _report_ending(result, stderr_console())
 
 
 def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:

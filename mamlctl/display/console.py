@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -12,6 +14,39 @@ from rich.text import Text
 from mamlctl.core import formatting
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import finite
+
+
+class _LenientStream:
+    """A stream whose output is discarded from the first write that fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            discard(self._stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Send the rest of the stream's output, including what Python flushes at its exit, to /dev/null."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def stderr_console() -> Console:
+    """A console on stderr; if its reader has left, or its disk is full, the work continues without it."""
+    return Console(file=cast(TextIO, _LenientStream(sys.stderr)))
 
 
 def show_error(console: Console, error: MamlctlError) -> None:

@@ -500,6 +500,21 @@ def test_a_full_disk_prints_a_fact_and_a_hint(trained, glyphs_root):
     assert_two_lines(done.stderr, "No space left", "free disk space")
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("reader", ["left", "full disk"])
+def test_training_continues_when_its_progress_cannot_be_written(tmp_path, glyphs_root, reader):
+    words = [*program(), "train", *QUICK_WORDS, "--out", tmp_path / "run", "--data-root", glyphs_root]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    full = os.open("/dev/full", os.O_WRONLY) if Path("/dev/full").exists() else write_end
+    stderr = write_end if reader == "left" else full
+    done = subprocess.run([*map(str, words)], stdout=subprocess.PIPE, stderr=stderr, text=True)
+    for handle in {write_end, full}:
+        os.close(handle)
+    assert done.returncode == 0
+    assert done.stdout.startswith("finished  ")
+
+
 def test_a_closed_pipe_causes_no_traceback(trained):
     command = f"{sys.executable} -m mamlctl train --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
