@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +11,6 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
-from mamlctl.core.files import replacing
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.registry import is_curve_family
@@ -32,6 +29,7 @@ from mamlctl.engine.evaluation.adapted_model import (
 from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_state
 from mamlctl.run_folder import RunFolder, open_run
@@ -196,7 +194,7 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
     config, read = model.config, model.read
     colours = config.normalize == "imagenet"
     names = ("algo", "net", "filters", "hidden", "pooling", "readout", "activation")
-    content: dict[str, Any] = {
+    content = {
         "format": FORMAT,
         "classes": list(model.support.classes),
         "channels": read.channels,
@@ -209,8 +207,4 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
         "settings": {name: getattr(config, name) for name in names},
         "weights": plain_weights(model.adapted),
     }
-    # Through memory: on a full disk torch.save itself fails in a way that cannot be told from a bug.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, content)

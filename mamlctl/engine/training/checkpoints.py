@@ -28,10 +28,15 @@ def save(path: Path, content: Mapping[str, object], *, owner: str) -> None:
         content: dicts, lists, numbers, strings and tensors.
         owner: the digest of the run's settings, which `load` compares.
     """
-    stored = {"format": FORMAT, "owner": owner, "digest": _digest(content), "content": dict(content)}
+    digest = _digest(content)
+    save_tensors(path, {"format": FORMAT, "owner": owner, "digest": digest, "content": dict(content)})
+
+
+def save_tensors(path: Path, content: Mapping[str, object]) -> None:
+    """Write a file for torch.load atomically."""
     # Through memory: on a full disk torch.save raises a RuntimeError that looks like a bug, not an OSError.
     whole = io.BytesIO()
-    torch.save(stored, whole)
+    torch.save(content, whole)
     with replacing(path) as file:
         file.write(whole.getbuffer())
 
