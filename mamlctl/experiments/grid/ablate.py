@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,8 +20,7 @@ from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.executors.jobs import Executor
 from mamlctl.experiments.executors.local import LocalExecutor, visible_cuda_devices
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
-from mamlctl.experiments.grid.command_lines import train_arguments
-from mamlctl.experiments.grid.grid import CELLS, Grid, GridCell
+from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
 from mamlctl.experiments.grid.scheduler import Scheduler, pending_cells
 from mamlctl.experiments.interrupts import StopRequests
@@ -123,14 +121,10 @@ def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
     """The table of the cells that are complete; `failed` has the reasons of failed jobs by cell."""
     rows = []
     for row in grid.rows:
-        runs = [_run_reference(cell, failed) for cell in grid.cells if cell.row == row]
+        cells = [cell for cell in grid.cells if cell.row == row]
+        runs = [RunReference.of_cell(cell, failed.get(cell.name, "")) for cell in cells]
         rows.append(RowSpec(row.label, row.config, tuple(runs)))
     return tabulate(grid.plan, rows, grid.evaluate, root=grid.folder, commands=[grid.command])
-
-
-def _run_reference(cell: GridCell, failed: Mapping[str, str]) -> RunReference:
-    words = ["mamlctl", "train", *train_arguments(cell.config), "--out", f"{CELLS}/{cell.name}"]
-    return RunReference(cell.seed, cell.folder, shlex.join(words), failed.get(cell.name, ""))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from mamlctl.core.literals import BatchNormMode, Model
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.experiments.grid.command_lines import train_arguments
+from mamlctl.experiments.grid.grid import CELLS, GridCell
 from mamlctl.experiments.grid.plans import as_unimproved, improved_label
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -33,6 +36,21 @@ class RunReference:
     folder: Path
     command: str
     failed: str = ""
+
+    @classmethod
+    def of_cell(cls, cell: GridCell, failed: str) -> RunReference:
+        """A cell of a grid, whose run may not exist yet."""
+        words = ["mamlctl", "train", *train_arguments(cell.config), "--out", f"{CELLS}/{cell.name}"]
+        return cls(cell.seed, cell.folder, shlex.join(words), failed)
+
+    @classmethod
+    def of_run(cls, run: RunFolder) -> RunReference:
+        """A run, with the command line that started it."""
+        try:
+            command = (run.path / "command.txt").read_text().splitlines()[0]
+        except (OSError, IndexError):
+            command = shlex.join(["mamlctl", "train", "--config", str(run.path / CONFIG)])
+        return cls(run.config.seed, run.path.absolute(), command)
 
 
 @dataclass(frozen=True)

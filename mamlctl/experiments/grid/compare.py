@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from mamlctl.experiments.grid.plans import OF_TASKS, label_of
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_done
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.table import Table
-from mamlctl.run_folder import CONFIG, RunFolder, identity_settings, open_run, run_state
+from mamlctl.run_folder import RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.schema import EvalConfig
 
 # Settings of the runs that an evaluation can replace, so that runs may differ in them.
@@ -136,7 +135,7 @@ def _row_specs(runs: Sequence[_Run]) -> list[RowSpec]:
         rivals = [other for other, same in zip(firsts, labels, strict=True) if same == label]
         if len(rivals) > 1:
             label = f"{label}, {_distinction(first, rivals)}"
-        references = tuple(_run_reference(run.folder) for run in group)
+        references = tuple(RunReference.of_run(run.folder) for run in group)
         rows.append(RowSpec(label, first.folder.config, references))
     return rows
 
@@ -146,11 +145,3 @@ def _distinction(run: _Run, rivals: Sequence[_Run]) -> str:
     _, ours = run.identity
     keys = [key for key in ours if any(rival.identity[1][key] != ours[key] for rival in rivals)]
     return ", ".join(f"{key}={ours[key]}" for key in keys) or str(run.folder.path)
-
-
-def _run_reference(run: RunFolder) -> RunReference:
-    try:
-        command = (run.path / "command.txt").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        command = shlex.join(["mamlctl", "train", "--config", str(run.path / CONFIG)])
-    return RunReference(run.config.seed, run.path.absolute(), command)

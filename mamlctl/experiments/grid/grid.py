@@ -128,7 +128,7 @@ def _effective_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[
     """The row without improvements that have no meaning, and problems for other values without effect."""
     lost = [name for name, value in row.values.items() if getattr(config, name) != value]
     if row.of_improvements:
-        row = row.without(lost)
+        row = replace(row, added=tuple(name for name in row.added if name not in lost))
         lost = [name for name in lost if name not in IMPROVEMENTS]
     problems = [
         (f"{flag(name)} {row.values[name]} has no effect", "leave it out of the grid") for name in lost
@@ -176,11 +176,10 @@ def check_rows(rows: Sequence[GridRow], seeds: int) -> None:
         for row in rows
         if seeds > 1 and row.config.init_seed is not None and row.config.train_seed is not None
     ]
-    problems += [
-        (f"'{row.label}' has {flag(name)} {theirs}, but '{first.label}' has {ours}", "make separate tables")
-        for row in rows[1:]
-        for name in OF_TASKS
-        if (theirs := getattr(row.config, name)) != (ours := getattr(first.config, name))
-    ]
+    for row, name in itertools.product(rows[1:], OF_TASKS):
+        ours, theirs = getattr(first.config, name), getattr(row.config, name)
+        if ours != theirs:
+            fact = f"'{row.label}' has {flag(name)} {theirs}, but '{first.label}' has {ours}"
+            problems.append((fact, "make separate tables"))
     if problems:
         raise SettingsError(problems)

@@ -67,10 +67,6 @@ class PlannedRow:
         """The label as part of a folder's name."""
         return re.sub(r"[^\w.+=,-]", "_", self.label.replace(" ", ""))
 
-    def without(self, improvements: Collection[str]) -> PlannedRow:
-        """The row without these improvements in its name."""
-        return replace(self, added=tuple(name for name in self.added if name not in improvements))
-
 
 def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRow]:
     """The rows of a plan of improvements, the baseline first.
@@ -85,15 +81,15 @@ def improvement_rows(plan: str, algo: str, order: str = ORDER) -> list[PlannedRo
     """
     base = _without_improvements(algo)
     if plan == "one-on":
-        return [_with(base, on) for on in [*ALONE, tuple(IMPROVEMENTS)]]
+        return [_improvement_row(base, on) for on in [*ALONE, tuple(IMPROVEMENTS)]]
     if plan == "one-off":
-        return [_without(base, off) for off in ALONE]
+        return [_improvement_row(base, IMPROVEMENTS.keys() - off, from_all=True) for off in ALONE]
     if plan == "cumulative":
         steps = _ordered(order)
-        return [_with(base, [*itertools.chain(*steps[:count])]) for count in range(len(steps) + 1)]
+        return [_improvement_row(base, [*itertools.chain(*steps[:count])]) for count in range(len(steps) + 1)]
     switches = itertools.product((False, True), repeat=len(IMPROVEMENTS))
     subsets = [tuple(itertools.compress(IMPROVEMENTS, switch)) for switch in switches]
-    return [_with(base, on) for on in sorted(subsets, key=len)]
+    return [_improvement_row(base, on) for on in sorted(subsets, key=len)]
 
 
 def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
@@ -148,25 +144,18 @@ def algorithm_rows(names: str) -> list[PlannedRow]:
     return [PlannedRow(algo, algo, {}) for algo in algos]
 
 
-def _with(base: str, on: Collection[str]) -> PlannedRow:
-    """The base with these improvements."""
+def _improvement_row(base: str, on: Collection[str], *, from_all: bool = False) -> PlannedRow:
+    """The row of an algorithm with the improvements `on`.
+
+    Its label adds them to the algorithm without improvements, or removes the others from the one with all of
+    them (`from_all`), which may have a name of its own, as maml++ is maml with all improvements.
+    """
     values = {name: name in on for name in IMPROVEMENTS}
-    improved = _with_improvements(base)
-    if improved and all(values.values()):
-        return PlannedRow(improved, improved, values)
-    return PlannedRow(base, base, values, added=tuple(name for name in IMPROVEMENTS if values[name]))
-
-
-def _without(base: str, off: tuple[str, ...]) -> PlannedRow:
-    """The base with all improvements but these."""
-    improved = _with_improvements(base)
-    values = {name: name not in off for name in IMPROVEMENTS}
-    return PlannedRow(improved or f"{base} with all", improved or base, values, removed=off)
-
-
-def _with_improvements(algo: str) -> str | None:
-    """The name of an algorithm with all improvements: maml++ for maml; None if there is no name."""
-    return next((name for name, entry in ALGORITHMS.items() if entry.improves == algo), None)
+    removed = tuple(name for name in IMPROVEMENTS if name not in on)
+    improved = next((name for name, entry in ALGORITHMS.items() if entry.improves == base), None)
+    if from_all or (improved and not removed):
+        return PlannedRow(improved or f"{base} with all", improved or base, values, removed=removed)
+    return PlannedRow(base, base, values, added=tuple(name for name in IMPROVEMENTS if name in on))
 
 
 def _without_improvements(algo: str) -> str:
