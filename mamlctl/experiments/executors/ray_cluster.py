@@ -46,8 +46,8 @@ class RunningJob:
     limit_s: float  # of a slice
     tries: int = 0  # of the current slice
     slot: Any = None  # ray's handle of a WorkerSlot
-    slice: Any = None  # ray's reference to a SliceResult
-    node: Any = None  # ray's reference to the id of the slot's node
+    slice: object = None  # ray's reference to a SliceResult
+    node: object = None  # ray's reference to the id of the slot's node
     testing: bool = False
 
 
@@ -139,7 +139,7 @@ class RayExecutor:
         for reference in self._ready([*by_slice]):
             self._collect(by_slice[reference])
 
-    def _ready(self, references: list[Any]) -> list[Any]:
+    def _ready(self, references: list[object]) -> list[object]:
         if not references:
             return []
         ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
