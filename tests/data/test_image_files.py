@@ -1,13 +1,17 @@
 """Images of every mode and size become arrays of one shape, with the right pixels."""
 
 import io
+import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+import mamlctl
 from mamlctl.core.errors import DataError
-from mamlctl.data.reading.image_files import class_folders, read_image
+from mamlctl.data.reading.image_files import FORMATS, MOST_PIXELS, class_folders, read_image
 
 
 def encoded(image, kind="PNG", **options):
@@ -71,6 +75,65 @@ def test_error_names_a_file_that_is_not_an_image(data):
     with pytest.raises(DataError, match=r"cannot read image cat/7\.png: ") as raised:
         read_image(data, "cat/7.png", side=4, channels=1)
     assert "\n" not in str(raised.value)
+
+
+def test_image_that_is_a_program_for_ghostscript_starts_no_process(monkeypatch):
+    commands = []
+
+    def start(command, *_, **__):
+        commands.append(command)
+        raise OSError("started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    data = encoded(Image.new("L", (8, 8)), "EPS")
+    with pytest.raises(OSError), Image.open(io.BytesIO(data)) as image:
+        image.load()
+    assert commands and "gs" in commands[0][0]  # Pillow alone starts it
+    commands.clear()
+    with pytest.raises(DataError, match=r"cannot read image 0\.png: not an image of a supported format"):
+        read_image(data, "0.png", side=8, channels=1)
+    assert not commands
+
+
+def test_images_are_opened_in_one_place_only():
+    package = Path(mamlctl.__file__).parent
+    places = [path for path in package.rglob("*.py") if "Image.open(" in path.read_text(encoding="utf-8")]
+    assert places == [package / "data" / "reading" / "image_files.py"]
+
+
+def test_every_format_that_can_be_written_can_be_read():
+    Image.init()
+    grey = Image.new("L", (8, 8), 100)
+    for kind in sorted(FORMATS & Image.SAVE.keys()):
+        image = grey.convert("1") if kind == "XBM" else grey
+        result = read(image.convert("RGB") if kind in ("QOI", "ICNS", "WEBP", "AVIF") else image, kind)
+        assert result.shape == (3, 8, 8), kind
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Pillow about wrong metadata, as in the command line
+def test_damaged_image_is_a_data_error_or_an_image():
+    Image.init()
+    generator = np.random.default_rng(0)
+    colour = Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for kind in sorted(FORMATS & Image.SAVE.keys() - {"XBM"}):
+        sound = encoded(colour, kind)
+        for _ in range(30):
+            data = bytearray(sound)
+            for place in generator.integers(0, len(data), 3):
+                data[place] = generator.integers(256)
+            with suppress(DataError):
+                read_image(bytes(data[: generator.integers(1, 2 * len(data))]), kind, side=8, channels=3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF"])
+def test_image_above_the_limit_is_refused_before_it_is_decoded(monkeypatch, kind):
+    side = 6400
+    assert side**2 > MOST_PIXELS > (side - 100) ** 2
+    data = encoded(Image.new("1" if kind == "TIFF" else "P", (side, side)), kind)
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match="image big has more than 40,000,000 pixels"):
+        read_image(data, "big", side=8, channels=1)
 
 
 def test_class_folders_are_listed_without_other_files(tmp_path):

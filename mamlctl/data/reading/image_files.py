@@ -1,9 +1,14 @@
-"""Image files of any format that Pillow reads, as uint8 arrays of one shape, and folders of classes."""
+"""Image files as uint8 arrays of one shape, and folders of classes."""
 
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +17,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamlctl.core.errors import DataError
 
-# Pillow warns about images of more than 90 million pixels, but also refuses those above twice that number.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+MOST_PIXELS = 40_000_000  # of one image: 160 MB as RGBA, on every core at once
+
+# Before it decodes a pixel, Pillow refuses an image of more than twice its limit, also one inside an icon.
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
+
+# Pillow warns about images above its limit, and about wrong metadata, which are common and not used.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# The formats of photographs and drawings, all decoded inside this process. Left out are those that start a
+# program (EPS starts Ghostscript), and those of other fields (FITS, GRIB, HDF5), games (DDS, BLP) and films.
+FORMATS = {
+    *("AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD"),
+    *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+}
+
+# What Pillow raises for a file that is not an image, or is truncated or damaged.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, struct.error, zlib.error)
+HINT = "fix or remove the file"
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -46,22 +67,45 @@ def read_image(
     Raises:
         DataError: The file is not an image, is cut off or is too large.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = _in_channels(ImageOps.exif_transpose(opened), channels)
-    # What Pillow raises for a file that is not an image, or is truncated or damaged.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else error
-        message = f"cannot read image {display_name}: {reason}"
-        raise DataError(message, hint="fix or remove the file") from error
-    except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        message = f"image {display_name} has more than {limit:,} pixels"
-        raise DataError(message, hint="shrink or remove the file") from error
+    with open_image(data, display_name) as opened:
+        image = _in_channels(ImageOps.exif_transpose(opened), channels)
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), method=FILTERS[resize])
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@contextmanager
+def open_image(
+    data: bytes, display_name: str, formats: tuple[str, ...] | None = None, *, hint: str = HINT
+) -> Iterator[Image.Image]:
+    """Open an image of one of the formats in `FORMATS`; no other code may call `Image.open`.
+
+    Args:
+        data: The bytes of the file.
+        display_name: The name in messages.
+        formats: The allowed formats; None: all of `FORMATS`.
+        hint: The hint if it cannot be read.
+
+    Raises:
+        DataError: The image cannot be opened, or decoded in the block, or is too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats or _available_formats()) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        message = f"image {display_name} has more than {MOST_PIXELS:,} pixels"
+        raise DataError(message, hint="shrink or remove the file") from error
+    except DAMAGE as error:
+        reason = "not an image of a supported format" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"cannot read image {display_name}: {reason}", hint=hint) from error
+
+
+@cache
+def _available_formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow can read, in the order in which it tries them."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in FORMATS)
 
 
 def _in_channels(image: Image.Image, channels: int) -> Image.Image:

@@ -6,7 +6,6 @@ The originals are stored once, with one bit per pixel; each resize filter has it
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from mamlctl.core.events import OnEvent, Progress
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.fetching.downloads import Archive
 from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, Members, open_members
-from mamlctl.data.reading.image_files import FILTERS
+from mamlctl.data.reading.image_files import FILTERS, open_image
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 
 NAME = "omniglot"
@@ -273,17 +272,13 @@ def _decode(
 
 
 def _pixels(members: Members, name: str) -> NDArray[np.bool_]:
-    data, expected = members.read(name), f"mode 1, {SIDE}x{SIDE} pixels"
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            facts = f"mode {image.mode}, {image.width}x{image.height} pixels"
-            if facts == expected:  # before any pixel is decoded, so a bomb does not expand
-                return np.asarray(image)
-    # What Pillow raises for a file that is not an image, is truncated or damaged, or is far too large.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"cannot read image {name} in {members.path}"
-        raise DataError(message, hint=DOWNLOAD_AGAIN) from error
-    message = f"image {name} in {members.path} has {facts}, but Omniglot's have {expected}"
+    expected = f"mode 1, {SIDE}x{SIDE} pixels"
+    display_name = f"{name} in {members.path}"
+    with open_image(members.read(name), display_name, ("PNG",), hint=DOWNLOAD_AGAIN) as image:
+        facts = f"mode {image.mode}, {image.width}x{image.height} pixels"
+        if facts == expected:  # before any pixel is decoded, so a bomb does not expand
+            return np.asarray(image)
+    message = f"image {display_name} has {facts}, but Omniglot's have {expected}"
     raise DataError(message, hint=DOWNLOAD_AGAIN)
 
 
