@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import planned_grid, run_grid
-from mamlctl.cli.grid_options import PLAN, GridOptions
+from mamlctl.cli.grid_options import PLAN, TEST_OPTIONS, GridOptions
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from mamlctl.experiments.grid.grid import Grid
 
 
-@with_options(GridOptions, TrainConfig)
+@with_options(GridOptions, TrainConfig, TEST_OPTIONS)
 def ablate(
     settings: dict[str, Any],
+    evaluation: dict[str, Any],
     options: GridOptions,
     plan: Annotated[
         str | None,
@@ -51,10 +52,10 @@ def ablate(
     settings = options.with_sets(settings)
     if resume is not None:
         planning: dict[str, object] = {"--plan": plan, "--grid": grid, "--order": order}
-        return run_grid(_resumed_grid(resume, planning, settings, options), options)
+        return run_grid(_resumed_grid(resume, planning, settings, evaluation, options), options)
     algo = str(options.all_settings(settings).get("algo", TrainConfig.algo))
     rows, name = _planned_rows(plan, grid, order, settings, algo)
-    return run_grid(planned_grid(name, rows, settings, options), options)
+    return run_grid(planned_grid(name, rows, settings, evaluation, options), options)
 
 
 def _planned_rows(
@@ -83,7 +84,11 @@ def _planned_rows(
 
 
 def _resumed_grid(
-    folder: Path, planning: Mapping[str, object], settings: Mapping[str, Any], options: GridOptions
+    folder: Path,
+    planning: Mapping[str, object],
+    settings: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    options: GridOptions,
 ) -> Grid:
     """The grid of a folder, with seeds and test settings from the command line.
 
@@ -91,6 +96,7 @@ def _resumed_grid(
         folder: the folder of the grid.
         planning: options that only a new plan reads, by flag.
         settings: training settings from the command line; only those that a resumed run may change.
+        evaluation: test settings from the command line.
         options: the other options.
 
     Raises:
@@ -105,7 +111,7 @@ def _resumed_grid(
         raise SettingsError(problems)
     grid = load_grid(folder)
     first, seeds = grid.seeds[0], options.seeds
-    test = {**not_default(grid.evaluate), **options.evaluation()}
+    test = {**not_default(grid.evaluate), **evaluation}
     return replace(
         grid,
         rows=tuple(replace(row, config=replace(row.config, **settings)) for row in grid.rows),

@@ -11,7 +11,7 @@ import typer
 
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
-from mamlctl.cli.grid_options import DRY, PLAN, GridOptions
+from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import flag
@@ -27,9 +27,10 @@ TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"d
 TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)
 
 
-@with_options(GridOptions, TrainConfig)
+@with_options(GridOptions, TrainConfig, TEST_OPTIONS)
 def compare(
     settings: dict[str, Any],
+    evaluation: dict[str, Any],
     options: GridOptions,
     runs: Annotated[
         list[Path] | None,
@@ -48,22 +49,22 @@ def compare(
     options.check()
     settings = options.with_sets(settings)
     if runs:
-        return _compare_runs(runs, _evaluation_settings(settings, options, algos), options)
+        _refuse_training(settings, options, algos)
+        return _compare_runs(runs, evaluation_settings({**evaluation, **settings}, "flag"), options)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
     if "algo" in settings:
         raise SettingsError([("--algo has no effect with --algos", "leave it out")])
-    return run_grid(planned_grid("algos", algorithm_rows(algos), settings, options), options)
+    return run_grid(planned_grid("algos", algorithm_rows(algos), settings, evaluation, options), options)
 
 
-def _evaluation_settings(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> EvalConfig:
-    """The settings of the evaluation. Raises SettingsError for options that only affect training."""
+def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> None:
+    """Raises SettingsError for options that only affect training."""
     training: dict[str, object] = {"--algos": algos, "--executor": options.executor != "local"}
     training |= options.by_flag(*TRAINING_OPTIONS)
     training |= {flag(name): True for name in settings if name not in TEST_SETTINGS}
     if problems := unused(training, "with run folders, which are trained already"):
         raise SettingsError(problems)
-    return evaluation_settings({**options.evaluation(), **settings}, "flag")
 
 
 def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:

@@ -33,7 +33,11 @@ CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
 
 
 def planned_grid(
-    name: str, rows: Sequence[PlannedRow], settings: Mapping[str, Any], options: GridOptions
+    name: str,
+    rows: Sequence[PlannedRow],
+    settings: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    options: GridOptions,
 ) -> Grid:
     """The grid of the planned rows, in a new folder or in the folder that already has this plan.
 
@@ -41,6 +45,7 @@ def planned_grid(
         name: the name of the plan.
         rows: the rows, each with the settings that only it has.
         settings: the settings from the command line.
+        evaluation: the test settings from the command line.
         options: the other options of the command line.
 
     Raises:
@@ -50,7 +55,7 @@ def planned_grid(
     from mamlctl.experiments.grid.grid import check_rows, resolve_rows
     from mamlctl.experiments.grid.grid_folder import open_grid
 
-    evaluate = evaluation_settings(options.evaluation(), "flag")
+    evaluate = evaluation_settings(evaluation, "flag")
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
     resolved = resolve_rows(rows, options.file_layers(), settings, seed, check_devices=options.runs_here)
     seeds = 3 if options.seeds is None else options.seeds

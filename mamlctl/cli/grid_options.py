@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -16,13 +16,18 @@ from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
 from mamlctl.display.comparison_table import show_table
 from mamlctl.display.console import write_json
-from mamlctl.settings.fields import EPISODE, HARDWARE, OUTPUT
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.fields import HARDWARE, OUTPUT
 
 if TYPE_CHECKING:
     from mamlctl.report.table import Table
 
 PLAN = "Plan"  # a help panel
+TEST_OPTIONS = (
+    "tasks",
+    "split",
+    "disjoint",
+    "label_permutations",
+)  # of EvalConfig, next to those of TrainConfig
 FORMATS = ("json", "csv", "markdown", "latex")  # of the table
 DRY = ("dry_run", "print_commands", "slurm")  # instead of training and printing a table
 
@@ -33,18 +38,6 @@ class GridOptions(SettingsOptions):
 
     seeds: Annotated[
         int | None, option(PLAN, "Runs per row, with seeds from --seed upwards (default: 3).", min=1)
-    ] = None
-    tasks: Annotated[int | None, option(EPISODE, "Number of test tasks (default: 600).", min=2)] = None
-    split: Annotated[
-        str | None,
-        option(EPISODE, "Class split to draw test tasks from: test, val or train (default: test)."),
-    ] = None
-    disjoint: Annotated[
-        bool,
-        option(EPISODE, "Use no image in more than one test task, as far as the split allows.", "--disjoint"),
-    ] = False
-    label_permutations: Annotated[
-        int | None, option(EPISODE, "Label orders over which each test task's score is averaged.", min=1)
     ] = None
     out: Annotated[
         Path | None, option(OUTPUT, "Folder of the table and its runs (default: one under runs/).")
@@ -129,11 +122,6 @@ class GridOptions(SettingsOptions):
         for _, values in (*self.file_layers(), ("command line", settings)):
             merged |= values
         return merged
-
-    def evaluation(self) -> dict[str, Any]:
-        """The options of the evaluation that are set, by field of EvalConfig."""
-        values = {item.name: getattr(self, item.name, None) for item in fields(EvalConfig)}
-        return {name: value for name, value in values.items() if value is not None and value is not False}
 
     def write_table(self, table: Table) -> None:
         """Print the table on stdout in the chosen format."""

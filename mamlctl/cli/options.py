@@ -15,6 +15,7 @@ from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import DATA_SETS, NAMES, DataSet
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.rules import VALUE_TYPES
+from mamlctl.settings.schema import EvalConfig
 
 
 def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
@@ -33,7 +34,7 @@ FROM_TABLES = {
 
 
 def with_options(
-    options_type: type, settings_type: type | None = None
+    options_type: type, settings_type: type | None = None, evaluation: Sequence[str] = ()
 ) -> Callable[[Callable[..., ExitCode]], Callable[..., ExitCode]]:
     """Give a command one option per field of one or two classes.
 
@@ -41,6 +42,8 @@ def with_options(
         options_type: a dataclass of annotated options; the command gets an instance as `options`.
         settings_type: a settings class; the command gets the values from the command line as the dict
             `settings`.
+        evaluation: fields of EvalConfig; the command gets their values from the command line as the dict
+            `evaluation`.
 
     Returns:
         The decorator; the command that it returns has one keyword parameter per option.
@@ -52,24 +55,31 @@ def with_options(
     )
     options = [_parameter(item.name, item.default, option_hints[item.name]) for item in inherited_last]
     settings = [] if settings_type is None else _setting_parameters(settings_type)
+    of_test = [item for item in _setting_parameters(EvalConfig) if item.name in evaluation]
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
         hints = get_type_hints(function, include_extras=True)
         others = [
             _parameter(parameter.name, parameter.default, hints[parameter.name])
             for parameter in inspect.signature(function).parameters.values()
-            if parameter.name not in ("options", "settings")
+            if parameter.name not in ("options", "settings", "evaluation")
         ]
         others += options
         # Help shows panels in the order of their first option, so the settings come first.
         bare = [parameter for parameter in others if _panel_of(parameter) is None]
-        parameters = [*bare, *settings, *(other for other in others if _panel_of(other) is not None)]
+        parameters = [
+            *bare,
+            *settings,
+            *of_test,
+            *(other for other in others if _panel_of(other) is not None),
+        ]
 
         @functools.wraps(function)
         def command(**values: Any) -> ExitCode:
-            if settings_type is not None:
-                flags = {setting.name: values.pop(setting.name) for setting in settings}
-                values["settings"] = {name: value for name, value in flags.items() if value is not None}
+            for name, group in (("settings", settings), ("evaluation", of_test)):
+                if group:
+                    flags = {item.name: values.pop(item.name) for item in group}
+                    values[name] = {flag: value for flag, value in flags.items() if value is not None}
             values["options"] = options_type(**{option.name: values.pop(option.name) for option in options})
             return function(**values)
 
