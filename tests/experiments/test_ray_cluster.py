@@ -42,7 +42,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as a cell of one CPU has: sums are rounde
 os.environ.update(ray_cluster.ENVIRONMENT)  # ray reads it when it is imported, here before open_cluster
 
 
-def job_of(folder, data_root, *, epochs=10):
+def job_of(folder, data_root, *, epochs=7):
     root = ("--data-root", str(data_root))
     train = (*TINY.split(), *root, "--quiet", "--epochs", str(epochs), "--seed", str(len(folder.name)))
     return Job(folder.name, folder, train, ("--tasks", "20", "--quiet", *root))
