@@ -288,4 +288,10 @@ def test_a_diverged_run_records_its_meta_step(tmp_path):
 
 def test_every_reason_to_stop_has_an_exit_code():
     assert STOP_EXIT_CODES.keys() == set(get_args(StopReason))
-    assert [STOP_EXIT_CODES[reason] for reason in ("", "time limit", "SIGINT", "SIGTERM")] == [0, 0, 130, 143]
+    assert [STOP_EXIT_CODES[reason] for reason in ("", "time limit", "SIGINT", "SIGTERM", "SIGHUP")] == [
+        0,
+        0,
+        130,
+        143,
+        129,
+    ]

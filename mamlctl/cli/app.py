@@ -77,8 +77,10 @@ def share_the_processor() -> None:
 
 def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     """Run the command line and exit with its code; `on_error` gets the error after it is printed."""
-    # Training handles SIGTERM itself; elsewhere SystemExit runs the same cleanup as any exception.
+    # Training handles these signals itself; elsewhere SystemExit runs the same cleanup as any exception.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(ExitCode.HUNG_UP))
     share_the_processor()
     code, error = _run()
     if error is not None:

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     DATA = 3  # missing or damaged data
     DIVERGED = 4  # training diverged
     LOCKED = 5  # another process is using the folder
+    HUNG_UP = 129  # the terminal closed (SIGHUP)
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
     TERMINATED = 143  # SIGTERM
 
@@ -27,6 +28,7 @@ STOP_EXIT_CODES: dict[StopReason, ExitCode] = {
     "time limit": ExitCode.OK,
     "SIGINT": ExitCode.INTERRUPTED,
     "SIGTERM": ExitCode.TERMINATED,
+    "SIGHUP": ExitCode.HUNG_UP,
 }
 
 

@@ -1,12 +1,18 @@
-"""Format numbers for people; accuracies are 0..1 in the rest of the code and percent in this text."""
+"""Format numbers for people; accuracies are 0..1 in the rest of the code and percent in this text.
+
+`parse_seconds` reads what people write.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mamlctl.core.literals import Metric
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 # A file name may contain escape codes that a terminal would interpret.
 CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
@@ -86,6 +92,16 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2f} s"
     return f"{seconds:.0f} s" if seconds < 120 else clock(seconds)
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of "90", "90s", "9m" or "1h30m". Raises ValueError for anything else, and for 0."""
+    part = r"(\d+(?:\.\d+)?)([smhd]?)"
+    parts = re.findall(part, text) if re.fullmatch(f"({part})+", text.strip()) else []
+    seconds = sum(float(number) * UNITS_S[unit or "s"] for number, unit in parts)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"'{text}' is not a duration")
+    return seconds
 
 
 def size(count: int) -> str:

@@ -27,7 +27,7 @@ Obstacle = Literal[
     "no unrolled loop", "one pass of the body", "own inner rates", "own meta learning rate", "no batch norm"
 ]
 # Why training ended before its last meta-step; "" if it did not.
-StopReason = Literal["", "time limit", "SIGINT", "SIGTERM"]
+StopReason = Literal["", "time limit", "SIGINT", "SIGTERM", "SIGHUP"]
 # The status of a run in status.json.
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 # The status of a run in a table: as above, or "missing" if there is no run folder yet.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CLASSES, ENVIRONMENT, RunFolder, RunState, default_run_path, new_run, open_run
+from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -93,14 +94,15 @@ def resume(
         on_event: receives progress, reports and notices.
 
     Raises:
-        SettingsError, DivergedError: as `train` does.
+        SettingsError: an override is invalid.
+        DivergedError: as `train` does.
         MamlctlError: the run is damaged, or another process is writing to it.
         DataError: the data differ from those with which the run started.
     """
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     run = open_run(path)
     with run.writing():
-        run.config = replace(run.config, **overrides)
+        run.config = stored_settings("the command line", {**asdict(run.config), **overrides})
         prepared = _prepare(run.config, overrides.get("cuda_graph"), offline, stop, on_event)
         source = prepared.source
         if not run.trained_on(source.digest):

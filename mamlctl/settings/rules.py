@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 
+from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, EvalConfig, TrainConfig
 
@@ -91,6 +92,10 @@ def check(config: TrainConfig) -> list[Problem]:
         width.isdecimal() and int(width) for width in config.hidden.split("-")
     ):
         problems.append((f"--hidden is {config.hidden!r}", "write widths like 256-128-64-64"))
+    try:
+        parse_seconds(config.checkpoint_every)
+    except ValueError as error:
+        problems.append((f"--checkpoint-every {error}", "write 90s, 9m or 1h30m"))
     if config.net == "mlp" and config.precision == "bf16":
         problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
     if config.train_shots is not None and config.train_shots < config.shots:

@@ -254,6 +254,12 @@ class TrainConfig:
     eval_seed: int = setting(0, HARDWARE, "Seed of the validation and test tasks.", least=0, below=SEEDS)
 
     report_every: int = setting(5, OUTPUT, "Meta-steps between reports.", least=1, decides=False)
+    checkpoint_every: str = setting(
+        "5m",
+        OUTPUT,
+        "Longest time between checkpoints; there is also one per epoch, e.g. 90s, 9m or 1h30m.",
+        decides=False,
+    )
 
     @property
     def total_steps(self) -> int:

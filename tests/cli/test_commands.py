@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from helpers import preloaded
+from helpers.shared import ignore
 
 import mamlctl
 from mamlctl.cli.app import main
 from mamlctl.data.reading.packs import load_pack, pack, save_pack
+from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.run_folder import open_run
 
 QUICK = """
@@ -335,6 +337,12 @@ def test_an_existing_run_is_not_overwritten_or_changed(cli, trained):
     code, _, err = cli("train", "--resume", trained, "--set", "device=cuda:9")
     assert code == 2
     assert_two_lines(err, "cuda:9", "--device cpu")
+    code, _, err = cli("train", "--resume", trained, "--set", "report_every=often")
+    assert code == 2
+    assert_two_lines(err, "report_every is 'often'", "use a whole number")
+    code, _, err = cli("train", "--resume", trained, "--checkpoint-every", "soon")
+    assert code == 2
+    assert_two_lines(err, "--checkpoint-every 'soon' is not a duration", "write 90s, 9m or 1h30m")
     code, _, err = cli("train", "--resume", trained, "--print-config")
     assert code == 2
     assert_two_lines(err, "--print-config has no effect with --resume", "leave it out")
@@ -382,7 +390,9 @@ def start(run, root, *words):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signals_save_and_exit_with_their_code_and_the_run_can_be_resumed(
     cli, tmp_path, glyphs_root, number, code
 ):
@@ -404,6 +414,19 @@ def test_signals_save_and_exit_with_their_code_and_the_run_can_be_resumed(
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "time limit")
     assert status["step"] >= step
+
+
+def test_an_ignored_sighup_stays_ignored(cli):
+    """As under nohup, so that the run continues after its terminal is closed."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli("--version")[0] == 0
+        with StopRequests(ignore, time_limit_s=None) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.reason() == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.mark.process

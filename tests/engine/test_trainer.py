@@ -74,6 +74,24 @@ def test_each_algorithm_resumes_bit_for_bit(tmp_path, settings):
     assert comparable(run) == comparable(whole)
 
 
+def test_a_run_killed_within_an_epoch_resumes_from_its_last_timed_checkpoint(whole, tmp_path):
+    run = make_run(tmp_path / "run", config_of(checkpoint_every="0.000001s"))
+    trainer = trainer_of(run, run.config)
+
+    def die_in_the_second_epoch(event):
+        if event == MetaStepDone(7, 1):
+            raise KeyboardInterrupt
+
+    trainer.on_event = die_in_the_second_epoch
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer = trainer_of(run, run.config)
+    trainer.resume()
+    assert trainer.position.step == 6
+    trainer.train()
+    assert comparable(run) == comparable(whole), "neither the saves nor the kill change the results"
+
+
 def test_metrics_after_the_checkpoint_are_dropped_when_a_killed_run_resumes(whole, tmp_path):
     run = make_run(tmp_path / "run", config_of())
     trainer_of(run, run.config, stop_at=2).train()

@@ -131,7 +131,14 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
     replaced = {"queries": 3, "adapts": "head", "inner_lr": 0.5, "dataset": "line", "data_root": "d"}
     evaluated = EvalConfig(**replaced, device="cpu", tasks=7, split="val").over(TrainConfig())
     assert evaluated == replace(TrainConfig(), **replaced, device="cpu")
-    assert set(RESUME_OVERRIDES) == {"device", "data_root", "report_every", "cuda_graph", "task_chunk"}
+    assert set(RESUME_OVERRIDES) == {
+        "device",
+        "data_root",
+        "report_every",
+        "checkpoint_every",
+        "cuda_graph",
+        "task_chunk",
+    }
     assert {
         *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
     } == TEST_SETTINGS

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
+from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.literals import RowKind, StopReason
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
@@ -139,6 +140,7 @@ class Trainer:
         self._moved = False  # whether this process has finished any meta-step or validation
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
+        self._saved_at = time.monotonic()
 
     @property
     def last(self) -> Path:
@@ -200,6 +202,10 @@ class Trainer:
         self.on_event(MetaStepDone(step, epoch))
         if reports:
             self._report(epoch)
+        due = time.monotonic() - self._saved_at >= parse_seconds(config.checkpoint_every)
+        # On CUDA, losses have not been checked since the last report; the next one raises the error.
+        if due and first_non_finite(measured) is None:
+            self.save()
 
     def _check(self, step: int) -> None:
         what = first_non_finite(self._latest) if self._latest else None
@@ -312,6 +318,7 @@ class Trainer:
             "position": vars(self.position),
         }
         checkpoints.save(self.last, content, owner=self.run.owner)
+        self._saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Continue from `last.pt`.

@@ -59,7 +59,7 @@ class Ended:
     @property
     def failed(self) -> bool:
         """Whether the job failed: it did not finish, diverge or stop on request."""
-        stopped = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
+        stopped = (ExitCode.HUNG_UP, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
         return self.code not in (ExitCode.OK, ExitCode.DIVERGED, *stopped)
 
     @property
