@@ -126,9 +126,9 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("ways: [")
     with pytest.raises(MamlctlError, match="is damaged"):
         open_run(tmp_path)
-    for text in ("", "ways: 5\n"):
+    for text, problem in (("", "contains no settings"), ("ways: 5\n", "settings are missing")):
         (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(MamlctlError, match="settings are missing"):
+        with pytest.raises(MamlctlError, match=problem):
             open_run(tmp_path)
 
 

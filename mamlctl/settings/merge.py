@@ -14,6 +14,7 @@ from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
 Layer = tuple[str, Mapping[str, Any]]  # the origin of some settings, and their values
+MISSING, INTERPOLATION = "???", "${"  # OmegaConf's placeholders
 COMMAND_LINE = ("flag", "--set")
 
 
@@ -42,11 +43,16 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
                 problems.append((f"unknown setting '{name}'{place}", hint))
                 continue
             try:
-                values[name] = types[name].read(value)
-                sources[name] = source
+                read = types[name].read(value)
             except ValueError:
                 noun = NOUNS[types[name].kind]
                 problems.append((f"{name} is {value!r} in {source}, which is not {noun}", f"use {noun}"))
+                continue
+            if isinstance(read, str) and (read == MISSING or INTERPOLATION in read):
+                fact = f"{name} is {read!r} in {source}, but OmegaConf's placeholders are not filled in"
+                problems.append((fact, "write the value itself"))
+                continue
+            values[name], sources[name] = read, source
     return Resolved(config_type(**values), sources), problems
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,18 @@ from yaml import YAMLError
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
 from mamlctl.settings.schema import TrainConfig
+
+# What reading YAML raises: PyYAML lets the errors of tagged values (`!!bool x`) and of huge numbers through.
+YAML_ERRORS = (
+    YAMLError,
+    OmegaConfBaseException,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
+SYNTAX = "write each setting once, as 'name: value' on its own line"
 
 
 def presets_folder() -> Path:
@@ -41,21 +54,27 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a YAML file. Raises SettingsError if the file is anything else."""
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError([(f"{path} cannot be read: {reason}", "use a YAML file of settings")]) from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise SettingsError(
-            [(f"{path} is not YAML: {_first_line(error)}", "write one 'name: value' per line")]
-        ) from error
-    if not isinstance(values, dict):
-        raise SettingsError([(f"{path} contains no settings", "write one 'name: value' per line")])
+    try:
+        # Interpolations stay text, which `merge` refuses: a file must not read environment variables.
+        values = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
+    except OSError:  # OmegaConf's error for a file with a single number
+        values = None
+    except YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        raise SettingsError([(f"{path} is not YAML: {line}{_problem(error)}", SYNTAX)]) from error
+    if not isinstance(values, dict) or not values:
+        raise SettingsError([(f"{path} contains no settings", SYNTAX)])
     return {str(key): value for key, value in values.items()}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _problem(error: Exception) -> str:
+    """What a YAML parser reports, on one line."""
+    return getattr(error, "problem", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
@@ -66,9 +85,9 @@ def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for pair in pairs:
         try:
-            values.update(OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=True))  # type: ignore[arg-type]
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise SettingsError([(f"--set {pair}: {_first_line(error)}", "write --set key=value")]) from error
+            values.update(OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False))  # type: ignore[arg-type]
+        except YAML_ERRORS as error:
+            raise SettingsError([(f"--set {pair}: {_problem(error)}", "write --set key=value")]) from error
     return {str(key): value for key, value in values.items()}
 
 

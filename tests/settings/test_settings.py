@@ -145,7 +145,7 @@ def test_fomaml_cannot_be_made_second_order():
     assert not algorithm_problems(TrainConfig(algo="maml", first_order=True))
 
 
-@pytest.mark.parametrize("text", ["a: [1\nb: }", "- 1", "7", "ways: ${nothing}", "\x00"])
+@pytest.mark.parametrize("text", ["a: [1\nb: }", "- 1", "7", "\x00", "", "a: [*b]", "a: &a [*a]"])
 def test_files_that_are_not_settings_are_refused(tmp_path, text):
     path = tmp_path / "x.yaml"
     path.write_text(text)
@@ -153,6 +153,46 @@ def test_files_that_are_not_settings_are_refused(tmp_path, text):
         load_file(path)
     with pytest.raises(SettingsError):
         load_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "ways: " + 5000 * "9", "ways: !!bool x", "ways: !!timestamp x"])
+def test_values_that_the_yaml_library_cannot_read_are_refused(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=r"x\.yaml is not YAML: "):
+        load_file(tmp_path / "x.yaml")
+    with pytest.raises(SettingsError, match=r"^--set "):
+        parse_sets([f"algo={text.removeprefix('ways: ')}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ways: 5\nshots: 1\nways: 20\n", "line 3: found duplicate key ways"),
+        ("ways: 5\n\tshots: 1\n", "line 2: found a tab character"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_refused_with_the_line(tmp_path, text, problem):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=f"x.yaml is not YAML: {problem}"):
+        load_file(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SECRET}", "x/${algo}", "???"])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("data_root", ", but OmegaConf's placeholders are not filled in"),
+        ("ways", ", which is not a whole number"),
+    ],
+)
+def test_placeholders_are_refused_and_not_filled_in(tmp_path, monkeypatch, name, why, value):
+    monkeypatch.setenv("SECRET", "7")
+    (tmp_path / "x.yaml").write_text(f"{name}: {value}\n")
+    for layer in (("x.yaml", load_file(tmp_path / "x.yaml")), ("--set", parse_sets([f"{name}={value}"]))):
+        assert problems_of(layer) == [f"{name} is '{value}' in {layer[0]}{why}"]
+    stored = asdict(TrainConfig()) | load_file(tmp_path / "x.yaml")
+    with pytest.raises(SettingsError, match=f"{why}$"):
+        stored_settings("config.yaml", stored)
 
 
 def test_values_of_set_are_parsed_as_yaml():

@@ -27,6 +27,7 @@ from mamlctl.run_folder import (
     stored_config,
 )
 from mamlctl.settings.merge import evaluation_settings
+from mamlctl.settings.presets import YAML_ERRORS
 from mamlctl.settings.schema import EvalConfig
 
 
@@ -97,7 +98,7 @@ def load_grid(folder: Path) -> Grid:
     except (OSError, UnicodeDecodeError) as error:
         hint = "use the folder that 'mamlctl ablate' printed"
         raise MamlctlError(f"{path} has no readable {PLAN}", hint=hint) from error
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise _damaged(path, "not YAML") from error
     try:
         if document["format"] != FORMAT or not document["rows"] or not document["seeds"]:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
 from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.settings.presets import YAML_ERRORS
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 PLANS = ("one-on", "one-off", "cumulative", "full")
@@ -132,7 +131,7 @@ def _parsed_value(key: str, word: str) -> Any:
     """Parse a value as YAML, as --set does. Raises SettingsError if it is not valid."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={word}"]))[key]  # type: ignore[index,call-overload]
-    except (YAMLError, OmegaConfBaseException) as error:
+    except YAML_ERRORS as error:
         raise SettingsError([(f"--grid {key}={word} cannot be read", "write key=value,value")]) from error
 
 
