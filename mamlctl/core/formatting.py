@@ -9,17 +9,32 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mamlctl.core.literals import Metric
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 # A file name may contain escape codes that a terminal would interpret.
-CONTROLS = {code: "?" for code in [*range(32), 127] if chr(code) not in "\n\t"}
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160), 0x2028, 0x2029], "?")
+PROSE_CONTROLS = {code: sign for code, sign in CONTROLS.items() if chr(code) not in "\n\t"}
+
+# What a spreadsheet takes for the start of a formula, also in full width.
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a CSV file: text that a spreadsheet would run as a formula gets a leading apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 
 def strip_controls(text: str) -> str:
     """The text with '?' for each control character except newline and tab."""
+    return text.translate(PROSE_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """A name with '?' for each control character, so that it stays within its row of a table."""
     return text.translate(CONTROLS)
 
 

@@ -68,6 +68,7 @@ def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min
         left: number of columns that are aligned left; the others are aligned right.
         min_width: of the columns aligned right, in characters.
     """
+    rows = [[formatting.one_line(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
         texts = [text.ljust(width) for text, width in zip(row[:left], widths, strict=False)]

@@ -155,9 +155,9 @@ class PlainDisplay(Display):
 def _run_line(run: events.RunStarted) -> str:
     letters = f" ({' '.join(run.improvements)})" if run.improvements else ""
     parts = [
-        f"run {run.run}",
+        f"run {formatting.one_line(run.run)}",
         f"{run.algo}{letters}",
-        formatting.task(run.dataset, run.ways, run.shots),
+        formatting.one_line(formatting.task(run.dataset, run.ways, run.shots)),
         f"{run.meta_batch_size} tasks per meta-step",
         f"{run.parameters:,} parameters",
         f"bn {run.bn}",

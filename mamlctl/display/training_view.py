@@ -77,13 +77,11 @@ def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
 
 def _header(run: RunStarted, width: int) -> list[Text]:
     algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
-    task = Text(formatting.task(formatting.strip_controls(run.dataset), run.ways, run.shots), "bold")
+    task = Text(formatting.task(formatting.one_line(run.dataset), run.ways, run.shots), "bold")
     machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
     # Keep half of the line for the run's name, however long the device's description is.
     machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
-    name = Text(
-        " " + formatting.elide_middle(formatting.strip_controls(run.run), width - machine.cell_len - 4)
-    )
+    name = Text(" " + formatting.elide_middle(formatting.one_line(run.run), width - machine.cell_len - 4))
     return [widgets.both_ends(algo, task, width), widgets.both_ends(name, machine, width)]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.files import replacing
+from mamlctl.core.formatting import csv_cell
 from mamlctl.core.results import ClassifiedImage, ClassifyResult
 from mamlctl.data.tasks.user_images import Query, find_queries
 from mamlctl.engine.derivatives.selection import tasks_per_pass
@@ -161,7 +162,8 @@ def _write_csv(path: Path, images: Sequence[ClassifiedImage]) -> None:
     writer.writerow(["file", "predicted", "probability", "label", "problem"])
     for image in images:
         probability = "" if image.probability is None else f"{image.probability:.6f}"
-        writer.writerow([image.file, image.predicted, probability, image.label, image.problem])
+        cells = (image.file, image.predicted, probability, image.label, image.problem)
+        writer.writerow(map(csv_cell, cells))
     with replacing(path) as file:
         # A file name may not be valid UTF-8; its bytes are kept.
         file.write(text.getvalue().encode(errors="surrogateescape"))

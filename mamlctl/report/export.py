@@ -97,7 +97,7 @@ def to_csv(table: Table, sort: str | None = None) -> str:
     out = StringIO()
     writer = csv.DictWriter(out, list(lines[0]) if lines else ["label"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: formatting.csv_cell(value) for key, value in line.items()} for line in lines)
     return out.getvalue()
 
 

@@ -17,6 +17,13 @@ def test_clock(seconds: float | None, text: str):
     assert formatting.clock(seconds) == text
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝"])
+def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(start: str):
+    assert formatting.csv_cell(f"{start}1+1") == f"'{start}1+1"
+    for value in (f"a{start}1", "", -1.5, -1, None):
+        assert formatting.csv_cell(value) is value
+
+
 def test_durations_amounts_and_sizes_are_formatted():
     assert [formatting.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
         *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
@@ -15,7 +16,7 @@ from rich.console import Console
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import MetaStepDone, Notice, Progress
 from mamlctl.core.results import EvalResult, EvalRow, TrainResult
-from mamlctl.display.console import show_error, write_json
+from mamlctl.display.console import say_table, show_error, stderr_console, write_json
 from mamlctl.display.displays import LiveDisplay, PlainDisplay, SilentDisplay, open_display
 from mamlctl.display.run_results import show_eval_result, show_train_result
 from mamlctl.display.training_view import render
@@ -58,6 +59,26 @@ def test_markup_and_control_codes_in_names_are_not_interpreted():
         show_error(console, MamlctlError("no folder data[/x]:smile:", hint="try [red]y"))
         assert "no folder data[/x]:smile:" in written(console)
         assert "try [red]y" in written(console)
+
+
+def test_a_line_break_in_a_name_does_not_split_a_line():
+    console = pipe()
+    say_table(console, [["file", "label"], ["a\nb.png", "x\ty\x85z\u2028"], ["c.png", "d"]], left=2)
+    assert written(console) == "file     label\na?b.png  x?y?z?\nc.png    d\n"
+    run = replace(RUN, run="runs/a\nb", dataset="photos\nx")
+    assert any("runs/a?b" in line for line in frame(state_after(run, a_report()), 120, 40))
+    display = PlainDisplay(pipe())
+    display(run)
+    assert written(display.console).count("\n") == 1
+
+
+def test_stderr_that_cannot_be_written_is_discarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    with (tmp_path / "full").open("w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        display = PlainDisplay(stderr_console())
+        for _ in range(3):
+            display(Notice("x"))
 
 
 def test_the_live_view_draws_on_a_terminal_and_keeps_its_last_frame():

@@ -20,6 +20,7 @@ from PIL import Image
 from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
+from mamlctl.core.results import ClassifiedImage
 from mamlctl.core.statistics import wilson95
 from mamlctl.data.sets import glyphs
 from mamlctl.data.tasks.user_images import find_queries
@@ -27,7 +28,7 @@ from mamlctl.display.predictions import document
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.adapted_model import resize_head
 from mamlctl.engine.evaluation.prediction import PredictRequest
-from mamlctl.experiments.classify import ClassifyRequest, classify_images
+from mamlctl.experiments.classify import ClassifyRequest, _write_csv, classify_images
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
@@ -386,6 +387,14 @@ def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, 
     with Image.open(printed["pictures"][0]) as picture:
         assert picture.width > 800
     assert Path(printed["pictures"][1]).suffix == ".svg"
+
+
+def test_a_name_that_a_spreadsheet_would_run_gets_an_apostrophe_in_the_csv(tmp_path):
+    images = [ClassifiedImage("=x.png", "-b", (0.25, 0.75), "@c"), ClassifiedImage("y.png", problem="+")]
+    _write_csv(tmp_path / "o.csv", images)
+    with (tmp_path / "o.csv").open(newline="") as file:
+        _, *rows = csv.reader(file)
+    assert rows == [["'=x.png", "'-b", "0.750000", "'@c", ""], ["y.png", "", "", "", "'+"]]
 
 
 def test_the_sheet_frames_right_and_wrong_and_shows_the_first():

@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.formatting import csv_cell
 from mamlctl.display.comparison_table import show_table
 from mamlctl.report.column_texts import letter
 from mamlctl.report.columns import COLUMNS
@@ -64,7 +65,7 @@ def test_json_contains_every_number_and_no_curves(name):
 def test_csv_is_read_back_as_the_same_numbers(name):
     table = TABLES[name]()
     rows = list(csv.DictReader(StringIO(to_csv(table), newline="")))
-    assert [row["label"] for row in rows] == [row.label for row in table.rows]
+    assert [row["label"] for row in rows] == [csv_cell(row.label) for row in table.rows]
     for read, row in zip(rows, table.rows, strict=True):
         for model, score in (("best", row.best), ("ensemble", row.ensemble)):
             known = {"mean": score.mean, "ci95": score.ci95} if score else {"mean": None, "ci95": None}
@@ -144,6 +145,14 @@ def test_no_line_is_wider_than_the_terminal(name, width):
     heads = [cell for cell in text_rows(table)[0][1:] if cell not in re.sub(r"no room for:[^(]*", "", text)]
     for head in heads:  # dropped columns are named
         assert head in " ".join(text.split())
+
+
+def test_a_label_that_a_spreadsheet_would_run_gets_an_apostrophe():
+    table = one_on()
+    first = replace(table.rows[0], label='=HYPERLINK("x")')
+    read = list(csv.DictReader(StringIO(to_csv(replace(table, rows=(first, *table.rows[1:]))))))
+    assert read[0]["label"] == '\'=HYPERLINK("x")'
+    assert [row["label"] for row in read[1:]] == [row.label for row in table.rows[1:]]
 
 
 @pytest.mark.parametrize(("sort", "ascending"), [("best", False), ("difference", False), ("seconds", True)])
