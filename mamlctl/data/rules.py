@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Metric
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.registry import DataSet, find_data_set, is_curve_family
+from mamlctl.data.sets.folder_layout import class_level, mixed_folder_problem
+from mamlctl.data.sets.registry import (
+    DataSet,
+    absolute_data_set,
+    find_data_set,
+    is_curve_family,
+    is_image_folder,
+)
 from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
 # The usual settings for curves (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
@@ -25,7 +33,7 @@ CURVE_DEFAULTS: Mapping[str, Any] = {
 }
 
 # Settings of a preset that apply to its own data set only, not to another that replaces it.
-OF_CLASSES = ("split_scheme", "split_fractions", "strict", "rotations", "augment")
+OF_CLASSES = ("split_scheme", "split_fractions", "classes", "strict", "rotations", "augment")
 OF_PIXELS = ("ink", "resize", "normalize", "image_size", "channels")
 OF_ITS_IMAGES = (*OF_CLASSES, *OF_PIXELS)
 
@@ -44,7 +52,10 @@ def metric_of(dataset: str) -> Metric:
 
 def data_set_defaults(name: str) -> Mapping[str, Any]:
     """The settings that `--dataset name` implies."""
-    return CURVE_DEFAULTS if is_curve_family(name) else {}
+    if is_curve_family(name):
+        return CURVE_DEFAULTS
+    folder = Path(absolute_data_set(name))
+    return {"classes": class_level(folder)} if is_image_folder(name) and folder.is_dir() else {}
 
 
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
@@ -55,7 +66,9 @@ def data_set_forced(config: TrainConfig) -> dict[str, Any]:
         data_set = find_data_set(config.dataset)
     except SettingsError:
         return {}
-    forced: dict[str, Any] = {} if data_set.own_files else {"split_fractions": None, "strict": False}
+    forced: dict[str, Any] = (
+        {} if data_set.own_files else {"split_fractions": None, "classes": "top", "strict": False}
+    )
     if config.split_scheme not in data_set.split_schemes:
         forced["split_scheme"] = None
     if config.resize not in data_set.resizes:
@@ -76,6 +89,9 @@ def data_set_problems(
         refused_from: The sources whose settings must have an effect; others are ignored.
     """
     problems = choice_problems(config)
+    if is_image_folder(config.dataset) and sources["classes"] == f"data set {config.dataset}":
+        mixed = mixed_folder_problem(Path(absolute_data_set(config.dataset)))
+        problems += [mixed] if mixed else []
     if not is_curve_family(config.dataset):
         return problems
     for name, why in OF_IMAGES.items():
@@ -104,7 +120,7 @@ def choice_problems(config: TrainConfig) -> list[Problem]:
     if not data_set.own_files:
         problems += [
             (f"{flag(name)} has no effect: {config.dataset} has its own splits", "leave it out")
-            for name in ("split_fractions", "strict")
+            for name in ("split_fractions", "classes", "strict")
             if getattr(config, name) != FIELDS[name].default
         ]
     elif config.split_fractions is not None:

@@ -153,6 +153,9 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             trainer.resume()
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is already finished"))
+        if source.names:
+            counts = " / ".join(f"{len(names)} {split}" for split, names in source.names.items())
+            on_event(Notice(f"classes: {counts}"))
         on_event(_run_started(run, trainer))
         run.set_state(RunState("running", trainer.position.step))
         end = RunState("failed", reason="unexpected error; see the output")

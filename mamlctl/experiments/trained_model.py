@@ -12,6 +12,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.core.problems import Problem, flag
+from mamlctl.data.rules import data_set_defaults
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Placement, Tasks
@@ -198,6 +199,7 @@ def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig
         dataset=absolute_data_set(settings.dataset),
         split_scheme=None,
         split_fractions=None,
+        classes=data_set_defaults(settings.dataset).get("classes", "top"),
         resize=None,
         rotations=None,
         ink=config.ink if keeps_ink else None,

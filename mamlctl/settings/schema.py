@@ -17,6 +17,7 @@ from mamlctl.core.literals import (
     Adapts,
     Augment,
     BatchNorm,
+    ClassLevel,
     EngineName,
     InnerOptimizer,
     NetName,
@@ -61,6 +62,12 @@ class TrainConfig:
     split_scheme: str | None = setting(None, EPISODE, "How classes are divided into train, val and test.")
     split_fractions: str | None = setting(
         None, EPISODE, "Shares of a folder's classes for train, val and test (default: 64-16-20)."
+    )
+    classes: ClassLevel = setting(
+        "top",
+        EPISODE,
+        "Classes of a folder: its top folders, or the innermost ones (leaf; also chosen if all top folders "
+        "contain only folders).",
     )
     strict: bool = setting(
         False, EPISODE, "Refuse unreadable images and too small classes in a folder instead of skipping them."

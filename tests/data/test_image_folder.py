@@ -105,8 +105,9 @@ def test_bad_files_and_classes_are_left_out_with_one_notice_each_time(flawed, tm
     streams, _ = opened(flawed, tmp_path / "root", notices)
     texts = [event.text for event in notices if isinstance(event, Notice)]
     assert len(texts) == 2
-    assert texts[0].startswith("3 left out: nothing (an empty class); cannot read image broken/x.png: ")
+    assert texts[0].startswith("4 left out: broken (no readable image); nothing (an empty class); ")
     assert "cannot read image class 03/broken.jpg: " in texts[0]
+    assert "cannot read image broken/x.png: " in texts[0]
     assert texts[1] == "left out: 1 class with fewer than 2 images (--shots plus --queries): small (1)"
     assert sum(stream.pool for stream in streams.values()) == 12
     again = []
@@ -123,7 +124,9 @@ def test_strict_refuses_bad_files_and_small_classes(flawed, tmp_path, fixed):
         (flawed / "class 03" / "broken.jpg").unlink()
     with pytest.raises(
         DataError,
-        match="1 class with fewer than 2" if fixed else "--strict is on, but 3 cannot be used: nothing",
+        match="1 class with fewer than 2"
+        if fixed
+        else r"--strict is on, but 4 cannot be used: broken \(no readable image\); nothing",
     ) as raised:
         opened(flawed, tmp_path / "root", strict=True)
     assert raised.value.exit_code == 3 and raised.value.hint
@@ -255,9 +258,9 @@ def test_truncated_file_does_not_change_the_order(tmp_path):
 @pytest.mark.parametrize(
     ("splits", "fact"),
     [
-        ({"train": 3, "val": 3}, "has class 'class 00' in train and in val"),
+        ({"train": 3, "val": 3}, "has 3 classes both in train and in val, for example 'class 00'"),
         ({"val": 3, "test": 3}, "has folders test and val, but no folder train"),
-        ({"train": 3, "test": 3, "valid": 2}, "has folders test and train, but also a folder valid"),
+        ({"train": 3, "test": 3, "more": 2}, "has folders test and train, but also a folder more"),
     ],
 )
 def test_invalid_splits_are_refused(tmp_path, splits, fact):

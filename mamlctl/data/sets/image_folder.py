@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.formatting import plural
+from mamlctl.core.literals import ClassLevel
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
-from mamlctl.data.reading.image_files import FILTERS, class_folders
+from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS
+from mamlctl.data.sets.folder_layout import class_files, class_level
 
 # The size of mini-ImageNet's images, for which the usual networks are made.
 SIDE = 84
@@ -44,6 +48,7 @@ def open_pack(
     *,
     side: int = SIDE,
     channels: int = CHANNELS,
+    level: ClassLevel | None = None,
     on_event: OnEvent,
 ) -> PackedImages:
     """Return all images of the folder, packed again if a file was added, removed or changed.
@@ -56,19 +61,25 @@ def open_pack(
         resize: A key of `FILTERS`.
         side: Height and width in pixels.
         channels: 1 (grey) or 3 (colour).
+        level: Which folders are classes; None: `class_level` decides.
         on_event: Receives notices and progress.
 
     Raises:
         DataError: The folder does not exist or has another structure, or no image can be read.
     """
-    classes = _classes(folder)
+    if level is None:
+        level = class_level(folder)
+    classes = class_files(folder, level)
+    if level == "leaf":
+        found = f"{len(classes)} innermost {plural(len(classes), 'folder')}"
+        on_event(Notice(f"the classes are the {found} of {folder}; --classes top takes its top folders"))
     stamp = _stamp(folder, classes)
-    pack_path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}.npy"
+    suffix = "" if level == "top" else f"-{level}"
+    pack_path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}{suffix}.npy"
     if is_packed(pack_path):
         packed = load_pack(pack_path, str(folder))
         if packed.facts.get("stamp") == stamp:
-            _announce_left_out(packed.facts["left_out"], on_event)
-            return packed
+            return _with_left_out(packed, classes, on_event)
         on_event(Notice(f"{folder} has changed since it was packed: packing it again"))
     files = [
         ImageFile(name, str(path.relative_to(folder)), path.read_bytes)
@@ -88,9 +99,7 @@ def open_pack(
         on_bad=lambda error: left_out.append(str(error)),
     )
     stream_pack(pack_path, shape.chw, images, lambda: {"stamp": stamp, "left_out": left_out})
-    packed = load_pack(pack_path, str(folder))
-    _announce_left_out(packed.facts["left_out"], on_event)
-    return packed
+    return _with_left_out(load_pack(pack_path, str(folder)), classes, on_event)
 
 
 def split_classes(
@@ -143,39 +152,6 @@ def fraction_problem(fractions: str) -> tuple[str, str] | None:
     return f"--split-fractions is {fractions!r}", "give shares of train, val and test, for example 64-16-20"
 
 
-def has_splits(folder: Path) -> bool:
-    """Whether the folder has at least two of the folders train, val and test, or only train."""
-    if not folder.is_dir():
-        return False
-    names = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    return names == {"train"} or len(names & set(SPLITS)) > 1
-
-
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """The files of every class; with folders train, val and test, class names start with the split."""
-    if not has_splits(folder):
-        return class_folders(folder)
-    parts = class_folders(folder).keys()
-    if "train" not in parts or (odd := sorted(parts - set(SPLITS))):
-        fact = f"also a folder {odd[0]}" if "train" in parts else "no folder train"
-        message = f"{folder} has folders {' and '.join(sorted(parts & set(SPLITS)))}, but {fact}"
-        raise DataError(message, hint="use folders train, val and test, with one folder per class in each")
-    by_split = {split: class_folders(folder / split) for split in SPLITS if split in parts}
-    where: dict[str, str] = {}
-    for split, classes in by_split.items():
-        for name in classes:
-            if name in where:
-                message = f"{folder} has class {name!r} in {where[name]} and in {split}"
-                hint = (
-                    "put all images of a class into one split, or use --split-fractions without split folders"
-                )
-                raise DataError(message, hint=hint)
-            where[name] = split
-    return {
-        f"{split}/{name}": files for split, classes in by_split.items() for name, files in classes.items()
-    }
-
-
 def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
     """A digest that changes if a file is added, removed or written."""
     digest = hashlib.sha256()
@@ -197,8 +173,13 @@ def home_of(folder: Path) -> str:
     return f"folders/{folder.name}-{digest[:12]}"
 
 
-def _announce_left_out(left_out: Sequence[str], on_event: OnEvent) -> None:
-    """Send one notice of all files and classes that were left out."""
+def _with_left_out(
+    packed: PackedImages, classes: Mapping[str, Sequence[Path]], on_event: OnEvent
+) -> PackedImages:
+    """Add classes without a readable image to what was left out, and send one notice of all of it."""
+    unreadable = [name for name, files in classes.items() if files and name not in packed.names]
+    left_out = [f"{name} (no readable image)" for name in unreadable] + packed.facts["left_out"]
     if left_out:
         more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
         on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:MOST_NAMED])}{more}"))
+    return replace(packed, facts={**packed.facts, "left_out": left_out})

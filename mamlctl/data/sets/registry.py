@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
-from mamlctl.core.literals import Normalize, Rotations
+from mamlctl.core.literals import ClassLevel, Normalize, Rotations
 from mamlctl.core.problems import nearest
 from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.fetching.locks import locked
@@ -23,6 +23,7 @@ from mamlctl.data.reading.decoding import reshaped
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
 from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.folder_layout import split_folders
 from mamlctl.data.sets.imagenet import ListedSet
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
@@ -183,12 +184,13 @@ def absolute_data_set(name: str) -> str:
     return os.path.abspath(Path(name).expanduser()) if is_image_folder(name) else name  # noqa: PTH100 - without following links
 
 
-def find_data_set(name: str, *, fractions: str | None = None) -> DataSet:
+def find_data_set(name: str, *, fractions: str | None = None, classes: ClassLevel | None = None) -> DataSet:
     """Look up a data set of images.
 
     Args:
         name: A name in the registry, or the path of a folder of images.
         fractions: For a folder without splits: shares of train, val and test, such as 64-16-20.
+        classes: For a folder: which of its folders are classes; None: their content decides.
 
     Raises:
         SettingsError: There is no such data set, or it is a family of curves.
@@ -197,15 +199,16 @@ def find_data_set(name: str, *, fractions: str | None = None) -> DataSet:
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
     if is_image_folder(name):
-        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS)
+        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS, classes)
     if name not in DATA_SETS:
         hint = nearest(name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder")
         raise SettingsError([(f"unknown data set {name!r}", hint)])
     return DATA_SETS[name]
 
 
-def _of_folder(path: Path, fractions: str) -> DataSet:
-    schemes = image_folder.SPLIT_SCHEMES if image_folder.has_splits(path) else ("fractions",)
+def _of_folder(path: Path, fractions: str, classes: ClassLevel | None) -> DataSet:
+    schemes = image_folder.SPLIT_SCHEMES if split_folders(path) else ("fractions",)
+    open_pack = partial(image_folder.open_pack, path, level=classes)
     return DataSet(
         name=str(path),
         summary="your own images",
@@ -217,10 +220,10 @@ def _of_folder(path: Path, fractions: str) -> DataSet:
         split_schemes=schemes,
         resizes=image_folder.RESIZES,
         prepare=partial(image_folder.prepare, path),
-        open_pack=partial(image_folder.open_pack, path),
+        open_pack=open_pack,
         split_classes=partial(image_folder.split_classes, fractions=fractions),
         is_here=partial(image_folder.is_here, path),
-        open_shaped=partial(image_folder.open_pack, path),
+        open_shaped=open_pack,
         own_files=True,
     )
 

@@ -102,7 +102,8 @@ def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
 
 
 def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:
-    data_set, root = find_data_set(config.dataset), data_root(config.data_root)
+    data_set = find_data_set(config.dataset, classes=config.classes)
+    root = data_root(config.data_root)
     if not data_set.own_files and not data_set.is_here(root):
         if offline:
             message = f"{config.dataset} is not in {root}, and --offline forbids fetching it"

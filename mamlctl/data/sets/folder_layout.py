@@ -1,0 +1,169 @@
+"""The layout of a folder of the user's images: which of its folders are splits, and which are classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.formatting import plural
+from mamlctl.core.literals import ClassLevel
+from mamlctl.core.problems import Problem
+from mamlctl.data.reading.image_files import class_folders, may_be_image
+
+# The names of the folders of each split, in lower case.
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "base"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing", "novel"),
+}
+
+# The suffixes that show that a file is meant as an image. Class folders may also contain images with other
+# names, but a LICENSE next to some folders must not decide what the classes are.
+IMAGE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".heic", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Return the folder of each split that `folder` has; empty if its folders are classes.
+
+    Names count in any case if their folders contain no images themselves. The exact names train, val and
+    test always count, but one of them alone may be a class, unless it is train without other folders.
+    """
+    names = [entry.name for entry in _subfolders(folder)] if folder.is_dir() else []
+    found = {}
+    for split, words in SPLIT_FOLDERS.items():
+        # The exact name comes first; then the order of SPLIT_FOLDERS decides.
+        spelled = sorted(
+            (words.index(name.lower()), name != split, name) for name in names if name.lower() in words
+        )
+        if spelled:
+            found[split] = folder / spelled[0][2]
+    exact = [split for split, path in found.items() if path.name == split]
+    if names == ["train"] or len(exact) > 1:
+        return found
+    deep = not any(map(_has_images, found.values()))
+    return found if deep and "train" in found and (len(found) > 1 or len(names) == 1) else {}
+
+
+def class_level(folder: Path) -> ClassLevel:
+    """Return "leaf" if every top folder (of every split) contains only folders, else "top"."""
+    groups = list(chain.from_iterable(map(_subfolders, _parts(folder).values())))
+    shallow = any(map(_has_images, groups))
+    return "leaf" if not shallow and any(map(_images_inside, groups)) else "top"
+
+
+def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
+    """Return the files of every class, sorted by name.
+
+    With split folders, the names of classes start with the split, such as train/cat.
+
+    Args:
+        folder: The user's folder.
+        level: Whether classes are the top folders, with files at any depth, or the innermost ones.
+
+    Raises:
+        DataError: There are no class folders, or the split folders do not fit together.
+    """
+    splits = split_folders(folder)
+    if not splits:
+        return _class_files(folder, level)
+    odd = [entry.name for entry in _subfolders(folder) if entry not in splits.values()]
+    if "train" not in splits or odd:
+        fact = f"also a folder {odd[0]}" if "train" in splits else "no folder train"
+        found = " and ".join(sorted(path.name for path in splits.values()))
+        hint = "use folders train, val and test, with one folder per class in each"
+        raise DataError(f"{folder} has folders {found}, but {fact}", hint=hint)
+    if level == "top":  # before the files are listed, which may take long
+        names = {split: [entry.name for entry in _subfolders(path)] for split, path in splits.items()}
+        _refuse_common_classes(folder, splits, names)
+    by_split = {split: _class_files(path, level) for split, path in splits.items()}
+    _refuse_common_classes(folder, splits, {split: list(classes) for split, classes in by_split.items()})
+    return {
+        f"{split}/{name}": files for split, classes in by_split.items() for name, files in classes.items()
+    }
+
+
+def _refuse_common_classes(folder: Path, splits: dict[str, Path], names: dict[str, list[str]]) -> None:
+    where: dict[str, Path] = {}
+    for split, path in splits.items():
+        common = [name for name in names[split] if name in where]
+        if common:
+            count = f"{len(common)} {plural(len(common), 'class')}"
+            places = f"both in {where[common[0]].name} and in {path.name}"
+            fact = f"{folder} has {count} {places}, for example {common[0]!r}"
+            raise DataError(fact, hint=f"use --dataset {splits['train']}, whose classes are then split")
+        where |= dict.fromkeys(names[split], path)
+
+
+def mixed_folder_problem(folder: Path) -> Problem | None:
+    """Return the (fact, hint) pair if a folder contains both images and folders with images."""
+    for place, names, files in _walk(folder):
+        images = sum(_looks_like_image(file) for file in files)
+        if images and (folders := sum(_images_inside(place / name) for name in names)):
+            counts = (
+                f"{images} {plural(images, 'image')} and {folders} {plural(folders, 'folder')} with images"
+            )
+            hint = "move the images to a folder of their own, or add --classes top"
+            outside = place in (folder, *split_folders(folder).values())
+            taken = "leaves them out" if outside else f"takes all of {place.name} as one class"
+            return f"{place} contains {counts}", f"{hint}, which {taken}"
+    return None
+
+
+def _parts(folder: Path) -> dict[str, Path]:
+    """The split folders, or the folder itself."""
+    return split_folders(folder) or {"": folder}
+
+
+def _class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
+    if level == "top":
+        return class_folders(folder)
+    if not folder.is_dir():
+        class_folders(folder)  # raises the error
+    leaves = {
+        str(place.relative_to(folder)): sorted(place / file for file in files if may_be_image(Path(file)))
+        for place, names, files in _walk(folder)
+        if place != folder and (not names or any(map(_looks_like_image, files)))
+    }
+    return dict(sorted(leaves.items()))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` without hidden folders, through links but not in circles."""
+    for place, names, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        names[:] = [
+            name
+            for name in names
+            if _is_visible(name)
+            and not ((link := here / name).is_symlink() and here.resolve().is_relative_to(link.resolve()))
+        ]
+        yield here, names, files
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and _is_visible(entry.name))
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith((".", "__"))
+
+
+def _looks_like_image(name: str) -> bool:
+    return _is_visible(name) and Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether a folder itself contains an image."""
+    with os.scandir(folder) as entries:
+        return any(_looks_like_image(entry.name) for entry in entries)
+
+
+def _images_inside(folder: Path) -> bool:
+    """Whether a folder contains an image at any depth."""
+    return any(map(_looks_like_image, chain.from_iterable(files for _, _, files in _walk(folder))))
