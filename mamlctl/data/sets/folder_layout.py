@@ -110,7 +110,7 @@ def mixed_folder_problem(folder: Path) -> Problem | None:
             )
             hint = "move the images to a folder of their own, or add --classes top"
             outside = place in (folder, *split_folders(folder).values())
-            taken = "leaves them out" if outside else f"takes all of {place.name} as one class"
+            taken = "leaves them out" if outside else f"makes all of {place.name} one class"
             return f"{place} contains {counts}", f"{hint}, which {taken}"
     return None
 
