@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, Progress
 from mamlctl.data.fetching.downloads import Archive, downloaded
 from mamlctl.data.fetching.partial_files import Part
-from mamlctl.data.fetching.responses import Patience, check_mirrors
+from mamlctl.data.fetching.responses import Patience, check_mirrors, extent
 from mamlctl.data.reading.packs import load_pack
 from mamlctl.data.sets import omniglot
 from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set
@@ -214,6 +215,86 @@ def test_stalled_server_is_given_up(server, get, archive):
     assert server.requests[-1].status == 206
 
 
+def test_server_below_the_least_rate_is_given_up(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=2000, pieces=2000, pause_s=0.05)])
+    server.pages[MIRROR] = Page(archive)
+    events = []
+    patience = Patience(tries=2, pause_s=0.001, timeout_s=0.3)
+    assert get(PATH, MIRROR, patience=patience, on_event=events.append) == archive
+    assert any(re.search(r"sent only \d+ bytes in 0\.\d+ s; trying", text) for text in notices(events))
+    assert [request.path for request in server.requests] == [PATH, MIRROR]
+
+
+def test_tries_that_bring_a_few_bytes_are_limited(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(cut_after=100)] * 50)
+    refused(get, match="closed the connection")
+    assert len(server.requests) == QUICK.tries
+
+
+def test_headers_that_arrive_byte_by_byte_are_given_up(get):
+    is_over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not is_over.wait(0.02):
+                    connection.send(b"x")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        mirror = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        patience = Patience(tries=2, pause_s=0.001, timeout_s=0.2)
+        began = time.monotonic()
+        refused(get, match=r"sent no data for 0\.4 s", mirrors=[mirror], patience=patience)
+        assert time.monotonic() - began < 10
+        is_over.set()
+        thread.join()
+
+
+def test_body_beyond_the_known_length_is_not_downloaded(server, archive, tmp_path):
+    server.pages[PATH] = Page(archive * 3, twists=[Twist(chunked=True)])
+    source = server.source(archive, PATH, bytes=len(archive))
+    with pytest.raises(DataError, match=f"sends more than {len(archive):,} bytes"):
+        download(source, tmp_path / "root", hint=HINT, patience=QUICK, on_event=ignore)
+    assert left(tmp_path) == []
+
+
+def test_archive_of_unknown_length_is_limited(server, get, archive, tmp_path, monkeypatch):
+    monkeypatch.setattr("mamlctl.data.fetching.downloads.MOST_BYTES", len(archive) - 1)
+    server.pages[PATH] = Page(archive, twists=[Twist(chunked=True)])
+    refused(get, match=f"sends more than {len(archive) - 1:,} bytes")
+    server.pages[PATH] = Page(archive)
+    refused(get, match=f"has {len(archive):,} bytes, more than the limit of {len(archive) - 1:,}")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "many"])
+def test_impossible_length_is_ignored(server, get, archive, length):
+    answer = namedtuple("answer", "status_code headers")(200, {"Content-Length": length})
+    assert extent(answer, 0) == (0, None)
+
+
+@pytest.mark.parametrize(
+    "target", ["http://mirror.invalid/a.zip", "ftp://127.0.0.1/a.zip", "file:///etc/passwd"]
+)
+def test_redirect_to_anything_but_https_ends_the_mirror_at_once(server, get, archive, target):
+    server.pages[PATH] = Page(archive, twists=[Twist(302, {"Location": target})] * 9)
+    server.pages[MIRROR] = Page(archive)
+    events = []
+    assert get(PATH, MIRROR, on_event=events.append) == archive
+    assert statuses(server) == [302, 200]
+    assert f"redirects to {target}, which is not https; trying" in notices(events)[0]
+
+
+def test_redirect_within_this_machine_is_followed(server, get, archive):
+    server.pages[PATH] = Page(archive, twists=[Twist(302, {"Location": MIRROR})])
+    server.pages[MIRROR] = Page(archive)
+    assert get() == archive
+    assert statuses(server) == [302, 200]
+
+
 def test_wrong_bytes_are_not_downloaded_twice(server, get, archive, tmp_path):
     server.pages[PATH] = Page(archive[:-1] + b"?")
     refused(get, match=rf"{PATH[1:]} does not have md5 [0-9a-f]{{32}}$")
@@ -266,7 +347,7 @@ def test_busy_server_is_retried_after_the_requested_pause(server, get, archive, 
     pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     server.pages[PATH] = Page(
-        archive, twists=[Twist(503), Twist(429, {"Retry-After": "1"}), Twist(cut_after=1000)]
+        archive, twists=[Twist(503), Twist(429, {"Retry-After": "1"}), Twist(cut_after=100_000)]
     )
     assert get() == archive
     assert statuses(server) == [503, 429, 200, 206]
@@ -369,7 +450,7 @@ def test_partial_file_of_an_earlier_try_is_kept_if_the_disk_fills_up(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(OSError, match="No space left"):
-        part.append(chunks(), ignore)
+        part.append(chunks(), 100, ignore)
     assert part.path.read_bytes() == b"earlier"
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -26,6 +27,8 @@ from mamlctl.data.fetching.responses import (
     MirrorUnusable,
     Patience,
     extent,
+    https_session,
+    in_time,
     network_failures_as_reasons,
     validator_of,
     without_password,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 DOWNLOADS = "downloads"  # the folder in the data root for unfinished downloads
 CHUNK = 64 * 1024  # bytes
+MOST_BYTES = 2 * 1024**3  # of an archive; the largest, CIFAR-100, has 161 MiB
 BEGINNING = 512  # bytes; enough to distinguish a web page from an archive
 EVENT_EVERY_S = 0.1  # displays do not draw more often
 DOES_NOT_FIT = "does not fit the part that an earlier try downloaded"
@@ -104,13 +108,11 @@ def downloaded(
 def _download(
     source: Archive, folder: Path, mirrors: Sequence[str], hint: str, on_event: OnEvent, patience: Patience
 ) -> Path:
-    from requests import Session
-
     target = folder / source.file
     with _disk_failures_as_data_errors(folder):
         if target.is_file() and _md5(target) == source.md5:
             return target  # from a fetch that failed later
-        with Session() as session:
+        with https_session() as session:
             job = _Job(source, Part(folder / f"{source.file}.part"), session, on_event, patience)
             try:
                 _from_any(
@@ -162,7 +164,7 @@ def _from_one(job: _Job, url: str) -> None:
             _try(job, url)
             return
         except Dropped as dropped:
-            if job.part.size > furthest:
+            if job.part.size >= furthest + patience.least_bytes:
                 failures, furthest = 0, job.part.size
             failures += 1
             pause = max(dropped.pause_s, patience.pause_s * 2 ** (failures - 1))
@@ -200,7 +202,8 @@ def _answer(job: _Job, url: str, start: int) -> Iterator[Response]:
         headers["Range"] = f"bytes={start}-"
         if validator := job.part.validator(without_password(url)):
             headers["If-Range"] = validator  # the server sends a changed file from the start
-    with job.session.get(url, headers=headers, stream=True, timeout=job.patience.timeout_s) as answer:
+    get = partial(job.session.get, url, headers=headers, stream=True, timeout=job.patience.timeout_s)
+    with in_time(get, job.patience) as answer:
         yield answer
 
 
@@ -212,9 +215,10 @@ def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
     if begin not in (0, start) or other:
         part.drop()
         raise Dropped(DOES_NOT_FIT)
-    first = answer.raw.read(BEGINNING, decode_content=False)
-    # read1 returns what has arrived without waiting for more, so a stalled connection loses no bytes.
-    chunks = iter(lambda: answer.raw.read1(CHUNK, decode_content=False), b"")
+    chunks = _chunks(answer, job.patience)
+    first = b""
+    while len(first) < BEGINNING and (chunk := next(chunks, b"")):
+        first += chunk
     # A page is reported as such, not as a wrong length or checksum, and before the first byte is written, so
     # that the partial file of an earlier try is kept.
     if page := html_page(first):
@@ -222,14 +226,34 @@ def _receive(job: _Job, url: str, answer: Response, start: int) -> int:
     if source.bytes is not None and total not in (None, source.bytes):
         raise MirrorUnusable(f"has {total:,} bytes instead of {source.bytes:,}")
     whole = total or source.bytes
+    most = whole or MOST_BYTES
+    if most > MOST_BYTES:
+        raise MirrorUnusable(f"has {most:,} bytes, more than the limit of {MOST_BYTES:,}")
     _refuse_full(part.path.parent, source.file, (whole or 0) - begin)
     part.begin(begin, without_password(url), validator_of(answer), whole)
     meter = _Meter(f"download {source.file}", begin, whole or 0, job.on_event)
-    part.append(itertools.chain([first], chunks), meter.at)
+    if not part.append(itertools.chain([first], chunks), most, meter.at):
+        part.drop()
+        raise MirrorUnusable(f"sends more than {most:,} bytes")
     meter.at(part.size, last=True)
     if whole is not None and part.size < whole:
         raise Dropped(f"sent {part.size:,} of {whole:,} bytes")
     return begin
+
+
+def _chunks(answer: Response, patience: Patience) -> Iterator[bytes]:
+    """The body as it arrives. Raises MirrorUnusable if it arrives too slowly."""
+    # read1 returns what has arrived without waiting for more, so a stalled connection loses no bytes.
+    read = partial(answer.raw.read1, CHUNK, decode_content=False)
+    begin, size = time.monotonic(), 0
+    while chunk := in_time(read, patience):
+        yield chunk
+        size += len(chunk)
+        elapsed_s = time.monotonic() - begin
+        if elapsed_s >= patience.timeout_s:
+            if size < patience.least_bytes:
+                raise MirrorUnusable(f"sent only {size:,} bytes in {elapsed_s:.3g} s")
+            begin, size = time.monotonic(), 0
 
 
 def _refuse_full(folder: Path, file: str, missing: int) -> None:

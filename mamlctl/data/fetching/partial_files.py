@@ -54,14 +54,20 @@ class Part:
             self.drop()
         write_json(self._sidecar, {"url": url, "validator": validator, "total": total})
 
-    def append(self, chunks: Iterable[bytes], on_progress: Callable[[int], None]) -> None:
-        """Append chunks and report the size after each. If that raises OSError, the part is as before."""
+    def append(self, chunks: Iterable[bytes], most: int, on_progress: Callable[[int], None]) -> bool:
+        """Append chunks up to a size of `most` bytes and report the size after each -> whether all fit.
+
+        Undo all of it if the disk is full.
+        """
         before = size = self.size
         try:
             with self.path.open("ab") as file:
                 for chunk in chunks:
+                    if size + len(chunk) > most:
+                        return False
                     size += file.write(chunk)
                     on_progress(size)
+                return True
         except OSError:
             if before:
                 os.truncate(self.path, before)

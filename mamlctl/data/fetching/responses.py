@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from threading import Thread
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urljoin, urlsplit
 
 from mamlctl.core.errors import SettingsError
 
 if TYPE_CHECKING:
-    from requests import Response
+    from requests import Response, Session
+
+T = TypeVar("T")
+BYTES = "[0-9]{1,15}"  # in a header
+THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,12 @@ class Patience:
     pause_s: float = 1.0  # before the second try; doubled before each later one
     longest_pause_s: float = 60.0  # a server that requests a longer one is given up
     timeout_s: float = 30.0  # without a single byte
+    least_rate: float = 1024.0  # bytes per second in every `timeout_s`; at less, CIFAR-100 takes two days
+
+    @property
+    def least_bytes(self) -> float:
+        """The bytes that must arrive in `timeout_s`, and that a try must bring to count as progress."""
+        return self.least_rate * self.timeout_s
 
 
 PATIENCE = Patience()
@@ -56,6 +68,50 @@ def _is_web(address: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
+def https_session() -> Session:
+    """Return a session in which a redirect to anything but https raises MirrorUnusable.
+
+    Redirects within this machine are allowed.
+    """
+    from requests import Session  # imported here, since it takes as long as importing the command line
+
+    class HttpsSession(Session):
+        def get_redirect_target(self, resp: Response) -> str | None:
+            target: str | None = super().get_redirect_target(resp)
+            if target is not None:
+                address = urljoin(resp.url, target)
+                is_local = {urlsplit(resp.url).hostname, urlsplit(address).hostname} <= THIS_MACHINE
+                if urlsplit(address).scheme != "https" and not (is_local and _is_web(address)):
+                    resp.close()
+                    raise MirrorUnusable(f"redirects to {without_password(address)}, which is not https")
+            return target
+
+    return HttpsSession()
+
+
+def in_time(call: Callable[[], T], patience: Patience) -> T:
+    """Wait for a call that uses the network, but not longer than twice the timeout.
+
+    The timeout of a socket begins again with every byte, also with each byte of a header.
+
+    Raises:
+        MirrorUnusable: It takes longer; the call goes on in a thread that does not keep the process alive.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # raised again by `result`
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(2 * patience.timeout_s)
+    except TimeoutError as error:
+        raise MirrorUnusable(f"sent no data for {2 * patience.timeout_s:.3g} s") from error
+
+
 def without_password(url: str) -> str:
     """Return the URL without user name and password."""
     host = urlsplit(url).netloc
@@ -78,13 +134,15 @@ def extent(answer: Response, requested: int) -> tuple[int, int | None]:
     """
     status = answer.status_code
     if status == 206:
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        content_range = re.fullmatch(
+            rf"bytes ({BYTES})-{BYTES}/({BYTES}|\*)", answer.headers.get("Content-Range", "")
+        )
         if content_range is None:
             return -1, None
         return int(content_range[1]), None if content_range[2] == "*" else int(content_range[2])
     if status == 200:  # also from a server that does not support ranges
         length = answer.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
+        return 0, int(length) if re.fullmatch(BYTES, length) else None
     if status == 416 and requested:  # the file is shorter than the part, which must come from another file
         return -1, None
     if status in (408, 425, 429) or status >= 500:
