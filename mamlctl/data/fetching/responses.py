@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, TimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -97,13 +98,17 @@ def in_time(call: Callable[[], T], patience: Patience) -> T:
     Raises:
         MirrorUnusable: It takes longer; the call goes on in a thread that does not keep the process alive.
     """
+    from urllib3.exceptions import HTTPError
+
     outcome: Future[T] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(call())
-        except BaseException as error:  # raised again by `result`
+        except (OSError, ValueError, HTTPError, HTTPException, MirrorUnusable) as error:
             outcome.set_exception(error)
+        finally:
+            outcome.cancel()  # only has an effect if a bug ends the thread
 
     Thread(target=run, daemon=True).start()
     try:
