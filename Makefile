@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
-WORKERS := -n auto --dist loadfile --no-loadscope-reorder # by file: loadgroup has no effect with pytest 9.2 and xdist 3.8
-BENCH ?= # options of the benchmark: make bench BENCH=--quick
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder # loadgroup has no effect with pytest 9.2 and xdist 3.8
+BENCH ?= # options for the benchmark, e.g. make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
 .PHONY: help install demo test quick check lint types docs format gpu bench wheel clean
@@ -12,8 +12,8 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "mamlctl needs Python 3.11 or newer, but $(PYTHON) is %d.%d: set PYTHON=..." % v)'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no venv: on Debian, apt install python3-venv"; exit 1; }
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "mamlctl needs Python 3.11 or newer, but $(PYTHON) is %d.%d: run make PYTHON=python3.11" % v)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "cannot create $(VENV): on Debian, apt install python3-venv"; exit 1; }
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
@@ -27,7 +27,7 @@ $(VENV)/installed-bench: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-dev
 
-install: $(VENV)/installed ## make .venv and install mamlctl into it
+install: $(VENV)/installed ## create .venv and install mamlctl into it
 
 demo: $(VENV)/installed ## train and test MAML++ on generated characters, in under 3 minutes on 2 cores
 	@rm -rf $(DEMO_RUN)
@@ -37,33 +37,34 @@ demo: $(VENV)/installed ## train and test MAML++ on generated characters, in und
 test: $(VENV)/installed-dev ## run the whole test suite
 	$(BIN)/python -m pytest $(WORKERS)
 
-quick: $(VENV)/installed-dev ## run the tests that need neither much time nor many processes
+quick: $(VENV)/installed-dev ## run only the fast tests
 	$(BIN)/python -m pytest $(WORKERS) -m "not (process or cluster or render or montecarlo or realdata or gpu)"
 
-check: lint types test ## everything: format, lint, types, tests
+check: lint types test ## run everything: lint, types, tests
 
-lint: $(VENV)/installed-dev ## formatting and lint
+lint: $(VENV)/installed-dev ## check format, style and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
-types: $(VENV)/installed-dev ## strict type check
+types: $(VENV)/installed-dev ## check types
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-dev ## write the generated tables and the file tree into mamlctl/docs/
 	PYTHONPATH=tests $(BIN)/python -m helpers.generated_docs
 
-format: $(VENV)/installed-dev ## rewrite the code in the house's format
+format: $(VENV)/installed-dev ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-gpu: $(VENV)/installed-dev ## only the tests that need a CUDA device
+gpu: $(VENV)/installed-dev ## run only the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(VENV)/installed-bench ## time a meta-step of every engine and of other people's MAML, into runs/bench/
+bench: $(VENV)/installed-bench ## benchmark meta-steps of every engine and of other libraries, into runs/bench/
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH)
 
 wheel: $(VENV)/installed-dev ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-clean: ## remove the virtual environment and what was built
+clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-"""What the whole session shares: threads, prepared data, and a list of what is slow in the quick tier."""
+"""Session-wide setup: threads, prepared data, and a list of slow tests in the quick tier."""
 
 import gc
 import os
@@ -9,23 +9,25 @@ from filelock import FileLock
 from helpers import preloaded
 from helpers.shared import SHARED, ignore
 
-# A shell starts what it puts in the background deaf to Ctrl-C, and children inherit that.
+# A shell starts background jobs with SIGINT ignored, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests that `make quick` leaves out; it runs the smoke tests whatever they take.
+# The markers that `make quick` skips; it runs smoke tests however long they take.
 HEAVY = {"process", "cluster", "render", "montecarlo", "realdata", "gpu"}
-QUICK_S = 2.0  # of processor time, that no test of the quick tier should need
+QUICK_S = 2.0  # processor time that a test of the quick tier should not exceed
 
 
 def pytest_sessionstart(session):
-    """Set up torch, except in the process that only hands the tests out to workers."""
+    """Set up torch, except in the process that only distributes tests to workers."""
     if session.config.getoption("numprocesses", None):
         return
     import torch
 
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
-    # These learners are tiny: a second thread gains nothing, and on a busy machine it loses a lot.
+        os.environ["TRITON_INTERPRET"] = (
+            "1"  # set before Triton is imported, so that its kernels run on the CPU
+        )
+    # The learners are tiny: a second thread gains nothing, and costs a lot of time on a busy machine.
     torch.set_num_threads(1)
 
 
@@ -34,7 +36,7 @@ def pytest_sessionfinish():
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that start processes, so that no worker is left with one of them at the end."""
+    """Run the files that start processes first, because they take longest."""
     long = {item.path for item in items if not {"process", "cluster"}.isdisjoint(item.keywords)}
     items.sort(key=lambda item: item.path not in long)
 
@@ -46,7 +48,7 @@ def pytest_collection_finish():
 
 
 def processor_s():
-    """The processor time of this process and of the children that it has waited for."""
+    """Return the processor time of this process and of the children that it has waited for."""
     return sum(os.times()[:4])
 
 
@@ -60,7 +62,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """List the tests of the quick tier that need too much processor time; nothing fails because of it."""
+    """List the tests of the quick tier that need too much processor time, without failing."""
     for report in terminalreporter.stats.get("passed", []):
         spent_s = dict(report.user_properties).get("processor_s", 0)
         if spent_s > QUICK_S and (HEAVY | {"smoke"}).isdisjoint(report.keywords):
@@ -68,7 +70,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def shared_folder(tmp_path_factory, name, fill):
-    """A folder that one worker of the session fills and all of them use."""
+    """Return a folder that one worker of the session fills and all workers use."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
@@ -79,7 +81,7 @@ def shared_folder(tmp_path_factory, name, fill):
 
 @pytest.fixture(scope="session")
 def omniglot_zips():
-    """The folder with the two real archives."""
+    """The folder with the two real Omniglot archives."""
     folder = SHARED / "omniglot"
     if not (folder / "images_background.zip").is_file():
         pytest.skip("real Omniglot is not in ../shared/data/omniglot")
@@ -88,7 +90,7 @@ def omniglot_zips():
 
 @pytest.fixture(scope="session")
 def omniglot_root(omniglot_zips, tmp_path_factory):
-    """A data root with real Omniglot, fetched from the local archives."""
+    """A data root with the real Omniglot, fetched from the local archives."""
     from mamlctl.data.sets.registry import fetch_or_open, find_data_set
 
     def fetch(root):
@@ -99,7 +101,7 @@ def omniglot_root(omniglot_zips, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def glyphs_root(tmp_path_factory):
-    """A data root with the embedded set."""
+    """A data root with the embedded data set, glyphs."""
     from mamlctl.data.sets import glyphs
 
     def draw(root):

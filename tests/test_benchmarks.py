@@ -1,4 +1,4 @@
-"""The benchmark: its peers do the work that they are compared for, and its counts and tables are right."""
+"""Peers compute the same meta-gradient, FLOPs are counted correctly, and tables show the measured numbers."""
 
 import dataclasses
 import importlib.util
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_peers_meta_gradient_is_the_plain_engines(name):
+def test_the_meta_gradient_of_every_peer_equals_that_of_the_plain_engine(name):
     if name in ("higher", "torchopt") and importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     config = train_config(SMALL, PLAIN64, algo="maml")
@@ -44,13 +44,13 @@ def test_peers_meta_gradient_is_the_plain_engines(name):
     assert float(loss) == pytest.approx(float(measured.meta_loss), abs=1e-12)
     for key, grad in peer.meta_grads().items():
         assert torch.allclose(grad, measured.grads[key], rtol=1e-8, atol=1e-12), key
-    # Adam has moved the weights, and nothing of the inner loop is left in them.
+    # Adam has changed the weights, and the inner loop has left nothing in them.
     assert not torch.equal(next(peer.module.parameters()), state.slow[peer.names[0]])
     peer.load(state.slow)
     assert float(peer.meta_step(episodes)) == pytest.approx(float(loss), abs=1e-12)
 
 
-def test_the_peers_that_the_plan_names_are_those_there_are():
+def test_the_cases_list_every_peer():
     assert tuple(PEERS) == cases.PEERS
 
 
@@ -58,10 +58,10 @@ def test_the_peers_that_the_plan_names_are_those_there_are():
 @pytest.mark.parametrize(
     "shapes", [{}, {"shots": 3, "queries": 1}, {"inner_steps": 1}, {"image": (3, 20, 16)}]
 )
-def test_flops_are_those_that_torch_counts(first_order, shapes):
-    """But for one pass of the first layer: torch's second order finds the images' gradient too, to drop it.
+def test_flops_equal_those_that_torch_counts(first_order, shapes):
+    """Up to one pass of the first layer: in second order torch also computes the images' gradient.
 
-    One task, since torch counts a grouped convolution's weight gradient as if every group met every other.
+    There is one task, because torch counts the weight gradient of a grouped convolution as for one group.
     """
     case = dataclasses.replace(SMALL, tasks=1, first_order=first_order, **shapes)
     config = train_config(case, PLAIN64)
@@ -74,13 +74,13 @@ def test_flops_are_those_that_torch_counts(first_order, shapes):
     assert meta_step_flops(dataclasses.replace(case, tasks=5)) == 5 * meta_step_flops(case)
 
 
-def test_flops_of_a_forward_pass_are_those_of_the_layers_by_hand():
+def test_flops_of_a_forward_pass_equal_those_computed_by_hand():
     """Omniglot: 28x28, 14x14, 7x7, 3x3; 64 features, 20 ways."""
     wide = 2 * 9 * 64 * 64
     assert layer_flops(CASES[0]) == [2 * 9 * 64 * 784, wide * 196, wide * 49, wide * 9, 2 * 64 * 20]
 
 
-def test_cases_survive_json_and_engines_are_checked():
+def test_cases_can_be_read_from_json_and_engines_are_checked():
     for case in CASES:
         assert case_of(json.loads(json.dumps(case.document()))) == case
     assert engine_problem("plain") is None
@@ -88,22 +88,22 @@ def test_cases_survive_json_and_engines_are_checked():
     assert "unknown engine" in engine_problem("plain-int8")
 
 
-def test_peers_go_in_turn_with_the_engines_where_they_do_the_same_work():
+def test_peers_run_with_the_engines_in_cases_with_the_same_work():
     learners = {(case.name, case.order): names for _, case, names in main_work("", ["plain"], ["higher"])}
     assert len(learners) == 2 * len(CASES)
     assert learners["omniglot-20w1s", "second"] == ["plain", "higher"]
     assert learners["omniglot-20w1s", "first"] == learners["mini-imagenet-5w1s", "second"] == ["plain"]
 
 
-def test_a_learner_answers_with_seconds_loss_and_memory():
+def test_a_learner_returns_seconds_loss_and_memory():
     facts, answer = open_learner({"case": SMALL.document(), "learner": "plain", "device": "cpu"})
     first, second = answer({"count": 1}), answer({"count": 2})
     assert first["seconds"] > 0
     assert first["peak_bytes"] >= facts["idle_bytes"] > 0
-    assert second["loss"] != first["loss"], "Adam has moved nothing"
+    assert second["loss"] != first["loss"], "Adam has changed nothing"
 
 
-def test_the_machine_tells_its_rate():
+def test_the_speed_of_matrix_products_is_measured():
     facts, answer = open_machine({"device": "cpu"})
     assert facts["torch"] == torch.__version__
     rates = matrix_rates({"bf16": [answer({"precision": "bf16"})["seconds"]]}, 2 * facts["matrix_size"] ** 3)
@@ -111,7 +111,7 @@ def test_the_machine_tells_its_rate():
 
 
 @pytest.mark.process
-def test_workers_go_in_turn_and_one_that_fails_is_named(monkeypatch):
+def test_workers_alternate_and_failures_are_reported(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "executable", preloaded.python())
     machine = Machine("cpu")
@@ -125,13 +125,13 @@ def test_workers_go_in_turn_and_one_that_fails_is_named(monkeypatch):
     assert "unknown engine" in unknown.skipped
 
 
-def test_a_worker_that_ends_without_an_answer_leaves_its_last_words():
+def test_the_error_of_a_worker_that_ends_without_an_answer_is_its_last_line():
     with Worker("no_such_module", {}) as worker, pytest.raises(WorkerFailed, match="no_such_module"):
         worker.hear()
 
 
 def rows_of(part, case, seconds=(0.5, 0.25, 1.0)):
-    """One good row of each kind, and a skipped one."""
+    """Return a row of an engine, a row of a peer, and a skipped row."""
     good = [Row(part, case, name, list(seconds), 2**28, 2**29, 1.5) for name in ("plain", "higher")]
     return [*good, Row(part, case, "adjoint", skipped="this mamlctl has no setting 'engine'")]
 
@@ -142,7 +142,7 @@ def drawn(table):
     return console.file.getvalue()
 
 
-def test_tables_show_medians_spreads_and_what_was_skipped():
+def test_tables_show_medians_ranges_and_skipped_learners():
     rates = {"float32": 100.0}
     rows = rows_of("main", CASES[0])
     text = drawn(main_table(rows, rates))
@@ -164,14 +164,14 @@ def test_tables_show_medians_spreads_and_what_was_skipped():
     assert peers_table([row for row in rows if row.learner == "plain"], rates) is None
 
 
-def test_growth_tables_have_a_line_for_every_value():
+def test_growth_tables_have_a_line_per_value():
     rows = [row for case in cases.growth_cases("inner_steps") for row in rows_of("inner_steps", case)]
     text = drawn(growth_table("inner_steps", rows))
     assert all(f" {value} " in text for value in cases.GROWTH["inner_steps"])
     assert "512" in text
 
 
-def test_json_has_every_second_and_what_the_tables_show():
+def test_json_contains_every_time_and_the_numbers_of_the_tables():
     products = {"float32": {"gflop_per_second": 100.0, "seconds": [0.17]}}
     found = document(rows_of("main", CASES[0]), {"cpu": "some"}, products, date="today")
     found = json.loads(json.dumps(found))

@@ -1,1 +1,1 @@
-"""How fast a meta-step is: `make bench`, or `PYTHONPATH=tests python -m benchmarks --help`."""
+"""Benchmarks of a meta-step: `make bench`, or `PYTHONPATH=tests python -m benchmarks --help`."""

@@ -38,7 +38,7 @@ GROWTH_REPEATS = 3
 
 
 def main_work(only: str, engines: Sequence[str], peers: Sequence[str]) -> list[Work]:
-    """Every case in both orders; those that the peers do too, in turn with the peers."""
+    """List every case in both orders; the cases in `PEER_CASES` also run the peers in second order."""
     work = []
     for case in (ordered for base in CASES if only in base.name for ordered in in_both_orders(base)):
         others = peers if case.name in PEER_CASES and not case.first_order else ()
@@ -47,12 +47,12 @@ def main_work(only: str, engines: Sequence[str], peers: Sequence[str]) -> list[W
 
 
 def growth_work(engines: Sequence[str]) -> list[Work]:
-    """Each axis by itself, second order."""
+    """List the cases in which one number grows, in second order."""
     return [(axis, case, list(engines)) for axis in GROWTH for case in growth_cases(axis)]
 
 
-def carry_out(work: Sequence[Work], plan: Plan, machine: Machine, speak: Console) -> list[Row]:
-    """All rows; one line on stderr as each case is done."""
+def carry_out(work: Sequence[Work], plan: Plan, machine: Machine, log: Console) -> list[Row]:
+    """Measure all cases and print one line on stderr after each; return the rows."""
     rows: list[Row] = []
     for number, (part, case, learners) in enumerate(work, 1):
         found = measure(part, case, learners, plan, machine)
@@ -62,13 +62,13 @@ def carry_out(work: Sequence[Work], plan: Plan, machine: Machine, speak: Console
             for row in found
         )
         grown = "" if part == "main" else f" {part} {getattr(case, part)}"
-        speak.print(f"{number}/{len(work)} {case.name}{grown} {case.order} order: {done}", highlight=False)
+        log.print(f"{number}/{len(work)} {case.name}{grown} {case.order} order: {done}", highlight=False)
     return rows
 
 
 def show(rows: Sequence[Row], rates: dict[str, float], machine: Machine) -> None:
-    """All tables, on stdout."""
-    # A pipe has no width of its own, and a table must not lose columns in it.
+    """Print all tables on stdout."""
+    # A pipe has no width, so rich would assume 80 columns and cut the tables.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     facts = machine.facts
     where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
@@ -90,7 +90,7 @@ def show(rows: Sequence[Row], rates: dict[str, float], machine: Machine) -> None
 
 
 def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Machine, plan: Plan) -> None:
-    """The whole run as one JSON document."""
+    """Write the whole run as a single JSON document."""
     products = {
         precision: {"gflop_per_second": rate, "seconds": machine.seconds[precision]}
         for precision, rate in rates.items()
@@ -106,20 +106,24 @@ def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Mach
 
 
 def bench(
-    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
-    engines: Annotated[str, typer.Option(help="Comma-separated: plain, adjoint, adjoint-bf16, ...")] = "",
-    peers: Annotated[bool, typer.Option(help="Time higher, torchopt and torch.func too.")] = True,
-    growth: Annotated[
-        bool, typer.Option(help="Instead: against inner steps, tasks, ways and shots.")
-    ] = False,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats; their median counts.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Per case; after 3 repeats no more than fit.")] = None,
+    only: Annotated[str, typer.Option(help="Only run cases whose name contains this text.")] = "",
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated engines, e.g. plain,adjoint,adjoint-bf16.")
+    ] = "",
+    peers: Annotated[bool, typer.Option(help="Also time higher, torchopt and torch.func.")] = True,
+    growth: Annotated[bool, typer.Option(help="Vary inner steps, tasks, ways and shots instead.")] = False,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measurements per learner; tables show their median.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time limit per case, after 3 repeats.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    official: Annotated[Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch.")] = None,
-    quick: Annotated[bool, typer.Option(help="The smallest cases, 3 repeats.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of bench.json.")] = Path("runs/bench"),
+    official: Annotated[
+        Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch to time as well.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Only run the smallest cases, with 3 repeats.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json.")] = Path("runs/bench"),
 ) -> None:
-    """Time meta-steps of every engine, and of other people's MAML."""
+    """Time meta-steps of every engine and of other MAML implementations."""
     if quick:
         only, repeats, seconds = (
             only or QUICK_ONLY,
@@ -132,21 +136,21 @@ def bench(
     plan = Plan(
         device, repeats or Plan.repeats, seconds or Plan.seconds, official.resolve() if official else None
     )
-    speak = Console(stderr=True, soft_wrap=True)
+    log = Console(stderr=True, soft_wrap=True)
     known = []
     for name in names:
         problem = engine_problem(name)
         known += [] if problem else [name]
         if problem:
-            speak.print(f"skipped {name}: {problem}", highlight=False)
+            log.print(f"skipped {name}: {problem}", highlight=False)
     others = [*(PEERS if peers else ()), *(["official"] if official else [])]
     work = growth_work(known) if growth else main_work(only, known, others)
     machine = Machine(device)
-    rows = carry_out(work, plan, machine, speak)
+    rows = carry_out(work, plan, machine, log)
     rates = matrix_rates(machine.seconds, machine.flops)
     show(rows, rates, machine)
     save(out / "bench.json", rows, rates, machine, plan)
-    speak.print(f"wrote {out / 'bench.json'}", highlight=False)
+    log.print(f"wrote {out / 'bench.json'}", highlight=False)
     machine.close()
 
 

@@ -1,7 +1,7 @@
-"""Arithmetic of a meta-step, counted from shapes: what the mathematics asks for, whoever does it.
+"""The arithmetic that a meta-step requires, counted from shapes, for any implementation.
 
-Counted: products and sums of convolutions and of the linear head, zeros of the padding included. Not counted:
-batch norm, activation, pooling, losses, Adam (under 2 % here), and whatever an engine computes twice.
+Counted: multiplications and additions in convolutions and in the linear head, including zero padding. Not
+counted: batch norm, activations, pooling, losses and Adam (under 2 % here), and recomputation by an engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ KERNEL = 9  # 3x3
 
 
 def layer_flops(case: Case) -> list[int]:
-    """One example's forward pass through every convolution, and through the head."""
+    """Return the FLOPs of one example's forward pass: one number per convolution, then the head."""
     channels, height, width = case.image
     flops = []
     for inputs, outputs in pairwise([channels] + [case.filters] * BLOCKS):
@@ -25,27 +25,27 @@ def layer_flops(case: Case) -> list[int]:
 
 
 def gradient_flops(layers: list[int]) -> int:
-    """Forward, weights' gradient, inputs' gradient; images want no gradient."""
+    """Return the FLOPs of the forward pass and both gradients; the first layer needs no input gradient."""
     first, *others = layers
     return 2 * first + 3 * sum(others)
 
 
 def hessian_flops(layers: list[int]) -> int:
-    """A Hessian-vector product, the forward pass and the gradient being there already.
+    """Return the FLOPs of a Hessian-vector product, given the forward pass and the gradient.
 
-    Of y = x * w and its two gradients, along a direction v of the weights: v * x and w * dx make the
-    gradient of dL/dy; dL/dy * dx, v * dL/dy and the two gradients of y complete it. Six products a layer;
-    the first has neither dx nor a gradient of x, which leaves two.
+    For a layer y = x * w and a direction v of the weights, the forward tangent dy = x * v + dx * w takes two
+    products. The tangents of dL/dw = x * dL/dy and of dL/dx = w * dL/dy take two products each. That is six
+    products per layer; the first layer has neither dx nor dL/dx, so two remain.
     """
     first, *others = layers
     return 2 * first + 6 * sum(others)
 
 
 def meta_step_flops(case: Case) -> int:
-    """Every inner step's support gradient and query gradient; in second order its Hessian product too."""
+    """Return the FLOPs of all inner steps; second order adds a Hessian-vector product to each."""
     layers = layer_flops(case)
     support, query = case.ways * case.shots, case.ways * case.queries
-    a_step = (support + query) * gradient_flops(layers)
+    per_step = (support + query) * gradient_flops(layers)
     if not case.first_order:
-        a_step += support * hessian_flops(layers)
-    return case.tasks * case.inner_steps * a_step
+        per_step += support * hessian_flops(layers)
+    return case.tasks * case.inner_steps * per_step

@@ -1,4 +1,4 @@
-"""This machine's name and its rate of matrix products: `python -m benchmarks.machine`, told over a pipe."""
+"""The machine's description and its speed of matrix products; a worker: `python -m benchmarks.machine`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from benchmarks.pipes import Answer, Document, serve
 from benchmarks.worker import wait
 from mamlctl.engine.devices import cpu_model, open_device
 
-SIZES = {"cpu": 2048, "cuda": 8192}  # a GPU does not fill up with 2048
+SIZES = {"cpu": 2048, "cuda": 8192}  # 2048 is too small to keep a GPU busy
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 
 def open_machine(opening: Document) -> tuple[Document, Answer]:
-    """`device` -> what the machine is; then `precision` -> seconds and flops of one product."""
+    """Return facts about the machine for `device`, and a function from `precision` to one product's time."""
     device = open_device(opening["device"], "float32")
     size = SIZES[device.type]
 
     def answer(question: Document) -> Document:
-        open_device(opening["device"], question["precision"])  # tf32 is a switch of the whole process
+        open_device(opening["device"], question["precision"])  # tf32 is set per process
         left, right = torch.rand(2, size, size, device=device).to(DTYPES[question["precision"]])
-        torch.mm(left, right)  # the first call of a type prepares its kernels
+        torch.mm(left, right)  # the first call per type loads its kernels
         wait(device)
         start = time.perf_counter()
         torch.mm(left, right)
@@ -35,7 +35,7 @@ def open_machine(opening: Document) -> tuple[Document, Answer]:
 
 
 def facts(device: torch.device, size: int) -> Document:
-    """For the head of the tables and for JSON."""
+    """Return what the tables' heading and the JSON document say about the machine."""
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

@@ -1,8 +1,8 @@
-"""Antoniou's published code, driven from a checkout by import: none of it is here.
+"""Antoniou's published code, imported from a checkout; none of it is copied here.
 
-Of AntreasAntoniou/HowToTrainYourMAMLPytorch only MAMLFewShotClassifier is used, on tasks that we give it.
-Given our weights, its meta-gradients are the plain engine's to 1.2e-6 in both orders (float32, commit
-8696470, 5 ways, 1 shot, 2 tasks, 8 filters); in a benchmark it starts from its own.
+Only MAMLFewShotClassifier of AntreasAntoniou/HowToTrainYourMAMLPytorch is used, with this benchmark's tasks.
+With equal weights, its meta-gradients differ from those of the plain engine by at most 1.2e-6 in both orders
+(float32, commit 8696470, 5 ways, 1 shot, 2 tasks, 8 filters). In a benchmark it uses its own initial weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mamlctl.data.tasks.episodes import Episodes
 
 
 def arguments(case: Case) -> Namespace:
-    """What the published configurations say (experiment_config/*maml++*.json), in the case's shapes."""
+    """Return the settings of the published configurations (experiment_config/*maml++*.json) for the case."""
     channels, height, width = case.image
     return Namespace(
         batch_size=case.tasks,
@@ -57,7 +57,7 @@ def arguments(case: Case) -> Namespace:
 
 
 class Official:
-    """The published classifier, its weights its own."""
+    """The published classifier with its own initial weights."""
 
     def __init__(self, folder: Path, case: Case, device: torch.device) -> None:
         sys.path.insert(0, str(folder))
@@ -66,7 +66,7 @@ class Official:
         self.classifier = system.MAMLFewShotClassifier((2, *case.image), device, arguments(case))
 
     def meta_step(self, episodes: Episodes) -> Tensor:
-        """Its own training iteration, which copies the images to its device -> the meta-loss."""
+        """Run one training iteration, which copies the images to the device; return the meta-loss."""
         tasks, ways = self.case.tasks, self.case.ways
         support_x, support_y, query_x, query_y = (
             tensor.cpu().unflatten(1, (ways, -1)) for tensor in episodes.sets

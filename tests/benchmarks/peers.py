@@ -1,7 +1,7 @@
-"""MAML as others write it, doing the work of our second-order meta-step with equal multi-step weights.
+"""MAML in other libraries, with the work of a second-order meta-step and equal multi-step weights.
 
-All have the same network from torch.nn. Its norms have no weights (ours have, and learn them for each inner
-step, and learn inner rates besides): otherwise the libraries would adapt them in the inner loop too.
+All peers use the same torch.nn network. Its norms have no weights, because the libraries would adapt these in
+the inner loop; in mamlctl they are learned per inner step, as are the inner rates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ META_LR = 0.001
 
 
 class ComposedNorm(nn.Module):
-    """Batch statistics from plain operations: the native norm is wrong in second order under vmap."""
+    """Batch norm from basic operations: the native one has wrong second derivatives under vmap."""
 
     def forward(self, x_ECHW: Tensor) -> Tensor:
         var, mean = torch.var_mean(x_ECHW, dim=(0, 2, 3), correction=0, keepdim=True)
@@ -29,7 +29,7 @@ class ComposedNorm(nn.Module):
 
 
 def conv4(case: Case, *, composed_norm: bool = False) -> nn.Sequential:
-    """The network of the engine, from torch.nn."""
+    """Build the engine's network from torch.nn modules."""
     layers: list[nn.Module] = []
     channels, height, width = case.image
     for _ in range(4):
@@ -46,12 +46,12 @@ def conv4(case: Case, *, composed_norm: bool = False) -> nn.Sequential:
 
 
 class Peer:
-    """A network, its outer Adam, and somebody's way to the meta-gradient."""
+    """A network, its outer Adam, and one library's way to compute the meta-gradient."""
 
     composed_norm = False
 
     def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
-        """`slow`: the engine's weights, whose order of names is the network's order of parameters."""
+        """Start from `slow`, the engine's weights in the order of the network's parameters."""
         self.case, self.inner_lr = case, inner_lr
         like = next(iter(slow.values()))
         self.module = conv4(case, composed_norm=self.composed_norm).to(like.device, like.dtype)
@@ -59,21 +59,21 @@ class Peer:
         self.adam = torch.optim.Adam(self.module.parameters(), lr=META_LR)
 
     def load(self, slow: Mapping[str, Tensor]) -> None:
-        """Take over the engine's weights."""
+        """Copy the engine's weights."""
         self.names = list(slow)
         with torch.no_grad():
             for parameter, weight in zip(self.module.parameters(), slow.values(), strict=True):
                 parameter.copy_(weight)
 
     def meta_step(self, episodes: Episodes) -> Tensor:
-        """Meta-gradient and Adam's step -> the meta-loss."""
+        """Compute the meta-gradient and apply Adam; return the meta-loss."""
         self.adam.zero_grad()
         loss = self.backward(episodes)
         self.adam.step()
         return loss
 
     def meta_grads(self) -> dict[str, Tensor]:
-        """Those of the latest meta-step, under the engine's names."""
+        """Return the meta-gradients of the latest meta-step by the engine's names."""
         found = {}
         for name, parameter in zip(self.names, self.module.parameters(), strict=True):
             assert parameter.grad is not None, name
@@ -81,17 +81,17 @@ class Peer:
         return found
 
     def backward(self, episodes: Episodes) -> Tensor:
-        """Fill the weights' `.grad` -> the meta-loss."""
+        """Fill `.grad` of the weights and return the meta-loss."""
         raise NotImplementedError
 
 
 def tasks_of(episodes: Episodes) -> list[tuple[Tensor, ...]]:
-    """Support images and labels, query images and labels, one task after another."""
+    """Return support images, support labels, query images and query labels for each task."""
     return list(zip(*episodes.sets, strict=True))
 
 
 class Higher(Peer):
-    """facebookresearch/higher: its documented loop (examples/maml-omniglot.py)."""
+    """facebookresearch/higher, with its documented loop (examples/maml-omniglot.py)."""
 
     def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
         super().__init__(case, slow, inner_lr)
@@ -115,7 +115,7 @@ class Higher(Peer):
 
 
 class Torchopt(Peer):
-    """metaopt/torchopt: its documented loop (examples/few-shot/maml_omniglot.py), one backward in all."""
+    """metaopt/torchopt, with its documented loop (examples/few-shot/maml_omniglot.py), one backward pass."""
 
     def __init__(self, case: Case, slow: Mapping[str, Tensor], inner_lr: float) -> None:
         super().__init__(case, slow, inner_lr)
@@ -138,7 +138,7 @@ class Torchopt(Peer):
 
 
 class TorchFunc(Peer):
-    """torch.func: a task's loss as a function of the weights, differentiated inside and out, under vmap."""
+    """torch.func: inner and outer gradients of one task's loss as a function, vectorised by vmap."""
 
     composed_norm = True
 

@@ -1,6 +1,6 @@
-"""A worker process that answers one line with another, and sleeps in between.
+"""A worker process that reads questions and writes answers, one line of JSON each.
 
-Every learner has a process of its own, so that its peak memory is its own.
+Each learner has its own process, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 class WorkerFailed(Exception):
-    """A worker ended without an answer: its last words."""
+    """A worker ended without an answer; the message is the last line of its stderr."""
 
 
 class Worker:
-    """The parent's end."""
+    """The parent's side of the pipes."""
 
     def __init__(self, module: str, opening: Document) -> None:
-        """Start `python -m module` and send it `opening`, whose answer is the first to be heard."""
-        # OMP_WAIT_POLICY stays as it is: a worker that waits here uses 0.5 % of a core without it, and with
-        # PASSIVE a meta-step takes 0.88 instead of 0.68 s (omniglot-5w1s, medians of 9 in turn, 2 cores).
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the worker
+        """Start `python -m module` and send it `opening`; the first `hear` returns the answer."""
+        # OMP_WAIT_POLICY is not set: a waiting worker uses only 0.5 % of a core, and with PASSIVE a meta-step
+        # takes 0.88 s instead of 0.68 s (omniglot-5w1s, medians of 9 alternating runs, 2 cores).
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `close`
         paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -42,21 +42,29 @@ class Worker:
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
-        self._tell(opening)
+        self._send(opening)
 
     def ask(self, question: Document) -> Document:
-        """The answer to one question. Raises WorkerFailed."""
-        self._tell(question)
+        """Send a question and return its answer.
+
+        Raises:
+            WorkerFailed: The worker has ended.
+        """
+        self._send(question)
         return self.hear()
 
-    def _tell(self, question: Document) -> None:
+    def _send(self, question: Document) -> None:
         assert self._process.stdin
-        with suppress(BrokenPipeError):  # `hear` finds out that the worker has ended
+        with suppress(BrokenPipeError):  # `hear` reports that the worker has ended
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
 
     def hear(self) -> Document:
-        """The next answer. Raises WorkerFailed."""
+        """Return the next answer.
+
+        Raises:
+            WorkerFailed: The worker has ended.
+        """
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
@@ -68,11 +76,11 @@ class Worker:
         status = self._process.wait()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors if line.strip()]
-        # A worker that the kernel killed, for memory usually, says nothing.
+        # A worker that the kernel killed, usually for memory, has printed nothing.
         return f"killed by signal {-status}" if status < 0 else (lines or [f"exit status {status}"])[-1]
 
     def close(self) -> None:
-        """The worker ends when nothing more can be asked."""
+        """Close stdin, at which the worker ends, and wait for it."""
         with suppress(BrokenPipeError):
             self._process.__exit__(None, None, None)
         self._errors.close()
@@ -89,16 +97,16 @@ class Worker:
 
 
 def serve(open_worker: Callable[[Document], tuple[Document, Answer]]) -> None:
-    """The worker's end: `open_worker` gets the first line; its function answers all others."""
+    """Run the worker's side: `open_worker` gets the first question, and returns a function for the others."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # libraries may print to stdout, which must not mix with answers
     questions = sys.stdin
     facts, answer = open_worker(json.loads(questions.readline()))
-    _say(answers, facts)
+    _send(answers, facts)
     for line in questions:
-        _say(answers, answer(json.loads(line)))
+        _send(answers, answer(json.loads(line)))
 
 
-def _say(answers: Any, document: Document) -> None:
+def _send(answers: Any, document: Document) -> None:
     answers.write(json.dumps(document) + "\n")
     answers.flush()

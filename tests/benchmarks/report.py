@@ -1,4 +1,4 @@
-"""Rows as tables for people and as one JSON document."""
+"""Tables and a JSON document of the rows."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ COLUMNS = (
     "GFLOP/s", "of matmul",
 )  # fmt: skip
 FOOTER = (
-    "Images are random numbers: the same arithmetic as real ones. GFLOP: counted from shapes, convolutions "
-    "and head only, nothing that an engine computes twice. Peak: resident memory of the learner's process, "
-    "torch included (CUDA: allocated by torch). Of matmul: share of the rate of square products of the type."
+    "Images are random numbers, which need the same arithmetic as real ones. GFLOP: counted from shapes, for "
+    "convolutions and head only, without recomputation. Peak: resident memory of the learner's process, "
+    "including torch (CUDA: allocated by torch). Of matmul: share of the speed of square matrix products."
 )
 PEERS_FOOTER = (
-    "The libraries' norms have no weights, and their inner rates are fixed: a little less work than ours. "
+    "The libraries' norms have no weights and their inner rates are fixed, so they do slightly less work. "
     "Their meta-gradients equal the plain engine's (tests/test_benchmarks.py). official: Antoniou's code."
 )
 Rates = Mapping[str, float]  # precision -> GFLOP/s of matrix products
 
 
 def matrix_rates(seconds: Mapping[str, Sequence[float]], flops: int) -> dict[str, float]:
-    """GFLOP/s of the median product of each type."""
+    """Return the GFLOP/s of the median matrix product per precision."""
     return {precision: flops / statistics.median(found) / 1e9 for precision, found in seconds.items()}
 
 
 def numbers(row: Row, rates: Rates) -> dict[str, Any]:
-    """What a table shows of a row; a skipped row has shapes only."""
+    """Return the numbers that a table shows for a row; a skipped row only has those from its shapes."""
     gflop = meta_step_flops(row.case) / 1e9
     shapes = {"gflop": gflop, "n": len(row.seconds)}
     if not row.seconds:
@@ -55,7 +55,7 @@ def numbers(row: Row, rates: Rates) -> dict[str, Any]:
 def document(
     rows: Iterable[Row], machine: Mapping[str, Any], rates: Mapping[str, Any], **head: Any
 ) -> dict[str, Any]:
-    """All of a run; `rows` with every measured second."""
+    """Return the whole run as a JSON object, with every measured time in `rows`."""
     gflops = {precision: rate["gflop_per_second"] for precision, rate in rates.items()}
     return {
         "version": VERSION,
@@ -67,13 +67,13 @@ def document(
 
 
 def main_table(rows: Sequence[Row], rates: Rates) -> Table:
-    """Engines of ours, in every case."""
+    """Return the table of mamlctl's engines in every case."""
     shown = [row for row in rows if row.part == "main" and row.learner not in OTHERS]
     return _table("Meta-steps", shown, rows, rates, FOOTER)
 
 
 def peers_table(rows: Sequence[Row], rates: Rates) -> Table | None:
-    """The same work by others, beside ours."""
+    """Return the table of the cases that peers ran, with mamlctl's engines, or None."""
     others = {row.case for row in rows if row.learner in OTHERS and row.case.name in PEER_CASES}
     shown = [row for row in rows if row.part == "main" and row.case in others]
     return _table("The same meta-step by others", shown, rows, rates, PEERS_FOOTER) if shown else None
@@ -118,12 +118,12 @@ def _cells(row: Row, rows: Sequence[Row], rates: Rates) -> list[str]:
 
 
 def growth_table(axis: str, rows: Sequence[Row]) -> Table:
-    """Seconds and peak memory of each engine as one number grows."""
+    """Return the table of time and peak memory per engine along one axis."""
     shown = [row for row in rows if row.part == axis]
     learners = list(dict.fromkeys(row.learner for row in shown))
     base = shown[0].case
     caption = f"{base.name}, {base.order} order, n = {max(len(row.seconds) for row in shown)} each"
-    table = Table(title=f"Against {axis}", caption=caption, caption_justify="left", title_justify="left")
+    table = Table(title=f"By {axis}", caption=caption, caption_justify="left", title_justify="left")
     table.add_column(axis, justify="right")
     for learner in learners:
         for column in ("s/meta-step", "min-max", "peak MiB", "of it before"):
@@ -139,7 +139,7 @@ def growth_table(axis: str, rows: Sequence[Row]) -> Table:
 
 
 def _growth_cells(found: Sequence[Row]) -> list[str]:
-    """Of the one row there is, if there is one."""
+    """Return the cells of the only row, if there is one."""
     if not found or found[0].skipped or not found[0].seconds:
         return ["skipped" if found else "", "", "", ""]
     row = found[0]
@@ -152,5 +152,5 @@ def _growth_cells(found: Sequence[Row]) -> list[str]:
 
 
 def mebibytes(count: int) -> str:
-    """Whole MiB."""
+    """Format bytes as whole MiB."""
     return f"{count / 2**20:.0f}"

@@ -1,6 +1,6 @@
-"""Measuring in turn: every learner of a case does one meta-step, then every one its next.
+"""Alternating measurements: every learner of a case runs one meta-step, then every learner its next one.
 
-What else the machine is doing then slows all of them alike.
+Other load on the machine therefore slows all learners equally.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from pathlib import Path
 from benchmarks.cases import OTHERS, Case, engine_problem, engine_settings
 from benchmarks.pipes import Document, Worker, WorkerFailed
 
-WARM_UP = 2  # meta-steps: memory is mapped in the first, kernels are chosen, graphs captured
-SLOW_S = 10.0  # a round as long as this has warmed up after one meta-step
-LEAST = 3  # repeats, however slow: a median needs them
-CUDA_BURST = 20  # meta-steps per measurement, so that waiting for the device costs nothing
+WARM_UP = 2  # meta-steps, in which memory is mapped, kernels are chosen and graphs are captured
+SLOW_S = 10.0  # rounds that take longer are warmed up after one meta-step
+LEAST = 3  # repeats that the median needs, however slow they are
+CUDA_BURST = 20  # meta-steps per measurement, so that the time of one synchronisation is negligible
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How often and where."""
+    """The device, and how often to measure."""
 
     device: str = "cpu"
     repeats: int = 7
-    seconds: float = 25.0  # per case; then no further repeat after LEAST
+    seconds: float = 25.0  # per case; after that, no more than LEAST repeats
     official: Path | None = None
 
     @property
     def burst(self) -> int:
-        """Meta-steps per measurement."""
+        """The number of meta-steps per measurement."""
         return 1 if self.device == "cpu" else CUDA_BURST
 
 
 @dataclass
 class Row:
-    """What one learner did with one case."""
+    """The measurements of one learner in one case."""
 
     part: str  # "main", or the axis of a growth table
     case: Case
     learner: str
-    seconds: list[float] = field(default_factory=list)  # of one meta-step; one number a repeat
+    seconds: list[float] = field(default_factory=list)  # per meta-step; one number per repeat
     idle_bytes: int = 0  # before the first meta-step
     peak_bytes: int = 0
-    loss: float | None = None  # of the first meta-step: the same for all who do the same work
+    loss: float | None = None  # of the first meta-step; learners with the same arithmetic have the same loss
     skipped: str | None = None
 
     @property
     def precision(self) -> str:
-        """Of the learner's convolutions."""
+        """The precision of the learner's convolutions."""
         return "float32" if self.learner in OTHERS else engine_settings(self.learner)["precision"]
 
 
 class Machine:
-    """The rate of matrix products, sampled between rounds."""
+    """A worker that measures the speed of matrix products between rounds."""
 
     def __init__(self, device: str) -> None:
         self._worker = Worker("benchmarks.machine", {"device": device})
@@ -73,7 +73,7 @@ class Machine:
 
 
 def measure(part: str, case: Case, learners: Sequence[str], plan: Plan, machine: Machine) -> list[Row]:
-    """One row a learner, in the order given."""
+    """Measure one case; return one row per learner, in the given order."""
     rows = [Row(part, case, learner) for learner in learners]
     with ExitStack() as stack:
         running: list[tuple[Row, Worker]] = []
@@ -101,7 +101,7 @@ def _start(row: Row, plan: Plan) -> Worker:
 
 
 def _hear_all(running: list[tuple[Row, Worker]]) -> None:
-    """Wait until all are there: they start side by side, since importing torch takes seconds."""
+    """Wait for all workers, which start in parallel, since importing torch takes seconds."""
     for row, worker in list(running):
         try:
             row.idle_bytes = worker.hear()["idle_bytes"]
@@ -122,7 +122,7 @@ def _warm_up(running: list[tuple[Row, Worker]]) -> None:
 
 
 def _round(running: list[tuple[Row, Worker]], count: int, note: Callable[[Row, Document], None]) -> None:
-    """Whoever fails, of too little memory perhaps, is out; the others go on."""
+    """Run one measurement per learner; drop a learner that fails, for example for lack of memory."""
     for row, worker in list(running):
         try:
             answer = worker.ask({"count": count})

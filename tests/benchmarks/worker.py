@@ -1,4 +1,4 @@
-"""One learner in a process of its own: `python -m benchmarks.worker`, told over a pipe when to go."""
+"""One learner in its own process, controlled over pipes: `python -m benchmarks.worker`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Step = Callable[[Episodes], Tensor]
 
 
 def random_episodes(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Episodes:
-    """Tasks of random grey values: the arithmetic is that of real images."""
+    """Return tasks of random grey values, which need the same arithmetic as real images."""
     generator = torch.Generator().manual_seed(0)
     label_N = torch.arange(case.ways)
 
@@ -39,7 +39,7 @@ def random_episodes(case: Case, device: torch.device, dtype: torch.dtype = torch
 
 
 def engine_step(case: Case, name: str, device: torch.device) -> Step:
-    """A meta-step of ours as training does it."""
+    """Return mamlctl's meta-step, as in training."""
     config = train_config(case, engine_settings(name))
     step = MetaStep(config, *build(config, case.image, device))
 
@@ -52,13 +52,17 @@ def engine_step(case: Case, name: str, device: torch.device) -> Step:
 
 
 def peer_step(case: Case, name: str, device: torch.device) -> Step:
-    """Somebody else's, from our starting weights."""
+    """Return a peer's meta-step, with the same initial weights as mamlctl's."""
     _, state = build(train_config(case, {}), case.image, device)
     return PEERS[name](case, state.slow, INNER_LR).meta_step
 
 
 def open_learner(opening: Document) -> tuple[Document, Answer]:
-    """`case`, `learner`, `device`, and for the published code `official`, its folder."""
+    """Prepare the learner; return its memory use and a function that runs meta-steps.
+
+    Args:
+        opening: `case`, `learner` and `device`; for the published code also `official`, its folder.
+    """
     case, name = case_of(opening["case"]), opening["learner"]
     ours = name not in PEERS and name != "official"
     device = open_device(opening["device"], engine_settings(name)["precision"] if ours else "float32")
@@ -71,7 +75,7 @@ def open_learner(opening: Document) -> tuple[Document, Answer]:
     episodes = random_episodes(case, device)
 
     def answer(question: Document) -> Document:
-        """`count` meta-steps in a row -> seconds of one, what the last one lost, peak memory until now."""
+        """Run `count` meta-steps; return the seconds per step, the last loss, and the peak memory so far."""
         seconds, loss = timed(step, episodes, question["count"], device)
         return {
             "seconds": seconds,
@@ -83,8 +87,8 @@ def open_learner(opening: Document) -> tuple[Document, Answer]:
 
 
 def timed(step: Step, episodes: Episodes, count: int, device: torch.device) -> tuple[float, float]:
-    """Mean seconds of `count` meta-steps between two waits for the device, and the last meta-loss."""
-    # Shallow copies: engines that recognise a meta-batch which they have seen gain nothing.
+    """Return the mean seconds of `count` meta-steps between two synchronisations, and the last meta-loss."""
+    # Shallow copies, so that an engine cannot recognise a meta-batch and reuse earlier results.
     batches = [replace(episodes) for _ in range(count)]
     loss = torch.zeros(())
     wait(device)
@@ -96,17 +100,17 @@ def timed(step: Step, episodes: Episodes, count: int, device: torch.device) -> t
 
 
 def wait(device: torch.device) -> None:
-    """For all that a CUDA device still has to do."""
+    """Wait until a CUDA device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this process: resident, or allocated by torch on a CUDA device."""
+    """Return the peak memory of this process: resident, or allocated by torch on a CUDA device."""
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
         return memory_bytes(device)
-    # getrusage would also count the parent, whose memory a process has until it becomes another program.
+    # getrusage also counts the memory of the parent, which a child shares until it calls exec.
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
