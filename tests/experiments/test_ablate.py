@@ -1,4 +1,4 @@
-"""A grid from its plan to its table: what runs, what goes on, what is never mixed."""
+"""Tests of a grid from its plan to its table: running, resuming, and refusing other settings."""
 
 import csv
 import json
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, glyphs_root):
-    """Three rows, one of which diverges, two seeds of each; what was told on the way."""
+    """Three rows with two seeds each, one of which diverges; the grid, its result and its events."""
     events = []
     grid = tiny_grid(tmp_path_factory.mktemp("grid") / "g", glyphs_root, "inner_lr=0.1,1e30,0.4")
     return grid, filled(grid, on_event=events.append, pictures=True), events
 
 
 def copied(done, tmp_path):
-    """The same grid in a folder of its own."""
+    """A copy of the grid in another folder."""
     grid = done[0]
     shutil.copytree(grid.folder, tmp_path / "g")
     return load_grid(tmp_path / "g")
@@ -47,7 +47,7 @@ def scores_of(folder, column="best"):
         return np.array([float(row[column]) for row in csv.DictReader(file)])
 
 
-def test_rows_are_the_means_of_their_runs_tasks(done):
+def test_a_row_averages_the_scores_of_its_runs(done):
     grid, result, _ = done
     first, diverged, last = result.table.rows
     assert [row.label for row in result.table.rows] == ["inner_lr=0.1", "inner_lr=1e30", "inner_lr=0.4"]
@@ -64,7 +64,7 @@ def test_rows_are_the_means_of_their_runs_tasks(done):
     assert (diverged.best, diverged.divergences) == (None, 2)
 
 
-def test_a_row_that_diverges_says_so_and_the_rest_goes_on(done):
+def test_a_row_that_diverges_is_reported_and_the_others_finish(done):
     _, result, _ = done
     assert (result.failed, result.left, result.reason) == ({}, 0, "")
     cells = result.table.rows[1].cells
@@ -73,7 +73,7 @@ def test_a_row_that_diverges_says_so_and_the_rest_goes_on(done):
     assert {cell.status for row in result.table.rows[::2] for cell in row.cells} == {"finished"}
 
 
-def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
+def test_a_cell_is_equal_to_a_run_of_train(done, tmp_path):
     grid = done[0]
     cell = grid.cells[-1]
     train(cell.config, out=tmp_path / "alone", offline=True, time_limit_s=None, command="", on_event=ignore)
@@ -85,7 +85,7 @@ def test_a_cell_is_the_run_that_train_makes(done, tmp_path):
     assert all(torch.equal(ours[name], alone[name]) for name in ours)
 
 
-def test_a_second_call_does_nothing_and_says_the_same(done):
+def test_a_second_call_changes_nothing_and_returns_the_same_table(done):
     grid, result, _ = done
     events = []
     before = {path: path.stat().st_mtime_ns for path in grid.folder.glob("cells/*/**/*.*")}
@@ -95,7 +95,7 @@ def test_a_second_call_does_nothing_and_says_the_same(done):
     assert json.dumps(document(again.table)) == json.dumps(document(result.table))
 
 
-def test_events_tell_each_cell_to_its_end(done):
+def test_events_follow_each_cell_until_it_is_done(done):
     grid, _, events = done
     changes = [event for event in events if isinstance(event, GridChanged)]
     assert {len(event.cells) for event in changes} == {6}
@@ -108,7 +108,7 @@ def test_events_tell_each_cell_to_its_end(done):
     assert {cell.state for cell in changes[-1].cells} == {"done", "diverged"}
 
 
-def test_more_seeds_and_other_tasks_keep_what_is_there(done, tmp_path):
+def test_other_seeds_and_test_tasks_keep_the_trained_cells(done, tmp_path):
     grid = copied(done, tmp_path)
     trained = [cell for cell in grid.cells if "1e30" not in cell.name]
     kept = {cell.name: (cell.folder / "checkpoints/best.pt").read_bytes() for cell in trained}
@@ -127,7 +127,7 @@ def test_more_seeds_and_other_tasks_keep_what_is_there(done, tmp_path):
 
 
 def scores_at(grid, tasks):
-    """Tasks are numbered, so fewer of them are the first ones of more."""
+    """The scores of the first cell; a shorter list of tasks is the beginning of a longer one."""
     for path in grid.cells[0].folder.glob("eval/*/tasks.csv"):
         lines = path.read_text().splitlines()
         if len(lines) == tasks + 1:
@@ -154,7 +154,7 @@ def test_cells_with_other_settings_are_never_mixed(done, tmp_path, glyphs_root):
     assert tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4").rows == grid.rows
 
 
-def test_what_failed_is_told_and_tried_again(done, tmp_path):
+def test_a_failed_cell_is_reported_and_tried_again(done, tmp_path):
     grid = copied(done, tmp_path)
     cell = grid.cells[0]
     whole = (cell.folder / "checkpoints/epoch-0001.pt").read_bytes()
@@ -170,7 +170,7 @@ def test_what_failed_is_told_and_tried_again(done, tmp_path):
     assert without_times(document(again.table)) == without_times(document(done[1].table))
 
 
-def test_a_test_of_before_the_end_of_training_does_not_count(done, tmp_path):
+def test_an_evaluation_from_before_the_end_of_training_does_not_count(done, tmp_path):
     grid = copied(done, tmp_path)
     (summary,) = grid.cells[0].folder.glob("eval/*/summary.json")
     old = json.loads(summary.read_text()) | {"step": 3}
@@ -181,7 +181,7 @@ def test_a_test_of_before_the_end_of_training_does_not_count(done, tmp_path):
     assert json.loads(summary.read_text())["step"] == 6
 
 
-def test_two_calls_at_once_do_not_meet(done, tmp_path):
+def test_two_calls_cannot_work_on_the_same_grid(done, tmp_path):
     from mamlctl.experiments.grid.grid_folder import lock_grid
 
     grid = copied(done, tmp_path)
@@ -192,13 +192,13 @@ def test_two_calls_at_once_do_not_meet(done, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "format: 1", "rows: 3\nsettings: {}", "\x00", "settings: {foo: 1}\nrows: []"]
 )
-def test_a_damaged_plan_is_two_lines(tmp_path, text):
+def test_a_damaged_plan_is_reported(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(MamlctlError):
         load_grid(tmp_path)
 
 
-def test_a_plan_is_read_as_it_was_written(done, tmp_path):
+def test_a_plan_survives_saving_and_loading(done, tmp_path):
     grid = done[0]
     loaded = load_grid(grid.folder)
     assert loaded == grid
@@ -206,13 +206,13 @@ def test_a_plan_is_read_as_it_was_written(done, tmp_path):
     assert load_grid(grid.folder) == grid
 
 
-def test_a_call_that_was_killed_while_it_wrote_the_plan_is_made_again(tmp_path, glyphs_root):
+def test_a_call_that_was_killed_while_writing_the_plan_can_be_repeated(tmp_path, glyphs_root):
     (tmp_path / "lock").touch()
     (tmp_path / ".plan.yaml.half").write_text("rows: ")
     assert len(tiny_grid(tmp_path, glyphs_root, "inner_lr=0.1,0.4").rows) == 2
 
 
-# From its lock to its table: a kill as soon as such a file is written anew. The signals take turns.
+# The call is killed as soon as such a file is written again; SIGKILL and SIGTERM alternate.
 KILLS = (
     "lock",
     "plan.yaml",
@@ -224,18 +224,18 @@ RETURN_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: ExitCode.TERMIN
 
 
 def newest(folder, pattern):
-    """When the last such file was written, in ns; 0 without one."""
+    """The time at which the newest such file was written, in ns; 0 if there is none."""
     return max((path.stat().st_mtime_ns for path in folder.glob(pattern)), default=0)
 
 
 def wait_for_writers(folder):
-    """Children of a killed call save a checkpoint before they end: wait until they have."""
+    """Wait until the children of a killed call have saved their checkpoints and ended."""
     while any(is_locked(cell) for cell in folder.glob("cells/*")):
         time.sleep(0.005)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root, monkeypatch):
-    """SIGKILL leaves no time to tidy up, and SIGTERM a little; what remains must be enough to go on from."""
+def test_a_grid_that_is_killed_at_any_moment_resumes_to_the_same_table(tmp_path, glyphs_root, monkeypatch):
+    """SIGKILL leaves no time to clean up, and SIGTERM a little; the files must always suffice to resume."""
     monkeypatch.setenv(preloaded.NO_PICTURES, "1")
     words = ["ablate", *QUICK_WORDS, "--grid", "inner_lr=0.1,0.4", "--seeds", "1", "--tasks", "12"]
     words += ["--steps-per-epoch", "40", "--data-root", str(glyphs_root), "--json", "--workers", "2"]
@@ -265,6 +265,6 @@ def test_killed_at_any_moment_it_ends_with_the_same_table(tmp_path, glyphs_root,
         assert run_state(ours.path).status == "finished"
 
 
-def test_tiny_settings_are_what_the_words_say():
+def test_the_words_contain_all_tiny_settings():
     assert len(QUICK_WORDS) == 2 * len(TINY)
     assert TESTED.tasks == 12

@@ -1,4 +1,4 @@
-"""What a table says of its rows from their settings."""
+"""Tests of what a table concludes from the settings of its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 
 def changes(plan, algo):
-    """The improvements that each row's label adds to the first one's, and takes from it."""
+    """The improvements that the label of each row adds to those of the first row, and removes from them."""
     layers, settings = [("test", {"dataset": "omniglot"})], {"algo": algo}
     rows = [
         RowSpec(row.label, row.config, ())
@@ -24,24 +24,24 @@ def changes(plan, algo):
     return {row.label: _changes(row, rows[0]) for row in rows}
 
 
-def test_rows_know_what_their_labels_add_to_the_baselines():
+def test_rows_know_which_improvements_their_labels_add():
     assert changes("one-on", "maml") == {
         "maml": ((), ()),
         **{f"maml + {name}": ((name,), ()) for name in IMPROVEMENTS},
         "maml + bnrs + bnwb": (("bnrs", "bnwb"), ()),
-        "maml++": ((), ()),  # whose name says no more than itself
+        "maml++": ((), ()),  # its name lists no improvements
     }
 
 
 @pytest.mark.parametrize(("algo", "base"), [("maml++", "maml++"), ("boil", "boil with all")])
-def test_rows_know_what_their_labels_take_from_the_baselines(algo, base):
+def test_rows_know_which_improvements_their_labels_remove(algo, base):
     taken = changes("one-off", algo)
     assert taken[base] == ((), ())
     assert taken[f"{base} - msl"] == ((), ("msl",))
     assert taken[f"{base} - bnrs - bnwb"] == ((), ("bnrs", "bnwb"))
 
 
-def test_a_label_that_says_something_else_is_not_shortened():
+def test_a_label_that_does_not_list_the_improvements_is_kept():
     baseline = RowSpec("maml", TrainConfig(algo="maml"), ())
     assert _changes(RowSpec("mine", TrainConfig(algo="maml", msl=True), ()), baseline) == ((), ())
 
@@ -52,7 +52,7 @@ def equal_runs(label, config):
     return _RowRuns(RowSpec(label, config, ()), (), {0: evaluation})
 
 
-def test_an_improvement_that_the_test_does_not_read_is_named(monkeypatch):
+def test_an_improvement_that_the_test_does_not_use_is_reported(monkeypatch):
     config = TrainConfig(algo="maml", lslr=True)
     others = [replace(config, bnrs=True), replace(config, ca=True)]
     runs = [equal_runs(label, each) for label, each in zip("abc", (config, *others), strict=True)]

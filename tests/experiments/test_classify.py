@@ -1,4 +1,4 @@
-"""A run on people's own images: held to the evaluator, to plain torch layers and to a loop written out."""
+"""Tests of own images, compared with the evaluator, with torch's own layers and with an explicit loop."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers.engine_cases import slow_forward
 from helpers.pages import DOCS, code_blocks
+from helpers.shared import ignore
 from PIL import Image
 
 from mamlctl.cli.app import main
@@ -38,22 +39,18 @@ from mamlctl.settings.schema import EvalConfig
 
 SMALL = {"dataset": "glyphs", "ways": 3, "shots": 2, "queries": 2, "filters": 4, "val_tasks": 2, "epochs": 1}
 SMALL |= {"meta_batch_size": 2, "steps_per_epoch": 2}
-IMAGED = [name for name in ALGORITHMS if name != "fomaml"]  # which is maml when it predicts
+IMAGED = [name for name in ALGORITHMS if name != "fomaml"]  # it predicts as maml does
 NAMES = ("ant", "bee", "cow", "dog", "elk", "fox", "gnu")
-
-
-def silent(event):
-    """Nothing."""
 
 
 @pytest.fixture(scope="session")
 def packed(glyphs_root):
-    return glyphs.open_pack(glyphs_root, on_event=silent)
+    return glyphs.open_pack(glyphs_root, on_event=ignore)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, glyphs_root):
-    """A run of so many settings, made once; its data are gone when it is used."""
+    """A function that trains a run with these settings once, and then removes its data."""
     runs = {}
 
     def make(algo, **settings):
@@ -68,7 +65,7 @@ def trained(tmp_path_factory, glyphs_root):
                 values.pop("epochs"), values.pop("steps_per_epoch")
             config = resolve_settings([("flag", values)]).config
             where = {"out": folder / "run", "offline": True, "time_limit_s": None}
-            train(config, **where, command="test", on_event=silent)
+            train(config, **where, command="test", on_event=ignore)
             shutil.rmtree(folder / "data")
             runs[key] = folder / "run"
         return runs[key]
@@ -77,7 +74,7 @@ def trained(tmp_path_factory, glyphs_root):
 
 
 def write(folder, packed, images, name="x"):
-    """Images of the pack as files, in order -> the files."""
+    """Write images of the pack to files in order, and return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}{place:02d}.png" for place in range(len(images))]
     for file, image in zip(files, images, strict=True):
@@ -86,7 +83,7 @@ def write(folder, packed, images, name="x"):
 
 
 def folders(folder, packed, shots, queries=2, first=0):
-    """Class folders of glyphs: shots[c] support images of class c, and labelled queries."""
+    """Write class folders of glyphs, with shots[c] support images of class c and labelled queries."""
     for label, count in enumerate(shots):
         start = packed.starts[first + label]
         write(folder / "learn" / NAMES[label], packed, range(start, start + count))
@@ -94,7 +91,7 @@ def folders(folder, packed, shots, queries=2, first=0):
     return folder / "learn", folder / "ask"
 
 
-def classify(run, support, *queries, on_event=silent, settings=None, **request):
+def classify(run, support, *queries, on_event=ignore, settings=None, **request):
     return classify_images(
         run, settings or EvalConfig(), ClassifyRequest(support, queries, **request), on_event=on_event
     )
@@ -105,17 +102,17 @@ def table(result):
 
 
 @pytest.mark.parametrize("algo", IMAGED)
-def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packed, glyphs_root, tmp_path):
-    """In all three modes, of every algorithm, with the run's own ways."""
+def test_an_episode_in_folders_has_the_same_predictions(algo, trained, packed, glyphs_root, tmp_path):
+    """In all three batch-norm modes, with the run's own ways."""
     run = trained(algo)
     settings = EvalConfig(data_root=str(glyphs_root))
-    stream = load_trained_model(run, settings, offline=True, on_event=silent).stream
+    stream = load_trained_model(run, settings, offline=True, on_event=ignore).stream
     images_NE = stream.indices(0, 1)[0][0]
     for label, images_E in enumerate(images_NE):
         write(tmp_path / "learn" / NAMES[label], packed, images_E[:2])
         write(tmp_path / "ask" / NAMES[label], packed, images_E[2:])
     for bn in ("transductive", "support", "running"):
-        model = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=silent)
+        model = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=ignore)
         state, episodes = model.states[0].frozen(), model.stream.episodes(0, 1)
         outputs_ITEN = model.predict(
             PredictRequest(model.derivatives, state, episodes, model.inner_steps, model.statistics)
@@ -129,7 +126,7 @@ def test_folders_of_an_episode_are_predicted_as_the_episode(algo, trained, packe
 
 
 @pytest.mark.parametrize("algo", IMAGED)
-def test_every_algorithm_takes_other_ways_and_unequal_classes(algo, trained, packed, tmp_path):
+def test_every_algorithm_supports_other_ways_and_unequal_classes(algo, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 3])
     result = classify(trained(algo), support, query)
     assert table(result).shape == (4, 2) and result.shots == (1, 3)
@@ -142,8 +139,8 @@ def test_every_algorithm_takes_other_ways_and_unequal_classes(algo, trained, pac
         assert table(classify(trained(algo), more, query)).shape == (10, 5)
 
 
-def test_unequal_classes_weigh_by_their_images(trained, packed, tmp_path):
-    """Steps of gradient descent on the mean loss over all images, by torch's autograd and batch norm."""
+def test_classes_are_weighted_by_their_number_of_images(trained, packed, tmp_path):
+    """Compare with gradient descent on the mean loss over all images, by torch's autograd and batch norm."""
     run = trained("maml++", inner_steps=3)
     support, query = folders(tmp_path, packed, [1, 4, 2])
     result = classify(run, support, query, settings=EvalConfig(bn="transductive"))
@@ -171,11 +168,11 @@ def open_state(run):
     from mamlctl.run_folder import open_run
 
     opened = open_run(run)
-    files, _ = checkpoint_files(opened, silent)
+    files, _ = checkpoint_files(opened, ignore)
     return load_state(opened, files[0], EvalConfig(), (1, 28, 28), torch.device("cpu")).frozen()
 
 
-def test_prototypes_are_means_of_unequal_classes_and_neighbours_the_nearest(trained, packed, tmp_path):
+def test_prototypes_and_nearest_neighbours_work_with_unequal_classes(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 4, 2])
     y = np.array([0, 1, 1, 1, 1, 2, 2])
     for algo in ("protonet", "nearest"):
@@ -196,7 +193,7 @@ def test_prototypes_are_means_of_unequal_classes_and_neighbours_the_nearest(trai
         assert np.allclose(table(result), expected, atol=2e-4)
 
 
-def test_predictions_are_independent_of_what_else_is_asked(trained, packed, tmp_path, monkeypatch):
+def test_predictions_do_not_depend_on_the_other_queries(trained, packed, tmp_path, monkeypatch):
     run = trained("maml++")
     support, query = folders(tmp_path, packed, [2, 2, 2])
     whole = classify(run, support, query)
@@ -211,17 +208,17 @@ def test_predictions_are_independent_of_what_else_is_asked(trained, packed, tmp_
         classify(run, support, query, settings=EvalConfig(bn="transductive"))
 
 
-def test_a_run_that_was_judged_by_running_statistics_stays_with_them(trained, packed, tmp_path):
+def test_a_run_with_running_statistics_keeps_using_them(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
     assert classify(trained("maml", bn="running"), support, query).bn == "running"
 
 
 @pytest.mark.parametrize("algo", ["maml++", "reptile", "protonet", "transfer"])
 @pytest.mark.parametrize("bn", ["support", "running"])
-def test_the_code_of_the_documentation_gives_the_same_probabilities(
+def test_the_code_in_the_docs_gives_the_same_probabilities(
     algo, bn, trained, packed, tmp_path, monkeypatch, capsys
 ):
-    """By nn.Sequential alone, from the saved file: bnwb's last rows, adapted norms, prototypes as a layer."""
+    """With nn.Sequential from the saved file: bnwb's last rows, adapted norms and prototypes as a layer."""
     support, query = folders(tmp_path, packed, [2, 1, 3])
     saved = tmp_path / "mine.pt"
     result = classify(trained(algo), support, query, settings=EvalConfig(bn=bn), save_adapted=saved)
@@ -235,7 +232,7 @@ def test_the_code_of_the_documentation_gives_the_same_probabilities(
         assert np.allclose(list(printed.values()), image.probabilities, atol=2e-5)
 
 
-def test_other_networks_are_saved_under_their_own_names(trained, packed, tmp_path):
+def test_other_networks_are_saved_with_the_names_of_their_layers(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     run = trained("maml", net="mlp", hidden="16-8", filters=64)
     classify(run, support, query, save_adapted=tmp_path / "mlp.pt")
@@ -256,7 +253,7 @@ def test_other_networks_are_saved_under_their_own_names(trained, packed, tmp_pat
         classify(trained("nearest"), support, save_adapted=tmp_path / "n.pt")
 
 
-def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(trained):
+def test_a_resized_head_repeats_the_learnt_rows_and_their_rates(trained):
     state = open_state(trained("meta-sgd"))
     more, fewer = resize_head(state, 5, "head"), resize_head(state, 2, "head")
     for name in ("linear.weight", "linear.bias"):
@@ -269,7 +266,7 @@ def test_a_head_of_other_ways_has_the_learnt_rows_in_turn_with_their_rates(train
     assert torch.equal(moved.moments["steps"], reptile.moments["steps"])
 
 
-def test_colour_size_and_transparency_are_brought_to_the_runs_shape(trained, packed, tmp_path):
+def test_images_are_converted_in_colour_size_and_transparency(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     plain = table(classify(trained("maml"), support, query))
     for file in [*support.rglob("*.png"), *query.rglob("*.png")]:
@@ -281,7 +278,7 @@ def test_colour_size_and_transparency_are_brought_to_the_runs_shape(trained, pac
     assert table(classify(trained("maml"), support, tmp_path / "odd.png")).shape == (1, 2)
 
 
-def test_the_paper_of_the_other_colour_is_told(trained, packed, tmp_path):
+def test_inverted_images_are_reported(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     events = []
     classify(trained("maml"), support, query, on_event=events.append)
@@ -293,7 +290,7 @@ def test_the_paper_of_the_other_colour_is_told(trained, packed, tmp_path):
     assert "but glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
 
 
-def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_path):
+def test_unreadable_images_are_listed_and_copies_reported(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     (support / "ant" / "bad.png").write_bytes(b"no image")
     (query / "bee" / "bad.png").write_bytes(b"no image")
@@ -308,7 +305,7 @@ def test_what_cannot_be_read_is_listed_and_copies_are_told(trained, packed, tmp_
     assert "query files that are given twice and count once: 1" in notices
     assert "query images that are also in the support set, which flatters the accuracy: 1" in notices
     assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)
-    # The order is that of the names, a folder's own files before those of its classes.
+    # Files are in the order of their names, with those of a folder before those of its class folders.
     assert [Path(image.file).name for image in result.images][:2] == ["learned.png", "x00.png"]
     (bad,) = [image for image in result.images if image.predicted is None]
     assert bad.label == "bee" and "not an image of a supported format" in bad.problem
@@ -332,8 +329,8 @@ def test_queries_may_be_files_folders_and_class_folders(packed, tmp_path):
             find_queries([tmp_path / wrong], classes)
 
 
-def test_the_interval_is_wilsons():
-    """Against the roots of (p - s)^2 = z^2 s (1 - s) / n, which define it."""
+def test_the_interval_solves_the_equation_of_wilson():
+    """Compare with the roots of (p - s)^2 = z^2 s (1 - s) / n."""
     for right, total in ((0, 5), (20, 20), (7, 12), (1, 1000)):
         low, high = wilson95(right, total)
         z, p = 1.959964, right / total
@@ -343,7 +340,7 @@ def test_the_interval_is_wilsons():
 
 @pytest.fixture
 def cli(capsys, monkeypatch):
-    """Call the command line in this process -> exit code, stdout, stderr."""
+    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
@@ -366,7 +363,7 @@ def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, 
     assert "maml++ (best, epoch 1)" in out
     assert re.search(r"accuracy \d+\.\d %: \d of 6 \(95 % interval .*, Wilson\); chance: 33.3 %", out)
     assert "left out: 1 of 7 query images" in out and "bad.png: not an image of a supported format" in out
-    assert str(query / "ant" / "x00.png") in out  # whole names, since this is no terminal
+    assert str(query / "ant" / "x00.png") in out  # full paths, because stdout is not a terminal
     extra = ("--plot", "--csv", tmp_path / "o.csv", "--json", "--quiet")
     code, out, err = cli(*words, *extra)
     printed = json.loads(out)
@@ -397,7 +394,7 @@ def test_a_name_that_a_spreadsheet_would_run_gets_an_apostrophe_in_the_csv(tmp_p
     assert rows == [["'=x.png", "'-b", "0.750000", "'@c", ""], ["y.png", "", "", "", "'+"]]
 
 
-def test_the_sheet_frames_right_and_wrong_and_shows_the_first():
+def test_the_contact_sheet_frames_predictions_and_shows_the_first_ones():
     support = [("a", np.zeros((12, 1, 8, 8))), ("b" * 40, np.zeros((1, 3, 8, 8), np.uint8))]
     rights = [True, False, None] * 25
     queries = [contact_sheet.QueryPicture(np.ones((1, 8, 8)), "a", 0.75, right) for right in rights]
@@ -410,7 +407,7 @@ def test_the_sheet_frames_right_and_wrong_and_shows_the_first():
     assert any(text.startswith("Queries (the first 60 of 75)") for text in texts)
 
 
-def test_a_shells_files_follow_query(cli, trained, packed, tmp_path):
+def test_query_takes_all_files_of_a_shell_glob(cli, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 1])
     files = sorted((query / "ant").glob("*.png"))
     code, out, _ = cli("eval", trained("maml"), "--support", support, "--json", "--query", *files)
@@ -420,7 +417,7 @@ def test_a_shells_files_follow_query(cli, trained, packed, tmp_path):
 
 
 def broken(tmp_path, packed, what):
-    """Folders with one thing wrong."""
+    """Folders with one problem."""
     support, query = folders(tmp_path / what, packed, [1, 1])
     if what == "empty class":
         (support / "cow").mkdir()
@@ -446,7 +443,7 @@ def broken(tmp_path, packed, what):
         ("strange class", "query folder 'yak' of", "one of ant, bee"),
     ],
 )
-def test_folders_that_make_no_sense_are_two_lines(what, fact, hint, cli, trained, packed, tmp_path):
+def test_invalid_folders_are_reported_in_two_lines(what, fact, hint, cli, trained, packed, tmp_path):
     support, query = broken(tmp_path, packed, what)
     code, out, err = cli("eval", trained("maml"), "--support", support, "--query", query, "--quiet")
     assert_two_lines(err, fact, hint)
@@ -470,7 +467,7 @@ def test_folders_that_make_no_sense_are_two_lines(what, fact, hint, cli, trained
         ("--support {learn} --query {ask} --beside x", "--beside is for curves", "leave it out"),
     ],
 )
-def test_options_that_do_nothing_are_refused(words, fact, hint, cli, trained, packed, tmp_path):
+def test_options_without_effect_are_refused(words, fact, hint, cli, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
     filled = words.format(learn=support, ask=query).split()
     code, _, err = cli("eval", trained("maml"), *filled, "--quiet")
@@ -478,7 +475,7 @@ def test_options_that_do_nothing_are_refused(words, fact, hint, cli, trained, pa
     assert code == 2
 
 
-def test_runs_of_curves_and_absent_folders_are_refused(cli, trained, packed, tmp_path):
+def test_runs_on_curves_and_missing_folders_are_refused(cli, trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
     code, _, err = cli("eval", trained("maml"), "--support", tmp_path / "no", "--query", query)
     assert_two_lines(err, "is not a folder", "one folder per class")
@@ -486,7 +483,7 @@ def test_runs_of_curves_and_absent_folders_are_refused(cli, trained, packed, tmp
     values = {"dataset": "line", "epochs": 1, "steps_per_epoch": 1, "val_tasks": 2}
     config = resolve_settings([("flag", values)]).config
     where = {"out": tmp_path / "run", "offline": True, "time_limit_s": None}
-    train(config, **where, command="test", on_event=silent)
+    train(config, **where, command="test", on_event=ignore)
     code, _, err = cli("eval", tmp_path / "run", "--support", support, "--query", query)
     assert_two_lines(err, "the run was trained on line, which has curves", "a run that was trained on images")
     assert code == 2
@@ -499,15 +496,15 @@ def assert_two_lines(err, fact, hint):
     assert lines[1].startswith("hint:  ") and hint in lines[1]
 
 
-def test_the_document_has_every_class_of_every_prediction(trained, packed, tmp_path):
+def test_the_document_has_the_probability_of_every_class(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [1, 1])
     described = document(classify(trained("protonet"), support, query))
     assert described["support"] == {"ant": 1, "bee": 1} and described["head"].startswith("prototypes")
     assert all(set(entry["probabilities"]) == {"ant", "bee"} for entry in described["predictions"])
 
 
-def test_mini_batches_are_cut_from_all_support_images(trained, packed, tmp_path):
-    """As a run asks for them; of unequal classes, and the same ones each time."""
+def test_mini_batches_are_drawn_from_all_support_images(trained, packed, tmp_path):
+    """For a run with mini-batches: from unequal classes, and the same ones each time."""
     run = trained("reptile", eval_inner_batch=2)
     support, query = folders(tmp_path, packed, [1, 3, 1, 2])
     one, two = (table(classify(run, support, query)) for _ in range(2))

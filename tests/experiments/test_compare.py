@@ -1,4 +1,4 @@
-"""Runs side by side: what can be compared, how they are named, and that their numbers are those of `eval`."""
+"""Tests of comparisons: which runs can be compared, the names of rows, and scores like those of `eval`."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory, glyphs_root):
-    """Two algorithms, two seeds, already tested."""
+    """A grid of two algorithms with two seeds each, trained and tested."""
     grid = tiny_grid(tmp_path_factory.mktemp("compare") / "g", glyphs_root, "algo=maml,protonet")
     filled(grid)
     return grid
@@ -35,8 +35,8 @@ def called(paths, evaluate=TESTED, on_event=ignore):
     return compare(paths, evaluate, offline=True, command="mamlctl compare", on_event=on_event)
 
 
-def test_run_folders_give_the_table_of_their_grid(grid):
-    """However they come: as the grid's folder, or one by one, seeds joined in a row."""
+def test_run_folders_and_their_grid_give_the_same_table(grid):
+    """Runs that are named one by one are joined into rows by their seeds."""
     runs = [grid.folder / "cells" / f"{algo}-s{seed}" for algo in ("maml", "protonet") for seed in (0, 1)]
     apart, whole = called(runs), called([grid.folder])
     assert [row.label for row in apart.rows] == ["maml", "protonet"]
@@ -45,10 +45,10 @@ def test_run_folders_give_the_table_of_their_grid(grid):
     for row, expected in zip(document(whole)["rows"], stored["rows"], strict=True):
         assert row["best"] == expected["best"]
         assert row["ensemble"] == expected["ensemble"]
-    assert any("inner steps" in note for note in whole.notes)  # prototypes take none
+    assert any("inner steps" in note for note in whole.notes)  # protonet takes none
 
 
-def test_what_lacks_these_test_tasks_is_tested_and_nothing_else(copied):
+def test_only_runs_without_these_test_tasks_are_tested(copied):
     events = []
     table = called([copied], EvalConfig(tasks=9), events.append)
     assert sum("testing" in getattr(event, "text", "") for event in events) == 4
@@ -60,7 +60,7 @@ def test_what_lacks_these_test_tasks_is_tested_and_nothing_else(copied):
 
 
 def edited(copied, name, **settings):
-    """A run whose config.yaml says something else."""
+    """Change settings in the config.yaml of a run."""
     path = copied / "cells" / name / "config.yaml"
     lines = path.read_text().splitlines()
     for key, value in settings.items():
@@ -79,7 +79,7 @@ def edited(copied, name, **settings):
         ({"eval_seed": 4}, "--eval-seed 4"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_with_its_reason(copied, settings, fact):
+def test_runs_with_other_tasks_are_refused_with_the_reason(copied, settings, fact):
     edited(copied, "protonet-s0", **settings)
     with pytest.raises(SettingsError) as refused:
         called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
@@ -101,7 +101,7 @@ def test_a_run_whose_images_are_unknown_can_be_compared(copied):
     assert called([copied / "cells" / "maml-s0", run]).rows[1].best is not None
 
 
-def test_rows_of_one_algorithm_are_told_apart_by_what_differs(copied):
+def test_equal_labels_are_extended_by_the_settings_that_differ(copied):
     shutil.copytree(copied / "cells" / "maml-s0", copied / "other")
     (copied / "other" / "config.yaml").write_text(
         (copied / "other" / "config.yaml").read_text().replace("inner_lr: 0.1", "inner_lr: 0.3")
@@ -118,7 +118,7 @@ def test_rows_of_one_algorithm_are_told_apart_by_what_differs(copied):
         called([copied / "twin", copied / "." / "twin"])
 
 
-def test_an_unfinished_run_is_said_to_be_one(copied):
+def test_an_unfinished_run_gets_a_note(copied):
     run = copied / "cells" / "maml-s0"
     status = json.loads((run / "status.json").read_text())
     write_json(run / "status.json", status | {"status": "interrupted", "step": 4})
@@ -130,7 +130,7 @@ def test_an_unfinished_run_is_said_to_be_one(copied):
     assert table.rows[0].best is not None
 
 
-def test_a_folder_that_is_no_run_is_two_lines(tmp_path, copied):
+def test_folders_without_runs_are_refused(tmp_path, copied):
     with pytest.raises(MamlctlError):
         called([tmp_path / "nothing"])
     shutil.rmtree(copied / "cells")
@@ -138,5 +138,5 @@ def test_a_folder_that_is_no_run_is_two_lines(tmp_path, copied):
         called([copied])
 
 
-def test_grids_are_values(grid):
+def test_a_grid_with_fewer_seeds_has_the_first_cells(grid):
     assert replace(grid, seeds=(0,)).cells == grid.cells[:2]

@@ -1,4 +1,4 @@
-"""Evaluation of whole runs: label orders, tasks without reused images, and what is written of them."""
+"""Tests of evaluations: label orders, disjoint tasks, and the files that are written."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ SMALL_REPTILE = {"eval_inner_batch": 2, "train_shots": 2, "eval_inner_steps": 4,
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, glyphs_root):
-    """A run of the algorithm, on glyphs or curves, trained once."""
+    """A function that trains a run on glyphs or curves once and returns its folder."""
     runs = {}
 
     def run(algo, **settings):
@@ -47,7 +47,7 @@ def loaded(path, **settings):
 
 
 def scores_of(path, **settings):
-    """The result, its tasks.csv _T2 and its summary."""
+    """The result, the scores in tasks.csv (_T2) and the summary."""
     result = evaluate_run(path, EvalConfig(tasks=TASKS, **settings), offline=True, on_event=ignore)
     folder = path / "eval" / result.folder.rsplit("/", 1)[-1]
     with (folder / "tasks.csv").open() as file:
@@ -55,7 +55,7 @@ def scores_of(path, **settings):
     return result, np.array(rows), json.loads((folder / "summary.json").read_text())
 
 
-def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
+def test_each_class_gets_each_label_once_in_as_many_orders_as_ways(trained):
     stream = loaded(trained("maml")).stream
     for task in range(3):
         labels = [
@@ -64,24 +64,24 @@ def test_as_many_orders_as_ways_give_each_class_each_label_once(trained):
         assert labels == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
 
 
-def test_further_orders_are_shifts_of_drawn_ones(trained):
+def test_further_orders_are_shifts_of_random_ones(trained):
     stream = loaded(trained("maml")).stream
     labels = np.array([LabelPermutations(stream, 9).labels(number) for number in range(9 * 200)])
     assert (np.sort(labels, axis=1) == np.arange(WAYS)).all()
     labels_TON = labels.reshape(200, 3, WAYS, WAYS)
     assert (labels_TON == (labels_TON[:, :, :1] + np.arange(WAYS)[:, None]) % WAYS).all()
-    # More orders begin with the fewer, whatever the task.
+    # With more orders, the first ones stay the same.
     fewer = np.array([LabelPermutations(stream, 5).labels(number) for number in range(5 * 200)]).reshape(
         200, 5, WAYS
     )
     assert (labels.reshape(200, 9, WAYS)[:, :5] == fewer).all()
-    # Six orders of three classes, each as likely: 99.9 % quantile of chi-square with five degrees of freedom.
+    # Six equally likely orders of three classes: 99.9 % quantile of chi-square with five degrees of freedom.
     drawn = labels_TON[:, 1:, 0].reshape(-1, WAYS) @ [9, 3, 1]
     counts = np.unique(drawn, return_counts=True)[1]
     assert len(counts) == 6 and ((counts - 400 / 6) ** 2 / (400 / 6)).sum() < 20.5
 
 
-def test_a_reordered_task_has_the_same_images_and_its_labels_mean_the_same_classes(trained):
+def test_a_reordered_task_has_the_same_images_and_consistent_labels(trained):
     stream = loaded(trained("maml")).stream
     plain, reordered = stream.episodes(2, 4), LabelPermutations(stream, 5)
     for first, tasks in ((10, 20), (13, 1), (14, 3)):
@@ -97,7 +97,7 @@ def test_a_reordered_task_has_the_same_images_and_its_labels_mean_the_same_class
 
 
 @pytest.mark.parametrize("algo", ["protonet", "nearest"])
-def test_a_learner_that_knows_no_labels_does_not_depend_on_their_order(trained, algo):
+def test_algorithms_without_a_head_do_not_depend_on_the_label_order(trained, algo):
     (_, once, _), (_, shifted, _), (_, more, _) = (
         scores_of(trained(algo), label_permutations=orders) for orders in (1, WAYS, 2 * WAYS + 1)
     )
@@ -106,7 +106,7 @@ def test_a_learner_that_knows_no_labels_does_not_depend_on_their_order(trained, 
 
 
 @pytest.mark.parametrize(("algo", "settings"), [("maml", {}), ("reptile", SMALL_REPTILE)])
-def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
+def test_scores_over_label_orders_are_those_of_a_slow_loop(trained, algo, settings):
     orders, path = WAYS + 2, trained(algo, **settings)
     opened = loaded(path)
     want = np.zeros((TASKS, 2))
@@ -126,12 +126,12 @@ def test_maml_over_label_orders_is_a_slow_loop_s(trained, algo, settings):
                 right = logits_EN.argmax(1) == episodes.query_y_TE[0]
                 want[task, column] += right.double().mean().item() / orders
     result, scores, _ = scores_of(path, label_permutations=orders)
-    np.testing.assert_allclose(scores, want, atol=1e-6)  # as tasks.csv has them
+    np.testing.assert_allclose(scores, want, atol=1e-6)  # tasks.csv has six digits
     assert [row.score for row in result.rows] == pytest.approx(want.mean(0))
     assert (scores != scores_of(path)[1]).any()
 
 
-def test_one_order_is_the_evaluation_as_it_was(trained):
+def test_one_order_is_a_plain_evaluation(trained):
     opened = loaded(trained("maml"))
     scores = evaluate(
         opened.derivatives,
@@ -145,7 +145,7 @@ def test_one_order_is_the_evaluation_as_it_was(trained):
     assert result.notes == () and summary["notes"] == [] and summary["step"] == 8
 
 
-def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
+def test_notes_mention_disjoint_tasks_and_label_orders(trained):
     plain = scores_of(trained("maml"))[0]
     result, _, summary = scores_of(trained("maml"), disjoint=True, label_permutations=2)
     assert result.folder != plain.folder
@@ -156,7 +156,7 @@ def test_results_say_that_images_are_not_reused_and_labels_reordered(trained):
     assert summary["notes"] == [once, orders]
 
 
-def test_disjoint_tasks_share_no_image_and_go_with_mini_batches(trained):
+def test_disjoint_tasks_share_no_image_and_support_mini_batches(trained):
     opened = loaded(trained("reptile", **SMALL_REPTILE), disjoint=True)
     images = opened.stream.episodes(0, TASKS)
     assert images.batches_TIB is not None and "without reusing an image" in opened.notes[0]
@@ -164,7 +164,7 @@ def test_disjoint_tasks_share_no_image_and_go_with_mini_batches(trained):
     assert len(torch.unique(x.flatten(1), dim=0)) == len(x)
 
 
-def test_curves_have_neither_images_nor_labels(trained):
+def test_curves_refuse_options_for_images_and_labels(trained):
     with pytest.raises(SettingsError) as raised:
         loaded(trained("maml", dataset="sinusoid"), disjoint=True, label_permutations=2)
     assert list(raised.value.problems) == [
@@ -173,6 +173,6 @@ def test_curves_have_neither_images_nor_labels(trained):
     ]
 
 
-def test_no_order_at_all_is_refused(trained):
+def test_zero_label_orders_are_refused(trained):
     with pytest.raises(SettingsError, match="--label-permutations is 0, but the minimum is 1"):
         loaded(trained("maml"), label_permutations=0)

@@ -1,4 +1,4 @@
-"""A run judged on data that it was not trained on: brought to its shape, or refused, and told."""
+"""Tests of runs on other data than those of their training, which are converted or refused."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory, root):
-    """Ten classes of glyphs as colour files of 40x40, ink black."""
+    """Ten classes of glyphs as 40x40 colour files with black ink."""
     path = tmp_path_factory.mktemp("mine")
     packed = load_pack(packs_of(root / "glyphs")[0], "glyphs")
     for number in range(10):
@@ -61,18 +61,18 @@ def grey(tmp_path_factory, root):
 
 @pytest.fixture(scope="module")
 def colour(tmp_path_factory, root, mine):
-    """A run on colour images of 20x20."""
+    """A run on 20x20 colour images."""
     path = tmp_path_factory.mktemp("colour") / "run"
     return trained(path, root, dataset=str(mine), image_size=20, split_fractions="1-1-1", bn="support")
 
 
-def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
+def test_images_of_a_folder_are_converted_to_the_runs_shape(grey, mine):
     settings = EvalConfig(dataset=str(mine), split="train", tasks=5)
     model = load_trained_model(grey, settings, offline=True, on_event=ignore)
     assert model.source.example_shape == (1, 28, 28) and model.config.ink == 1
     x = model.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 1, 28, 28)
-    assert x.mean() < 0.4  # ink is 1 as in training, and there is less ink than paper
+    assert x.mean() < 0.4  # ink is 1, as in training, and covers less than the paper
     found = evaluate_run(grey, settings, offline=True, on_event=ignore)
     assert found.dataset == str(mine)
     note = f"trained on glyphs, tested on {mine}, with images resized to 28x28 pixels"
@@ -81,7 +81,7 @@ def test_a_folder_is_brought_to_the_runs_shape(grey, mine):
     assert json.loads(summary.read_text())["notes"] == [note]
 
 
-def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
+def test_grey_images_are_copied_to_three_colours(colour):
     model = load_trained_model(colour, EvalConfig(dataset="glyphs", tasks=5), offline=True, on_event=ignore)
     x = model.stream.episodes(0, 2).support_x_TECHW
     assert x.shape == (2, 3, 3, 20, 20) and (x[:, :, 0] == x[:, :, 1]).all()
@@ -90,7 +90,7 @@ def test_grey_images_are_seen_by_a_run_of_colour_ones(colour):
     assert model.config.split_scheme == "own"
 
 
-def test_the_split_of_a_folder_is_written_into_the_run(colour):
+def test_the_run_stores_the_split_of_its_folder(colour):
     stored = json.loads((colour / "classes.json").read_text())
     model = load_trained_model(colour, EvalConfig(), offline=True, on_event=ignore)
     assert stored == model.source.names
@@ -98,7 +98,7 @@ def test_the_split_of_a_folder_is_written_into_the_run(colour):
     assert len(set(itertools.chain(*stored.values()))) == 10
 
 
-def test_its_own_data_need_no_note(grey):
+def test_the_training_data_set_needs_no_note(grey):
     assert load_trained_model(grey, EvalConfig(), offline=True, on_event=ignore).notes == ()
 
 
@@ -110,13 +110,13 @@ def test_its_own_data_need_no_note(grey):
         ("glyps", "unknown data set 'glyps'"),
     ],
 )
-def test_what_cannot_fit_is_refused(grey, dataset, fact):
+def test_data_that_do_not_fit_the_network_are_refused(grey, dataset, fact):
     with pytest.raises(SettingsError) as raised:
         load_trained_model(grey, EvalConfig(dataset=dataset), offline=True, on_event=ignore)
     assert [problem for problem, _ in raised.value.problems] == [fact]
 
 
-def test_curves_are_judged_on_other_curves(tmp_path, root):
+def test_a_run_on_curves_is_tested_on_other_curves(tmp_path, root):
     flags = {"epochs": 1, "steps_per_epoch": 3, "val_tasks": 4, "dataset": "sinusoid"}
     config = resolve_settings([("flag", flags)]).config
     train(config, out=tmp_path / "run", offline=True, time_limit_s=None, command="test", on_event=ignore)
@@ -124,7 +124,7 @@ def test_curves_are_judged_on_other_curves(tmp_path, root):
     assert found.notes == ("trained on sinusoid, tested on line",) and np.isfinite(found.rows[0].score)
 
 
-def test_a_run_of_a_folder_is_found_and_resumed_from_elsewhere(colour, monkeypatch, tmp_path, mine):
+def test_a_run_on_a_folder_works_from_another_working_directory(colour, monkeypatch, tmp_path, mine):
     monkeypatch.chdir(tmp_path)
     found = evaluate_run(colour, EvalConfig(tasks=4), offline=True, on_event=ignore)
     assert found.rows[0].bn == "support" and found.dataset == str(mine)

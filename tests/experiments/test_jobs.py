@@ -1,4 +1,4 @@
-"""How a job ends: its exit code and error as fields, and what the scheduler makes of them."""
+"""Tests of the ends of jobs: exit codes, errors, and the reaction of the scheduler."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def test_a_failed_job_has_a_reason(end, failed, reason):
 
 
 @pytest.mark.process
-def test_a_child_reports_its_error_and_prints_it_as_ever(monkeypatch):
+def test_a_child_reports_its_error_and_prints_it_too(monkeypatch):
     monkeypatch.setattr(sys, "executable", preloaded.python())
     with tempfile.TemporaryFile() as output:
         child = ChildProcess(("train", "--dataset", "glyps"), os.environ, output)
@@ -64,7 +64,7 @@ def test_errors_are_reported_as_one_line(tmp_path, error, line):
 
 
 class Scripted:
-    """An executor whose jobs end at once, as they were told to in advance."""
+    """An executor whose jobs end at once, with exit codes and errors from a list."""
 
     slots = 1
 
@@ -80,7 +80,7 @@ class Scripted:
         return ended
 
 
-def test_a_job_that_finds_its_folder_locked_is_started_again(tmp_path, glyphs_root, monkeypatch):
+def test_a_job_with_a_locked_folder_is_started_again(tmp_path, glyphs_root, monkeypatch):
     monkeypatch.setattr(scheduler, "POLL_S", 0)
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_lr=0.1,0.4", seeds=(0,))
     executor = Scripted((ExitCode.LOCKED, "in use"), (ExitCode.DATA, "no data"), (ExitCode.OK,))

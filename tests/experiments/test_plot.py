@@ -1,4 +1,4 @@
-"""The pictures that `eval --plot` draws: what they show is what the run predicts."""
+"""Tests of the figures of `eval --plot`, which must show the predictions of the run."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.shared import ignore
 from PIL import Image
 
 from mamlctl.cli.app import main
@@ -24,13 +25,9 @@ from mamlctl.settings.schema import EvalConfig
 SHORT = {"epochs": 1, "steps_per_epoch": 30, "val_tasks": 20}
 
 
-def silent(event):
-    """Nothing."""
-
-
 def trained(path, **settings):
     config = resolve_settings([("flag", SHORT | settings)]).config
-    train(config, out=path, offline=True, time_limit_s=None, command="test", on_event=silent)
+    train(config, out=path, offline=True, time_limit_s=None, command="test", on_event=ignore)
     return path
 
 
@@ -39,9 +36,9 @@ def curves(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("curves") / "run", dataset="sinusoid", shots=5, report_every=10)
 
 
-def test_the_curves_are_those_of_the_adapted_weights(curves):
-    """The drawn curve after one step against a gradient step written out on the stored weights."""
-    model = load_trained_model(curves, EvalConfig(), offline=True, on_event=silent)
+def test_drawn_curves_are_predictions_of_the_adapted_weights(curves):
+    """Compare the drawn curve after one step with an explicit gradient step on the stored weights."""
+    model = load_trained_model(curves, EvalConfig(), offline=True, on_event=ignore)
     row = _panels([model])[0]
     assert [panel.title for panel in row] == ["meta-learnt (maml)", "random start"]
     panel, state = row[0], model.states[0]
@@ -69,8 +66,8 @@ def test_the_curves_are_those_of_the_adapted_weights(curves):
 
 
 @pytest.mark.render
-def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(curves):
-    files, _ = draw(curves, EvalConfig(), [], offline=True, on_event=silent)
+def test_a_run_on_curves_gets_figures_and_a_start_that_is_pre_trained_once(curves):
+    files, _ = draw(curves, EvalConfig(), [], offline=True, on_event=ignore)
     assert {file.name for file in files} == {
         f"{stem}.{kind}" for stem in ("regression", "training") for kind in ("png", "svg")
     }
@@ -82,7 +79,7 @@ def test_a_run_of_curves_gets_its_pictures_and_a_pre_trained_start_made_once(cur
     assert start.config.algo == "transfer" and start.config.total_steps == 30
     assert start.state().status == "finished"
     before = (start.path / "status.json").stat().st_mtime_ns
-    draw(curves, EvalConfig(), [], offline=True, on_event=silent)
+    draw(curves, EvalConfig(), [], offline=True, on_event=ignore)
     assert (start.path / "status.json").stat().st_mtime_ns == before
 
 
@@ -99,20 +96,20 @@ def test_a_stopped_pre_training_still_prints_the_evaluation(curves, tmp_path, mo
 
 
 def test_an_evaluation_of_curves_has_mean_squared_errors(curves):
-    found = evaluate_run(curves, EvalConfig(tasks=30, queries=50), offline=True, on_event=silent)
+    found = evaluate_run(curves, EvalConfig(tasks=30, queries=50), offline=True, on_event=ignore)
     row = found.rows[0]
     assert (row.metric, row.ways, row.inner_steps, row.bn) == ("mse", 1, 10, "none")
     document = json.loads((curves / "eval").glob("*/summary.json").__next__().read_text())
     assert document["results"][0]["mse"] == pytest.approx(row.score)
     assert "accuracy" not in document["results"][0]
     config = fill_defaults(open_run(curves).config)
-    assert config.algo == "maml"  # curves' own default
+    assert config.algo == "maml"  # the default for curves
     validations = [entry for entry in open_run(curves).metrics() if entry["kind"] == "validation"]
     assert validations[0]["val_mse"] > 0
 
 
 @pytest.mark.render
-def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs_root):
+def test_drawn_images_have_the_predictions_of_the_evaluation(tmp_path, glyphs_root):
     path = trained(
         tmp_path / "run",
         dataset="glyphs",
@@ -122,26 +119,26 @@ def test_images_are_shown_with_the_predictions_that_were_judged(tmp_path, glyphs
         steps_per_epoch=4,
         data_root=str(glyphs_root),
     )
-    model = load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
+    model = load_trained_model(path, EvalConfig(), offline=True, on_event=ignore)
     pictures = _task_pictures(model)
-    found = evaluate_run(path, EvalConfig(tasks=3), offline=True, on_event=silent)
+    found = evaluate_run(path, EvalConfig(tasks=3), offline=True, on_event=ignore)
     right = np.mean([(picture.query_y_M == picture.predicted_M).mean() for picture in pictures])
     assert right == pytest.approx(found.rows[0].score)
     support = pictures[0].support_NKCHW
     assert support.shape == (5, 1, 1, 28, 28)
-    assert (support == 1).mean() > 0.5  # paper is white, ink dark
-    files, _ = draw(path, EvalConfig(), [], offline=True, on_event=silent)
+    assert (support == 1).mean() > 0.5  # white paper, dark ink
+    files, _ = draw(path, EvalConfig(), [], offline=True, on_event=ignore)
     assert {"tasks.png", "training.svg", "rates.png"} <= {file.name for file in files}
 
 
 @pytest.mark.render
-def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
-    """Reptile, with mini-batches of its own, and a pre-trained run: the same truth and examples."""
+def test_other_runs_are_drawn_on_the_first_runs_tasks(curves, tmp_path):
+    """Reptile with its own mini-batches and a pre-trained run have the same true curves and examples."""
     small = {"dataset": "sinusoid", "shots": 5}
     reptile = trained(tmp_path / "reptile", algo="reptile", queries=10, steps_per_epoch=4, **small)
     transfer = trained(tmp_path / "transfer", algo="transfer", seed=3, steps_per_epoch=4, **small)
     opened = [
-        load_trained_model(path, EvalConfig(), offline=True, on_event=silent)
+        load_trained_model(path, EvalConfig(), offline=True, on_event=ignore)
         for path in (curves, reptile, transfer)
     ]
     for row in _panels(opened):
@@ -156,11 +153,11 @@ def test_runs_beside_see_the_first_runs_tasks(curves, tmp_path):
             assert np.array_equal(panel.truth, row[0].truth)
             assert np.array_equal(panel.support_x, row[0].support_x)
             assert np.isfinite([curve.mse for curve in panel.curves]).all()
-    files, reason = draw(curves, EvalConfig(), [transfer], offline=True, on_event=silent)
+    files, reason = draw(curves, EvalConfig(), [transfer], offline=True, on_event=ignore)
     assert files and reason == ""
 
 
-def test_runs_of_other_data_are_not_drawn_beside(curves, tmp_path):
+def test_runs_on_other_data_are_refused(curves, tmp_path):
     other = trained(tmp_path / "line", dataset="line", shots=5, steps_per_epoch=2)
     with pytest.raises(SettingsError, match="has curves of line, but this run of sinusoid"):
-        draw(curves, EvalConfig(), [other], offline=True, on_event=silent)
+        draw(curves, EvalConfig(), [other], offline=True, on_event=ignore)

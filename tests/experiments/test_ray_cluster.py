@@ -1,4 +1,4 @@
-"""Cells on a real Ray cluster end, to the bit, as they do without one, whichever node dies on the way."""
+"""Tests on a real Ray cluster: results equal those without it to the bit, even if a node dies."""
 
 import json
 import os
@@ -31,15 +31,15 @@ from mamlctl.run_folder import RunFolder, open_run, run_state
 TINY = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --steps-per-epoch 20 --val-tasks 6
 """
-# Ray's health checks of a node that does not answer; by default they outlast the test.
+# Health checks of nodes that do not answer; with ray's defaults they would outlast the test.
 SOON = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
 ABSENT = "ray is not installed: pip install -e '.[cluster]'"
-TIMES = {"tasks_per_second", "memory_bytes", "seconds", "time", "pid"}  # what no two runs share
-PATIENCE_S = 600  # only against waiting for ever: a minute is enough for this file on an idle machine
+TIMES = {"tasks_per_second", "memory_bytes", "seconds", "time", "pid"}  # which differ between equal runs
+PATIENCE_S = 600  # against endless waits; the whole file takes a minute on an idle machine
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # as a cell of one CPU has: sums are rounded otherwise on two threads
-os.environ.update(ray_cluster.ENVIRONMENT)  # ray reads it when it is imported, here before open_cluster
+os.environ["OMP_NUM_THREADS"] = "1"  # as in a cell with one CPU: rounding depends on the number of threads
+os.environ.update(ray_cluster.ENVIRONMENT)  # ray reads it on its import, which is here before open_cluster
 
 
 def job_of(folder, data_root, *, epochs=7):
@@ -49,7 +49,7 @@ def job_of(folder, data_root, *, epochs=7):
 
 
 def undisturbed(jobs, parent):
-    """The same commands, side by side, in new folders of this machine -> the folders."""
+    """Run the same commands in new folders without Ray, in parallel; return the folders."""
     folders = [parent / job.name for job in jobs]
     for command in (Job.train_command, Job.eval_command):
         words = [words for job, folder in zip(jobs, folders, strict=True) if (words := command(job, folder))]
@@ -65,7 +65,7 @@ def without_times(value):
 
 
 def results(folder):
-    """Every number that a run leaves: metrics, all checkpoints, and what eval wrote."""
+    """All numbers in a run folder: metrics, checkpoints and evaluations."""
     run = open_run(folder)
     files = sorted(path.relative_to(folder) for path in folder.glob("checkpoints/*.pt"))
     digests = {str(name): checkpoints._digest(torch.load(folder / name)) for name in files}
@@ -79,7 +79,7 @@ def results(folder):
 
 
 def kill_node(node):
-    """End all of a node's processes at once, workers and their children too, as when its machine goes."""
+    """Kill all processes of a node at once, with workers and their children, as if its machine failed."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -93,7 +93,7 @@ def kill_node(node):
 
 
 def until(executor, condition):
-    """Let the executor work until the condition holds -> the jobs that ended meanwhile."""
+    """Poll the executor until the condition is true; return the jobs that have ended in the meantime."""
     ended, deadline = [], time.monotonic() + PATIENCE_S
     while not condition(ended):
         assert time.monotonic() < deadline, "the cluster takes too long"
@@ -104,7 +104,7 @@ def until(executor, condition):
 
 @pytest.fixture(scope="module")
 def nodes():
-    """Two nodes of one CPU each on this machine, the second in processes that may be killed."""
+    """A cluster of two nodes on this machine, with one CPU each; the second node may be killed."""
     pytest.importorskip("ray", reason=ABSENT)
     from ray.cluster_utils import Cluster
 
@@ -124,9 +124,7 @@ def events():
 
 
 @pytest.mark.cluster
-def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
-    nodes, events, glyphs_root, tmp_path, capfd
-):
+def test_results_are_those_without_ray_even_if_a_node_is_killed(nodes, events, glyphs_root, tmp_path, capfd):
     cluster, second = nodes
     jobs = [job_of(tmp_path / name, glyphs_root) for name in ("a", "bb")]
     jobs[0] = replace(jobs[0], evaluate=())
@@ -139,9 +137,9 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
         of_node = {executor._ray.get(running.node): running.job for running in executor._running}
         victim = of_node[second.node_id]
         ended = until(executor, lambda _: run_state(victim.folder).step > 0)
-        assert run_state(victim.folder).status == "interrupted"  # a slice is back, and the next is under way
+        assert run_state(victim.folder).status == "interrupted"  # a slice is back, and the next one runs
         for running in executor._running:
-            running.limit_s = 600  # one slice is enough to lose
+            running.limit_s = 600  # so that only one slice is lost
         kill_node(second)
         ended += until(executor, lambda more: len(ended) + len(more) == 2)
         assert executor.slots == 1
@@ -161,7 +159,7 @@ def test_cells_end_as_they_do_without_ray_though_a_node_is_killed(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, monkeypatch, number):
+def test_stop_saves_and_returns_the_run_folders(nodes, events, glyphs_root, tmp_path, monkeypatch, number):
     monkeypatch.setattr(ray_cluster, "HEARD_S", 3.0)
     names = (f"going-{uuid4().hex}", "waiting")
     going, queued = (job_of(tmp_path / name, glyphs_root, epochs=5000) for name in names)
@@ -185,7 +183,7 @@ def test_stop_brings_back_what_was_done(nodes, events, glyphs_root, tmp_path, mo
 
 
 @pytest.mark.cluster
-def test_what_a_command_cannot_do_is_not_tried_again(nodes, events, glyphs_root, tmp_path):
+def test_a_command_that_fails_is_not_repeated(nodes, events, glyphs_root, tmp_path):
     wrong = Job(
         "wrong", tmp_path / "wrong", (*TINY.split(), "--ways", "4000", "--data-root", str(glyphs_root)), ()
     )
@@ -218,7 +216,7 @@ def test_a_slice_that_kills_every_slot_is_given_up(nodes, events, glyphs_root, t
 
 
 @pytest.mark.cluster
-def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
+def test_a_job_that_fits_on_no_node_is_refused(nodes, events):
     with (
         pytest.raises(MamlctlError, match="has 1 CPUs and 8 GPUs") as error,
         open_cluster(nodes[0].address, slots=None, cpus=1, gpus=8, slice_s=1, on_event=events.append),
@@ -228,7 +226,7 @@ def test_a_job_that_no_node_has_room_for_is_refused(nodes, events):
 
 
 @pytest.mark.cluster
-def test_a_cluster_that_nobody_answers_for_is_told_at_once(events, monkeypatch):
+def test_an_unreachable_cluster_is_reported_at_once(events, monkeypatch):
     pytest.importorskip("ray", reason=ABSENT)
     monkeypatch.setattr(ray_cluster, "REACH_S", 3.0)
     with socket.socket() as listener:
@@ -250,7 +248,7 @@ def assert_unreachable(address, why, events):
     assert "ray start --head" in error.value.hint
 
 
-def test_without_ray_the_extra_is_named(monkeypatch, events):
+def test_the_error_without_ray_names_the_extra(monkeypatch, events):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(MamlctlError, match="ray is not installed") as error,
@@ -260,7 +258,7 @@ def test_without_ray_the_extra_is_named(monkeypatch, events):
     assert error.value.hint == "pip install 'mamlctl[cluster]'"
 
 
-def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
+def test_a_node_with_another_version_is_reported(tmp_path, glyphs_root):
     slot = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, "0.0.1")
     result = slot.work(pack(tmp_path), "1s")
     slot.leave()
@@ -268,10 +266,10 @@ def test_a_node_with_another_release_says_so(tmp_path, glyphs_root):
     assert f"has mamlctl {mamlctl.__version__}, but the command is 0.0.1: install one release" in result.error
 
 
-def test_a_new_slot_removes_those_of_killed_workers_only(tmp_path, glyphs_root):
+def test_a_new_slot_removes_only_slots_of_killed_workers(tmp_path, glyphs_root):
     job = job_of(tmp_path / "run", glyphs_root)
     held, killed = (WorkerSlot(job, 1, mamlctl.__version__) for _ in range(2))
-    killed._lock.release()  # as the system does
+    killed._lock.release()  # as the operating system does
     new = WorkerSlot(job, 1, mamlctl.__version__)
     assert [slot._slot.exists() for slot in (held, killed, new)] == [True, False, True]
     for slot in (held, new):
@@ -279,7 +277,7 @@ def test_a_new_slot_removes_those_of_killed_workers_only(tmp_path, glyphs_root):
         assert not slot._slot.exists()
 
 
-def test_room_counts_whole_jobs_on_each_node():
+def test_room_counts_the_jobs_that_fit_on_each_node():
     nodes = [{"Resources": has} for has in ({"CPU": 8, "GPU": 2}, {"CPU": 3, "GPU": 4}, {"CPU": 64})]
     assert room(nodes, 2, 0) == 4 + 1 + 32
     assert room(nodes, 2, 1) == 2 + 1 + 0
@@ -287,14 +285,14 @@ def test_room_counts_whole_jobs_on_each_node():
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc/elsewhere", "a/../../elsewhere"])
-def test_files_cannot_lead_out_of_their_folder(tmp_path, name):
+def test_files_outside_the_folder_are_refused(tmp_path, name):
     folder = tmp_path / "run"
     with pytest.raises(MamlctlError, match="elsewhere"):
         unpack(Files(("config.yaml", name), {"config.yaml": b"", name: b""}), folder)
     assert [*tmp_path.iterdir()] == []
 
 
-def test_only_what_changed_travels_and_what_is_gone_goes(tmp_path):
+def test_only_changes_are_sent_and_removed_files_disappear(tmp_path):
     source, target = tmp_path / "here", tmp_path / "there"
     unpack(
         Files(("config.yaml", "checkpoints/a.pt"), {"config.yaml": b"1", "checkpoints/a.pt": b"2"}), source
@@ -316,8 +314,8 @@ def test_only_what_changed_travels_and_what_is_gone_goes(tmp_path):
 
 
 @pytest.mark.parametrize("first_stop", [None, 3], ids=["into-nothing", "over-an-earlier-slice"])
-def test_a_folder_cut_off_while_it_came_back_resumes_to_the_same_end(tmp_path, first_stop):
-    """Each number of a slice's files is what a kill of the driver may leave."""
+def test_a_partly_received_folder_resumes_to_the_same_result(tmp_path, first_stop):
+    """If the driver is killed, any number of a slice's files may have been written."""
     config = config_of(inner_steps=1, val_tasks=4)
     whole = make_run(tmp_path / "whole", config)
     trainer_of(whole, whole.config).train()
@@ -341,6 +339,6 @@ def test_a_folder_cut_off_while_it_came_back_resumes_to_the_same_end(tmp_path, f
         if resumed.last.exists():
             resumed.resume()
         else:
-            run.rewind_metrics(0, 0)  # as commands.train does
+            run.rewind_metrics(0, 0)  # as experiments.train does
         resumed.train()
         assert comparable(run) == comparable(whole)

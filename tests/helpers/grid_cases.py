@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from unittest.mock import patch
 
 from helpers import preloaded
+from helpers.shared import ignore
 from mamlctl.experiments.grid.ablate import ablate, local_executor
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.grid_folder import open_grid
@@ -24,10 +25,6 @@ TINY = {
 }
 TESTED = EvalConfig(tasks=12)
 QUICK_WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def ignore(event):
-    """An `on_event` that drops all events."""
 
 
 def tiny_grid(folder, data_root, *pairs, seeds=(0, 1), evaluate=TESTED, **settings):

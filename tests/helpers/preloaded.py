@@ -1,8 +1,8 @@
-"""A Python that has imported torch already, for the many processes that train for six meta-steps.
+"""A Python that has already imported torch, for the many processes that train for six meta-steps.
 
-Such a process spends nearly all of its processor time on imports and on taking them apart. Here a server
-imports everything once and forks for each process that is asked for: with its own signals, streams, folder,
-environment and exit code, as after a real start. Run as a program this file is the server, or it stands for
+Such a process spends nearly all of its CPU time on importing modules and freeing them at the end. A server
+imports everything once and forks for each requested process, which has its own signals, streams, folder,
+environment and exit code, like a newly started one. As a program, this file is the server, or it replaces
 `python -m mamlctl ...` and passes signals on to the fork.
 """
 
@@ -44,22 +44,22 @@ PRELOADED = [
     "mamlctl.experiments.grid.estimate",
     "mamlctl.experiments.train",
 ]
-# The first lines of a program for `python -c` that imports mamlctl from PYTHONPATH, not as it was preloaded.
+# The first lines of a program for `python -c` that imports mamlctl from PYTHONPATH, not the preloaded one.
 IMPORT_AGAIN = """
 import os, sys
 for name in [name for name in sys.modules if name.partition(".")[0] == "mamlctl"]:
     del sys.modules[name]
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
 """
-NO_PICTURES = "TEST_WITHOUT_PICTURES"  # a variable of the environment; see `without_pictures`
-STOP_S = 30  # for what is still running when the session ends
+NO_PICTURES = "TEST_WITHOUT_PICTURES"  # environment variable, see `without_pictures`
+STOP_S = 30  # for processes that are still running when the session ends
 
 _servers: list[subprocess.Popen] = []
 
 
 @functools.cache
 def python() -> str:
-    """The path to use for sys.executable; starts the server."""
+    """Start the server and return the path to use for sys.executable."""
     folder = Path(tempfile.mkdtemp(prefix="mamlctl-python-"))
     launcher = folder / "python"
     launcher.write_text(LAUNCHER.format(python=sys.executable, file=__file__, socket=folder / "socket"))
@@ -77,7 +77,7 @@ def python() -> str:
 
 
 def stop():
-    """End the server, so that the time of all its processes counts as that of this one's children."""
+    """Stop the server, so that the time of its processes counts as time of this process's children."""
     for server in _servers:
         server.stdin.close()
         with suppress(subprocess.TimeoutExpired):
@@ -89,7 +89,7 @@ def stop():
 
 
 class Process:
-    """A forked `python WORDS`, so far as `subprocess.Popen` describes one; its output goes to files."""
+    """A forked `python WORDS` with the main methods of `subprocess.Popen`; its output goes to files."""
 
     def __init__(self, words, stdout, stderr):
         connection = connected(Path(python()).with_name("socket"))
@@ -106,7 +106,7 @@ class Process:
     def wait(self, timeout_s=120):
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout_s)[0]:
-                raise TimeoutError(f"process {self.pid} goes on")
+                raise TimeoutError(f"process {self.pid} is still running")
             self.returncode = int(self._answers.readline())
             self._answers.close()
             self._connection.close()
@@ -124,7 +124,7 @@ def connected(path):
 
 
 def ask(connection, words, streams):
-    """Have the server fork `python WORDS` -> its process number, and a file where its exit code will come."""
+    """Make the server fork `python WORDS`; return its process id and a file for its exit code."""
     request = json.dumps([words, str(Path.cwd()), dict(os.environ)]).encode()
     socket.send_fds(connection, [request], streams)
     answers = connection.makefile()
@@ -132,7 +132,7 @@ def ask(connection, words, streams):
 
 
 def launch(path, words):
-    """Be `python WORDS` for whoever has started this process."""
+    """Act as `python WORDS` towards the parent of this process."""
     if words[:1] not in (["-m"], ["-c"]):
         os.execv(sys.executable, [sys.executable, *words])
     if words[1] == "mamlctl.cli.child_process" and sys.platform.startswith("linux"):
@@ -150,14 +150,14 @@ def launch(path, words):
 
 
 def serve(launcher):
-    """Fork for each connection until the input ends; return in the forked processes too, ready to run."""
+    """Fork for each connection until stdin is closed; return True in forked processes, else False."""
     for name in PRELOADED:
         importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
-    sys.argv = ["mamlctl", "train", "--print-config"]  # so that what a command imports late is there too
+    sys.argv = ["mamlctl", "train", "--print-config"]  # to import what a command imports late
     with suppress(SystemExit), redirect_stdout(StringIO()):
         sys.modules["mamlctl.cli.app"].main()
-    gc.freeze()  # what is there stays, so that no fork looks at it again
+    gc.freeze()  # so that the garbage collector of a fork skips these objects
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(Path(launcher).with_name("socket")))
     listener.listen()
@@ -177,7 +177,7 @@ def serve(launcher):
 
 
 def become_or_wait(connection):
-    """Fork once more: return in the process that was asked for, and wait for it in the other."""
+    """Fork again: return in the requested process, and wait for it in the other one."""
     request, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
     words, folder, environment = json.loads(request)
     pid = os.fork()
@@ -188,7 +188,7 @@ def become_or_wait(connection):
         with suppress(OSError):
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
-    # Told by the fork itself, since Python drops the signals that come before the fork is ready for them.
+    # The fork sends its own id, because Python loses signals that arrive before the fork is ready.
     with suppress(OSError):
         connection.sendall(f"{os.getpid()}\n".encode())
     connection.close()
@@ -202,14 +202,14 @@ def become_or_wait(connection):
 
 
 def without_pictures():
-    """Leave pictures out of reports for a block: to draw them takes longer than all else of a tiny grid."""
-    from unittest.mock import patch  # here, since each launcher imports this file
+    """Leave the figures out of reports, because drawing them takes longer than the rest of a tiny grid."""
+    from unittest.mock import patch  # not at the top, because each launcher runs this file
 
     return patch("mamlctl.report.html_page.pictures", lambda table: ())
 
 
 def run():
-    """Be the module that is asked for, and leave without taking the imports apart: that takes a second."""
+    """Run the requested module, and exit without freeing all modules, which takes a second."""
     if NO_PICTURES in os.environ:
         without_pictures().start()
     try:

@@ -1,4 +1,4 @@
-"""What most tests need: the folder of real data, and an `on_event` that nobody reads."""
+"""Helpers of most tests: the folder of real data, and an `on_event` that drops all events."""
 
 from pathlib import Path
 
@@ -7,4 +7,4 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def ignore(event):
-    """An `on_event` that no test looks at."""
+    """An `on_event` that drops all events."""
