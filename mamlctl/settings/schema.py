@@ -345,7 +345,5 @@ IMPROVEMENTS: Mapping[str, Improvement] = {
 def improvements_without_meaning(*obstacles: Obstacle) -> tuple[str, ...]:
     """The improvements that have no meaning if there is one of these obstacles."""
     return tuple(
-        name
-        for name, improvement in IMPROVEMENTS.items()
-        if not set(obstacles).isdisjoint(improvement.unsupported_by)
+        name for name, entry in IMPROVEMENTS.items() if not set(obstacles).isdisjoint(entry.unsupported_by)
     )
