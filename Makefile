@@ -42,10 +42,11 @@ quick: $(VENV)/installed-dev ## run only the fast tests
 
 check: lint types test ## run everything: lint, types, tests
 
-lint: $(VENV)/installed-dev ## check format, style and spelling
+lint: $(VENV)/installed-dev ## check format, style, spelling and wording
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
+	$(BIN)/python -m pytest -q --noconftest -o addopts= tests/test_plain_english.py
 
 types: $(VENV)/installed-dev ## check types
 	$(BIN)/mypy

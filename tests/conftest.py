@@ -24,9 +24,8 @@ def pytest_sessionstart(session):
     import torch
 
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = (
-            "1"  # set before Triton is imported, so that its kernels run on the CPU
-        )
+        # Set before Triton is imported, so that its kernels run on the CPU.
+        os.environ["TRITON_INTERPRET"] = "1"
     # The learners are tiny: a second thread gains nothing, and costs a lot of time on a busy machine.
     torch.set_num_threads(1)
 

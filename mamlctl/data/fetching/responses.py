@@ -96,7 +96,7 @@ def in_time(call: Callable[[], T], patience: Patience) -> T:
     The timeout of a socket begins again with every byte, also with each byte of a header.
 
     Raises:
-        MirrorUnusable: It takes longer; the call goes on in a thread that does not keep the process alive.
+        MirrorUnusable: It takes longer; the call continues in a thread that does not keep the process alive.
     """
     from urllib3.exceptions import HTTPError
 
