@@ -138,7 +138,8 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
     # Runs without a recorded brightness were trained on dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
     brightness = float(support.x_ECHW.mean() / 255)
-    if abs(trained - 0.5) > PLAIN and (brightness - 0.5) * (trained - 0.5) < 0:
+    plain = min(abs(trained - 0.5), abs(brightness - 0.5)) > PLAIN
+    if plain and (brightness - 0.5) * (trained - 0.5) < 0:
         trained_on = "dark on white" if trained > 0.5 else "bright on black"
         fact = f"mean brightness {brightness:.2f}, but {run.config.dataset} has {trained:.2f}"
         hint = f"the run was trained on images {trained_on}, so invert yours"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
+from mamlctl.data.reading.packs import pack
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import find_data_set, open_images
 from mamlctl.data.tasks.episodes import Placement
@@ -141,6 +142,87 @@ def test_tasks_that_are_too_large_for_every_class_are_refused(tmp_path):
         opened(make(tmp_path / "mine"), tmp_path / "root", shots=4, queries=2)
     facts = [fact for fact, _ in raised.value.problems]
     assert facts == [f"{tmp_path / 'mine'} has 5 images per class, but --shots 4 + --queries 2 is 6"]
+
+
+@pytest.mark.parametrize(
+    ("more", "hints"),
+    [
+        (
+            {"ways": 3},
+            ["use --ways 2 or fewer, at least 19 classes, or other --split-fractions than 64-16-20"],
+        ),
+        (
+            {"ways": 5},
+            ["use --ways 2 or fewer, at least 30 classes, or other --split-fractions than 64-16-20"],
+        ),
+        ({"ways": 2, "split_fractions": "1-0-1"}, ["use other --split-fractions than 1-0-1"]),
+    ],
+)
+def test_too_few_classes_are_refused_with_the_number_that_is_needed(tmp_path, more, hints):
+    with pytest.raises(SettingsError) as raised:
+        opened(make(tmp_path / "mine"), tmp_path / "root", **more)
+    assert [hint for fact, hint in raised.value.problems if "'val'" in fact] == hints
+
+
+@pytest.mark.parametrize("fractions", ["64-16-20", "1-1-1", "50-25-25", "10-1-0", "3-0-1"])
+def test_the_number_of_classes_that_is_needed_is_the_smallest(fractions):
+    def sizes(classes):
+        packed = pack(np.zeros((classes, 1, 4, 4), np.uint8), np.ones(classes, int), ("c",) * classes)
+        parts = image_folder.split_classes(packed, "fractions", 0, fractions)
+        return [
+            len(part)
+            for part, share in zip(parts.values(), fractions.split("-"), strict=True)
+            if share != "0"
+        ]
+
+    for ways in (2, 5, 7):
+        needed = image_folder.classes_needed(fractions, ways)
+        assert all(min(sizes(classes)) >= ways for classes in range(needed, 3 * needed))
+        assert min(sizes(needed - 1)) < ways
+
+
+def test_split_folders_need_classes_in_each(tmp_path):
+    for split, first, classes in (("train", 0, 4), ("val", 4, 2), ("test", 6, 3)):
+        make(tmp_path / "mine", classes, split=split, first=first)
+    with pytest.raises(SettingsError) as raised:
+        opened(tmp_path / "mine", tmp_path / "root", ways=3)
+    ((_, hint),) = raised.value.problems
+    assert hint == "use --ways 2 or fewer, at least 3 classes in 'val'"
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_small_classes_are_left_out_before_the_split(tmp_path, splits):
+    path = make(tmp_path / "mine", 10, split="train" if splits else "")
+    for name in ("a", "b", "c", "d", "e"):
+        home = path / ("train" if splits else "") / name
+        home.mkdir()
+        picture("L", 3, (9, 9)).save(home / "one.png")
+    notices = []
+    _, source = opened(path, tmp_path / "root", notices)
+    sizes = {"train": 6, "val": 2, "test": 2}
+    assert {split: len(names) for split, names in source.names.items()} == sizes == source.classes
+    (text,) = [event.text for event in notices if isinstance(event, Notice)]
+    assert text.startswith("left out: 5 classes with fewer than 2 images")
+    assert sorted(itertools.chain(*source.names.values()))[0].endswith("class 00")
+
+
+def test_small_classes_of_a_stored_split_stay_in_their_part(tmp_path):
+    """The other parts are as they were when the run started."""
+    path = make(tmp_path / "mine", 10)
+    stored = names(
+        settings(path, tmp_path), image_folder.open_pack(path, tmp_path, side=8, channels=1, on_event=ignore)
+    )
+    for image in range(1, 5):
+        (path / stored["train"][0] / f"{image}.png").unlink()
+    _, source = open_streams(
+        settings(path, tmp_path / "root"),
+        ("train",),
+        Placement(CPU),
+        offline=True,
+        on_event=ignore,
+        stored=stored,
+    )
+    assert source.names == stored and source.classes == {"train": len(stored["train"]) - 1}
 
 
 def test_classes_are_split_by_fractions_and_seed(tmp_path):

@@ -288,6 +288,12 @@ def test_inverted_images_are_reported(trained, packed, tmp_path):
     classify(trained("maml"), support, query, on_event=events.append)
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
     assert "but glyphs has 0.8" in notice and "dark on white, so invert yours" in notice
+    for file in support.rglob("*.png"):
+        image = np.array(Image.open(file)) // 3 + 110  # grey on a darker grey: brightness near 0.5
+        Image.fromarray(image.astype(np.uint8)).save(file)
+    events.clear()
+    classify(trained("maml"), support, query, on_event=events.append)
+    assert not [event for event in events if isinstance(event, Notice)]
 
 
 def test_unreadable_images_are_listed_and_copies_reported(trained, packed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,7 @@ def open_pack(
 
 
 def split_classes(
-    packed: PackedImages, scheme: str, seed: int, fractions: str = FRACTIONS
+    packed: PackedImages, scheme: str, seed: int, fractions: str = FRACTIONS, least: int = 1
 ) -> dict[str, NDArray[np.int64]]:
     """Return the classes of train, val and test.
 
@@ -113,11 +114,14 @@ def split_classes(
         seed: The seed of the shuffle.
         fractions: Shares of train, val and test. With `folders`, a missing val or test takes its share of
             the classes from train.
+        least: Classes with fewer images are in no split, unless all have fewer.
     """
-    of_folder = np.array([name.partition("/")[0] for name in packed.names])
+    large = packed.counts >= least
+    usable = np.flatnonzero(large if large.any() else packed.counts)
     if scheme == "fractions":
-        return dict(zip(SPLITS, _parted(np.arange(len(of_folder)), seed, _shares(fractions)), strict=True))
-    classes = {split: np.flatnonzero(of_folder == split) for split in SPLITS}
+        return dict(zip(SPLITS, _parted(usable, seed, _shares(fractions)), strict=True))
+    of_folder = np.array([packed.names[number].partition("/")[0] for number in usable])
+    classes = {split: usable[of_folder == split] for split in SPLITS}
     shares = [
         share if not len(classes[split]) else 0.0
         for split, share in zip(SPLITS, _shares(fractions), strict=True)
@@ -137,8 +141,24 @@ def _shares(fractions: str) -> list[float]:
 def _parted(classes: NDArray[np.int64], seed: int, shares: Sequence[float]) -> list[NDArray[np.int64]]:
     """The shuffled classes in parts of the given shares (0..1)."""
     order = classes[shuffled(len(classes), seed, "class split")]
-    ends = np.round(np.cumsum(shares)[:-1] * len(classes)).astype(np.int64)
-    return [np.sort(part) for part in np.split(order, ends)]
+    return [np.sort(part) for part in np.split(order, _ends(shares, len(classes))[:-1])]
+
+
+def _ends(shares: Sequence[float], classes: int) -> NDArray[np.int64]:
+    """Where each part of the classes ends."""
+    return np.round(np.cumsum(shares) * classes).astype(np.int64)
+
+
+def classes_needed(fractions: str, ways: int) -> int:
+    """Return from how many classes on every split has `ways` of them, except splits with a share of 0."""
+    shares = _shares(fractions)
+    parts = [part for part, share in enumerate(shares) if share]
+    # Each part is at most one class smaller than its share. Through rounding, a part of more classes may be
+    # smaller than one of fewer, so the search goes down to the first number that is too small.
+    classes = math.ceil((ways + 1) / min(shares[part] for part in parts))
+    while np.diff([0, *_ends(shares, classes - 1)])[parts].min() >= ways:
+        classes -= 1
+    return classes
 
 
 def fraction_problem(fractions: str) -> tuple[str, str] | None:

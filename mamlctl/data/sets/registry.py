@@ -184,13 +184,16 @@ def absolute_data_set(name: str) -> str:
     return os.path.abspath(Path(name).expanduser()) if is_image_folder(name) else name  # noqa: PTH100 - without following links
 
 
-def find_data_set(name: str, *, fractions: str | None = None, classes: ClassLevel | None = None) -> DataSet:
+def find_data_set(
+    name: str, *, fractions: str | None = None, classes: ClassLevel | None = None, least: int = 1
+) -> DataSet:
     """Look up a data set of images.
 
     Args:
         name: A name in the registry, or the path of a folder of images.
         fractions: For a folder without splits: shares of train, val and test, such as 64-16-20.
         classes: For a folder: which of its folders are classes; None: their content decides.
+        least: For a folder: classes with fewer images are in no split.
 
     Raises:
         SettingsError: There is no such data set, or it is a family of curves.
@@ -199,14 +202,14 @@ def find_data_set(name: str, *, fractions: str | None = None, classes: ClassLeve
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
     if is_image_folder(name):
-        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS, classes)
+        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS, classes, least)
     if name not in DATA_SETS:
         hint = nearest(name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder")
         raise SettingsError([(f"unknown data set {name!r}", hint)])
     return DATA_SETS[name]
 
 
-def _of_folder(path: Path, fractions: str, classes: ClassLevel | None) -> DataSet:
+def _of_folder(path: Path, fractions: str, classes: ClassLevel | None, least: int) -> DataSet:
     schemes = image_folder.SPLIT_SCHEMES if split_folders(path) else ("fractions",)
     open_pack = partial(image_folder.open_pack, path, level=classes)
     return DataSet(
@@ -221,7 +224,7 @@ def _of_folder(path: Path, fractions: str, classes: ClassLevel | None) -> DataSe
         resizes=image_folder.RESIZES,
         prepare=partial(image_folder.prepare, path),
         open_pack=open_pack,
-        split_classes=partial(image_folder.split_classes, fractions=fractions),
+        split_classes=partial(image_folder.split_classes, fractions=fractions, least=least),
         is_here=partial(image_folder.is_here, path),
         open_shaped=open_pack,
         own_files=True,

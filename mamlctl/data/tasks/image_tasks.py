@@ -41,7 +41,11 @@ class ImageSettings:
 
 
 def episode_problems(
-    packed: PackedImages, classes: NDArray[np.int64], settings: StreamSettings, images: ImageSettings
+    packed: PackedImages,
+    classes: NDArray[np.int64],
+    settings: StreamSettings,
+    images: ImageSettings,
+    more_classes: str = "",
 ) -> list[Problem]:
     """Explain why tasks of this size cannot be drawn from these classes.
 
@@ -50,6 +54,7 @@ def episode_problems(
         classes: The classes of the split, as numbers in `packed`.
         settings: The split and the size of its tasks.
         images: How images become examples.
+        more_classes: What else to use if the split has too few classes, for the hint.
 
     Returns:
         (fact, hint) pairs; none if the tasks can be drawn.
@@ -62,7 +67,8 @@ def episode_problems(
         problems.append((fact, "use --rotations none"))
     pool = len(classes) * _turns_as_classes(settings.split, images.rotations)
     if pool < ways:
-        hint = f"use --ways {pool} or fewer" if pool > 1 else "add classes, or use other --split-fractions"
+        fewer = f"--ways {pool} or fewer" if pool > 1 else ""
+        hint = f"use {', '.join(filter(None, [fewer, more_classes])) or 'other splits'}"
         classes_in_split = f"{name} '{settings.split}' has {pool} {plural(pool, 'class')}"
         problems.append((f"{classes_in_split}, but --ways is {ways}", hint))
     counts = packed.counts[classes]

@@ -14,6 +14,8 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.packs import PackedImages, data_root
+from mamlctl.data.sets import image_folder
+from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_curve_family, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
@@ -69,9 +71,14 @@ def open_streams(
         source = TaskSource(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
-        split = split_of(config, packed, stored)
         needed = max(part.shots + part.queries for part in settings.values())
-        classes = _large_enough(config, packed, {name: split[name] for name in splits}, needed, on_event)
+        split = split_of(config, packed, stored, least=needed)
+        classes: dict[str, NDArray[np.int64]] = {name: split[name] for name in splits}
+        if find_data_set(config.dataset).own_files:
+            # A new split has none of the small classes, but a stored one may.
+            listed = np.concatenate([*classes.values()]) if stored else np.arange(len(packed.names))
+            small = _small_classes(config, packed, listed, needed, on_event)
+            classes = {name: part[~np.isin(part, small)] for name, part in classes.items()}
         image_streams = _image_streams(config, packed, classes, settings, disjoint=disjoint)
         pools = {name: stream.pool for name, stream in image_streams.items()}
         streams = dict(image_streams)
@@ -128,7 +135,11 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
 
 
 def split_of(
-    config: TrainConfig, packed: PackedImages, stored: Mapping[str, Sequence[str]] | None = None
+    config: TrainConfig,
+    packed: PackedImages,
+    stored: Mapping[str, Sequence[str]] | None = None,
+    *,
+    least: int = 1,
 ) -> dict[str, NDArray[np.int64]]:
     """Split the classes into train, val and test.
 
@@ -137,6 +148,7 @@ def split_of(
         packed: All images of the data set.
         stored: The class names of each split when the run started. They replace the split of the settings,
             but only for the user's own images: the classes of other data sets do not change.
+        least: In the user's own images, classes with fewer images are in no new split.
 
     Raises:
         DataError: A class of `stored` is missing.
@@ -147,22 +159,17 @@ def split_of(
             message = f"{config.dataset} no longer has class {gone[0]!r}, which is in the split of the run"
             raise DataError(message, hint="restore the class, or train a new run")
         return {split: np.array([places[name] for name in names], int) for split, names in stored.items()}
-    data_set = find_data_set(config.dataset, fractions=config.split_fractions)
+    data_set = find_data_set(config.dataset, fractions=config.split_fractions, least=least)
     return data_set.split_classes(packed, str(config.split_scheme), config.split_seed)
 
 
-def _large_enough(
-    config: TrainConfig,
-    packed: PackedImages,
-    classes: Mapping[str, NDArray[np.int64]],
-    needed: int,
-    on_event: OnEvent,
-) -> dict[str, NDArray[np.int64]]:
-    """Leave out classes with fewer images than a task needs, but only for the user's own images."""
-    small = [number for part in classes.values() for number in part if packed.counts[number] < needed]
-    nothing_left = len(small) == sum(map(len, classes.values()))
-    if not small or nothing_left or not find_data_set(config.dataset).own_files:
-        return dict(classes)
+def _small_classes(
+    config: TrainConfig, packed: PackedImages, classes: NDArray[np.int64], needed: int, on_event: OnEvent
+) -> list[int]:
+    """The classes with fewer images than a task needs, with a notice; none if all of them are too small."""
+    small = [number for number in classes.tolist() if packed.counts[number] < needed]
+    if len(small) in (0, len(classes)):
+        return []
     named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
     classes_left_out = f"{len(small)} {plural(len(small), 'class')}"
     fact = f"{classes_left_out} with fewer than {needed} images (--shots plus --queries): {named}"
@@ -170,7 +177,20 @@ def _large_enough(
         hint = "use fewer --shots or --queries, add images, or leave out --strict"
         raise DataError(f"--strict refuses {fact}", hint=hint)
     on_event(Notice(f"left out: {fact}{', ...' if len(small) > 5 else ''}"))
-    return {split: part[packed.counts[part] >= needed] for split, part in classes.items()}
+    return small
+
+
+def _more_classes(config: TrainConfig, split: Split) -> str:
+    """The hint for a split of the user's own images that has too few classes; empty for other data sets."""
+    if not find_data_set(config.dataset).own_files:
+        return ""
+    if config.split_scheme != "fractions":
+        return f"at least {config.ways} classes in '{split}'"
+    fractions = config.split_fractions or image_folder.FRACTIONS
+    other = f"other --split-fractions than {fractions}"
+    if not float(fractions.split("-")[SPLITS.index(split)]):
+        return other
+    return f"at least {image_folder.classes_needed(fractions, config.ways)} classes, or {other}"
 
 
 def _image_streams(
@@ -191,7 +211,7 @@ def _image_streams(
     )
     problems: list[Problem] = []
     for split, part in settings.items():
-        problems += episode_problems(packed, classes[split], part, images)
+        problems += episode_problems(packed, classes[split], part, images, _more_classes(config, split))
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
     kind = DisjointTasks if disjoint else TaskStream
