@@ -117,7 +117,7 @@ def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextMan
         slots=options.workers,
         cpus=1.0 if options.cell_cpus is None else options.cell_cpus,
         gpus=options.cell_gpus or 0.0,
-        slice_s=parse_duration(options.slice or "10m"),
+        slice_s=parse_duration(options.slice or "10m", "--slice"),
         on_event=on_event,
     )
 

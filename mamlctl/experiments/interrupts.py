@@ -15,12 +15,12 @@ REASONS: dict[int, StopReason]
 REASONS = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of "90", "90s", "9m" or "1h30m". Raises SettingsError for anything else."""
+def parse_duration(text: str, option: str = "--time-limit") -> float:
+    """The seconds in "90", "90s", "9m" or "1h30m". Raises SettingsError for another value of the option."""
     try:
         return parse_seconds(text)
     except ValueError as error:
-        raise SettingsError([(f"--time-limit {error}", "write 90s, 9m or 1h30m")]) from error
+        raise SettingsError([(f"{option} {error}", "write 90s, 9m or 1h30m")]) from error
 
 
 class StopRequests:

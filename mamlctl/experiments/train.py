@@ -53,7 +53,7 @@ def train(
     """Train a new run.
 
     Args:
-        config: the settings, before `fill_defaults`.
+        config: the settings; those that are None are derived.
         out: the run folder; None for a new one under runs/.
         offline: never download.
         time_limit_s: seconds until the run saves and stops; None for no limit.

@@ -292,6 +292,7 @@ BAD = [
     ("ablate --dataset glyphs --csv --json", 2, "--json and --csv are given together", "choose one"),
     ("ablate --dataset glyphs --sort bset", 2, "cannot sort by 'bset'", "did you mean 'best'"),
     ("ablate --dataset glyphs --executor slurm", 2, "--executor is 'slurm'", "use local or ray"),
+    ("ablate --dataset glyphs --executor ray --slice x", 2, "--slice 'x' is not a duration", "write 90s"),
     ("ablate --dataset glyphs --address auto", 2, "--address has no effect", "--executor ray"),
     ("ablate --dataset glyphs --split tset", 2, "--split is 'tset'", "did you mean 'test'"),
     ("ablate --dataset glyphs --cg-steps 3", 2, "--cg-steps has no effect in any row", "leave it out"),

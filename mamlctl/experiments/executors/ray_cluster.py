@@ -106,9 +106,7 @@ class RayExecutor:
                         self._end(running, self._stop_code, "stopped before a node had room for the job")
             time.sleep(POLL_S)
         for running in [*self._running]:
-            self._end(
-                running, self._stop_code, "stopped, but the node did not answer: the last slice is lost"
-            )
+            self._end(running, self._stop_code, "stopped, but its node did not answer: a slice is lost")
 
     def close(self) -> None:
         """Release every slot at once."""
@@ -125,7 +123,9 @@ class RayExecutor:
         nodes = alive_nodes(self._ray)
         names = {node["NodeID"]: _node_name(node) for node in nodes}
         self.slots = self._fixed_slots or max(room(nodes, self._cpus, self._gpus), 1)
-        total = f"{len(nodes)} {plural(len(nodes), 'node')}, {self.slots} jobs at a time"
+        total = (
+            f"{len(nodes)} {plural(len(nodes), 'node')}, {self.slots} {plural(self.slots, 'job')} at a time"
+        )
         if not self._nodes:
             self._on_event(Notice(f"ray cluster: {total}"))
         else:
