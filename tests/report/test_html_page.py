@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import shutil
@@ -148,6 +149,12 @@ def test_64_rows_are_split_over_several_figures_and_the_page_is_small(tmp_path):
     assert page.stat().st_size < 3_000_000
 
 
+@functools.cache
+def drawn_pictures(name):
+    """Return a table's pictures, which are shared because no test changes them."""
+    return list(pictures(TABLES[name]()))
+
+
 def browser(*options):
     """What Chromium prints."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -183,7 +190,7 @@ def test_the_page_respects_the_dark_mode_preference(reports, scheme, light, tmp_
 
 def test_figures_draw_the_numbers_of_the_table():
     table = one_on()
-    found = {picture.name: picture.figure for picture in pictures(table)}
+    found = {picture.name: picture.figure for picture in drawn_pictures("one-on")}
     assert list(found) == ["training", "differences", "adaptation", "rates"]
     row = table.rows[1]
     steps, values = curves(row)
@@ -222,7 +229,7 @@ def written(figure):
 @pytest.mark.parametrize("name", SMALL)
 def test_no_text_overlaps_another_or_leaves_the_figure(name):
     drawn = 0
-    for picture in pictures(TABLES[name]()):
+    for picture in drawn_pictures(name):
         figure = picture.figure
         figure.draw_without_rendering()  # a legend finds its place when it is drawn
         texts = [text for text in written(figure) if text.get_text() and text.get_visible()]
