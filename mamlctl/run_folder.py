@@ -20,9 +20,10 @@ from typing import Any, get_args
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import contents, finite, one_writer, read_object, write_json, write_text
 from mamlctl.core.literals import RowKind, RunStatus
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
-from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Settings that a resumed run may change.
 RESUME_OVERRIDES = tuple(name for name, item in FIELDS.items() if not item.metadata["decides"])

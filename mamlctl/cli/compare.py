@@ -17,8 +17,9 @@ from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.display.console import say, stderr_console
 from mamlctl.experiments.grid.plans import algorithm_rows
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.schema import FIELDS, EvalConfig, TrainConfig
+from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Training settings that are also settings of an evaluation.
 TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset"}

@@ -17,8 +17,8 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
-from mamlctl.settings.schema import EvalConfig
 
 # Settings of the tasks that a test draws; they have no effect on the user's own images.
 TASK_SETTINGS = (

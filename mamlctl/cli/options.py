@@ -14,8 +14,8 @@ from mamlctl.core.errors import ExitCode
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import DATA_SETS, NAMES, DataSet
 from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.rules import VALUE_TYPES
-from mamlctl.settings.schema import EvalConfig
 
 
 def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.experiments.image_classifier import ImageClassifier, adapt_classifier, save_adapted
 from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import save
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 # Limit for the elements of the largest tensor with --bn transductive: 1 GiB each, and several exist at once.
 MOST_AT_ONCE = 2**28

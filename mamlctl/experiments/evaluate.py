@@ -21,7 +21,7 @@ from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, protocol_settings
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 
 def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:

@@ -33,7 +33,8 @@ from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_state
 from mamlctl.run_folder import RunFolder, open_run
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import TrainConfig
 
 FORMAT = 1  # of the file written by `save_adapted`
 PLAIN = 0.2  # mean brightness further than this from 0.5 shows whether the paper is white or black

@@ -26,7 +26,7 @@ from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.report.figures import run_figures
 from mamlctl.report.figures.style import save
 from mamlctl.run_folder import open_run, rows_of
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 TASKS = 3  # per figure
 POINTS = 200  # of a drawn curve

@@ -30,8 +30,9 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import epoch_file
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import RunFolder, open_run
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.rules import limit_problems
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.schema import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.rules import NOUNS, VALUE_TYPES, check, ineffective, limit_problems
-from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 

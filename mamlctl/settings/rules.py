@@ -12,7 +12,8 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, EvalConfig, TrainConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 # Setting -> the improvement without which it has no effect.
 COMPANIONS = {

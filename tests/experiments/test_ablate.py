@@ -21,7 +21,7 @@ from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
 from mamlctl.experiments.train import train
 from mamlctl.report.export import document
 from mamlctl.run_folder import open_run, run_state
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 pytestmark = pytest.mark.process
 

@@ -35,7 +35,7 @@ from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.report.figures import contact_sheet
 from mamlctl.report.figures.style import GREEN, RED
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 SMALL = {"dataset": "glyphs", "ways": 3, "shots": 2, "queries": 2, "filters": 4, "val_tasks": 2, "epochs": 1}
 SMALL |= {"meta_batch_size": 2, "steps_per_epoch": 2}

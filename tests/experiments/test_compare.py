@@ -12,7 +12,7 @@ from mamlctl.core.files import write_json
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.compare import compare
 from mamlctl.report.export import document
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 pytestmark = pytest.mark.process
 

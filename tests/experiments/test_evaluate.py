@@ -16,7 +16,7 @@ from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 WAYS, TASKS = 3, 7
 SMALL_REPTILE = {"eval_inner_batch": 2, "train_shots": 2, "eval_inner_steps": 4, "inner_lr": 0.05}

@@ -15,7 +15,7 @@ from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 
 def trained(path, root, **settings):

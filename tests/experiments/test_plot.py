@@ -20,7 +20,7 @@ from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.run_folder import open_run
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 SHORT = {"epochs": 1, "steps_per_epoch": 30, "val_tasks": 20}
 

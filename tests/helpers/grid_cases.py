@@ -10,7 +10,7 @@ from mamlctl.experiments.grid.ablate import ablate, local_executor
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.grid_folder import open_grid
 from mamlctl.experiments.grid.plans import grid_rows
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 TINY = {
     "dataset": "glyphs",

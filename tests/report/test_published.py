@@ -17,7 +17,8 @@ from helpers.table_cases import LETTERS, learner
 from mamlctl.experiments.grid.build_table import _published_scores
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.report.published import FILE, entries, published
-from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import IMPROVEMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT.parent / "shared" / "reference" / "published.yaml"

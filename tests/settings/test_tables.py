@@ -14,15 +14,10 @@ from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import algorithm_problems
 from mamlctl.experiments.grid.plans import ALONE, ORDER
 from mamlctl.run_folder import RESUME_OVERRIDES
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings, merge
 from mamlctl.settings.rules import COMPANIONS, VALUE_TYPES
-from mamlctl.settings.schema import (
-    FIELDS,
-    IMPROVEMENTS,
-    EvalConfig,
-    TrainConfig,
-    improvements_without_meaning,
-)
+from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig, improvements_without_meaning
 
 WITHOUT_TORCH = """
 import sys

@@ -25,7 +25,8 @@ from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
 from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, run_state
-from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 
 @dataclass(frozen=True)

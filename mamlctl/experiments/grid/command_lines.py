@@ -14,7 +14,8 @@ from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.run_folder import CONFIG
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import TrainConfig
 
 
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_d
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.table import Table
 from mamlctl.run_folder import RunFolder, identity_settings, open_run, run_state
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 # Settings of the runs that an evaluation can replace, so that runs may differ in them.
 SHARED_BY_EVALUATION = ("queries", "eval_seed")

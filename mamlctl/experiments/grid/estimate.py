@@ -31,7 +31,8 @@ from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.settings.schema import EvalConfig, TrainConfig
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import TrainConfig
 
 # Meta-steps before the timed ones: the first allocates and compiles, the second records a CUDA graph.
 WARM_UP = {"cpu": 1, "cuda": 3}

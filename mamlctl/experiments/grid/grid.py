@@ -12,8 +12,9 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import OF_TASKS, PlannedRow, as_unimproved
 from mamlctl.experiments.settings import resolve_settings
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import Layer
-from mamlctl.settings.schema import IMPROVEMENTS, EvalConfig, TrainConfig
+from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 # The contents of a grid's folder, and the format of its plan.
 PLAN = "plan.yaml"

@@ -26,9 +26,9 @@ from mamlctl.run_folder import (
     open_run,
     stored_config,
 )
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.presets import YAML_ERRORS
-from mamlctl.settings.schema import EvalConfig
 
 
 def open_grid(

@@ -30,7 +30,7 @@ from mamlctl.run_folder import (
     rows_of,
     upgrade,
 )
-from mamlctl.settings.schema import EvalConfig
+from mamlctl.settings.evaluation import EvalConfig
 
 NEAR = 0.99  # share of the last validation's score that counts as reaching it
 

@@ -1,0 +1,59 @@
+"""The schema of the settings of an evaluation."""
+
+# ruff: noqa: RUF009 - every default here is a field of a frozen dataclass
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from mamlctl.core.literals import Adapts, BatchNorm, Split
+from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, SEEDS, setting
+from mamlctl.settings.schema import FIELDS, TrainConfig
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The settings of an evaluation. `None`: as the run was trained."""
+
+    split: Split = setting("test", EPISODE, "Class split to draw test tasks from.")
+    tasks: int = setting(600, EPISODE, "Number of test tasks.", least=2)
+    queries: int | None = setting(
+        None, EPISODE, "Query examples per class (default: as in training).", least=1
+    )
+    disjoint: bool = setting(
+        False, EPISODE, "Use no image in more than one task, as far as the split allows."
+    )
+    label_permutations: int = setting(
+        1, EPISODE, "Label orders over which each task's score is averaged.", least=1
+    )
+    dataset: str | None = setting(
+        None, EPISODE, "Another data set to test on, with images converted to the run's shape."
+    )
+    eval_seed: int | None = setting(
+        None, EPISODE, "Seed of the test tasks (default: the run's).", least=0, below=SEEDS
+    )
+    adapts: Adapts | None = setting(None, INNER, "Layers that the inner loop changes (default: the run's).")
+    inner_steps: int | None = setting(
+        None, INNER, "Inner steps (gradient steps on the support set; default: the run's).", least=0
+    )
+    inner_lr: float | None = setting(
+        None, INNER, "Inner learning rate, if it was not learnt (default: the run's).", above=0, below=LARGEST
+    )
+    bn: BatchNorm | None = setting(
+        None,
+        INNER,
+        "Batch-norm statistics for queries: the queries' own, those kept in training, "
+        "or the support set's (default: the run's).",
+    )
+    device: str = setting(
+        "auto", HARDWARE, "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).", decides=False
+    )
+    data_root: str | None = setting(
+        None, HARDWARE, "Folder of prepared data sets (default: the run's).", decides=False
+    )
+
+    def over(self, trained: TrainConfig) -> TrainConfig:
+        """The settings of a trained run, with the values that this evaluation replaces."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in FIELDS}
+        values["eval_inner_steps"] = values.pop("inner_steps")
+        return replace(trained, **{name: value for name, value in values.items() if value is not None})
