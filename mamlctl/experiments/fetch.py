@@ -9,6 +9,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
 from mamlctl.data.fetching.responses import check_mirrors
+from mamlctl.data.reading.archives import check_source
 from mamlctl.data.reading.packs import data_root as folder_of
 from mamlctl.data.reading.packs import load_pack, packs_of, verified_at, verify_pack
 from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_or_open, find_data_set
@@ -72,8 +73,7 @@ def _check(
             raise SettingsError([(fact, "leave out one of them")])
     check_mirrors(mirrors)
     for path in source or ():
-        if not path.exists():
-            raise DataError(f"there is no {path}", hint="use --from with a folder or archives that exist")
+        check_source(path)
 
 
 def list_all(names: Sequence[str], *, data_root: str | None) -> list[ListedSet]:

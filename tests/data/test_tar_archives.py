@@ -1,8 +1,12 @@
 """Tars are read by several threads at once, and refused if they contain anything suspicious."""
 
+import errno
 import gzip
 import io
+import os
 import random
+import subprocess
+import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +14,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.shared import ignore
 
 from mamlctl.core.errors import DataError
 from mamlctl.data.reading import archives
 from mamlctl.data.reading.archives import open_members
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open
+from mamlctl.experiments.fetch import fetch_all
 
 FILES = {f"train/n{c:04d}/{i:05d}.jpg": bytes([c, i]) * (c * i + 1) for c in range(20) for i in range(50)}
+
+READ_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from mamlctl.core.errors import DataError
+from mamlctl.data.reading.archives import open_members
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    with open_members(Path(sys.argv[1])) as members:
+        members.read("0.png")
+except DataError as error:
+    print(error, file=sys.stderr)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    sys.exit(error.exit_code)
+"""
 
 
 def entry(name, data=b"", **facts):
@@ -178,3 +200,71 @@ def test_large_tar_is_read_in_any_order(tmp_path):
         assert len(members.names) == 20_000
         # Backwards, so that the result cannot depend on the order.
         assert all(members.read(name) == files[name] for name in reversed(members.names))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [2**87, 2**63, 2**40, -512, -(2**87)])
+def test_impossible_size_in_a_tar(tmp_path, size, kind):
+    member, _ = entry("huge.png", size=size, type=kind)
+    last = entry("last.png", size=0)[0].tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + last + bytes(1024))
+    assert refused(tmp_path / "a.tar", "is cut off at 'huge.png'|is not a tar or is cut off").exit_code == 3
+
+
+def test_thousands_of_headers_before_one_file(tmp_path):
+    header = entry("././@LongLink", size=1, type=tarfile.GNUTYPE_LONGNAME)[0].tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes((header + b"x".ljust(512, b"\0")) * 5000)
+    refused(tmp_path / "a.tar", "is not a tar or is cut off")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("method", "size_mib", "limit_mib"), [(zipfile.ZIP_DEFLATED, 300, 20), (zipfile.ZIP_LZMA, 100, 60)]
+)
+def test_zip_that_expands_far_beyond_its_declared_size(tmp_path, method, size_mib, limit_mib):
+    size = size_mib * 1024**2
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open("0.png", "w") as member:
+        for _ in range(size_mib):
+            member.write(bytes(1024**2))
+    data = path.read_bytes()
+    assert data.count(size.to_bytes(4, "little")) == 2  # in the member's header and in the directory
+    path.write_bytes(data.replace(size.to_bytes(4, "little"), (100).to_bytes(4, "little")))
+    words = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, str(path)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 3, result.stderr
+    assert "is damaged at 0.png: Bad CRC-32" in result.stderr
+    assert int(result.stdout) < limit_mib * 1024**2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "train.tar")
+    for path in (tmp_path / "train.tar", Path("/dev/zero"), Path("/dev/stdin")):
+        refused(path, f"{path} is a named pipe or a device, not a file or a folder")
+    for name in ("omniglot", "cifar-fs", "mini-imagenet"):
+        options = {"data_root": str(tmp_path / "root"), "force": False, "offline": False, "on_event": ignore}
+        with pytest.raises(DataError, match="is a named pipe or a device"):
+            fetch_all([name], source=[tmp_path / "train.tar"], **options)
+    with pytest.raises(DataError, match="is a named pipe or a device"):
+        fetch_all(["mini-imagenet"], source=[tmp_path], **options)
+
+
+def test_unreadable_archive_is_not_called_another_file(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "a.zip")
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    assert refused(path, "cannot read .*a.zip: Input/output error").hint == archives.CHECK_FROM
+
+
+def test_unreadable_folder_of_a_source_is_named(tmp_path, monkeypatch):
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(DataError, match=f"cannot read {tmp_path}: Permission denied") as raised:
+        fetch_or_open(DATA_SETS["tiered-imagenet"], tmp_path / "root", source=[tmp_path], on_event=ignore)
+    assert raised.value.exit_code == 3

@@ -15,10 +15,11 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO
+from typing import IO, BinaryIO
 
 from mamlctl.core.errors import DataError
 
@@ -44,7 +45,19 @@ FOREIGN = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\x1f\x9d": "compressed by compress (.Z)",
 }
-DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
+
+# What the standard library raises for damaged archives, and for forged ones: ValueError and OverflowError for
+# sizes beyond 64 bits, RecursionError for a thousand headers before a file.
+DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError),
+    *(ValueError, OverflowError, MemoryError, RecursionError),
+)
+
+# Bytes of a zip's member that are read at once. zipfile decompresses as much as is requested, also beyond the
+# size that the zip declares.
+ZIP_CHUNK = 64 * 1024
+# zipfile cannot limit what bzip2 and LZMA expand, only what it feeds them: at least 4 KiB.
+ZIP_CHUNK_UNLIMITED = 4096
 
 
 @dataclass(frozen=True)
@@ -91,11 +104,44 @@ def open_members(path: Path, *, member_bytes: int | None = None) -> Iterator[Mem
     else:
         try:
             archive = zipfile.ZipFile(path)
-        except (*DAMAGE, OSError) as error:
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except DAMAGE as error:
             what = "a zip that is cut off" if start.startswith(b"PK") else "neither a zip nor a tar"
             raise DataError(f"{path} is {what}", hint=DOWNLOAD_AGAIN) from error
         with archive:
             yield _zip_members(path, archive, member_bytes)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        DataError: It cannot be read, or is a pipe or a device, from which reading may never end.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe would wait until another process opens it too.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {path}", hint=CHECK_FROM) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DataError(f"{path} is a named pipe or a device, not a file or a folder", hint=CHECK_FROM)
+    return file
+
+
+def check_source(path: Path) -> None:
+    """Raises DataError unless `path` is a folder, or a file that can be read."""
+    with suppress(OSError):
+        if path.is_dir():
+            return
+    open_regular(path).close()
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}", hint=CHECK_FROM)
 
 
 def html_page(start: bytes) -> str | None:
@@ -110,13 +156,11 @@ def html_page(start: bytes) -> str | None:
 
 def _start(path: Path) -> bytes:
     """The first bytes. Raises DataError if the file cannot be read or has another known format."""
-    try:
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             start = file.read(4096)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}", hint=CHECK_FROM) from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", hint=CHECK_FROM) from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
     if page := html_page(start):
         raise DataError(f"{path} is {page}, not an archive", hint=DOWNLOAD_AGAIN)
     for magic, what in FOREIGN.items():
@@ -140,14 +184,13 @@ def _folder_reader(path: Path) -> Callable[[str], bytes]:
         try:
             return (path.parent / name).read_bytes()
         except OSError as error:
-            message = f"cannot read {path.parent / name}: {error.strerror}"
-            raise DataError(message, hint=CHECK_FROM) from error
+            raise _unreadable(path.parent / name, error) from error
 
     return read
 
 
 def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Members:
-    files = {_safe_name(m.filename, path): m for m in archive.infolist() if not m.is_dir()}
+    files = {_safe_name(m.filename, path): m for m in archive.infolist() if m.filename and not m.is_dir()}
     for name, member in files.items():
         if member.flag_bits & 0x1:  # bit 0 of the zip format's general purpose flags: encrypted
             raise DataError(f"{path} contains the encrypted file {name!r}", hint=DISTRUST)
@@ -161,12 +204,18 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Mem
             with one_at_a_time:
                 file = archive.open(files[name])
             try:
-                return file.read()
+                return b"".join(iter(partial(file.read, _zip_chunk(files[name])), b""))
             finally:
                 with one_at_a_time:
                     file.close()
 
     return Members(path, tuple(files), read)
+
+
+def _zip_chunk(member: zipfile.ZipInfo) -> int:
+    """Bytes to read at once."""
+    limits_output = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return ZIP_CHUNK if limits_output else ZIP_CHUNK_UNLIMITED
 
 
 def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:
@@ -175,7 +224,14 @@ def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:
         _damage_as_data_error(path, "is not a tar or is cut off"),
         tarfile.open(fileobj=file, mode="r:") as archive,
     ):
-        members = [member for member in archive if not member.isdir()]
+        length = os.fstat(file.fileno()).st_size
+        members = []
+        for member in archive:
+            # Before tarfile seeks there; a negative size would lead it in circles.
+            if not 0 <= member.size <= length - member.offset_data:
+                raise DataError(f"{path} is cut off at {member.name!a:.80}", hint=DOWNLOAD_AGAIN)
+            if not member.isdir():
+                members.append(member)
     places: dict[str, tuple[int, int]] = {}
     for member in members:
         name = _safe_name(member.name, path)

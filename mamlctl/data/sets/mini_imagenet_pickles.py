@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import plural
+from mamlctl.data.reading.archives import open_regular
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 
@@ -79,12 +80,8 @@ def read_mini_cache(
 
 def _read_pickle(path: Path) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
     """All images_NHWC of a file, and the places of each class."""
-    try:
-        with path.open("rb") as file:
-            content = load_arrays(file, str(path))
-    except OSError as error:
-        message = f"cannot read {path}: {error.strerror}"
-        raise DataError(message, hint="give --from readable files") from error
+    with open_regular(path) as file:
+        content = load_arrays(file, str(path))
     fields = {_decoded(key): value for key, value in content.items()} if isinstance(content, dict) else {}
     if "image_data" in fields and "class_dict" in fields:
         return _images(fields["image_data"], path), _by_class(fields["class_dict"], path)

@@ -19,6 +19,7 @@ from mamlctl.core.literals import ClassLevel, Normalize, Rotations
 from mamlctl.core.problems import nearest
 from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.fetching.locks import locked
+from mamlctl.data.reading.archives import CHECK_FROM
 from mamlctl.data.reading.decoding import reshaped
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
@@ -283,7 +284,11 @@ def _prepare(
 ) -> None:
     name = data_set.name
     if source or data_set.archives is None:
-        data_set.prepare(root, source or (), on_event)
+        try:
+            data_set.prepare(root, source or (), on_event)
+        except OSError as error:  # a folder that may not be searched; files have errors of their own
+            fact = f"cannot read {error.filename or source}: {error.strerror or error}"
+            raise DataError(fact, hint=CHECK_FROM) from error
         return
     if offline:
         message = f"{name} is not in {root}, and --offline forbids downloading it"
