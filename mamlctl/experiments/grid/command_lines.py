@@ -43,17 +43,6 @@ def _flag_words(name: str, value: Any) -> list[str]:
     return [flag(name), str(value)]
 
 
-def eval_arguments(settings: EvalConfig) -> tuple[str, ...]:
-    """The arguments of `mamlctl eval` after the run folder."""
-    return settings_arguments(
-        {
-            item.name: getattr(settings, item.name)
-            for item in fields(settings)
-            if item.name == "tasks" or getattr(settings, item.name) != item.default
-        }
-    )
-
-
 def cell_lines(grid: Grid) -> list[str]:
     """A shell line per cell, which trains or resumes the cell and tests it."""
     return [_cell_line(cell, cell_test(cell, grid.evaluate)) for cell in grid.cells]
@@ -61,7 +50,11 @@ def cell_lines(grid: Grid) -> list[str]:
 
 def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:
     """The arguments of `mamlctl eval` for the grid's test of a cell, on the device of its training."""
-    return eval_arguments(replace(evaluate, device=cell.config.device, data_root=cell.config.data_root))
+    test = replace(evaluate, device=cell.config.device, data_root=cell.config.data_root)
+    values = {item.name: (getattr(test, item.name), item.default) for item in fields(test)}
+    return settings_arguments(
+        {name: value for name, (value, default) in values.items() if name == "tasks" or value != default}
+    )
 
 
 def _cell_line(cell: GridCell, evaluate: Sequence[str]) -> str:
