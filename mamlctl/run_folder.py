@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import contents, finite, one_writer, read_object, write_json, write_text
+from mamlctl.core.formatting import plural
 from mamlctl.core.literals import RowKind, RunStatus
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import stored_settings
@@ -134,9 +135,12 @@ class RunFolder:
             file.write(json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, without a last line that a crash cut off."""
+        """The rows of metrics.jsonl, without damaged lines."""
+        return _metrics_rows(self._metrics_lines())
+
+    def _metrics_lines(self) -> list[str]:
         try:
-            return _metrics_rows((self.path / METRICS).read_text(errors="replace").splitlines())
+            return (self.path / METRICS).read_text(errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
             return []
 
@@ -151,19 +155,28 @@ class RunFolder:
             return []
         return _metrics_rows(lines[start > 0 :])  # the first line may be incomplete
 
-    def rewind_metrics(self, step: int, validated_epochs: int) -> None:
-        """Drop the rows reported after the checkpoint from which a run resumes.
+    def rewind_metrics(self, step: int, validated_epochs: int) -> str:
+        """Drop the rows reported after the checkpoint from which a run resumes, and damaged lines.
 
         Args:
             step: meta-steps at the checkpoint.
             validated_epochs: epochs that were validated before the checkpoint.
+
+        Returns:
+            Which lines were damaged, or ""; a last line that a crash cut off does not count.
         """
+        lines = self._metrics_lines()
         kept = [
             row
-            for row in self.metrics()
+            for row in _metrics_rows(lines)
             if row["step"] <= step and (row["kind"] != "validation" or row["epoch"] <= validated_epochs)
         ]
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        damaged = [n for n, line in enumerate(lines, 1) if line.endswith("\n") and not _metrics_rows([line])]
+        if not damaged:
+            return ""
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        return f"{METRICS}: dropped {len(damaged)} damaged {plural(len(damaged), 'line')} ({numbers})"
 
 
 def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, Any]]:
@@ -172,13 +185,13 @@ def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, 
 
 
 def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
-    """The rows in the lines before one that is cut off; damaged rows are skipped."""
+    """The rows in the lines, without damaged ones."""
     rows = []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
-            break
+        except (ValueError, RecursionError):
+            continue
         if isinstance(row, dict) and not _is_damaged(upgraded := upgrade(METRICS, row)):
             rows.append(upgraded)
     return rows

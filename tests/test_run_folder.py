@@ -208,6 +208,31 @@ def test_metrics_skip_an_incomplete_line_and_rewind_to_a_checkpoint(tmp_path):
     assert not any("val_accuracy" in entry for entry in run.metrics())
 
 
+def test_rewinding_keeps_whole_lines_and_says_which_were_damaged(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    rows = [json.dumps(REPORT | {"step": step}) + "\n" for step in (1, 2, 3, 4)]
+    rows[1:2] = ["\0\0\0\n", '{"kind": "report"}\n']
+    (run.path / "metrics.jsonl").write_text("".join(rows) + '{"kind": "rep')
+    assert [row["step"] for row in run.metrics()] == [1, 3, 4]
+    assert run.rewind_metrics(4, 0) == "metrics.jsonl: dropped 2 damaged lines (2, 3)"
+    assert [row["step"] for row in run.metrics()] == [1, 3, 4]
+    assert run.rewind_metrics(4, 0) == ""
+
+
+def test_opening_a_run_for_writing_removes_the_temporary_files_of_a_killed_process(tmp_path):
+    with make_run(tmp_path / "run") as run:
+        pass
+    run.checkpoints.mkdir()
+    others = [run.path / ".config.yaml.swp", run.path / ".gitignore", run.checkpoints / "epoch-0001.pt"]
+    remnants = [run.path / ".status.json.x_12abcd", run.checkpoints / ".last.pt.x_12abcd"]
+    for path in [*others, *remnants]:
+        path.touch()
+    with run.writing():
+        assert not any(path.exists() for path in remnants)
+    assert all(path.exists() for path in others)
+
+
 def test_last_metrics_reads_only_the_end_of_a_long_file(tmp_path):
     with make_run(tmp_path / "run") as run:
         pass

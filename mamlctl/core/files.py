@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from mamlctl.core.errors import LockedError, MamlctlError
 
 # Errors from a file system without locks, which is common on clusters.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+# The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
+REMNANTS = (".*.*.????????", "*/.*.pt.*")
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
-    """Lock a folder for the duration of the block.
+    """Lock a folder for the duration of the block, and remove what a killed process has left there.
 
     Args:
         path: the folder.
@@ -101,6 +104,8 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
         raise MamlctlError(message, hint="choose another --out, on a file system with locks") from error
     with lock:
         (path / "lock").write_text(f"process {os.getpid()}")
+        for remnant in itertools.chain.from_iterable(map(path.glob, REMNANTS)):
+            remnant.unlink(missing_ok=True)
         yield
 
 

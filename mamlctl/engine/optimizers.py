@@ -32,13 +32,6 @@ class Optimizer(Protocol):
         """Return the state that a checkpoint contains, without copying it."""
 
 
-def restore(optimizer: Optimizer, stored: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy the state of a checkpoint into an optimiser, in place and across devices."""
-    for part, tensors in optimizer.stored().items():
-        for name, tensor in tensors.items():
-            tensor.copy_(stored[part][name])
-
-
 class Adam:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1). With g the gradient and t the number of steps:
 

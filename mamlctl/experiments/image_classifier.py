@@ -31,7 +31,7 @@ from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
-from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_state
+from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_states
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -103,8 +103,8 @@ def adapt_classifier(
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
         others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]
         raise SettingsError([(fact, f"leave it out, or use a run with --algo {' or '.join(others)}")])
-    files, epochs = checkpoint_files(run, on_event)
-    learnt = load_state(run, files[0], settings, shape, device)
+    (best, *_), _ = checkpoint_files(run, settings.checkpoint, on_event)
+    (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
     support = read_support(support_path, read)
     _notice_support(run, support, on_event)

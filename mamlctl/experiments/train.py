@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mamlctl.core.errors import DataError, DivergedError, SettingsError
+from mamlctl.core.errors import DataError, DivergedError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
 from mamlctl.core.files import write_json
 from mamlctl.core.results import TrainResult
@@ -19,6 +19,7 @@ from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.nets.base import CLASSIFICATION, bn_mode
+from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
@@ -146,7 +147,12 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         )
         if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
             on_event(Notice(slower))
-        if resume and not trainer.last.exists():
+        if resume and not any((run.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
+            # A folder whose transfer from a Ray node was cut off has no status: the metrics come before the
+            # checkpoint, and the status comes last.
+            if run.state().status is not None and run.metrics():
+                fact = f"{run.path} has reports, but neither {LAST} nor {PREVIOUS} in its checkpoints folder"
+                raise MamlctlError(fact, hint="restore one of them, or train a new run with another --out")
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
             run.rewind_metrics(0, 0)
         elif resume:

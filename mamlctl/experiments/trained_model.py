@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.core.problems import Problem, flag
@@ -26,8 +27,9 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
-from mamlctl.engine.training.trainer import epoch_file
+from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
@@ -82,7 +84,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     """
     run = open_run(path)
     config, device = evaluation_setup(run, settings, on_event)
-    files, epochs = checkpoint_files(run, on_event)
+    files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     streams, source = open_streams(
         config,
         (settings.split,),
@@ -93,11 +95,12 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
-    notes = _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
+    notes += _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
     if settings.dataset is None and not run.trained_on(source.digest):
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
-    states = [load_state(run, file, settings, source.example_shape, device) for file in files]
+    states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
+    notes += damage
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return TrainedModel(
         run=run,
@@ -163,28 +166,67 @@ def evaluation_setup(
     return config, device
 
 
-def load_state(
-    run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
-) -> MetaState:
-    """Load a checkpoint, with the inner learning rates of the settings if they replace the run's.
+def load_states(
+    run: RunFolder,
+    files: Sequence[Path],
+    settings: EvalConfig,
+    example_shape: Sequence[int],
+    device: torch.device,
+    on_event: OnEvent,
+) -> tuple[list[MetaState], list[int], tuple[str, ...]]:
+    """Load checkpoints, with the inner learning rates of the settings if they replace the run's.
 
     Args:
         run: the run.
-        file: the checkpoint.
+        files: the checkpoints, best first. Damaged ones are left out; if none is left, others of the run are
+            tried.
         settings: the settings of the evaluation.
         example_shape: C, H, W of an image, or the size of a point.
         device: where the tensors go.
+        on_event: receives notices.
+
+    Returns:
+        The states, their epochs (none for a state that was not validated), and notes about damage.
 
     Raises:
-        MamlctlError: the checkpoint is missing, damaged or from another run.
+        MamlctlError: no checkpoint is whole.
         SettingsError: the run has no inner learning rates for the layers that the settings adapt.
     """
-    stored = checkpoints.load(file, owner=run.owner, device=device)["stored"]
-    bias = stored.get("linear.bias")
-    classes = None if bias is None else len(bias)
+    others = [] if settings.checkpoint else [run.checkpoints / name for name in ("best.pt", LAST, PREVIOUS)]
+    loaded: dict[Path, tuple[MetaState, int | None]] = {}
+    errors = list[MamlctlError]()
+    for file in (*files, *others):
+        if file in files or not loaded:
+            try:
+                loaded[file] = _load_state(run, file, settings, example_shape, device)
+            except SettingsError:
+                raise
+            except MamlctlError as error:
+                errors.append(error)
+    if not loaded:
+        raise errors[0]
+    states, epochs = zip(*loaded.values(), strict=True)
+    notes = _damage_notes(errors[0], list(loaded), on_event) if errors else ()
+    return list(states), [epoch for epoch in epochs if epoch is not None], notes
+
+
+def _damage_notes(error: MamlctlError, used: Sequence[Path], on_event: OnEvent) -> tuple[str, ...]:
+    """Report which checkpoints are used instead of a damaged one."""
+    note = f"{error.message}: using {', '.join(file.name for file in used)}"
+    on_event(Notice(note))
+    return (note,)
+
+
+def _load_state(
+    run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
+) -> tuple[MetaState, int | None]:
+    """A checkpoint's state and epoch (None in `last.pt`); arguments and exceptions as in `load_states`."""
+    content = checkpoints.load(file, owner=run.owner)
+    bias = content["stored"].get("linear.bias")
+    classes = None if bias is None else bias.numel()
     _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
-    checkpoints.restore(state, stored, file)
-    return _with_rates(state, settings)
+    checkpoints.restore(state.stored(), content["stored"], file)
+    return _with_rates(state, settings), content.get("epoch")
 
 
 def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
@@ -267,15 +309,39 @@ def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:
     return replace(state, rates=rates)
 
 
-def checkpoint_files(run: RunFolder, on_event: OnEvent) -> tuple[list[Path], list[int]]:
-    """The best checkpoints, best first, and their epochs; the last one if there was no validation yet."""
-    last = run.checkpoints / "last.pt"
-    content = checkpoints.load(last, owner=run.owner)
-    if "position" not in content:
-        raise checkpoints.damaged(last, "does not record which epochs were best")
+def checkpoint_files(
+    run: RunFolder, chosen: str | None, on_event: OnEvent
+) -> tuple[list[Path], tuple[str, ...]]:
+    """The best checkpoints, best first, and notes; the last one if there was no validation yet.
+
+    Args:
+        run: the run.
+        chosen: the checkpoint to use instead, a file or its name in the run's checkpoints folder.
+        on_event: receives notices.
+    """
+    if chosen is not None:
+        file = Path(chosen).expanduser()
+        return [file if file.is_file() else run.checkpoints / file], (f"with checkpoint {file.name}",)
+    last = run.checkpoints / LAST
+    try:
+        content = checkpoints.load(last, owner=run.owner)
+        if "position" not in content:
+            raise checkpoints.damaged(last, "does not record which epochs were best")
+    except MamlctlError as error:
+        ranked = _ranked_epochs(run)
+        return (ranked, _damage_notes(error, ranked, on_event)) if ranked else ([last], ())
     top = content["position"]["top"]
     if not top:
         on_event(Notice(f"{run.path} has not been validated yet: using its last checkpoint"))
-        return [last], []
-    epochs = [int(entry[0]) for entry in top]
-    return [epoch_file(run, epoch) for epoch in epochs], epochs
+        return [last], ()
+    return [epoch_file(run, int(epoch)) for epoch, *_ in top], ()
+
+
+def _ranked_epochs(run: RunFolder) -> list[Path]:
+    """The undamaged checkpoints of epochs, best first."""
+    scores = {}
+    for file in sorted(run.checkpoints.glob("epoch-*.pt")):
+        with suppress(MamlctlError):
+            scores[file] = checkpoints.load(file, owner=run.owner)["val_score"]
+    sign = 1 if is_curve_family(run.config.dataset) else -1
+    return sorted(scores, key=lambda file: sign * scores[file])[:KEPT]

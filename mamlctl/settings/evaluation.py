@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from mamlctl.core.literals import Adapts, BatchNorm, Split
-from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, SEEDS, setting
+from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, NETWORK, SEEDS, setting
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 
@@ -28,6 +28,9 @@ class EvalConfig:
     )
     dataset: str | None = setting(
         None, EPISODE, "Another data set to test on, with images converted to the run's shape."
+    )
+    checkpoint: str | None = setting(
+        None, NETWORK, "Checkpoint of the run (default: the best ones), e.g. epoch-0003.pt."
     )
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the test tasks (default: the run's).", least=0, below=SEEDS

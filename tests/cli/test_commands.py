@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,15 +358,73 @@ def test_resuming_a_finished_run_only_prints_that_it_is_finished(cli, trained):
     assert (trained / "metrics.jsonl").read_text() == before
 
 
-def test_a_truncated_checkpoint_exits_with_1(cli, trained, tmp_path):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", trained, copy], check=True)
-    last = copy / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[:1000])
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the trained run whose files a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_truncated_checkpoints_exit_with_1(cli, copy):
+    for path in (copy / "checkpoints").iterdir():
+        truncate(path)
     for words in (("eval", copy), ("train", "--resume", copy)):
         code, _, err = cli(*words)
         assert code == 1
         assert_two_lines(err, "last.pt cannot be read", "another checkpoint")
+
+
+def test_resume_falls_back_to_the_previous_checkpoint(cli, copy, trained):
+    truncate(copy / "checkpoints" / "last.pt")
+    code, _, err = cli("train", "--resume", copy)
+    assert code == 0
+    assert "last.pt cannot be read" in err and "resuming from previous.pt, which is from meta-step 6" in err
+    lasts = [(path / "checkpoints" / "last.pt").read_bytes() for path in (copy, trained)]
+    assert lasts[0] == lasts[1]
+
+
+def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
+    def models():
+        code, out, err = cli("eval", copy, "--tasks", "4", "--json")
+        assert code == 0
+        results = json.loads(out)
+        return err, results["notes"], [(row["model"], row["epochs"]) for row in results["results"]]
+
+    _, notes, before = models()
+    assert notes == []
+    best, second = before[1][1]
+    folder = copy / "checkpoints"
+    truncate(folder / "last.pt")
+    err, notes, rows = models()
+    assert rows == before
+    assert "last.pt cannot be read" in err and f"using epoch-000{best}.pt, epoch-000{second}.pt" in notes[0]
+    truncate(folder / f"epoch-000{best}.pt")
+    assert models()[2] == [("best", [second]), ("ensemble-1", [second])]
+    truncate(folder / f"epoch-000{second}.pt")
+    err, notes, rows = models()
+    assert rows == [("best", [best]), ("ensemble-1", [best])]
+    assert "using best.pt" in err
+    truncate(folder / "best.pt")
+    err, notes, rows = models()
+    assert rows == [("last", [])] and "using previous.pt" in err
+
+
+def test_eval_tests_the_named_checkpoint(cli, copy):
+    for name, model, epochs in (
+        ("epoch-0001.pt", "best", [1]),
+        (copy / "checkpoints" / "last.pt", "last", []),
+    ):
+        code, out, _ = cli("eval", copy, "--tasks", "4", "--json", "--checkpoint", name)
+        assert code == 0
+        result = json.loads(out)
+        assert (result["results"][0]["model"], result["results"][0]["epochs"]) == (model, epochs)
+        assert result["notes"] == [f"with checkpoint {Path(name).name}"]
+    code, _, err = cli("eval", copy, "--checkpoint", "epoch-0009.pt")
+    assert code == 1
+    assert_two_lines(err, "there is no checkpoint", "name another one")
 
 
 def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
@@ -466,20 +525,21 @@ def test_eval_changes_no_file_of_the_training(cli, trained):
 def test_a_checkpoint_of_another_run_is_refused(cli, trained, tmp_path):
     other = tmp_path / "other"
     assert cli("train", *QUICK_WORDS, "--seed", "9", "--out", other, "--quiet")[0] == 0
-    (other / "checkpoints" / "last.pt").write_bytes((trained / "checkpoints" / "last.pt").read_bytes())
+    shutil.copytree(trained / "checkpoints", other / "checkpoints", dirs_exist_ok=True)
     code, _, err = cli("eval", other)
     assert code == 1
     assert_two_lines(err, "was written by a run with other settings", "another checkpoint")
 
 
-def test_weights_in_place_of_the_last_checkpoint_are_refused(cli, trained, tmp_path):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", trained, copy], check=True)
-    (copy / "checkpoints" / "last.pt").write_bytes((copy / "checkpoints" / "best.pt").read_bytes())
-    for words in (("eval", copy), ("train", "--resume", copy)):
-        code, _, err = cli(*words)
-        assert code == 1
-        assert_two_lines(err, "last.pt ", "another checkpoint")
+def test_training_does_not_resume_from_weights_alone(cli, copy):
+    for name in ("last.pt", "previous.pt"):
+        shutil.copy(copy / "checkpoints" / "best.pt", copy / "checkpoints" / name)
+    code, _, err = cli("train", "--resume", copy)
+    assert code == 1
+    assert_two_lines(err, "last.pt contains weights only", "another checkpoint")
+    code, _, err = cli("eval", copy, "--tasks", "4")
+    assert code == 0
+    assert "does not record which epochs were best: using epoch-000" in err
 
 
 def test_changed_data_are_refused_by_resume_and_reported_by_eval(cli, trained, tmp_path, glyphs_root):
@@ -494,17 +554,26 @@ def test_changed_data_are_refused_by_resume_and_reported_by_eval(cli, trained, t
     assert "not those of the training" in err
 
 
-def test_a_run_without_a_checkpoint_starts_from_the_beginning(cli, trained, tmp_path):
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", trained, copy], check=True)
-    (copy / "checkpoints" / "last.pt").unlink()
+def test_a_run_that_lost_its_last_checkpoints_is_not_started_again(cli, copy):
+    for name in ("last.pt", "previous.pt"):
+        (copy / "checkpoints" / name).unlink()
+    before = (copy / "metrics.jsonl").read_text()
+    code, _, err = cli("train", "--resume", copy)
+    assert code == 1
+    assert_two_lines(err, "has reports, but neither last.pt nor previous.pt", "restore one of them")
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(cli, copy, trained):
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "metrics.jsonl").unlink()
     code, _, err = cli("train", "--resume", copy, "--report-every", "1")
     assert code == 0
     assert "no checkpoint yet" in err
     lasts = [(path / "checkpoints" / "epoch-0002.pt").read_bytes() for path in (copy, trained)]
     assert lasts[0] == lasts[1], "the weights do not depend on how often a run reports"
     reported = [entry["step"] for entry in open_run(copy).metrics() if entry["kind"] == "report"]
-    assert reported == [1, 2, 3, 4, 5, 6], "rows from before the restart are dropped"
+    assert reported == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])

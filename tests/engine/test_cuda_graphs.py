@@ -1,12 +1,14 @@
 """Replayed meta-steps on the CPU: the recorder of these tests calls the recorded function again."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.engine_cases import IMAGE, random_episodes, small_config
 
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS, fastest
-from mamlctl.engine.optimizers import restore
+from mamlctl.engine.training.checkpoints import restore
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
@@ -30,7 +32,7 @@ class Recorded:
         self.first = self.run()
         for name, tensor in step.state.stored().items():
             tensor.copy_(before[name])
-        restore(step.optimizer, moments)
+        restore(step.optimizer.stored(), moments, Path())
 
     def run(self):
         taken = []

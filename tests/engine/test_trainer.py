@@ -1,6 +1,8 @@
 """The trainer: a run that is stopped anywhere and resumed equals an uninterrupted one bit for bit."""
 
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +139,7 @@ def test_the_five_best_checkpoints_and_best_pt_are_kept(tmp_path):
     trainer.train()
     accuracy = {event.epoch: event.val_score for event in events if isinstance(event, ValidationDone)}
     best = sorted(accuracy, key=lambda epoch: (-accuracy[epoch], epoch))[:KEPT]
-    names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt"}
+    names = {f"epoch-{epoch:04d}.pt" for epoch in best} | {"best.pt", "last.pt", "previous.pt"}
     assert {path.name for path in run.checkpoints.iterdir()} == names
     assert checkpoints.load(run.checkpoints / "best.pt", owner=run.owner)["epoch"] == best[0]
 
@@ -145,7 +147,7 @@ def test_the_five_best_checkpoints_and_best_pt_are_kept(tmp_path):
 def test_a_kept_checkpoint_has_the_score_of_its_validation(whole):
     content = checkpoints.load(whole.checkpoints / "best.pt", owner=whole.owner)
     trainer = trainer_of(whole, whole.config)
-    checkpoints.restore(trainer.state, content["stored"], whole.checkpoints / "best.pt")
+    checkpoints.restore(trainer.state.stored(), content["stored"], whole.checkpoints / "best.pt")
     scores = evaluate(
         trainer.derivatives,
         [trainer.state],
@@ -224,11 +226,122 @@ def test_damaged_checkpoints_raise_an_error_with_a_hint(whole, tmp_path, harm):
     if harm == "shape":
         _, state = build(config_of(filters=5), (1, 16, 16), CPU)
         with pytest.raises(MamlctlError, match="does not fit the run's settings"):
-            checkpoints.restore(state, checkpoints.load(path, owner=whole.owner)["stored"], path)
+            checkpoints.restore(state.stored(), checkpoints.load(path, owner=whole.owner)["stored"], path)
         return
     with pytest.raises(MamlctlError, match=r"checkpoint .*last.pt") as caught:
         checkpoints.load(path, owner="another" if harm == "owner" else whole.owner)
     assert caught.value.hint
+
+
+def with_itself(content):
+    content["position"]["top"].append(content["position"]["top"])
+
+
+def with_other_weights(content, name, tensor):
+    content["stored"][name] = tensor
+
+
+FORGERIES = {
+    "a string for a number": lambda content: content["position"].update(step="12"),
+    "a number for tensors": lambda content: content.update(stored=3),
+    "a number for a tensor": lambda content: with_other_weights(content, "conv1.weight", 3.0),
+    "a name that is a number": lambda content: with_other_weights(content, 3, torch.zeros(1)),
+    "a missing part": lambda content: content.pop("period"),
+    "a missing moment": lambda content: content["optimizer"]["first"].popitem(),
+    "sums of another shape": lambda content: content["period"].update(sums=torch.zeros(1)),
+    "whole numbers for weights": lambda content: with_other_weights(
+        content, "linear.bias", content["stored"]["linear.bias"].long()
+    ),
+    "a list that contains itself": with_itself,
+    "an entry without a score": lambda content: content["position"]["top"].append([1.0]),
+    "an epoch after the last one": lambda content: content["position"].update(top=[[9.0, 0.5, 0.1]]),
+    "an epoch that is not a number": lambda content: content["position"].update(top=[[np.nan, 0.5, 0.1]]),
+    "a step after the last one": lambda content: content["position"].update(step=10**18),
+    "an expanded tensor": lambda content: with_other_weights(
+        content, "linear.bias", torch.zeros(1).expand(10**12)
+    ),
+    "tensors of one storage": lambda content: content["stored"].update(
+        dict.fromkeys(map(str, range(10**4)), torch.zeros(10**4))
+    ),
+    "a sparse tensor": lambda content: with_other_weights(content, "linear.bias", torch.eye(3).to_sparse()),
+    "bytes of any length": lambda content: content.update(stored=bytearray(100)),
+}
+
+
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
+def test_forged_checkpoints_raise_an_error_with_a_hint(whole, tmp_path, monkeypatch, forge):
+    run = make_run(tmp_path / "run", config_of())
+    content = checkpoints.load(whole.checkpoints / "last.pt", owner=whole.owner)
+    forge(content)
+    monkeypatch.setattr(checkpoints, "_digest", lambda content: "the same")
+    checkpoints.save(run.checkpoints / "last.pt", content, owner=run.owner)
+    with pytest.raises(MamlctlError, match=r"checkpoint .*last.pt") as caught:
+        trainer_of(run, run.config).resume()
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("forge", ["compressed", "larger than its storage"])
+def test_a_forged_archive_cannot_allocate_memory(whole, tmp_path, forge):
+    path = tmp_path / "last.pt"
+    with zipfile.ZipFile(whole.checkpoints / "last.pt") as source, zipfile.ZipFile(path, "w") as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            if forge == "compressed":
+                entry.compress_type = zipfile.ZIP_DEFLATED
+            elif entry.filename.endswith("data.pkl"):
+                # In the pickle of a one-dimensional tensor: its offset, its size and its stride.
+                data = data.replace(b"K\x00K\x03\x85", b"K\x00\x8a\x06" + bytes(5) + b"\x01\x85", 1)
+                assert data != source.read(entry)
+            target.writestr(entry, data)
+    with pytest.raises(
+        MamlctlError, match="compressed" if forge == "compressed" else "its tensors would take"
+    ):
+        checkpoints.load(path, owner=whole.owner)
+
+
+@pytest.mark.parametrize("harm", ["truncate", "remove"])
+def test_a_run_without_a_whole_last_checkpoint_resumes_from_the_one_before_it(whole, tmp_path, harm):
+    run, events = make_run(tmp_path / "run", config_of()), []
+    for stop_at in (2, 1):
+        trainer = trainer_of(run, run.config, stop_at=stop_at)
+        if stop_at == 1:
+            trainer.resume()
+        trainer.train()
+    if harm == "truncate":
+        trainer.last.write_bytes(trainer.last.read_bytes()[:1000])
+    else:
+        trainer.last.unlink()
+    trainer = trainer_of(run, run.config, events=events)
+    trainer.resume()
+    assert trainer.position.step == 2
+    assert "resuming from previous.pt, which is from meta-step 2" in events[0].text
+    assert [path.name for path in run.checkpoints.iterdir()] == ["last.pt"], "no damaged file remains"
+    trainer.train()
+    assert comparable(run) == comparable(whole)
+
+
+def test_the_error_is_about_the_last_checkpoint_if_both_are_damaged(whole, tmp_path):
+    run = make_run(tmp_path / "run", config_of())
+    trainer = trainer_of(run, run.config, stop_at=2)
+    trainer.train()
+    for name in ("last.pt", "previous.pt"):
+        (run.checkpoints / name).write_bytes(b"")
+    with pytest.raises(MamlctlError, match=r"last.pt cannot be read"):
+        trainer_of(run, run.config).resume()
+
+
+def test_the_previous_checkpoint_is_kept_without_hard_links(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", fail)
+    run = make_run(tmp_path / "run", config_of())
+    trainer_of(run, run.config, stop_at=2).train()
+    steps = [
+        checkpoints.load(run.checkpoints / name, owner=run.owner)["position"]["step"]
+        for name in ("previous.pt", "last.pt")
+    ]
+    assert steps == [0, 2]
 
 
 def test_the_run_folder_opens_with_its_settings(whole):

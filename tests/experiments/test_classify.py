@@ -164,12 +164,13 @@ def test_classes_are_weighted_by_their_number_of_images(trained, packed, tmp_pat
 
 
 def open_state(run):
-    from mamlctl.experiments.trained_model import checkpoint_files, load_state
+    from mamlctl.experiments.trained_model import checkpoint_files, load_states
     from mamlctl.run_folder import open_run
 
     opened = open_run(run)
-    files, _ = checkpoint_files(opened, ignore)
-    return load_state(opened, files[0], EvalConfig(), (1, 28, 28), torch.device("cpu")).frozen()
+    files, _ = checkpoint_files(opened, None, ignore)
+    states, *_ = load_states(opened, files, EvalConfig(), (1, 28, 28), torch.device("cpu"), ignore)
+    return states[0].frozen()
 
 
 def test_prototypes_and_nearest_neighbours_work_with_unequal_classes(trained, packed, tmp_path):

@@ -18,7 +18,6 @@ from mamlctl.core.literals import RowKind, StopReason
 from mamlctl.core.results import named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
-from mamlctl.engine import optimizers
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -51,8 +50,8 @@ class RunFiles(Protocol):
     def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
 
-    def rewind_metrics(self, step: int, validated_epochs: int) -> None:
-        """Drop the rows that were written after a checkpoint."""
+    def rewind_metrics(self, step: int, validated_epochs: int) -> str:
+        """Drop the rows that were written after a checkpoint; return which lines were damaged, or ""."""
 
 
 @dataclass
@@ -145,7 +144,7 @@ class Trainer:
     @property
     def last(self) -> Path:
         """The checkpoint that a resume starts from."""
-        return self.run.checkpoints / "last.pt"
+        return self.run.checkpoints / checkpoints.LAST
 
     def train(self) -> StopReason:
         """Train to the end, or until `stop_reason` returns a reason.
@@ -309,31 +308,37 @@ class Trainer:
         if top[0][0] == epoch:
             checkpoints.save(self.run.checkpoints / "best.pt", content, owner=self.run.owner)
 
-    def save(self) -> None:
-        """Write `last.pt`, which contains everything that `resume` needs."""
-        content = {
+    def _content(self) -> dict[str, Mapping[str, Any]]:
+        """Everything that `resume` needs."""
+        return {
             "stored": self.state.stored(),
             "optimizer": self.meta_step.optimizer.stored(),
             "period": vars(self.period),
             "position": vars(self.position),
         }
-        checkpoints.save(self.last, content, owner=self.run.owner)
+
+    def save(self) -> None:
+        """Write `last.pt`, and keep the one before it."""
+        checkpoints.save_last(self.run.checkpoints, self._content(), owner=self.run.owner)
         self._saved_at = time.monotonic()
 
     def resume(self) -> None:
-        """Continue from `last.pt`.
+        """Continue from `last.pt`, or from the checkpoint before it if that one is damaged or missing.
 
         Raises:
-            MamlctlError: the checkpoint is missing, damaged, or does not fit the settings.
+            MamlctlError: both are missing, damaged, or do not fit the settings.
         """
-        content = checkpoints.load(self.last, owner=self.run.owner, device=self.device)
-        if "optimizer" not in content:
-            raise checkpoints.damaged(self.last, "contains weights only, from which training cannot resume")
-        checkpoints.restore(self.state, content["stored"], self.last)
-        optimizers.restore(self.meta_step.optimizer, content["optimizer"])
-        self.period = Period(content["period"]["sums"], content["period"]["counts"].cpu())
+        path, content, damage = checkpoints.load_last(self.run.checkpoints, owner=self.run.owner)
         self.position = Position(**content["position"])
-        self.run.rewind_metrics(self.position.step, self.position.validated)
+        step, total = self.position.step, self.config.total_steps
+        if step > total:
+            raise checkpoints.damaged(path, f"is from meta-step {step}, but the run has {total}")
+        checkpoints.restore(self._content(), content, path)
+        if damage:
+            path.replace(self.last)  # the next save must not keep the damaged file as the previous one
+            self.on_event(Notice(f"{damage}: resuming from {path.name}, which is from meta-step {step}"))
+        if damaged := self.run.rewind_metrics(step, self.position.validated):
+            self.on_event(Notice(damaged))
 
 
 def epoch_file(run: RunFiles, epoch: int) -> Path:

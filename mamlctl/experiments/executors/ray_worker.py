@@ -30,9 +30,9 @@ COMMANDS = "command.txt"
 SLOT_FOLDER = "mamlctl-slot-"
 SLOT_LOCK = "in-use"
 
-# The order in which training writes its files: the settings, all other files, the metrics, the checkpoint
-# (which rewinds the metrics to its own step), and the status.
-WRITE_ORDER = {CONFIG: 0, METRICS: 2, "checkpoints/last.pt": 3, STATUS: 4}
+# The order in which training writes its files: the settings, all other files, the metrics, the checkpoints
+# to resume from (which rewind the metrics to their own step), and the status.
+WRITE_ORDER = {CONFIG: 0, METRICS: 2, "checkpoints/previous.pt": 3, "checkpoints/last.pt": 4, STATUS: 5}
 SAVE_S = 50.0  # time for a meta-step and a save after a signal; then the child is killed
 
 
