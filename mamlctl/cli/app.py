@@ -20,6 +20,7 @@ from mamlctl.cli.evaluate import evaluate
 from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError
+from mamlctl.core.process import exit_at_once_on_ctrl_c
 from mamlctl.display.console import discard, show_error, stderr_console
 
 # Each command's function and the examples at the end of its help.
@@ -95,6 +96,7 @@ def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     try:
         main(on_error)
     except SystemExit as end:
+        exit_at_once_on_ctrl_c()
         if isinstance(end.code, int):
             _leave_quickly(end.code)
         raise
@@ -111,8 +113,7 @@ def _leave_quickly(code: int) -> None:
         atexit._run_exitfuncs()
         try:
             for stream in (sys.stdout, sys.stderr):
-                if stream is not None:  # None after `>&-` in a shell
-                    stream.flush()
+                stream.flush()
         except (OSError, ValueError):
             return  # the interpreter flushes again, and reports the failure
         os._exit(code)

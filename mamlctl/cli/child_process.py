@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from mamlctl.cli.app import run_program
 from mamlctl.core.errors import MamlctlError
+from mamlctl.core.process import exit_at_once_on_ctrl_c
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -30,7 +30,7 @@ def end_with_parent() -> None:
 def accept_signals() -> None:
     """Handle SIGINT and SIGTERM even if the parent blocks or ignores them, as Ray workers do with SIGINT."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_at_once_on_ctrl_c()
 
 
 def report_error(path: Path, error: BaseException) -> None:
@@ -53,6 +53,8 @@ def run(path: Path) -> None:
     sys.excepthook = on_bug
     accept_signals()
     end_with_parent()
+    from mamlctl.cli.app import run_program
+
     run_program(on_error=lambda error: report_error(path, error))
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.process import interrupt_on_ctrl_c
 from mamlctl.display.console import stderr_console, write_json
 from mamlctl.display.displays import Display, open_display
 from mamlctl.settings.fields import HARDWARE, OUTPUT
@@ -51,7 +52,8 @@ class OutputOptions:
         return {flag(name): getattr(self, name) for name in names}
 
     def display(self) -> Display:
-        """The display that shows events while the command runs."""
+        """The display that shows events while the command works, after its imports."""
+        interrupt_on_ctrl_c()
         return open_display(stderr_console(), quiet=self.quiet)
 
     def write(

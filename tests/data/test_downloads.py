@@ -485,8 +485,8 @@ registry.DATA_SETS["omniglot"] = replace(
     archives=lambda: (source,),
     prepare=lambda root, paths, on_event: sys.exit(f"got {paths[0].stat().st_size}"),
 )
-from mamlctl.cli.app import main
-main()
+from mamlctl.__main__ import run
+run()
 """
 
 
@@ -503,11 +503,7 @@ def test_ctrl_c_keeps_the_partial_file_and_the_same_command_resumes(server, arch
         while not part.exists() or part.stat().st_size == 0:
             assert process.poll() is None
             time.sleep(0.01)
-        while process.poll() is None:
-            # Python loses an interrupt that arrives while an object is being deleted, so send it again.
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5)
+        process.send_signal(signal.SIGINT)
         err = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in err

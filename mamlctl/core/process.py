@@ -1,0 +1,66 @@
+"""The state of a new process: Ctrl-C, closed streams and the size of the terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def prepare_process() -> None:
+    """Prepare for the slow imports of a command, which come after this call."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
+        exit_at_once_on_ctrl_c()
+    _open_closed_streams()
+    # Some terminals export a size of 0, with which rich prints nothing.
+    for name in ("COLUMNS", "LINES"):
+        if os.environ.get(name, "").strip("0") == "":
+            os.environ.pop(name, None)
+
+
+def exit_at_once_on_ctrl_c() -> None:
+    """Let Ctrl-C end the process silently, without cleanup: for imports and for the end of the process.
+
+    A KeyboardInterrupt during imports would print a traceback, or be replaced by an ImportError.
+    """
+    signal.signal(signal.SIGINT, _exit_at_once)
+
+
+def interrupt_on_ctrl_c() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, for work that needs cleanup; a second one exits at once.
+
+    Has no effect unless the last call was `exit_at_once_on_ctrl_c`.
+    """
+    if signal.getsignal(signal.SIGINT) == _exit_at_once:
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _interrupt_again
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + signal.SIGINT)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    exit_at_once_on_ctrl_c()
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat an interrupt that arrived while an object was being deleted, where Python drops exceptions."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)  # after this function, whose exceptions are dropped too
+
+
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of each closed standard stream, so that no other file takes its place."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))

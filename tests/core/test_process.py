@@ -1,0 +1,90 @@
+"""A process ends silently on Ctrl-C, and works without standard streams and without a terminal size."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.shared import ROOT
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+
+interrupted = sys.argv[1]
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["mamlctl", "train", "--resume", "missing"]
+runpy.run_module("mamlctl", run_name="__main__", alter_sys=True)
+"""
+INTERRUPTED_WORK = """
+import os, signal, sys
+from mamlctl.core.process import interrupt_on_ctrl_c, prepare_process
+
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+
+prepare_process()
+interrupt_on_ctrl_c()
+try:
+    if sys.argv[1] == "deleted":
+        Deleted()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    print("cleaned up", flush=True)
+    if sys.argv[1] == "twice":
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+"""
+
+
+def ended(program, *words):
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("module", ["typer", "omegaconf", "mamlctl.cli.train", "torch", "torch.autograd"])
+def test_ctrl_c_during_imports_is_silent(module):
+    done = ended(INTERRUPTED_IMPORT, module)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("when", "code"), [("working", 0), ("deleted", 0), ("twice", 130)])
+def test_ctrl_c_during_work_raises_and_a_second_one_exits_at_once(when, code):
+    done = ended(INTERRUPTED_WORK, when)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "cleaned up\n", "")
+
+
+def test_ctrl_c_stays_ignored_in_the_background():
+    program = "import signal, mamlctl.core.process as p; p.prepare_process(); p.interrupt_on_ctrl_c(); "
+    program += "print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    words = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, program]
+    assert subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout == "True\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_replaced(closed):
+    program = "import os, sys, mamlctl.core.process as p; p.prepare_process(); print(1); "
+    program += "[os.fstat(number) for number in range(3)]; print(2, file=sys.stderr, flush=True); "
+    program += "sys.exit(3 + len(sys.stdin.read()))"
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 3
+    assert done.stdout == ("" if ">&- " in f" {closed} ".replace("2>&-", "") else "1\n")
+    assert done.stderr == ("" if "2>&-" in closed else "2\n")
+
+
+@pytest.mark.parametrize("columns", ["0", "", "00"])
+def test_a_terminal_without_a_size_still_gets_output(columns):
+    command = [sys.executable, "-m", "mamlctl", "--help"]
+    environment = os.environ | {"COLUMNS": columns, "LINES": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert "Usage: " in done.stdout
