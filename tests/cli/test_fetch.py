@@ -105,6 +105,7 @@ def test_verify_finds_no_damage_and_records_the_time(cli, root):
 
 def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch):
     monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)  # every pack counts as large
+    monkeypatch.setattr(packs, "SAMPLED", 0)
     damage(root)
     load_pack(pack_of(root), "glyphs")  # checks only the shape
     code, out, err = cli("--verify")
@@ -117,6 +118,38 @@ def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch
     assert str(pack_of(root)) in json.loads(out)["data_sets"][0]["damage"]
     assert cli("glyphs", "--force")[0] == 0
     assert cli("--verify")[0] == 0
+
+
+def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
+    monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)
+    path = pack_of(root)
+    count = len(json.loads(path.with_suffix(".json").read_text())["blocks"])
+    assert count > 4
+    load_pack(path, "glyphs")
+    damage(root)
+    with pytest.raises(DataError, match="is damaged: its pixels or names differ"):
+        load_pack(path, "glyphs")  # has fewer blocks than the sample
+    monkeypatch.setattr(packs, "SAMPLED", 1)
+    starts = 0
+    with pytest.raises(DataError, match="is damaged"):
+        while True:
+            load_pack(path, "glyphs")
+            starts += 1
+            assert starts < 100 * count, "always the same sample"
+
+
+def test_verify_adds_the_digests_of_blocks_to_an_older_pack(cli, root, monkeypatch):
+    sidecar = pack_of(root).with_suffix(".json")
+    document = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({name: document[name] for name in document if name != "blocks"}))
+    monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)
+    assert load_pack(pack_of(root), "glyphs").digest == document["digest"]
+    assert cli("--verify")[0] == 0
+    assert json.loads(sidecar.read_text()) == document
+    document["blocks"].pop()
+    sidecar.write_text(json.dumps(document))
+    with pytest.raises(DataError, match="digests of blocks do not match"):
+        load_pack(pack_of(root), "glyphs")
 
 
 def test_list_does_not_call_changed_or_damaged_packs_verified(root):

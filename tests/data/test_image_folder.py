@@ -2,7 +2,10 @@
 
 import io
 import itertools
+import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.data.reading.packs import pack
 from mamlctl.data.sets import image_folder
+from mamlctl.data.sets.folder_layout import class_files
 from mamlctl.data.sets.registry import find_data_set, open_images
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams, split_of
@@ -85,6 +89,40 @@ def test_folder_is_packed_once_and_again_when_a_file_changes(tmp_path):
         f"{path} has changed since it was packed: packing it again"
     ]
     assert again.digest != first.digest and again.counts[0] == first.counts[0] + 1
+
+
+def test_image_that_changes_but_keeps_its_size_and_time_is_packed_again(tmp_path):
+    path, notices = make(tmp_path / "mine"), []
+    image = path / "class 00" / "new.bmp"  # not compressed, so its size does not depend on its colour
+    picture("L", 0, (9, 9)).save(image)
+    first = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore)
+    facts = image.stat()
+    picture("L", 7, (9, 9)).save(image)
+    os.utime(image, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+    again = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append)
+    assert [event.text for event in notices if isinstance(event, Notice)] == [
+        f"{path} has changed since it was packed: packing it again"
+    ]
+    assert again.digest != first.digest
+
+
+def test_older_pack_without_change_times_is_kept_until_a_file_changes(tmp_path):
+    path, notices = make(tmp_path / "mine"), []
+    first = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore)
+    (sidecar,) = (tmp_path / "root").rglob("*.json")
+    document = json.loads(sidecar.read_text())
+    document["facts"]["stamp"] = image_folder._stamp(
+        path, class_files(path, "top"), lambda status: (status.st_size, status.st_mtime_ns)
+    )
+    sidecar.write_text(json.dumps(document))
+    again = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append)
+    assert again.digest == first.digest and notices == []
+    facts = next(path.rglob("*.png")).stat()
+    time.sleep(0.02)  # longer than the resolution of a file system's clock
+    os.utime(next(path.rglob("*.png")), ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    image_folder.open_pack(path, tmp_path / "root", side=8, on_event=notices.append)
+    assert "has changed since it was packed" in notices[0].text
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,12 +75,12 @@ def open_pack(
     if level == "leaf":
         found = f"{len(classes)} innermost {plural(len(classes), 'folder')}"
         on_event(Notice(f"the classes are the {found} of {folder}; --classes top takes its top folders"))
-    stamp = _stamp(folder, classes)
+    stamp = _stamp(folder, classes, _facts_of)
     suffix = "" if level == "top" else f"-{level}"
     pack_path = root / home_of(folder) / f"{side}x{side}x{channels}-{resize}{suffix}.npy"
     if is_packed(pack_path):
         packed = load_pack(pack_path, str(folder))
-        if packed.facts.get("stamp") == stamp:
+        if packed.facts.get("stamp") == stamp or _is_as_old_pack(pack_path, packed, folder, classes):
             return _with_left_out(packed, classes, on_event)
         on_event(Notice(f"{folder} has changed since it was packed: packing it again"))
     files = [
@@ -172,19 +173,32 @@ def fraction_problem(fractions: str) -> tuple[str, str] | None:
     return f"--split-fractions is {fractions!r}", "give shares of train, val and test, for example 64-16-20"
 
 
-def _stamp(folder: Path, classes: dict[str, list[Path]]) -> str:
-    """A digest that changes if a file is added, removed or written."""
+def _stamp(
+    folder: Path, classes: Mapping[str, Sequence[Path]], facts_of: Callable[[os.stat_result], Sequence[int]]
+) -> str:
+    """A digest that changes if a file is added or removed, or if the facts about one change."""
     digest = hashlib.sha256()
     for name, files in classes.items():
         digest.update(f"{name}\0".encode())
         for file in files:
-            status = file.stat()
-            digest.update(
-                f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(
-                    errors="surrogateescape"
-                )
-            )
+            facts = "\0".join(map(str, [file.relative_to(folder), *facts_of(file.stat())]))
+            digest.update(f"{facts}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _facts_of(status: os.stat_result) -> tuple[int, int, int]:
+    # A program can write a file and restore its size and its modification time, but not its change time.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _is_as_old_pack(
+    path: Path, packed: PackedImages, folder: Path, classes: Mapping[str, Sequence[Path]]
+) -> bool:
+    """Whether an older pack, whose stamp has no change times, was written after every change."""
+    last = max((file.stat().st_ctime_ns for files in classes.values() for file in files), default=0)
+    return last < path.stat().st_mtime_ns and packed.facts.get("stamp") == _stamp(
+        folder, classes, lambda status: (status.st_size, status.st_mtime_ns)
+    )
 
 
 def home_of(folder: Path) -> str:
