@@ -123,7 +123,7 @@ def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch
 def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
     monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)
     path = pack_of(root)
-    count = len(json.loads(path.with_suffix(".json").read_text())["blocks"])
+    count = len(json.loads(path.with_suffix(".json").read_text())["crc32"])
     assert count > 4
     load_pack(path, "glyphs")
     damage(root)
@@ -138,17 +138,17 @@ def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
             assert starts < 100 * count, "always the same sample"
 
 
-def test_verify_adds_the_digests_of_blocks_to_an_older_pack(cli, root, monkeypatch):
+def test_verify_adds_the_checksums_of_blocks_to_an_older_pack(cli, root, monkeypatch):
     sidecar = pack_of(root).with_suffix(".json")
     document = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps({name: document[name] for name in document if name != "blocks"}))
+    sidecar.write_text(json.dumps({name: document[name] for name in document if name != "crc32"}))
     monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)
     assert load_pack(pack_of(root), "glyphs").digest == document["digest"]
     assert cli("--verify")[0] == 0
     assert json.loads(sidecar.read_text()) == document
-    document["blocks"].pop()
+    document["crc32"].pop()
     sidecar.write_text(json.dumps(document))
-    with pytest.raises(DataError, match="digests of blocks do not match"):
+    with pytest.raises(DataError, match="checksums do not match"):
         load_pack(pack_of(root), "glyphs")
 
 
