@@ -13,7 +13,7 @@ import pytest
 from helpers.shared import ignore
 
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
-from mamlctl.core.files import is_locked, one_writer, replacing, write_json
+from mamlctl.core.files import is_locked, one_writer, replacing, write_json, write_text
 from mamlctl.core.literals import StopReason
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -116,6 +116,11 @@ def test_a_file_system_without_locks_is_reported(monkeypatch, tmp_path, code):
         pass
     assert not is_locked(tmp_path)
     assert (tmp_path / "lock").read_text() in ("", "process 999999")
+
+
+def test_a_path_that_is_not_utf8_keeps_its_bytes_in_files(tmp_path):
+    write_text(tmp_path / "command.txt", os.fsdecode(b"--out caf\xe9"))
+    assert (tmp_path / "command.txt").read_bytes() == b"--out caf\xe9"
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):

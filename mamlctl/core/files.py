@@ -54,9 +54,9 @@ def contents(folder: Path, first: str) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; file names in it that are not UTF-8 keep their bytes."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def finite(value: Any) -> Any:

@@ -110,7 +110,7 @@ def resume(
             now = f"{run.config.dataset} has digest {source.digest:.12}"
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")
-        with (run.path / "command.txt").open("a") as file:
+        with (run.path / "command.txt").open("a", errors="surrogateescape") as file:
             file.write(command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
             write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig)
 
 Layer = tuple[str, Mapping[str, Any]]  # the origin of some settings, and their values
 MISSING, INTERPOLATION = "???", "${"  # OmegaConf's placeholders
+SURROGATES = re.compile("[\ud800-\udfff]")  # what Python decodes bytes to that are not UTF-8
 COMMAND_LINE = ("flag", "--set")
 
 
@@ -52,6 +54,9 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
             if isinstance(read, str) and (read == MISSING or INTERPOLATION in read):
                 fact = f"{name} is {read!r} in {source}, but OmegaConf's placeholders are not filled in"
                 problems.append((fact, "write the value itself"))
+                continue
+            if isinstance(read, str) and SURROGATES.search(read):  # no YAML file can contain it
+                problems.append((f"{name} is {read!r} in {source}, which is not UTF-8", "rename that folder"))
                 continue
             values[name], sources[name] = read, source
     return Resolved(config_type(**values), sources), problems

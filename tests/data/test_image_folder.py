@@ -75,6 +75,14 @@ def test_every_image_gets_the_requested_shape(tmp_path):
     assert grey.images_MCHW.shape == (60, 1, 8, 8)
 
 
+def test_class_names_need_not_be_utf8(tmp_path):
+    path = make(tmp_path / "mine")
+    (path / "class 00").rename(path / os.fsdecode(b"caf\xe9"))
+    for _ in range(2):  # the second time from the pack
+        packed = image_folder.open_pack(path, tmp_path / "root", side=8, channels=1, on_event=ignore)
+        assert packed.names == ("caf\udce9", *(f"class {number:02d}" for number in range(1, 12)))
+
+
 def test_folder_is_packed_once_and_again_when_a_file_changes(tmp_path):
     path, notices = make(tmp_path / "mine"), []
     first = image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore)

@@ -195,6 +195,12 @@ def test_placeholders_are_refused_and_not_filled_in(tmp_path, monkeypatch, name,
         stored_settings("config.yaml", stored)
 
 
+def test_a_data_set_whose_path_is_not_utf8_is_refused():
+    assert problems_of(("flag", {"dataset": "p\udce9"})) == [
+        "dataset is 'p\\udce9' in flag, which is not UTF-8"
+    ]
+
+
 def test_values_of_set_are_parsed_as_yaml():
     assert parse_sets(["ways=7", "inner_lr=1e-2", "msl=false", "clip_norm=null"]) == {
         "ways": 7,

@@ -179,7 +179,7 @@ def _stamp(
     """A digest that changes if a file is added or removed, or if the facts about one change."""
     digest = hashlib.sha256()
     for name, files in classes.items():
-        digest.update(f"{name}\0".encode())
+        digest.update(f"{name}\0".encode(errors="surrogateescape"))
         for file in files:
             facts = "\0".join(map(str, [file.relative_to(folder), *facts_of(file.stat())]))
             digest.update(f"{facts}\0".encode(errors="surrogateescape"))

@@ -76,7 +76,7 @@ class LocalExecutor:
         return Ended(job.name, code, error)
 
     def _start_command(self, command: Arguments, slot: int, log: BinaryIO) -> ChildProcess:
-        log.write(f"$ {shlex.join(['mamlctl', *command])}\n".encode())
+        log.write(f"$ {shlex.join(['mamlctl', *command])}\n".encode(errors="surrogateescape"))
         log.flush()
         environment = dict(os.environ)
         if self._cuda_devices:
