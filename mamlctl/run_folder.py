@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import contents, finite, one_writer, read_object, write_json, write_text
+from mamlctl.core.files import append_text, contents, finite, one_writer, read_object, write_json, write_text
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import RowKind, RunStatus
 from mamlctl.settings.evaluation import EvalConfig
@@ -131,8 +131,7 @@ class RunFolder:
 
     def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl and flush it, so that other processes can follow."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
+        append_text(self.path / METRICS, json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without damaged lines."""

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 from helpers.shared import ignore
 
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
-from mamlctl.core.files import is_locked, one_writer, replacing, write_json, write_text
+from mamlctl.core.files import append_text, is_locked, one_writer, replacing, write_json, write_text
 from mamlctl.core.literals import StopReason
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -120,7 +121,21 @@ def test_a_file_system_without_locks_is_reported(monkeypatch, tmp_path, code):
 
 def test_a_path_that_is_not_utf8_keeps_its_bytes_in_files(tmp_path):
     write_text(tmp_path / "command.txt", os.fsdecode(b"--out caf\xe9"))
-    assert (tmp_path / "command.txt").read_bytes() == b"--out caf\xe9"
+    append_text(tmp_path / "command.txt", os.fsdecode(b" \xe9"))
+    assert (tmp_path / "command.txt").read_bytes() == b"--out caf\xe9 \xe9"
+
+
+def test_an_error_of_a_full_disk_names_the_file(tmp_path):
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
+    try:
+        for write in (write_text, append_text):
+            with pytest.raises(OSError, match="File too large") as error:
+                write(tmp_path / "x", 20_000 * "x")
+            assert error.value.filename == str(tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"], "the temporary file is removed"
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path):

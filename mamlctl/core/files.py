@@ -23,18 +23,29 @@ REMNANTS = (".*.*.????????", "*/.*.pt.*")
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the block: Python names none if a write fails, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` if the block succeeds and is removed otherwise."""
     path = path.resolve()  # a symbolic link is kept and leads to the new file
     if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced
-        with path.open("wb") as file:
+        with _naming(path), path.open("wb") as file:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with _naming(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -57,6 +68,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; file names in it that are not UTF-8 keep their bytes."""
     with replacing(path) as file:
         file.write(text.encode(errors="surrogateescape"))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file."""
+    with _naming(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
 
 
 def finite(value: Any) -> Any:
@@ -103,7 +120,8 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
         message = f"{what} {path} cannot be locked: {error.strerror}"
         raise MamlctlError(message, hint="choose another --out, on a file system with locks") from error
     with lock:
-        (path / "lock").write_text(f"process {os.getpid()}")
+        with _naming(path / "lock"):
+            (path / "lock").write_text(f"process {os.getpid()}")
         for remnant in itertools.chain.from_iterable(map(path.glob, REMNANTS)):
             remnant.unlink(missing_ok=True)
         yield

@@ -71,7 +71,7 @@ class LiveDisplay(Display):
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, events.Notice):
-            say(self._console, event.text)
+            say(self._console, formatting.one_line(event.text))
             return
         self.state = advance(self.state, event, self._clock())
         # Wait for the first event, so that a command that fails at once shows only its error.
@@ -118,7 +118,7 @@ class PlainDisplay(Display):
     def _log_line(self, event: Event) -> str:
         match event:
             case events.Notice():
-                return event.text
+                return formatting.one_line(event.text)
             case events.Progress():
                 return self._progress_line(event)
             case events.RunStarted():

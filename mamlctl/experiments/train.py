@@ -12,7 +12,7 @@ import torch
 
 from mamlctl.core.errors import DataError, DivergedError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
-from mamlctl.core.files import write_json
+from mamlctl.core.files import append_text, write_json
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
@@ -110,8 +110,7 @@ def resume(
             now = f"{run.config.dataset} has digest {source.digest:.12}"
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")
-        with (run.path / "command.txt").open("a", errors="surrogateescape") as file:
-            file.write(command + "\n")
+        append_text(run.path / "command.txt", command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
             write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))
             if source.names:
