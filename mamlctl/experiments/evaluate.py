@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.events import OnEvent, Progress
+from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.files import write_json, write_text
 from mamlctl.core.literals import Model
 from mamlctl.core.results import EvalResult, EvalRow, named
@@ -19,6 +19,7 @@ from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
+from mamlctl.engine.kernels.c_block import compiled_at_every_start
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig
@@ -38,6 +39,8 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     """
     started = time.monotonic()
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    if reason := compiled_at_every_start():
+        on_event(Notice(reason))
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)

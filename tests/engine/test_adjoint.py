@@ -30,7 +30,7 @@ from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
 from mamlctl.engine.derivatives.autograd import Autograd, AutogradSet
-from mamlctl.engine.derivatives.selection import faster_block, select_derivatives
+from mamlctl.engine.derivatives.selection import faster_block, select_derivatives, slower_than_it_could_be
 from mamlctl.engine.kernels import c_block
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.fused_block import KernelTape
@@ -225,6 +225,7 @@ def test_select_derivatives_depends_on_device_dtype_and_engine(monkeypatch):
 @needs_c
 def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_block, "_uncached", [])
     # The libraries are only loaded, so -O0 saves most of the compile time.
     monkeypatch.setattr(c_block, "OPTIONS", [word.replace("-O3", "-O0") for word in c_block.OPTIONS])
     fresh = c_block.library.__wrapped__
@@ -235,15 +236,51 @@ def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "cc -g0")
     assert fresh(torch.float32) is not None, "CC may contain options"
     (built,) = tmp_path.rglob("*.so")
-    built.unlink()  # this process has mapped the file, so it must not be truncated
-    built.write_bytes(b"damaged")
-    assert fresh(torch.float32) is not None, "a damaged library is compiled again"
+    whole = built.read_bytes()
+    for damaged in (b"damaged", whole[: len(whole) // 2], bytes(len(whole))):
+        built.unlink()  # this process has mapped the file, so it must not be truncated
+        built.write_bytes(damaged)
+        assert fresh(torch.float32) is not None, "a damaged library is compiled again"
+        assert [path.name for path in tmp_path.rglob("*.so")] == [built.name]
+        assert built.read_bytes() == whole
+    assert c_block.compiled_at_every_start() is None
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(c_block, "TUNING", ("-march=native", "--no-such-option"))
     assert fresh(torch.float32) is not None, "cc is used instead, without the unknown option"
     monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: Path("/proc/nowhere"))
     assert fresh(torch.float32) is not None, "without a cache"
+    assert "/proc/nowhere/native cannot be written" in c_block.compiled_at_every_start()
+    _, net, state, _ = prepared(algo="maml")
+    assert "set XDG_CACHE_HOME" in slower_than_it_could_be(net, state.example_tensor, "adjoint")
     assert fresh(torch.int8) is None
+
+
+@needs_c
+def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_block, "_uncached", [])
+    loaded = []
+    monkeypatch.setattr(c_block, "_load", lambda path: loaded.append(path) or "a library")
+    monkeypatch.setattr(c_block, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True)
+    fresh = c_block.library.__wrapped__
+    fresh(torch.float32)
+    (built,) = tmp_path.rglob("*.so")
+    folder = built.parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    fresh(torch.float32)
+    assert loaded[-1] == built and c_block.compiled_at_every_start() is None
+    for shared in (built, folder, folder.parent):
+        mode = shared.stat().st_mode
+        shared.chmod(0o777)
+        fresh(torch.float32)
+        assert loaded[-1] != built
+        if shared != built:
+            assert not loaded[-1].is_relative_to(tmp_path)
+            assert f"other users can change {folder}" in c_block.compiled_at_every_start()
+        shared.chmod(mode)
+    folder.parent.chmod(0o1777)  # as /tmp: only the owner of a file can replace it
+    fresh(torch.float32)
+    assert loaded[-1] == built
 
 
 @pytest.mark.parametrize("ink", [1, 0])

@@ -118,6 +118,8 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
     if like.device.type == "cpu" and by_torch:
         return "no working C compiler (cc): using torch operations, which are about 1.8 times slower"
+    if like.device.type == "cpu" and (reason := c_block.compiled_at_every_start()):
+        return reason
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_block.lacks_bfloat16():
         return "this processor has neither avx512_bf16 nor AMX, so --precision bf16 is slower than float32"
     return None

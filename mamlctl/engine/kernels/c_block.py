@@ -13,8 +13,11 @@ import itertools
 import os
 import platform
 import shlex
+import shutil
+import stat
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +54,9 @@ OPTIONS = (
 VEC = 16  # filters per vector in the first block, as in c/first.c
 
 
+_uncached: list[str] = []  # why a library had to be compiled outside of the cache folder
+
+
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """Load the compiled functions for tensors stored in `dtype`; None if they cannot be compiled."""
@@ -60,9 +66,47 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CC", ""))
     texts = [source.read_text() for source in sources]
     ingredients = [*texts, *OPTIONS, *compiler, platform.machine(), processor()]
-    name = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
-    path = platformdirs.user_cache_path("mamlctl") / "native" / f"{TYPES[dtype].lower()}-{name}.so"
-    return _load(path) or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, path)
+    name = f"{TYPES[dtype].lower()}-{_digest(chr(0).join(ingredients).encode())}"
+    folder = platformdirs.user_cache_path("mamlctl") / "native"
+    cached = _cached(folder, name)
+    return cached or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, folder, name)
+
+
+def compiled_at_every_start() -> str | None:
+    """Return why the cache folder is not used, and what to do about it; None if it is used."""
+    if not _uncached:
+        return None
+    return f"compiling C kernels at every start, because {_uncached[0]}: set XDG_CACHE_HOME to another folder"
+
+
+def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
+    """Load a cached library; None if it is missing, damaged, or in reach of another user."""
+    try:
+        for path in folder.glob(f"{name}-*.so"):
+            # A truncated library would crash the process, so its name contains the digest of its bytes.
+            if path.stem.endswith(_digest(path.read_bytes())) and _is_private(path):
+                return _load(path)
+    except OSError:
+        pass
+    return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user and root can change a path, or replace a folder that contains it."""
+    path = path.resolve()
+    for place in (path, *path.parents):
+        status = place.stat()
+        # Many systems give each user a group of their own, with the user's number.
+        shared = stat.S_IWOTH | (0 if status.st_gid == status.st_uid else stat.S_IWGRP)
+        # Others may create files in a folder with this bit, e.g. /tmp, but not replace those of this user.
+        sticky = place != path and status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (0, os.geteuid()) or (status.st_mode & shared and not sticky):
+            return False
+    return True
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -72,26 +116,44 @@ def _load(path: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _build(compilers: list[list[str]], kind: str, sources: list[Path], path: Path) -> ctypes.CDLL | None:
-    """Compile and load, trying each compiler with fewer and fewer options; cache at `path` if possible."""
+def _build(
+    compilers: list[list[str]], kind: str, sources: list[Path], cache: Path, name: str
+) -> ctypes.CDLL | None:
+    """Compile and load, trying each compiler with fewer and fewer options; cache the library if possible."""
     programs = [str(source) for source in sources if source.suffix == ".c"]
-    for folder in (path.parent, None):
+    reason = f"programs cannot be run from {cache}"
+    for folder in (cache, None):
         try:
             if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if not _is_private(folder):
+                    reason = f"other users can change {folder}"
+                    continue
+                _remove_abandoned(folder)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch) / "built.so"
                 for compiler, last in itertools.product(compilers, range(len(TUNING), -1, -1)):
                     words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(built), *programs]
                     if _succeeds(words) and (loaded := _load(built)) is not None:
+                        if folder is None:
+                            _uncached.append(reason)
+                            return loaded
                         with built.open("rb") as file:
                             os.fsync(file.fileno())
-                        if folder is not None:
-                            built.replace(path)
+                        built.chmod(0o700)
+                        built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
                         return loaded
-        except OSError:  # the cache folder cannot be written: compile without it
-            continue
+        except OSError as error:
+            reason = f"{cache} cannot be written ({error.strerror})"
     return None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes have left in the cache folder; no compilation takes an hour."""
+    for scratch in folder.glob("tmp*"):
+        if time.time() - scratch.stat().st_mtime > 3600:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _succeeds(command: list[str]) -> bool:
