@@ -115,10 +115,15 @@ class RunFolder:
         digest = self.environment().get("dataset_digest")
         return digest if isinstance(digest, str) else None
 
-    def trained_on(self, digest: str | None) -> bool:
-        """Whether the run was trained on the data with this digest; true if either digest is unknown."""
-        own = self.dataset_digest
-        return own is None or digest is None or own == digest
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """The digests that older versions gave to the same data."""
+        return tuple(self.environment().get("dataset_older_digests", ()))
+
+    def trained_on(self, digest: str | None, older_digests: Sequence[str] = ()) -> bool:
+        """Whether the run was trained on the data with these digests; true if one is unknown."""
+        own, digests = self.dataset_digest, {digest, *older_digests}
+        return None in (own, digest) or not digests.isdisjoint({own, *self.older_digests})
 
     def classes(self) -> dict[str, list[str]]:
         """The classes of each split at the start of training; empty for curves."""

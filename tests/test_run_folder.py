@@ -64,6 +64,9 @@ def test_a_run_knows_whether_it_was_trained_on_other_data(tmp_path):
         assert run.dataset_digest is None and run.trained_on("a")
         write_json(run.path / "environment.json", {"dataset_digest": "a"})
         assert [run.trained_on(digest) for digest in ("a", None, "b")] == [True, True, False]
+        assert run.trained_on("b", ["a"])
+        write_json(run.path / "environment.json", {"dataset_digest": "a", "dataset_older_digests": ["c"]})
+        assert run.trained_on("c") and run.trained_on("b", ["c"]) and not run.trained_on("b", ["d"])
 
 
 def test_existing_files_are_not_overwritten(tmp_path):

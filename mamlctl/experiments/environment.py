@@ -38,6 +38,7 @@ def environment(config: TrainConfig, source: TaskSource, device: torch.device) -
         "precision": precision_of(config.precision, device),
         "platform": platform.platform(),
         "dataset_digest": source.digest,
+        "dataset_older_digests": list(source.older_digests),
         "brightness": source.brightness,
         "seeds": {
             "init": config.init_seed,

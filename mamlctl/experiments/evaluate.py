@@ -44,7 +44,10 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)
-    protocol |= {"bn": model.bn, "dataset_digest": model.source.digest}
+    source, trained = model.source, model.run.dataset_digest
+    # Under the digest that the run knows, so that its evaluation is found again.
+    tested = trained if trained in source.older_digests else source.digest
+    protocol |= {"bn": model.bn, "dataset_digest": tested}
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     folder = model.run.path / EVALUATIONS / f"{settings.split}-{digest}"
     # Created before the evaluation, so that no work is lost if the folder cannot be written.

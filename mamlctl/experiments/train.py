@@ -106,7 +106,7 @@ def resume(
         run.config = stored_settings("the command line", {**asdict(run.config), **overrides})
         prepared = _prepare(run.config, overrides.get("cuda_graph"), offline, stop, on_event)
         source = prepared.source
-        if not run.trained_on(source.digest):
+        if not run.trained_on(source.digest, source.older_digests):
             now = f"{run.config.dataset} has digest {source.digest:.12}"
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")

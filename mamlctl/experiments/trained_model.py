@@ -96,7 +96,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     )
     stream = streams[settings.split]
     notes += _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
-    if settings.dataset is None and not run.trained_on(source.digest):
+    if settings.dataset is None and not run.trained_on(source.digest, source.older_digests):
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)

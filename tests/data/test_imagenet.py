@@ -12,6 +12,7 @@ from PIL import Image
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice
+from mamlctl.data.reading.packs import load_pack, stream_pack
 from mamlctl.data.sets import imagenet
 from mamlctl.data.sets.class_splits import listed_split, split_classes
 from mamlctl.data.sets.imagenet import MINI, TIERED
@@ -139,15 +140,7 @@ def test_error_names_the_problem_and_leaves_nothing_behind(small, tmp_path, spoi
 def test_pickles_give_the_same_tasks_as_images(small, tmp_path, source):
     """Each split has the same classes in the same order, with the same images."""
     of_images = fetch(tmp_path / "images", as_folder(tmp_path / "source", members("split")))
-    folder = tmp_path / "pickles"
-    folder.mkdir()
-    for split, classes in split_classes(of_images, "ravi", 0).items():
-        places = np.concatenate([np.arange(IMAGES) + of_images.starts[number] for number in classes])
-        names = [of_images.names[number] for number in classes]
-        class_dict = {name: [IMAGES * at, IMAGES * at + 1] for at, name in enumerate(names)}
-        images_MHWC = of_images.images_MCHW[places].transpose(0, 2, 3, 1).copy()
-        content = {"image_data": np.asarray(images_MHWC), "class_dict": class_dict}
-        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, 2))
+    folder = as_pickles(tmp_path / "pickles", of_images)
     packed = fetch(tmp_path / "root", [folder] if source == "folder" else sorted(folder.iterdir()))
     for split, classes in split_classes(packed, "ravi", 0).items():
         others = split_classes(of_images, "ravi", 0)[split]
@@ -155,6 +148,70 @@ def test_pickles_give_the_same_tasks_as_images(small, tmp_path, source):
         for number, other in zip(classes, others, strict=True):
             one, two = packed.starts[number], of_images.starts[other]
             assert np.array_equal(packed.images_MCHW[one : one + 2], of_images.images_MCHW[two : two + 2])
+
+
+def as_pickles(folder, packed):
+    """Write the pickles of a pack, and return its folder."""
+    folder.mkdir()
+    for split, classes in split_classes(packed, "ravi", 0).items():
+        places = np.concatenate([np.arange(IMAGES) + packed.starts[number] for number in classes])
+        names = [packed.names[number] for number in classes]
+        class_dict = {name: [IMAGES * at, IMAGES * at + 1] for at, name in enumerate(names)}
+        images_MHWC = np.asarray(packed.images_MCHW[places].transpose(0, 2, 3, 1)).copy()
+        content = {"image_data": images_MHWC, "class_dict": class_dict}
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content, 2))
+    return folder
+
+
+@pytest.fixture
+def with_twins(small, tmp_path):
+    """A pack from a folder with three identical images of two classes, and the folder of its pickles."""
+    files = members("flat")
+    names = sorted(name for name in files if name.endswith(".jpg") and "images/" in name)
+    files[names[0]] = files[names[1]] = files[names[7]]
+    packed = fetch(tmp_path / "from images", as_folder(tmp_path / "source", files))
+    return packed, as_pickles(tmp_path / "pickles", packed)
+
+
+def test_same_pixels_from_pickles_and_from_images_are_the_same_pack(with_twins, tmp_path):
+    of_images, pickles = with_twins
+    notices = []
+    packed = fetch(tmp_path / "root", [pickles], on_event=notices.append)
+    assert (packed.digest, packed.names) == (of_images.digest, of_images.names)
+    assert packed.facts == of_images.facts and len(packed.facts["twins"]) == 2
+    texts = [event.text for event in notices if isinstance(event, Notice)]
+    assert any("2 pairs of images are identical, 1 of them across classes" in text for text in texts)
+
+
+def older_pack(root, packed):
+    """Pack as older versions packed pickles: the classes in the order of the published list."""
+    order = [name for name in CLASSES if name in packed.names]
+    images = ((name, image) for name, images in packed.of_classes(order) for image in images)
+    stream_pack(root / "mini-imagenet" / "84x84.npy", (3, 84, 84), images)
+    return load_pack(root / "mini-imagenet" / "84x84.npy", "mini-imagenet")
+
+
+def test_older_pack_of_pickles_gets_the_order_and_keeps_its_digest(with_twins, tmp_path):
+    of_images, _ = with_twins
+    older = older_pack(tmp_path / "root", of_images)
+    assert older.digest != of_images.digest
+    assert of_images.older_digests == (older.digest,)
+    for _ in range(2):
+        packed = imagenet.open_pack(MINI, tmp_path / "root", on_event=ignore)
+        assert (packed.digest, packed.older_digests) == (of_images.digest, (older.digest,))
+    for split, classes in split_classes(older, "ravi", 0).items():  # so the tasks are the same
+        now = split_classes(packed, "ravi", 0)[split]
+        assert [older.names[number] for number in classes] == [packed.names[number] for number in now]
+
+
+def test_older_pack_in_a_read_only_root_is_used_as_it_is(with_twins, tmp_path, monkeypatch):
+    older = older_pack(tmp_path / "root", with_twins[0])
+
+    def refuse(*_, **__):
+        raise DataError("cannot write", hint="x")
+
+    monkeypatch.setattr(imagenet, "stream_pack", refuse)
+    assert imagenet.open_pack(MINI, tmp_path / "root", on_event=ignore).digest == older.digest
 
 
 def test_identical_images_are_reported(small, tmp_path):

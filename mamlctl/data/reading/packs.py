@@ -46,6 +46,26 @@ class PackedImages:
         """Images per class."""
         return np.diff(self.starts)
 
+    @property
+    def older_digests(self) -> tuple[str, ...]:
+        """The digests of packs of the same images that had their classes in another order."""
+        return tuple(self.facts.get("older_digests", ()))
+
+    def of_classes(self, names: Sequence[str]) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Yield each of these classes and its images_MCHW."""
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for name in names:
+            yield name, self.images_MCHW[self.starts[numbers[name]] : self.starts[numbers[name] + 1]]
+
+    def digest_in_order(self, names: Sequence[str]) -> str:
+        """Return the digest of a pack of the same images with its classes in this order."""
+        counts = dict(zip(self.names, self.counts.tolist(), strict=True))
+        starts = np.cumsum([0, *(counts[name] for name in names)], dtype=np.int64)
+        digest = _digest_of_facts(self.images_MCHW.shape, starts, tuple(names))
+        for _, images_MCHW in self.of_classes(names):
+            digest.update(np.ascontiguousarray(images_MCHW).data)
+        return digest.hexdigest()
+
 
 def pack(images_MCHW: NDArray[np.uint8], counts: NDArray[np.int64], names: tuple[str, ...]) -> PackedImages:
     """Make a pack in memory.
@@ -207,6 +227,17 @@ def verify_pack(path: Path, name: str) -> PackedImages:
                 sums = [zlib.crc32(block) for block in _blocks(pixels, packed.images_MCHW.nbytes)]
                 words.write(json.dumps(document | {"crc32": sums}).encode())
     return packed
+
+
+def add_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts to those of a pack, unless the data root is read-only."""
+    sidecar = path.with_suffix(".json")
+    with suppress(OSError):
+        document, status = read_object(sidecar), sidecar.stat()
+        document["facts"] = document.get("facts", {}) | facts
+        with replacing(sidecar) as words:
+            words.write(json.dumps(document).encode())
+        os.utime(sidecar, ns=(status.st_atime_ns, status.st_mtime_ns))  # it was not verified again
 
 
 def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:

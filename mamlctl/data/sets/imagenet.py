@@ -6,9 +6,10 @@ of tieredImageNet from Ren et al. 2018, section 4.1.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.formatting import plural
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, twins
-from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.reading.packs import PackedImages, add_facts, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
 
@@ -96,6 +97,10 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
         shape, pairs = ImageShape(SIDE, 3, "bilinear"), list[tuple[str, str]]()
         images = twins(decoded(files, shape, what=listed.name, on_event=on_event), pairs)
         stream_pack(_path(listed, root), shape.chw, images, lambda: {"twins": pairs})
+    _announce_twins(listed, pairs, on_event)
+
+
+def _announce_twins(listed: ListedSet, pairs: Sequence[tuple[str, str]], on_event: OnEvent) -> None:
     if pairs:
         apart = sum(one != other for one, other in pairs)
         fact = f"{len(pairs)} pairs of images are identical, {apart} of them across classes"
@@ -111,7 +116,7 @@ def _pickles(sources: Sequence[Path]) -> list[Path]:
 
 
 def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> None:
-    """Pack the classes of each split in the order of their names, as for images."""
+    """Pack the classes in the order of the files, since each is large, and then in that of their names."""
     classes = read_mini_cache(pickles, per_class=PER_CLASS)
 
     def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
@@ -120,7 +125,41 @@ def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> Non
                 yield name, image_HWC.transpose(2, 0, 1)
             on_event(Progress(f"{MINI.name}: read classes", number, sum(MINI.classes)))
 
-    stream_pack(path, (3, SIDE, SIDE), images())
+    pairs: list[tuple[str, str]] = []
+    stream_pack(path, (3, SIDE, SIDE), twins(images(), pairs), lambda: {"twins": pairs})
+    _pack_in_order(path, load_pack(path, MINI.name))
+    _announce_twins(MINI, pairs, on_event)
+
+
+def _pack_in_order(path: Path, packed: PackedImages) -> None:
+    """Pack mini-ImageNet again with its classes in the order of their names, as from archives."""
+
+    def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        for name, images_MCHW in packed.of_classes(sorted(packed.names)):
+            for image_CHW in images_MCHW:
+                yield name, image_CHW
+
+    pairs = sorted(tuple(sorted(pair)) for pair in packed.facts.get("twins", ()))
+    facts = {"twins": pairs, "older_digests": [packed.digest]}
+    stream_pack(path, packed.images_MCHW.shape[1:], images(), lambda: facts)
+
+
+def _open_mini(path: Path) -> PackedImages:
+    """Open mini-ImageNet with its classes in the order of their names and its older digests.
+
+    Older versions packed pickles in the order of the published list. The tasks are the same, since the
+    classes of each split have the same order in both.
+    """
+    packed = load_pack(path, MINI.name)
+    if packed.facts.get("older_digests"):
+        return packed
+    if list(packed.names) != sorted(packed.names):
+        with suppress(DataError):  # the data root may be read-only
+            _pack_in_order(path, packed)
+    elif os.access(path.parent, os.W_OK):
+        listed = [name for name in listed_split(MINI.name) if name in packed.names]
+        add_facts(path, {"older_digests": [packed.digest_in_order(listed)]})
+    return load_pack(path, MINI.name)
 
 
 def is_here(listed: ListedSet, root: Path) -> bool:
@@ -136,7 +175,8 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
     """
     if not is_here(listed, root):
         raise DataError(f"{listed.name} is not in {root}", hint=listed.hint)
-    return load_pack(_path(listed, root), listed.name)
+    path = _path(listed, root)
+    return _open_mini(path) if listed is MINI else load_pack(path, listed.name)
 
 
 def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:

@@ -34,6 +34,7 @@ class TaskSource:
     classes: Mapping[str, int]  # split -> number of classes, including turned ones; empty for curves
     names: Mapping[str, Sequence[str]]  # split -> names of its classes; empty for curves
     brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
+    older_digests: tuple[str, ...] = ()  # of the same images
 
 
 def open_streams(
@@ -87,7 +88,7 @@ def open_streams(
         brightness = float(some_MCHW.mean() / 255)
         shape = (config.channels or 1, *packed.images_MCHW.shape[2:])
         names = {name: [packed.names[number] for number in part] for name, part in split.items()}
-        source = TaskSource(packed.digest, shape, pools, names, brightness)
+        source = TaskSource(packed.digest, shape, pools, names, brightness, packed.older_digests)
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

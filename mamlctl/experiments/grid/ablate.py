@@ -71,7 +71,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
         build(config, source.example_shape, torch.device("meta"), classes=source.classes.get("train"))
     for cell in grid.cells:
         run = RunFolder(cell.folder, cell.config)
-        if not run.trained_on(source.digest):
+        if not run.trained_on(source.digest, source.older_digests):
             current = f"{configs[0].dataset} has digest {source.digest:.12}"
             message = f"{current}, but {cell.folder} was trained on {run.dataset_digest:.12}"
             raise DataError(message, hint="choose another --out: all rows of a table need the same images")

@@ -110,7 +110,8 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
             if ours != theirs:
                 way = f"compare them separately, or add {flag(name)}" if shared else "compare them separately"
                 problems.append((f"{run.path} has {flag(name)} {theirs}, but {first.path} has {ours}", way))
-        if first.config.dataset == run.config.dataset and not run.trained_on(first.dataset_digest):
+        same_data = run.trained_on(first.dataset_digest, first.older_digests)
+        if first.config.dataset == run.config.dataset and not same_data:
             theirs, ours = run.dataset_digest, first.dataset_digest
             fact = f"{run.path} was trained on data {theirs:.12}, but {first.path} on {ours:.12}"
             problems.append((fact, "train both on the same images"))
