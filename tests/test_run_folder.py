@@ -59,7 +59,7 @@ def test_a_new_run_describes_itself(tmp_path):
     assert open_run(run.path).config == TrainConfig()
 
 
-def test_a_run_knows_whether_it_was_trained_on_other_data(tmp_path):
+def test_a_run_detects_whether_it_was_trained_on_other_data(tmp_path):
     with make_run(tmp_path / "run") as run:
         assert run.dataset_digest is None and run.trained_on("a")
         write_json(run.path / "environment.json", {"dataset_digest": "a"})
@@ -84,7 +84,7 @@ def test_existing_files_are_not_overwritten(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_a_probe_that_holds_the_lock_for_a_moment_does_not_refuse_a_writer(tmp_path):
+def test_a_brief_probe_of_the_lock_does_not_block_a_writer(tmp_path):
     with (tmp_path / "lock").open("wb") as probe:
         fcntl.flock(probe, fcntl.LOCK_EX)
         threading.Timer(0.05, fcntl.flock, (probe, fcntl.LOCK_UN)).start()
@@ -204,7 +204,7 @@ VALIDATION = {"kind": "validation", "step": 1, "epoch": 1, "val_accuracy": None,
         VALIDATION | {"epoch": None},
     ],
 )
-def test_a_damaged_row_of_metrics_is_skipped_alone(tmp_path, damage):
+def test_only_the_damaged_row_of_metrics_is_skipped(tmp_path, damage):
     with make_run(tmp_path / "run") as run:
         pass
     rows = [REPORT, damage, VALIDATION]

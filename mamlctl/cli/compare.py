@@ -60,7 +60,7 @@ def compare(
 
 
 def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> None:
-    """Raises SettingsError for options that only affect training."""
+    """Raise SettingsError for options that only affect training."""
     training: dict[str, object] = {"--algos": algos, "--executor": options.executor != "local"}
     training |= options.by_flag(*TRAINING_OPTIONS)
     training |= {flag(name): True for name in settings if name not in TEST_SETTINGS}

@@ -33,7 +33,7 @@ class RunStarted:
     run: str
     dataset: str
     algo: str
-    improvements: tuple[str, ...]  # the MAML++ letters that are on, in the paper's order
+    improvements: tuple[str, ...]  # the MAML++ improvements that are on, in the paper's order
     ways: int
     shots: int
     queries: int

@@ -155,7 +155,7 @@ def permutation_p(difference_T: NDArray[np.float64]) -> float:
     """The p value of a sign-flip test: all flips for up to 13 tasks, else 9,999 random ones.
 
     It is scipy's permutation_test with "samples", which takes 9 s for 10,000 tasks while this takes 0.1 s,
-    and which takes round-off for a difference if sums tie at 0.
+    and which mistakes round-off for a difference if sums tie at 0.
     """
     tasks = difference_T.size
     is_exact = 2**tasks < RESAMPLES

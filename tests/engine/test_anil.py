@@ -19,7 +19,7 @@ ANIL = [
 
 @pytest.mark.parametrize("settings", ANIL, ids=str)
 def test_anil_equals_the_unrolled_loop_over_the_whole_network(settings):
-    """ANIL passes the body once, --engine plain passes it at every inner step."""
+    """ANIL passes through the body once, --engine plain at every inner step."""
     _, fast = measured("anil", **settings)
     _, plain = measured("anil", engine="plain", **settings)
     assert fast.grads.keys() == plain.grads.keys()

@@ -65,7 +65,7 @@ def test_fine_tuning_starts_with_a_head_of_zeros_and_descends_on_the_support_los
 
 @pytest.mark.parametrize("statistics", list(Statistics))
 def test_adapting_the_head_on_features_equals_adapting_it_in_the_network(statistics):
-    """`adapted` passes the body only once, unless batch norm has more than one row."""
+    """`adapted` passes through the body only once, unless batch norm has more than one row."""
     config = small_config(algo="anil")
     net, state = build_uneven(config)
     for rows in state.running.values():

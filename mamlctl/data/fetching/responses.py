@@ -54,7 +54,7 @@ class Dropped(Exception):
 
 
 def check_mirrors(mirrors: Sequence[str]) -> None:
-    """Raises SettingsError for mirrors that are not web addresses."""
+    """Raise SettingsError for mirrors that are not web addresses."""
     hint = "give the http(s) URL of a folder with the archives, or use --from for files on this machine"
     wrong = [(f"--mirror {mirror} is not a web address", hint) for mirror in mirrors if not _is_web(mirror)]
     if wrong:

@@ -133,7 +133,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_source(path: Path) -> None:
-    """Raises DataError unless `path` is a folder, or a file that can be read."""
+    """Raise DataError unless `path` is a folder, or a file that can be read."""
     with suppress(OSError):
         if path.is_dir():
             return

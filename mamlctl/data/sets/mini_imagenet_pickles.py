@@ -163,7 +163,7 @@ def _split_of(path: Path, classes: Mapping[str, object]) -> str:
 
 
 def _check_places(path: Path, places: Mapping[str, NDArray[np.int64]], images: int, per_class: int) -> None:
-    """Raises DataError unless every class has `per_class` images and every image is in exactly one class."""
+    """Raise DataError unless every class has `per_class` images and every image is in exactly one class."""
     for name, class_places in places.items():
         if len(class_places) != per_class:
             count = f"{len(class_places):,} {plural(len(class_places), 'image')}"

@@ -6,7 +6,8 @@ adapted, and the features f of the body with slow weights b stay the same,
     h_{k+1} = h_k - a_k grad_h L_support(h_k; f(x; b))
 
 The meta-gradient of h_0 and a_k is MAML's, unrolled for a linear layer. That of b follows by the chain rule
-from dL/df of both sets, so each set passes the body once forward and once backward for any number of steps.
+from dL/df of both sets, so each set passes through the body once forward and once backward, for any number
+of steps.
 """
 
 from __future__ import annotations

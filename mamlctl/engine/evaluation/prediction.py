@@ -87,12 +87,12 @@ def zero_head(weights: Mapping[str, Tensor], ways: int) -> Params:
 def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
     """Predict after each of 0, 1, ..., I inner steps from the state's weights -> outputs_ITEN.
 
-    With Statistics.SUPPORT the support set passes the network together with the queries, so that the
+    With Statistics.SUPPORT the support set passes through the network with the queries, so that the
     statistics of every layer come from the same weights.
     """
     state = request.state
     # If only the head is adapted and all steps share their norm rows, the features are the same at every
-    # step: pass the body once, and run the loop on the features.
+    # step: pass through the body once, and run the loop on the features.
     one_row = all(len(rows) == 1 for rows in (state.norm | state.running).values())
     if one_row and state.rates.keys() <= set(HEAD):
         support_TEF, query_TEF = features_of_sets(request)
