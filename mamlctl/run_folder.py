@@ -285,7 +285,7 @@ def new_run(
     path.mkdir(parents=True, exist_ok=True)
     with run.writing():
         if taken:
-            hint = f"mamlctl train --resume {path}, or choose another --out"
+            hint = f"resume it with mamlctl train --resume {path}, or choose another --out"
             raise MamlctlError(f"{path} already contains a run", hint=hint)
         write_text(path / CONFIG, to_yaml(config, completed))
         write_text(path / "command.txt", command + "\n")

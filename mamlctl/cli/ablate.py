@@ -66,7 +66,12 @@ def _planned_rows(
     if grid and plan is not None:
         problems.append(("--plan and --grid are given together", "use one of them"))
     if plan not in (None, *PLANS):
-        problems.append((f"--plan is '{plan}'", f"use one of {', '.join(PLANS)}, or --grid key=value,value"))
+        problems.append(
+            (
+                f"--plan is '{plan}', which is not a plan",
+                f"use one of {', '.join(PLANS)}, or --grid key=value,value",
+            )
+        )
     if plan != "cumulative":
         hint = "add --plan cumulative, or leave it out"
         problems += unused({"--order": order}, "without --plan cumulative", hint)

@@ -87,7 +87,7 @@ class GridOptions(SettingsOptions):
         problems += self._problems_without_table(formats)
         if self.executor not in get_args(ExecutorName):
             names = " or ".join(get_args(ExecutorName))
-            problems.append((f"--executor is '{self.executor}'", f"use {names}"))
+            problems.append((f"--executor is '{self.executor}', which is not an executor", f"use {names}"))
         if self.executor == "local":
             ray_options = self.by_flag("address", "cell_cpus", "cell_gpus", "slice")
             problems += unused(ray_options, "without --executor ray", "add --executor ray, or leave it out")

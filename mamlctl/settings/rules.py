@@ -92,7 +92,12 @@ def check(config: TrainConfig) -> list[Problem]:
     if config.hidden is not None and not all(
         width.isdecimal() and int(width) for width in config.hidden.split("-")
     ):
-        problems.append((f"--hidden is {config.hidden!r}", "write widths like 256-128-64-64"))
+        problems.append(
+            (
+                f"--hidden is {config.hidden!r}, which is not a list of widths",
+                "write widths like 256-128-64-64",
+            )
+        )
     try:
         parse_seconds(config.checkpoint_every)
     except ValueError as error:
@@ -121,7 +126,10 @@ def check(config: TrainConfig) -> list[Problem]:
         )
     if config.task_chunk != "auto" and not (config.task_chunk.isdecimal() and int(config.task_chunk)):
         problems.append(
-            (f"--task-chunk is {config.task_chunk!r}", "use auto, or a number of tasks of at least 1")
+            (
+                f"--task-chunk is {config.task_chunk!r}, which is not a number of tasks",
+                "use auto, or 1 or more",
+            )
         )
     if config.da_epochs is not None and config.da_epochs > config.epochs:
         problems.append(

@@ -95,7 +95,7 @@ def test_damaged_originals_are_reported_and_force_fixes_them(fetch, source, tmp_
     original.write_bytes(original.read_bytes()[:-9])
     with pytest.raises(DataError, match="originals-105") as raised:
         omniglot.open_pack(tmp_path / "root", "box", on_event=ignore)
-    assert raised.value.hint == "mamlctl fetch omniglot --force"
+    assert raised.value.hint == "run mamlctl fetch omniglot --force"
     assert fetch(source, force=True).digest == digest
     omniglot.open_pack(tmp_path / "root", "box", on_event=ignore)
 

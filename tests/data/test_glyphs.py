@@ -126,7 +126,7 @@ def test_damaged_pack_is_reported_with_a_hint_to_force(damage, tmp_path, glyphs_
     with pytest.raises(DataError) as raised:
         glyphs.open_pack(tmp_path, on_event=ignore)
     assert str(array) in raised.value.message
-    assert raised.value.hint == "mamlctl fetch glyphs --force"
+    assert raised.value.hint == "run mamlctl fetch glyphs --force"
     assert "\n" not in raised.value.message
 
 

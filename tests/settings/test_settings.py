@@ -111,7 +111,7 @@ def test_short_runs_keep_the_shape_of_the_published_schedules():
 
 
 @pytest.mark.parametrize("name", IMPROVEMENTS)
-def test_an_improvement_alone_derives_its_companions_and_no_others(name):
+def test_a_single_improvement_derives_only_its_own_companions(name):
     filled = fill_schedules(TrainConfig(**{name: True}), {})
     derived = {companion for companion in COMPANIONS if getattr(filled, companion) is not None}
     assert derived == set(IMPROVEMENTS[name].companions)
@@ -282,7 +282,7 @@ REFUSED = [
     ({"algo": "protonet", "inner_steps": 3}, "--inner-steps is 3, but --algo protonet requires 0"),
     ({"algo": "protonet", "inner_lr": 0.3}, "--inner-lr has no effect with --algo protonet"),
     ({"algo": "anil", "adapts": "all"}, "--adapts is all, but --algo anil requires head"),
-    ({"algo": "anil", "bnwb": True}, "--bnwb has no effect with --algo anil: the body is passed once"),
+    ({"algo": "anil", "bnwb": True}, "--bnwb has no effect with --algo anil: the body runs once"),
     ({"algo": "meta-sgd", "lslr": True}, "--lslr has no effect with --algo meta-sgd: it learns a rate"),
     ({"algo": "alpha-maml", "ca": True}, "--ca has no effect with --algo alpha-maml"),
     ({"algo": "imaml", "da": True}, "--da has no effect with --algo imaml"),

@@ -43,7 +43,7 @@ CHUNK = 64 * 1024  # bytes
 MOST_BYTES = 2 * 1024**3  # of an archive; the largest, CIFAR-100, has 161 MiB
 BEGINNING = 512  # bytes; enough to distinguish a web page from an archive
 EVENT_EVERY_S = 0.1  # displays do not draw more often
-DOES_NOT_FIT = "does not fit the part that an earlier try downloaded"
+DOES_NOT_FIT = "does not match the part that an earlier try downloaded"
 SPEED_OVER_S = 5.0  # a shorter window fluctuates, a longer one hides a stall
 
 
@@ -257,7 +257,7 @@ def _chunks(answer: Response, patience: Patience) -> Iterator[bytes]:
 
 
 def _refuse_full(folder: Path, file: str, missing: int) -> None:
-    """Raises DataError if the disk is too small, before the first byte is written."""
+    """Raise DataError if the disk is too small, before the first byte is written."""
     free = shutil.disk_usage(folder).free
     if missing > free:
         message = f"{file} needs {amount(missing, 0, 'B')}, but {folder} has only {amount(free, 0, 'B')} free"

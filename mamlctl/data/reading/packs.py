@@ -251,7 +251,7 @@ def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
     Raises:
         DataError: The pack is missing or damaged.
     """
-    hint = f"mamlctl fetch {name} --force"
+    hint = f"run mamlctl fetch {name} --force"
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         packed = _from_facts(facts, path)
@@ -280,7 +280,7 @@ def _sample_is_sound(path: Path, size: int, sums: Sequence[int]) -> bool:
 
 
 def _from_facts(facts: dict[str, Any], path: Path) -> PackedImages:
-    """Raises ValueError, KeyError or TypeError if sidecar and array do not match."""
+    """Raise ValueError, KeyError or TypeError if sidecar and array do not match."""
     if facts["format"] != FORMAT:
         raise ValueError(f"its format is {facts['format']!r}, but this version reads {FORMAT}")
     # Copy-on-write, since torch.from_numpy warns about read-only arrays.

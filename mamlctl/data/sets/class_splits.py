@@ -49,6 +49,6 @@ def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDA
     if set(packed.names) != listed.keys():
         odd = sorted(set(packed.names) ^ listed.keys())
         message = f"the classes are not those of {SCHEMES[scheme]}: {len(odd)} differ, for example {odd[0]}"
-        raise DataError(message, hint=f"mamlctl fetch {SCHEMES[scheme]} --force")
+        raise DataError(message, hint=f"run mamlctl fetch {SCHEMES[scheme]} --force")
     places = np.array([listed[name] for name in packed.names])
     return {split: np.flatnonzero(places == split) for split in SPLITS}

@@ -174,7 +174,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"adapts": "head"},
         forced={"adapts": "head"},
         unsupported=_refusals(
-            "the body is passed once per task, not once per inner step",
+            "the body runs once per task, not once per inner step",
             *improvements_without_meaning("one pass of the body"),
         ),
     ),
