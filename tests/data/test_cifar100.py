@@ -152,10 +152,10 @@ def test_error_for_a_missing_data_set_has_its_command(tmp_path, name):
     data_set = DATA_SETS[name]
     with pytest.raises(DataError, match=f"^{name} is not in") as raised:
         data_set.open_pack(tmp_path, "none", on_event=ignore)
-    assert raised.value.hint == f"mamlctl fetch {name}"
+    assert raised.value.hint == f"run mamlctl fetch {name}"
     with pytest.raises(DataError, match="--offline forbids") as raised:
         fetch_or_open(data_set, tmp_path, offline=True, on_event=ignore)
-    assert raised.value.hint.startswith(f"mamlctl fetch {name}")
+    assert raised.value.hint.startswith(f"run mamlctl fetch {name}")
 
 
 class Touch:

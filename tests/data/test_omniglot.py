@@ -131,7 +131,7 @@ def test_fetch_again_changes_nothing_and_sends_a_notice(omniglot_root, packed):
 def test_error_for_a_missing_data_set_has_the_command(tmp_path):
     with pytest.raises(DataError, match=f"omniglot is not in {tmp_path}") as raised:
         find_data_set("omniglot").open_pack(tmp_path, "box", on_event=ignore)
-    assert raised.value.hint == "mamlctl fetch omniglot"
+    assert raised.value.hint == "run mamlctl fetch omniglot"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -96,7 +96,7 @@ def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent, name: str 
         DataError: The images are missing or damaged.
     """
     if not is_here(root):
-        raise DataError(f"{name} is not in {root}", hint=f"mamlctl fetch {name}")
+        raise DataError(f"{name} is not in {root}", hint=f"run mamlctl fetch {name}")
     return load_pack(_path(root), name)
 
 

@@ -141,7 +141,7 @@ def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> Pac
     path = _small(root, resize)
     if not is_packed(path):
         if not is_here(root):
-            raise DataError(f"{NAME} is not in {root}", hint=f"mamlctl fetch {NAME}")
+            raise DataError(f"{NAME} is not in {root}", hint=f"run mamlctl fetch {NAME}")
         originals = load_pack(_originals(root), NAME)
         small_MCHW = _shrunk(originals.images_MCHW, resize, on_event)
         save_pack(path, pack(small_MCHW, originals.counts, originals.names))

@@ -201,7 +201,7 @@ def find_data_set(
     """
     if is_curve_family(name):
         fact = f"{name} is generated during training: there is nothing to fetch"
-        raise SettingsError([(fact, f"mamlctl train --dataset {name}")])
+        raise SettingsError([(fact, f"run mamlctl train --dataset {name}")])
     if is_image_folder(name):
         return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS, classes, least)
     if name not in DATA_SETS:
@@ -292,7 +292,7 @@ def _prepare(
         return
     if offline:
         message = f"{name} is not in {root}, and --offline forbids downloading it"
-        raise DataError(message, hint=f"mamlctl fetch {name}, or add --from FOLDER")
+        raise DataError(message, hint=f"run mamlctl fetch {name}, or add --from FOLDER")
     archives = data_set.archives()
     on_event(Notice(f"downloading {name} ({data_set.licence})"))
     files = " and ".join(archive.file for archive in archives)

@@ -116,7 +116,7 @@ def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> Pack
         if offline:
             message = f"{config.dataset} is not in {root}, and --offline forbids fetching it"
             source = " --from FOLDER" if data_set.archives is None else ""
-            raise DataError(message, hint=f"mamlctl fetch {config.dataset}{source}")
+            raise DataError(message, hint=f"run mamlctl fetch {config.dataset}{source}")
         on_event(Notice(f"{config.dataset} is not in {root}: fetching it"))
         fetch_or_open(data_set, root, on_event=on_event)
     assert config.image_size is not None and config.channels is not None  # filled in by the data set
