@@ -204,18 +204,13 @@ def test_a_stored_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
     found = find_evaluation(run, TESTED)
     assert found.protocol == find_evaluation(run, LaterEvalConfig(tasks=20, temperature=1.0)).protocol
     changes = {"queries": 3, "disjoint": True, "label_permutations": 2, "dataset": "line", "eval_seed": 5}
-    changes |= {
-        "split": "val",
-        "tasks": 21,
-        "adapts": "all",
-        "inner_steps": 3,
-        "inner_lr": 0.5,
-        "checkpoint": "best.pt",
-    }
-    assert {item.name for item in fields(EvalConfig)} - changes.keys() == {"bn", "device", "data_root"}
+    changes |= {"split": "val", "tasks": 21, "adapts": "all", "inner_steps": 3, "inner_lr": 0.5}
+    changes |= {"checkpoint": "best.pt"}
+    without_effect = {"device": "cuda", "data_root": "elsewhere", "allow_overlap": True}
+    assert {item.name for item in fields(EvalConfig)} - changes.keys() == {"bn", *without_effect}
     for name, value in changes.items():
         assert find_evaluation(run, replace(TESTED, **{name: value})) is None, name
-    assert find_evaluation(run, replace(TESTED, device="cuda", data_root="elsewhere")) is not None
+    assert find_evaluation(run, replace(TESTED, **without_effect)) is not None
     later = LaterEvalConfig(tasks=20)
     assert find_evaluation(run, later) is None
     evaluate_run(run.path, later, offline=True, on_event=ignore)

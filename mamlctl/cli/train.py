@@ -17,6 +17,7 @@ from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
+from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
 from mamlctl.display.run_results import show_train_result
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved
@@ -98,17 +99,22 @@ def _overrides(
     from mamlctl.run_folder import RESUME_OVERRIDES, open_run
 
     stored = asdict(open_run(run).config)
+    changeable = RESUME_OVERRIDES
+    if "dataset" in settings and is_image_folder(settings["dataset"]) and is_image_folder(stored["dataset"]):
+        # The images may have moved; `resume` compares their content.
+        settings = {**settings, "dataset": absolute_data_set(settings["dataset"])}
+        changeable += ("dataset",)
     problems = [
         (
             f"{flag(name)} is {value}, but the run to resume has {stored.get(name)}",
             "leave it out, or start a new run",
         )
         for name, value in settings.items()
-        if name not in RESUME_OVERRIDES and stored.get(name) != value
+        if name not in changeable and stored.get(name) != value
     ]
     if out is not None and out.expanduser().resolve() != run.resolve():
         problems.append((f"--out is {out}, but --resume continues in {run}", "leave out --out"))
     problems += unused(without_effect, "with --resume, which keeps the run's settings")
     if problems:
         raise SettingsError(problems)
-    return {name: value for name, value in settings.items() if name in RESUME_OVERRIDES}
+    return {name: value for name, value in settings.items() if name in changeable}

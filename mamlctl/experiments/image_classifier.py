@@ -31,7 +31,8 @@ from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
-from mamlctl.experiments.trained_model import checkpoint_files, evaluation_setup, load_states
+from mamlctl.experiments.evaluation_settings import evaluation_setup
+from mamlctl.experiments.trained_model import checkpoint_files, load_states
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig

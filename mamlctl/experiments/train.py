@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CLASSES, ENVIRONMENT, RunFolder, RunState, default_run_path, new_run, open_run
+from mamlctl.experiments.training_images import check_folder, store_digests
+from mamlctl.run_folder import (
+    CLASSES,
+    ENVIRONMENT,
+    RunFolder,
+    RunState,
+    default_run_path,
+    new_run,
+    open_run,
+)
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.schema import TrainConfig
 
@@ -70,8 +79,7 @@ def train(
     path = out or default_run_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
     with new_run(path, config, prepared.config, command=command, environment=facts) as run:
-        if prepared.source.names:
-            write_json(run.path / CLASSES, prepared.source.names)
+        _store_data_facts(run, prepared.source)
         return _run(run, prepared, resume=False)
 
 
@@ -88,7 +96,8 @@ def resume(
 
     Args:
         path: the run folder.
-        overrides: new values of settings in run_folder.RESUME_OVERRIDES.
+        overrides: new values of settings in run_folder.RESUME_OVERRIDES, and `dataset` if the images of the
+            run have moved to another folder.
         offline: never download.
         time_limit_s: seconds until the run saves and stops; None for no limit.
         command: the command line, for command.txt.
@@ -103,27 +112,45 @@ def resume(
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     run = open_run(path)
     with run.writing():
-        run.config = stored_settings("the command line", {**asdict(run.config), **overrides})
-        prepared = _prepare(run.config, overrides.get("cuda_graph"), offline, stop, on_event)
+        if "dataset" not in overrides:
+            check_folder(run, f"mamlctl train --resume {path}")
+        changed = {name: value for name, value in overrides.items() if name != "dataset"}
+        run.config = stored_settings("the command line", {**asdict(run.config), **changed})
+        # Checkpoints belong to the path with which the run started, so `run.config` keeps it.
+        config = replace(run.config, dataset=overrides.get("dataset", run.config.dataset))
+        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, run.classes())
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
-            now = f"{run.config.dataset} has digest {source.digest:.12}"
+            now = f"{config.dataset} has digest {source.digest:.12}"
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
-            raise DataError(fact, hint="resume with the same --data-root and version of Pillow as before")
+            hint = "resume with the same images, --data-root and version of Pillow as before"
+            raise DataError(fact, hint=hint)
         append_text(run.path / "command.txt", command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
             write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))
-            if source.names:
-                write_json(run.path / CLASSES, source.names)
+        _store_data_facts(run, source)
         return _run(run, prepared, resume=True)
 
 
+def _store_data_facts(run: RunFolder, source: TaskSource) -> None:
+    """Write which classes and images the run is trained on, unless the folder has these files."""
+    if source.names and not (run.path / CLASSES).exists():
+        write_json(run.path / CLASSES, source.names)
+    store_digests(run, source)
+
+
 def _prepare(
-    config: TrainConfig, cuda_graph: bool | None, offline: bool, stop: StopRequests, on_event: OnEvent
+    config: TrainConfig,
+    cuda_graph: bool | None,
+    offline: bool,
+    stop: StopRequests,
+    on_event: OnEvent,
+    stored: Mapping[str, Sequence[str]] | None = None,
 ) -> _Prepared:
     """Open the device and the data.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
+    `stored` is the split with which a resumed run started.
     """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
@@ -131,7 +158,12 @@ def _prepare(
     device = open_device(completed.device, completed.precision)
     dtype = tensor_dtype(completed.precision)
     streams, source = open_streams(
-        completed, ("train", "val"), Placement(device, dtype), offline=offline, on_event=on_event
+        completed,
+        ("train", "val"),
+        Placement(device, dtype),
+        offline=offline,
+        on_event=on_event,
+        stored=stored,
     )
     return _Prepared(completed, device, streams, source, stop, on_event)
 

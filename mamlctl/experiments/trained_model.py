@@ -12,16 +12,17 @@ import torch
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import BatchNormMode
-from mamlctl.core.problems import Problem, flag
-from mamlctl.data.rules import data_set_defaults
-from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
+from mamlctl.data.sets.registry import (
+    find_data_set,
+    is_curve_family,
+)
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.devices import device_problems, open_device, tensor_dtype
+from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.prediction import Predict
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import bn_mode
@@ -30,10 +31,11 @@ from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
+from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.training_images import check_folder, has_classes_of, overlap_notes
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
-from mamlctl.settings.rules import limit_problems
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -83,7 +85,10 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         MamlctlError: the run or a checkpoint is missing or damaged.
     """
     run = open_run(path)
+    if settings.dataset is None:
+        check_folder(run, f"mamlctl eval {path}")
     config, device = evaluation_setup(run, settings, on_event)
+    keeps_split = has_classes_of(run, settings.dataset)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     streams, source = open_streams(
         config,
@@ -91,14 +96,21 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
-        stored=run.classes() if settings.dataset is None else None,
+        stored=run.classes() if keeps_split else None,
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
+    same = run.trained_on(source.digest, source.older_digests)  # or nothing is known
+    own = keeps_split and same and run.dataset_digest is not None
+    if own and config.dataset != run.config.dataset:
+        moved = f"{config.dataset} has the images of {run.config.dataset}"
+        on_event(Notice(f"{moved}: using the split of the run"))
+        config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
     notes += _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
-    if settings.dataset is None and not run.trained_on(source.digest, source.older_digests):
+    if keeps_split and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
+    notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
     notes += damage
     net, _ = build(config, source.example_shape, torch.device("meta"))
@@ -139,31 +151,6 @@ def _task_notes(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
     if (orders := settings.label_permutations) > 1:
         notes.append(f"the score of each task is its mean over {orders} orders of its labels")
     return tuple(notes)
-
-
-def evaluation_setup(
-    run: RunFolder, settings: EvalConfig, on_event: OnEvent
-) -> tuple[TrainConfig, torch.device]:
-    """Complete the run's settings for an evaluation, and open the device.
-
-    Args:
-        run: the run.
-        settings: the settings of the evaluation, some of which replace the run's.
-        on_event: receives notices.
-
-    Raises:
-        SettingsError: the run does not support the settings, or the machine does not have the device.
-    """
-    trained = fill_defaults(run.config)
-    problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    problems += evaluation_problems(trained, settings) + _problems_of_other_data(trained, settings)
-    if problems:
-        raise SettingsError(problems)
-    config = fill_defaults(evaluation_config(trained, settings))
-    device = open_device(config.device, config.precision)
-    if config.precision == "tf32" and device.type == "cpu":
-        on_event(Notice("the run was trained in tf32, which CPUs do not have: evaluating in float32"))
-    return config, device
 
 
 def load_states(
@@ -227,71 +214,6 @@ def _load_state(
     _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
     checkpoints.restore(state.stored(), content["stored"], file)
     return _with_rates(state, settings), content.get("epoch")
-
-
-def evaluation_config(trained: TrainConfig, settings: EvalConfig) -> TrainConfig:
-    """The run's settings, with the values that the evaluation replaces."""
-    config = settings.over(trained)
-    if settings.dataset is None:
-        return config
-    # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
-    # the user's own images do not define the value of ink, so it stays the run's.
-    keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
-    return replace(
-        config,
-        dataset=absolute_data_set(settings.dataset),
-        split_scheme=None,
-        split_fractions=None,
-        classes=data_set_defaults(settings.dataset).get("classes", "top"),
-        resize=None,
-        rotations=None,
-        ink=config.ink if keeps_ink else None,
-    )
-
-
-def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
-    """Why the run cannot be evaluated on the other data set, as (fact, hint) pairs."""
-    if settings.dataset is None:
-        return []
-    if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
-        kinds = ("curves", "images") if is_curve_family(settings.dataset) else ("images", "curves")
-        fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
-        return [(fact, f"test it on {kinds[1]}")]
-    if is_curve_family(settings.dataset):
-        return []
-    data_set = find_data_set(settings.dataset)
-    if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
-        fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
-        return [(fact, "train with --channels 3, or test on grey images")]
-    return []
-
-
-def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
-    """Settings that the run's algorithm or data set does not support, as (fact, hint) pairs."""
-    entry, problems = ALGORITHMS[trained.algo], list[Problem]()
-    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
-    fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
-    unused |= {
-        name: f"--algo {trained.algo}, which fixes it"
-        for name, setting in fixed.items()
-        if setting in entry.forced
-    }
-    if is_curve_family(trained.dataset):
-        unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
-        if settings.disjoint:
-            problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
-        if settings.label_permutations != 1:
-            fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
-            problems.append((fact, "leave it out"))
-    if entry.learns_rates(trained):
-        unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
-    if settings.adapts is not None and settings.adapts not in entry.may_adapt:
-        fact = f"--adapts {settings.adapts} has no effect with --algo {trained.algo}"
-        problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
-    for name, why in unused.items():
-        if getattr(settings, name, None) is not None:
-            problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))
-    return problems
 
 
 def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:

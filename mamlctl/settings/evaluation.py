@@ -29,6 +29,12 @@ class EvalConfig:
     dataset: str | None = setting(
         None, EPISODE, "Another data set to test on, with images converted to the run's shape."
     )
+    allow_overlap: bool = setting(
+        False,
+        EPISODE,
+        "With --dataset: test even on images that the run was trained on.",
+        decides=False,
+    )
     checkpoint: str | None = setting(
         None, NETWORK, "Checkpoint of the run (default: the best ones), e.g. epoch-0003.pt."
     )

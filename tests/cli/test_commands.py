@@ -132,6 +132,7 @@ def test_train_writes_a_complete_run_folder(trained):
         "metrics.jsonl",
         "checkpoints",
         "classes.json",
+        "training_images.bin",
     }
     status = json.loads((trained / "status.json").read_text())
     assert (status["status"], status["step"]) == ("finished", 6)

@@ -1,12 +1,25 @@
 """Runs on a folder of images: what they print about its classes, and what happens after it has moved."""
 
+import json
+import re
+import shutil
+from dataclasses import replace
+
 import numpy as np
+import pytest
+import torch
 from helpers.shared import ignore
 from PIL import Image
 
+from mamlctl.cli.app import main
+from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
+from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
-from mamlctl.experiments.train import train
+from mamlctl.experiments.train import resume, train
+from mamlctl.experiments.trained_model import load_trained_model
+from mamlctl.run_folder import open_run
+from mamlctl.settings.evaluation import EvalConfig
 
 
 def photos(path, names, images=3, shift=0):
@@ -19,12 +32,12 @@ def photos(path, names, images=3, shift=0):
     return path
 
 
-def trained(path, folder, root, notices=None, **settings):
+def trained(path, folder, root, notices=None, time_limit_s=None, **settings):
     flags = {"dataset": str(folder), "image_size": 8, "channels": 1, "net": "mlp", "hidden": "4"}
     flags |= {"epochs": 2, "steps_per_epoch": 2, "val_tasks": 4, "ways": 2, "data_root": str(root)}
     config = resolve_settings([("flag", flags | {"algo": "maml"} | settings)]).config
     on_event = ignore if notices is None else lambda event: notices.append(event)
-    train(config, out=path, offline=True, time_limit_s=None, command="test", on_event=on_event)
+    train(config, out=path, offline=True, time_limit_s=time_limit_s, command="test", on_event=on_event)
     return path
 
 
@@ -39,3 +52,157 @@ def test_every_run_prints_its_classes(tmp_path, glyphs_root):
     notices = []
     trained(tmp_path / "glyphs", "glyphs", glyphs_root, notices, image_size=28)
     assert texts(notices) == ["classes: 300 train / 40 val / 60 test"]
+
+
+NAMES = [f"c{number:02d}" for number in range(12)]
+TEST = EvalConfig(tasks=5)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a finished run on the photos in `p`."""
+    trained(tmp_path / "run", photos(tmp_path / "p", NAMES), tmp_path / "root")
+    return tmp_path
+
+
+def evaluated(place, dataset=None, **settings):
+    notices = []
+    chosen = replace(TEST, dataset=None if dataset is None else str(dataset), **settings)
+    result = evaluate_run(place / "run", chosen, offline=True, on_event=notices.append)
+    return result, texts(notices)
+
+
+def resumed(path, **overrides):
+    return resume(path, overrides, offline=True, time_limit_s=None, command="test", on_event=ignore)
+
+
+def test_moved_images_are_tested_on_the_split_of_the_run(place):
+    before, notices = evaluated(place)
+    assert notices == []
+    (place / "p").rename(place / "q")
+    with pytest.raises(DataError) as raised:
+        evaluated(place)
+    assert str(place / "p") in raised.value.message
+    assert raised.value.hint.endswith(f"mamlctl eval {place / 'run'} --dataset DIR")
+    after, notices = evaluated(place, place / "q")
+    assert notices == [f"{place / 'q'} has the images of {place / 'p'}: using the split of the run"]
+    assert after.rows == before.rows and after.folder == before.folder and after.notes == ()
+
+
+def test_the_split_of_the_run_is_used_if_classes_are_added_elsewhere(place):
+    (place / "p").rename(place / "q")
+    photos(place / "q", ["a1", "a2", "a3", "a4"])
+    model = load_trained_model(
+        place / "run", replace(TEST, dataset=str(place / "q")), offline=True, on_event=ignore
+    )
+    stored = open_run(place / "run").classes()
+    assert model.source.names == stored
+    assert "images or classes have changed" in model.notes[-1]
+
+
+def test_training_images_under_other_names_are_refused(place):
+    (place / "q").mkdir()
+    for number, name in enumerate(NAMES):
+        shutil.copytree(place / "p" / name, place / "q" / f"{(7 * number) % 12} {name}")
+    with pytest.raises(DataError) as raised:
+        evaluated(place, place / "q")
+    assert re.fullmatch(r"the run was trained on [36] of the 6 test images of .*/q", raised.value.message)
+    assert raised.value.exit_code == 3 and "--allow-overlap" in raised.value.hint
+    result, notices = evaluated(place, place / "q", allow_overlap=True)
+    assert raised.value.message in result.notes and raised.value.message in notices
+    evaluated(place, place / "q", split="train")  # does not claim to be a test
+
+
+def test_other_images_of_the_same_classes_are_tested_on_the_split_of_the_run(place):
+    photos(place / "q", NAMES, shift=1)
+    result, notices = evaluated(place, place / "q")
+    assert "the data are not those of the training: images or classes have changed" in notices
+    assert not [note for note in result.notes if "was trained on" in note]
+
+
+def test_one_training_image_in_a_test_class_is_found(place):
+    stored = open_run(place / "run").classes()
+    photos(place / "q", NAMES, shift=1)
+    shutil.copy(place / "p" / stored["train"][0] / "1.png", place / "q" / stored["test"][0] / "9.png")
+    with pytest.raises(DataError, match="the run was trained on 1 of the 7 test images"):
+        evaluated(place, place / "q")
+
+
+def test_copies_in_the_own_data_are_only_noticed(tmp_path):
+    photos(tmp_path / "p", NAMES)
+    for name in NAMES[1:]:  # every class has the same last image
+        shutil.copy(tmp_path / "p" / "c00" / "2.png", tmp_path / "p" / name / "2.png")
+    trained(tmp_path / "run", tmp_path / "p", tmp_path / "root")
+    assert evaluated(tmp_path)[1] == []
+    (tmp_path / "p").rename(tmp_path / "q")
+    _, notices = evaluated(tmp_path, tmp_path / "q")
+    assert notices[-1].startswith("the run was trained on 2 of the 6 test images of ")
+
+
+def test_runs_without_a_list_of_their_images_get_a_notice(place):
+    (place / "run" / "training_images.bin").unlink()
+    photos(place / "q", [f"other {name}" for name in NAMES])
+    _, notices = evaluated(place, place / "q")
+    fact = "has no list of its training images: they may be among those of the test"
+    assert notices[-1] == f"{place / 'run'} {fact}"
+    assert evaluated(place)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "fact"),
+    [
+        ({}, "--allow-overlap has no effect without --dataset"),
+        ({"dataset": "glyphs", "split": "train"}, "--allow-overlap has no effect with --split train"),
+    ],
+)
+def test_allow_overlap_must_have_an_effect(place, settings, fact):
+    with pytest.raises(SettingsError) as raised:
+        evaluated(place, allow_overlap=True, **settings)
+    assert [problem for problem, _ in raised.value.problems] == [fact]
+
+
+def test_a_run_is_resumed_with_moved_images_to_the_same_result(tmp_path):
+    photos(tmp_path / "p", NAMES)
+    for name, limit_s in (("whole", None), ("parts", 0.0)):
+        trained(tmp_path / name, tmp_path / "p", tmp_path / "root", time_limit_s=limit_s)
+    assert open_run(tmp_path / "parts").state().status == "interrupted"
+    (tmp_path / "p").rename(tmp_path / "q")
+    with pytest.raises(DataError) as raised:
+        resumed(tmp_path / "parts")
+    assert raised.value.hint.endswith(f"mamlctl train --resume {tmp_path / 'parts'} --dataset DIR")
+    shutil.copytree(tmp_path / "q", tmp_path / "changed")
+    shutil.copy(tmp_path / "q" / "c00" / "0.png", tmp_path / "changed" / "c01" / "0.png")
+    with pytest.raises(DataError, match="but the run started with"):
+        resumed(tmp_path / "parts", dataset=str(tmp_path / "changed"))
+    assert resumed(tmp_path / "parts", dataset=str(tmp_path / "q")).status == "finished"
+    content = [
+        torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["digest"]
+        for name in ("whole", "parts")
+    ]
+    assert content[0] == content[1]
+    assert open_run(tmp_path / "parts").config.dataset == str(tmp_path / "p")
+
+
+def test_a_resumed_run_keeps_its_split(tmp_path):
+    """It does not matter by which rules an older version split the classes."""
+    photos(tmp_path / "p", NAMES)
+    run = trained(tmp_path / "run", tmp_path / "p", tmp_path / "root", time_limit_s=0.0)
+    stored = json.loads((run / "classes.json").read_text())
+    stored["train"], stored["test"] = stored["test"] + stored["train"][2:], stored["train"][:2]
+    (run / "classes.json").write_text(json.dumps(stored))
+    notices = []
+    resume(run, {}, offline=True, time_limit_s=None, command="test", on_event=notices.append)
+    assert texts(notices)[0] == "classes: 8 train / 2 val / 2 test"
+    assert open_run(run).classes() == stored
+
+
+def test_resume_accepts_a_folder_but_no_other_data_set(place, monkeypatch, capsys):
+    words = ["mamlctl", "train", "--resume", str(place / "run"), "--dataset"]
+    (place / "p").rename(place / "q")
+    monkeypatch.chdir(place)
+    for name, code in (("q", 0), ("glyphs", 2)):
+        monkeypatch.setattr("sys.argv", [*words, name])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert raised.value.code == code
+    assert f"--dataset is glyphs, but the run to resume has {place / 'p'}" in capsys.readouterr().err

@@ -138,7 +138,8 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
         *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
     } == TEST_SETTINGS
     assert set(TASK_SETTINGS) == {
-        *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations")
+        *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations"),
+        "allow_overlap",
     }
 
 

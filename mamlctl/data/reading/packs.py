@@ -10,6 +10,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -90,6 +91,21 @@ def _digest_of_facts(
 ) -> hashlib._Hash:
     facts = {"shape": shape, "names": names, "starts": starts.tolist()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+
+
+def image_digests(packed: PackedImages, classes: Iterable[int]) -> NDArray[np.uint64]:
+    """Return a digest of the pixels of every image of these classes, in order.
+
+    Its 8 bytes collide by chance in one of 10^7 comparisons of two sets of a million images. Threads hash on
+    all cores.
+    """
+
+    def digests(number: int) -> bytes:
+        images_MCHW = packed.images_MCHW[packed.starts[number] : packed.starts[number + 1]]
+        return b"".join(hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images_MCHW)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.frombuffer(b"".join(pool.map(digests, classes)), dtype="<u8")
 
 
 def data_root(folder: str | None) -> Path:

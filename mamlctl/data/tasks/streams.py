@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
-from mamlctl.data.reading.packs import PackedImages, data_root
+from mamlctl.data.reading.packs import PackedImages, data_root, image_digests
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.curves import FAMILIES
@@ -35,6 +35,8 @@ class TaskSource:
     names: Mapping[str, Sequence[str]]  # split -> names of its classes; empty for curves
     brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
     older_digests: tuple[str, ...] = ()  # of the same images
+    # Digests of the images of a split that was opened; None for curves.
+    image_digests: Callable[[Split], NDArray[np.uint64]] | None = None
 
 
 def open_streams(
@@ -88,7 +90,15 @@ def open_streams(
         brightness = float(some_MCHW.mean() / 255)
         shape = (config.channels or 1, *packed.images_MCHW.shape[2:])
         names = {name: [packed.names[number] for number in part] for name, part in split.items()}
-        source = TaskSource(packed.digest, shape, pools, names, brightness, packed.older_digests)
+        source = TaskSource(
+            packed.digest,
+            shape,
+            pools,
+            names,
+            brightness,
+            packed.older_digests,
+            lambda part: image_digests(packed, classes[part]),
+        )
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
 

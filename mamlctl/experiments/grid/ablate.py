@@ -17,6 +17,7 @@ from mamlctl.core.literals import StopReason
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
+from mamlctl.experiments.evaluation_settings import evaluation_problems
 from mamlctl.experiments.executors.jobs import Executor
 from mamlctl.experiments.executors.local import LocalExecutor, visible_cuda_devices
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
@@ -25,7 +26,6 @@ from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
 from mamlctl.experiments.grid.scheduler import Scheduler, pending_cells
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.trained_model import evaluation_problems
 from mamlctl.report.report_folder import write_files
 from mamlctl.report.table import Table
 from mamlctl.run_folder import RunFolder

@@ -1,0 +1,130 @@
+"""The settings of an evaluation, completed from those of the run and checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.problems import Problem, flag
+from mamlctl.data.rules import data_set_defaults
+from mamlctl.data.sets.registry import (
+    absolute_data_set,
+    find_data_set,
+    is_curve_family,
+    is_image_folder,
+)
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.devices import device_problems, open_device
+from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.training_images import has_classes_of, stored_digests
+from mamlctl.run_folder import RunFolder
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.rules import limit_problems
+from mamlctl.settings.schema import TrainConfig
+
+
+def evaluation_setup(
+    run: RunFolder, settings: EvalConfig, on_event: OnEvent
+) -> tuple[TrainConfig, torch.device]:
+    """Complete the run's settings for an evaluation, and open the device.
+
+    Args:
+        run: the run.
+        settings: the settings of the evaluation, some of which replace the run's.
+        on_event: receives notices.
+
+    Raises:
+        SettingsError: the run does not support the settings, or the machine does not have the device.
+    """
+    keeps_split = has_classes_of(run, settings.dataset)
+    place = run.config.dataset if settings.dataset is None else absolute_data_set(settings.dataset)
+    trained = fill_defaults(replace(run.config, dataset=place) if keeps_split else run.config)
+    problems = limit_problems(settings) + device_problems(settings.device, "float32")
+    problems += evaluation_problems(trained, settings) + _problems_of_other_data(trained, settings)
+    if problems:
+        raise SettingsError(problems)
+    if keeps_split:
+        config = replace(settings.over(trained), dataset=place)
+    else:
+        # Digests of images can only be compared if the same filter has shrunk them. Older runs have no
+        # digests, and their evaluations keep the other folder's filter.
+        config = _on_other_data(trained, settings, keep_filter=stored_digests(run) is not None)
+    config = fill_defaults(config)
+    device = open_device(config.device, config.precision)
+    if config.precision == "tf32" and device.type == "cpu":
+        on_event(Notice("the run was trained in tf32, which CPUs do not have: evaluating in float32"))
+    return config, device
+
+
+def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: bool) -> TrainConfig:
+    """The run's settings, with those of another data set and the values that the evaluation replaces.
+
+    `keep_filter` keeps the run's --resize if both data sets are folders.
+    """
+    config = settings.over(trained)
+    assert settings.dataset is not None
+    folders = is_image_folder(settings.dataset) and is_image_folder(trained.dataset)
+    # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
+    # the user's own images do not define the value of ink, so it stays the run's.
+    keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
+    return replace(
+        config,
+        dataset=absolute_data_set(settings.dataset),
+        split_scheme=None,
+        split_fractions=None,
+        classes=data_set_defaults(settings.dataset).get("classes", "top"),
+        resize=config.resize if folders and keep_filter else None,
+        rotations=None,
+        ink=config.ink if keeps_ink else None,
+    )
+
+
+def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """Why the run cannot be evaluated on the other data set, as (fact, hint) pairs."""
+    if settings.dataset is None:
+        return []
+    if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
+        kinds = ("curves", "images") if is_curve_family(settings.dataset) else ("images", "curves")
+        fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
+        return [(fact, f"test it on {kinds[1]}")]
+    if is_curve_family(settings.dataset):
+        return []
+    data_set = find_data_set(settings.dataset)
+    if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
+        fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
+        return [(fact, "train with --channels 3, or test on grey images")]
+    return []
+
+
+def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
+    """Settings that the run's algorithm or data set does not support, as (fact, hint) pairs."""
+    entry, problems = ALGORITHMS[trained.algo], list[Problem]()
+    if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
+        needed = "without --dataset" if settings.dataset is None else "with --split train"
+        problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
+    unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
+    fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
+    unused |= {
+        name: f"--algo {trained.algo}, which fixes it"
+        for name, setting in fixed.items()
+        if setting in entry.forced
+    }
+    if is_curve_family(trained.dataset):
+        unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
+        if settings.disjoint:
+            problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
+        if settings.label_permutations != 1:
+            fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
+            problems.append((fact, "leave it out"))
+    if entry.learns_rates(trained):
+        unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
+    if settings.adapts is not None and settings.adapts not in entry.may_adapt:
+        fact = f"--adapts {settings.adapts} has no effect with --algo {trained.algo}"
+        problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
+    for name, why in unused.items():
+        if getattr(settings, name, None) is not None:
+            problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))
+    return problems

@@ -1,0 +1,94 @@
+"""The images that a run was trained on: where they are now, and whether a test contains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import replacing
+from mamlctl.data.sets.folder_layout import class_files
+from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
+from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.run_folder import RunFolder
+from mamlctl.settings.evaluation import EvalConfig
+
+DIGESTS = "training_images.bin"  # in a run folder: sorted digests of 8 bytes
+
+
+def store_digests(run: RunFolder, source: TaskSource) -> None:
+    """Write digests of the images of the training classes, unless the run has them; curves have none."""
+    if source.image_digests is not None and not (run.path / DIGESTS).exists():
+        with replacing(run.path / DIGESTS) as file:
+            file.write(np.unique(source.image_digests("train")).astype("<u8").tobytes())
+
+
+def stored_digests(run: RunFolder) -> NDArray[np.uint64] | None:
+    """What `store_digests` wrote; None if it is missing, as in older runs, or damaged."""
+    try:
+        return np.frombuffer((run.path / DIGESTS).read_bytes(), dtype="<u8")
+    except (OSError, ValueError):
+        return None
+
+
+def check_folder(run: RunFolder, command: str) -> None:
+    """Raises DataError if the run was trained on a folder that no longer exists; `command` needs it."""
+    folder = run.config.dataset
+    if is_image_folder(folder) and not Path(folder).is_dir():
+        hint = f"if its images have moved, add their folder: {command} --dataset DIR"
+        raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
+
+
+def has_classes_of(run: RunFolder, dataset: str | None) -> bool:
+    """Whether a data set is the run's own, or a folder with the classes of the run's folder."""
+    own = run.config.dataset
+    if dataset is None or absolute_data_set(dataset) == own:
+        return True
+    if not (is_image_folder(dataset) and is_image_folder(own)):
+        return False
+    try:
+        names = class_files(Path(absolute_data_set(dataset)), run.config.classes)
+    except DataError:  # opening the data set reports it
+        return False
+    stored = run.classes()
+    return bool(stored) and all(name in names for part in stored.values() for name in part)
+
+
+def overlap_notes(
+    run: RunFolder, settings: EvalConfig, source: TaskSource, *, own: bool, on_event: OnEvent
+) -> tuple[str, ...]:
+    """Look for training images among those of the test, by their content, if --dataset names the data.
+
+    Args:
+        run: the run.
+        settings: the settings of the evaluation.
+        source: the data of the evaluation.
+        own: whether they are the run's own data with its own split, which may contain copies.
+        on_event: receives notices.
+
+    Returns:
+        Caveats about the results.
+
+    Raises:
+        DataError: other data contain training images, and the settings do not allow that.
+    """
+    if settings.dataset is None or settings.split == "train" or source.image_digests is None:
+        return ()
+    trained = stored_digests(run)
+    if trained is None:
+        on_event(
+            Notice(f"{run.path} has no list of its training images: they may be among those of the test")
+        )
+        return ()
+    tested = source.image_digests(settings.split)
+    if not (common := int(np.isin(tested, trained).sum())):
+        return ()
+    where = f"{len(tested):,} {settings.split} images of {settings.dataset}"
+    note = f"the run was trained on {common:,} of the {where}"
+    if not (settings.allow_overlap or own):
+        raise DataError(note, hint="test it on other images, or add --allow-overlap")
+    on_event(Notice(note))
+    return (note,)
