@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import tarfile
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers.shared import ignore
+from PIL import Image
 
 from mamlctl.core.errors import DataError
 from mamlctl.data.sets import cifar100, class_splits
@@ -114,6 +116,41 @@ def test_archive_and_folder_give_the_same_data_set(fetch, archive, tmp_path):
     digests.add(fetch(write_tar(tmp_path / "plain.tar", files(), "w"), force=True).digest)
     digests.add(fetch(tmp_path / "nothing-yet", archive, force=True).digest)
     assert len(digests) == 1
+
+
+def class_folders(path, *, kind="png", name="{part}/{label}/{number}"):
+    """Write the images of every class; they are numbered in the order of the file."""
+    for part, values in CONTENTS.items():
+        for number, (row, label) in enumerate(zip(values["data"], values["fine_labels"], strict=True)):
+            file = path / f"{name.format(part=part, label=NAMES[label], number=number)}.{kind}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(row.reshape(3, 32, 32).transpose(1, 2, 0)).save(file)
+    return path
+
+
+def test_class_folders_give_the_same_data_set(fetch, archive, tmp_path):
+    digest, notices = fetch(archive).digest, []
+    folder = class_folders(tmp_path / "folders")
+    assert (folder / "train" / "train").is_dir()  # a class of this name in a part of this name
+    assert fetch(folder, force=True, on_event=notices.append).digest == digest
+    assert "only the original archive can be verified" in notices[-1].text
+    with zipfile.ZipFile(tmp_path / "folders.zip", "w") as zipped:
+        for file in folder.rglob("*.png"):
+            zipped.write(file, file.relative_to(folder))
+    assert fetch(tmp_path / "folders.zip", force=True).digest == digest
+    joined = class_folders(tmp_path / "joined", name="data/{label}/{part[1]}{number:05d}")
+    assert fetch(joined, force=True).counts.tolist() == [5] * 100
+
+
+def test_class_folders_that_are_not_the_complete_data_set(fetch, tmp_path):
+    folder = class_folders(tmp_path / "folders")
+    first = next((folder / "test" / "apple").iterdir())
+    first.rename(tmp_path / "kept.png")
+    refused(fetch, tmp_path, folder, match="folders has 4 images of class apple, not 5")
+    Image.new("RGB", (84, 84)).save(first)
+    refused(fetch, tmp_path, folder, match=r"image folders/test/apple/.* has 84x84 pixels, but .* 32x32")
+    first.write_bytes(b"no image")
+    refused(fetch, tmp_path, folder, match="cannot read image folders/test/apple/")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -1,28 +1,35 @@
 """CIFAR-100 (Krizhevsky 2009) for few-shot learning: 100 classes with 600 colour images of 32x32 each.
 
 `cifar-fs` and `fc100` are two splits of its classes. They share one pack, which joins its original parts,
-train and test. Its files are pickles, which a safe reader reads directly from the archive.
+train and test. Its files are pickles, which a safe reader reads directly from the archive. Copies with one
+folder of images per class are read too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.events import OnEvent, Progress
+from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.formatting import plural
 from mamlctl.data.fetching.downloads import Archive
-from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, open_members
+from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, Members, open_members
+from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
+from mamlctl.data.reading.image_files import open_image
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
+from mamlctl.data.sets.folder_layout import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 SIDE = 32
@@ -34,8 +41,9 @@ HOME = "cifar-100"  # the folder of the packs
 ORIGIN = "www.cs.toronto.edu"
 SIZE = 169_001_437  # bytes of the archive
 TERMS = "no licence stated; the author requests a citation of Krizhevsky 2009"
+DIGITS = re.compile(r"\d{1,12}")
 FILE_BYTES = 512 * 1024**2  # the largest file, train, has 155 million
-HINT = f"give --from {ARCHIVE}, the folder {FOLDER} unpacked from it, or a folder that contains either"
+HINT = f"give --from {ARCHIVE}, the folder {FOLDER} unpacked from it, or class folders of all its images"
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ def prepare(
 
     Args:
         root: The data root.
-        sources: The archive, its unpacked folder, or a folder that contains either.
-        on_event: Receives progress.
+        sources: The archive, its unpacked folder, a folder that contains either, or class folders of images.
+        on_event: Receives notices and progress.
         parts: What the two files of images must contain.
 
     Raises:
@@ -110,7 +118,8 @@ def class_names() -> tuple[str, ...]:
 
 
 def _find_source(sources: Sequence[Path]) -> Path:
-    """The archive or the folder of CIFAR's files, among the sources or inside one."""
+    """The archive or the folder of CIFAR's files, among the sources or inside one, or a folder of classes."""
+    known = set(class_names())
     for source in sources:
         path = source.expanduser().resolve()
         if path.is_file():
@@ -120,36 +129,95 @@ def _find_source(sources: Sequence[Path]) -> Path:
                 return place
         if (path / ARCHIVE).is_file():
             return path / ARCHIVE
+    for source in sources:
+        path = source.expanduser().resolve()
+        # More than one, since a folder train may also be a split.
+        if any(len(known.intersection(folders)) > 1 for _, folders, _ in os.walk(path)):
+            return path
     places = ", ".join(str(source) for source in sources)
-    raise DataError(f"{places} contains neither {ARCHIVE} nor a folder {FOLDER}", hint=HINT)
+    fact = f"{places} contains neither {ARCHIVE} nor a folder {FOLDER}, nor folders with the names of classes"
+    raise DataError(fact, hint=HINT)
 
 
 def _file_names(parts: Sequence[CifarPart]) -> tuple[str, ...]:
     return (META, *(part.file for part in parts))
 
 
-def _files(path: Path, parts: Sequence[CifarPart]) -> dict[str, bytes]:
+def _files(members: Members, parts: Sequence[CifarPart]) -> dict[str, bytes]:
     """Read CIFAR's files from the folder or archive. Raises DataError if one is missing."""
     contents = {}
-    with open_members(path, member_bytes=FILE_BYTES) as members:
-        for file in _file_names(parts):
-            for name in (f"{FOLDER}/{file}", f"{path.name}/{file}", file):
-                if name in members.names:
-                    contents[file] = members.read(name)
-                    break
-            else:
-                raise DataError(f"{path} does not contain the file {FOLDER}/{file}", hint=HINT)
+    for file in _file_names(parts):
+        for name in (f"{FOLDER}/{file}", f"{members.path.name}/{file}", file):
+            if name in members.names:
+                contents[file] = members.read(name)
+                break
+        else:
+            raise DataError(f"{members.path} does not contain the file {FOLDER}/{file}", hint=HINT)
     return contents
+
+
+def _images_by_class(members: Members, names: Sequence[str]) -> dict[str, list[ImageFile]]:
+    """The images of every class: first those below a folder train or of no part, then those below test.
+
+    Images of a part are sorted by the numbers in their names, which is the original order in copies that
+    number them.
+    """
+    by_class: dict[str, list[str]] = {name: [] for name in names}
+    for name in members.names:
+        path = PurePosixPath(name)
+        if path.parent.name in by_class and path.suffix.lower() in IMAGE_SUFFIXES:
+            by_class[path.parent.name].append(name)
+
+    def order(name: str) -> tuple[bool, list[int], str]:
+        path = PurePosixPath(name)
+        return PARTS[1].file in path.parts[:-2], [int(digits) for digits in DIGITS.findall(path.name)], name
+
+    return {
+        label: [
+            ImageFile(label, name, partial(_read_image, members, name)) for name in sorted(files, key=order)
+        ]
+        for label, files in by_class.items()
+    }
+
+
+def _read_image(members: Members, name: str) -> bytes:
+    """The bytes of an image. Raises DataError if it has another size than those of CIFAR-100."""
+    data = members.read(name)
+    with open_image(data, name) as image:
+        if image.size != (SIDE, SIDE):
+            message = f"image {name} in {members.path} has {image.width}x{image.height} pixels"
+            raise DataError(f"{message}, but CIFAR-100's have {SIDE}x{SIDE}", hint=HINT)
+    return data
+
+
+def _packed_images(
+    members: Members, by_class: Mapping[str, Sequence[ImageFile]], per_class: int, on_event: OnEvent
+) -> PackedImages:
+    for name, files in by_class.items():
+        if len(files) != per_class:
+            images = f"{len(files):,} {plural(len(files), 'image')}"
+            raise DataError(f"{members.path} has {images} of class {name}, not {per_class:,}", hint=HINT)
+    files = [file for name in sorted(by_class) for file in by_class[name]]
+    images_MCHW = np.empty((len(files), CHANNELS, SIDE, SIDE), dtype=np.uint8)
+    shape = ImageShape(SIDE, CHANNELS, "bilinear")
+    for number, (_, image_CHW) in enumerate(decoded(files, shape, what="CIFAR-100", on_event=on_event)):
+        images_MCHW[number] = image_CHW
+    on_event(Notice("CIFAR-100: only the original archive can be verified; this copy has the right counts"))
+    return pack(images_MCHW, np.full(len(by_class), per_class, dtype=np.int64), tuple(sorted(by_class)))
 
 
 def _packed(path: Path, parts: Sequence[CifarPart], on_event: OnEvent) -> PackedImages:
     """All images by class; within a class, in the order of the parts and of their files."""
-    files, names = _files(path, parts), class_names()
+    names, per_class = class_names(), sum(part.per_class for part in parts)
+    with open_members(path, member_bytes=FILE_BYTES) as members:
+        by_class = _images_by_class(members, names)
+        if any(by_class.values()):
+            return _packed_images(members, by_class, per_class, on_event)
+        files = _files(members, parts)
     meta_name = f"{META} in {path}"
     if _typed(load_arrays(files[META], meta_name), meta_name, "fine_label_names", list) != list(names):
         fact = f"{meta_name} does not list the {len(names)} classes of CIFAR-100 in their order"
         raise DataError(fact, hint=HINT)
-    per_class = sum(part.per_class for part in parts)
     images_KMCHW = np.empty((len(names), per_class, CHANNELS, SIDE, SIDE), dtype=np.uint8)
     filled = 0
     for number, part in enumerate(parts):
