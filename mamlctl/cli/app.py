@@ -19,7 +19,7 @@ from mamlctl.cli.compare import compare
 from mamlctl.cli.evaluate import evaluate
 from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
-from mamlctl.core.errors import ExitCode, MamlctlError
+from mamlctl.core.errors import ExitCode, MamlctlError, is_out_of_memory
 from mamlctl.core.process import exit_at_once_on_ctrl_c
 from mamlctl.display.console import discard, show_error, stderr_console
 
@@ -138,7 +138,12 @@ def _run() -> tuple[int, MamlctlError | None]:
     except BrokenPipeError:
         discard(sys.stdout)  # the reader closed the pipe
         return ExitCode.FAILED, None
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            hint = "use a smaller --meta-batch-size, --image-size or network, or end other programs"
+            return ExitCode.FAILED, MamlctlError("the machine does not have enough memory", hint=hint)
+        if not isinstance(error, OSError):
+            raise
         # A file that cannot be read or written is a problem that the user can fix, not a bug.
         file = f"{error.filename}: " if error.filename else ""
         hint = "free disk space, or choose a path that can be written"

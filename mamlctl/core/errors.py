@@ -43,6 +43,14 @@ class MamlctlError(Exception):
         self.hint = hint
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, according to an exception of Python, numpy, torch or the operating system."""
+    text = str(error).lower()
+    phrases = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    named = isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases)
+    return named or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 class DataError(MamlctlError):
     """A data set is missing, damaged or not the expected one."""
 

@@ -587,6 +587,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(cli,
     assert reported == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(12, "Cannot allocate memory")]
+)
+def test_a_lack_of_memory_prints_a_fact_and_a_hint(cli, tmp_path, monkeypatch, error):
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr("mamlctl.experiments.train.open_streams", fail)
+    code, _, err = cli("train", *QUICK_WORDS, "--out", tmp_path / "run")
+    assert code == 1
+    assert_two_lines(err, "does not have enough memory", "use a smaller --meta-batch-size")
+
+
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
 def test_an_unwritable_folder_prints_a_fact_and_a_hint(cli, out):
     code, _, err = cli("train", *QUICK_WORDS, "--out", out)

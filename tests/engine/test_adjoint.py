@@ -148,7 +148,16 @@ def test_results_do_not_depend_on_the_tasks_per_pass(engine, chunk):
     assert_equal_measurements(measured[1], measured[0], state)
 
 
-def test_running_out_of_memory_halves_the_tasks_per_pass():
+# What torch raises on a CUDA device and on a CPU, and Python anywhere.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("no room"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_running_out_of_memory_halves_the_tasks_per_pass(error):
     config, net, state, episodes = prepared(algo="maml++", da=False, meta_batch_size=5)
     expected = MetaStep(config, net, state).measure(episodes, 0, measure_all=True)
     step, chunks = MetaStep(config, net, state), []
@@ -157,7 +166,7 @@ def test_running_out_of_memory_halves_the_tasks_per_pass():
     def small_device(net, state, part, request):
         chunks.append(len(part.query_y_TE))
         if chunks[-1] > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return outer(net, state, part, request)
 
     step.outer = small_device
@@ -176,8 +185,22 @@ def test_too_little_memory_for_the_smallest_chunk_is_an_error(chunk):
         raise torch.OutOfMemoryError("no room")
 
     step.outer = full_device
-    with pytest.raises(MamlctlError, match="does not have enough memory for"):
+    with pytest.raises(MamlctlError, match=r"cpu does not have enough memory for (1 task|3 tasks) per pass"):
         step.measure(episodes, 0, measure_all=False)
+
+
+def test_an_error_other_than_a_lack_of_memory_is_not_retried():
+    config, net, state, episodes = prepared(algo="maml", meta_batch_size=3)
+    step, calls = MetaStep(config, net, state), []
+
+    def broken(*args, **named):
+        calls.append(args)
+        raise RuntimeError("shapes differ")
+
+    step.outer = broken
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        step.measure(episodes, 0, measure_all=False)
+    assert len(calls) == 1
 
 
 def test_only_the_tapes_of_the_last_inner_steps_are_kept():

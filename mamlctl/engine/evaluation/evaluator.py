@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import DivergedError, MamlctlError
+from mamlctl.core.errors import DivergedError, MamlctlError, is_out_of_memory
 from mamlctl.data.tasks.episodes import Episodes, Tasks
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import tasks_per_pass
@@ -67,7 +67,7 @@ def evaluate(
     Raises:
         Stopped: `should_stop` returned True.
         DivergedError: a prediction is not finite.
-        MamlctlError: the memory of a CUDA device is too small for one task.
+        MamlctlError: the memory is too small for one task.
     """
     states = [state.frozen() for state in states]
     single: list[list[torch.Tensor]] = [[] for _ in states]
@@ -85,10 +85,13 @@ def evaluate(
                 plan.predict(PredictRequest(derivatives, state, episodes, plan.inner_steps, plan.statistics))
                 for state in states
             ]
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             if chunk == 1:
                 message = f"{stream.device} does not have enough memory for one task of {examples} examples"
-                raise MamlctlError(message, hint="use fewer ways or queries, or --device cpu") from error
+                elsewhere = "" if stream.device.type == "cpu" else ", or --device cpu"
+                raise MamlctlError(message, hint=f"use fewer ways or queries{elsewhere}") from error
             chunk = (chunk + 1) // 2
             continue
         for scores, outputs_ITEN in zip(single, per_model, strict=True):

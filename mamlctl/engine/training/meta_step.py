@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import MamlctlError, is_out_of_memory
+from mamlctl.core.formatting import plural
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
@@ -75,7 +76,7 @@ class MetaStep:
             measure_all: also measure the query losses that do not enter the meta-loss.
 
         Raises:
-            MamlctlError: the memory of a CUDA device is too small, even for one task per pass.
+            MamlctlError: the memory is too small, even for one task per pass.
         """
         weights, first_order, _ = self.schedule(epoch)
         request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
@@ -85,7 +86,9 @@ class MetaStep:
         while True:
             try:
                 return self.measure_as(episodes, request)
-            except torch.OutOfMemoryError as error:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
                     if self.whole:
                         hint = "use a smaller --meta-batch-size"
@@ -93,7 +96,8 @@ class MetaStep:
                         hint = "use a smaller network, or fewer ways, shots or queries"
                     else:
                         hint = "use --task-chunk auto"
-                    message = f"{self.device} does not have enough memory for {self.chunk} tasks per pass"
+                    tasks = f"{self.chunk} {plural(self.chunk, 'task')}"
+                    message = f"{self.device} does not have enough memory for {tasks} per pass"
                     raise MamlctlError(message, hint=hint) from error
                 self.chunk = (self.chunk + 1) // 2
             # Outside the handler, whose traceback keeps the tensors of the failed pass alive.
