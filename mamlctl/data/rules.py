@@ -10,7 +10,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Metric
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.folder_layout import class_level, mixed_folder_problem
+from mamlctl.data.sets.folder_layout import class_level, has_lists, mixed_folder_problem
 from mamlctl.data.sets.registry import (
     DataSet,
     absolute_data_set,
@@ -92,6 +92,9 @@ def data_set_problems(
     if is_image_folder(config.dataset) and sources["classes"] == f"data set {config.dataset}":
         mixed = mixed_folder_problem(Path(absolute_data_set(config.dataset)))
         problems += [mixed] if mixed else []
+    if config.classes == "leaf" and has_lists(Path(absolute_data_set(config.dataset))):
+        fact = f"--classes leaf has no effect: the classes of {config.dataset} are in its train.csv"
+        problems.append((fact, "leave it out"))
     if not is_curve_family(config.dataset):
         return problems
     for name, why in OF_IMAGES.items():

@@ -12,6 +12,7 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.literals import ClassLevel
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.image_files import class_folders, may_be_image
+from mamlctl.data.sets.listed_images import is_listed, listed_files
 
 # The names of the folders of each split, in lower case.
 SPLIT_FOLDERS = {
@@ -50,8 +51,15 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return found if deep and "train" in found and (len(found) > 1 or len(names) == 1) else {}
 
 
+def has_lists(folder: Path) -> bool:
+    """Whether the classes and splits of a folder are in its train.csv, val.csv and test.csv."""
+    return folder.is_dir() and is_listed(folder, _subfolders(folder))
+
+
 def class_level(folder: Path) -> ClassLevel:
     """Return "leaf" if every top folder (of every split) contains only folders, else "top"."""
+    if has_lists(folder):
+        return "top"
     groups = list(chain.from_iterable(map(_subfolders, _parts(folder).values())))
     shallow = any(map(_has_images, groups))
     return "leaf" if not shallow and any(map(_images_inside, groups)) else "top"
@@ -60,7 +68,7 @@ def class_level(folder: Path) -> ClassLevel:
 def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
     """Return the files of every class, sorted by name.
 
-    With split folders, the names of classes start with the split, such as train/cat.
+    With split folders or lists, the names of classes start with the split, such as train/cat.
 
     Args:
         folder: The user's folder.
@@ -69,6 +77,8 @@ def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
     Raises:
         DataError: There are no class folders, or the split folders do not fit together.
     """
+    if has_lists(folder):
+        return listed_files(folder)
     splits = split_folders(folder)
     if not splits:
         return _class_files(folder, level)
@@ -102,6 +112,8 @@ def _refuse_common_classes(folder: Path, splits: dict[str, Path], names: dict[st
 
 def mixed_folder_problem(folder: Path) -> Problem | None:
     """Return the (fact, hint) pair if a folder contains both images and folders with images."""
+    if has_lists(folder):
+        return None
     for place, names, files in _walk(folder):
         images = sum(_looks_like_image(file) for file in files)
         if images and (folders := sum(_images_inside(place / name) for name in names)):

@@ -24,7 +24,7 @@ from mamlctl.data.reading.decoding import reshaped
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.folder_layout import split_folders
+from mamlctl.data.sets.folder_layout import has_lists, split_folders
 from mamlctl.data.sets.imagenet import ListedSet
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
@@ -211,7 +211,8 @@ def find_data_set(
 
 
 def _of_folder(path: Path, fractions: str, classes: ClassLevel | None, least: int) -> DataSet:
-    schemes = image_folder.SPLIT_SCHEMES if split_folders(path) else ("fractions",)
+    has_splits = has_lists(path) or split_folders(path)
+    schemes = image_folder.SPLIT_SCHEMES if has_splits else ("fractions",)
     open_pack = partial(image_folder.open_pack, path, level=classes)
     return DataSet(
         name=str(path),

@@ -1,0 +1,83 @@
+"""Images in one folder whose classes and splits are in train.csv, val.csv and test.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from mamlctl.core.errors import DataError
+from mamlctl.data.sets.class_splits import SPLITS
+
+COLUMNS = ("filename", "label")
+IMAGES = "images"  # the folder of the images, unless they are next to the lists
+HINT = f"list each image once, with the columns {','.join(COLUMNS)}"
+
+
+def is_listed(folder: Path, subfolders: list[Path]) -> bool:
+    """Whether the classes of `folder` are those of its lists.
+
+    Folders of classes count more than lists, which may describe them.
+
+    Args:
+        folder: The user's folder.
+        subfolders: The folders in it that are not hidden.
+    """
+    return {path.name for path in subfolders} <= {IMAGES} and _has_columns(folder / f"{SPLITS[0]}.csv")
+
+
+def listed_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of every class, sorted by name; the names of classes start with the split.
+
+    Raises:
+        DataError: A list cannot be read, or names an image that does not exist or is in another list.
+    """
+    classes: dict[str, list[Path]] = {}
+    lists: dict[Path, str] = {}  # image -> the line that lists it
+    splits: dict[str, str] = {}  # label -> split
+    for split in SPLITS:
+        path = folder / f"{split}.csv"
+        for place, name, label in _rows(path) if path.is_file() else ():
+            file = _find_image(folder, name, place)
+            if file in lists:
+                raise DataError(f"{place} lists {name}, but so does {lists[file]}", hint=HINT)
+            lists[file] = place
+            if splits.setdefault(label, split) != split:
+                fact = f"{place} has class {label!r}, which is also in {splits[label]}.csv"
+                raise DataError(fact, hint="list all images of a class in the same file")
+            classes.setdefault(f"{split}/{label}", []).append(file)
+    return {name: sorted(classes[name]) for name in sorted(classes)}
+
+
+def _has_columns(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return set(COLUMNS) <= {name.strip().lower() for name in file.readline(1000).split(",")}
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the place of every row, for messages, and its file name and label."""
+    number = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            for row in reader:
+                number = reader.line_num
+                name, label = ((row.get(column) or "").strip() for column in COLUMNS)
+                if not name or not label:
+                    raise DataError(f"{path}, line {number} has no file name or no label", hint=HINT)
+                yield f"{path}, line {number}", name, label
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read after line {number}: {error}", hint=HINT) from error
+
+
+def _find_image(folder: Path, name: str, place: str) -> Path:
+    path = Path(name)
+    if not path.is_absolute() and ".." not in path.parts:
+        for file in (folder / path, folder / IMAGES / path):
+            if file.is_file():
+                return file
+    where = f"{folder} or its folder {IMAGES}"
+    raise DataError(f"{place} lists {name!a:.80}, which is not in {where}", hint="fix or remove the line")
