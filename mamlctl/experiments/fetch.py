@@ -62,7 +62,7 @@ def _check(
     names: Sequence[str], source: Sequence[Path] | None, mirrors: Sequence[str], offline: bool
 ) -> None:
     if not names:
-        hint = "mamlctl fetch --list shows them"
+        hint = "list them with mamlctl fetch --list"
         raise SettingsError([("fetch needs the name of a data set", hint)])
     sets = [find_data_set(name) for name in names]
     if source and len(sets) > 1:
@@ -129,7 +129,7 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
     root = folder_of(data_root)
     for name in names:
         if not find_data_set(name).is_here(root):
-            raise DataError(f"{name} is not in {root}", hint=f"mamlctl fetch {name}")
+            raise DataError(f"{name} is not in {root}", hint=f"run mamlctl fetch {name}")
     packs = {name: packs_of(find_data_set(name).home(root)) for name in dict.fromkeys(names or DATA_SETS)}
     sizes = {path: path.stat().st_size for paths in packs.values() for path in paths if path.is_file()}
     total, done = sum(sizes.values()), 0
@@ -149,8 +149,8 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
 
 
 def refuse_damage(checked: Sequence[VerifiedSet]) -> None:
-    """Raises DataError if one of the data sets is damaged."""
+    """Raise DataError if one of the data sets is damaged."""
     if damages := {entry.name: entry.damage for entry in checked if entry.damage}:
         names = " ".join(damages)
         message = "; ".join(damages.values())
-        raise DataError(message, hint=f"mamlctl fetch {names} --force")
+        raise DataError(message, hint=f"run mamlctl fetch {names} --force")

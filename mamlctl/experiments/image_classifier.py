@@ -136,7 +136,7 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
     for problem in support.unreadable:
         on_event(Notice(f"left out: {problem}"))
     if copies := len(support.digests) - len(set(support.digests)):
-        on_event(Notice(f"support files that are copies of another and count as well: {copies}"))
+        on_event(Notice(f"support files that are copies of others and count too: {copies}"))
     # Runs without a recorded brightness were trained on dark ink on white paper.
     trained = float(run.environment().get("brightness") or 0.9)
     brightness = float(support.x_ECHW.mean() / 255)

@@ -112,7 +112,7 @@ def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch
     assert (code, out) == (3, f"glyphs: DAMAGED, 1 pack in {root}\n")
     error, hint = err.splitlines()
     assert error.startswith(f"error: {pack_of(root)} is damaged")
-    assert hint == "hint:  mamlctl fetch glyphs --force"
+    assert hint == "hint:  run mamlctl fetch glyphs --force"
     code, out, _ = cli("--verify", "--json")
     assert code == 3
     assert str(pack_of(root)) in json.loads(out)["data_sets"][0]["damage"]

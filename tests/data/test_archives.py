@@ -100,13 +100,13 @@ def test_damaged_originals_are_reported_and_force_fixes_them(fetch, source, tmp_
     omniglot.open_pack(tmp_path / "root", "box", on_event=ignore)
 
 
-def test_truncated_zip(fetch, source, tmp_path):
+def test_a_truncated_zip_is_refused(fetch, source, tmp_path):
     path = source / "images_evaluation.zip"
     path.write_bytes(path.read_bytes()[:-200])
     assert_refused(fetch, tmp_path, source, match="images_evaluation.zip is a zip that is cut off")
 
 
-def test_zip_with_damaged_bytes(fetch, source, tmp_path):
+def test_a_zip_with_damaged_bytes_is_refused(fetch, source, tmp_path):
     path = source / "images_background.zip"
     data = bytearray(path.read_bytes())
     data[300:310] = bytes(10)
@@ -116,7 +116,7 @@ def test_zip_with_damaged_bytes(fetch, source, tmp_path):
     )
 
 
-def test_html_page_in_place_of_a_zip(fetch, source, tmp_path):
+def test_an_html_page_in_place_of_a_zip_is_named(fetch, source, tmp_path):
     (source / "images_background.zip").write_bytes(HTML)
     assert_refused(
         fetch,
@@ -133,7 +133,7 @@ def test_wrong_count_names_both_numbers(fetch, source, tmp_path, tiny):
     assert_refused(fetch, tmp_path, source, match=match)
 
 
-def test_wrong_pixels(fetch, source, tmp_path, tiny):
+def test_wrong_pixels_are_refused(fetch, source, tmp_path, tiny):
     members = dict(tiny[0]["images_background"])
     first, second, *_ = members
     members[first] = members[second]
@@ -144,20 +144,20 @@ def test_wrong_pixels(fetch, source, tmp_path, tiny):
 @pytest.mark.parametrize(
     "name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil.png", "..\\evil"]
 )
-def test_unsafe_name(fetch, source, tmp_path, tiny, name):
+def test_an_unsafe_name_is_refused(fetch, source, tmp_path, tiny, name):
     write_zip(source / "images_background.zip", {**tiny[0]["images_background"], name: b"evil"})
     assert_refused(fetch, tmp_path, source, match="contains a file with the unsafe name")
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_member_that_is_too_large(fetch, source, tmp_path, tiny):
+def test_a_member_that_is_too_large_is_refused(fetch, source, tmp_path, tiny):
     bomb = {**tiny[0]["images_background"], "images_background/bomb.png": bytes(archives.MEMBER_BYTES + 1)}
     write_zip(source / "images_background.zip", bomb)
     match = "'images_background/bomb.png' has 16,777,217 bytes, more than the limit of 16,777,216"
     assert_refused(fetch, tmp_path, source, match=match)
 
 
-def test_encrypted_member(fetch, source, tmp_path):
+def test_an_encrypted_member_is_refused(fetch, source, tmp_path):
     path = source / "images_background.zip"
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 8] |= 1  # the encryption bit of the first entry of the directory
@@ -186,7 +186,7 @@ def test_unreadable_image_is_named(fetch, source, tmp_path, tiny, damage, match)
     assert_refused(fetch, tmp_path, source, match=match)
 
 
-def test_sources_without_archives(fetch, source, tmp_path):
+def test_sources_without_archives_are_refused(fetch, source, tmp_path):
     assert_refused(fetch, tmp_path, tmp_path / "nowhere", match=r"there is no .*nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()

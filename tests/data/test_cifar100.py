@@ -91,7 +91,7 @@ def refused(fetch, tmp_path, *sources, match):
     assert list((tmp_path / "root").iterdir()) == []
 
 
-def test_classes_and_pixels(fetch, archive):
+def test_classes_and_pixels_are_those_of_the_files(fetch, archive):
     packed = fetch(archive)
     assert packed.names == NAMES
     assert packed.counts.tolist() == [5] * 100
@@ -154,7 +154,7 @@ def test_class_folders_that_are_not_the_complete_data_set(fetch, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickles_of_any_protocol(fetch, tmp_path, protocol):
+def test_pickles_of_any_protocol_are_read(fetch, tmp_path, protocol):
     changed = {file: pickle.dumps(values, protocol) for file, values in CONTENTS.items()}
     parts = [
         CifarPart(file, PER_CLASS[file], hashlib.md5(data).hexdigest()) for file, data in changed.items()
@@ -264,7 +264,7 @@ def test_attack_in_a_file_runs_nothing(fetch, tmp_path):
     assert not mark.exists()
 
 
-def test_archive_that_is_cut_off_or_damaged(fetch, archive, tmp_path):
+def test_an_archive_that_is_cut_off_or_damaged_is_refused(fetch, archive, tmp_path):
     data = archive.read_bytes()
     archive.write_bytes(b"")
     refused(fetch, tmp_path, archive, match="is neither a zip nor a tar")
@@ -277,7 +277,7 @@ def test_archive_that_is_cut_off_or_damaged(fetch, archive, tmp_path):
     refused(fetch, tmp_path, archive, match="is an HTML page, not an archive")
 
 
-def test_archive_without_a_file(fetch, tmp_path):
+def test_an_archive_without_a_file_is_refused(fetch, tmp_path):
     members = files()
     del members["cifar-100-python/test"]
     path = write_tar(tmp_path / "less.tar.gz", members)
@@ -285,12 +285,12 @@ def test_archive_without_a_file(fetch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "C:\\evil", "..\\evil"])
-def test_unsafe_name(fetch, tmp_path, name):
+def test_an_unsafe_name_is_refused(fetch, tmp_path, name):
     path = write_tar(tmp_path / "evil.tar.gz", {name: b"evil", **files()})
     refused(fetch, tmp_path, path, match="contains a file with the unsafe name")
 
 
-def test_file_that_is_too_large(fetch, tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_refused(fetch, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar100, "FILE_BYTES", 1000)
     path = write_tar(tmp_path / "a.tar.gz", files())
     refused(fetch, tmp_path, path, match="bytes, more than the limit of 1,000")
@@ -306,7 +306,7 @@ def test_links_are_not_followed(fetch, tmp_path):
     refused(fetch, tmp_path, path, match="which is a link or a device")
 
 
-def test_sources_without_cifar(fetch, tmp_path):
+def test_sources_without_cifar_are_refused(fetch, tmp_path):
     for folder in ("train", "test", "meta"):  # of another data set
         (tmp_path / "other" / folder).mkdir(parents=True)
     match = "contains neither cifar-100-python.tar.gz nor a folder"

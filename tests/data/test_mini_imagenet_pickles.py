@@ -103,11 +103,11 @@ def test_every_form_gives_the_same_images(form, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_every_protocol(protocol, tmp_path):
+def test_every_protocol_is_read(protocol, tmp_path):
     assert_complete(written(tmp_path, cache, protocol=protocol))
 
 
-def test_places_in_any_order(tmp_path):
+def test_places_may_be_in_any_order(tmp_path):
     """Images of a class that are not contiguous keep the order of the list in the file."""
     step = {split: len(CLASSES[split]) for split in SPLITS}
 
@@ -201,7 +201,7 @@ def test_error_names_the_wrong_file(wrong, tmp_path):
     assert "\n" not in raised.value.message + raised.value.hint and raised.value.hint
 
 
-def test_files_that_are_not_the_complete_data_set(tmp_path):
+def test_files_that_are_not_the_complete_data_set_are_refused(tmp_path):
     paths = written(tmp_path, cache)
     for files, match in (
         (paths[:2], r"cache-val.pkl contains no classes of test"),

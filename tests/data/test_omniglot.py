@@ -83,7 +83,7 @@ def alphabets_of(packed, classes):
     return {packed.names[number].split("/")[1] for number in classes}
 
 
-def test_vinyals_alphabets(packed):
+def test_vinyals_splits_have_the_published_alphabets(packed):
     splits = omniglot.split_classes(packed, "vinyals", 0)
     assert alphabets_of(packed, splits["val"]) == set(omniglot.VINYALS_VAL)
     whole = {

@@ -100,14 +100,14 @@ def test_names_lose_their_leading_dot_and_the_last_of_two_wins(tmp_path):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_in_every_format(tmp_path, format):
+def test_long_names_are_read_in_every_format(tmp_path, format):
     name = "/".join(["x" * 60, "y" * 60, "z" * 60 + ".png"])
     with open_members(write_tar(tmp_path / "a.tar", files={name: b"1"}, format=format)) as members:
         assert members.names == (name,)
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "C:\\evil", "..\\evil"])
-def test_unsafe_names(tmp_path, name):
+def test_unsafe_names_are_refused(tmp_path, name):
     refused(write_tar(tmp_path / "a.tar", entry(name, b"evil")), "contains a file with the unsafe name")
     assert not list(tmp_path.rglob("evil*"))
 
@@ -115,12 +115,12 @@ def test_unsafe_names(tmp_path, name):
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
 )
-def test_links_and_devices(tmp_path, kind):
+def test_links_and_devices_are_refused(tmp_path, kind):
     path = write_tar(tmp_path / "a.tar", entry("train/x", type=kind, linkname="/etc/passwd"))
     refused(path, "contains 'train/x', which is a link or a device, not a file")
 
 
-def test_link_in_a_zip(tmp_path):
+def test_a_link_in_a_zip_is_refused(tmp_path):
     link = zipfile.ZipInfo("train/x")
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -128,7 +128,7 @@ def test_link_in_a_zip(tmp_path):
     refused(tmp_path / "a.zip", "which is a link")
 
 
-def test_member_that_is_too_large(tmp_path, monkeypatch):
+def test_a_member_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "MEMBER_BYTES", 100)
     path = write_tar(tmp_path / "a.tar", entry("train/x", bytes(101)))
     refused(path, "is refused: '.*' has 10. bytes, more than the limit of 100")
@@ -147,14 +147,14 @@ def test_bomb_is_not_expanded(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
-def test_tar_that_is_cut_off(tmp_path, kind):
+def test_a_tar_that_is_cut_off_is_refused(tmp_path, kind):
     path = write_tar(tmp_path / "a.tar", entry("last", bytes(range(256)) * 100), kind=kind)
     data = path.read_bytes()
     path.write_bytes(data[: data.rindex(bytes(range(250, 256))) - 9000 if not kind else len(data) // 2])
     refused(path, "cut off")
 
 
-def test_damaged_compression(tmp_path):
+def test_damaged_compression_is_reported(tmp_path):
     path = write_tar(tmp_path / "a.tgz", kind="gz")
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
@@ -162,7 +162,7 @@ def test_damaged_compression(tmp_path):
     refused(path, "is damaged or cut off")
 
 
-def test_compressed_file_that_is_not_a_tar(tmp_path):
+def test_a_compressed_file_that_is_not_a_tar_is_refused(tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"filename,label\n" * 100))
     refused(tmp_path / "a.csv.gz", "is not a tar or is cut off")
 
@@ -181,13 +181,13 @@ def test_other_archives_must_be_unpacked(tmp_path, start, what):
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 2000, b"hello " * 100, np.random.default_rng(0).bytes(5000)])
-def test_file_that_is_not_an_archive(tmp_path, data):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path, data):
     (tmp_path / "a").write_bytes(data)
     refused(tmp_path / "a", "is neither a zip nor a tar")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_no_space_to_expand(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_when_a_tar_is_expanded(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tgz", kind="gz")
     monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: io.FileIO("/dev/full", "r+"))
     assert "TMPDIR" in refused(path, "cannot expand .*: No space left on device").hint
@@ -204,14 +204,14 @@ def test_large_tar_is_read_in_any_order(tmp_path):
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("size", [2**87, 2**63, 2**40, -512, -(2**87)])
-def test_impossible_size_in_a_tar(tmp_path, size, kind):
+def test_an_impossible_size_in_a_tar_is_refused(tmp_path, size, kind):
     member, _ = entry("huge.png", size=size, type=kind)
     last = entry("last.png", size=0)[0].tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + last + bytes(1024))
     assert refused(tmp_path / "a.tar", "is cut off at 'huge.png'|is not a tar or is cut off").exit_code == 3
 
 
-def test_thousands_of_headers_before_one_file(tmp_path):
+def test_thousands_of_headers_before_one_file_are_refused(tmp_path):
     header = entry("././@LongLink", size=1, type=tarfile.GNUTYPE_LONGNAME)[0].tobuf(tarfile.GNU_FORMAT)
     (tmp_path / "a.tar").write_bytes((header + b"x".ljust(512, b"\0")) * 5000)
     refused(tmp_path / "a.tar", "is not a tar or is cut off")
@@ -221,7 +221,7 @@ def test_thousands_of_headers_before_one_file(tmp_path):
 @pytest.mark.parametrize(
     ("method", "size_mib", "limit_mib"), [(zipfile.ZIP_DEFLATED, 300, 20), (zipfile.ZIP_LZMA, 100, 60)]
 )
-def test_zip_that_expands_far_beyond_its_declared_size(tmp_path, method, size_mib, limit_mib):
+def test_a_zip_that_expands_far_beyond_its_declared_size_is_refused(tmp_path, method, size_mib, limit_mib):
     size = size_mib * 1024**2
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w", method) as archive, archive.open("0.png", "w") as member:

@@ -127,7 +127,7 @@ def python_2_array(raw):
 
 
 @pytest.mark.parametrize("length", [1, 255, unpickling.LONGEST_TEXT, unpickling.LONGEST_TEXT + 1])
-def test_python_2_array_of_any_length(length):
+def test_a_python_2_array_of_any_length_is_read(length):
     raw = np.random.default_rng(0).integers(0, 256, length, dtype=np.uint8)
     assert np.array_equal(load_arrays(python_2_array(raw.tobytes()), "x")["data"], raw)
 
@@ -399,7 +399,7 @@ def test_reads_are_counted(monkeypatch):
     refused(b"(" + b"]" * 1000 + b"t.", match="takes more than 100 reads")
 
 
-def test_list_that_contains_itself():
+def test_a_list_that_contains_itself_is_read():
     items = load_arrays(b"]q\x01h\x01a.", "x")
     assert items[0] is items
 

@@ -308,7 +308,7 @@ def test_unreadable_images_are_listed_and_copies_reported(trained, packed, tmp_p
     result = classify(trained("maml"), support, query, query / "learned.png", on_event=events.append)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert any("left out: cannot read image" in text for text in notices)
-    assert "support files that are copies of another and count as well: 1" in notices
+    assert "support files that are copies of others and count too: 1" in notices
     assert "query files that are given twice and count once: 1" in notices
     assert "query images that are also in the support set, which flatters the accuracy: 1" in notices
     assert (result.left_out, result.unreadable, result.labelled, len(result.images)) == (1, 1, 4, 6)

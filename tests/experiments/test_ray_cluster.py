@@ -144,9 +144,9 @@ def test_results_are_those_without_ray_even_if_a_node_is_killed(nodes, events, g
         ended += until(executor, lambda more: len(ended) + len(more) == 2)
         assert executor.slots == 1
     assert {(each.name, each.code) for each in ended} == {("a", 0), ("bb", 0)}
-    lost = [event.text for event in events if "lost its place" in event.text]
+    lost = [event.text for event in events if "lost its slot" in event.text]
     assert len(lost) == 1
-    assert lost[0].startswith(f"{victim.name} lost its place on node ")
+    assert lost[0].startswith(f"{victim.name} lost its slot on node ")
     assert second.node_id[:8] in lost[0]
     assert any(second.node_id[:8] in event.text and "died: 1 node" in event.text for event in events)
     assert capfd.readouterr().out == ""
@@ -212,7 +212,7 @@ def test_a_slice_that_kills_every_slot_is_given_up(nodes, events, glyphs_root, t
             ended = until(executor, lambda ended, slot=slot: ended or running.slot is not slot)
     assert (slots, ended[0].code) == (ray_cluster.TRIES, 1)
     assert "actor" in ended[0].error
-    assert len([event for event in events if "lost its place" in event.text]) == slots - 1
+    assert len([event for event in events if "lost its slot" in event.text]) == slots - 1
 
 
 @pytest.mark.cluster

@@ -222,7 +222,7 @@ def _by_class(listed: ListedSet, opened: Sequence[Members]) -> dict[str, list[Im
 
 
 def _verify(listed: ListedSet, by_class: dict[str, list[ImageFile]], sources: Sequence[Path]) -> None:
-    """Raise a DataError that names the first class or split with a wrong count."""
+    """Raise DataError, which names the first class or split with a wrong count."""
     places = ", ".join(str(source) for source in sources)
     if not by_class:
         message = f"{places} contains no images with file or folder names like n01532829"

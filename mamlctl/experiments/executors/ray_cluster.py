@@ -153,7 +153,7 @@ class RayExecutor:
         except errors.RayTaskError as error:  # an error on the node, or a bug
             self._end(running, ExitCode.FAILED, f"{type(error.cause).__name__}: {error.cause}")
             return
-        except errors.RayError as error:  # the slot is gone
+        except errors.RayError as error:  # the slot no longer exists
             self._restart(running, str(error).partition("\n")[0])
             return
         step = run_state(running.job.folder).step
@@ -179,7 +179,7 @@ class RayExecutor:
             return
         name, step = running.job.name, run_state(running.job.folder).step
         node = self._node_of(running)
-        self._on_event(Notice(f"{name} lost its place{node}: restarting elsewhere from meta-step {step}"))
+        self._on_event(Notice(f"{name} lost its slot{node}: restarting elsewhere from meta-step {step}"))
         self._continue(running)
 
     def _node_of(self, running: RunningJob) -> str:

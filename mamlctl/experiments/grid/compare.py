@@ -88,7 +88,7 @@ def _runs(path: Path) -> list[_Run]:
         return [_Run(open_run(path), "")]
     ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).ended]
     if not ended:
-        raise MamlctlError(f"{path} has no finished runs yet", hint=f"mamlctl ablate --resume {path}")
+        raise MamlctlError(f"{path} has no finished runs yet", hint=f"run mamlctl ablate --resume {path}")
     # Cells are in the order of training; sort them by row.
     labels = list(dict.fromkeys(cell.row.label for cell in ended))
     ended.sort(key=lambda cell: labels.index(cell.row.label))

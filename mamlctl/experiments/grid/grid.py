@@ -167,7 +167,7 @@ def not_default(evaluate: EvalConfig) -> dict[str, Any]:
 
 
 def check_rows(rows: Sequence[GridRow], seeds: int) -> None:
-    """Raises SettingsError unless all rows have the same test tasks and their seeds make a difference."""
+    """Raise SettingsError unless all rows have the same test tasks and their seeds make a difference."""
     first = rows[0]
     problems = [
         (

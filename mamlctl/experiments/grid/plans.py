@@ -103,7 +103,7 @@ def grid_rows(pairs: Sequence[str]) -> list[PlannedRow]:
         if not equals or not all(words):
             problems.append((f"--grid {pair} has no values", "write --grid inner_lr=0.1,0.4"))
         elif key not in FIELDS:
-            hint = nearest(key, FIELDS, otherwise="mamlctl train --print-config shows all settings")
+            hint = nearest(key, FIELDS, otherwise="list all settings with mamlctl train --print-config")
             problems.append((f"unknown setting '{key}' in --grid", hint))
         elif key == "seed":
             problems.append(("--grid cannot vary seed: the seeds of a row are separate runs", "use --seeds"))
