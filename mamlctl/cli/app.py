@@ -123,6 +123,7 @@ def _leave_quickly(code: int) -> None:
 
 def _run() -> tuple[int, MamlctlError | None]:
     """Run the command line; return its exit code and the error to print."""
+    on_terminal = sys.stdout.isatty()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -144,6 +145,9 @@ def _run() -> tuple[int, MamlctlError | None]:
             return ExitCode.FAILED, MamlctlError("the machine does not have enough memory", hint=hint)
         if not isinstance(error, OSError):
             raise
+        if on_terminal and not sys.stdout.isatty():  # the terminal closed, after which training has saved
+            discard(sys.stdout)
+            return ExitCode.HUNG_UP, None
         # A file that cannot be read or written is a problem that the user can fix, not a bug.
         file = f"{error.filename}: " if error.filename else ""
         hint = "free disk space, or choose a path that can be written"

@@ -447,10 +447,10 @@ def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
     assert (run / "checkpoints" / "last.pt").is_file()
 
 
-def start(run, root, *words):
-    """Start a long run with its output in RUN.out and RUN.err, and wait for its first report."""
+def start(run, root, *words, out=None):
+    """Start a long run with its output in RUN.out (or `out`) and RUN.err, and wait for its first report."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
-    with run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
+    with out or run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
         process = preloaded.Process(["-m", "mamlctl", "train", *long], out, err)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists():
@@ -485,6 +485,20 @@ def test_signals_save_and_exit_with_their_code_and_the_run_can_be_resumed(
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "time limit")
     assert status["step"] >= step
+
+
+@pytest.mark.process
+def test_a_run_whose_terminal_closes_saves_and_exits_with_129(tmp_path, glyphs_root):
+    run = tmp_path / "run"
+    terminal, stdout = os.openpty()
+    process = start(run, glyphs_root, out=os.fdopen(stdout, "wb"))
+    os.close(terminal)  # from now on, writing to stdout fails
+    process.send_signal(signal.SIGHUP)
+    process.wait()
+    assert process.returncode == 129
+    assert "error" not in run.with_suffix(".err").read_text()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "SIGHUP")
 
 
 def test_an_ignored_sighup_stays_ignored(cli):

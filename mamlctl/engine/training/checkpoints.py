@@ -9,6 +9,7 @@ import pickletools
 import re
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -135,7 +136,9 @@ def load(path: Path, *, owner: str) -> dict[str, Any]:
     if not path.is_file():
         raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
     try:
-        stored = _read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of damage, which becomes an error below
+            stored = _read(path)
     except MamlctlError:
         raise
     except UNREADABLE as error:
