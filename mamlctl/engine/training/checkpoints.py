@@ -134,7 +134,9 @@ def load(path: Path, *, owner: str) -> dict[str, Any]:
         MamlctlError: the file is missing or damaged, has another format or belongs to another run.
     """
     if not path.is_file():
-        raise MamlctlError(f"there is no checkpoint {path}", hint="start a new run, or name another one")
+        raise MamlctlError(
+            f"there is no checkpoint {path}", hint="name another checkpoint, or start a new run"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of damage, which becomes an error below
