@@ -150,7 +150,7 @@ def _run() -> tuple[int, MamlctlError | None]:
             return ExitCode.HUNG_UP, None
         # A file that cannot be read or written is a problem that the user can fix, not a bug.
         file = f"{error.filename}: " if error.filename else ""
-        hint = "free disk space, or choose a path that can be written"
+        hint = "free disk space, or choose a path that can be read and written"
         return ExitCode.FAILED, MamlctlError(f"{file}{error.strerror or error}", hint=hint)
     return code or ExitCode.OK, None
 

@@ -190,3 +190,15 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
         if isinstance(event, Notice)
     )
     assert image_folder.open_pack(path, tmp_path / "root", side=8, on_event=ignore).names == ("a", "b")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_enormous_files_among_the_images_are_left_out(tmp_path):
+    folder = alphabets(tmp_path / "o")
+    os.mkfifo(folder / "alphabet0" / "character0" / "a.png")
+    with (folder / "alphabet0" / "character1" / "b.png").open("wb") as file:
+        file.truncate(20 * 1024**3)
+    _, notices = opened(folder, tmp_path / "root", queries=2)
+    (text,) = [text for text in notices if "left out" in text]
+    assert text.startswith("2 left out: ") and "character0/a.png is a named pipe or a device" in text
+    assert "character1/b.png has 21,474,836,480 bytes, more than the limit of 536,870,912" in text

@@ -27,6 +27,7 @@ CHECK_FROM = "give --from a folder or archives that can be read"
 DOWNLOAD_AGAIN = "download the archive again"
 DISTRUST = "download it from its authors, or unpack it and use --from FOLDER if you trust it"
 
+FILE_BYTES = 512 * 1024**2  # of a file in a folder: more than 40 megapixels of 16 bits and 4 channels
 MEMBER_BYTES = 16 * 1024**2  # larger than any image of any data set, but smaller than a zip bomb's member
 
 # The largest ratio of the members' size to the archive's: images are already compressed (Omniglot's tar
@@ -113,8 +114,12 @@ def open_members(path: Path, *, member_bytes: int | None = None) -> Iterator[Mem
             yield _zip_members(path, archive, member_bytes)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, hint: str = CHECK_FROM) -> BinaryIO:
     """Open a file for reading.
+
+    Args:
+        path: The file.
+        hint: The hint of every error.
 
     Raises:
         DataError: It cannot be read, or is a pipe or a device, from which reading may never end.
@@ -123,13 +128,26 @@ def open_regular(path: Path) -> BinaryIO:
         # O_NONBLOCK: opening a named pipe would wait until another process opens it too.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     except FileNotFoundError as error:
-        raise DataError(f"there is no {path}", hint=CHECK_FROM) from error
+        raise DataError(f"there is no {path}", hint=hint) from error
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, hint) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise DataError(f"{path} is a named pipe or a device, not a file or a folder", hint=CHECK_FROM)
+        raise DataError(f"{path} is a named pipe or a device, not a file or a folder", hint=hint)
     return file
+
+
+def read_regular(path: Path, hint: str = CHECK_FROM) -> bytes:
+    """Return the bytes of a file. Raises DataError if it cannot be read or is larger than any image."""
+    with open_regular(path, hint) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > FILE_BYTES:
+            fact = f"{path} has {size:,} bytes, more than the limit of {FILE_BYTES:,}"
+            raise DataError(fact, hint=hint)
+        try:
+            return file.read(FILE_BYTES)
+        except OSError as error:
+            raise _unreadable(path, error, hint) from error
 
 
 def check_source(path: Path) -> None:
@@ -140,8 +158,8 @@ def check_source(path: Path) -> None:
     open_regular(path).close()
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or error}", hint=CHECK_FROM)
+def _unreadable(path: Path, error: OSError, hint: str = CHECK_FROM) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror or error}", hint=hint)
 
 
 def html_page(start: bytes) -> str | None:
@@ -181,10 +199,7 @@ def _damage_as_data_error(path: Path, what: str) -> Iterator[None]:
 
 def _folder_reader(path: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
-        try:
-            return (path.parent / name).read_bytes()
-        except OSError as error:
-            raise _unreadable(path.parent / name, error) from error
+        return read_regular(path.parent / name)
 
     return read
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import ClassLevel
 from mamlctl.data.counter_rng import shuffled
+from mamlctl.data.reading.archives import read_regular
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
-from mamlctl.data.reading.image_files import FILTERS
+from mamlctl.data.reading.image_files import FILTERS, HINT
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
 from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.folder_layout import class_files, class_level
@@ -84,7 +86,7 @@ def open_pack(
             return _with_left_out(packed, classes, on_event)
         on_event(Notice(f"{folder} has changed since it was packed: packing it again"))
     files = [
-        ImageFile(name, str(path.relative_to(folder)), path.read_bytes)
+        ImageFile(name, str(path.relative_to(folder)), partial(read_regular, path, HINT))
         for name, paths in classes.items()
         for path in paths
     ]

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
-from mamlctl.data.reading.image_files import class_folders, may_be_image, read_image
+from mamlctl.data.reading.archives import read_regular
+from mamlctl.data.reading.image_files import HINT, class_folders, may_be_image, read_image
 
 FEWEST = 2  # classes: with one class there is nothing to classify
 
@@ -26,11 +27,7 @@ class Reader:
 
     def __call__(self, path: Path) -> tuple[NDArray[np.uint8], bytes]:
         """Return the image as CHW and the sha256 of the file. Raises DataError if it cannot be read."""
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            message = f"cannot read image {path}: {error.strerror or error}"
-            raise DataError(message, hint="fix or remove the file") from error
+        data = read_regular(path, HINT)
         image_CHW = read_image(data, str(path), side=self.side, channels=self.channels, resize=self.resize)
         return image_CHW, hashlib.sha256(data).digest()
 
