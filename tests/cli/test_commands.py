@@ -435,7 +435,7 @@ def test_eval_tests_the_named_checkpoint(cli, copy):
         assert result["notes"] == [f"with checkpoint {Path(name).name}"]
     code, _, err = cli("eval", copy, "--checkpoint", "epoch-0009.pt")
     assert code == 1
-    assert_two_lines(err, "there is no checkpoint", "name another one")
+    assert_two_lines(err, "there is no checkpoint", "name another checkpoint")
 
 
 def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
