@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 
 def prepare_process() -> None:
@@ -33,7 +34,7 @@ def interrupt_on_ctrl_c() -> None:
     Has no effect unless the last call was `exit_at_once_on_ctrl_c`.
     """
     if signal.getsignal(signal.SIGINT) == _exit_at_once:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = _interrupt_again
 
 
@@ -41,7 +42,8 @@ def _exit_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(128 + signal.SIGINT)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Raise KeyboardInterrupt; the next Ctrl-C exits at once."""
     exit_at_once_on_ctrl_c()
     raise KeyboardInterrupt
 
@@ -51,7 +53,7 @@ def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
     if unraisable.exc_type is not KeyboardInterrupt:
         sys.__unraisablehook__(unraisable)
         return
-    signal.signal(signal.SIGALRM, _interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.01)  # after this function, whose exceptions are dropped too
 
 

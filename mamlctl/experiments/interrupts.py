@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from types import FrameType
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.literals import StopReason
+from mamlctl.core.process import interrupt
 
 REASONS: dict[int, StopReason]
 REASONS = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
@@ -57,7 +59,9 @@ class StopRequests:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         self._signal = self._signal or REASONS[number]
         text = "stopping after this meta-step; Ctrl-C exits at once without saving"
-        self._on_event(Notice(f"{self._signal}: {text}"))
+        # A signal during a write to stderr cannot write there as well; `reason` repeats the notice.
+        with suppress(RuntimeError):
+            self._on_event(Notice(f"{self._signal}: {text}"))

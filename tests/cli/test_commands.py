@@ -447,13 +447,13 @@ def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):
     assert (run / "checkpoints" / "last.pt").is_file()
 
 
-def start(run, root, *words, out=None):
-    """Start a long run with its output in RUN.out (or `out`) and RUN.err, and wait for its first report."""
+def start(run, root, *words, out=None, until="metrics.jsonl"):
+    """Start a long run with its output in RUN.out (or `out`) and RUN.err, and wait for a file of the run."""
     long = [*QUICK_WORDS, "--steps-per-epoch", "100000", "--out", run, "--data-root", root, *words]
     with out or run.with_suffix(".out").open("wb") as out, run.with_suffix(".err").open("wb") as err:
         process = preloaded.Process(["-m", "mamlctl", "train", *long], out, err)
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists():
+    while not (run / until).exists():
         assert process.poll() is None, run.with_suffix(".err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -517,8 +517,9 @@ def test_an_ignored_sighup_stays_ignored(cli):
 @pytest.mark.process
 def test_a_second_ctrl_c_exits_at_once(tmp_path, glyphs_root):
     run = tmp_path / "run"
-    # A meta-step of this many tasks takes seconds, so the first request is still pending at the second.
-    process = start(run, glyphs_root, "--meta-batch-size", "500", "--filters", "16")
+    # The first meta-step takes at least half a minute, so the first request is still pending at the second.
+    slow = ["--meta-batch-size", "2000", "--filters", "64"]
+    process = start(run, glyphs_root, *slow, until="checkpoints/last.pt")
     before = (run / "checkpoints" / "last.pt").read_bytes()
     process.send_signal(signal.SIGINT)
     # Python merges two signals that arrive during the same torch operation.
@@ -531,6 +532,19 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path, glyphs_root):
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "exited without saving")
     assert (run / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_signal_during_a_write_to_stderr_is_a_request_to_stop():
+    def write(event):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with StopRequests(write, time_limit_s=None) as stop:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(RuntimeError):  # the next notice is not written from a signal handler
+            stop.reason()
+        assert stop.reason() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_eval_changes_no_file_of_the_training(cli, trained):
