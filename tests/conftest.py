@@ -9,8 +9,9 @@ from filelock import FileLock
 from helpers import preloaded
 from helpers.shared import SHARED, ignore
 
-# A shell starts background jobs with SIGINT ignored, and child processes inherit that.
+# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP: child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The markers that `make quick` skips; it runs smoke tests however long they take.
 HEAVY = {"process", "cluster", "render", "montecarlo", "realdata", "gpu"}
