@@ -84,6 +84,7 @@ def test_class_folders_count_more_than_lists_that_describe_them(tmp_path):
         ("none.png,ant", "train.csv, line 11 lists 'none.png', which is not in"),
         ("../secret.png,ant", "line 11 lists '../secret.png', which is not in"),
         ("/etc/passwd,ant", "line 11 lists '/etc/passwd', which is not in"),
+        (f"{'x' * 300}.png,ant", "line 11 lists 'xxx.*, which is not in"),
         ("ant0.png,bee", "line 11 lists ant0.png, but so does .*train.csv, line 2"),
         ("ant0.png,", "line 11 has no file name or no label"),
         ("extra.png,dog", "val.csv, line 2 has class 'dog', which is also in train.csv"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from mamlctl.core.errors import DataError
@@ -76,8 +77,9 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
 def _find_image(folder: Path, name: str, place: str) -> Path:
     path = Path(name)
     if not path.is_absolute() and ".." not in path.parts:
-        for file in (folder / path, folder / IMAGES / path):
-            if file.is_file():
-                return file
+        with suppress(OSError):  # a name that no file can have
+            for file in (folder / path, folder / IMAGES / path):
+                if file.is_file():
+                    return file
     where = f"{folder} or its folder {IMAGES}"
     raise DataError(f"{place} lists {name!a:.80}, which is not in {where}", hint="fix or remove the line")
