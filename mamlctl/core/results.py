@@ -51,6 +51,14 @@ class TrainResult:
     val_tasks: int
     bn: BatchNormMode
     seconds: float
+    chance: float | None = None  # accuracy of guessing; None for curves
+
+    @property
+    def includes_chance(self) -> bool:
+        """Whether the interval of the best validation accuracy includes the accuracy of guessing."""
+        if self.chance is None or self.best_val_score is None or self.best_val_ci95 is None:
+            return False
+        return abs(self.best_val_score - self.chance) <= self.best_val_ci95
 
 
 @dataclass(frozen=True)

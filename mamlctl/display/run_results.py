@@ -24,6 +24,9 @@ def show_train_result(console: Console, result: TrainResult) -> None:
         score = formatting.score(result.metric, result.best_val_score, result.best_val_ci95)
         where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
         say(console, "best   ", (score, "bold green"), where)
+    if result.status == "finished" and result.chance is not None and result.includes_chance:
+        what = "the interval includes it; check --inner-lr and --meta-lr, or train longer"
+        say(console, ("chance ", "yellow"), f"{formatting.percent(result.chance, 2)}: {what}")
     if result.status == "interrupted":
         say(console, "next   ", (f"mamlctl train --resume {run}", "cyan"))
     say(console, "test   ", (f"mamlctl eval {run}", "cyan"))

@@ -222,6 +222,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         val_tasks=config.val_tasks,
         bn=bn_mode(net, config.bn),
         seconds=time.monotonic() - stop.started,
+        chance=1 / config.ways if net.objective.metric == "accuracy" else None,
     )
 
 

@@ -218,6 +218,17 @@ def test_a_training_ends_with_the_commands_to_run_next():
     assert "mamlctl train --resume 'runs/a b'" in written(console)
 
 
+@pytest.mark.parametrize(("score", "warned"), [(0.205, True), (0.195, True), (0.2062, False), (None, False)])
+def test_a_training_that_ends_at_chance_says_so(score: float | None, warned: bool):
+    console = pipe()
+    show_train_result(console, replace(TRAINED, chance=0.2, best_val_score=score))
+    assert ("chance 20.00 %: the interval includes it" in written(console)) == warned
+    for other in ({"chance": None}, {"status": "interrupted", "reason": "SIGINT"}):
+        console = pipe()
+        show_train_result(console, replace(TRAINED, **{"chance": 0.2, "best_val_score": score, **other}))
+        assert "chance" not in written(console)
+
+
 def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
     per_step = tuple(0.05 + 0.9 * k / inner_steps for k in range(inner_steps + 1))
     facts = ("best", "best", "accuracy", 0.9731, ci95, 600, "test", 20, 1, 15, inner_steps, "transductive")
