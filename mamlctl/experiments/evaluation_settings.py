@@ -114,6 +114,7 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     }
     if is_curve_family(trained.dataset):
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
+        unused["ways"] = f"{trained.dataset}, whose tasks have no classes"
         if settings.disjoint:
             problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
         if settings.label_permutations != 1:

@@ -26,13 +26,13 @@ from mamlctl.engine.evaluation.adapted_model import (
     plain_weights,
     resize_head,
 )
-from mamlctl.engine.inner_loop import InnerRule, MetaState
-from mamlctl.engine.nets.base import HEAD, bn_mode
+from mamlctl.engine.inner_loop import InnerRule
+from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.evaluation_settings import evaluation_setup
-from mamlctl.experiments.trained_model import checkpoint_files, load_states
+from mamlctl.experiments.trained_model import checkpoint_files, head_words, load_states
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -110,7 +110,7 @@ def adapt_classifier(
     support = read_support(support_path, read)
     _notice_support(run, support, on_event)
     ways = len(support.classes)
-    head = _head_words(config, learnt, ways)
+    head = head_words(config, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
     adapted = adapt_to_support_set(
@@ -146,25 +146,6 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
         fact = f"mean brightness {brightness:.2f}, but {run.config.dataset} has {trained:.2f}"
         hint = f"the run was trained on images {trained_on}, so invert yours"
         on_event(Notice(f"support images have {fact}: {hint}"))
-
-
-def _head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
-    """How `ways` classes are predicted. Raises SettingsError if the run's head cannot be resized to them."""
-    match ALGORITHMS[config.algo].classifier:
-        case "prototypes":
-            return "prototypes: the mean features of each class"
-        case "neighbours":
-            return "the nearest support image by features"
-        case "zeros":
-            return "a new head of zeros"
-    if ways == config.ways:
-        return "the learnt head"
-    adapted = not learnt.rates.keys().isdisjoint(HEAD)
-    if ways > config.ways and not adapted:
-        fact = f"there are {ways} classes, but the run has a head for {config.ways}, which is not adapted"
-        raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
-    rows = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
-    return f"the learnt head of {config.ways} classes, {rows}"
 
 
 def _episode(config: TrainConfig, support: SupportImages, device: torch.device) -> Episodes:

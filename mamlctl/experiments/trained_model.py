@@ -23,9 +23,10 @@ from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
+from mamlctl.engine.evaluation.adapted_model import resize_head
 from mamlctl.engine.evaluation.prediction import Predict
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import bn_mode
+from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
@@ -113,6 +114,9 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
     notes += damage
+    if settings.ways not in (None, run.config.ways):
+        words = head_words(run.config, states[0], config.ways)
+        notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
     net, _ = build(config, source.example_shape, torch.device("meta"))
     return TrainedModel(
         run=run,
@@ -213,7 +217,39 @@ def _load_state(
     classes = None if bias is None else bias.numel()
     _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
     checkpoints.restore(state.stored(), content["stored"], file)
-    return _with_rates(state, settings), content.get("epoch")
+    state = _with_rates(state, settings)
+    if (ways := settings.ways) is not None and ALGORITHMS[run.config.algo].classifier == "head":
+        head_words(run.config, state, ways)  # raises an error if its head cannot be resized
+        state = resize_head(state, ways, "head")
+    return state, content.get("epoch")
+
+
+def head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
+    """How `ways` classes are predicted.
+
+    Args:
+        config: the settings of the run.
+        learnt: a state of the run.
+        ways: the number of classes.
+
+    Raises:
+        SettingsError: the run's head cannot be resized to them.
+    """
+    match ALGORITHMS[config.algo].classifier:
+        case "prototypes":
+            return "prototypes: the mean features of each class"
+        case "neighbours":
+            return "the nearest support image by features"
+        case "zeros":
+            return "a new head of zeros"
+    if ways == config.ways:
+        return "the learnt head"
+    adapted = not learnt.rates.keys().isdisjoint(HEAD)
+    if ways > config.ways and not adapted:
+        fact = f"there are {ways} classes, but the run has a head for {config.ways}, which is not adapted"
+        raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
+    rows = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
+    return f"the learnt head of {config.ways} classes, {rows}"
 
 
 def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:

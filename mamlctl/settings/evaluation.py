@@ -17,6 +17,10 @@ class EvalConfig:
 
     split: Split = setting("test", EPISODE, "Class split to draw test tasks from.")
     tasks: int = setting(600, EPISODE, "Number of test tasks.", least=2)
+    ways: int | None = setting(None, EPISODE, "Classes per task (default: as in training).", least=2)
+    shots: int | None = setting(
+        None, EPISODE, "Support examples per class (default: as in training).", least=1
+    )
     queries: int | None = setting(
         None, EPISODE, "Query examples per class (default: as in training).", least=1
     )
@@ -65,4 +69,7 @@ class EvalConfig:
         """The settings of a trained run, with the values that this evaluation replaces."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name in FIELDS}
         values["eval_inner_steps"] = values.pop("inner_steps")
-        return replace(trained, **{name: value for name, value in values.items() if value is not None})
+        given = {name: value for name, value in values.items() if value is not None}
+        if "shots" in given:  # for every split, also the training classes
+            given["train_shots"] = None
+        return replace(trained, **given)

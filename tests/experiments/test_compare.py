@@ -87,6 +87,17 @@ def test_runs_with_other_tasks_are_refused_with_the_reason(copied, settings, fac
     assert refused.value.problems[0][1]
 
 
+def test_runs_trained_on_other_tasks_are_compared_on_the_same_ones(copied):
+    evaluate = replace(TESTED, ways=2, shots=2, queries=1)
+    table = called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"], evaluate)
+    assert (table.ways, table.shots, table.queries) == (2, 2, 1)
+    assert all(row.best is not None and row.published == () for row in table.rows)
+    edited(copied, "protonet-s0", ways=5)
+    with pytest.raises(SettingsError) as refused:
+        called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
+    assert refused.value.problems[0][1] == "compare them separately, or add --ways"
+
+
 def test_other_images_are_refused(copied):
     run = copied / "cells" / "protonet-s0"
     environment = json.loads((run / "environment.json").read_text())

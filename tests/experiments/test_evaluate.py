@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.experiments.trained_model import load_trained_model
+from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 
 WAYS, TASKS = 3, 7
@@ -176,3 +179,62 @@ def test_curves_refuse_options_for_images_and_labels(trained):
 def test_zero_label_orders_are_refused(trained):
     with pytest.raises(SettingsError, match="--label-permutations is 0, but the minimum is 1"):
         loaded(trained("maml"), label_permutations=0)
+
+
+@pytest.mark.parametrize("algo", ["maml", "maml++", "anil", "meta-sgd", "reptile", "transfer", "protonet"])
+def test_a_run_is_tested_on_tasks_with_more_or_fewer_classes(trained, algo):
+    path = trained(algo)
+    for ways, rows in ((4, [0, 1, 2, 0]), (2, [0, 1])):
+        model = loaded(path, ways=ways, shots=2)
+        episodes = model.stream.episodes(0, 2)
+        assert episodes.support_y_TE.tolist() == [np.repeat(np.arange(ways), 2).tolist()] * 2
+        learnt = loaded(path).states[0].slow
+        if algo not in ("transfer", "protonet"):  # which have no head of their own
+            head = model.states[0].slow["linear.weight"]
+            assert torch.equal(head, learnt["linear.weight"][rows])
+        state = model.states[0].frozen()
+        request = PredictRequest(model.derivatives, state, episodes, model.inner_steps, model.statistics)
+        logits_TEN = model.predict(request)[-1]
+        right_TE = logits_TEN.argmax(-1) == episodes.query_y_TE
+        result, scores, summary = scores_of(path, ways=ways, shots=2)
+        assert scores[:2, 0] == pytest.approx(right_TE.double().mean(1).numpy(), abs=1e-6)
+        assert (result.rows[0].ways, result.rows[0].shots) == (ways, 2)
+        assert (summary["protocol"]["ways"], summary["protocol"]["shots"]) == (ways, 2)
+        assert result.notes[0].startswith(f"trained with {WAYS} classes per task, tested with {ways}: ")
+
+
+def test_the_size_of_the_training_tasks_is_the_default(trained):
+    path = trained("maml", train_shots=3)
+    (default, scores, _), (same, again, _) = scores_of(path), scores_of(path, ways=WAYS, shots=1)
+    assert default.folder == same.folder and default.notes == same.notes == () and (scores == again).all()
+    assert loaded(path, split="train").stream.shots == 3
+    assert loaded(path, split="train", shots=2).stream.shots == 2
+
+
+def test_stored_evaluations_are_told_apart_by_the_size_of_their_tasks(trained):
+    path = trained("maml", meta_lr=0.01)
+    run, test = open_run(path), EvalConfig(tasks=TASKS)
+    scores_of(path, ways=2)
+    assert find_evaluation(run, test) is None
+    assert find_evaluation(run, replace(test, ways=2)).protocol["ways"] == 2
+    assert find_evaluation(run, replace(test, ways=2, shots=2)) is None
+    scores_of(path)
+    assert find_evaluation(run, test).protocol["ways"] == WAYS
+
+
+def test_a_head_that_is_not_adapted_has_no_more_classes(trained):
+    assert loaded(trained("boil"), ways=2).stream.ways == 2
+    with pytest.raises(SettingsError, match="there are 4 classes, but the run has a head for 3"):
+        loaded(trained("boil"), ways=4)
+
+
+def test_tasks_larger_than_the_split_are_refused(trained):
+    with pytest.raises(SettingsError, match="'test' has 60 classes, but --ways is 61"):
+        loaded(trained("maml"), ways=61)
+
+
+def test_curves_have_shots_but_no_ways(trained):
+    path = trained("maml", dataset="sinusoid")
+    assert loaded(path, shots=5).stream.shots == 5
+    with pytest.raises(SettingsError, match="--ways has no effect with sinusoid"):
+        loaded(path, ways=2)

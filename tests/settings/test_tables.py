@@ -104,9 +104,9 @@ def test_values_are_converted_to_the_types_of_their_settings():
 def test_an_evaluation_accepts_only_its_own_settings():
     assert evaluation_settings({"tasks": 7, "split": "val"}, "flag") == EvalConfig(tasks=7, split="val")
     with pytest.raises(SettingsError) as caught:
-        evaluation_settings({"ways": 5, "tasks": 1, "split": "tset"}, "flag")
+        evaluation_settings({"epochs": 5, "tasks": 1, "split": "tset"}, "flag")
     assert [fact.split(",")[0] for fact, _ in caught.value.problems] == [
-        "unknown setting 'ways' in flag",
+        "unknown setting 'epochs' in flag",
         "--split is 'tset'",
         "--tasks is 1",
     ]
@@ -135,11 +135,12 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
         "task_chunk",
     }
     assert {
-        *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root")
+        *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root"),
+        *("ways", "shots"),
     } == TEST_SETTINGS
     assert set(TASK_SETTINGS) == {
         *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations"),
-        "allow_overlap",
+        *("allow_overlap", "ways", "shots"),
     }
 
 

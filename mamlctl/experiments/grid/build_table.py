@@ -238,6 +238,7 @@ def _published_scores(
         [("flag", {"algo": config.algo, "dataset": config.dataset, "shots": config.shots})], checked=False
     ).config
     same = all(getattr(config, name) == getattr(usual, name) for name in ("net", "first_order", "adapts"))
+    same &= evaluate.ways in (None, config.ways) and evaluate.shots in (None, config.shots)
     if not same or evaluate.split != "test":
         return ()
     problem, algo = (config.dataset, config.ways, config.shots), as_unimproved(config).algo

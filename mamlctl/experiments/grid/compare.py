@@ -22,7 +22,7 @@ from mamlctl.run_folder import RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.evaluation import EvalConfig
 
 # Settings of the runs that an evaluation can replace, so that runs may differ in them.
-SHARED_BY_EVALUATION = ("queries", "eval_seed")
+SHARED_BY_EVALUATION = ("ways", "shots", "queries", "eval_seed")
 
 
 @dataclass(frozen=True)

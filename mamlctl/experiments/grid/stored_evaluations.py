@@ -18,6 +18,7 @@ from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric, Model
 from mamlctl.data.rules import metric_of
+from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import (
     EVALUATIONS,
@@ -51,7 +52,13 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
 
     Raises MamlctlError if it is damaged.
     """
-    required = protocol_settings(settings, settings.over(run.config))
+    evaluated = settings.over(run.config)
+    required = {
+        name: value for name, value in protocol_settings(settings, evaluated).items() if name not in OF_RUN
+    }
+    sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
+    if is_curve_family(run.config.dataset) and settings.ways is None:
+        sizes["ways"] = 1
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         try:
             summary = upgrade(SUMMARY, json.loads(path.read_text()))
@@ -59,6 +66,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
             digest = protocol.pop("dataset_digest", None)
             # Evaluations of an earlier checkpoint or of other images do not count.
             same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
+            same &= all(summary["protocol"][name] == value for name, value in sizes.items())
             if same and summary.get("step") == run.state().step:
                 return _load_evaluation(path.parent, summary)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
