@@ -278,7 +278,7 @@ BAD = [
     ("compare runs/a runs/b", 1, "no run folder runs/a", "mamlctl train"),
     ("compare", 2, "nothing to compare", "--algos maml,maml++"),
     ("compare runs/a --algos maml", 2, "--algos has no effect with run folders", "leave it out"),
-    ("compare runs/a --ways 5", 2, "--ways has no effect with run folders", "leave it out"),
+    ("compare runs/a --filters 5", 2, "--filters has no effect with run folders", "leave it out"),
     ("compare --algos maml,mamll --dataset glyphs", 2, "unknown algorithm 'mamll'", "did you mean"),
     ("compare --algos maml,maml --dataset glyphs", 2, "--algos is 'maml,maml'", "each algorithm once"),
     ("compare --algos maml --algo maml", 2, "--algo has no effect with --algos", "leave it out"),
