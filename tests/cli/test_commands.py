@@ -632,7 +632,7 @@ def test_a_lack_of_memory_prints_a_fact_and_a_hint(cli, tmp_path, monkeypatch, e
 def test_an_unwritable_folder_prints_a_fact_and_a_hint(cli, out):
     code, _, err = cli("train", *QUICK_WORDS, "--out", out)
     assert code == 1
-    assert_two_lines(err, "error: ", "can be written")
+    assert_two_lines(err, "error: ", "can be read and written")
 
 
 @pytest.mark.process
