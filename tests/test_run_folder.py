@@ -16,6 +16,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
 from mamlctl.core.files import append_text, is_locked, one_writer, replacing, write_json, write_text
 from mamlctl.core.literals import StopReason
+from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.run_folder import (
@@ -322,6 +323,17 @@ def test_every_row_of_metrics_has_its_kind(tmp_path):
     kinds = [json.loads(line)["kind"] for line in lines]
     assert kinds == ["report", "report", "report", "validation"]
     assert {key for row in map(json.loads, lines[:3]) for key in row if key.startswith("val_")} == set()
+
+
+def test_a_failed_run_records_its_error(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(MetaStep, "measure_as", fail)
+    with pytest.raises(MamlctlError, match="cpu does not have enough memory for 1 task per pass"):
+        trained(tmp_path / "run")
+    state = run_state(tmp_path / "run")
+    assert (state.status, state.reason) == ("failed", "cpu does not have enough memory for 1 task per pass")
 
 
 def test_a_diverged_run_records_its_meta_step(tmp_path):

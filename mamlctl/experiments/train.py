@@ -203,6 +203,9 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             step = trainer.position.step if error.step is None else error.step
             end = RunState("diverged", reason=error.cause, diverged_at=step)
             raise
+        except MamlctlError as error:
+            end = RunState("failed", reason=error.message)
+            raise
         except KeyboardInterrupt:
             end = RunState("interrupted", reason="exited without saving")
             raise
