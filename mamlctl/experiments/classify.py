@@ -112,7 +112,7 @@ def _classify_all(model: ImageClassifier, queries: Sequence[Query], on_event: On
         _classify_chunk(model, queries[first : first + chunk], predictions)
         on_event(Progress("predicting", len(images), len(queries)))
     if queries and all(image.predicted is None for image in images):
-        fact = f"none of the {len(queries)} query images can be read: {images[0].problem}"
+        fact = f"no query image can be read ({len(queries)} given): {images[0].problem}"
         raise DataError(fact, hint="use images of a supported format, such as PNG or JPEG")
     if predictions.copies:
         fact = "query images that are also in the support set, which flatters the accuracy"

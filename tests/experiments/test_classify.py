@@ -446,7 +446,7 @@ def broken(tmp_path, packed, what):
         ("empty class", "class 'cow' of", "add one, or remove the folder"),
         ("corrupt class", "has no readable image: cannot read image", "add one"),
         ("one class", "contains 1 class folder, but at least 2 are needed", "a separate folder"),
-        ("all corrupt", "none of the 4 query images can be read", "such as PNG"),
+        ("all corrupt", "no query image can be read (4 given): ", "such as PNG"),
         ("strange class", "query folder 'yak' of", "one of ant, bee"),
     ],
 )

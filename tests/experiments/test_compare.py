@@ -98,6 +98,15 @@ def test_runs_trained_on_other_tasks_are_compared_on_the_same_ones(copied):
     assert refused.value.problems[0][1] == "compare them separately, or add --ways"
 
 
+def test_another_data_set_is_reported_alone(copied):
+    edited(copied, "protonet-s0", dataset="omniglot", image_size=28, ways=4)
+    with pytest.raises(SettingsError) as refused:
+        called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
+    ((fact, hint),) = refused.value.problems
+    assert "has --dataset omniglot, but" in fact
+    assert hint == "compare them separately"
+
+
 def test_other_images_are_refused(copied):
     run = copied / "cells" / "protonet-s0"
     environment = json.loads((run / "environment.json").read_text())

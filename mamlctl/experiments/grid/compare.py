@@ -109,7 +109,11 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
             ours, theirs = (getattr(fill_defaults(folder.config), name) for folder in (first, run))
             if ours != theirs:
                 way = f"compare them separately, or add {flag(name)}" if shared else "compare them separately"
-                problems.append((f"{run.path} has {flag(name)} {theirs}, but {first.path} has {ours}", way))
+                has = f"no {flag(name)}" if theirs is None else f"{flag(name)} {theirs}"
+                other = "none" if ours is None else ours
+                problems.append((f"{run.path} has {has}, but {first.path} has {other}", way))
+                if name == "dataset":
+                    break  # most other differences follow from it
         same_data = run.trained_on(first.dataset_digest, first.older_digests)
         if first.config.dataset == run.config.dataset and not same_data:
             theirs, ours = run.dataset_digest, first.dataset_digest
