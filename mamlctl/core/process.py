@@ -8,6 +8,8 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
+
 
 def prepare_process() -> None:
     """Prepare for the slow imports of a command, which come after this call."""
@@ -39,6 +41,8 @@ def interrupt_on_ctrl_c() -> None:
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)
     os._exit(128 + signal.SIGINT)
 
 

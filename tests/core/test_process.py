@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers.shared import ROOT
 
+from mamlctl.core.process import SHOW_CURSOR
+
 INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 
@@ -61,6 +63,15 @@ def test_ctrl_c_during_imports_is_silent(module):
 def test_ctrl_c_during_work_raises_and_a_second_one_exits_at_once(when, code):
     done = ended(INTERRUPTED_WORK, when)
     assert (done.returncode, done.stdout, done.stderr) == (code, "cleaned up\n", "")
+
+
+def test_an_exit_at_once_shows_the_cursor_of_a_terminal():
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-c", INTERRUPTED_WORK, "twice"]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT).returncode == 130
+    os.close(stderr)
+    assert os.read(terminal, 100) == SHOW_CURSOR
+    os.close(terminal)
 
 
 def test_ctrl_c_stays_ignored_in_the_background():
