@@ -157,17 +157,30 @@ def test_cells_with_other_settings_are_never_mixed(done, tmp_path, glyphs_root):
 def test_a_failed_cell_is_reported_and_tried_again(done, tmp_path):
     grid = copied(done, tmp_path)
     cell = grid.cells[0]
-    whole = (cell.folder / "checkpoints/epoch-0001.pt").read_bytes()
-    (cell.folder / "checkpoints/epoch-0001.pt").write_bytes(b"torn")
+    whole = {path: path.read_bytes() for path in (cell.folder / "checkpoints").iterdir()}
+    for path in whole:
+        path.write_bytes(b"torn")
     shutil.rmtree(cell.folder / "eval")
     result = filled(grid)
     assert list(result.failed) == [cell.name]
-    assert "epoch-0001.pt" in result.failed[cell.name]
+    assert "last.pt" in result.failed[cell.name]
     assert result.left == 1
-    (cell.folder / "checkpoints/epoch-0001.pt").write_bytes(whole)
+    for path, content in whole.items():
+        path.write_bytes(content)
     again = filled(grid)
     assert (again.failed, again.left) == ({}, 0)
     assert without_times(document(again.table)) == without_times(document(done[1].table))
+
+
+def test_a_table_names_the_checkpoint_that_was_used_for_a_damaged_one(done, tmp_path):
+    grid = copied(done, tmp_path)
+    cell = grid.cells[0]
+    (cell.folder / "checkpoints/epoch-0001.pt").write_bytes(b"torn")
+    shutil.rmtree(cell.folder / "eval")
+    result = filled(grid)
+    assert (result.failed, result.left) == ({}, 0)
+    (note,) = result.table.notes
+    assert "epoch-0001.pt cannot be read" in note and ": using " in note
 
 
 def test_an_evaluation_from_before_the_end_of_training_does_not_count(done, tmp_path):
