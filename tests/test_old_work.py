@@ -205,7 +205,7 @@ def test_a_stored_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
     assert found.protocol == find_evaluation(run, LaterEvalConfig(tasks=20, temperature=1.0)).protocol
     changes = {"queries": 3, "disjoint": True, "label_permutations": 2, "dataset": "line", "eval_seed": 5}
     changes |= {"split": "val", "tasks": 21, "adapts": "all", "inner_steps": 3, "inner_lr": 0.5}
-    changes |= {"checkpoint": "best.pt", "ways": 3, "shots": 5}
+    changes |= {"checkpoint": "best.pt", "ways": 3, "shots": 5, "classes": "leaf"}
     without_effect = {"device": "cuda", "data_root": "elsewhere", "allow_overlap": True}
     assert {item.name for item in fields(EvalConfig)} - changes.keys() == {"bn", *without_effect}
     for name, value in changes.items():

@@ -22,7 +22,7 @@ from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Training settings that are also settings of an evaluation.
-TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset"}
+TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset", "classes"}
 
 # Options for training or planning, which have no effect on runs that are already trained.
 TRAINING_OPTIONS = ("seeds", "preset", "config", "workers", "time_limit", *DRY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.rules import data_set_defaults
+from mamlctl.data.sets.folder_layout import mixed_folder_problem
 from mamlctl.data.sets.registry import (
     absolute_data_set,
     find_data_set,
@@ -19,7 +21,7 @@ from mamlctl.data.sets.registry import (
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import device_problems, open_device
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.training_images import has_classes_of, stored_digests
+from mamlctl.experiments.training_images import keeps_split, stored_digests
 from mamlctl.run_folder import RunFolder
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.rules import limit_problems
@@ -39,14 +41,15 @@ def evaluation_setup(
     Raises:
         SettingsError: the run does not support the settings, or the machine does not have the device.
     """
-    keeps_split = has_classes_of(run, settings.dataset)
+    keeps = keeps_split(run, settings)
     place = run.config.dataset if settings.dataset is None else absolute_data_set(settings.dataset)
-    trained = fill_defaults(replace(run.config, dataset=place) if keeps_split else run.config)
+    trained = fill_defaults(replace(run.config, dataset=place) if keeps else run.config)
     problems = limit_problems(settings) + device_problems(settings.device, "float32")
-    problems += evaluation_problems(trained, settings) + _problems_of_other_data(trained, settings)
+    problems += evaluation_problems(trained, settings)
+    problems += [] if keeps else _problems_of_other_data(trained, settings)
     if problems:
         raise SettingsError(problems)
-    if keeps_split:
+    if keeps:
         config = replace(settings.over(trained), dataset=place)
     else:
         # Digests of images can only be compared if the same filter has shrunk them. Older runs have no
@@ -75,7 +78,7 @@ def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: b
         dataset=absolute_data_set(settings.dataset),
         split_scheme=None,
         split_fractions=None,
-        classes=data_set_defaults(settings.dataset).get("classes", "top"),
+        classes=settings.classes or data_set_defaults(settings.dataset).get("classes", "top"),
         resize=config.resize if folders and keep_filter else None,
         rotations=None,
         ink=config.ink if keeps_ink else None,
@@ -96,6 +99,9 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
         fact = f"{settings.dataset} has colour images, but the run was trained on grey ones"
         return [(fact, "train with --channels 3, or test on grey images")]
+    if data_set.own_files and settings.classes is None:
+        mixed = mixed_folder_problem(Path(data_set.name))
+        return [mixed] if mixed else []
     return []
 
 
@@ -125,6 +131,10 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:
         fact = f"--adapts {settings.adapts} has no effect with --algo {trained.algo}"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
+    if settings.dataset is None:
+        unused["classes"] = "the data of the run; it is for --dataset"
+    elif not is_image_folder(settings.dataset):
+        unused["classes"] = f"{settings.dataset}, which is not a folder"
     for name, why in unused.items():
         if getattr(settings, name, None) is not None:
             problems.append((f"{flag(name)} has no effect with {why}", "leave it out"))

@@ -34,7 +34,7 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.training_images import check_folder, has_classes_of, overlap_notes
+from mamlctl.experiments.training_images import check_folder, keeps_split, overlap_notes
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -89,7 +89,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     if settings.dataset is None:
         check_folder(run, f"mamlctl eval {path}")
     config, device = evaluation_setup(run, settings, on_event)
-    keeps_split = has_classes_of(run, settings.dataset)
+    keeps = keeps_split(run, settings)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     streams, source = open_streams(
         config,
@@ -97,18 +97,18 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
-        stored=run.classes() if keeps_split else None,
+        stored=run.classes() if keeps else None,
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
     same = run.trained_on(source.digest, source.older_digests)  # or nothing is known
-    own = keeps_split and same and run.dataset_digest is not None
+    own = keeps and same and run.dataset_digest is not None
     if own and config.dataset != run.config.dataset:
         moved = f"{config.dataset} has the images of {run.config.dataset}"
         on_event(Notice(f"{moved}: using the split of the run"))
         config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
     notes += _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
-    if keeps_split and not same:
+    if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)

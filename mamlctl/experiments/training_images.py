@@ -42,9 +42,11 @@ def check_folder(run: RunFolder, command: str) -> None:
         raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
 
 
-def has_classes_of(run: RunFolder, dataset: str | None) -> bool:
-    """Whether a data set is the run's own, or a folder with the classes of the run's folder."""
-    own = run.config.dataset
+def keeps_split(run: RunFolder, settings: EvalConfig) -> bool:
+    """Whether the data are the run's own, or those of a folder with all classes of the run's folder."""
+    own, dataset = run.config.dataset, settings.dataset
+    if settings.classes not in (None, run.config.classes):
+        return False
     if dataset is None or absolute_data_set(dataset) == own:
         return True
     if not (is_image_folder(dataset) and is_image_folder(own)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from mamlctl.core.literals import Adapts, BatchNorm, Split
+from mamlctl.core.literals import Adapts, BatchNorm, ClassLevel, Split
 from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, NETWORK, SEEDS, setting
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -32,6 +32,12 @@ class EvalConfig:
     )
     dataset: str | None = setting(
         None, EPISODE, "Another data set to test on, with images converted to the run's shape."
+    )
+    classes: ClassLevel | None = setting(
+        None,
+        EPISODE,
+        "With --dataset, for a folder: its classes are the top folders or the innermost ones (leaf; default: "
+        "leaf if all top folders contain only folders).",
     )
     allow_overlap: bool = setting(
         False,

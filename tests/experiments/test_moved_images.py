@@ -206,3 +206,44 @@ def test_resume_accepts_a_folder_but_no_other_data_set(place, monkeypatch, capsy
             main()
         assert raised.value.code == code
     assert f"--dataset is glyphs, but the run to resume has {place / 'p'}" in capsys.readouterr().err
+
+
+def test_older_runs_keep_their_top_folders_as_classes(tmp_path):
+    folder = photos(tmp_path / "p", [f"{name}/inside" for name in NAMES])
+    run = trained(tmp_path / "run", folder, tmp_path / "root", time_limit_s=0.0, classes="top")
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    assert "classes: top\n" in lines
+    (run / "config.yaml").write_text("".join(line for line in lines if line != "classes: top\n"))
+    assert resumed(run).status == "finished"
+    result, notices = evaluated(tmp_path)
+    assert result.notes == () and notices == []
+    names = [name for part in open_run(run).classes().values() for name in part]
+    assert sorted(names) == NAMES
+    folder.rename(tmp_path / "q")
+    _, notices = evaluated(tmp_path, tmp_path / "q")
+    assert notices[0].endswith("using the split of the run")
+
+
+def test_another_folder_is_read_by_its_own_layout(place):
+    nested = photos(place / "q", [f"{a}/{b}" for a in "abcdef" for b in "xyz"])
+    for classes, names in ((None, {"a/x"}), ("leaf", {"a/x"}), ("top", {"a"})):
+        chosen = replace(TEST, dataset=str(nested), classes=classes, split="train")
+        model = load_trained_model(place / "run", chosen, offline=True, on_event=ignore)
+        assert names <= {name for part in model.source.names.values() for name in part}
+    shutil.copy(nested / "a" / "x" / "0.png", nested / "a" / "0.png")
+    with pytest.raises(SettingsError, match="contains 1 image and 3 folders with images"):
+        evaluated(place, nested)
+    evaluated(place, nested, classes="top", split="train")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "fact"),
+    [
+        (None, "--classes has no effect with the data of the run; it is for --dataset"),
+        ("glyphs", "--classes has no effect with glyphs, which is not a folder"),
+    ],
+)
+def test_classes_must_have_an_effect(place, dataset, fact):
+    with pytest.raises(SettingsError) as raised:
+        evaluated(place, dataset, classes="top")
+    assert fact in [problem for problem, _ in raised.value.problems]

@@ -140,7 +140,7 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
     } == TEST_SETTINGS
     assert set(TASK_SETTINGS) == {
         *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations"),
-        *("allow_overlap", "ways", "shots"),
+        *("allow_overlap", "ways", "shots", "classes"),
     }
 
 

@@ -82,7 +82,8 @@ def open_streams(
             listed = np.concatenate([*classes.values()]) if stored else np.arange(len(packed.names))
             small = _small_classes(config, packed, listed, needed, on_event)
             classes = {name: part[~np.isin(part, small)] for name, part in classes.items()}
-        image_streams = _image_streams(config, packed, classes, settings, disjoint=disjoint)
+        more = {} if stored else {name: _more_classes(config, name) for name in settings}
+        image_streams = _image_streams(config, packed, classes, settings, more, disjoint=disjoint)
         pools = {name: stream.pool for name, stream in image_streams.items()}
         streams = dict(image_streams)
         # A few hundred images are enough; reading all images of a large set would take a second.
@@ -209,6 +210,7 @@ def _image_streams(
     packed: PackedImages,
     classes: Mapping[str, NDArray[np.int64]],
     settings: Mapping[Split, StreamSettings],
+    more_classes: Mapping[Split, str],
     *,
     disjoint: bool,
 ) -> dict[str, TaskStream]:
@@ -222,7 +224,7 @@ def _image_streams(
     )
     problems: list[Problem] = []
     for split, part in settings.items():
-        problems += episode_problems(packed, classes[split], part, images, _more_classes(config, split))
+        problems += episode_problems(packed, classes[split], part, images, more_classes.get(split, ""))
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
     kind = DisjointTasks if disjoint else TaskStream
