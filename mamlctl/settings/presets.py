@@ -26,6 +26,7 @@ YAML_ERRORS = (
     TypeError,
     RecursionError,
 )
+MOST_CHARACTERS = 100_000  # 80 times a complete config.yaml
 SYNTAX = "write each setting once, as 'name: value' on its own line"
 
 
@@ -54,10 +55,14 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a YAML file. Raises SettingsError if the file is anything else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError([(f"{path} cannot be read: {reason}", "use a YAML file of settings")]) from error
+    if len(text) > MOST_CHARACTERS:
+        fact = f"{path} has more than {MOST_CHARACTERS:,} characters"
+        raise SettingsError([(fact, "use a YAML file of settings")])
     try:
         # Interpolations stay text, which `merge` refuses: a file must not read environment variables.
         values = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)

@@ -1,6 +1,7 @@
 """Settings: precedence, problems, derived values and presets."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +163,11 @@ def test_values_that_the_yaml_library_cannot_read_are_refused(tmp_path, text):
         load_file(tmp_path / "x.yaml")
     with pytest.raises(SettingsError, match=r"^--set "):
         parse_sets([f"algo={text.removeprefix('ways: ')}"])
+
+
+def test_an_endless_file_is_refused():
+    with pytest.raises(SettingsError, match="/dev/zero has more than 100,000 characters"):
+        load_file(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize(
