@@ -320,6 +320,15 @@ def test_a_run_without_a_whole_last_checkpoint_resumes_from_the_one_before_it(wh
     assert comparable(run) == comparable(whole)
 
 
+def test_a_lack_of_memory_is_not_taken_for_damage(whole, monkeypatch):
+    def fail(*arguments, **named):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        trainer_of(whole, whole.config).resume()
+
+
 def test_the_error_is_about_the_last_checkpoint_if_both_are_damaged(whole, tmp_path):
     run = make_run(tmp_path / "run", config_of())
     trainer = trainer_of(run, run.config, stop_at=2)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import MamlctlError, is_out_of_memory
 from mamlctl.core.files import replacing
 
 FORMAT = 3
@@ -43,7 +43,6 @@ UNREADABLE = (
     EOFError,
     ImportError,
     LookupError,
-    MemoryError,
     OSError,
     RuntimeError,
     TypeError,
@@ -144,6 +143,8 @@ def load(path: Path, *, owner: str) -> dict[str, Any]:
     except MamlctlError:
         raise
     except UNREADABLE as error:
+        if is_out_of_memory(error):  # the file may be whole
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise damaged(path, f"cannot be read ({reason[:100]})") from error
     if stored["owner"] != owner:
