@@ -13,6 +13,7 @@ from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
+from mamlctl.data.sets.folder_layout import contain_only_folders
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
@@ -108,6 +109,9 @@ def adapt_classifier(
     (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
     support = read_support(support_path, read)
+    if contain_only_folders(support_path / name for name in support.classes):
+        groups = f"the {len(support.classes)} top folders of {support_path}"
+        on_event(Notice(f"the classes are {groups}, each with the images of all its folders"))
     _notice_support(run, support, on_event)
     ways = len(support.classes)
     head = head_words(config, learnt, ways)

@@ -297,6 +297,20 @@ def test_inverted_images_are_reported(trained, packed, tmp_path):
     assert not [event for event in events if isinstance(event, Notice)]
 
 
+def test_support_classes_with_folders_are_noticed(trained, packed, tmp_path):
+    support, query = folders(tmp_path, packed, [2, 2])
+    for folder in support.iterdir():
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        (tmp_path / "moved").rename(folder / "inside")
+    events = []
+    classify(trained("maml"), support, query, on_event=events.append)
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert (
+        notice == f"the classes are the 2 top folders of {support}, each with the images of all its folders"
+    )
+
+
 def test_unreadable_images_are_listed_and_copies_reported(trained, packed, tmp_path):
     support, query = folders(tmp_path, packed, [2, 2])
     (support / "ant" / "bad.png").write_bytes(b"no image")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -60,9 +60,14 @@ def class_level(folder: Path) -> ClassLevel:
     """Return "leaf" if every top folder (of every split) contains only folders, else "top"."""
     if has_lists(folder):
         return "top"
-    groups = list(chain.from_iterable(map(_subfolders, _parts(folder).values())))
-    shallow = any(map(_has_images, groups))
-    return "leaf" if not shallow and any(map(_images_inside, groups)) else "top"
+    parts = (split_folders(folder) or {"": folder}).values()
+    return "leaf" if contain_only_folders(chain.from_iterable(map(_subfolders, parts))) else "top"
+
+
+def contain_only_folders(groups: Iterable[Path]) -> bool:
+    """Whether none of these folders contains an image itself, but a folder in one of them does."""
+    folders = list(groups)
+    return not any(map(_has_images, folders)) and any(map(_images_inside, folders))
 
 
 def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
@@ -125,11 +130,6 @@ def mixed_folder_problem(folder: Path) -> Problem | None:
             taken = "leaves them out" if outside else f"makes all of {place.name} one class"
             return f"{place} contains {counts}", f"{hint}, which {taken}"
     return None
-
-
-def _parts(folder: Path) -> dict[str, Path]:
-    """The split folders, or the folder itself."""
-    return split_folders(folder) or {"": folder}
 
 
 def _class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
