@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from mamlctl.cli.evaluate import evaluate
 from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError, is_out_of_memory
+from mamlctl.core.problems import nearest
 from mamlctl.core.process import exit_at_once_on_ctrl_c
 from mamlctl.display.console import discard, show_error, stderr_console
+from mamlctl.settings.rules import NOUNS
 
 # Each command's function and the examples at the end of its help.
 COMMANDS = {
@@ -39,6 +42,14 @@ COMMANDS = {
     ),
     "ablate": (ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
 }
+
+# Messages of Typer, and the fact and the hint that mamlctl prints instead.
+REWORDED = (
+    (r"Missing argument '(.+)'", "the argument '{}' is missing", "add it, or see {}"),
+    (r"Got unexpected extra argument.*? \((.+)\)", "unexpected argument '{}'", "leave it out, or see {}"),
+    (r"Option '(.+)' requires an argument", "{} has no value", "write a value after it, or see {}"),
+    (r"Option '(.+)' does not take a value", "{} does not take a value", "leave out '=' and the value"),
+)
 
 app = typer.Typer(
     epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
@@ -130,10 +141,7 @@ def _run() -> tuple[int, MamlctlError | None]:
     except MamlctlError as error:
         return error.exit_code, error
     except TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        # Empty after a bare `mamlctl`, which has printed its help.
-        shown = MamlctlError(message, hint=f"see {_help_command()}") if message else None
-        return ExitCode.USAGE, shown
+        return ExitCode.USAGE, _usage_error(error)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED, None
     except BrokenPipeError:
@@ -155,5 +163,24 @@ def _run() -> tuple[int, MamlctlError | None]:
     return code or ExitCode.OK, None
 
 
-def _help_command() -> str:
-    return " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in COMMANDS), "--help"])
+def _usage_error(error: TyperException) -> MamlctlError | None:
+    """Reword an error of Typer as a fact and a hint; None after a bare `mamlctl`, which prints its help."""
+    help_command = " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in COMMANDS), "--help"])
+    message = error.format_message()
+    if not message:
+        return None
+    for problem in getattr(error.__cause__, "errors", list)():  # of pydantic, which Typer uses to read values
+        if noun := {"int_parsing": NOUNS[int], "float_parsing": NOUNS[float]}.get(problem["type"]):
+            name = message.split("'")[1]
+            return MamlctlError(f"{name} is {problem['input']!r}, which is not {noun}", hint=f"use {noun}")
+    if match := re.match("No such option: (.+?)( |$)", message):
+        known = getattr(error, "possibilities", None) or ()
+        hint = nearest(match[1], known, otherwise=f"see {help_command}")
+        return MamlctlError(f"unknown option '{match[1]}'", hint=hint)
+    if match := re.match("No such command '(.+?)'", message):
+        hint = nearest(match[1], COMMANDS, otherwise=f"use one of {', '.join(COMMANDS)}")
+        return MamlctlError(f"unknown command '{match[1]}'", hint=hint)
+    for pattern, fact, hint in REWORDED:
+        if match := re.match(pattern, message):
+            return MamlctlError(fact.format(match[1]), hint=hint.format(help_command))
+    return MamlctlError(message, hint=f"see {help_command}")
