@@ -12,7 +12,7 @@ from benchmarks import cases
 from benchmarks.__main__ import main_work
 from benchmarks.cases import CASES, Case, case_of, engine_problem, train_config
 from benchmarks.flops import layer_flops, meta_step_flops
-from benchmarks.machine import open_machine
+from benchmarks.machine import PROBE_SIZE, open_machine
 from benchmarks.peers import PEERS
 from benchmarks.pipes import Worker, WorkerFailed
 from benchmarks.report import document, growth_table, main_table, matrix_rates, peers_table
@@ -106,8 +106,21 @@ def test_a_learner_returns_seconds_loss_and_memory():
 def test_the_speed_of_matrix_products_is_measured():
     facts, answer = open_machine({"device": "cpu"})
     assert facts["torch"] == torch.__version__
-    rates = matrix_rates({"bf16": [answer({"precision": "bf16"})["seconds"]]}, 2 * facts["matrix_size"] ** 3)
-    assert rates["bf16"] > 0
+    seconds = answer({"precision": "float32"})["seconds"]
+    rates = matrix_rates({"float32": [seconds]}, 2 * facts["matrix_size"] ** 3)
+    assert rates["float32"] > 0
+    assert answer({"precision": "bf16", "size": PROBE_SIZE})["seconds"] > 0
+
+
+def test_a_precision_that_is_far_slower_is_skipped_with_its_ratio(monkeypatch):
+    machine = Machine.__new__(Machine)
+    machine._slower = {}
+    times = {"float32": 0.001, "bf16": 0.021, "float64": 0.002}
+    monkeypatch.setattr(machine, "_probe", times.__getitem__)
+    assert machine.problem("bf16") == "matrix products in bf16 are 21 times slower than in float32"
+    assert machine.problem("float32") is None and machine.problem("float64") is None
+    (row,) = measure("main", SMALL, ["adjoint-bf16"], Plan("cpu"), machine)
+    assert row.skipped == machine.problem("bf16") and not row.seconds
 
 
 @pytest.mark.process

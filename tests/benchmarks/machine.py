@@ -13,15 +13,19 @@ from benchmarks.worker import wait
 from mamlctl.engine.devices import cpu_model, open_device
 
 SIZES = {"cpu": 2048, "cuda": 8192}  # 2048 is too small to keep a GPU busy
+PROBE_SIZE = 256  # a product in a type without instructions of its own still takes under a second
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 
 def open_machine(opening: Document) -> tuple[Document, Answer]:
-    """Return facts about the machine for `device`, and a function from `precision` to one product's time."""
+    """Return facts about the machine for `device`, and a function that times one product.
+
+    The function takes `precision` and, if the product is not to have the size for the device, `size`.
+    """
     device = open_device(opening["device"], "float32")
-    size = SIZES[device.type]
 
     def answer(question: Document) -> Document:
+        size = question.get("size", SIZES[device.type])
         open_device(opening["device"], question["precision"])  # tf32 is set per process
         left, right = torch.rand(2, size, size, device=device).to(DTYPES[question["precision"]])
         torch.mm(left, right)  # the first call per type loads its kernels
@@ -31,10 +35,10 @@ def open_machine(opening: Document) -> tuple[Document, Answer]:
         wait(device)
         return {"seconds": time.perf_counter() - start, "flops": 2 * size**3}
 
-    return facts(device, size), answer
+    return facts(device), answer
 
 
-def facts(device: torch.device, size: int) -> Document:
+def facts(device: torch.device) -> Document:
     """Return what the tables' heading and the JSON document say about the machine."""
     return {
         "cpu": cpu_model(),
@@ -45,7 +49,7 @@ def facts(device: torch.device, size: int) -> Document:
         "torch": torch.__version__,
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "matrix_size": size,
+        "matrix_size": SIZES[device.type],
     }
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.cases import OTHERS, Case, engine_problem, engine_settings
+from benchmarks.machine import PROBE_SIZE
 from benchmarks.pipes import Document, Worker, WorkerFailed
 
 WARM_UP = 2  # meta-steps, in which memory is mapped, kernels are chosen and graphs are captured
 SLOW_S = 10.0  # rounds that take longer are warmed up after one meta-step
 LEAST = 3  # repeats that the median needs, however slow they are
+TIMES_SLOWER = 20.0  # than float32: without bf16 instructions, one case in bf16 takes over ten minutes
 CUDA_BURST = 20  # meta-steps per measurement, so that the time of one synchronisation is negligible
 
 
@@ -62,11 +64,29 @@ class Machine:
         self.facts = self._worker.hear()
         self.seconds: dict[str, list[float]] = {}
         self.flops = 0
+        self._slower: dict[str, float] = {}  # small products in a precision, relative to float32
 
     def sample(self, precision: str) -> None:
         answer = self._worker.ask({"precision": precision})
         self.seconds.setdefault(precision, []).append(answer["seconds"])
         self.flops = answer["flops"]
+
+    def problem(self, precision: str) -> str | None:
+        """Return why a precision is not worth measuring on this machine, or None."""
+        if precision == "float32":
+            return None
+        if precision not in self._slower:
+            seconds = [self._probe(name) for name in ("float32", precision)]
+            self._slower[precision] = seconds[1] / seconds[0]
+        slower = self._slower[precision]
+        if slower < TIMES_SLOWER:
+            return None
+        return f"matrix products in {precision} are {slower:.0f} times slower than in float32"
+
+    def _probe(self, precision: str) -> float:
+        """Return the least time of three small products, in seconds."""
+        question = {"precision": precision, "size": PROBE_SIZE}
+        return min(self._worker.ask(question)["seconds"] for _ in range(3))
 
     def close(self) -> None:
         self._worker.close()
@@ -78,7 +98,8 @@ def measure(part: str, case: Case, learners: Sequence[str], plan: Plan, machine:
     with ExitStack() as stack:
         running: list[tuple[Row, Worker]] = []
         for row in rows:
-            row.skipped = None if row.learner in OTHERS else engine_problem(row.learner)
+            if row.learner not in OTHERS:
+                row.skipped = engine_problem(row.learner) or machine.problem(row.precision)
             if not row.skipped:
                 running.append((row, stack.enter_context(_start(row, plan))))
         _hear_all(running)
