@@ -1,13 +1,16 @@
-"""The structure of the package: floors, sizes, and modules that work without torch."""
+"""The structure of the package: floors, sizes, docstrings, and modules that work without torch."""
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
 from helpers.shared import ROOT
+
+from mamlctl.core import errors
 
 PACKAGE = ROOT / "mamlctl"
 # A package imports only from earlier floors; inside a package, imports must not form a cycle.
@@ -120,3 +123,40 @@ def test_the_top_level_has_only_the_known_entries():
     ).stdout
     visible = {line.split("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
     assert visible == {"pyproject.toml", "README.md", "Makefile", "LICENSE", "mamlctl", "presets", "tests"}
+
+
+def is_command(function):
+    return any("with_options" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def public_functions():
+    """Every public function and method except commands, whose arguments are options, and Triton kernels."""
+    for name in MODULES.keys() - {"mamlctl.engine.kernels.triton_kernels"}:
+        body = ast.parse(MODULES[name].read_text()).body
+        classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        for node in itertools.chain(body, *(item.body for item in classes)):
+            if isinstance(node, ast.FunctionDef) and re.match("[a-z]|__", node.name) and not is_command(node):
+                yield name, node
+
+
+def raised_errors(function):
+    """The errors for users that a function raises itself."""
+    raised = {
+        ast.unparse(node.exc) for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc
+    }
+    names = {text.split("(")[0] for text in raised}
+    return {name for name in names if issubclass(getattr(errors, name, int), errors.MamlctlError)}
+
+
+def test_public_functions_describe_many_arguments_and_their_errors():
+    documented = {node.name for _, node in public_functions() if "Args:" in (ast.get_docstring(node) or "")}
+    for name, node in public_functions():
+        text = " ".join((ast.get_docstring(node) or "").split())
+        arguments = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+        implements = arguments[:1] == ["self"] and node.name in documented - {"__init__"}  # an interface
+        if len(set(arguments) - {"self", "cls"}) > 2 and not implements:
+            assert re.search("Args:|[Aa]rguments", text), (
+                f"{name}.{node.name} does not describe its arguments"
+            )
+        for error in raised_errors(node):
+            assert re.search(rf"Raises?\b.*\b{error}\b", text), f"{name}.{node.name} raises {error}"

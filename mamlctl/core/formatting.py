@@ -53,7 +53,13 @@ def percent(accuracy: float, digits: int = 1) -> str:
 
 
 def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
-    """0.9312, 0.006 -> '93.12 ± 0.60 %'; '± ?' if the width is infinite, no width if it is None."""
+    """0.9312, 0.006 -> '93.12 ± 0.60 %'; '± ?' if the width is infinite, no width if it is None.
+
+    Args:
+        accuracy: 0..1.
+        ci95: half width of the confidence interval, in the unit of the accuracy.
+        digits: decimals of the percentages.
+    """
     if ci95 is None:
         return percent(accuracy, digits)
     half = f"{100 * ci95:.{digits}f}" if math.isfinite(ci95) else "?"
@@ -61,7 +67,14 @@ def interval(accuracy: float, ci95: float | None, digits: int = 2) -> str:
 
 
 def score(metric: Metric, value: float, ci95: float | None, digits: int = 2) -> str:
-    """A score with the half width of its interval: an accuracy in percent, or a mean squared error."""
+    """A score with the half width of its interval: an accuracy in percent, or a mean squared error.
+
+    Args:
+        metric: what the score is.
+        value: an accuracy 0..1, or a mean squared error.
+        ci95: half width of the confidence interval, in the same unit; None for no interval.
+        digits: decimals of an accuracy's percentages; an error always has three.
+    """
     if metric == "accuracy":
         return interval(value, ci95, digits)
     half = "" if ci95 is None else f" ± {ci95:.3f}" if math.isfinite(ci95) else " ± ?"
@@ -77,7 +90,13 @@ def signed(metric: Metric, value: float) -> str:
 
 
 def task(dataset: str, ways: int, shots: int) -> str:
-    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' for curves; an image folder is shown by its name."""
+    """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' for curves; an image folder is shown by its name.
+
+    Args:
+        dataset: the name of a data set, or the path of an image folder.
+        ways: classes per task; 1 for curves.
+        shots: support examples per class.
+    """
     dataset = Path(dataset).name
     return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
 

@@ -14,6 +14,12 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str], *, otherwise: str) -> str:
-    """A hint that names the closest of `words` to `word`, or the hint `otherwise` if none is close."""
+    """A hint that names the closest of `words` to `word`, or the hint `otherwise` if none is close.
+
+    Args:
+        word: what the user wrote.
+        words: the names that exist.
+        otherwise: the hint if no name is similar.
+    """
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else otherwise

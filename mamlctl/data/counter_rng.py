@@ -60,5 +60,11 @@ def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
 
 
 def shuffled(items: int, seed: int, stream: str) -> NDArray[np.int64]:
-    """Return the numbers 0, 1, ..., `items` - 1 in a random order."""
+    """Return the numbers 0, 1, ..., `items` - 1 in a random order.
+
+    Args:
+        items: how many numbers.
+        seed: the seed of the run or of the evaluation.
+        stream: a key of `STREAMS`.
+    """
     return k_smallest(random_words(seed, stream, 0, items), items)

@@ -32,7 +32,13 @@ BUSY = ("training", "testing")
 
 
 def grid_frame(grid: GridChanged, width: int, height: int) -> list[Text]:
-    """One frame: a head, a line per row, and a bar; if rows do not fit, those with running cells."""
+    """One frame: a head, a line per row, and a bar; if rows do not fit, those with running cells.
+
+    Args:
+        grid: the state of all cells.
+        width: of the frame, in columns.
+        height: of the frame, in lines.
+    """
     rows: dict[str, list[CellState]] = {}
     for cell in grid.cells:
         rows.setdefault(cell.row, []).append(cell)

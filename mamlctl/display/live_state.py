@@ -35,7 +35,13 @@ class LiveState:
 
 
 def advance(state: LiveState, event: Event, now: float) -> LiveState:
-    """The state after an event."""
+    """The state after an event.
+
+    Args:
+        state: the state before it.
+        event: what happened.
+        now: the time in seconds, from a clock that never goes back.
+    """
     match event:
         case events.Notice():
             return state  # printed above the frame, not in it

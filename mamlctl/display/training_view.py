@@ -35,7 +35,13 @@ HEAT = (215, 120, 30)  # instead of WARM, for learnt rates
 
 
 def render(state: LiveState, width: int, height: int) -> RenderableType:
-    """One frame, at most `width` columns wide and `height` lines high."""
+    """One frame, which fits the terminal.
+
+    Args:
+        state: what to show.
+        width: of the terminal, in columns.
+        height: of the terminal, in lines.
+    """
     width = min(width, MAX_WIDTH)
     lines = _frame(state, width, height)[:height]
     for line in lines:

@@ -14,12 +14,24 @@ Colour = tuple[int, int, int]
 
 
 def both_ends(left: Text, right: Text, width: int) -> Text:
-    """One text at the start of a line, the other at its end."""
+    """One text at the start of a line, the other at its end.
+
+    Args:
+        left: the text at the start.
+        right: the text at the end.
+        width: of the line, in columns; a longer line keeps both texts.
+    """
     return Text.assemble(left, " " * max(width - left.cell_len - right.cell_len - 1, 2), right)
 
 
 def rule(title: str, note: str, width: int) -> Text:
-    """The title of a section, a line, and a note."""
+    """The title of a section, a line, and a note.
+
+    Args:
+        title: at the start.
+        note: at the end.
+        width: of all three, in columns.
+    """
     line = "─" * max(width - len(title) - len(note) - 4, 2)
     return Text.assemble(" ", (title, "bold"), " ", (line, DIM), " ", (note, DIM))
 
@@ -59,6 +71,12 @@ def block(share: float) -> str:
 
 
 def between(cold: Colour, warm: Colour, share: float) -> str:
-    """The colour at that share (0..1) of the way from `cold` to `warm`."""
+    """A colour between two others, as rich writes it.
+
+    Args:
+        cold: the colour at 0.
+        warm: the colour at 1.
+        share: 0..1.
+    """
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(cold, warm, strict=True))
     return f"rgb({red},{green},{blue})"

@@ -268,7 +268,13 @@ class AdamSteps:
         }
 
     def __call__(self, fast: Params, grads: Params, step: int) -> Params:
-        """Update v = b v + (1 - b) g^2, then descend along g / (sqrt(v / (1 - b^count)) + eps)."""
+        """Update v = b v + (1 - b) g^2, then descend along g / (sqrt(v / (1 - b^count)) + eps).
+
+        Args:
+            fast: the fast weights of all tasks.
+            grads: their gradients g.
+            step: the inner step, which selects its learnt rates.
+        """
         self.count = self.count + 1
         b = self.BETA2
         self.second = {name: b * v + (1 - b) * grads[name] ** 2 for name, v in self.second.items()}

@@ -176,7 +176,13 @@ def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch
 
 
 def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
-    """Write the weights for torch's own layers, and everything else that predictions without mamlctl need."""
+    """Write the weights for torch's own layers, and everything else that predictions without mamlctl need.
+
+    Args:
+        path: the file to write, for torch.load.
+        model: the adapted model.
+        on_event: receives notices.
+    """
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
     config, read = model.config, model.read

@@ -55,6 +55,7 @@ def draw(
         The files; if the pre-training was stopped, no files and the reason.
 
     Raises:
+        SettingsError: `beside` is given for images, or its runs have other curves.
         MamlctlError: as `load_trained_model` and `train` do.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)

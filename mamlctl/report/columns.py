@@ -44,7 +44,13 @@ class Column:
     mark: str = ""  # suffix of some texts; the other texts are padded to align the numbers
 
     def fields_in(self, form: Literal["csv", "json"], table: Table, row: Row) -> Fields:
-        """The fields of this column in a row of a CSV file or of a JSON document."""
+        """The fields of this column in a row of a CSV file or of a JSON document.
+
+        Args:
+            form: the kind of file.
+            table: the whole table.
+            row: the row of the table.
+        """
         override = self.csv if form == "csv" else self.json
         if override:
             return override(table, row)

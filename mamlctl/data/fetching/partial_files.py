@@ -58,6 +58,11 @@ class Part:
         """Append chunks up to a size of `most` bytes and report the size after each -> whether all fit.
 
         Undo all of it if the disk is full.
+
+        Args:
+            chunks: the bytes to append.
+            most: the largest size of the part, in bytes.
+            on_progress: receives the size in bytes after each chunk.
         """
         before = size = self.size
         try:

@@ -38,13 +38,28 @@ PEN = (0.7, 1.4)  # smallest and largest radius in pixels
 
 
 def prepare(root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
-    """Draw the data set and save it; `sources` is not used."""
+    """Draw the data set and save it.
+
+    Args:
+        root: the data root.
+        sources: not used, since the images are drawn.
+        on_event: receives notices and progress.
+    """
     on_event(Notice(f"drawing {NAME} (built in, no download)"))
     save_pack(_path(root), draw(on_event))
 
 
 def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
-    """Return all images: 28x28, ink 0, paper 255, drawn on first use. Raises DataError for a damaged pack."""
+    """Return all images: 28x28, ink 0, paper 255, drawn on first use.
+
+    Args:
+        root: the data root.
+        resize: not used, since there is one size.
+        on_event: receives notices and progress if the images are drawn.
+
+    Raises:
+        DataError: the pack is damaged.
+    """
     if not is_packed(_path(root)):
         prepare(root, (), on_event)
     return load_pack(_path(root), NAME)
@@ -56,7 +71,13 @@ def is_here(root: Path) -> bool:
 
 
 def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Return 300 classes for train, 40 for val and 60 for test, shuffled by `seed`."""
+    """Return 300 classes for train, 40 for val and 60 for test, shuffled.
+
+    Args:
+        packed: the images of all classes.
+        scheme: not used, since there is one scheme.
+        seed: the seed of the split.
+    """
     train, val, test = np.split(shuffled(len(packed.names), seed, "class split"), [TRAIN, TRAIN + VAL])
     return {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
 

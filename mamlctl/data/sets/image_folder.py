@@ -35,7 +35,14 @@ MOST_NAMED = 5  # files that are listed before "and n more"
 
 
 def prepare(folder: Path, root: Path, sources: Sequence[Path], on_event: OnEvent) -> None:
-    """Drop the packs of the folder, so that `open_pack` makes them again; `sources` is not used."""
+    """Drop the packs of the folder, so that `open_pack` makes them again.
+
+    Args:
+        folder: the image folder.
+        root: the data root.
+        sources: not used, since the folder is the source.
+        on_event: not used.
+    """
     for sidecar in (root / home_of(folder)).glob("*.json"):
         sidecar.unlink()
 

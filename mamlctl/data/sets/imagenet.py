@@ -168,7 +168,13 @@ def is_here(listed: ListedSet, root: Path) -> bool:
 
 
 def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: OnEvent) -> PackedImages:
-    """Return all images, 84x84 in colour, memory-mapped; `resize` is not used.
+    """Return all images, 84x84 in colour, memory-mapped.
+
+    Args:
+        listed: the data set.
+        root: the data root.
+        resize: not used, since the packs have one size.
+        on_event: not used.
 
     Raises:
         DataError: The data set is missing or damaged.
@@ -180,7 +186,13 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
 
 
 def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Return the classes of train, val and test by their folders; `scheme` and `seed` are not used."""
+    """Return the classes of train, val and test by their folders.
+
+    Args:
+        packed: the images, whose class names begin with the name of a split.
+        scheme: not used, since there is one scheme.
+        seed: not used, since nothing is drawn.
+    """
     splits = np.array([name.partition("/")[0] for name in packed.names])
     return {split: np.flatnonzero(splits == split) for split in SPLITS}
 

@@ -35,9 +35,16 @@ SplitClasses = Callable[[PackedImages, str, int], dict[str, NDArray[np.int64]]]
 
 
 class OpenPack(Protocol):
-    """Opens all images of a data set, shrunk with filter `resize`."""
+    """Opens all images of a data set."""
 
-    def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages: ...
+    def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages:
+        """Return the images.
+
+        Args:
+            root: the data root.
+            resize: the filter with which originals are shrunk.
+            on_event: receives notices and progress.
+        """
 
 
 class OpenShaped(Protocol):
@@ -45,7 +52,16 @@ class OpenShaped(Protocol):
 
     def __call__(
         self, root: Path, resize: str, *, side: int, channels: int, on_event: OnEvent
-    ) -> PackedImages: ...
+    ) -> PackedImages:
+        """Return the images, [C, side, side] each.
+
+        Args:
+            root: the data root.
+            resize: the filter with which originals are shrunk.
+            side: the height and width in pixels.
+            channels: 1 or 3.
+            on_event: receives notices and progress.
+        """
 
 
 @dataclass(frozen=True)

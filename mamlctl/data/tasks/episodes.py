@@ -93,6 +93,13 @@ class MiniBatches:
     """
 
     def __init__(self, stream: Tasks, steps: int, size: int) -> None:
+        """Add mini-batches to a stream.
+
+        Args:
+            stream: the tasks.
+            steps: inner steps, each of which has its own mini-batch.
+            size: support examples per mini-batch.
+        """
         self.stream, self.steps, self.size = stream, steps, size
         self.split, self.seed, self.device = stream.split, stream.seed, stream.device
         self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries

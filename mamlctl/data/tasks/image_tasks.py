@@ -88,14 +88,20 @@ def _turns_as_classes(split: Split, rotations: Rotations) -> int:
 
 
 class PixelValues:
-    """Turn stored uint8 images into network inputs: scaled to 0..1, inverted for ink 1, then normalised.
-
-    Grey images are repeated over `channels`. Constants are copied to the device once, so no call waits.
-    """
+    """Turn stored uint8 images into network inputs: scaled to 0..1, inverted for ink 1, then normalised."""
 
     def __init__(
         self, *, ink: int, normalize: Normalize, channels: int, device: torch.device, dtype: torch.dtype
     ) -> None:
+        """Copy the constants to the device once, so that no call waits.
+
+        Args:
+            ink: the value of ink in the inputs, 0 or 1.
+            normalize: the --normalize setting.
+            channels: of the inputs; grey images are repeated over them.
+            device: where the images are.
+            dtype: of the inputs.
+        """
         self._ink, self._channels = ink, channels
         self._white = torch.tensor(255, device=device, dtype=dtype)
         self._moments = None

@@ -55,6 +55,14 @@ class BodyFeatures:
     """The features of both sets of each task, and the backward pass from their gradients."""
 
     def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: EngineName) -> None:
+        """Compute the features with the slow weights.
+
+        Args:
+            net: the network.
+            state: the slow weights and norm rows of the body.
+            episodes: T tasks.
+            engine: how to differentiate the body.
+        """
         self.episodes = episodes
         self.features: list[Tensor] = []  # f_TEF of the support set and of the query set
         self.norm_passes: list[NormPass] = []

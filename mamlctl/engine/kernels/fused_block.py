@@ -104,15 +104,37 @@ class Kernels(Protocol):
         """Return the number of rows of `BlockMemory.partial`."""
 
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        """Compute p, `where`, the statistics and out = a from c."""
+        """Compute p, `where`, the statistics and out = a from c.
+
+        Args:
+            block: receives p, `where` and the statistics.
+            c: the output of the convolution, [E, X, H, W].
+            out: receives a, the output of the block, [E, X, H // 2, W // 2].
+        """
 
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        """Compute gc, G and b from ga."""
+        """Compute gc, G and b from ga.
+
+        Args:
+            block: what `forward` wrote; receives G and b.
+            ga: the gradient of a.
+            c: as in `forward`.
+            gc: receives the gradient of c.
+        """
 
     def tangent(
         self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
     ) -> None:
-        """Add `other` to c_t, and compute p_t and a_t from it."""
+        """Add `other` to c_t, and compute p_t and a_t from it.
+
+        Args:
+            block: what `forward` wrote.
+            c_t: the tangent of c; `other` is added to it in place.
+            other: the second summand of c_t, or None.
+            c: as in `forward`.
+            p_t: receives the tangent of p.
+            a_t: receives the tangent of a.
+        """
 
     def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
         """Compute gc_t, in place of c_t, and G_t and b_t from ga_t + other."""

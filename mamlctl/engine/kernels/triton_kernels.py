@@ -3,6 +3,18 @@
 Letters and formulas are those of `block.py`. Unless noted otherwise a program handles one row of pooling
 windows of one example, for BX channels. It writes its two sums to `partial`; these are added up in float64 in
 a fixed order, so results are reproducible. With TRITON_INTERPRET=1 the kernels run on a CPU, slowly.
+
+Arguments of the kernels, which are pointers to tensors unless noted otherwise:
+    c, p, where, a: the convolution's output, its pooled values, their places in their windows, the output.
+    ga, gc: the gradients of a and c. A suffix _t stands for a tangent; ct is c_t.
+    c2; ga1, ga2: a second summand of c_t; the summands of ga_t. The second ones are read only with TWO.
+    d: one float64 row of X values for each entry of `ChannelRow`.
+    partial: two sums per program and channel, [rows, 2, X].
+    rows, count: numbers: the rows of `partial`, and the values per channel that a mean divides by.
+    eps, leak: numbers: added to the variance, and the slope of the activation below 0.
+    H, W, X, PW, total: sizes: of c ([E, H, W, X]), the width of p, and the number of pooled values.
+    REAL: the dtype of the arithmetic.
+    BX, RS: channels (or pooled values) per program, and rows of `partial` that are added at a time.
 """
 
 from __future__ import annotations

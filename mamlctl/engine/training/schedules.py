@@ -43,7 +43,13 @@ def first_order_at(config: TrainConfig, epoch: int) -> bool:
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:
-    """Interpolate linearly from `meta_lr` to `final`; `done` is the finished fraction of the run, 0..1."""
+    """Interpolate the meta learning rate linearly over the run.
+
+    Args:
+        done: the finished fraction of the run, 0..1.
+        meta_lr: the rate at its start.
+        final: the rate at its end.
+    """
     return meta_lr + done * (final - meta_lr)
 
 
@@ -53,5 +59,11 @@ def cosine_meta_lr(epoch: int, epochs: int, meta_lr: float, min_meta_lr: float) 
         min_meta_lr + (meta_lr - min_meta_lr) (1 + cos(pi epoch / epochs)) / 2
 
     Loshchilov & Hutter 2017 (arXiv:1608.03983), section 3; CA in arXiv:1810.09502, section 4.
+
+    Args:
+        epoch: counted from 0.
+        epochs: of the whole run.
+        meta_lr: the rate of the first epoch.
+        min_meta_lr: the rate that the last epoch approaches.
     """
     return min_meta_lr + 0.5 * (meta_lr - min_meta_lr) * (1 + math.cos(math.pi * epoch / epochs))

@@ -91,7 +91,13 @@ class ChildProcess:
     """A `mamlctl` command in its own process, so that a crash or a lack of memory affects nothing else."""
 
     def __init__(self, arguments: Arguments, environment: Mapping[str, str], output: BinaryIO | int) -> None:
-        """Start the command. What it prints goes to `output`."""
+        """Start the command.
+
+        Args:
+            arguments: the command line after `mamlctl`.
+            environment: all environment variables of the process.
+            output: a file, or the number of one, for everything it prints.
+        """
         self._error = tempfile.NamedTemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mamlctl.cli.child_process", self._error.name, *arguments],

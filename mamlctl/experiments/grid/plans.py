@@ -164,7 +164,13 @@ def _without_improvements(algo: str) -> str:
 
 
 def improved_label(base: str, added: Collection[str], removed: Collection[str]) -> str:
-    """A name with the improvements that are added and removed, e.g. "maml + msl" or "maml++ - ca"."""
+    """A name with the improvements that are added and removed, e.g. "maml + msl" or "maml++ - ca".
+
+    Args:
+        base: the name of the algorithm.
+        added: the improvements it has in addition.
+        removed: the improvements that are switched off.
+    """
     return "".join([base, *(f" + {name}" for name in added), *(f" - {name}" for name in removed)])
 
 

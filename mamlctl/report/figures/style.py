@@ -146,7 +146,13 @@ def draw_image(
 
 
 def draw_cross(ax: Axes, x: float, y: float) -> None:
-    """Mark a wrong prediction with a cross, so that it is not shown by colour alone."""
+    """Mark a wrong prediction with a cross, so that it is not shown by colour alone.
+
+    Args:
+        ax: the axes.
+        x: the centre of the cross, in data units.
+        y: the same, vertically.
+    """
     ax.plot(x, y, "X", color=RED, markersize=8, markeredgecolor="white")
 
 

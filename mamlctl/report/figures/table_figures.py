@@ -82,7 +82,13 @@ def _parts(
 
 
 def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """Draw a panel per row: the mean and range of validation scores over seeds, with the baseline in grey."""
+    """Draw a panel per row: the mean and range of validation scores over seeds, with the baseline in grey.
+
+    Args:
+        table: the whole table.
+        rows: the rows to draw, which have validation scores.
+        title: of the figure.
+    """
     with _panels(table, rows, title, "meta-step") as (figure, axes):
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
@@ -120,7 +126,13 @@ def _unfinished(ax: Axes, cell: Cell) -> None:
 
 
 def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """Draw a panel per row: the test score after 0, 1 ... inner steps, with the baseline in grey."""
+    """Draw a panel per row: the test score after 0, 1 ... inner steps, with the baseline in grey.
+
+    Args:
+        table: the whole table.
+        rows: the rows to draw, which have a test score.
+        title: of the figure.
+    """
     with _panels(table, rows, title, "inner steps taken") as (figure, axes):
         shown = [row for row in (*rows, *table.rows) if row.best and row in (*rows, _baseline(table))]
         for row, ax in zip(rows, axes, strict=False):
@@ -206,7 +218,13 @@ def _differences(row: Row) -> list[Score]:
 
 
 def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """Draw a forest plot of differences from the baseline, with thick inner and thin outer intervals."""
+    """Draw a forest plot of differences from the baseline, with thick inner and thin outer intervals.
+
+    Args:
+        table: the whole table.
+        rows: the rows to draw, which have a difference.
+        title: of the figure.
+    """
     models = {"single best": [row.best for row in rows], "ensemble": [row.ensemble for row in rows]}
     models = {name: scores for name, scores in models.items() if any(s and s.difference for s in scores)}
     with drawing(style.WIDTH, 1.05 + 0.2 * len(rows), title) as figure:
@@ -279,7 +297,13 @@ def mean_rates(row: Row) -> Mapping[str, Floats]:
 
 
 def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
-    """Draw a heat map of learnt inner rates per row: tensors down, inner steps across, one colour scale."""
+    """Draw a heat map of learnt inner rates per row: tensors down, inner steps across, one colour scale.
+
+    Args:
+        table: the whole table.
+        rows: the rows to draw, which have learnt rates.
+        title: of the figure.
+    """
     row_rates = [mean_rates(row) for row in rows]
     names = list(dict.fromkeys(name for rates_of in row_rates for name in rates_of))
     tensors = [values for rates_of in row_rates for values in rates_of.values()]
