@@ -34,10 +34,10 @@ def random_words(seed: int, stream: str, number: int, count: int) -> NDArray[np.
     of `Generator`.
 
     Args:
-        seed: The seed of the run or of the evaluation.
-        stream: A key of `STREAMS`.
-        number: The block, for example the number of a task.
-        count: How many words; a longer draw starts with the shorter one.
+        seed: the seed of the run or of the evaluation.
+        stream: a key of `STREAMS`.
+        number: the block, for example the number of a task.
+        count: how many words; a longer draw starts with the shorter one.
     """
     key = np.array([seed, STREAMS[stream]], dtype=np.uint64)
     # The low word of the counter counts within a block of 2**64 quadruples, so blocks never overlap.

@@ -84,9 +84,9 @@ def data_set_problems(
     """The settings that do not fit the data set, as (fact, hint) pairs.
 
     Args:
-        config: The settings, after the data set has overridden those of presets and files.
-        sources: Where each setting comes from.
-        refused_from: The sources whose settings must have an effect; others are ignored.
+        config: the settings, after the data set has overridden those of presets and files.
+        sources: where each setting comes from.
+        refused_from: the sources whose settings must have an effect; others are ignored.
     """
     problems = choice_problems(config)
     if is_image_folder(config.dataset) and sources["classes"] == f"data set {config.dataset}":

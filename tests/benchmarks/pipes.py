@@ -48,7 +48,7 @@ class Worker:
         """Send a question and return its answer.
 
         Raises:
-            WorkerFailed: The worker has ended.
+            WorkerFailed: the worker has ended.
         """
         self._send(question)
         return self.hear()
@@ -63,7 +63,7 @@ class Worker:
         """Return the next answer.
 
         Raises:
-            WorkerFailed: The worker has ended.
+            WorkerFailed: the worker has ended.
         """
         assert self._process.stdout
         line = self._process.stdout.readline()

@@ -83,18 +83,18 @@ def downloaded(
     Only one process at a time downloads an archive; others wait.
 
     Args:
-        sources: The archives.
-        folder: Where to put them.
+        sources: the archives.
+        folder: where to put them.
         mirrors: URLs of folders to try before the archives' own.
-        hint: The hint if no mirror has an archive.
-        on_event: Receives notices and progress.
-        patience: How often and how long to try each mirror.
+        hint: the hint if no mirror has an archive.
+        on_event: receives notices and progress.
+        patience: how often and how long to try each mirror.
 
     Yields:
-        The paths of the verified archives.
+        the paths of the verified archives.
 
     Raises:
-        DataError: No mirror has an archive (the message has the reason of each), or the disk is full.
+        DataError: no mirror has an archive (the message has the reason of each), or the disk is full.
     """
     with ExitStack() as stack:
         for source in sources:
@@ -178,9 +178,9 @@ def _try(job: _Job, url: str) -> None:
     """Request the missing bytes once, and verify the complete file.
 
     Raises:
-        Dropped: The same mirror may succeed on the next try.
-        MirrorUnusable: The mirror does not have the archive.
-        OSError: The disk cannot be written.
+        Dropped: the same mirror may succeed on the next try.
+        MirrorUnusable: the mirror does not have the archive.
+        OSError: the disk cannot be written.
     """
     source, part = job.source, job.part
     begin = start = part.size

@@ -24,12 +24,12 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
     """Hold lock file `path` during the block, after waiting for any other holder; then delete it.
 
     Args:
-        path: The lock file.
-        what: What the lock protects, for notices.
-        on_event: Receives a notice if another process holds the lock.
+        path: the lock file.
+        what: what the lock protects, for notices.
+        on_event: receives a notice if another process holds the lock.
 
     Raises:
-        DataError: The lock file cannot be written.
+        DataError: the lock file cannot be written.
     """
     from filelock import FileLock  # imported here, since it takes as long as importing the command line
 

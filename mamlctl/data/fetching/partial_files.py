@@ -45,10 +45,10 @@ class Part:
         """Record where the rest comes from.
 
         Args:
-            size: The byte at which the download starts; 0 drops the part.
-            url: The URL, without a password.
-            validator: The version tag of the file, or None.
-            total: Bytes of the complete file, or None.
+            size: the byte at which the download starts; 0 drops the part.
+            url: the URL, without a password.
+            validator: the version tag of the file, or None.
+            total: bytes of the complete file, or None.
         """
         if size == 0:
             self.drop()

@@ -96,7 +96,7 @@ def in_time(call: Callable[[], T], patience: Patience) -> T:
     The timeout of a socket begins again with every byte, also with each byte of a header.
 
     Raises:
-        MirrorUnusable: It takes longer; the call continues in a thread that does not keep the process alive.
+        MirrorUnusable: it takes longer; the call continues in a thread that does not keep the process alive.
     """
     from urllib3.exceptions import HTTPError
 
@@ -127,15 +127,15 @@ def extent(answer: Response, requested: int) -> tuple[int, int | None]:
     """Return the position of the answer's first byte in the file, and the length of the file.
 
     Args:
-        answer: The answer of the server.
-        requested: The first byte that was requested.
+        answer: the answer of the server.
+        requested: the first byte that was requested.
 
     Returns:
-        The position in bytes (-1 for an invalid range), and the length in bytes (None if unknown).
+        the position in bytes (-1 for an invalid range), and the length in bytes (None if unknown).
 
     Raises:
-        Dropped: The server is busy or has failed; it may succeed later.
-        MirrorUnusable: The server does not have the file.
+        Dropped: the server is busy or has failed; it may succeed later.
+        MirrorUnusable: the server does not have the file.
     """
     status = answer.status_code
     if status == 206:

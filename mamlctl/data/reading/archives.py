@@ -81,11 +81,11 @@ def open_members(path: Path, *, member_bytes: int | None = None) -> Iterator[Mem
     decompressing everything before it.
 
     Args:
-        path: The archive or the folder.
-        member_bytes: The largest allowed member; None: the limit for images.
+        path: the archive or the folder.
+        member_bytes: the largest allowed member; None: the limit for images.
 
     Raises:
-        DataError: The file is not such an archive, is cut off, or has unsafe names, links, devices or
+        DataError: the file is not such an archive, is cut off, or has unsafe names, links, devices or
             implausible sizes.
     """
     member_bytes = MEMBER_BYTES if member_bytes is None else member_bytes
@@ -118,11 +118,11 @@ def open_regular(path: Path, hint: str = CHECK_FROM) -> BinaryIO:
     """Open a file for reading.
 
     Args:
-        path: The file.
-        hint: The hint of every error.
+        path: the file.
+        hint: the hint of every error.
 
     Raises:
-        DataError: It cannot be read, or is a pipe or a device, from which reading may never end.
+        DataError: it cannot be read, or is a pipe or a device, from which reading may never end.
     """
     try:
         # O_NONBLOCK: opening a named pipe would wait until another process opens it too.

@@ -56,17 +56,17 @@ def decoded(
     """Yield the label and the pixels of every image, in order; threads decode on all cores.
 
     Args:
-        files: The images.
-        shape: The shape of the result.
-        what: The name of the data set, for progress.
-        on_event: Receives progress.
-        on_bad: Receives the error of each image that cannot be read; these images are left out.
+        files: the images.
+        shape: the shape of the result.
+        what: the name of the data set, for progress.
+        on_event: receives progress.
+        on_bad: receives the error of each image that cannot be read; these images are left out.
 
     Yields:
-        The label of an image, and its pixels, uint8 _CHW.
+        the label of an image, and its pixels, uint8 _CHW.
 
     Raises:
-        DataError: An image cannot be read, and `on_bad` is None.
+        DataError: an image cannot be read, and `on_bad` is None.
     """
 
     def decode(file: ImageFile) -> NDArray[np.uint8] | DataError:
@@ -107,10 +107,10 @@ def reshaped(
     """Yield the images in another shape, resized with an antialiased bilinear filter.
 
     Args:
-        images_MCHW: The images.
-        shape_CHW: The new shape; one channel makes them grey, three repeat grey ones.
-        what: The description in progress events.
-        on_event: Receives progress.
+        images_MCHW: the images.
+        shape_CHW: the new shape; one channel makes them grey, three repeat grey ones.
+        what: the description in progress events.
+        on_event: receives progress.
     """
     channels, height, width = shape_CHW
     for number, image_CHW in enumerate(images_MCHW, 1):

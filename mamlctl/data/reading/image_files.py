@@ -55,17 +55,17 @@ def read_image(
     """Decode one image, rotated as its EXIF data say, on white where it is transparent, cropped to a square.
 
     Args:
-        data: The bytes of the file.
-        display_name: The name in messages.
-        side: Height and width of the result in pixels.
+        data: the bytes of the file.
+        display_name: the name in messages.
+        side: height and width of the result in pixels.
         channels: 1 (grey) or 3 (colour).
-        resize: A key of `FILTERS`.
+        resize: a key of `FILTERS`.
 
     Returns:
         uint8 _CHW.
 
     Raises:
-        DataError: The file is not an image, is cut off or is too large.
+        DataError: the file is not an image, is cut off or is too large.
     """
     with open_image(data, display_name) as opened:
         image = _in_channels(ImageOps.exif_transpose(opened), channels)
@@ -82,13 +82,13 @@ def open_image(
     """Open an image of one of the formats in `FORMATS`; no other code may call `Image.open`.
 
     Args:
-        data: The bytes of the file.
-        display_name: The name in messages.
-        formats: The allowed formats; None: all of `FORMATS`.
-        hint: The hint if it cannot be read.
+        data: the bytes of the file.
+        display_name: the name in messages.
+        formats: the allowed formats; None: all of `FORMATS`.
+        hint: the hint if it cannot be read.
 
     Raises:
-        DataError: The image cannot be opened, or decoded in the block, or is too large.
+        DataError: the image cannot be opened, or decoded in the block, or is too large.
     """
     try:
         with Image.open(io.BytesIO(data), formats=formats or _available_formats()) as image:

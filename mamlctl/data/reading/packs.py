@@ -72,9 +72,9 @@ def pack(images_MCHW: NDArray[np.uint8], counts: NDArray[np.int64], names: tuple
     """Make a pack in memory.
 
     Args:
-        images_MCHW: The images, ordered by class.
-        counts: Images per class.
-        names: The names of the classes.
+        images_MCHW: the images, ordered by class.
+        counts: images per class.
+        names: the names of the classes.
     """
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return PackedImages(images_MCHW, starts, names, _digest(images_MCHW, starts, names))
@@ -139,13 +139,13 @@ def stream_pack(
     """Write a pack image by image, so that it may be larger than memory.
 
     Args:
-        path: The .npy file.
-        shape_CHW: The shape of every image.
-        images: Class names and images, with the images of each class together.
-        facts: Called at the end, returns further facts to store.
+        path: the .npy file.
+        shape_CHW: the shape of every image.
+        images: class names and images, with the images of each class together.
+        facts: called at the end, returns further facts to store.
 
     Raises:
-        DataError: The folder cannot be written.
+        DataError: the folder cannot be written.
     """
     counts: dict[str, int] = {}
     with _replacing_both(path) as (pixels, words):
@@ -261,12 +261,12 @@ def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
     """Memory-map a pack.
 
     Args:
-        path: The .npy file.
-        name: The data set, for the hint.
-        whole: Whether to recompute the digest of a large pack too, instead of checking a sample of it.
+        path: the .npy file.
+        name: the data set, for the hint.
+        whole: whether to recompute the digest of a large pack too, instead of checking a sample of it.
 
     Raises:
-        DataError: The pack is missing or damaged.
+        DataError: the pack is missing or damaged.
     """
     hint = f"run mamlctl fetch {name} --force"
     try:

@@ -89,11 +89,11 @@ def load_arrays(data: bytes | BinaryIO, display_name: str) -> object:
     Strings of Python 2 become text. Arrays share memory with the bytes that were read, and may be read-only.
 
     Args:
-        data: The bytes of the pickle, or a file at its start.
-        display_name: The name in messages.
+        data: the bytes of the pickle, or a file at its start.
+        display_name: the name in messages.
 
     Raises:
-        DataError: It contains anything except data, or is damaged.
+        DataError: it contains anything except data, or is damaged.
     """
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:

@@ -75,13 +75,13 @@ def prepare(
     """Verify and pack CIFAR-100.
 
     Args:
-        root: The data root.
-        sources: The archive, its unpacked folder, a folder that contains either, or class folders of images.
-        on_event: Receives notices and progress.
-        parts: What the two files of images must contain.
+        root: the data root.
+        sources: the archive, its unpacked folder, a folder that contains either, or class folders of images.
+        on_event: receives notices and progress.
+        parts: what the two files of images must contain.
 
     Raises:
-        DataError: A file is missing, damaged or not CIFAR-100's, or the pack cannot be written.
+        DataError: a file is missing, damaged or not CIFAR-100's, or the pack cannot be written.
     """
     save_pack(_path(root), _packed(_find_source(sources), parts, on_event))
 
@@ -95,13 +95,13 @@ def open_pack(root: Path, resize: str = "none", *, on_event: OnEvent, name: str 
     """Return all images, classes in the order of their names.
 
     Args:
-        root: The data root.
-        resize: Not used, since images keep their size.
-        on_event: Not used, since nothing is packed.
-        name: The data set, for messages.
+        root: the data root.
+        resize: not used, since images keep their size.
+        on_event: not used, since nothing is packed.
+        name: the data set, for messages.
 
     Raises:
-        DataError: The images are missing or damaged.
+        DataError: the images are missing or damaged.
     """
     if not is_here(root):
         raise DataError(f"{name} is not in {root}", hint=f"run mamlctl fetch {name}")

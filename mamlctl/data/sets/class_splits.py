@@ -38,12 +38,12 @@ def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDA
     """Return the published classes of train, val and test.
 
     Args:
-        packed: All images of the data set.
-        scheme: A key of `SCHEMES`.
-        seed: Not used, since the lists are fixed.
+        packed: all images of the data set.
+        scheme: a key of `SCHEMES`.
+        seed: not used, since the lists are fixed.
 
     Raises:
-        DataError: The classes are not exactly those of the list.
+        DataError: the classes are not exactly those of the list.
     """
     listed = listed_split(SCHEMES[scheme])
     if set(packed.names) != listed.keys():

@@ -76,11 +76,11 @@ def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
     With split folders or lists, the names of classes start with the split, such as train/cat.
 
     Args:
-        folder: The user's folder.
-        level: Whether classes are the top folders, with files at any depth, or the innermost ones.
+        folder: the user's folder.
+        level: whether classes are the top folders, with files at any depth, or the innermost ones.
 
     Raises:
-        DataError: There are no class folders, or the split folders do not fit together.
+        DataError: there are no class folders, or the split folders do not fit together.
     """
     if has_lists(folder):
         return listed_files(folder)

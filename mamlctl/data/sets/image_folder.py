@@ -67,16 +67,16 @@ def open_pack(
     Images that cannot be read, and classes without images, are left out and listed in the pack's facts.
 
     Args:
-        folder: The user's folder.
-        root: The data root.
-        resize: A key of `FILTERS`.
-        side: Height and width in pixels.
+        folder: the user's folder.
+        root: the data root.
+        resize: a key of `FILTERS`.
+        side: height and width in pixels.
         channels: 1 (grey) or 3 (colour).
-        level: Which folders are classes; None: `class_level` decides.
-        on_event: Receives notices and progress.
+        level: which folders are classes; None: `class_level` decides.
+        on_event: receives notices and progress.
 
     Raises:
-        DataError: The folder does not exist or has another structure, or no image can be read.
+        DataError: the folder does not exist or has another structure, or no image can be read.
     """
     if level is None:
         level = class_level(folder)
@@ -119,12 +119,12 @@ def split_classes(
     """Return the classes of train, val and test.
 
     Args:
-        packed: All images.
+        packed: all images.
         scheme: `folders` (train, val and test) or `fractions` (of the shuffled classes).
-        seed: The seed of the shuffle.
-        fractions: Shares of train, val and test. With `folders`, a missing val or test takes its share of
+        seed: the seed of the shuffle.
+        fractions: shares of train, val and test. With `folders`, a missing val or test takes its share of
             the classes from train.
-        least: Classes with fewer images are in no split, unless all have fewer.
+        least: classes with fewer images are in no split, unless all have fewer.
     """
     large = packed.counts >= least
     usable = np.flatnonzero(large if large.any() else packed.counts)

@@ -74,13 +74,13 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
     """Verify and pack the user's files.
 
     Args:
-        listed: The data set.
-        root: The data root.
-        sources: Archives or folders of images, or the pickles of mini-ImageNet.
-        on_event: Receives notices and progress.
+        listed: the data set.
+        root: the data root.
+        sources: archives or folders of images, or the pickles of mini-ImageNet.
+        on_event: receives notices and progress.
 
     Raises:
-        DataError: Files are missing, damaged or not the data set's, or the pack cannot be written. No partial
+        DataError: files are missing, damaged or not the data set's, or the pack cannot be written. No partial
             pack is left.
     """
     if not sources:
@@ -177,7 +177,7 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
         on_event: not used.
 
     Raises:
-        DataError: The data set is missing or damaged.
+        DataError: the data set is missing or damaged.
     """
     if not is_here(listed, root):
         raise DataError(f"{listed.name} is not in {root}", hint=listed.hint)

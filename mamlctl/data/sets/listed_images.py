@@ -21,8 +21,8 @@ def is_listed(folder: Path, subfolders: list[Path]) -> bool:
     Folders of classes count more than lists, which may describe them.
 
     Args:
-        folder: The user's folder.
-        subfolders: The folders in it that are not hidden.
+        folder: the user's folder.
+        subfolders: the folders in it that are not hidden.
     """
     return {path.name for path in subfolders} <= {IMAGES} and _has_columns(folder / f"{SPLITS[0]}.csv")
 
@@ -31,7 +31,7 @@ def listed_files(folder: Path) -> dict[str, list[Path]]:
     """Return the files of every class, sorted by name; the names of classes start with the split.
 
     Raises:
-        DataError: A list cannot be read, or names an image that does not exist or is in another list.
+        DataError: a list cannot be read, or names an image that does not exist or is in another list.
     """
     classes: dict[str, list[Path]] = {}
     lists: dict[Path, str] = {}  # image -> the line that lists it

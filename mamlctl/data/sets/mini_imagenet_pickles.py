@@ -53,11 +53,11 @@ def read_mini_cache(
     one of its views.
 
     Args:
-        paths: The pickles of train, val and test.
-        per_class: Images per class.
+        paths: the pickles of train, val and test.
+        per_class: images per class.
 
     Raises:
-        DataError: A file is missing, damaged, or not mini-ImageNet's; raised when the file is reached.
+        DataError: a file is missing, damaged, or not mini-ImageNet's; raised when the file is reached.
     """
     read: dict[str, Path] = {}
     for path in paths:

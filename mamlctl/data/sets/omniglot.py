@@ -109,13 +109,13 @@ def prepare(
     """Verify and pack Omniglot.
 
     Args:
-        root: The data root.
-        sources: The zips, the unpacked folders, or folders that contain either.
-        on_event: Receives progress.
-        parts: What the two archives must contain.
+        root: the data root.
+        sources: the zips, the unpacked folders, or folders that contain either.
+        on_event: receives progress.
+        parts: what the two archives must contain.
 
     Raises:
-        DataError: A file is missing, damaged or not Omniglot's, or the pack cannot be written.
+        DataError: a file is missing, damaged or not Omniglot's, or the pack cannot be written.
     """
     save_pack(_originals(root), _read_verified(sources, parts, on_event))
     for resize in RESIZES:
@@ -131,12 +131,12 @@ def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> Pac
     """Return all images: 28x28, ink 0, paper 255; each filter is packed on first use.
 
     Args:
-        root: The data root.
-        resize: A key of `FILTERS`.
-        on_event: Receives progress.
+        root: the data root.
+        resize: a key of `FILTERS`.
+        on_event: receives progress.
 
     Raises:
-        DataError: Omniglot is missing or damaged.
+        DataError: omniglot is missing or damaged.
     """
     path = _small(root, resize)
     if not is_packed(path):
@@ -152,10 +152,10 @@ def split_classes(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDA
     """Return the classes of train, val and test.
 
     Args:
-        packed: All images.
+        packed: all images.
         scheme: `maml++` (random classes), `vinyals` (fixed), or `lake` (fixed test classes, random alphabets
             for val).
-        seed: The seed of the random choices.
+        seed: the seed of the random choices.
     """
     names = packed.names
     if scheme == "maml++":

@@ -207,13 +207,13 @@ def find_data_set(
     """Look up a data set of images.
 
     Args:
-        name: A name in the registry, or the path of a folder of images.
-        fractions: For a folder without splits: shares of train, val and test, such as 64-16-20.
-        classes: For a folder: which of its folders are classes; None: their content decides.
-        least: For a folder: classes with fewer images are in no split.
+        name: a name in the registry, or the path of a folder of images.
+        fractions: for a folder without splits: shares of train, val and test, such as 64-16-20.
+        classes: for a folder: which of its folders are classes; None: their content decides.
+        least: for a folder: classes with fewer images are in no split.
 
     Raises:
-        SettingsError: There is no such data set, or it is a family of curves.
+        SettingsError: there is no such data set, or it is a family of curves.
     """
     if is_curve_family(name):
         fact = f"{name} is generated during training: there is nothing to fetch"
@@ -262,17 +262,17 @@ def fetch_or_open(
     """Fetch a data set unless it is in the data root, and open it; a second process waits for the first.
 
     Args:
-        data_set: What to fetch.
-        root: The data root.
-        source: Archives and folders to use instead of a download.
+        data_set: what to fetch.
+        root: the data root.
+        source: archives and folders to use instead of a download.
         mirrors: URLs of folders to try before the archives' own.
-        offline: Whether downloads are forbidden.
-        force: Whether to prepare again a data set that is in the data root.
-        on_event: Receives notices and progress.
+        offline: whether downloads are forbidden.
+        force: whether to prepare again a data set that is in the data root.
+        on_event: receives notices and progress.
 
     Raises:
-        SettingsError: An option has no effect.
-        DataError: The data are missing, damaged, or not those of the data set.
+        SettingsError: an option has no effect.
+        DataError: the data are missing, damaged, or not those of the data set.
     """
     name, made_here = data_set.name, data_set.download_bytes == 0
     for switch, has_value in (("--from", source), ("--mirror", mirrors)):
@@ -324,15 +324,15 @@ def open_images(
     """Open all images in one shape; other shapes than the data set's own are made once and kept.
 
     Args:
-        data_set: The data set, which is in the data root.
-        root: The data root.
-        resize: The filter that shrinks the originals.
-        side: Height and width in pixels.
+        data_set: the data set, which is in the data root.
+        root: the data root.
+        resize: the filter that shrinks the originals.
+        side: height and width in pixels.
         channels: 1 makes colour images grey; 3 leaves grey ones unchanged.
-        on_event: Receives notices and progress.
+        on_event: receives notices and progress.
 
     Raises:
-        DataError: The data are missing or damaged.
+        DataError: the data are missing or damaged.
     """
     if data_set.open_shaped is not None:
         return data_set.open_shaped(root, resize, side=side, channels=channels, on_event=on_event)

@@ -121,15 +121,15 @@ def mini_batches(
     """Draw the support examples of every inner step of a task, from as many shuffles as needed.
 
     Args:
-        seed: The seed of the stream.
-        purpose: A key of `counter_rng.STREAMS`.
-        task: The number of the task.
-        examples: How many support examples the task has.
-        steps: Inner steps, I.
-        size: Examples per inner step, B.
+        seed: the seed of the stream.
+        purpose: a key of `counter_rng.STREAMS`.
+        task: the number of the task.
+        examples: how many support examples the task has.
+        steps: inner steps, I.
+        size: examples per inner step, B.
 
     Returns:
-        Positions of examples in the support set, _IB.
+        positions of examples in the support set, _IB.
     """
     shuffles = -(-steps * size // examples)
     keys = random_words(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)

@@ -50,11 +50,11 @@ def episode_problems(
     """Explain why tasks of this size cannot be drawn from these classes.
 
     Args:
-        packed: All images of the data set.
-        classes: The classes of the split, as numbers in `packed`.
-        settings: The split and the size of its tasks.
-        images: How images become examples.
-        more_classes: What else to use if the split has too few classes, for the hint.
+        packed: all images of the data set.
+        classes: the classes of the split, as numbers in `packed`.
+        settings: the split and the size of its tasks.
+        images: how images become examples.
+        more_classes: what else to use if the split has too few classes, for the hint.
 
     Returns:
         (fact, hint) pairs; none if the tasks can be drawn.
@@ -134,13 +134,13 @@ class TaskStream:
         """Put the split's images on the device.
 
         Args:
-            packed: All images of the data set.
-            classes: The classes of the split, as numbers in `packed`.
-            settings: The split, the size of its tasks, the seed and the device.
-            images: How images become examples.
+            packed: all images of the data set.
+            classes: the classes of the split, as numbers in `packed`.
+            settings: the split, the size of its tasks, the seed and the device.
+            images: how images become examples.
 
         Raises:
-            SettingsError: The split is too small for such tasks.
+            SettingsError: the split is too small for such tasks.
         """
         if problems := episode_problems(packed, classes, settings, images):
             raise SettingsError(problems)

@@ -52,20 +52,20 @@ def open_streams(
     """Open a stream of tasks for each split, and fetch the data set first if it is not in the data root.
 
     Args:
-        config: The complete settings.
-        splits: Which streams to open.
-        place: The device and type of the examples.
-        offline: Whether fetching is forbidden.
-        on_event: Receives notices and progress.
-        stored: For the user's own images: the class names of each split when the run started.
-        disjoint: Whether test tasks share no image, as far as a split allows.
+        config: the complete settings.
+        splits: which streams to open.
+        place: the device and type of the examples.
+        offline: whether fetching is forbidden.
+        on_event: receives notices and progress.
+        stored: for the user's own images: the class names of each split when the run started.
+        disjoint: whether test tasks share no image, as far as a split allows.
 
     Returns:
-        The streams by split, and the data from which they draw.
+        the streams by split, and the data from which they draw.
 
     Raises:
-        SettingsError: A split is too small for such tasks.
-        DataError: The data are missing or damaged.
+        SettingsError: a split is too small for such tasks.
+        DataError: the data are missing or damaged.
     """
     settings = {split: _stream_settings(config, split, place) for split in splits}
     if is_curve_family(config.dataset):
@@ -156,14 +156,14 @@ def split_of(
     """Split the classes into train, val and test.
 
     Args:
-        config: The complete settings.
-        packed: All images of the data set.
-        stored: The class names of each split when the run started. They replace the split of the settings,
+        config: the complete settings.
+        packed: all images of the data set.
+        stored: the class names of each split when the run started. They replace the split of the settings,
             but only for the user's own images: the classes of other data sets do not change.
-        least: In the user's own images, classes with fewer images are in no new split.
+        least: in the user's own images, classes with fewer images are in no new split.
 
     Raises:
-        DataError: A class of `stored` is missing.
+        DataError: a class of `stored` is missing.
     """
     if stored and find_data_set(config.dataset).own_files:
         places = {name: number for number, name in enumerate(packed.names)}

@@ -52,7 +52,7 @@ def read_support(path: Path, read: Reader) -> SupportImages:
     """Read the class folders of `path`.
 
     Raises:
-        DataError: There are fewer than two class folders, or one has no readable image.
+        DataError: there are fewer than two class folders, or one has no readable image.
     """
     folders = class_folders(path)
     if len(folders) < FEWEST:
@@ -91,14 +91,14 @@ def find_queries(paths: Sequence[Path], classes: Sequence[str]) -> tuple[list[Qu
     The files directly in a folder have no label; those in a subfolder have its name as their label.
 
     Args:
-        paths: Files, and folders of files or of subfolders.
-        classes: The classes that a subfolder may be named after.
+        paths: files, and folders of files or of subfolders.
+        classes: the classes that a subfolder may be named after.
 
     Returns:
-        The files, and how many were given more than once.
+        the files, and how many were given more than once.
 
     Raises:
-        DataError: A path does not exist, a folder contains no images, or a subfolder is not a class.
+        DataError: a path does not exist, a folder contains no images, or a subfolder is not a class.
     """
     by_path: dict[Path, Query] = {}
     named = 0
