@@ -37,7 +37,7 @@ def show_verified(console: Console, entries: Sequence[VerifiedSet]) -> None:
 def show_fetched(console: Console, entries: Sequence[FetchedSet]) -> None:
     """Print a line per data set that was fetched."""
     for entry in entries:
-        counts = f"{entry.classes} classes, {entry.images} images"
+        counts = f"{entry.classes:,} classes, {entry.images:,} images"
         say(console, f"{entry.name}: {counts}, digest {entry.digest:.12}, in {entry.folder}")
 
 
