@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -126,7 +125,7 @@ class RunFolder:
         return None in (own, digest) or not digests.isdisjoint({own, *self.older_digests})
 
     def classes(self) -> dict[str, list[str]]:
-        """The classes of each split at the start of training; empty for curves."""
+        """The classes of each split at the start of training; empty for curves or a damaged file."""
         return read_object(self.path / CLASSES)
 
     def set_state(self, state: RunState) -> None:
@@ -339,12 +338,3 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
             for row in content["results"]
         ]
     return upgraded
-
-
-def default_run_path(config: TrainConfig) -> Path:
-    """A new folder under runs/, named after the main settings of the run and the time of its start."""
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
-    name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())

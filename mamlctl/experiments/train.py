@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,12 @@ from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.training_images import check_folder, store_digests
+from mamlctl.experiments.training_images import check_folder, store_digests, stored_split
 from mamlctl.run_folder import (
     CLASSES,
     ENVIRONMENT,
     RunFolder,
     RunState,
-    default_run_path,
     new_run,
     open_run,
 )
@@ -76,11 +77,20 @@ def train(
     """
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
-    path = out or default_run_path(prepared.config)
+    path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
     with new_run(path, config, prepared.config, command=command, environment=facts) as run:
         _store_data_facts(run, prepared.source)
         return _run(run, prepared, resume=False)
+
+
+def _default_path(config: TrainConfig) -> Path:
+    """A new folder under runs/, named after the main settings of the run and the time of its start."""
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
+    name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
 
 
 def resume(
@@ -118,7 +128,7 @@ def resume(
         run.config = stored_settings("the command line", {**asdict(run.config), **changed})
         # Checkpoints belong to the path with which the run started, so `run.config` keeps it.
         config = replace(run.config, dataset=overrides.get("dataset", run.config.dataset))
-        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, run.classes())
+        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, stored_split(run))
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"

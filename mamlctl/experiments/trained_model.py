@@ -34,7 +34,7 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.training_images import check_folder, keeps_split, overlap_notes
+from mamlctl.experiments.training_images import check_folder, keeps_split, overlap_notes, stored_split
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -97,7 +97,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
-        stored=run.classes() if keeps else None,
+        stored=stored_split(run) if keeps else None,
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import DataError
+from mamlctl.core.errors import DataError, MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import replacing
 from mamlctl.data.sets.folder_layout import class_files
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
 from mamlctl.data.tasks.streams import TaskSource
-from mamlctl.run_folder import RunFolder
+from mamlctl.run_folder import CLASSES, RunFolder
 from mamlctl.settings.evaluation import EvalConfig
 
 DIGESTS = "training_images.bin"  # in a run folder: sorted digests of 8 bytes
@@ -42,6 +43,20 @@ def check_folder(run: RunFolder, command: str) -> None:
         raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
 
 
+def stored_split(run: RunFolder) -> Mapping[str, Sequence[str]] | None:
+    """The classes with which a run on a folder started; None for other data, whose classes do not change.
+
+    Raises MamlctlError if their file is damaged.
+    """
+    if not is_image_folder(run.config.dataset) or not (run.path / CLASSES).exists():
+        return None
+    stored = run.classes()
+    if not stored or not all(isinstance(names, list) for names in stored.values()):
+        fact = f"{run.path / CLASSES} is damaged, so the split of the run is unknown"
+        raise MamlctlError(fact, hint="restore the file, or train a new run")
+    return stored
+
+
 def keeps_split(run: RunFolder, settings: EvalConfig) -> bool:
     """Whether the data are the run's own, or those of a folder with all classes of the run's folder."""
     own, dataset = run.config.dataset, settings.dataset
@@ -55,8 +70,8 @@ def keeps_split(run: RunFolder, settings: EvalConfig) -> bool:
         names = class_files(Path(absolute_data_set(dataset)), run.config.classes)
     except DataError:  # opening the data set reports it
         return False
-    stored = run.classes()
-    return bool(stored) and all(name in names for part in stored.values() for name in part)
+    stored = stored_split(run)
+    return stored is not None and all(name in names for part in stored.values() for name in part)
 
 
 def overlap_notes(

@@ -12,7 +12,7 @@ from helpers.shared import ignore
 from PIL import Image
 
 from mamlctl.cli.app import main
-from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
@@ -247,3 +247,11 @@ def test_classes_must_have_an_effect(place, dataset, fact):
     with pytest.raises(SettingsError) as raised:
         evaluated(place, dataset, classes="top")
     assert fact in [problem for problem, _ in raised.value.problems]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"train": 5}', '{"train": ["c00"'])
+def test_a_damaged_list_of_classes_is_not_replaced_by_a_new_split(place, text):
+    (place / "run" / "classes.json").write_text(text)
+    for call in (lambda: evaluated(place), lambda: resumed(place / "run")):
+        with pytest.raises(MamlctlError, match="is damaged, so the split of the run is unknown"):
+            call()
