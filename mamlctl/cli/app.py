@@ -22,7 +22,7 @@ from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError, is_out_of_memory
 from mamlctl.core.problems import nearest
-from mamlctl.core.process import exit_at_once_on_ctrl_c
+from mamlctl.core.process import exit_at_once_on_signals
 from mamlctl.display.console import discard, show_error, stderr_console
 from mamlctl.settings.rules import NOUNS
 
@@ -107,7 +107,7 @@ def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     try:
         main(on_error)
     except SystemExit as end:
-        exit_at_once_on_ctrl_c()
+        exit_at_once_on_signals()
         if isinstance(end.code, int):
             _leave_quickly(end.code)
         raise

@@ -30,6 +30,13 @@ def exit_at_once_on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, _exit_at_once)
 
 
+def exit_at_once_on_signals() -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process silently, for its end, where exceptions are printed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _exit_at_once)
+
+
 def interrupt_on_ctrl_c() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, for work that needs cleanup; a second one exits at once.
 
@@ -37,13 +44,13 @@ def interrupt_on_ctrl_c() -> None:
     """
     if signal.getsignal(signal.SIGINT) == _exit_at_once:
         signal.signal(signal.SIGINT, interrupt)
-        sys.unraisablehook = _interrupt_again
+        sys.unraisablehook = _raise_again
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
-    os._exit(128 + signal.SIGINT)
+    os._exit(128 + number)
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -52,12 +59,14 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Repeat an interrupt that arrived while an object was being deleted, where Python drops exceptions."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Repeat a signal's exception that came while an object was being deleted, where Python drops exceptions."""
+    error = unraisable.exc_value
+    if not isinstance(error, KeyboardInterrupt | SystemExit):
         sys.__unraisablehook__(unraisable)
         return
-    signal.signal(signal.SIGALRM, interrupt)
+    code = error.code if isinstance(error, SystemExit) else None
+    signal.signal(signal.SIGALRM, interrupt if code is None else lambda number, frame: sys.exit(code))
     signal.setitimer(signal.ITIMER_REAL, 0.01)  # after this function, whose exceptions are dropped too
 
 

@@ -1,6 +1,7 @@
 """A process of mamlctl ends quickly, but not before everything that has to be done at its end."""
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -61,3 +62,12 @@ def test_output_that_cannot_be_flushed_is_reported_by_the_interpreter():
         done = ended("module", "silent", stdout=full)
     assert done.returncode == 120
     assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_process_ends_is_silent(number):
+    program = (
+        PROGRAM + f"import os; atexit.register(os.kill, os.getpid(), {int(number)})\n" + STARTS["module"]
+    )
+    done = subprocess.run([sys.executable, "-c", program, "silent"], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (128 + number, b"")

@@ -27,19 +27,24 @@ INTERRUPTED_WORK = """
 import os, signal, sys
 from mamlctl.core.process import interrupt_on_ctrl_c, prepare_process
 
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+
 class Deleted:
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM if sys.argv[1] == "terminated" else signal.SIGINT)
         sum(range(1000))
 
 prepare_process()
 interrupt_on_ctrl_c()
 try:
-    if sys.argv[1] == "deleted":
+    if sys.argv[1] in ("deleted", "terminated"):
         Deleted()
     else:
         os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
+except SystemExit:
+    print("cleaned up", flush=True)
+    raise
 except KeyboardInterrupt:
     print("cleaned up", flush=True)
     if sys.argv[1] == "twice":
@@ -59,8 +64,10 @@ def test_ctrl_c_during_imports_is_silent(module):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-@pytest.mark.parametrize(("when", "code"), [("working", 0), ("deleted", 0), ("twice", 130)])
-def test_ctrl_c_during_work_raises_and_a_second_one_exits_at_once(when, code):
+@pytest.mark.parametrize(
+    ("when", "code"), [("working", 0), ("deleted", 0), ("terminated", 143), ("twice", 130)]
+)
+def test_signals_during_work_raise_and_a_second_ctrl_c_exits_at_once(when, code):
     done = ended(INTERRUPTED_WORK, when)
     assert (done.returncode, done.stdout, done.stderr) == (code, "cleaned up\n", "")
 

@@ -280,22 +280,29 @@ def test_forged_checkpoints_raise_an_error_with_a_hint(whole, tmp_path, monkeypa
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("forge", ["compressed", "larger than its storage"])
-def test_a_forged_archive_cannot_allocate_memory(whole, tmp_path, forge):
+@pytest.mark.parametrize(
+    ("forge", "reason"),
+    [
+        ("compressed", "compressed"),
+        ("larger than its storage", "its tensors would take"),
+        ("not aligned", "its tensors have no alignment"),
+    ],
+)
+def test_a_forged_archive_cannot_allocate_memory_or_crash(whole, tmp_path, forge, reason):
     path = tmp_path / "last.pt"
     with zipfile.ZipFile(whole.checkpoints / "last.pt") as source, zipfile.ZipFile(path, "w") as target:
         for entry in source.infolist():
             data = source.read(entry)
             if forge == "compressed":
                 entry.compress_type = zipfile.ZIP_DEFLATED
-            elif entry.filename.endswith("data.pkl"):
+            elif forge == "not aligned" and entry.filename.endswith(".storage_alignment"):
+                data = b"0"
+            elif forge == "larger than its storage" and entry.filename.endswith("data.pkl"):
                 # In the pickle of a one-dimensional tensor: its offset, its size and its stride.
                 data = data.replace(b"K\x00K\x03\x85", b"K\x00\x8a\x06" + bytes(5) + b"\x01\x85", 1)
                 assert data != source.read(entry)
             target.writestr(entry, data)
-    with pytest.raises(
-        MamlctlError, match="compressed" if forge == "compressed" else "its tensors would take"
-    ):
+    with pytest.raises(MamlctlError, match=reason):
         checkpoints.load(path, owner=whole.owner)
 
 

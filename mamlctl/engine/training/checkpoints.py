@@ -166,6 +166,8 @@ def _read(path: Path) -> dict[str, Any]:
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
                 _check_pickle(archive.read(entry) if entry.file_size <= LARGEST_PICKLE else b"")
+            if entry.filename.endswith(".storage_alignment") and int(archive.read(entry)[:20]) <= 0:
+                raise ValueError("its tensors have no alignment")  # torch would divide by it, and crash
     # On this device tensors have a shape but no memory, so a forged shape cannot allocate any.
     outline = torch.load(path, map_location="meta", weights_only=True)
     if not isinstance(outline, dict) or not {"format", "owner", "digest", "content"} <= outline.keys():
