@@ -60,7 +60,7 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Repeat a signal's exception that came while an object was being deleted, where Python drops exceptions."""
+    """Repeat the exception of a signal during the deletion of an object, where Python drops exceptions."""
     error = unraisable.exc_value
     if not isinstance(error, KeyboardInterrupt | SystemExit):
         sys.__unraisablehook__(unraisable)
