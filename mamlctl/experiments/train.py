@@ -124,6 +124,9 @@ def resume(
     with run.writing():
         if "dataset" not in overrides:
             check_folder(run, f"mamlctl train --resume {path}")
+        elif run.dataset_digest is None:
+            fact = f"{run.path} has no digest of its data, so {overrides['dataset']} cannot be compared"
+            raise DataError(fact, hint=f"move the images back to {run.config.dataset}")
         changed = {name: value for name, value in overrides.items() if name != "dataset"}
         run.config = stored_settings("the command line", {**asdict(run.config), **changed})
         # Checkpoints belong to the path with which the run started, so `run.config` keeps it.

@@ -183,6 +183,13 @@ def test_a_run_is_resumed_with_moved_images_to_the_same_result(tmp_path):
     assert open_run(tmp_path / "parts").config.dataset == str(tmp_path / "p")
 
 
+def test_moved_images_that_cannot_be_compared_are_refused(place):
+    (place / "p").rename(place / "q")
+    (place / "run" / "environment.json").unlink()
+    with pytest.raises(DataError, match="has no digest of its data"):
+        resumed(place / "run", dataset=str(place / "q"))
+
+
 def test_a_resumed_run_keeps_its_split(tmp_path):
     """It does not matter by which rules an older version split the classes."""
     photos(tmp_path / "p", NAMES)
