@@ -13,6 +13,7 @@ from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.folder_layout import class_files, class_level, split_folders
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
+from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 
 
@@ -122,6 +123,15 @@ def test_folders_with_images_and_folders_with_images_are_refused(tmp_path, files
     assert fact == f"{(path / place).resolve()} contains {counts} with images"
     assert "--classes top" in hint
     assert config(path, classes="top").classes == "top"
+
+
+def test_commands_of_a_grid_name_the_classes_of_a_folder(tmp_path):
+    path = alphabets(tmp_path / "o")
+    assert "--classes leaf" in " ".join(train_arguments(config(path)))
+    tree(path, "alphabet0/stray.png")
+    words = train_arguments(config(path, classes="top"))
+    assert "--classes top" in " ".join(words)
+    assert "--classes" not in train_arguments(config("glyphs"))
 
 
 def test_other_data_sets_refuse_classes_and_stored_settings_lack_them(tmp_path):

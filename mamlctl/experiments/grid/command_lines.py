@@ -10,7 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from mamlctl.core.problems import flag
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_curve_family, is_image_folder
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.run_folder import CONFIG
@@ -23,6 +23,8 @@ def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
     if is_curve_family(config.dataset):
         del leading["ways"]
+    if is_image_folder(config.dataset):  # always named, so that files added later do not change the classes
+        leading["classes"] = config.classes
     if config.net != TrainConfig.net:
         leading["net"] = config.net
     defaults = asdict(resolve_settings([("flag", leading)], checked=False).config)
