@@ -22,7 +22,7 @@ from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError, is_out_of_memory
 from mamlctl.core.problems import nearest
-from mamlctl.core.process import exit_at_once_on_signals
+from mamlctl.core.process import exit_at_once_on
 from mamlctl.display.console import discard, show_error, stderr_console
 from mamlctl.settings.rules import NOUNS
 
@@ -89,10 +89,8 @@ def share_the_processor() -> None:
 
 def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     """Run the command line and exit with its code; `on_error` gets the error after it is printed."""
-    # Training handles these signals itself; elsewhere SystemExit runs the same cleanup as any exception.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(ExitCode.TERMINATED))
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(ExitCode.HUNG_UP))
+    # Until the work starts, there is nothing to clean up, and exceptions during imports may be dropped.
+    exit_at_once_on(signal.SIGTERM, signal.SIGHUP)
     share_the_processor()
     code, error = _run()
     if error is not None:
@@ -107,7 +105,8 @@ def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     try:
         main(on_error)
     except SystemExit as end:
-        exit_at_once_on_signals()
+        # What Python runs from here on prints exceptions and drops them.
+        exit_at_once_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if isinstance(end.code, int):
             _leave_quickly(end.code)
         raise

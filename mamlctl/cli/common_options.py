@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.process import interrupt_on_ctrl_c
+from mamlctl.core.process import raise_on_signals
 from mamlctl.display.console import stderr_console, write_json
 from mamlctl.display.displays import Display, open_display
 from mamlctl.settings.fields import HARDWARE, OUTPUT
@@ -53,7 +53,7 @@ class OutputOptions:
 
     def display(self) -> Display:
         """The display that shows events while the command works, after its imports."""
-        interrupt_on_ctrl_c()
+        raise_on_signals()
         return open_display(stderr_console(), quiet=self.quiet)
 
     def write(

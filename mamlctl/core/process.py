@@ -30,21 +30,22 @@ def exit_at_once_on_ctrl_c() -> None:
     signal.signal(signal.SIGINT, _exit_at_once)
 
 
-def exit_at_once_on_signals() -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the process silently, for its end, where exceptions are printed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
+def exit_at_once_on(*numbers: int) -> None:
+    """Let signals that are not ignored end the process as `exit_at_once_on_ctrl_c` does."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _exit_at_once)
 
 
-def interrupt_on_ctrl_c() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt, for work that needs cleanup; a second one exits at once.
+def raise_on_signals() -> None:
+    """Let signals raise KeyboardInterrupt or SystemExit, for work that needs cleanup.
 
-    Has no effect unless the last call was `exit_at_once_on_ctrl_c`.
+    A second Ctrl-C exits at once. Has no effect on signals that would not end the process at once.
     """
-    if signal.getsignal(signal.SIGINT) == _exit_at_once:
-        signal.signal(signal.SIGINT, interrupt)
-        sys.unraisablehook = _raise_again
+    for number, handler in ((signal.SIGINT, interrupt), (signal.SIGTERM, _exit), (signal.SIGHUP, _exit)):
+        if signal.getsignal(number) == _exit_at_once:
+            signal.signal(number, handler)
+            sys.unraisablehook = _raise_again
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
@@ -57,6 +58,10 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """Raise KeyboardInterrupt; the next Ctrl-C exits at once."""
     exit_at_once_on_ctrl_c()
     raise KeyboardInterrupt
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:

@@ -1,6 +1,7 @@
 """A process ends silently on Ctrl-C, and works without standard streams and without a terminal size."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,12 +13,12 @@ from mamlctl.core.process import SHOW_CURSOR
 INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 
-interrupted = sys.argv[1]
+interrupted, number = sys.argv[1], int(sys.argv[2])
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == interrupted:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
 sys.meta_path.insert(0, Finder())
 sys.argv = ["mamlctl", "train", "--resume", "missing"]
@@ -25,9 +26,7 @@ runpy.run_module("mamlctl", run_name="__main__", alter_sys=True)
 """
 INTERRUPTED_WORK = """
 import os, signal, sys
-from mamlctl.core.process import interrupt_on_ctrl_c, prepare_process
-
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+from mamlctl.core.process import exit_at_once_on, prepare_process, raise_on_signals
 
 class Deleted:
     def __del__(self):
@@ -35,7 +34,8 @@ class Deleted:
         sum(range(1000))
 
 prepare_process()
-interrupt_on_ctrl_c()
+exit_at_once_on(signal.SIGTERM)
+raise_on_signals()
 try:
     if sys.argv[1] in ("deleted", "terminated"):
         Deleted()
@@ -60,8 +60,14 @@ def ended(program, *words):
 
 @pytest.mark.parametrize("module", ["typer", "omegaconf", "mamlctl.cli.train", "torch", "torch.autograd"])
 def test_ctrl_c_during_imports_is_silent(module):
-    done = ended(INTERRUPTED_IMPORT, module)
+    done = ended(INTERRUPTED_IMPORT, module, "2")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_during_imports_are_silent(number):
+    done = ended(INTERRUPTED_IMPORT, "torch.autograd", str(int(number)))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,7 @@ def test_an_exit_at_once_shows_the_cursor_of_a_terminal():
 
 
 def test_ctrl_c_stays_ignored_in_the_background():
-    program = "import signal, mamlctl.core.process as p; p.prepare_process(); p.interrupt_on_ctrl_c(); "
+    program = "import signal, mamlctl.core.process as p; p.prepare_process(); p.raise_on_signals(); "
     program += "print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     words = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, program]
     assert subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout == "True\n"
