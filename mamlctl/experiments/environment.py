@@ -55,11 +55,11 @@ def _git_state() -> dict[str, Any] | None:
     root = Path(mamlctl.__file__).parent.parent
     if not (root / ".git").exists():
         return None
+    # With optional locks, a `git status` that Ctrl-C or the timeout kills would leave the index locked.
+    git = ["git", "--no-optional-locks", "-C", str(root)]
     try:
         commit, dirt = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
-            )
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10)
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
         )
     except (OSError, subprocess.SubprocessError):
