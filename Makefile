@@ -3,10 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder # loadgroup has no effect with pytest 9.2 and xdist 3.8
+MINUTES ?= # how long to attack or to soak, e.g. make soak MINUTES=120
+ATTACK ?= # options for the attack, e.g. make attack ATTACK="--only train --seed 7 --trials 1"
 BENCH ?= # options for the benchmark, e.g. make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test quick check lint types docs format gpu bench wheel clean
+.PHONY: help install demo test quick check lint types docs format gpu bench attack soak audit wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +27,10 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-bench: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,bench]'
+	@touch $@ $(VENV)/installed $(VENV)/installed-dev
+
+$(VENV)/installed-attack: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,attack]'
 	@touch $@ $(VENV)/installed $(VENV)/installed-dev
 
 install: $(VENV)/installed ## create .venv and install mamlctl into it
@@ -63,6 +69,17 @@ gpu: $(VENV)/installed-dev ## run only the tests that need a CUDA device
 
 bench: $(VENV)/installed-bench ## benchmark meta-steps of every engine and of other libraries, into runs/bench/
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH)
+
+attack: $(VENV)/installed-attack ## kill commands, damage files, fill disks and fuzz readers, in under 15 minutes on 2 cores
+	PYTHONPATH=tests $(BIN)/python -m faults $(if $(MINUTES),--minutes $(MINUTES)) $(ATTACK)
+
+soak: $(VENV)/installed-attack ## train, resume and test in one process for two hours, and record its memory
+	PYTHONPATH=tests $(BIN)/python -m faults.soak $(if $(MINUTES),--minutes $(MINUTES))
+
+audit: $(VENV)/installed-attack ## look up the known vulnerabilities of all installed packages
+	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt # without +cpu, which PyPI lacks
+	$(BIN)/pip-audit --requirement $(VENV)/audited.txt --no-deps --disable-pip --strict || { \
+	  echo "audit: NOT PASSED. Unless a vulnerability is listed above, pypi.org could not be asked about a package."; exit 1; }
 
 wheel: $(VENV)/installed-dev ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

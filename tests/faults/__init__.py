@@ -1,0 +1,1 @@
+"""An attack on mamlctl: kills, damaged files, full disks, random settings and malformed input."""

@@ -1,0 +1,68 @@
+"""The attack itself: it repeats trials by their seed, and does not count what it could not try."""
+
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+from faults.damage import damage
+from faults.trials import Fault, Row, Skipped, attack, table
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    """Only the folder, which is all that `attack` itself uses."""
+    return SimpleNamespace(folder=tmp_path)
+
+
+def odd(undisturbed, random, folder):
+    """Lose something if the first random number is odd."""
+    assert folder.is_dir()
+    yield ""
+    yield "lost" if random.getrandbits(32) % 2 else ""
+
+
+def test_a_trial_is_repeated_by_its_seed(undisturbed):
+    row = attack(Fault("odd", odd), undisturbed, seed=5, seconds=0, trials=20)
+    assert row.tried == 40
+    assert 0 < len(row.lost) < 20
+    seed, _ = row.lost[0]
+    assert attack(Fault("odd", odd), undisturbed, seed=seed, seconds=0, trials=1).lost == [(seed, "lost")]
+    assert not list(undisturbed.folder.iterdir())
+
+
+def test_a_fault_is_tried_at_least_once(undisturbed):
+    assert attack(Fault("odd", odd), undisturbed, seed=5, seconds=0).tried >= 2
+
+
+def test_a_trial_that_fails_counts_as_a_loss(undisturbed):
+    def broken(undisturbed, random, folder):
+        raise KeyError("results")
+        yield
+
+    row = attack(Fault("broken", broken), undisturbed, seed=0, seconds=0, trials=1)
+    assert (row.tried, row.lost) == (1, [(0, "KeyError: 'results'")])
+
+
+def test_a_skipped_fault_gives_its_reason_and_does_not_fail(undisturbed):
+    def forbidden(undisturbed, random, folder):
+        raise Skipped("mounting is forbidden")
+        yield
+
+    row = attack(Fault("full disk", forbidden), undisturbed, seed=0, seconds=0)
+    assert not row.failed
+    assert "| full disk | skipped: mounting is forbidden |  |" in table([row])
+
+
+def test_losses_and_untried_faults_fail():
+    assert Row("untried").failed
+    assert Row("lost", 3, [(0, "a run")]).failed
+    assert not Row("held", 3).failed
+
+
+def test_damage_changes_a_file_in_the_same_way_for_the_same_seed(tmp_path):
+    path, results = tmp_path / "file", set()
+    for _ in range(2):
+        path.write_bytes(bytes(1000))
+        results.add((damage(path, Random(3)), path.read_bytes()))
+    assert len(results) == 1
+    assert path.read_bytes() != bytes(1000)
