@@ -36,7 +36,7 @@ def stored_digests(run: RunFolder) -> NDArray[np.uint64] | None:
 
 
 def check_folder(run: RunFolder, command: str) -> None:
-    """Raises DataError if the run was trained on a folder that no longer exists; `command` needs it."""
+    """Raise DataError if the run was trained on a folder that no longer exists; `command` needs it."""
     folder = run.config.dataset
     if is_image_folder(folder) and not Path(folder).is_dir():
         hint = f"if its images have moved, add their folder: {command} --dataset DIR"

@@ -91,7 +91,7 @@ def downloaded(
         patience: how often and how long to try each mirror.
 
     Yields:
-        the paths of the verified archives.
+        The paths of the verified archives.
 
     Raises:
         DataError: no mirror has an archive (the message has the reason of each), or the disk is full.

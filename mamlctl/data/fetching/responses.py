@@ -131,7 +131,7 @@ def extent(answer: Response, requested: int) -> tuple[int, int | None]:
         requested: the first byte that was requested.
 
     Returns:
-        the position in bytes (-1 for an invalid range), and the length in bytes (None if unknown).
+        The position in bytes (-1 for an invalid range), and the length in bytes (None if unknown).
 
     Raises:
         Dropped: the server is busy or has failed; it may succeed later.

@@ -63,7 +63,7 @@ def decoded(
         on_bad: receives the error of each image that cannot be read; these images are left out.
 
     Yields:
-        the label of an image, and its pixels, uint8 _CHW.
+        The label of an image, and its pixels, uint8 _CHW.
 
     Raises:
         DataError: an image cannot be read, and `on_bad` is None.

@@ -136,7 +136,7 @@ def open_pack(root: Path, resize: str = RESIZES[0], *, on_event: OnEvent) -> Pac
         on_event: receives progress.
 
     Raises:
-        DataError: omniglot is missing or damaged.
+        DataError: Omniglot is missing or damaged.
     """
     path = _small(root, resize)
     if not is_packed(path):

@@ -129,7 +129,7 @@ def mini_batches(
         size: examples per inner step, B.
 
     Returns:
-        positions of examples in the support set, _IB.
+        Positions of examples in the support set, _IB.
     """
     shuffles = -(-steps * size // examples)
     keys = random_words(seed, purpose, task, shuffles * examples).reshape(shuffles, examples)

@@ -61,7 +61,7 @@ def open_streams(
         disjoint: whether test tasks share no image, as far as a split allows.
 
     Returns:
-        the streams by split, and the data from which they draw.
+        The streams by split, and the data from which they draw.
 
     Raises:
         SettingsError: a split is too small for such tasks.

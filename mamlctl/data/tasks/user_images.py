@@ -95,7 +95,7 @@ def find_queries(paths: Sequence[Path], classes: Sequence[str]) -> tuple[list[Qu
         classes: the classes that a subfolder may be named after.
 
     Returns:
-        the files, and how many were given more than once.
+        The files, and how many were given more than once.
 
     Raises:
         DataError: a path does not exist, a folder contains no images, or a subfolder is not a class.
