@@ -20,7 +20,7 @@ from mamlctl.cli.app import main
 LINES = 12  # that are printed
 WARM_UP = 0.1  # share of the time after which memory is compared
 GROWTH = 1.1  # of memory after the warm-up, at most
-LONGER = ["--epochs", "10", "--time-limit", "500ms"]  # so that the run is stopped within an epoch
+LONGER = ["--epochs", "10", "--time-limit", "0.5s"]  # so that the run is stopped within an epoch
 
 
 def run_command(words: list[str]) -> None:
