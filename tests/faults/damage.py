@@ -30,10 +30,12 @@ def damage(path: Path, random: Random) -> str:
     return f"{path.name} with bits flipped at {', '.join(f'{place}.{bit}' for place, bit in places)}"
 
 
-def damage_one(folder: Path, random: Random) -> str:
-    """Damage a random file of a folder and its subfolders."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return damage(random.choice(files), random)
+def damaged_copies(original: Path, folder: Path, random: Random) -> Iterator[tuple[Path, str]]:
+    """Copies of a folder, in each of which another file is damaged, and what was done to it."""
+    for file in sorted(path for path in original.rglob("*") if path.is_file() and path.name != "lock"):
+        copy = Path(shutil.copytree(original, folder / "damaged"))
+        yield copy, damage(copy / file.relative_to(original), random)
+        shutil.rmtree(copy)
 
 
 def outcome(what: str, ended: Ended, same: bool) -> str:
@@ -45,45 +47,51 @@ def outcome(what: str, ended: Ended, same: bool) -> str:
 
 
 def run_then_evaluate(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
-    """Damage a finished run, then test it."""
-    run = Path(shutil.copytree(undisturbed.run, folder / "run"))
-    what = damage_one(run, random)
-    ended = call(undisturbed.eval_words(run), folder)
-    yield outcome(what, ended, ended.code != 0 or same_numbers(ended, undisturbed))
+    """Damage each file of a finished run, then test it."""
+    for run, what in damaged_copies(undisturbed.run, folder, random):
+        ended = call(undisturbed.eval_words(run), folder)
+        yield outcome(what, ended, ended.code != 0 or same_numbers(ended, undisturbed))
 
 
 def run_then_resume(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
-    """Damage an unfinished run, then resume it."""
-    run = Path(shutil.copytree(undisturbed.unfinished, folder / "run"))
-    what = damage_one(run, random)
-    words = ["train", "--resume", str(run), "--data-root", str(undisturbed.data), "--offline"]
-    ended = call(words, folder)
-    yield outcome(what, ended, (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last)
+    """Damage each file of an unfinished run, then resume it."""
+    for run, what in damaged_copies(undisturbed.unfinished, folder, random):
+        words = ["train", "--resume", str(run), "--data-root", str(undisturbed.data), "--offline"]
+        ended = call(words, folder)
+        yield outcome(what, ended, (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last)
 
 
 def data(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
-    """Damage the data root, then train, test or verify."""
-    root = Path(shutil.copytree(undisturbed.data, folder / "data"))
-    what = damage_one(root, random)
+    """Damage each file of the data root, then train, test or verify."""
+    for command in (train, evaluate, verify):
+        for root, what in damaged_copies(undisturbed.data, folder, random):
+            ended, same = command(undisturbed, root, folder)
+            yield outcome(what, ended, same)
+
+
+def train(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended, bool]:
+    """Train with a data root; return the end, and whether the result is the undisturbed one."""
+    new = folder / "run"
+    words = ["train", *undisturbed.train_words, "--data-root", str(root), "--out", str(new)]
+    ended = call(words, folder)
+    same = ended.code == 0 and (new / "checkpoints" / "last.pt").read_bytes() == undisturbed.last
+    shutil.rmtree(new, ignore_errors=True)
+    return ended, same
+
+
+def evaluate(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended, bool]:
+    """Test a run with a data root, like `train`."""
     run = Path(shutil.copytree(undisturbed.run, folder / "run"))
-    place = ["--data-root", str(root), "--offline"]
-    command = random.choice(["train", "eval", "verify"])
-    if command == "train":
-        new = folder / "new"
-        ended = call(["train", *undisturbed.train_words, *place, "--out", str(new)], folder)
-        same = ended.code != 0 or (new / "checkpoints" / "last.pt").read_bytes() == undisturbed.last
-    elif command == "eval":
-        ended = call([*undisturbed.eval_words(run), *place], folder)
-        same = ended.code != 0 or same_numbers(ended, undisturbed)
-    else:
-        ended = call(["fetch", "--verify", "--data-root", str(root)], folder)
-        same = ended.code != 0
-        if ended.code == 0:  # harmless only if the pack is whole, i.e. its sidecar was damaged in a comment
-            same = all(
-                path.read_bytes() == (undisturbed.data / path.relative_to(root)).read_bytes()
-                for path in root.rglob("*.npy")
-            )
-    yield outcome(what, ended, same)
+    ended = call([*undisturbed.eval_words(run), "--data-root", str(root), "--offline"], folder)
+    shutil.rmtree(run)
+    return ended, ended.code == 0 and same_numbers(ended, undisturbed)
+
+
+def verify(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended, bool]:
+    """Verify a data root, which may only succeed if the packed images are whole."""
+    ended = call(["fetch", "--verify", "--data-root", str(root)], folder)
+    packs = [path.relative_to(root) for path in root.rglob("*.npy")]
+    return ended, all((root / pack).read_bytes() == (undisturbed.data / pack).read_bytes() for pack in packs)
 
 
 def same_numbers(ended: Ended, undisturbed: Undisturbed) -> bool:
