@@ -79,7 +79,7 @@ soak: $(VENV)/installed-attack ## train, resume and test in one process for two 
 audit: $(VENV)/installed-attack ## look up the known vulnerabilities of all installed packages
 	$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/audited.txt # without +cpu, which PyPI lacks
 	$(BIN)/pip-audit --requirement $(VENV)/audited.txt --no-deps --disable-pip --strict || { \
-	  echo "audit: NOT PASSED. Unless a vulnerability is listed above, pypi.org could not be asked about a package."; exit 1; }
+	  echo "audit: NOT PASSED. If no vulnerability is listed above, the lookup at pypi.org failed."; exit 1; }
 
 wheel: $(VENV)/installed-dev ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

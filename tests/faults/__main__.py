@@ -56,7 +56,7 @@ def main(
     only: Annotated[str, typer.Option(help="Only try faults whose name contains this text.")] = "",
     trials: Annotated[int | None, typer.Option(min=1, help="Seeds per fault, instead of --minutes.")] = None,
 ) -> None:
-    """Cause faults and print what was lost; fail if it is anything, or if a fault was not tried."""
+    """Cause faults and print what was lost; fail if anything was lost or a fault was not tried."""
     use_own_mounts()
     # A shell ignores SIGINT in background jobs, and nohup ignores SIGHUP: child processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
