@@ -20,6 +20,7 @@ from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import append_text, contents, finite, one_writer, read_object, write_json, write_text
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import RowKind, RunStatus
+from mamlctl.core.metrics_rows import is_damaged
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.presets import load_file, to_yaml
@@ -35,12 +36,6 @@ ENVIRONMENT = "environment.json"
 EVALUATIONS = "eval"  # has one folder per evaluation, with the next two files
 SUMMARY = "summary.json"
 TASKS = "tasks.csv"
-# The positive numbers that a row of each kind needs: without them it is damaged.
-NEEDED: dict[RowKind, tuple[str, ...]] = {
-    "report": ("step", "tasks_per_second"),
-    "validation": ("step", "epoch"),
-}
-SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
 TAIL = 20_000  # bytes that `last_metrics` reads at the end of metrics.jsonl
 
 # The settings of commit 207ec7b, which are in every config.yaml and in every owner digest.
@@ -195,18 +190,9 @@ def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and not _is_damaged(upgraded := upgrade(METRICS, row)):
+        if isinstance(row, dict) and not is_damaged(upgraded := upgrade(METRICS, row)):
             rows.append(upgraded)
     return rows
-
-
-def _is_damaged(row: Mapping[str, Any]) -> bool:
-    needed = NEEDED.get(row["kind"])
-    if needed is None or (row["kind"] == "validation" and not row.keys() & SCORES):
-        return True
-    positive = all(isinstance(row.get(key), int | float) and row[key] > 0 for key in needed)
-    scores = (row[key] for key in row.keys() & SCORES)
-    return not positive or not all(score is None or isinstance(score, int | float) for score in scores)
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:

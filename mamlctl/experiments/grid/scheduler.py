@@ -157,7 +157,7 @@ class Scheduler:
         metrics = RunFolder(cell.folder, cell.config).last_metrics()
         step = int(metrics[-1]["step"]) if metrics else 0
         validations = rows_of(metrics, "validation")
-        score = validations[-1][f"val_{self._metric}"] if validations else None
+        score = validations[-1].get(f"val_{self._metric}") if validations else None
         running = cell.name in self._running
         state: CellProgress = "training"
         if status == "diverged":

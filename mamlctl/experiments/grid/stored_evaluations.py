@@ -104,7 +104,7 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
     state, metrics = run.state(), run.metrics()
     reports = rows_of(metrics, "report")
     metric = metric_of(run.config.dataset)
-    scores = [(int(row["step"]), row[f"val_{metric}"]) for row in rows_of(metrics, "validation")]
+    scores = [(int(row["step"]), row.get(f"val_{metric}")) for row in rows_of(metrics, "validation")]
     # null stands for a number that was not finite.
     validation = tuple((step, math.nan if score is None else float(score)) for step, score in scores)
     status: CellStatus = state.status or "running"

@@ -1,0 +1,49 @@
+"""What a row of metrics.jsonl needs, so that its readers can use its values without checks of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# The least counts that a row of each kind needs: a report counts epochs from 0, a validation from 1.
+COUNTS: dict[str, dict[str, int]] = {
+    "report": {"step": 1, "epoch": 0},
+    "validation": {"step": 1, "epoch": 1},
+}
+SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
+TEXTS = {"kind", "bn"}
+LISTS = {"query_losses", "query_accuracies", "msl_weights", "val_per_step"}
+
+
+def is_damaged(row: Mapping[str, Any]) -> bool:
+    """Whether a row lacks what its kind needs, or has a value of a type that is never written."""
+    kind = row.get("kind")
+    counts = COUNTS.get(kind) if isinstance(kind, str) else None
+    if counts is None or not all(_is_count(row.get(key), least) for key, least in counts.items()):
+        return True
+    if kind == "report" and not (_is_number(row.get("tasks_per_second")) and row["tasks_per_second"] > 0):
+        return True
+    if kind == "validation" and not row.keys() & SCORES:
+        return True
+    rates = row.get("rates", {})
+    if not isinstance(rates, dict) or not all(_is_row(rate) for rate in rates.values()):
+        return True
+    numbers = [value for key, value in row.items() if key not in (*TEXTS, "rates", *LISTS)]
+    lists = [row[key] for key in row.keys() & LISTS]
+    return not (all(value is None or _is_number(value) for value in numbers) and all(map(_is_row, lists)))
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and least <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number that 64 bits can represent."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, list) and all(part is None or _is_number(part) for part in value)
