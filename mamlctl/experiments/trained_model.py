@@ -299,7 +299,8 @@ def _ranked_epochs(run: RunFolder) -> list[Path]:
     """The undamaged checkpoints of epochs, best first."""
     scores = {}
     for file in sorted(run.checkpoints.glob("epoch-*.pt")):
-        with suppress(MamlctlError):
+        # A copy of last.pt under this name has no score.
+        with suppress(MamlctlError, KeyError):
             scores[file] = checkpoints.load(file, owner=run.owner)["val_score"]
     sign = 1 if is_curve_family(run.config.dataset) else -1
     return sorted(scores, key=lambda file: sign * scores[file])[:KEPT]

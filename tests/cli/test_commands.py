@@ -435,6 +435,15 @@ def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
     assert rows == [("last", [])] and "using previous.pt" in err
 
 
+def test_a_copy_of_the_last_checkpoint_is_not_one_of_the_best_epochs(cli, copy):
+    folder = copy / "checkpoints"
+    shutil.copy(folder / "last.pt", folder / "epoch-0009.pt")
+    truncate(folder / "last.pt")
+    code, out, err = cli("eval", copy, "--tasks", "4", "--json")
+    assert code == 0, err
+    assert sorted(json.loads(out)["results"][1]["epochs"]) == [1, 2]
+
+
 def test_eval_tests_the_named_checkpoint(cli, copy):
     for name, model, epochs in (
         ("epoch-0001.pt", "best", [1]),
