@@ -91,6 +91,21 @@ class RunFolder:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def checkpoint(self, chosen: str) -> Path:
+        """The checkpoint with this name in the folder of checkpoints, or the file with this path."""
+        path = Path(chosen).expanduser()
+        own = self.checkpoints / path
+        is_path = "/" in chosen or not own.is_file()
+        return path if is_path and path.is_file() else own
+
+    def checkpoint_name(self, chosen: str | None) -> str | None:
+        """The name of a checkpoint in the folder of checkpoints, or an absolute path, for the protocol."""
+        if chosen is None:
+            return None
+        file = self.checkpoint(chosen)
+        inside = file.parent.resolve() == self.checkpoints.resolve()
+        return file.name if inside else str(file.resolve())
+
     def writing(self) -> AbstractContextManager[None]:
         """Lock the folder for the block. Raises LockedError if another process is writing to it."""
         return one_writer(self.path)

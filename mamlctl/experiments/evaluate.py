@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     if reason := compiled_at_every_start():
         on_event(Notice(reason))
+    # Each file has one spelling, so that it is not evaluated twice.
+    settings = replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)

@@ -274,12 +274,12 @@ def checkpoint_files(
 
     Args:
         run: the run.
-        chosen: the checkpoint to use instead, a file or its name in the run's checkpoints folder.
+        chosen: the checkpoint to use instead, its name in the run's checkpoints folder or a path.
         on_event: receives notices.
     """
     if chosen is not None:
-        file = Path(chosen).expanduser()
-        return [file if file.is_file() else run.checkpoints / file], (f"with checkpoint {file.name}",)
+        file = run.checkpoint(chosen)
+        return [file], (f"with checkpoint {file.name}",)
     last = run.checkpoints / LAST
     try:
         content = checkpoints.load(last, owner=run.owner)

@@ -17,8 +17,10 @@ from helpers.shared import ignore
 import mamlctl
 from mamlctl.cli.app import main
 from mamlctl.data.reading.packs import load_pack, pack, save_pack
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.run_folder import open_run
+from mamlctl.settings.evaluation import EvalConfig
 
 QUICK = """
 --dataset glyphs --ways 3 --filters 4 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3
@@ -457,6 +459,26 @@ def test_eval_tests_the_named_checkpoint(cli, copy):
     code, _, err = cli("eval", copy, "--checkpoint", "epoch-0009.pt")
     assert code == 1
     assert_two_lines(err, "there is no checkpoint", "name another checkpoint")
+
+
+def test_a_checkpoint_of_the_run_counts_more_than_a_file_with_its_name(cli, copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.pt").write_bytes(b"no checkpoint")
+    monkeypatch.setenv("HOME", str(copy))
+    file = copy / "checkpoints" / "best.pt"
+    folders = set()
+    for name in ("best.pt", file, os.path.relpath(file), "~/checkpoints/best.pt"):
+        code, out, err = cli("eval", copy, "--tasks", "4", "--json", "--checkpoint", name)
+        assert code == 0, err
+        folders.add(json.loads(out)["folder"])
+    assert len(folders) == 1
+    protocol = json.loads((Path(folders.pop()) / "summary.json").read_text())["protocol"]
+    assert protocol["checkpoint"] == "best.pt"
+    settings = EvalConfig(tasks=4, checkpoint=str(file))
+    assert find_evaluation(open_run(copy), settings).protocol["checkpoint"] == "best.pt"
+    code, _, err = cli("eval", copy, "--checkpoint", "./best.pt")
+    assert code == 1
+    assert_two_lines(err, "checkpoint best.pt cannot be read", "another checkpoint")
 
 
 def test_divergence_exits_with_4_and_names_the_meta_step(cli, tmp_path):

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
 
     Raises MamlctlError if it is damaged.
     """
+    settings = replace(settings, checkpoint=run.checkpoint_name(settings.checkpoint))
     evaluated = settings.over(run.config)
     required = {
         name: value for name, value in protocol_settings(settings, evaluated).items() if name not in OF_RUN
