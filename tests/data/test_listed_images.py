@@ -41,7 +41,7 @@ def opened(path, root, **flags):
 
 
 @pytest.mark.parametrize("home", ["images", "."])
-@pytest.mark.parametrize("head", ["filename,label", "\ufeffFilename, Label"])
+@pytest.mark.parametrize("head", ["filename,label", "\ufeffFilename, Label", '"filename","label"'])
 def test_lists_give_classes_and_splits(tmp_path, home, head):
     source, notices = opened(write_lists(tmp_path / "mine", home, head), tmp_path / "root")
     assert notices == []
@@ -100,6 +100,13 @@ def test_error_names_the_line(tmp_path, line, fact):
     with pytest.raises(DataError, match=fact) as raised:
         class_files(folder, "top")
     assert raised.value.hint and "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize("column", ["filename", "label"])
+def test_a_column_that_occurs_twice_is_refused(tmp_path, column):
+    folder = write_lists(tmp_path / "mine", head=f"filename,label,{column.upper()}")
+    with pytest.raises(DataError, match=f"train.csv, line 1 has 2 columns named {column}"):
+        class_files(folder, "top")
 
 
 def test_choice_of_folders_has_no_effect_on_lists(tmp_path):

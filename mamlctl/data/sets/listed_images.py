@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,7 +54,11 @@ def _has_columns(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return set(COLUMNS) <= {name.strip().lower() for name in file.readline(1000).split(",")}
+        return set(COLUMNS) <= set(_column_names(next(csv.reader([file.readline(1000)]))))
+
+
+def _column_names(head: Iterable[str]) -> list[str]:
+    return [name.strip().lower() for name in head]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -63,7 +67,11 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = names = _column_names(reader.fieldnames or ())
+            for column in COLUMNS:
+                if names.count(column) > 1:
+                    fact = f"{path}, line 1 has {names.count(column)} columns named {column}"
+                    raise DataError(fact, hint="keep one of them")
             for row in reader:
                 number = reader.line_num
                 name, label = ((row.get(column) or "").strip() for column in COLUMNS)
