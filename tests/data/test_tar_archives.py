@@ -250,6 +250,13 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
         fetch_all(["mini-imagenet"], source=[tmp_path], **options)
 
 
+def test_a_folder_in_place_of_a_file_is_refused_and_closed(tmp_path):
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(DataError, match="Is a directory"):
+        archives.open_regular(tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
 def test_unreadable_archive_is_not_called_another_file(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip")
 

@@ -125,8 +125,7 @@ def open_regular(path: Path, hint: str = CHECK_FROM) -> BinaryIO:
         DataError: it cannot be read, or is a pipe or a device, from which reading may never end.
     """
     try:
-        # O_NONBLOCK: opening a named pipe would wait until another process opens it too.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+        file = io.BufferedReader(io.FileIO(path, opener=_open_without_waiting))
     except FileNotFoundError as error:
         raise DataError(f"there is no {path}", hint=hint) from error
     except OSError as error:
@@ -135,6 +134,11 @@ def open_regular(path: Path, hint: str = CHECK_FROM) -> BinaryIO:
         file.close()
         raise DataError(f"{path} is a named pipe or a device, not a file or a folder", hint=hint)
     return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; without O_NONBLOCK, opening a named pipe waits until another process opens it too."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_regular(path: Path, hint: str = CHECK_FROM) -> bytes:
