@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 import mamlctl
@@ -20,7 +20,7 @@ from mamlctl.cli.compare import compare
 from mamlctl.cli.evaluate import evaluate
 from mamlctl.cli.fetch import fetch
 from mamlctl.cli.train import train
-from mamlctl.core.errors import ExitCode, MamlctlError, is_out_of_memory
+from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import exit_at_once_on
 from mamlctl.display.console import discard, show_error, stderr_console
@@ -42,14 +42,6 @@ COMMANDS = {
     ),
     "ablate": (ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
 }
-
-# Messages of Typer, and the fact and the hint that mamlctl prints instead.
-REWORDED = (
-    (r"Missing argument '(.+)'", "the argument '{}' is missing", "add it, or see {}"),
-    (r"Got unexpected extra argument.*? \((.+)\)", "unexpected argument '{}'", "leave it out, or see {}"),
-    (r"Option '(.+)' requires an argument", "{} has no value", "write a value after it, or see {}"),
-    (r"Option '(.+)' does not take a value", "{} does not take a value", "leave out '=' and the value"),
-)
 
 app = typer.Typer(
     epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
@@ -74,8 +66,18 @@ def root(
     """Train, evaluate, compare and ablate MAML++ and its relatives."""
 
 
+class _Command(TyperCommand):
+    """A command that refuses arguments which it does not have; Typer's own error has no field for them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.args:
+            hint = f"leave it out, or see mamlctl {ctx.info_name} --help"
+            raise SettingsError([(f"unexpected argument '{' '.join(ctx.args)}'", hint)])
+        return super().invoke(ctx)
+
+
 for name, (command, examples) in COMMANDS.items():
-    app.command(name, epilog=examples)(command)
+    app.command(name, cls=_Command, context_settings={"allow_extra_args": True}, epilog=examples)(command)
 
 
 def share_the_processor() -> None:
@@ -163,23 +165,28 @@ def _run() -> tuple[int, MamlctlError | None]:
 
 
 def _usage_error(error: TyperException) -> MamlctlError | None:
-    """Reword an error of Typer as a fact and a hint; None after a bare `mamlctl`, which prints its help."""
-    help_command = " ".join(["mamlctl", *(word for word in sys.argv[1:2] if word in COMMANDS), "--help"])
+    """The fact and the hint of an error of Typer; None after a bare `mamlctl`, which prints its help."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    help_command = " ".join(["mamlctl", *(word for word in words[:1] if word in COMMANDS), "--help"])
+    # Typer's classes of errors are private, so their fields distinguish them.
+    match vars(error):
+        case {"option_name": name, "possibilities": known}:
+            hint = nearest(name, known or (), otherwise=f"see {help_command}")
+            return MamlctlError(f"unknown option '{name}'", hint=hint)
+        case {"option_name": name} if sys.argv[-1] == name:
+            return MamlctlError(f"{name} has no value", hint=f"write a value after it, or see {help_command}")
+        case {"option_name": name}:  # the only other problem with the use of an option
+            return MamlctlError(f"{name} does not take a value", hint="leave out '=' and the value")
+        case {"param": param, "param_type": _}:
+            fact = f"the argument '{param.opts[0]}' is missing"
+            return MamlctlError(fact, hint=f"add it, or see {help_command}")
+        case {"param": param}:
+            for problem in getattr(error.__cause__, "errors", list)():  # of pydantic, which reads the values
+                if noun := {"int_parsing": NOUNS[int], "float_parsing": NOUNS[float]}.get(problem["type"]):
+                    fact = f"{param.opts[0]} is {problem['input']!r}, which is not {noun}"
+                    return MamlctlError(fact, hint=f"use {noun}")
+        case {"ctx": _} if words and words[0] not in COMMANDS:
+            hint = nearest(words[0], COMMANDS, otherwise=f"use one of {', '.join(COMMANDS)}")
+            return MamlctlError(f"unknown command '{words[0]}'", hint=hint)
     message = error.format_message()
-    if not message:
-        return None
-    for problem in getattr(error.__cause__, "errors", list)():  # of pydantic, which Typer uses to read values
-        if noun := {"int_parsing": NOUNS[int], "float_parsing": NOUNS[float]}.get(problem["type"]):
-            name = message.split("'")[1]
-            return MamlctlError(f"{name} is {problem['input']!r}, which is not {noun}", hint=f"use {noun}")
-    if match := re.match("No such option: (.+?)( |$)", message):
-        known = getattr(error, "possibilities", None) or ()
-        hint = nearest(match[1], known, otherwise=f"see {help_command}")
-        return MamlctlError(f"unknown option '{match[1]}'", hint=hint)
-    if match := re.match("No such command '(.+?)'", message):
-        hint = nearest(match[1], COMMANDS, otherwise=f"use one of {', '.join(COMMANDS)}")
-        return MamlctlError(f"unknown command '{match[1]}'", hint=hint)
-    for pattern, fact, hint in REWORDED:
-        if match := re.match(pattern, message):
-            return MamlctlError(fact.format(match[1]), hint=hint.format(help_command))
-    return MamlctlError(message, hint=f"see {help_command}")
+    return MamlctlError(message, hint=f"see {help_command}") if message else None

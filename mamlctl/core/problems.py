@@ -21,5 +21,7 @@ def nearest(word: str, words: Iterable[str], *, otherwise: str) -> str:
         words: the names that exist.
         otherwise: the hint if no name is similar.
     """
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else otherwise
+    # The dashes of flags would make any two of them similar.
+    bare = {name.lstrip("-"): name for name in words}
+    close = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
+    return f"did you mean '{bare[close[0]]}'?" if close else otherwise
