@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -304,6 +305,51 @@ def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(m
     folder.parent.chmod(0o1777)  # as /tmp: only the owner of a file can replace it
     fresh(torch.float32)
     assert loaded[-1] == built
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "unknown", "trusted"),
+    [
+        (65534, 0o40755, 65534, True),
+        (65534, 0o40775, 65534, False),
+        (65534, 0o40757, 65534, False),
+        (1001, 0o40755, 65534, False),
+        (65534, 0o40755, None, False),  # outside of namespaces, where this is the number of a user
+    ],
+)
+def test_folders_of_unknown_owners_are_trusted_if_nobody_else_can_write(
+    monkeypatch, tmp_path, owner, mode, unknown, trusted
+):
+    """In a user namespace root's folders above the cache have the number of an unknown owner."""
+    real = Path.stat
+
+    def stat(path, **options):
+        status = list(real(path, **options))
+        status[0], status[4] = (0o40700, 1000) if path == tmp_path else (mode, owner)
+        return os.stat_result(status)
+
+    monkeypatch.setattr(c_block, "_unknown_owner", lambda: unknown)
+    monkeypatch.setattr(c_block.os, "geteuid", lambda: 1000)
+    with monkeypatch.context() as inside:
+        inside.setattr(Path, "stat", stat)
+        found = c_block._is_private(tmp_path), c_block._is_private(tmp_path.parent)
+    assert found == (trusted, False), "the cache itself must belong to this user"
+
+
+@pytest.mark.parametrize(
+    ("compiles", "reason"), [(False, "the C compiler fails in"), (True, "programs cannot be run from")]
+)
+def test_the_reason_for_compiling_at_every_start_is_the_true_one(monkeypatch, tmp_path, compiles, reason):
+    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_block, "_uncached", [])
+
+    def succeeds(words):
+        return compiles or not Path(words[words.index("-o") + 1]).is_relative_to(tmp_path)
+
+    monkeypatch.setattr(c_block, "_succeeds", succeeds)
+    monkeypatch.setattr(c_block, "_load", lambda path: None if path.is_relative_to(tmp_path) else "a library")
+    assert c_block.library.__wrapped__(torch.float32) == "a library"
+    assert f"because {reason} {tmp_path}" in c_block.compiled_at_every_start()
 
 
 @pytest.mark.parametrize("ink", [1, 0])

@@ -53,7 +53,6 @@ OPTIONS = (
 
 VEC = 16  # filters per vector in the first block, as in c/first.c
 
-
 _uncached: list[str] = []  # why a library had to be compiled outside of the cache folder
 
 
@@ -97,9 +96,11 @@ def _digest(data: bytes) -> str:
 
 def _is_private(path: Path) -> bool:
     """Whether only this user and root can change a path, or replace a folder that contains it."""
-    path = path.resolve()
+    path, unknown = path.resolve(), _unknown_owner()
     for place in (path, *path.parents):
         status = place.stat()
+        if place != path and status.st_uid == unknown and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            continue  # probably root of the host, as for / and /home
         # Many systems give each user a group of their own, with the user's number.
         shared = stat.S_IWOTH | (0 if status.st_gid == status.st_uid else stat.S_IWGRP)
         # Others may create files in a folder with this bit, e.g. /tmp, but not replace those of this user.
@@ -107,6 +108,16 @@ def _is_private(path: Path) -> bool:
         if status.st_uid not in (0, os.geteuid()) or (status.st_mode & shared and not sticky):
             return False
     return True
+
+
+def _unknown_owner() -> int | None:
+    """The number that a Linux user namespace shows for users outside of it; None outside of namespaces."""
+    try:
+        if Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
+            return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):  # not Linux
+        pass
+    return None
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -121,7 +132,7 @@ def _build(
 ) -> ctypes.CDLL | None:
     """Compile and load, trying each compiler with fewer and fewer options; cache the library if possible."""
     programs = [str(source) for source in sources if source.suffix == ".c"]
-    reason = f"programs cannot be run from {cache}"
+    reason = f"the C compiler fails in {cache}"  # for example because its disk is full
     for folder in (cache, None):
         try:
             if folder is not None:
@@ -135,7 +146,11 @@ def _build(
                 built = Path(scratch) / "built.so"
                 for compiler, last in itertools.product(compilers, range(len(TUNING), -1, -1)):
                     words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(built), *programs]
-                    if _succeeds(words) and (loaded := _load(built)) is not None:
+                    if not _succeeds(words):
+                        continue
+                    if (loaded := _load(built)) is None:
+                        reason = f"programs cannot be run from {cache}"
+                    else:
                         if folder is None:
                             _uncached.append(reason)
                             return loaded
