@@ -116,7 +116,7 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """The environment at the start of the run; empty if its file is missing or damaged."""
-        return read_object(self.path / ENVIRONMENT)
+        return upgrade(ENVIRONMENT, read_object(self.path / ENVIRONMENT))
 
     @property
     def dataset_digest(self) -> str | None:
@@ -318,7 +318,7 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Convert what an older version wrote to the current form; no other code knows the old forms.
 
     Args:
-        file: CONFIG, STATUS, SUMMARY or METRICS.
+        file: CONFIG, STATUS, ENVIRONMENT, SUMMARY or METRICS.
         content: the content of the file; for METRICS, one row.
     """
     upgraded = dict(content)
@@ -330,6 +330,8 @@ def upgrade(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
         meta_step = re.search(r"meta-step (\d+)", reason)
         upgraded.setdefault("diverged_at", int(meta_step[1]) if meta_step else content.get("step"))
         upgraded["reason"] = re.sub(r"^training diverged at meta-step \d+: ", "", reason)
+    elif file == ENVIRONMENT and isinstance(device := content.get("device"), str):
+        upgraded["device"] = device.replace(" 1 threads)", " 1 thread)")
     elif file == METRICS:
         kind = "report" if "query_losses" in content else ""
         upgraded.setdefault("kind", "validation" if "val_tasks" in content else kind)

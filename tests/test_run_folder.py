@@ -20,6 +20,7 @@ from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
 from mamlctl.run_folder import (
+    ENVIRONMENT,
     METRICS,
     STATUS,
     SUMMARY,
@@ -300,6 +301,9 @@ def test_a_state_is_read_as_written_and_is_empty_without_a_file(tmp_path):
         ),
         (STATUS, {"status": "diverged", "step": 5, "reason": "predictions are nan"}, {"diverged_at": 5}),
         (STATUS, {"status": "diverged", "step": 5, "reason": "at meta-step 6", "diverged_at": 7}, {}),
+        (ENVIRONMENT, {"device": "cpu (x86_64, 1 threads)"}, {"device": "cpu (x86_64, 1 thread)"}),
+        (ENVIRONMENT, {"device": "cpu (x86_64, 11 threads)"}, {}),
+        (ENVIRONMENT, {}, {}),
         (METRICS, {"step": 1, "query_losses": [1.0]}, {"kind": "report"}),
         (METRICS, {"step": 1, "val_tasks": 8}, {"kind": "validation"}),
         (METRICS, {"step": 1}, {"kind": ""}),

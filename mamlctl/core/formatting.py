@@ -101,11 +101,6 @@ def task(dataset: str, ways: int, shots: int) -> str:
     return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
 
 
-def device(description: str) -> str:
-    """The stored description of a device, such as 'cpu (x86_64, 1 threads)', with the singular '1 thread'."""
-    return description.replace(" 1 threads)", " 1 thread)")
-
-
 def loss(value: float) -> str:
     """A loss with four decimals, in at most nine characters even if it explodes."""
     return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"

@@ -161,7 +161,7 @@ def _run_line(run: events.RunStarted) -> str:
         f"{run.meta_batch_size} tasks per meta-step",
         f"{run.parameters:,} parameters",
         f"bn {run.bn}",
-        formatting.device(run.device),
+        run.device,
     ]
     if run.first_step:
         parts.append(f"resuming after step {run.first_step}")

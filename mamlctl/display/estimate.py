@@ -33,7 +33,7 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
     say(
         console,
         (f"{total}: about {formatting.duration(estimate.seconds)}", "bold"),
-        f", {estimate.workers} at a time on {formatting.device(estimate.device)}",
+        f", {estimate.workers} at a time on {estimate.device}",
     )
     say(
         console,

@@ -84,7 +84,7 @@ def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
 def _header(run: RunStarted, width: int) -> list[Text]:
     algo = Text.assemble(" ", (run.algo, f"bold {ACCENT}"), "  ", (" ".join(run.improvements), ACCENT))
     task = Text(formatting.task(formatting.one_line(run.dataset), run.ways, run.shots), "bold")
-    machine = Text(f"{run.parameters:,} parameters · {formatting.device(run.device)}", DIM)
+    machine = Text(f"{run.parameters:,} parameters · {run.device}", DIM)
     # Keep half of the line for the run's name, however long the device's description is.
     machine.truncate(max(width // 2 + 4, 1), overflow="ellipsis")
     name = Text(" " + formatting.elide_middle(formatting.one_line(run.run), width - machine.cell_len - 4))

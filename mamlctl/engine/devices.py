@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Precision
 from mamlctl.core.problems import Problem
 
@@ -77,7 +78,8 @@ def device_words(device: torch.device) -> str:
     """Describe the device by its product name, for messages and environment.json."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({platform.machine()}, {threads} {plural(threads, 'thread')})"
 
 
 def cpu_line(*names: str) -> str:

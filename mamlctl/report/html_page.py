@@ -147,5 +147,5 @@ def _run_texts(cell: Cell) -> list[str]:
         f"{cell.steps:,}",
         "" if cell.step_s is None else formatting.duration(cell.step_s),
         "" if cell.steps_to_99 is None else f"{cell.steps_to_99:,}",
-        formatting.device(cell.device),
+        cell.device,
     ]

@@ -136,11 +136,7 @@ def head_parts(table: Table) -> list[str]:
         f"{table.label_permutations} label permutations" if table.label_permutations > 1 else "",
         f"bn {bn.pop()}" if len(bn) == 1 else "",
         f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
-        formatting.device(devices[0])
-        if len(devices) == 1
-        else f"{len(devices)} kinds of device"
-        if devices
-        else "",
+        f"{len(devices)} kinds of device" if len(devices) > 1 else "".join(devices),
     ]
     return [formatting.strip_controls(part) for part in parts if part]
 

@@ -24,11 +24,6 @@ def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(start: str):
         assert formatting.csv_cell(value) is value
 
 
-def test_stored_devices_are_shown_with_the_singular():
-    assert formatting.device("cpu (x86_64, 1 threads)") == "cpu (x86_64, 1 thread)"
-    assert formatting.device("cpu (x86_64, 11 threads)") == "cpu (x86_64, 11 threads)"
-
-
 def test_durations_amounts_and_sizes_are_formatted():
     assert [formatting.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
         *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),

@@ -264,7 +264,7 @@ def _table_notes(runs: Sequence[_RowRuns], rows: Sequence[Row]) -> list[str]:
         notes.append("rows differ in batch-norm mode: see the column bn")
     if len({row.inner_steps for row in rows}) > 1:
         notes.append("rows differ in inner steps in the test: see the column inner steps")
-    devices = {formatting.device(cell.device) for row in rows for cell in row.cells if cell.device}
+    devices = {cell.device for row in rows for cell in row.cells if cell.device}
     if len(devices) > 1:
         notes.append(f"trained on different devices ({', '.join(sorted(devices))}): do not compare times")
     return list(dict.fromkeys(notes))
