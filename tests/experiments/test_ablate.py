@@ -139,7 +139,9 @@ def test_cells_with_other_settings_are_never_mixed(done, tmp_path, glyphs_root):
     grid = copied(done, tmp_path)
     with pytest.raises(SettingsError, match=r"--meta-lr is 0\.5"):
         tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,1e30,0.4", meta_lr=0.5)
-    with pytest.raises(SettingsError, match="has the rows of") as refused:
+    with pytest.raises(SettingsError, match=r"has the row 'inner_lr=1e30', but .* plans 'inner_lr=0\.2'"):
+        tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,0.2,0.4")
+    with pytest.raises(SettingsError, match="has 3 rows, but this command plans 2") as refused:
         tiny_grid(grid.folder, glyphs_root, "inner_lr=0.1,0.4")
     assert f"mamlctl ablate --resume {grid.folder}" in refused.value.problems[0][1]
     (grid.folder / "plan.yaml").unlink()

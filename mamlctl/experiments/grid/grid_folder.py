@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ import yaml
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import contents, one_writer, write_text
+from mamlctl.core.formatting import plural
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
 from mamlctl.experiments.settings import fill_defaults
@@ -139,11 +141,17 @@ def _plan_problems(stored: Grid, planned: Grid) -> list[Problem]:
     """Why the existing grid is not the planned one, as (fact, hint) pairs."""
     way = "choose another --out, or use the settings of the existing grid"
     stored_rows = {row.label: row for row in stored.rows}
-    if list(stored_rows) != [row.label for row in planned.rows]:
-        fact = f"{stored.folder} has the rows of {stored.plan} ({len(stored.rows)}), not of {planned.plan}"
+    planned_labels = [row.label for row in planned.rows]
+    if list(stored_rows) != planned_labels:
         if stored.plan == planned.plan:  # for example, a newer version has one more improvement
-            way = f"choose another --out, or keep the old rows: mamlctl ablate --resume {stored.folder}"
-        return [(f"{fact} ({len(planned.rows)})", way)]
+            resume = f"mamlctl ablate --resume {shlex.quote(str(stored.folder))}"
+            way = f"choose another --out, or keep the old rows: {resume}"
+        if len(stored_rows) != len(planned_labels):
+            count = f"{len(stored_rows)} {plural(len(stored_rows), 'row')}"
+            return [(f"{stored.folder} has {count}, but this command plans {len(planned_labels)}", way)]
+        pairs = zip(stored_rows, planned_labels, strict=True)
+        old, new = next(pair for pair in pairs if pair[0] != pair[1])
+        return [(f"{stored.folder} has the row '{old}', but this command plans '{new}' instead", way)]
     labels: dict[tuple[str, object, object], list[str]] = {}  # of the rows in which a setting has changed
     for row in planned.rows:
         before, now = identity_settings(stored_rows[row.label].config), identity_settings(row.config)
