@@ -139,6 +139,15 @@ def public_functions():
                 yield name, node
 
 
+def signature(function):
+    """The name of a function, then those of its parameters."""
+    return function.name, *(item.arg for item in (*function.args.args, *function.args.kwonlyargs))
+
+
+def describes_arguments(function):
+    return re.search("Args:|[Aa]rguments", ast.get_docstring(function) or "") is not None
+
+
 def raised_errors(function):
     """The errors for users that a function raises itself."""
     raised = {
@@ -149,14 +158,12 @@ def raised_errors(function):
 
 
 def test_public_functions_describe_many_arguments_and_their_errors():
-    documented = {node.name for _, node in public_functions() if "Args:" in (ast.get_docstring(node) or "")}
+    documented = {signature(node) for _, node in public_functions() if describes_arguments(node)}
     for name, node in public_functions():
         text = " ".join((ast.get_docstring(node) or "").split())
-        arguments = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
-        implements = arguments[:1] == ["self"] and node.name in documented - {"__init__"}  # an interface
+        _, *arguments = signature(node)
+        implements = arguments[:1] == ["self"] and signature(node) in documented  # of an interface
         if len(set(arguments) - {"self", "cls"}) > 2 and not implements:
-            assert re.search("Args:|[Aa]rguments", text), (
-                f"{name}.{node.name} does not describe its arguments"
-            )
+            assert describes_arguments(node), f"{name}.{node.name} does not describe its arguments"
         for error in raised_errors(node):
             assert re.search(rf"Raises?\b.*\b{error}\b", text), f"{name}.{node.name} raises {error}"
