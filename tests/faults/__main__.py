@@ -63,6 +63,8 @@ def main(
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     seed = SystemRandom().randrange(10**6) if seed is None else seed
     faults = [fault for fault in FAULTS if only in fault.name]
+    if not faults:
+        raise typer.BadParameter(f"no fault's name contains '{only}': {', '.join(f.name for f in FAULTS)}")
     shares = sum(fault.share for fault in faults)
     os.environ[preloaded.NO_PICTURES] = "1"
     preloaded.python()
