@@ -21,6 +21,7 @@ WIDTH = 100  # characters of a line of prose
 # Of Ray, pip, the benchmark, a published command line, and the improvement that contributing.md adds.
 FOREIGN = {"--address", "--generate", "--head", "--num-cpus", "--port", "--force-reinstall"}
 FOREIGN |= {"--engines", "--growth", "--official", "--quick", "--transductive", "--wu", "--no-wu"}
+FOREIGN |= {"--only", "--trials"}  # of the attack
 FOREIGN |= {"--help", "--version"}
 FLAGS = {
     flag
