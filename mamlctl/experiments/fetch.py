@@ -102,11 +102,11 @@ def _listed_set(data_set: DataSet, root: Path) -> ListedSet:
     )
 
 
-def _damage(path: Path, name: str, *, whole: bool = False) -> str | None:
-    """The damage of a pack; without `whole`, only the shape of large packs is checked."""
+def _damage(path: Path, name: str, on_event: OnEvent | None = None) -> str | None:
+    """The damage of a pack; without `on_event`, only a sample of large packs is checked."""
     try:
-        if whole:
-            verify_pack(path, name)
+        if on_event is not None:
+            verify_pack(path, name, on_event)
         else:
             load_pack(path, name)
     except DataError as error:
@@ -139,7 +139,7 @@ def verify_all(names: Sequence[str], *, data_root: str | None, on_event: OnEvent
     for name, paths in packs.items():
         damages = []
         for path in paths:
-            damages.append(_damage(path, name, whole=True))
+            damages.append(_damage(path, name, on_event))
             done += sizes.get(path, 0)
             on_event(Progress(f"verify {name}", done, total, "B"))
         if paths or names:

@@ -3,7 +3,9 @@
 import io
 import pickle
 import tarfile
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from helpers.shared import SHARED, ignore
 from PIL import Image
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.events import Notice
+from mamlctl.core.events import Notice, Progress
 from mamlctl.data.reading.packs import load_pack, stream_pack
 from mamlctl.data.sets import imagenet
 from mamlctl.data.sets.class_splits import listed_split, split_classes
@@ -196,12 +198,37 @@ def test_older_pack_of_pickles_gets_the_order_and_keeps_its_digest(with_twins, t
     older = older_pack(tmp_path / "root", of_images)
     assert older.digest != of_images.digest
     assert of_images.older_digests == (older.digest,)
-    for _ in range(2):
-        packed = imagenet.open_pack(MINI, tmp_path / "root", on_event=ignore)
+    for sorts in (True, False):
+        events = []
+        packed = imagenet.open_pack(MINI, tmp_path / "root", on_event=events.append)
         assert (packed.digest, packed.older_digests) == (of_images.digest, (older.digest,))
+        texts = [event.text for event in events if isinstance(event, Notice)]
+        assert ["from an older version: sorting its classes" in text for text in texts] == [True] * sorts
+        assert (Progress("mini-imagenet: sort classes", 100, 100) in events) == sorts
     for split, classes in split_classes(older, "ravi", 0).items():  # so the tasks are the same
         now = split_classes(packed, "ravi", 0)[split]
         assert [older.names[number] for number in classes] == [packed.names[number] for number in now]
+
+
+def test_older_pack_is_sorted_by_one_process_at_a_time(with_twins, tmp_path, monkeypatch):
+    older_pack(tmp_path / "root", with_twins[0])
+    sort, waits, sorts = imagenet._pack_in_order, threading.Event(), []
+
+    def slow_sort(*arguments):
+        sorts.append(arguments)
+        assert waits.wait(60), "the other process waits for the lock"
+        sort(*arguments)
+
+    def on_event(event):
+        if isinstance(event, Notice) and "waiting for" in event.text:
+            waits.set()
+
+    monkeypatch.setattr(imagenet, "_pack_in_order", slow_sort)
+    with ThreadPoolExecutor(2) as pool:
+        roots = [tmp_path / "root"] * 2
+        opened = list(pool.map(lambda root: imagenet.open_pack(MINI, root, on_event=on_event), roots))
+    assert {packed.digest for packed in opened} == {with_twins[0].digest} and len(sorts) == 1
+    assert not list((tmp_path / "root" / "mini-imagenet").glob("*.lock"))
 
 
 def test_older_pack_in_a_read_only_root_is_used_as_it_is(with_twins, tmp_path, monkeypatch):

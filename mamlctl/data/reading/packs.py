@@ -11,7 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.events import OnEvent
 from mamlctl.core.files import read_object, replacing
+from mamlctl.data.fetching.locks import locked
 
 FORMAT = 1
 
@@ -216,6 +218,11 @@ def _replacing_both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         raise DataError(message, hint="free disk space or choose another --data-root") from error
 
 
+def writing_pack(path: Path, name: str, on_event: OnEvent) -> AbstractContextManager[None]:
+    """Lock a pack for the block, which changes it; arguments and exceptions as in `locked`."""
+    return locked(path.with_suffix(".lock"), name, on_event)
+
+
 def packs_of(home: Path) -> list[Path]:
     """Return every complete pack in a data set's folder."""
     return sorted(sidecar.with_suffix(".npy") for sidecar in home.glob("*.json"))
@@ -230,24 +237,36 @@ def verified_at(path: Path) -> datetime | None:
         return None
 
 
-def verify_pack(path: Path, name: str) -> PackedImages:
-    """Load a pack of any size and recompute its digest. Raises DataError if it is damaged."""
+def verify_pack(path: Path, name: str, on_event: OnEvent) -> PackedImages:
+    """Load a pack of any size and recompute its digest.
+
+    Args:
+        path: the .npy file.
+        name: the data set.
+        on_event: receives a notice if another process is changing the pack.
+
+    Raises:
+        DataError: the pack is damaged.
+    """
     packed = load_pack(path, name, whole=True)
     sidecar = path.with_suffix(".json")
-    with suppress(OSError):  # the data root may be shared and read-only
+    with suppress(OSError, DataError):  # the data root may be shared and read-only
         document = read_object(sidecar)
         with path.open("rb") as pixels:
             sums = [zlib.crc32(block) for block in _blocks(pixels, packed.images_MCHW.nbytes)]
         if document.get("crc32") == sums:
             os.utime(sidecar)
         else:  # an older pack has none
-            with replacing(sidecar) as words:
-                words.write(json.dumps(document | {"crc32": sums}).encode())
+            with writing_pack(path, name, on_event):
+                document = read_object(sidecar)
+                if document.get("digest") == packed.digest:  # otherwise another process has replaced the pack
+                    with replacing(sidecar) as words:
+                        words.write(json.dumps(document | {"crc32": sums}).encode())
     return packed
 
 
 def add_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    """Add facts to those of a pack, unless the data root is read-only."""
+    """Add facts to those of a pack, in a block of `writing_pack`, unless the data root is read-only."""
     sidecar = path.with_suffix(".json")
     with suppress(OSError):
         document, status = read_object(sidecar), sidecar.stat()

@@ -6,7 +6,6 @@ of tieredImageNet from Ren et al. 2018, section 4.1.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -19,10 +18,18 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
+from mamlctl.core.files import read_object
 from mamlctl.core.formatting import plural
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, twins
-from mamlctl.data.reading.packs import PackedImages, add_facts, is_packed, load_pack, stream_pack
+from mamlctl.data.reading.packs import (
+    PackedImages,
+    add_facts,
+    is_packed,
+    load_pack,
+    stream_pack,
+    writing_pack,
+)
 from mamlctl.data.sets.class_splits import SPLITS, listed_split
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
 
@@ -86,10 +93,12 @@ def prepare(listed: ListedSet, root: Path, sources: Sequence[Path], on_event: On
     if not sources:
         message = f"{listed.title} cannot be downloaded: the terms of ImageNet forbid redistribution"
         raise DataError(message, hint=listed.hint)
+    writing = writing_pack(_path(listed, root), listed.name, on_event)
     if listed is MINI and (pickles := _pickles(sources)):
-        _pack_pickles(_path(listed, root), pickles, on_event)
+        with writing:
+            _pack_pickles(_path(listed, root), pickles, on_event)
         return
-    with ExitStack() as stack:
+    with writing, ExitStack() as stack:
         opened = [stack.enter_context(open_members(path)) for path in _candidates(sources)]
         by_class = _by_class(listed, opened)
         _verify(listed, by_class, sources)
@@ -127,39 +136,51 @@ def _pack_pickles(path: Path, pickles: Sequence[Path], on_event: OnEvent) -> Non
 
     pairs: list[tuple[str, str]] = []
     stream_pack(path, (3, SIDE, SIDE), twins(images(), pairs), lambda: {"twins": pairs})
-    _pack_in_order(path, load_pack(path, MINI.name))
+    _pack_in_order(path, load_pack(path, MINI.name), on_event)
     _announce_twins(MINI, pairs, on_event)
 
 
-def _pack_in_order(path: Path, packed: PackedImages) -> None:
+def _pack_in_order(path: Path, packed: PackedImages, on_event: OnEvent) -> None:
     """Pack mini-ImageNet again with its classes in the order of their names, as from archives."""
 
     def images() -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        for name, images_MCHW in packed.of_classes(sorted(packed.names)):
+        for number, (name, images_MCHW) in enumerate(packed.of_classes(sorted(packed.names)), 1):
             for image_CHW in images_MCHW:
                 yield name, image_CHW
+            on_event(Progress(f"{MINI.name}: sort classes", number, len(packed.names)))
 
     pairs = sorted(tuple(sorted(pair)) for pair in packed.facts.get("twins", ()))
     facts = {"twins": pairs, "older_digests": [packed.digest]}
     stream_pack(path, packed.images_MCHW.shape[1:], images(), lambda: facts)
 
 
-def _open_mini(path: Path) -> PackedImages:
+def _open_mini(path: Path, on_event: OnEvent) -> PackedImages:
     """Open mini-ImageNet with its classes in the order of their names and its older digests.
 
     Older versions packed pickles in the order of the published list. The tasks are the same, since the
     classes of each split have the same order in both.
     """
+    if not _has_older_digests(path):
+        # The data root may be read-only; damage is reported below.
+        with suppress(DataError), writing_pack(path, MINI.name, on_event):
+            if not _has_older_digests(path):  # another process may have written them
+                _add_older_digests(path, on_event)
+    return load_pack(path, MINI.name)
+
+
+def _has_older_digests(path: Path) -> bool:
+    facts = read_object(path.with_suffix(".json")).get("facts")
+    return isinstance(facts, dict) and bool(facts.get("older_digests"))
+
+
+def _add_older_digests(path: Path, on_event: OnEvent) -> None:
     packed = load_pack(path, MINI.name)
-    if packed.facts.get("older_digests"):
-        return packed
-    if list(packed.names) != sorted(packed.names):
-        with suppress(DataError):  # the data root may be read-only
-            _pack_in_order(path, packed)
-    elif os.access(path.parent, os.W_OK):
+    if list(packed.names) == sorted(packed.names):
         listed = [name for name in listed_split(MINI.name) if name in packed.names]
         add_facts(path, {"older_digests": [packed.digest_in_order(listed)]})
-    return load_pack(path, MINI.name)
+    else:
+        on_event(Notice(f"{path} is from an older version: sorting its classes by name"))
+        _pack_in_order(path, packed, on_event)
 
 
 def is_here(listed: ListedSet, root: Path) -> bool:
@@ -174,7 +195,7 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
         listed: the data set.
         root: the data root.
         resize: not used, since the packs have one size.
-        on_event: not used.
+        on_event: receives progress and notices if the pack is from an older version.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -182,7 +203,7 @@ def open_pack(listed: ListedSet, root: Path, resize: str = "none", *, on_event: 
     if not is_here(listed, root):
         raise DataError(f"{listed.name} is not in {root}", hint=listed.hint)
     path = _path(listed, root)
-    return _open_mini(path) if listed is MINI else load_pack(path, listed.name)
+    return _open_mini(path, on_event) if listed is MINI else load_pack(path, listed.name)
 
 
 def split_by_folders(packed: PackedImages, scheme: str, seed: int) -> dict[str, NDArray[np.int64]]:
