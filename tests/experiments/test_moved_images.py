@@ -13,7 +13,7 @@ from PIL import Image
 
 from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
-from mamlctl.core.events import Notice
+from mamlctl.core.events import Notice, Progress
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import resume, train
@@ -98,6 +98,16 @@ def test_the_split_of_the_run_is_used_if_classes_are_added_elsewhere(place):
     stored = open_run(place / "run").classes()
     assert model.source.names == stored
     assert "images or classes have changed" in model.notes[-1]
+
+
+def test_hashing_the_training_images_reports_progress(tmp_path):
+    events = []
+    run = trained(tmp_path / "run", photos(tmp_path / "p", NAMES), tmp_path / "root", events)
+    hashed = [event for event in events if isinstance(event, Progress) and event.what == "hash images"]
+    classes = len(open_run(run).classes()["train"])
+    assert [(event.done, event.total) for event in hashed] == [
+        (3 * n, 3 * classes) for n in range(1, classes + 1)
+    ]
 
 
 def test_training_images_under_other_names_are_refused(place):

@@ -98,7 +98,7 @@ def open_streams(
             names,
             brightness,
             packed.older_digests,
-            lambda part: image_digests(packed, classes[part]),
+            lambda part: image_digests(packed, classes[part], on_event),
         )
     return {split: _in_batches(config, stream) for split, stream in streams.items()}, source
 
