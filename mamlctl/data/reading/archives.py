@@ -50,8 +50,16 @@ FOREIGN = {
 # What the standard library raises for damaged archives, and for forged ones: ValueError and OverflowError for
 # sizes beyond 64 bits, RecursionError for a thousand headers before a file.
 DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError),
-    *(ValueError, OverflowError, MemoryError, RecursionError),
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
 )
 
 # Bytes of a zip's member that are read at once. zipfile decompresses as much as is requested, also beyond the

@@ -28,8 +28,26 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # The formats of photographs and drawings, all decoded inside this process. Left out are those that start a
 # program (EPS starts Ghostscript), and those of other fields (FITS, GRIB, HDF5), games (DDS, BLP) and films.
 FORMATS = {
-    *("AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD"),
-    *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "ICNS",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "PSD",
+    "QOI",
+    "SGI",
+    "SUN",
+    "TGA",
+    "TIFF",
+    "WEBP",
+    "XBM",
+    "XPM",
 }
 
 # What Pillow raises for a file that is not an image, or is truncated or damaged.

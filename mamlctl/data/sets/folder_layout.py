@@ -24,8 +24,25 @@ SPLIT_FOLDERS = {
 # The suffixes that show that a file is meant as an image. Class folders may also contain images with other
 # names, but a LICENSE next to some folders must not decide what the classes are.
 IMAGE_SUFFIXES = {
-    *(".avif", ".bmp", ".gif", ".heic", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pcx", ".pgm"),
-    *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".heic",
+    ".j2k",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pcx",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
 }
 
 

@@ -41,8 +41,15 @@ TASKS = 16  # timed validation tasks
 # Settings without effect on the time of a meta-step: bnrs and ca, for example, only change which statistics
 # and which rate it uses. Rows that differ only in these are timed once.
 FREE_SETTINGS = (
-    *("seed", "init_seed", "train_seed", "inner_lr", "bnrs"),
-    *("ca", "meta_lr", "meta_lr_final", "min_meta_lr"),
+    "seed",
+    "init_seed",
+    "train_seed",
+    "inner_lr",
+    "bnrs",
+    "ca",
+    "meta_lr",
+    "meta_lr_final",
+    "min_meta_lr",
 )
 
 

@@ -36,8 +36,19 @@ ORDER = "-".join("+".join(group) for group in GROUPS)
 
 # The rows of a table have the same test tasks, so the settings that decide the tasks cannot vary.
 OF_TASKS = (
-    *("dataset", "ways", "shots", "queries", "split_scheme", "split_fractions", "classes", "split_seed"),
-    *("eval_seed", "image_size", "channels", "resize", "strict"),
+    "dataset",
+    "ways",
+    "shots",
+    "queries",
+    "split_scheme",
+    "split_fractions",
+    "classes",
+    "split_seed",
+    "eval_seed",
+    "image_size",
+    "channels",
+    "resize",
+    "strict",
 )
 
 
