@@ -26,7 +26,11 @@ def test_text_that_a_spreadsheet_would_run_gets_an_apostrophe(start: str):
 
 def test_durations_amounts_and_sizes_are_formatted():
     assert [formatting.duration(s) for s in (0.0264, 2.4141, 71.9, 130, math.nan)] == [
-        *("26.4 ms", "2.41 s", "72 s", "2:10", "-"),
+        "26.4 ms",
+        "2.41 s",
+        "72 s",
+        "2:10",
+        "-",
     ]
     assert formatting.amount(1200, 3000) == "1,200/3,000"
     assert formatting.amount(1200, 0) == "1,200"
@@ -36,7 +40,11 @@ def test_durations_amounts_and_sizes_are_formatted():
     assert [formatting.size(count) for count in (12, 2048, 3 * 2**29)] == ["12 B", "2.0 KiB", "1.5 GiB"]
     assert formatting.elide_middle("runs/abcdefgh", 7) == "run…fgh"
     assert [list(formatting.evenly_spaced(*case)) for case in ((3, 5), (21, 3), (9, 1), (9, 0), (9, -2))] == [
-        *([0, 1, 2], [0, 10, 20], [8], [], []),
+        [0, 1, 2],
+        [0, 10, 20],
+        [8],
+        [],
+        [],
     ]
 
 

@@ -34,11 +34,33 @@ def test_every_frame_fits_its_terminal(width: int, height: int, inner_steps: int
 def test_a_frame_shows_everything_about_a_training(width: int, height: int):
     text = "\n".join(frame(state_after(RUN, MetaStepDone(30, 0), a_report(), VALIDATION), width, height))
     for shown in (
-        *("maml++", "msl da bnrs bnwb lslr ca", "omniglot 20-way 1-shot", "112,084 parameters", "cpu"),
-        *("epoch 1/10", "30/50", "30/500", "support loss 0.8120", "meta lr 0.001", "first order"),
-        *("3.0000", "1.5000", "0.5000", "95.0 %", "chance: 2.9957, 5.0 %", "1.00", "tasks/s 38.1"),
-        *("meta-step 210 ms", "memory 1.5 GiB", "93.12 ± 0.61 % epoch 1", "bn transductive", "600 tasks"),
-        *("Learnt inner rates", "step 5", "conv1.weight", "0.1400"),
+        "maml++",
+        "msl da bnrs bnwb lslr ca",
+        "omniglot 20-way 1-shot",
+        "112,084 parameters",
+        "cpu",
+        "epoch 1/10",
+        "30/50",
+        "30/500",
+        "support loss 0.8120",
+        "meta lr 0.001",
+        "first order",
+        "3.0000",
+        "1.5000",
+        "0.5000",
+        "95.0 %",
+        "chance: 2.9957, 5.0 %",
+        "1.00",
+        "tasks/s 38.1",
+        "meta-step 210 ms",
+        "memory 1.5 GiB",
+        "93.12 ± 0.61 % epoch 1",
+        "bn transductive",
+        "600 tasks",
+        "Learnt inner rates",
+        "step 5",
+        "conv1.weight",
+        "0.1400",
     ):
         assert shown in text, shown
     assert "second order" in "\n".join(frame(state_after(RUN, a_report(first_order=False)), width, height))

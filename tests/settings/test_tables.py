@@ -135,12 +135,30 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
         "task_chunk",
     }
     assert {
-        *("queries", "eval_seed", "adapts", "inner_steps", "inner_lr", "bn", "device", "data_root"),
-        *("ways", "shots"),
+        "queries",
+        "eval_seed",
+        "adapts",
+        "inner_steps",
+        "inner_lr",
+        "bn",
+        "device",
+        "data_root",
+        "ways",
+        "shots",
     } == TEST_SETTINGS
     assert set(TASK_SETTINGS) == {
-        *("split", "tasks", "queries", "eval_seed", "data_root", "dataset", "disjoint", "label_permutations"),
-        *("allow_overlap", "ways", "shots", "classes"),
+        "split",
+        "tasks",
+        "queries",
+        "eval_seed",
+        "data_root",
+        "dataset",
+        "disjoint",
+        "label_permutations",
+        "allow_overlap",
+        "ways",
+        "shots",
+        "classes",
     }
 
 
