@@ -150,7 +150,9 @@ def _run() -> tuple[int, MamlctlError | None]:
         return ExitCode.FAILED, None
     except (MemoryError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
-            hint = "use a smaller --meta-batch-size, --image-size or network, or end other programs"
+            hint = "end other programs, or use a machine with more memory"
+            if sys.argv[1:2] == ["train"]:
+                hint = "use a smaller --meta-batch-size, --image-size or network, or end other programs"
             return ExitCode.FAILED, MamlctlError("the machine does not have enough memory", hint=hint)
         if not isinstance(error, OSError):
             raise

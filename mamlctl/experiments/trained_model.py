@@ -11,6 +11,7 @@ import torch
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.sets.registry import (
     find_data_set,
@@ -186,7 +187,7 @@ def load_states(
     others = [] if settings.checkpoint else [run.checkpoints / name for name in ("best.pt", LAST, PREVIOUS)]
     loaded: dict[Path, tuple[MetaState, int | None]] = {}
     errors = list[MamlctlError]()
-    for file in (*files, *others):
+    for file in dict.fromkeys((*files, *others)):
         if file in files or not loaded:
             try:
                 loaded[file] = _load_state(run, file, settings, example_shape, device)
@@ -195,17 +196,23 @@ def load_states(
             except MamlctlError as error:
                 errors.append(error)
     if not loaded:
-        raise errors[0]
+        raise MamlctlError(_damage_words(errors), hint=errors[0].hint)
     states, epochs = zip(*loaded.values(), strict=True)
-    notes = _damage_notes(errors[0], list(loaded), on_event) if errors else ()
+    notes = _damage_notes(errors, list(loaded), on_event) if errors else ()
     return list(states), [epoch for epoch in epochs if epoch is not None], notes
 
 
-def _damage_notes(error: MamlctlError, used: Sequence[Path], on_event: OnEvent) -> tuple[str, ...]:
-    """Report which checkpoints are used instead of a damaged one."""
-    note = f"{error.message}: using {', '.join(file.name for file in used)}"
+def _damage_notes(errors: Sequence[MamlctlError], used: Sequence[Path], on_event: OnEvent) -> tuple[str, ...]:
+    """Report which checkpoints are used instead of damaged ones."""
+    note = f"{_damage_words(errors)}: using {', '.join(file.name for file in used)}"
     on_event(Notice(note))
     return (note,)
+
+
+def _damage_words(errors: Sequence[MamlctlError]) -> str:
+    first, *others = (error.message for error in errors)
+    more = f"; {len(others)} other {plural(len(others), 'checkpoint')} cannot be used either"
+    return first + (more if others else "")
 
 
 def _load_state(
@@ -287,7 +294,7 @@ def checkpoint_files(
             raise checkpoints.damaged(last, "does not record which epochs were best")
     except MamlctlError as error:
         ranked = _ranked_epochs(run)
-        return (ranked, _damage_notes(error, ranked, on_event)) if ranked else ([last], ())
+        return (ranked, _damage_notes([error], ranked, on_event)) if ranked else ([last], ())
     top = content["position"]["top"]
     if not top:
         on_event(Notice(f"{run.path} has not been validated yet: using its last checkpoint"))

@@ -39,7 +39,7 @@ def check_folder(run: RunFolder, command: str) -> None:
     """Raise DataError if the run was trained on a folder that no longer exists; `command` needs it."""
     folder = run.config.dataset
     if is_image_folder(folder) and not Path(folder).is_dir():
-        hint = f"if its images have moved, add their folder: {command} --dataset DIR"
+        hint = f"if its images have moved to DIR, run {command} --dataset DIR"
         raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
 
 

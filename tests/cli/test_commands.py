@@ -436,7 +436,12 @@ def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
     assert "using best.pt" in err
     truncate(folder / "best.pt")
     err, notes, rows = models()
-    assert rows == [("last", [])] and "using previous.pt" in err
+    assert rows == [("last", [])] and "; 1 other checkpoint cannot be used either: using previous.pt" in err
+    truncate(folder / "previous.pt")
+    code, _, err = cli("eval", copy, "--tasks", "4")
+    assert code == 1
+    assert_two_lines(err, "last.pt cannot be read", "use another checkpoint")
+    assert "; 2 other checkpoints cannot be used either" in " ".join(err.split())
 
 
 def test_a_copy_of_the_last_checkpoint_is_not_one_of_the_best_epochs(cli, copy):
@@ -671,6 +676,10 @@ def test_a_lack_of_memory_prints_a_fact_and_a_hint(cli, tmp_path, monkeypatch, e
     code, _, err = cli("train", *QUICK_WORDS, "--out", tmp_path / "run")
     assert code == 1
     assert_two_lines(err, "does not have enough memory", "use a smaller --meta-batch-size")
+    monkeypatch.setattr("mamlctl.experiments.fetch.fetch_all", fail)
+    code, _, err = cli("fetch", "glyphs")
+    assert code == 1
+    assert_two_lines(err, "does not have enough memory", "end other programs, or use a machine with more")
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])

@@ -257,6 +257,17 @@ def test_a_folder_in_place_of_a_file_is_refused_and_closed(tmp_path):
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
+def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with open_members(write_zip(tmp_path / "a.zip")) as members:
+        monkeypatch.setattr(zipfile.ZipFile, "open", fail)
+        with pytest.raises(DataError, match="not enough memory to read") as raised:
+            members.read(members.names[0])
+    assert raised.value.hint.startswith("end other programs")
+
+
 def test_unreadable_archive_is_not_called_another_file(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip")
 

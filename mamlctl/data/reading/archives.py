@@ -58,7 +58,6 @@ DAMAGE = (
     NotImplementedError,
     ValueError,
     OverflowError,
-    MemoryError,
     RecursionError,
 )
 
@@ -205,6 +204,9 @@ def _start(path: Path) -> bytes:
 def _damage_as_data_error(path: Path, what: str) -> Iterator[None]:
     try:
         yield
+    except MemoryError as error:  # a forged size may be larger than any memory
+        fact = f"{path} {what}, or there is not enough memory to read it"
+        raise DataError(fact, hint=f"end other programs, or {DOWNLOAD_AGAIN}") from error
     except (*DAMAGE, OSError) as error:  # gzip and bz2 raise OSError for damage too
         raise DataError(f"{path} {what}: {error}", hint=DOWNLOAD_AGAIN) from error
 

@@ -37,7 +37,7 @@ LONGEST_TEXT = 64 * 1024
 MOST_READS = 60_000_000
 
 # What the reader raises for a damaged file.
-DAMAGE = (pickle.PickleError, struct.error, ValueError, TypeError, LookupError, OverflowError, MemoryError)
+DAMAGE = (pickle.PickleError, struct.error, ValueError, TypeError, LookupError, OverflowError)
 
 PLAIN = (str, bytes, bytearray, int, float, np.generic, np.ndarray, type(None))
 NUMBERS = re.compile(r"[biufc]\d{1,2}")  # dtypes of plain numbers: no objects, strings, fields or dates

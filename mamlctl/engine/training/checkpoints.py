@@ -165,7 +165,10 @@ def _read(path: Path) -> dict[str, Any]:
             raise damaged(path, "is not a checkpoint of mamlctl: its records are compressed or overlap")
         for entry in entries:
             if entry.filename.endswith("data.pkl"):
-                _check_pickle(archive.read(entry) if entry.file_size <= LARGEST_PICKLE else b"")
+                if entry.file_size > LARGEST_PICKLE:
+                    excess = f"{entry.file_size:,} bytes, more than the limit of {LARGEST_PICKLE:,}"
+                    raise ValueError(f"its pickle has {excess}")
+                _check_pickle(archive.read(entry))
             if entry.filename.endswith(".storage_alignment") and int(archive.read(entry)[:20]) <= 0:
                 raise ValueError("its tensors have no alignment")  # torch would divide by it, and crash
     # On this device tensors have a shape but no memory, so a forged shape cannot allocate any.
@@ -180,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise damaged(path, f"is not a checkpoint of mamlctl: {misfit[:100]}")
     needed = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(content))
     if needed > size:
-        raise damaged(path, f"has {size} bytes, but its tensors would take {needed}")
+        raise damaged(path, f"has {size:,} bytes, but its tensors would take {needed:,}")
     if training and not _is_possible(**content["position"]):
         raise damaged(path, "is not a checkpoint of mamlctl: its position in the training is impossible")
     stored: dict[str, Any] = torch.load(path, weights_only=True)
