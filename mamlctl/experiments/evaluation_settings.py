@@ -30,13 +30,17 @@ from mamlctl.settings.schema import TrainConfig
 
 def evaluation_setup(
     run: RunFolder, settings: EvalConfig, on_event: OnEvent
-) -> tuple[TrainConfig, torch.device]:
+) -> tuple[TrainConfig, torch.device, bool]:
     """Complete the run's settings for an evaluation, and open the device.
 
     Args:
         run: the run.
         settings: the settings of the evaluation, some of which replace the run's.
         on_event: receives notices.
+
+    Returns:
+        The settings, the device, and whether the evaluation keeps the split of the run, as `keeps_split`
+        says, which scans the folder of images.
 
     Raises:
         SettingsError: the run does not support the settings, or the machine does not have the device.
@@ -59,7 +63,7 @@ def evaluation_setup(
     device = open_device(config.device, config.precision)
     if config.precision == "tf32" and device.type == "cpu":
         on_event(Notice("the run was trained in tf32, which CPUs do not have: evaluating in float32"))
-    return config, device
+    return config, device, keeps
 
 
 def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: bool) -> TrainConfig:

@@ -99,7 +99,7 @@ def adapt_classifier(
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         # Papers report transductive accuracy, but the prediction for one image should not depend on others.
         settings = replace(settings, bn=Statistics.SUPPORT.value)
-    config, device = evaluation_setup(run, settings, on_event)
+    config, device, _ = evaluation_setup(run, settings, on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"

@@ -35,7 +35,7 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.training_images import check_folder, keeps_split, overlap_notes, stored_split
+from mamlctl.experiments.training_images import check_folder, overlap_notes, stored_split
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -89,8 +89,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     run = open_run(path)
     if settings.dataset is None:
         check_folder(run, f"mamlctl eval {path}")
-    config, device = evaluation_setup(run, settings, on_event)
-    keeps = keeps_split(run, settings)
+    config, device, keeps = evaluation_setup(run, settings, on_event)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     streams, source = open_streams(
         config,

@@ -14,6 +14,7 @@ from PIL import Image
 from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, Progress
+from mamlctl.experiments import training_images
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import resume, train
@@ -87,6 +88,14 @@ def test_moved_images_are_tested_on_the_split_of_the_run(place):
     after, notices = evaluated(place, place / "q")
     assert notices == [f"{place / 'q'} has the images of {place / 'p'}: using the split of the run"]
     assert after.rows == before.rows and after.folder == before.folder and after.notes == ()
+
+
+def test_the_folder_of_moved_images_is_compared_once(place, monkeypatch):
+    (place / "p").rename(place / "q")
+    scan, scans = training_images.class_files, []
+    monkeypatch.setattr(training_images, "class_files", lambda *folder: scans.append(folder) or scan(*folder))
+    evaluated(place, place / "q")
+    assert len(scans) == 1
 
 
 def test_the_split_of_the_run_is_used_if_classes_are_added_elsewhere(place):
