@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mamlctl.core.errors import MamlctlError
-from mamlctl.core.process import exit_at_once_on_ctrl_c
+from mamlctl.core.process import exit_at_once_on
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -30,7 +30,8 @@ def end_with_parent() -> None:
 def accept_signals() -> None:
     """Handle SIGINT and SIGTERM even if the parent blocks or ignores them, as Ray workers do with SIGINT."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    exit_at_once_on_ctrl_c()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    exit_at_once_on(signal.SIGINT)
 
 
 def report_error(path: Path, error: BaseException) -> None:

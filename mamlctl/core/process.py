@@ -14,7 +14,7 @@ SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
 def prepare_process() -> None:
     """Prepare for the slow imports of a command, which come after this call."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
-        exit_at_once_on_ctrl_c()
+        exit_at_once_on(signal.SIGINT)
     _open_closed_streams()
     # Some terminals export a size of 0, with which rich prints nothing.
     for name in ("COLUMNS", "LINES"):
@@ -22,16 +22,12 @@ def prepare_process() -> None:
             os.environ.pop(name, None)
 
 
-def exit_at_once_on_ctrl_c() -> None:
-    """Let Ctrl-C end the process silently, without cleanup: for imports and for the end of the process.
-
-    A KeyboardInterrupt during imports would print a traceback, or be replaced by an ImportError.
-    """
-    signal.signal(signal.SIGINT, _exit_at_once)
-
-
 def exit_at_once_on(*numbers: int) -> None:
-    """Let signals that are not ignored end the process as `exit_at_once_on_ctrl_c` does."""
+    """Let signals that are not ignored end the process silently, without cleanup.
+
+    For imports and for the end of the process: a KeyboardInterrupt during imports would print a traceback, or
+    be replaced by an ImportError.
+    """
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _exit_at_once)
@@ -56,7 +52,7 @@ def _exit_at_once(number: int, frame: FrameType | None) -> None:
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """Raise KeyboardInterrupt; the next Ctrl-C exits at once."""
-    exit_at_once_on_ctrl_c()
+    exit_at_once_on(signal.SIGINT)
     raise KeyboardInterrupt
 
 

@@ -94,6 +94,14 @@ def test_ctrl_c_stays_ignored_in_the_background():
     assert subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout == "True\n"
 
 
+def test_a_child_accepts_ctrl_c_that_its_parent_ignores():
+    program = "import os, signal, mamlctl.cli.child_process as c; c.accept_signals(); "
+    program += "os.kill(os.getpid(), signal.SIGINT)"
+    words = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, program]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_replaced(closed):
     program = "import os, sys, mamlctl.core.process as p; p.prepare_process(); print(1); "
