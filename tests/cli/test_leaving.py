@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.shared import ROOT
 
+pytestmark = pytest.mark.process
+
 SCRIPT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mamlctl"]
 STARTS = {
     "module": "runpy.run_module('mamlctl', run_name='__main__')",

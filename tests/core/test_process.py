@@ -10,6 +10,8 @@ from helpers.shared import ROOT
 
 from mamlctl.core.process import SHOW_CURSOR
 
+pytestmark = pytest.mark.process
+
 INTERRUPTED_IMPORT = """
 import os, runpy, signal, sys
 
