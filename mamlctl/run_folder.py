@@ -179,13 +179,17 @@ class RunFolder:
             Which lines were damaged, or ""; a last line that a crash cut off does not count.
         """
         lines = self._metrics_lines()
+        rows = [_metrics_row(line) for line in lines]
         kept = [
             row
-            for row in _metrics_rows(lines)
-            if row["step"] <= step and (row["kind"] != "validation" or row["epoch"] <= validated_epochs)
+            for row in rows
+            if row
+            and row["step"] <= step
+            and (row["kind"] != "validation" or row["epoch"] <= validated_epochs)
         ]
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-        damaged = [n for n, line in enumerate(lines, 1) if line.endswith("\n") and not _metrics_rows([line])]
+        read = enumerate(zip(lines, rows, strict=True), 1)
+        damaged = [number for number, (line, row) in read if line.endswith("\n") and row is None]
         if not damaged:
             return ""
         numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
@@ -199,15 +203,17 @@ def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, 
 
 def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
     """The rows in the lines, without damaged ones."""
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and not is_damaged(upgraded := upgrade(METRICS, row)):
-            rows.append(upgraded)
-    return rows
+    return [row for row in map(_metrics_row, lines) if row is not None]
+
+
+def _metrics_row(line: str) -> dict[str, Any] | None:
+    """The row in a line; None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    upgraded = upgrade(METRICS, row) if isinstance(row, dict) else {}
+    return None if is_damaged(upgraded) else upgraded
 
 
 def identity_settings(config: TrainConfig) -> dict[str, Any]:
