@@ -140,6 +140,7 @@ class Trainer:
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
         self._saved_at = time.monotonic()
+        self._checkpoint_every_s = parse_seconds(config.checkpoint_every)
 
     @property
     def last(self) -> Path:
@@ -201,7 +202,7 @@ class Trainer:
         self.on_event(MetaStepDone(step, epoch))
         if reports:
             self._report(epoch)
-        due = time.monotonic() - self._saved_at >= parse_seconds(config.checkpoint_every)
+        due = time.monotonic() - self._saved_at >= self._checkpoint_every_s
         # On CUDA, losses have not been checked since the last report; the next one raises the error.
         if due and first_non_finite(measured) is None:
             self.save()
