@@ -34,7 +34,7 @@ def strip_controls(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A name with '?' for each control character, so that it stays within its row of a table."""
+    """A name with '?' for each control character, so that it fits into one row of a table."""
     return text.translate(CONTROLS)
 
 

@@ -75,7 +75,7 @@ def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: b
     assert settings.dataset is not None
     folders = is_image_folder(settings.dataset) and is_image_folder(trained.dataset)
     # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
-    # the user's own images do not define the value of ink, so it stays the run's.
+    # the user's own images do not define the value of ink, so the run's value is used.
     keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
         config,
