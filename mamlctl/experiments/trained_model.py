@@ -30,7 +30,7 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
-from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
+from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
@@ -169,8 +169,8 @@ def load_states(
 
     Args:
         run: the run.
-        files: the checkpoints, best first. Damaged ones are left out; if none is left, others of the run are
-            tried.
+        files: the checkpoints, best first. Damaged ones are left out; best.pt, a copy of the first, is used
+            in its place. If none is left, others of the run are tried.
         settings: the settings of the evaluation.
         example_shape: C, H, W of an image, or the size of a point.
         device: where the tensors go.
@@ -183,10 +183,10 @@ def load_states(
         MamlctlError: no checkpoint is whole.
         SettingsError: the run has no inner learning rates for the layers that the settings adapt.
     """
-    others = [] if settings.checkpoint else [run.checkpoints / name for name in ("best.pt", LAST, PREVIOUS)]
+    others = [] if settings.checkpoint else [run.checkpoints / name for name in (BEST, LAST, PREVIOUS)]
     loaded: dict[Path, tuple[MetaState, int | None]] = {}
     errors = list[MamlctlError]()
-    for file in dict.fromkeys((*files, *others)):
+    for file in dict.fromkeys((files[0], *others[:1], *files[1:], *others[1:])):
         if file in files or not loaded:
             try:
                 loaded[file] = _load_state(run, file, settings, example_shape, device)
@@ -302,11 +302,13 @@ def checkpoint_files(
 
 
 def _ranked_epochs(run: RunFolder) -> list[Path]:
-    """The undamaged checkpoints of epochs, best first."""
-    scores = {}
-    for file in sorted(run.checkpoints.glob("epoch-*.pt")):
+    """The undamaged checkpoints of epochs, one of each, best first."""
+    sign = 1 if is_curve_family(run.config.dataset) else -1
+    found = dict[int, tuple[float, int, Path]]()
+    for file in (*run.checkpoints.glob("epoch-*.pt"), run.checkpoints / BEST):
         # A copy of last.pt under this name has no score.
         with suppress(MamlctlError, KeyError):
-            scores[file] = checkpoints.load(file, owner=run.owner)["val_score"]
-    sign = 1 if is_curve_family(run.config.dataset) else -1
-    return sorted(scores, key=lambda file: sign * scores[file])[:KEPT]
+            content = checkpoints.load(file, owner=run.owner)
+            epoch = content["epoch"]
+            found.setdefault(epoch, (sign * content["val_score"], epoch, file))
+    return [file for *_, file in sorted(found.values())[:KEPT]]

@@ -429,7 +429,9 @@ def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
     assert rows == before
     assert "last.pt cannot be read" in err and f"using epoch-000{best}.pt, epoch-000{second}.pt" in notes[0]
     truncate(folder / f"epoch-000{best}.pt")
-    assert models()[2] == [("best", [second]), ("ensemble-1", [second])]
+    err, notes, rows = models()
+    assert rows == before
+    assert "last.pt cannot be read" in err and notes[0].endswith(f": using best.pt, epoch-000{second}.pt")
     truncate(folder / f"epoch-000{second}.pt")
     err, notes, rows = models()
     assert rows == [("best", [best]), ("ensemble-1", [best])]
@@ -442,6 +444,27 @@ def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
     assert code == 1
     assert_two_lines(err, "last.pt cannot be read", "use another checkpoint")
     assert "; 2 other checkpoints cannot be used either" in " ".join(err.split())
+
+
+def test_eval_uses_best_pt_for_a_damaged_file_of_the_best_epoch(cli, copy):
+    def results():
+        code, out, err = cli("eval", copy, "--tasks", "4", "--json")
+        assert code == 0, err
+        document = json.loads(out)
+        return document["notes"], document["results"]
+
+    _, before = results()
+    best, second = before[1]["epochs"]
+    folder = copy / "checkpoints"
+    truncate(folder / f"epoch-000{best}.pt")
+    (note,), after = results()
+    assert after == before
+    assert f"epoch-000{best}.pt cannot be read" in note
+    assert note.endswith(f": using best.pt, epoch-000{second}.pt")
+    truncate(folder / "best.pt")
+    (note,), after = results()
+    assert [(row["model"], row["epochs"]) for row in after] == [("best", [second]), ("ensemble-1", [second])]
+    assert note.endswith(f"; 1 other checkpoint cannot be used either: using epoch-000{second}.pt")
 
 
 def test_a_copy_of_the_last_checkpoint_is_not_one_of_the_best_epochs(cli, copy):

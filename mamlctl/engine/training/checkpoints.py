@@ -22,6 +22,7 @@ from mamlctl.core.errors import MamlctlError, is_out_of_memory
 from mamlctl.core.files import replacing
 
 FORMAT = 3
+BEST = "best.pt"  # a copy of the best epoch's file
 LAST = "last.pt"  # what training resumes from
 PREVIOUS = "previous.pt"  # the `last.pt` before it
 

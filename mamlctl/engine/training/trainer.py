@@ -307,7 +307,7 @@ class Trainer:
         if any(entry[0] == epoch for entry in top):
             checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
         if top[0][0] == epoch:
-            checkpoints.save(self.run.checkpoints / "best.pt", content, owner=self.run.owner)
+            checkpoints.save(self.run.checkpoints / checkpoints.BEST, content, owner=self.run.owner)
 
     def _content(self) -> dict[str, Mapping[str, Any]]:
         """Everything that `resume` needs."""
