@@ -53,6 +53,17 @@ def test_a_skipped_fault_gives_its_reason_and_does_not_fail(undisturbed):
     assert "| full disk | skipped: mounting is forbidden |  |" in table([row])
 
 
+def test_the_table_shows_what_was_lost_before_a_fault_was_skipped():
+    row = Row("full disk", 3, [(0, "a run"), (2, "a run")], "no more mounts")
+    assert row.failed
+    assert "| full disk | 3, then skipped: no more mounts | 2 |" in table([row])
+
+
+def test_a_folder_that_an_earlier_fault_left_behind_changes_nothing(undisturbed):
+    (undisturbed.folder / "trial-5").mkdir()
+    assert attack(Fault("odd", odd), undisturbed, seed=5, seconds=0, trials=2).tried == 4
+
+
 def test_losses_and_untried_faults_fail():
     assert Row("untried").failed
     assert Row("lost", 3, [(0, "a run")]).failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,9 +48,11 @@ class Row:
     @property
     def cells(self) -> tuple[str, str, str]:
         """The cells of the table."""
-        if self.skipped:
+        if not self.skipped:
+            return self.name, str(self.tried), str(len(self.lost))
+        if not self.tried:
             return self.name, f"skipped: {self.skipped}", ""
-        return self.name, str(self.tried), str(len(self.lost))
+        return self.name, f"{self.tried}, then skipped: {self.skipped}", str(len(self.lost))
 
 
 def attack(
@@ -74,8 +77,7 @@ def attack(
             late = trials is None and number != seed and time.monotonic() > give_up
             if number is None or late:
                 return
-            folder = undisturbed.folder / f"trial-{number}"
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(prefix=f"trial-{number}-", dir=undisturbed.folder))
             try:
                 for lost in fault.attack(undisturbed, Random(number), folder):
                     with lock:
