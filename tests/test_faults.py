@@ -1,11 +1,15 @@
 """The attack itself: it repeats trials by their seed, and does not count what it could not try."""
 
+import signal
 from random import Random
 from types import SimpleNamespace
 
 import pytest
+from faults import readers
 from faults.damage import damage
 from faults.trials import Fault, Row, Skipped, attack, table
+
+from mamlctl.core.errors import MamlctlError
 
 
 @pytest.fixture
@@ -77,3 +81,20 @@ def test_damage_changes_a_file_in_the_same_way_for_the_same_seed(tmp_path):
         results.add((damage(path, Random(3)), path.read_bytes()))
     assert len(results) == 1
     assert path.read_bytes() != bytes(1000)
+
+
+def test_a_slow_file_is_a_loss_even_if_the_reader_handles_all_errors(tmp_path, monkeypatch):
+    def read(path):
+        try:
+            signal.raise_signal(signal.SIGALRM)
+        except Exception as error:
+            raise MamlctlError("the file cannot be read", hint="use another one") from error
+
+    monkeypatch.setitem(readers.READERS, "yaml", readers.Reader(lambda: [b"ways: 5"], read))
+    monkeypatch.setattr(readers, "FILES", 1)
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        (lost,) = readers.losses("yaml", 0, tmp_path / "file.yaml")
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "a file takes more than 20 s" in lost

@@ -269,8 +269,12 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
 
 
+class TooSlow(BaseException):
+    """The time for a file is over; no Exception, because readers turn those into errors for the user."""
+
+
 def _too_slow(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"a file takes more than {SLOW_S} s")
+    raise TooSlow(f"a file takes more than {SLOW_S} s")
 
 
 def losses(kind: str, seed: int, path: Path) -> Iterator[str]:
