@@ -1,15 +1,20 @@
 """The attack itself: it repeats trials by their seed, and does not count what it could not try."""
 
+import json
 import signal
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 from faults import readers
-from faults.damage import damage
+from faults.commands import Ended
+from faults.damage import allowed, damage, outcome, same_models
 from faults.trials import Fault, Row, Skipped, attack, table
 
 from mamlctl.core.errors import MamlctlError
+
+MODELS = [{"epochs": [2], "accuracy": 0.5}, {"epochs": [2, 1], "accuracy": 0.6}]
 
 
 @pytest.fixture
@@ -81,6 +86,28 @@ def test_damage_changes_a_file_in_the_same_way_for_the_same_seed(tmp_path):
         results.add((damage(path, Random(3)), path.read_bytes()))
     assert len(results) == 1
     assert path.read_bytes() != bytes(1000)
+
+
+def test_a_command_may_only_fail_without_a_file_that_nothing_replaces():
+    failed = Ended(("eval",), 1, "", "error: damaged")
+    for name in ("checkpoints/last.pt", "checkpoints/best.pt", "checkpoints/epoch-0001.pt", "metrics.jsonl"):
+        assert "exit code 1" in outcome("cut", failed, False, allowed(Path(name)))
+    assert outcome("cut", failed, False, allowed(Path("config.yaml"))) == ""
+
+
+def test_only_the_ensemble_may_lack_a_damaged_checkpoint():
+    def same(name, best, ensemble, note="epoch-0001.pt cannot be read: using epoch-0002.pt"):
+        out = json.dumps({"notes": [note], "results": [best, ensemble]})
+        return same_models(Ended(("eval",), 0, out, ""), SimpleNamespace(numbers=MODELS), Path(name))
+
+    best, ensemble = MODELS
+    alone = {"epochs": [2], "accuracy": 0.5}
+    assert same("epoch-0001.pt", best, ensemble)
+    assert same("epoch-0001.pt", best, alone)
+    assert not same("epoch-0001.pt", best, alone, "with checkpoint last.pt")
+    assert not same("epoch-0001.pt", best | {"accuracy": 0.4}, alone)
+    assert not same("epoch-0001.pt", best, ensemble | {"accuracy": 0.4})
+    assert not same("last.pt", best, alone, "last.pt cannot be read: using epoch-0002.pt")
 
 
 def test_a_slow_file_is_a_loss_even_if_the_reader_handles_all_errors(tmp_path, monkeypatch):

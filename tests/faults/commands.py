@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from helpers import preloaded
 from helpers.grid_cases import without_times
@@ -92,8 +93,8 @@ def succeed(words: list[str], scratch: Path) -> Ended:
     return ended
 
 
-def numbers(ended: Ended) -> object:
-    """The results in the JSON document of `eval`, without paths."""
+def numbers(ended: Ended) -> Any:
+    """The results in the JSON document of `eval`, without paths: the best model, then the ensemble."""
     return json.loads(ended.out)["results"]
 
 

@@ -30,17 +30,23 @@ def damage(path: Path, random: Random) -> str:
     return f"{path.name} with bits flipped at {', '.join(f'{place}.{bit}' for place, bit in places)}"
 
 
-def damaged_copies(original: Path, folder: Path, random: Random) -> Iterator[tuple[Path, str]]:
-    """Copies of a folder, in each of which another file is damaged, and what was done to it."""
+def damaged_copies(original: Path, folder: Path, random: Random) -> Iterator[tuple[Path, Path, str]]:
+    """Copies of a folder, in each of which another file is damaged, that file, and what was done to it."""
     for file in sorted(path for path in original.rglob("*") if path.is_file() and path.name != "lock"):
         copy = Path(shutil.copytree(original, folder / "damaged"))
-        yield copy, damage(copy / file.relative_to(original), random)
+        damaged = copy / file.relative_to(original)
+        yield copy, damaged, damage(damaged, random)
         shutil.rmtree(copy)
 
 
-def outcome(what: str, ended: Ended, same: bool) -> str:
-    """What was lost, or "": a command may fail with an error, but not succeed with another result."""
-    problem = ended.problem(*ALLOWED)
+def allowed(file: Path) -> tuple[int, ...]:
+    """Exit codes after damage to a file of a run: no single checkpoint is needed, and no line of metrics."""
+    return (0,) if file.suffix == ".pt" or file.name == "metrics.jsonl" else ALLOWED
+
+
+def outcome(what: str, ended: Ended, same: bool, codes: tuple[int, ...] = ALLOWED) -> str:
+    """What was lost, or "": a command may fail with these codes, but not succeed with another result."""
+    problem = ended.problem(*codes)
     if not problem and ended.code == 0 and not same:
         problem = f"another result without an error ({' '.join(ended.words)})"
     return f"{what}: {problem}" if problem else ""
@@ -48,23 +54,25 @@ def outcome(what: str, ended: Ended, same: bool) -> str:
 
 def run_then_evaluate(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
     """Damage each file of a finished run, then test it."""
-    for run, what in damaged_copies(undisturbed.run, folder, random):
+    for run, file, what in damaged_copies(undisturbed.run, folder, random):
         ended = call(undisturbed.eval_words(run), folder)
-        yield outcome(what, ended, ended.code != 0 or same_numbers(ended, undisturbed))
+        same = ended.code == 0 and same_models(ended, undisturbed, file)
+        yield outcome(what, ended, same, allowed(file))
 
 
 def run_then_resume(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
     """Damage each file of an unfinished run, then resume it."""
-    for run, what in damaged_copies(undisturbed.unfinished, folder, random):
+    for run, file, what in damaged_copies(undisturbed.unfinished, folder, random):
         words = ["train", "--resume", str(run), "--data-root", str(undisturbed.data), "--offline"]
         ended = call(words, folder)
-        yield outcome(what, ended, (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last)
+        same = (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last
+        yield outcome(what, ended, same, allowed(file))
 
 
 def data(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
     """Damage each file of the data root, then train, test or verify."""
     for command in (train, evaluate, verify):
-        for root, what in damaged_copies(undisturbed.data, folder, random):
+        for root, _, what in damaged_copies(undisturbed.data, folder, random):
             ended, same = command(undisturbed, root, folder)
             yield outcome(what, ended, same)
 
@@ -84,7 +92,7 @@ def evaluate(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended,
     run = Path(shutil.copytree(undisturbed.run, folder / "run"))
     ended = call([*undisturbed.eval_words(run), "--data-root", str(root), "--offline"], folder)
     shutil.rmtree(run)
-    return ended, ended.code == 0 and same_numbers(ended, undisturbed)
+    return ended, ended.code == 0 and numbers(ended) == undisturbed.numbers
 
 
 def verify(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended, bool]:
@@ -94,7 +102,12 @@ def verify(undisturbed: Undisturbed, root: Path, folder: Path) -> tuple[Ended, b
     return ended, all((root / pack).read_bytes() == (undisturbed.data / pack).read_bytes() for pack in packs)
 
 
-def same_numbers(ended: Ended, undisturbed: Undisturbed) -> bool:
-    """Whether all numbers are the undisturbed ones, or a note names the checkpoint that was not used."""
-    notes = json.loads(ended.out)["notes"]
-    return numbers(ended) == undisturbed.numbers or any("checkpoint" in note for note in notes)
+def same_models(ended: Ended, undisturbed: Undisturbed, file: Path) -> bool:
+    """Whether all numbers are the undisturbed ones, or only the ensemble lacks a file that a note names."""
+    found, whole = numbers(ended), undisturbed.numbers
+    if found == whole:
+        return True
+    others = [epoch for epoch in whole[-1]["epochs"] if file.name != f"epoch-{epoch:04d}.pt"]
+    lacking = found[-1]["epochs"] == others != whole[-1]["epochs"]
+    named = any(file.name in note for note in json.loads(ended.out)["notes"])
+    return bool(found[0] == whole[0] and lacking and named)
