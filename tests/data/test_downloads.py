@@ -288,6 +288,16 @@ def test_redirect_to_anything_but_https_ends_the_mirror_at_once(server, get, arc
     assert f"redirects to {target}, which is not https; trying" in notices(events)[0]
 
 
+@pytest.mark.parametrize("target", ["http://[", "//[::", "\xe9\xff"])
+def test_redirect_to_an_invalid_address_ends_the_mirror_at_once(server, get, archive, target):
+    server.pages[PATH] = Page(archive, twists=[Twist(302, {"Location": target})] * 9)
+    server.pages[MIRROR] = Page(archive)
+    events = []
+    assert get(PATH, MIRROR, on_event=events.append) == archive
+    assert statuses(server) == [302, 200]
+    assert "redirects to an invalid address; trying" in notices(events)[0]
+
+
 def test_redirect_within_this_machine_is_followed(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(302, {"Location": MIRROR})])
     server.pages[MIRROR] = Page(archive)

@@ -78,16 +78,25 @@ def https_session() -> Session:
 
     class HttpsSession(Session):
         def get_redirect_target(self, resp: Response) -> str | None:
-            target: str | None = super().get_redirect_target(resp)
-            if target is not None:
-                address = urljoin(resp.url, target)
-                is_local = {urlsplit(resp.url).hostname, urlsplit(address).hostname} <= THIS_MACHINE
-                if urlsplit(address).scheme != "https" and not (is_local and _is_web(address)):
-                    resp.close()
-                    raise MirrorUnusable(f"redirects to {without_password(address)}, which is not https")
+            try:
+                target: str | None = super().get_redirect_target(resp)
+                refusal = None if target is None else _refusal(resp.url, urljoin(resp.url, target))
+            except ValueError:  # for example, half an IPv6 address
+                refusal = "redirects to an invalid address"
+            if refusal:
+                resp.close()
+                raise MirrorUnusable(refusal)
             return target
 
     return HttpsSession()
+
+
+def _refusal(url: str, target: str) -> str | None:
+    """Why a redirect is not followed, or None. Raises ValueError for an invalid address."""
+    is_local = {urlsplit(url).hostname, urlsplit(target).hostname} <= THIS_MACHINE
+    if urlsplit(target).scheme == "https" or (is_local and _is_web(target)):
+        return None
+    return f"redirects to {without_password(target)}, which is not https"
 
 
 def in_time(call: Callable[[], T], patience: Patience) -> T:
