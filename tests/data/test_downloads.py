@@ -364,6 +364,13 @@ def test_busy_server_is_retried_after_the_requested_pause(server, get, archive, 
     assert pauses[:2] == [0.001, 1.0]
 
 
+@pytest.mark.parametrize("pause", ["soon", "9" * 5000, "Fri, 31 Dec 9999999 23:59:59 GMT"])
+def test_impossible_pause_is_ignored(server, get, archive, pause):
+    server.pages[PATH] = Page(archive, twists=[Twist(503, {"Retry-After": pause})])
+    assert get() == archive
+    assert statuses(server) == [503, 200]
+
+
 def test_server_that_requests_a_pause_of_an_hour_is_given_up(server, get, archive):
     server.pages[PATH] = Page(archive, twists=[Twist(429, {"Retry-After": "3600"})])
     server.pages[MIRROR] = Page(archive)

@@ -170,7 +170,7 @@ def _retry_after(answer: Response) -> float:
     from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
-    with suppress(InvalidHeader):
+    with suppress(InvalidHeader, ValueError, OverflowError):  # the last two for numbers that are too large
         return float(Retry().parse_retry_after(answer.headers.get("Retry-After", "0")))
     return 0.0
 
