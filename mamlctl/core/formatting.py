@@ -130,8 +130,10 @@ def duration(seconds: float) -> str:
 
 def parse_seconds(text: str) -> float:
     """Seconds of "90", "90s", "9m" or "1h30m". Raises ValueError for anything else, and for 0."""
-    part = r"(\d+(?:\.\d+)?)([smhd]?)"
-    parts = re.findall(part, text) if re.fullmatch(f"({part})+", text.strip()) else []
+    # Only the last unit is optional: a longer text would match in exponentially many ways.
+    number, unit = r"\d+(?:\.\d+)?", "[smhd]"
+    is_valid = re.fullmatch(f"(?:{number}{unit})*{number}{unit}?", text.strip())
+    parts = re.findall(f"({number})({unit}?)", text) if is_valid else []
     seconds = sum(float(number) * UNITS_S[unit or "s"] for number, unit in parts)
     if not 0 < seconds < math.inf:
         raise ValueError(f"'{text}' is not a duration")

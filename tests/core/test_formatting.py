@@ -48,6 +48,19 @@ def test_durations_amounts_and_sizes_are_formatted():
     ]
 
 
+def test_durations_are_parsed():
+    texts = ["90", "90s", " 9m ", "1h30m", "1.5h", "1d2h3m4.5", "5m5m"]
+    assert [formatting.parse_seconds(text) for text in texts] == [90, 90, 540, 5400, 5400, 93784.5, 600]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "soon", "m", "-1", "1e3", "1 h", "10.15.30", "1" * 400, "1" * 40 + "x"]
+)
+def test_text_that_is_not_a_duration_is_refused_at_once(text):
+    with pytest.raises(ValueError, match="is not a duration"):
+        formatting.parse_seconds(text)
+
+
 @pytest.mark.parametrize(
     ("count", "noun", "form"),
     [
