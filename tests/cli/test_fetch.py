@@ -138,6 +138,15 @@ def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
             assert starts < 100 * count, "always the same sample"
 
 
+@pytest.mark.parametrize(("place", "byte"), [(10, b"9"), (22, b"0"), (60, b"9")])
+def test_damage_to_the_header_of_a_pack_is_reported(root, place, byte):
+    path = pack_of(root)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:place] + byte + whole[place + 1 :])
+    with pytest.raises(DataError, match="is damaged"):
+        load_pack(path, "glyphs")
+
+
 def test_verify_adds_the_checksums_of_blocks_to_an_older_pack(cli, root, monkeypatch):
     sidecar = pack_of(root).with_suffix(".json")
     document = json.loads(sidecar.read_text())

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -300,7 +301,7 @@ def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
     try:
         facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         packed = _from_facts(facts, path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, TokenError) as error:
         raise DataError(f"{path} or its .json is damaged: {error}", hint=hint) from error
     if whole or packed.images_MCHW.nbytes < DIGEST_CHECKED_BELOW:
         is_sound = _digest(packed.images_MCHW, packed.starts, packed.names) == packed.digest
@@ -325,7 +326,7 @@ def _sample_is_sound(path: Path, size: int, sums: Sequence[int]) -> bool:
 
 
 def _from_facts(facts: dict[str, Any], path: Path) -> PackedImages:
-    """Raise ValueError, KeyError or TypeError if sidecar and array do not match."""
+    """Raise ValueError, KeyError or TypeError if sidecar and array do not match; numpy raises more types."""
     if facts["format"] != FORMAT:
         raise ValueError(f"its format is {facts['format']!r}, but this version reads {FORMAT}")
     # Copy-on-write, since torch.from_numpy warns about read-only arrays.
