@@ -138,6 +138,8 @@ def test_class_folders_give_the_same_data_set(fetch, archive, tmp_path):
         for file in folder.rglob("*.png"):
             zipped.write(file, file.relative_to(folder))
     assert fetch(tmp_path / "folders.zip", force=True).digest == digest
+    class_folders(folder, name="__MACOSX/{part}/{label}/._{number}")  # macOS adds such files to zips
+    assert fetch(folder, force=True).digest == digest
     joined = class_folders(tmp_path / "joined", name="data/{label}/{part[1]}{number:05d}")
     assert fetch(joined, force=True).counts.tolist() == [5] * 100
 

@@ -29,7 +29,7 @@ from mamlctl.data.reading.image_files import open_image
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, pack, save_pack
 from mamlctl.data.reading.unpickling import load_arrays
 from mamlctl.data.sets.class_splits import listed_split
-from mamlctl.data.sets.folder_layout import IMAGE_SUFFIXES
+from mamlctl.data.sets.folder_layout import looks_like_image
 
 T = TypeVar("T")
 SIDE = 32
@@ -165,7 +165,7 @@ def _images_by_class(members: Members, names: Sequence[str]) -> dict[str, list[I
     by_class: dict[str, list[str]] = {name: [] for name in names}
     for name in members.names:
         path = PurePosixPath(name)
-        if path.parent.name in by_class and path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.parent.name in by_class and looks_like_image(path.name):
             by_class[path.parent.name].append(name)
 
     def order(name: str) -> tuple[bool, list[int], str]:

@@ -137,7 +137,7 @@ def mixed_folder_problem(folder: Path) -> Problem | None:
     if has_lists(folder):
         return None
     for place, names, files in _walk(folder):
-        images = sum(_looks_like_image(file) for file in files)
+        images = sum(looks_like_image(file) for file in files)
         if images and (folders := sum(_images_inside(place / name) for name in names)):
             counts = (
                 f"{images} {plural(images, 'image')} and {folders} {plural(folders, 'folder')} with images"
@@ -157,7 +157,7 @@ def _class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
     leaves = {
         str(place.relative_to(folder)): sorted(place / file for file in files if may_be_image(Path(file)))
         for place, names, files in _walk(folder)
-        if place != folder and (not names or any(map(_looks_like_image, files)))
+        if place != folder and (not names or any(map(looks_like_image, files)))
     }
     return dict(sorted(leaves.items()))
 
@@ -183,16 +183,17 @@ def _is_visible(name: str) -> bool:
     return not name.startswith((".", "__"))
 
 
-def _looks_like_image(name: str) -> bool:
+def looks_like_image(name: str) -> bool:
+    """Whether a file of that name is meant as an image."""
     return _is_visible(name) and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _has_images(folder: Path) -> bool:
     """Whether a folder itself contains an image."""
     with os.scandir(folder) as entries:
-        return any(_looks_like_image(entry.name) for entry in entries)
+        return any(looks_like_image(entry.name) for entry in entries)
 
 
 def _images_inside(folder: Path) -> bool:
     """Whether a folder contains an image at any depth."""
-    return any(map(_looks_like_image, chain.from_iterable(files for _, _, files in _walk(folder))))
+    return any(map(looks_like_image, chain.from_iterable(files for _, _, files in _walk(folder))))
