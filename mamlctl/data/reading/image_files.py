@@ -156,7 +156,7 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
             file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
         )
         for folder in sorted(path.iterdir())
-        if folder.is_dir() and not folder.name.startswith((".", "__"))
+        if folder.is_dir() and is_visible(folder.name)
     }
     if not folders:
         hint = "put the images of each class into a separate folder"
@@ -166,6 +166,9 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
 
 def may_be_image(name: Path) -> bool:
     """Whether a file or folder of that name may be or contain an image."""
-    return (
-        not any(part.startswith((".", "__")) for part in name.parts) and name.suffix.lower() not in NO_IMAGES
-    )
+    return all(map(is_visible, name.parts)) and name.suffix.lower() not in NO_IMAGES
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor made by a program for itself, such as __MACOSX."""
+    return not name.startswith((".", "__"))

@@ -11,7 +11,7 @@ from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import ClassLevel
 from mamlctl.core.problems import Problem
-from mamlctl.data.reading.image_files import class_folders, may_be_image
+from mamlctl.data.reading.image_files import class_folders, is_visible, may_be_image
 from mamlctl.data.sets.listed_images import is_listed, listed_files
 
 # The names of the folders of each split, in lower case.
@@ -169,23 +169,19 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         names[:] = [
             name
             for name in names
-            if _is_visible(name)
+            if is_visible(name)
             and not ((link := here / name).is_symlink() and here.resolve().is_relative_to(link.resolve()))
         ]
         yield here, names, files
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and _is_visible(entry.name))
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "__"))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and is_visible(entry.name))
 
 
 def looks_like_image(name: str) -> bool:
     """Whether a file of that name is meant as an image."""
-    return _is_visible(name) and Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return is_visible(name) and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _has_images(folder: Path) -> bool:
