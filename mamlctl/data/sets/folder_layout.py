@@ -12,7 +12,8 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.literals import ClassLevel
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.image_files import class_folders, is_visible, may_be_image
-from mamlctl.data.sets.listed_images import is_listed, listed_files
+from mamlctl.data.sets.class_splits import SPLITS
+from mamlctl.data.sets.listed_images import IMAGES, is_list, listed_files
 
 # The names of the folders of each split, in lower case.
 SPLIT_FOLDERS = {
@@ -69,8 +70,12 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def has_lists(folder: Path) -> bool:
-    """Whether the classes and splits of a folder are in its train.csv, val.csv and test.csv."""
-    return folder.is_dir() and is_listed(folder, _subfolders(folder))
+    """Whether the classes and splits of a folder are in its train.csv, val.csv and test.csv.
+
+    Folders of classes count more than lists, which may describe them.
+    """
+    # The list is sought first, since there may be thousands of subfolders.
+    return is_list(folder / f"{SPLITS[0]}.csv") and {path.name for path in _subfolders(folder)} <= {IMAGES}
 
 
 def class_level(folder: Path) -> ClassLevel:

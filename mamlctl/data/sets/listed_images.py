@@ -15,16 +15,12 @@ IMAGES = "images"  # the folder of the images, unless they are next to the lists
 HINT = f"list each image once, with the columns {','.join(COLUMNS)}"
 
 
-def is_listed(folder: Path, subfolders: list[Path]) -> bool:
-    """Whether the classes of `folder` are those of its lists.
-
-    Folders of classes count more than lists, which may describe them.
-
-    Args:
-        folder: the user's folder.
-        subfolders: the folders in it that are not hidden.
-    """
-    return {path.name for path in subfolders} <= {IMAGES} and _has_columns(folder / f"{SPLITS[0]}.csv")
+def is_list(path: Path) -> bool:
+    """Whether there is a list of images at `path`: a CSV file with the columns of `COLUMNS`."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return set(COLUMNS) <= set(_column_names(next(csv.reader([file.readline(1000)]))))
 
 
 def listed_files(folder: Path) -> dict[str, list[Path]]:
@@ -48,13 +44,6 @@ def listed_files(folder: Path) -> dict[str, list[Path]]:
                 raise DataError(fact, hint="list all images of a class in the same file")
             classes.setdefault(f"{split}/{label}", []).append(file)
     return {name: sorted(classes[name]) for name in sorted(classes)}
-
-
-def _has_columns(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        return set(COLUMNS) <= set(_column_names(next(csv.reader([file.readline(1000)]))))
 
 
 def _column_names(head: Iterable[str]) -> list[str]:
