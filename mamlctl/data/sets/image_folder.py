@@ -220,7 +220,8 @@ def _with_left_out(
     packed: PackedImages, classes: Mapping[str, Sequence[Path]], on_event: OnEvent
 ) -> PackedImages:
     """Add classes without a readable image to what was left out, and send one notice of all of it."""
-    unreadable = [name for name, files in classes.items() if files and name not in packed.names]
+    packed_classes = set(packed.names)
+    unreadable = [name for name, files in classes.items() if files and name not in packed_classes]
     left_out = [f"{name} (no readable image)" for name in unreadable] + packed.facts["left_out"]
     if left_out:
         more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
