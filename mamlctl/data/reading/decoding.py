@@ -24,7 +24,7 @@ EVENT_EVERY = 500  # images
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image of a class, and a function that reads its bytes."""
+    """One image of a class, and a function that reads its bytes and raises DataError if it cannot."""
 
     label: str  # its class
     display_name: str  # its name in messages
@@ -76,9 +76,6 @@ def decoded(
             )
         except DataError as error:
             return error
-        except OSError as error:
-            message = f"cannot read {file.display_name}: {error.strerror or error}"
-            return DataError(message, hint="fix or remove the file")
 
     def decode_batch(batch: Sequence[ImageFile]) -> list[NDArray[np.uint8] | DataError]:
         return [decode(file) for file in batch]
