@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,6 +256,16 @@ def test_a_folder_in_place_of_a_file_is_refused_and_closed(tmp_path):
     with pytest.raises(DataError, match="Is a directory"):
         archives.open_regular(tmp_path)
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"small")
+    tracemalloc.start()
+    try:
+        assert archives.read_regular(tmp_path / "0.png") == b"small"
+        assert tracemalloc.get_traced_memory()[1] < 1024**2
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_lack_of_memory_is_not_called_damage(tmp_path, monkeypatch):

@@ -156,7 +156,7 @@ def read_regular(path: Path, hint: str = CHECK_FROM) -> bytes:
             fact = f"{path} has {size:,} bytes, more than the limit of {FILE_BYTES:,}"
             raise DataError(fact, hint=hint)
         try:
-            return file.read(FILE_BYTES)
+            return file.read(size)  # allocates that many bytes before it reads
         except OSError as error:
             raise _unreadable(path, error, hint) from error
 
