@@ -356,25 +356,26 @@ def test_offline_without_the_data_exits_with_3_and_names_the_fetch_command(cli, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_run_is_not_overwritten_or_changed(cli, trained):
+REFUSED = [
+    ("--ways 4", "--ways is 4, but the run to resume has 3", "start a new run"),
+    ("--set device=cuda:9", "cuda:9", "--device cpu"),
+    ("--set report_every=often", "report_every is 'often'", "use a whole number"),
+    ("--checkpoint-every soon", "--checkpoint-every 'soon' is not a duration", "write 90s, 9m or 1h30m"),
+    ("--print-config", "--print-config has no effect with --resume", "leave it out"),
+]
+
+
+@pytest.mark.parametrize(("words", "fact", "hint"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_an_existing_run_is_not_changed(cli, trained, words, fact, hint):
+    code, _, err = cli("train", "--resume", trained, *words.split())
+    assert code == 2
+    assert_two_lines(err, fact, hint)
+
+
+def test_an_existing_run_is_not_overwritten(cli, trained):
     code, _, err = cli("train", *QUICK_WORDS, "--out", trained)
     assert code == 1
     assert_two_lines(err, "already contains a run", "--resume")
-    code, _, err = cli("train", "--resume", trained, "--ways", "4")
-    assert code == 2
-    assert_two_lines(err, "--ways is 4, but the run to resume has 3", "start a new run")
-    code, _, err = cli("train", "--resume", trained, "--set", "device=cuda:9")
-    assert code == 2
-    assert_two_lines(err, "cuda:9", "--device cpu")
-    code, _, err = cli("train", "--resume", trained, "--set", "report_every=often")
-    assert code == 2
-    assert_two_lines(err, "report_every is 'often'", "use a whole number")
-    code, _, err = cli("train", "--resume", trained, "--checkpoint-every", "soon")
-    assert code == 2
-    assert_two_lines(err, "--checkpoint-every 'soon' is not a duration", "write 90s, 9m or 1h30m")
-    code, _, err = cli("train", "--resume", trained, "--print-config")
-    assert code == 2
-    assert_two_lines(err, "--print-config has no effect with --resume", "leave it out")
 
 
 def test_resuming_a_finished_run_only_prints_that_it_is_finished(cli, trained):
