@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -89,8 +90,12 @@ class SettingsOptions(OutputOptions):
         list[str] | None, option(None, "Any setting as key=value (repeatable), e.g. ways=20.", "--set")
     ] = None
 
+    @cached_property
     def file_layers(self) -> list[Layer]:
-        """The settings of the preset and of the file. Raises SettingsError if one cannot be read."""
+        """The settings of the preset and of the file, which may be a pipe and is read once.
+
+        Raises SettingsError if one cannot be read.
+        """
         layers: list[Layer] = []
         if self.preset is not None:
             layers.append((f"preset {self.preset}", load_preset(self.preset)))

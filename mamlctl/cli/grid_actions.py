@@ -57,7 +57,7 @@ def planned_grid(
 
     evaluate = evaluation_settings(evaluation, "flag")
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
-    resolved = resolve_rows(rows, options.file_layers(), settings, seed, check_devices=options.runs_here)
+    resolved = resolve_rows(rows, options.file_layers, settings, seed, check_devices=options.runs_here)
     seeds = 3 if options.seeds is None else options.seeds
     check_rows(resolved, seeds)
     first = resolved[0].config.seed

@@ -119,7 +119,7 @@ class GridOptions(SettingsOptions):
     def all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the preset, the file and the command line (`settings`); later ones override."""
         merged: dict[str, Any] = {}
-        for _, values in (*self.file_layers(), ("command line", settings)):
+        for _, values in (*self.file_layers, ("command line", settings)):
             merged |= values
         return merged
 

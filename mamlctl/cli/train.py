@@ -66,7 +66,7 @@ def _resolve(
     """The settings of all layers. `check_devices`: the run starts here, so its devices must exist."""
     from mamlctl.experiments.settings import resolve_settings
 
-    layers = [*options.file_layers(), ("--set", options.set_values()), ("flag", settings)]
+    layers = [*options.file_layers, ("--set", options.set_values()), ("flag", settings)]
     return resolve_settings(layers, check_devices=check_devices)
 
 

@@ -396,6 +396,17 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+@pytest.mark.parametrize("command", [["ablate"], ["compare", "--algos", "maml,fomaml"]])
+def test_settings_can_come_from_a_pipe(cli, command):
+    reader, writer = os.pipe()
+    os.write(writer, b"dataset: glyphs\nfilters: 9\n")
+    os.close(writer)
+    code, out, err = cli(*command, "--config", f"/dev/fd/{reader}", "--print-commands")
+    os.close(reader)
+    assert (code, err) == (0, "")
+    assert "--filters 9" in out
+
+
 def test_truncated_checkpoints_exit_with_1(cli, copy):
     for path in (copy / "checkpoints").iterdir():
         truncate(path)
