@@ -74,12 +74,12 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
     from mamlctl.report.report_folder import write_files
     from mamlctl.run_folder import CONFIG
 
-    out = options.out
+    out = None if options.out is None else options.out.expanduser()
     if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
         raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     with options.display() as display:
         table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
-    files = [] if out is None else write_files(table, out.expanduser())
+    files = [] if out is None else write_files(table, out)
     options.write_table(table)
     if files:
         say(stderr_console(), f"report  {files[-1]}")

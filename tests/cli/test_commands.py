@@ -396,6 +396,14 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def test_a_comparison_is_not_written_into_a_run(cli, copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for out in (copy, "~/copy"):
+        code, _, err = cli("compare", copy, "--tasks", "4", "--out", out)
+        assert code == 2
+        assert_two_lines(err, f"--out {copy} already contains a table or a run", "choose another --out")
+
+
 @pytest.mark.parametrize("command", [["ablate"], ["compare", "--algos", "maml,fomaml"]])
 def test_settings_can_come_from_a_pipe(cli, command):
     reader, writer = os.pipe()
