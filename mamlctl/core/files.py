@@ -70,6 +70,11 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="surrogateescape"))
 
 
+def read_text(path: Path) -> str:
+    """Read what `write_text` and `append_text` have written."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
 def append_text(path: Path, text: str) -> None:
     """Append to a text file."""
     with _naming(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:

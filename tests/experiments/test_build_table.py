@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mamlctl.experiments.grid.build_table import RowSpec, _changes, _equal_rows, _RowRuns
+from mamlctl.experiments.grid.build_table import RowSpec, RunReference, _changes, _equal_rows, _RowRuns
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.plans import improvement_rows
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
+from mamlctl.run_folder import RunFolder
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 
@@ -62,3 +63,9 @@ def test_an_improvement_that_the_test_does_not_use_is_reported(monkeypatch):
     monkeypatch.setitem(IMPROVEMENTS, "bnrs", replace(IMPROVEMENTS["bnrs"], read_by_bn=None))
     monkeypatch.setitem(IMPROVEMENTS, "ca", replace(IMPROVEMENTS["ca"], read_by_bn="support"))
     assert _equal_rows(runs) == [equal, note.format("ca", "support")]
+
+
+def test_a_command_line_that_is_not_utf8_is_kept(tmp_path):
+    (tmp_path / "command.txt").write_bytes(b"mamlctl train --out r\xff\n")
+    reference = RunReference.of_run(RunFolder(tmp_path, TrainConfig()))
+    assert reference.command == "mamlctl train --out r\udcff"

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 import mamlctl
 from mamlctl.core.errors import ExitCode, MamlctlError
-from mamlctl.core.files import replacing, write_text
+from mamlctl.core.files import read_text, replacing, write_text
 from mamlctl.experiments.executors.jobs import Arguments, ChildProcess, Job
 from mamlctl.run_folder import CONFIG, METRICS, STATUS
 
@@ -133,7 +133,7 @@ class WorkerSlot:
         code, error = self._run(command or ())
         path = self._folder / COMMANDS
         if path.is_file():
-            write_text(path, self._with_final_folder(path.read_text()))
+            write_text(path, self._with_final_folder(read_text(path)))
         changed = pack(self._folder, self._sent)
         self._sent = stamps(self._folder)
         return SliceResult(changed, code, self._with_final_folder(error))

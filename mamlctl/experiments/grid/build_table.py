@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core import formatting
+from mamlctl.core.files import read_text
 from mamlctl.core.literals import BatchNormMode, Model
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.rules import metric_of
@@ -48,7 +49,7 @@ class RunReference:
     def of_run(cls, run: RunFolder) -> RunReference:
         """A run, with the command line that started it."""
         try:
-            command = (run.path / "command.txt").read_text().splitlines()[0]
+            command = read_text(run.path / "command.txt").splitlines()[0]
         except (OSError, IndexError):
             command = shlex.join(["mamlctl", "train", "--config", str(run.path / CONFIG)])
         return cls(run.config.seed, run.path.absolute(), command)
