@@ -47,7 +47,10 @@ class ValueType:
         """The value converted to this type, e.g. "7" to 7. Raises ValueError if that is not possible."""
         if value is None and not self.optional:
             raise ValueError(value)
-        return NODES[self.kind]().validate_and_convert(value)
+        try:
+            return NODES[self.kind]().validate_and_convert(value)
+        except OverflowError as error:  # an integer beyond the largest float
+            raise ValueError(value) from error
 
 
 def _value_types(config_type: type) -> Mapping[str, ValueType]:
