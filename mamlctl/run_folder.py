@@ -127,7 +127,9 @@ class RunFolder:
     @property
     def older_digests(self) -> tuple[str, ...]:
         """The digests that older versions gave to the same data."""
-        return tuple(self.environment().get("dataset_older_digests", ()))
+        stored = self.environment().get("dataset_older_digests")
+        digests = stored if isinstance(stored, list) else []
+        return tuple(digest for digest in digests if isinstance(digest, str))
 
     def trained_on(self, digest: str | None, older_digests: Sequence[str] = ()) -> bool:
         """Whether the run was trained on the data with these digests; true if one is unknown."""

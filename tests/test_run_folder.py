@@ -69,6 +69,11 @@ def test_a_run_detects_whether_it_was_trained_on_other_data(tmp_path):
         assert run.trained_on("b", ["a"])
         write_json(run.path / "environment.json", {"dataset_digest": "a", "dataset_older_digests": ["c"]})
         assert run.trained_on("c") and run.trained_on("b", ["c"]) and not run.trained_on("b", ["d"])
+        for damaged in (None, 5, "b", [["b"]]):
+            write_json(
+                run.path / "environment.json", {"dataset_digest": "a", "dataset_older_digests": damaged}
+            )
+            assert run.trained_on("a") and not run.trained_on("b")
 
 
 def test_existing_files_are_not_overwritten(tmp_path):
