@@ -290,8 +290,9 @@ def test_a_state_is_read_as_written_and_is_empty_without_a_file(tmp_path):
         for state in (RunState("running", 3), RunState("diverged", 7, "the query loss is nan", 8)):
             run.set_state(state)
             assert run.state() == run_state(run.path) == state
-    (run.path / "status.json").write_text('{"status": "fini')
-    assert run.state() == RunState(None)
+    for damaged in ('{"status": "fini', "[" * 200_000):
+        (run.path / "status.json").write_text(damaged)
+        assert run.state() == RunState(None)
 
 
 @pytest.mark.parametrize(

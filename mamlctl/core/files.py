@@ -160,6 +160,6 @@ def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing, damaged or not an object."""
     try:
         document = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

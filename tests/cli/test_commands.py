@@ -396,6 +396,21 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+DAMAGED = {
+    "tasks.csv": [b"\0" * 200_000],
+    "summary.json": [b"[" * 200_000, b'{"protocol": {}, "results": [{"model": 5}]}'],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name in DAMAGED for text in DAMAGED[name]])
+def test_a_damaged_evaluation_exits_with_1(cli, copy, name, content):
+    folder = Path(json.loads(cli("eval", copy, "--tasks", "4", "--json")[1])["folder"])
+    (folder / name).write_bytes(content)
+    code, _, err = cli("compare", copy, "--tasks", "4")
+    assert code == 1
+    assert_two_lines(err, f"{folder} is damaged: ", "remove that folder")
+
+
 def test_a_comparison_is_not_written_into_a_run(cli, copy, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for out in (copy, "~/copy"):

@@ -33,6 +33,9 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.evaluation import EvalConfig
 
+# What reading a damaged summary or list of scores raises.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+
 NEAR = 0.99  # share of the last validation's score that counts as reaching it
 
 
@@ -70,7 +73,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
             same &= all(summary["protocol"][name] == value for name, value in sizes.items())
             if same and summary.get("step") == run.state().step:
                 return _load_evaluation(path.parent, summary)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except DAMAGE as error:
             hint = "remove that folder, so that the run is tested again"
             raise MamlctlError(f"{path.parent} is damaged: {error}", hint=hint) from error
     return None
