@@ -107,7 +107,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         moved = f"{config.dataset} has the images of {run.config.dataset}"
         on_event(Notice(f"{moved}: using the split of the run"))
         config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
-    notes += _conversion_notes(fill_defaults(run.config), config) + _task_notes(stream, settings)
+    notes += _conversion_notes(run.config, config) + _task_notes(stream, settings)
     if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
