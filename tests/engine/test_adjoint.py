@@ -352,6 +352,20 @@ def test_the_reason_for_compiling_at_every_start_is_the_true_one(monkeypatch, tm
     assert f"because {reason} {tmp_path}" in c_block.compiled_at_every_start()
 
 
+def test_a_folder_that_another_process_removes_does_not_prevent_caching(monkeypatch, tmp_path):
+    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_block, "_uncached", [])
+    monkeypatch.setattr(c_block, "_load", lambda path: "a library")
+    monkeypatch.setattr(c_block, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True)
+    folder = tmp_path / "mamlctl" / "native"
+    for path in (folder.parent, folder):
+        path.mkdir(mode=0o700)
+    (folder / "tmp-gone").symlink_to("nothing")  # listed, but without a status, like a folder just removed
+    assert c_block.library.__wrapped__(torch.float32) == "a library"
+    assert c_block.compiled_at_every_start() is None
+    assert len(list(folder.glob("*.so"))) == 1
+
+
 @pytest.mark.parametrize("ink", [1, 0])
 @pytest.mark.parametrize("way", BY_HAND)
 def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):

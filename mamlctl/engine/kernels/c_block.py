@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,8 +168,9 @@ def _build(
 def _remove_abandoned(folder: Path) -> None:
     """Remove what killed processes have left in the cache folder; no compilation takes an hour."""
     for scratch in folder.glob("tmp*"):
-        if time.time() - scratch.stat().st_mtime > 3600:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            if time.time() - scratch.stat().st_mtime > 3600:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _succeeds(command: list[str]) -> bool:
