@@ -340,7 +340,7 @@ def open_images(
     shape = (min(channels, packed.images_MCHW.shape[1]), side, side)
     if packed.images_MCHW.shape[1:] == shape:
         return packed
-    path = root / data_set.name / f"{side}x{side}x{shape[0]}-{packed.digest[:12]}.npy"
+    path = data_set.home(root) / f"{side}x{side}x{shape[0]}-{packed.digest[:12]}.npy"
     if not is_packed(path):
         labels = np.repeat(packed.names, packed.counts).tolist()
         images = zip(
