@@ -20,7 +20,7 @@ from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading import packs
 from mamlctl.data.reading.packs import load_pack, packs_of, save_pack, verified_at
 from mamlctl.data.sets import registry
-from mamlctl.data.sets.registry import fetch_or_open, find_data_set
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set, open_images
 from mamlctl.display.datasets import show_data_sets
 from mamlctl.experiments.fetch import fetch_all, list_all, verify_all
 
@@ -136,6 +136,21 @@ def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
             load_pack(path, "glyphs")
             starts += 1
             assert starts < 100 * count, "always the same sample"
+
+
+def test_force_replaces_a_damaged_pack_of_another_shape(cli, root):
+    def small():
+        shape = {"resize": "none", "side": 14, "channels": 1}
+        return open_images(find_data_set("glyphs"), root, **shape, on_event=ignore)
+
+    whole = small()
+    (path,) = (root / "glyphs").glob("14x14*.npy")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match="is damaged") as raised:
+        small()
+    assert raised.value.hint == "run mamlctl fetch glyphs --force"
+    assert cli("glyphs", "--force")[0] == 0
+    assert small().digest == whole.digest
 
 
 @pytest.mark.parametrize(("place", "byte"), [(10, b"9"), (22, b"0"), (60, b"9")])

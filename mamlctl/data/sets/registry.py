@@ -27,6 +27,8 @@ from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.folder_layout import has_lists, split_folders
 from mamlctl.data.sets.imagenet import ListedSet
 
+RESHAPED = "{side}x{side}x{channels}-{digest}.npy"  # packs in other shapes than a data set's own
+
 # (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]
 
@@ -285,6 +287,9 @@ def fetch_or_open(
             stack.enter_context(locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event))
         if force or not data_set.is_here(root):
             _prepare(data_set, root, source, mirrors, offline, on_event)
+            # `open_images` makes them again.
+            for path in data_set.home(root).glob(RESHAPED.format(side="*", channels="*", digest="*")):
+                path.with_suffix(".json").unlink(missing_ok=True)
         elif not made_here:
             flags = "--force" if data_set.archives else "--force --from ..."
             on_event(Notice(f"{name} is already in {root}; {flags} prepares it again"))
@@ -340,7 +345,8 @@ def open_images(
     shape = (min(channels, packed.images_MCHW.shape[1]), side, side)
     if packed.images_MCHW.shape[1:] == shape:
         return packed
-    path = data_set.home(root) / f"{side}x{side}x{shape[0]}-{packed.digest[:12]}.npy"
+    file = RESHAPED.format(side=side, channels=shape[0], digest=packed.digest[:12])
+    path = data_set.home(root) / file
     if not is_packed(path):
         labels = np.repeat(packed.names, packed.counts).tolist()
         images = zip(
