@@ -81,13 +81,11 @@ def compiled_at_every_start() -> str | None:
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
     """Load a cached library; None if it is missing, damaged, or in reach of another user."""
-    try:
+    with suppress(OSError):
         for path in folder.glob(f"{name}-*.so"):
             # A truncated library would crash the process, so its name contains the digest of its bytes.
             if path.stem.endswith(_digest(path.read_bytes())) and _is_private(path):
                 return _load(path)
-    except OSError:
-        pass
     return None
 
 
@@ -113,11 +111,9 @@ def _is_private(path: Path) -> bool:
 
 def _unknown_owner() -> int | None:
     """The number that a Linux user namespace shows for users outside of it; None outside of namespaces."""
-    try:
+    with suppress(OSError, ValueError):  # not Linux
         if Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
             return int(Path("/proc/sys/kernel/overflowuid").read_text())
-    except (OSError, ValueError):  # not Linux
-        pass
     return None
 
 
