@@ -29,9 +29,11 @@ def end_with_parent() -> None:
 
 def accept_signals() -> None:
     """Handle SIGINT and SIGTERM even if the parent blocks or ignores them, as Ray workers do with SIGINT."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    exit_at_once_on(signal.SIGINT)
+    accepted = (signal.SIGINT, signal.SIGTERM)
+    for number in accepted:
+        signal.signal(number, signal.SIG_DFL)  # the next call leaves ignored signals alone
+    exit_at_once_on(*accepted)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, accepted)
 
 
 def report_error(path: Path, error: BaseException) -> None:

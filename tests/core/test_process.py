@@ -96,12 +96,14 @@ def test_ctrl_c_stays_ignored_in_the_background():
     assert subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout == "True\n"
 
 
-def test_a_child_accepts_ctrl_c_that_its_parent_ignores():
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_a_child_accepts_signals_that_its_parent_ignores(name):
+    number = signal.Signals[f"SIG{name}"]
     program = "import os, signal, mamlctl.cli.child_process as c; c.accept_signals(); "
-    program += "os.kill(os.getpid(), signal.SIGINT)"
-    words = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, program]
+    program += f"os.kill(os.getpid(), {int(number)})"
+    words = ["sh", "-c", f'trap "" {name}; exec "$0" -c "$1"', sys.executable, program]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (128 + number, "")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
