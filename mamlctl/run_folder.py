@@ -29,6 +29,7 @@ from mamlctl.settings.schema import FIELDS, TrainConfig
 # Settings that a resumed run may change.
 RESUME_OVERRIDES = tuple(name for name, item in FIELDS.items() if not item.metadata["decides"])
 CONFIG = "config.yaml"
+COMMANDS = "command.txt"  # the command lines that have trained the run
 STATUS = "status.json"
 METRICS = "metrics.jsonl"
 CLASSES = "classes.json"
@@ -296,7 +297,7 @@ def new_run(
             hint = f"resume it with mamlctl train --resume {path}, or choose another --out"
             raise MamlctlError(f"{path} already contains a run", hint=hint)
         write_text(path / CONFIG, to_yaml(config, completed))
-        write_text(path / "command.txt", command + "\n")
+        write_text(path / COMMANDS, command + "\n")
         write_json(path / ENVIRONMENT, environment)
         yield run
 

@@ -30,6 +30,7 @@ from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.training_images import check_folder, store_digests, stored_split
 from mamlctl.run_folder import (
     CLASSES,
+    COMMANDS,
     ENVIRONMENT,
     RunFolder,
     RunState,
@@ -138,7 +139,7 @@ def resume(
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             hint = "resume with the same images, --data-root and version of Pillow as before"
             raise DataError(fact, hint=hint)
-        append_text(run.path / "command.txt", command + "\n")
+        append_text(run.path / COMMANDS, command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
             write_json(run.path / ENVIRONMENT, environment(prepared.config, source, prepared.device))
         _store_data_facts(run, source)

@@ -20,11 +20,9 @@ import mamlctl
 from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.core.files import read_text, replacing, write_text
 from mamlctl.experiments.executors.jobs import Arguments, ChildProcess, Job
-from mamlctl.run_folder import CONFIG, METRICS, STATUS
+from mamlctl.run_folder import COMMANDS, CONFIG, METRICS, STATUS
 
-# Files of a run folder: the lock of its writer, and the commands that have trained it.
-LOCK = "lock"
-COMMANDS = "command.txt"
+LOCK = "lock"  # of a run folder's writer
 
 # The name of a slot's temporary folder, and of the file in it that is locked while the slot exists.
 SLOT_FOLDER = "mamlctl-slot-"

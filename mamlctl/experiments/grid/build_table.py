@@ -25,7 +25,15 @@ from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_e
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published
 from mamlctl.report.table import MODELS, Cell, Published, Row, Score, Table
-from mamlctl.run_folder import CONFIG, RunFolder, common_settings, identity_settings, open_run, run_state
+from mamlctl.run_folder import (
+    COMMANDS,
+    CONFIG,
+    RunFolder,
+    common_settings,
+    identity_settings,
+    open_run,
+    run_state,
+)
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
@@ -49,7 +57,7 @@ class RunReference:
     def of_run(cls, run: RunFolder) -> RunReference:
         """A run, with the command line that started it."""
         try:
-            command = read_text(run.path / "command.txt").splitlines()[0]
+            command = read_text(run.path / COMMANDS).splitlines()[0]
         except (OSError, IndexError):
             command = shlex.join(["mamlctl", "train", "--config", str(run.path / CONFIG)])
         return cls(run.config.seed, run.path.absolute(), command)
