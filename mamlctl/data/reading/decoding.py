@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
@@ -96,29 +95,6 @@ def decoded(
                     raise pixels
                 else:
                     on_bad(pixels)
-
-
-def reshaped(
-    images_MCHW: NDArray[np.uint8], shape_CHW: tuple[int, int, int], what: str, on_event: OnEvent
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the images in another shape, resized with an antialiased bilinear filter.
-
-    Args:
-        images_MCHW: the images.
-        shape_CHW: the new shape; one channel makes them grey, three repeat grey ones.
-        what: the description in progress events.
-        on_event: receives progress.
-    """
-    channels, height, width = shape_CHW
-    for number, image_CHW in enumerate(images_MCHW, 1):
-        image = Image.fromarray(image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0))
-        image = image.convert("L" if channels == 1 else "RGB").resize(
-            (width, height), Image.Resampling.BILINEAR
-        )
-        pixels = np.asarray(image)
-        yield pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-        if number % EVENT_EVERY == 0:
-            on_event(Progress(what, number, len(images_MCHW)))
 
 
 def twins(

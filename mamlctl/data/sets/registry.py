@@ -20,14 +20,12 @@ from mamlctl.core.problems import nearest
 from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
 from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading.archives import CHECK_FROM
-from mamlctl.data.reading.decoding import reshaped
-from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
+from mamlctl.data.reading.packs import PackedImages
+from mamlctl.data.reading.reshaped_packs import drop_reshaped, open_reshaped
 from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.folder_layout import has_lists, split_folders
 from mamlctl.data.sets.imagenet import ListedSet
-
-RESHAPED = "{side}x{side}x{channels}-{digest}.npy"  # packs in other shapes than a data set's own
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]
@@ -287,9 +285,7 @@ def fetch_or_open(
             stack.enter_context(locked(root / DOWNLOADS / f"{data_set.home(root).name}.lock", name, on_event))
         if force or not data_set.is_here(root):
             _prepare(data_set, root, source, mirrors, offline, on_event)
-            # `open_images` makes them again.
-            for path in data_set.home(root).glob(RESHAPED.format(side="*", channels="*", digest="*")):
-                path.with_suffix(".json").unlink(missing_ok=True)
+            drop_reshaped(data_set.home(root))
         elif not made_here:
             flags = "--force" if data_set.archives else "--force --from ..."
             on_event(Notice(f"{name} is already in {root}; {flags} prepares it again"))
@@ -345,12 +341,4 @@ def open_images(
     shape = (min(channels, packed.images_MCHW.shape[1]), side, side)
     if packed.images_MCHW.shape[1:] == shape:
         return packed
-    file = RESHAPED.format(side=side, channels=shape[0], digest=packed.digest[:12])
-    path = data_set.home(root) / file
-    if not is_packed(path):
-        labels = np.repeat(packed.names, packed.counts).tolist()
-        images = zip(
-            labels, reshaped(packed.images_MCHW, shape, f"{data_set.name}: reshape", on_event), strict=True
-        )
-        stream_pack(path, shape, images)
-    return load_pack(path, data_set.name)
+    return open_reshaped(packed, shape, data_set.home(root), data_set.name, on_event)
