@@ -224,12 +224,6 @@ def identity_settings(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in (*RESUME_OVERRIDES, "seed")}
 
 
-def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that have the same value in all of these."""
-    first, *others = settings
-    return {key: value for key, value in first.items() if all(other[key] == value for other in others)}
-
-
 def digested_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a digest; newer ones only if they differ from the behaviour of older versions."""
     return {

@@ -19,7 +19,7 @@ from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, ove
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.experiments.grid.command_lines import train_arguments
-from mamlctl.experiments.grid.grid import CELLS, GridCell
+from mamlctl.experiments.grid.grid import CELLS, GridCell, common_settings
 from mamlctl.experiments.grid.plans import as_unimproved, improved_label
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation, read_cell
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -29,7 +29,6 @@ from mamlctl.run_folder import (
     COMMANDS,
     CONFIG,
     RunFolder,
-    common_settings,
     identity_settings,
     open_run,
     run_state,

@@ -184,3 +184,9 @@ def check_rows(rows: Sequence[GridRow], seeds: int) -> None:
             problems.append((fact, "make separate tables"))
     if problems:
         raise SettingsError(problems)
+
+
+def common_settings(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings that have the same value in all of these."""
+    first, *others = settings
+    return {key: value for key, value in first.items() if all(other[key] == value for other in others)}

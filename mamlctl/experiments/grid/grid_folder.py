@@ -17,12 +17,20 @@ from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import contents, one_writer, write_text
 from mamlctl.core.formatting import plural
 from mamlctl.core.problems import Problem, flag
-from mamlctl.experiments.grid.grid import CELLS, FORMAT, PLAN, Grid, GridCell, GridRow, not_default
+from mamlctl.experiments.grid.grid import (
+    CELLS,
+    FORMAT,
+    PLAN,
+    Grid,
+    GridCell,
+    GridRow,
+    common_settings,
+    not_default,
+)
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import (
     CONFIG,
     RESUME_OVERRIDES,
-    common_settings,
     digested_settings,
     identity_settings,
     open_run,
