@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 import signal
 import time
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import preloaded
 from helpers.grid_cases import QUICK_WORDS, TESTED, TINY, filled, ignore, tiny_grid, without_times
 
@@ -211,6 +213,14 @@ def test_a_damaged_plan_is_reported(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(MamlctlError):
         load_grid(tmp_path)
+
+
+def test_a_plan_with_an_infinite_seed_is_damaged(done, tmp_path):
+    path = copied(done, tmp_path).folder / "plan.yaml"
+    document = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(document | {"seeds": [math.inf]}))
+    with pytest.raises(MamlctlError, match="OverflowError"):
+        load_grid(path.parent)
 
 
 def test_a_plan_survives_saving_and_loading(done, tmp_path):

@@ -117,7 +117,7 @@ def load_grid(folder: Path) -> Grid:
         seeds = tuple(int(seed) for seed in document["seeds"])
         evaluate = evaluation_settings(document["evaluate"], str(path / PLAN))
         return Grid(path, str(document["plan"]), tuple(rows), seeds, evaluate, str(document["command"]))
-    except (KeyError, TypeError, ValueError, AttributeError, SettingsError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SettingsError) as error:
         raise _damaged(path, f"{type(error).__name__} {error}".splitlines()[0]) from error
 
 
