@@ -70,8 +70,8 @@ def grid_command() -> str:
     """The command line without the flags that only affect how this call runs and what it prints."""
     words, typed = ["mamlctl"], iter(sys.argv[1:])
     for word in typed:
-        name, _, value = word.partition("=")
-        if name in CALL_FLAGS_WITH_VALUE and not value:
+        name, equals, _ = word.partition("=")
+        if name in CALL_FLAGS_WITH_VALUE and not equals:
             next(typed, None)
         elif name not in (*CALL_FLAGS, *CALL_FLAGS_WITH_VALUE):
             words.append(word)

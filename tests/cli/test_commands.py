@@ -16,6 +16,7 @@ from helpers.shared import ignore
 
 import mamlctl
 from mamlctl.cli.app import main
+from mamlctl.cli.grid_actions import grid_command
 from mamlctl.data.reading.packs import load_pack, pack, save_pack
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
@@ -776,3 +777,9 @@ def test_a_closed_pipe_causes_no_traceback(trained):
     command = f"{sys.executable} -m mamlctl train --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--workers="], ["--workers=2"], ["--workers", "2"], ["--json"]])
+def test_a_stored_command_lacks_only_the_flags_of_the_call(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["mamlctl", "ablate", *words, "--dataset", "glyphs"])
+    assert grid_command() == "mamlctl ablate --dataset glyphs"
