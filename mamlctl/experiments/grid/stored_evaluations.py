@@ -129,7 +129,7 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         validation=validation,
         rates=next((row["rates"] for row in reversed(reports) if row.get("rates")), {}),
         command=command,
-        device=str(run.environment().get("device", "")),
+        device=str(run.environment().get("device") or ""),
         diverged_at=state.diverged_at,
     )
 
