@@ -5,10 +5,14 @@ DEMO_RUN := runs/demo
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder # loadgroup has no effect with pytest 9.2 and xdist 3.8
 MINUTES ?= # how long to attack or to soak, e.g. make soak MINUTES=120
 ATTACK ?= # options for the attack, e.g. make attack ATTACK="--only train --seed 7 --trials 1"
+SLICE ?= # how long to train before saving and stopping, e.g. make reproduce SLICE=9m
+DEVICE ?= # where to train, e.g. make reproduce DEVICE=cuda
+ONLY ?= # one experiment or a pattern, e.g. make reproduce ONLY='sinusoid*'
+LIST ?= # only print what is left: make reproduce LIST=1
 BENCH ?= # options for the benchmark, e.g. make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test quick check lint types docs format gpu bench attack soak audit wheel clean
+.PHONY: help install demo test quick check lint types docs format gpu bench reproduce attack soak audit wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +73,10 @@ gpu: $(VENV)/installed-dev ## run only the tests that need a CUDA device
 
 bench: $(VENV)/installed-bench ## benchmark meta-steps of every engine and of other libraries, into runs/bench/
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH)
+
+reproduce: $(VENV)/installed ## train and test the experiments of docs/results.md that have no receipt yet, until stopped
+	PYTHONPATH=tests $(BIN)/python -m records $(if $(SLICE),--slice $(SLICE)) $(if $(DEVICE),--device $(DEVICE)) \
+	  $(if $(ONLY),--only '$(ONLY)') $(if $(LIST),--list)
 
 attack: $(VENV)/installed-attack ## kill commands, damage files, fill disks and fuzz readers, in under 15 minutes on 2 cores
 	PYTHONPATH=tests $(BIN)/python -m faults $(if $(MINUTES),--minutes $(MINUTES)) $(ATTACK)

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 import mamlctl
+from mamlctl.core.literals import Precision
 from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.engine.devices import cpu_model, device_words, precision_of
 from mamlctl.settings.schema import TrainConfig
+
+NOT_CODE = [f":(exclude){path}" for path in ("mamlctl/records", "mamlctl/docs", "README.md")]
 
 
 def environment(config: TrainConfig, source: TaskSource, device: torch.device) -> dict[str, Any]:
@@ -25,18 +28,7 @@ def environment(config: TrainConfig, source: TaskSource, device: torch.device) -
         source: the data of the run.
         device: the device of the run.
     """
-    return {
-        "mamlctl": mamlctl.__version__,
-        "git": _git_state(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "device": device_words(device),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "precision": precision_of(config.precision, device),
-        "platform": platform.platform(),
+    return code_and_machine(config.precision, device) | {
         "dataset_digest": source.digest,
         "dataset_older_digests": list(source.older_digests),
         "brightness": source.brightness,
@@ -50,8 +42,29 @@ def environment(config: TrainConfig, source: TaskSource, device: torch.device) -
     }
 
 
+def code_and_machine(precision: Precision, device: torch.device) -> dict[str, Any]:
+    """The part of `environment` that can change when a run is resumed elsewhere."""
+    return {
+        "mamlctl": mamlctl.__version__,
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": device_words(device),
+        "cpu": cpu_model(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": precision_of(precision, device),
+        "platform": platform.platform(),
+    }
+
+
 def _git_state() -> dict[str, Any] | None:
-    """The commit of this package's checkout and whether it has changes; None in an installed wheel."""
+    """The commit of this package's checkout and whether it has changes; None in an installed wheel.
+
+    Changes of receipts and documentation do not count, because they do not change what a run computes.
+    """
     root = Path(mamlctl.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -60,7 +73,7 @@ def _git_state() -> dict[str, Any] | None:
     try:
         commit, dirt = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10)
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", ".", *NOT_CODE))
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,8 @@ def published(
         The results, the closest match first.
     """
     matches = [
-        (source["paper"], row)
-        for source in entries().get(dataset, ())
-        if source.get("ways", ways) == ways and source["shots"] == shots
-        for row in source["rows"]
+        (paper, row)
+        for paper, row in _rows(dataset, ways, shots)
         if row["algo"] == algo and set(row.get("improvements", ())) == set(improvements)
         if inner_steps in (None, row.get("inner_steps", inner_steps))
     ]
@@ -65,6 +63,29 @@ def published(
 
     # The sort is stable: among equals, the file's order puts MAML++'s re-run of MAML before MAML's own paper.
     return tuple(_published(paper, row) for paper, row in sorted(matches, key=distance))
+
+
+def published_row(dataset: str, ways: int, shots: int, row: str) -> tuple[Published, int | None] | None:
+    """Look up a published result by the words of its source.
+
+    Args:
+        dataset: a name in the file.
+        ways: classes per task; 1 for regression.
+        shots: support examples per class.
+        row: the words of the source, e.g. "maml, 1 step".
+
+    Returns:
+        The first such result, with its number of inner steps if the source gives it; None if there is none.
+    """
+    named = ((paper, entry) for paper, entry in _rows(dataset, ways, shots) if entry["row"] == row)
+    return next(((_published(paper, entry), entry.get("inner_steps")) for paper, entry in named), None)
+
+
+def _rows(dataset: str, ways: int, shots: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The results of a task size in the order of the file, each with its paper."""
+    for source in entries().get(dataset, ()):
+        if source.get("ways", ways) == ways and source["shots"] == shots:
+            yield from ((source["paper"], row) for row in source["rows"])
 
 
 def _published(paper: str, row: Mapping[str, Any]) -> Published:

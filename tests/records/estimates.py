@@ -1,0 +1,71 @@
+"""The time that is left, from the speed of a run so far, or from a few timed meta-steps of its experiment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import read_object, write_json
+from mamlctl.engine.devices import device_words, open_device
+from mamlctl.experiments.grid.estimate import estimate
+from mamlctl.experiments.grid.grid import Grid, GridRow
+from records.experiments import Experiment
+from records.runs import Place, RecordedRun
+
+FILE = "estimates.json"
+
+
+def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent) -> dict[str, Any]:
+    """The seconds of a meta-step and of one test on this device, measured once and then stored.
+
+    Args:
+        experiment: the experiment.
+        place: where it would run.
+        runs: the folder that stores the times.
+        on_event: receives notices.
+
+    Returns:
+        `step_s` (including its share of validation) and `test_s`, or `problem` if it cannot run here.
+    """
+    device = device_words(open_device(place.device, experiment.config.precision))
+    key, stored = f"{experiment.name} on {device}", read_object(runs / FILE)
+    known = stored.get(key)
+    if known and known["stated"] == experiment.stated:
+        return known
+    config = replace(experiment.config, device=place.device, data_root=place.data_root)
+    row = GridRow(experiment.name, experiment.name, config)
+    grid = Grid(runs, "one row", (row,), (0,), experiment.test, command="")
+    on_event(Notice(f"{experiment.name}: timing a few meta-steps"))
+    try:
+        (cost,) = estimate(grid, 1, offline=True, on_event=lambda event: None).rows
+    except MamlctlError as error:
+        return {"problem": error.message}
+    times = {"step_s": cost.train_s / cost.meta_steps, "test_s": cost.test_s}
+    runs.mkdir(parents=True, exist_ok=True)
+    write_json(runs / FILE, {**stored, key: {"stated": experiment.stated, **times}})
+    return times
+
+
+def seconds_left(run: RecordedRun, times: dict[str, Any]) -> float | None:
+    """The time until the run has a receipt; None if it is unknown.
+
+    Args:
+        run: the run.
+        times: what `timed` returned for its experiment.
+    """
+    if run.obstacle:
+        return None
+    if run.is_trained:
+        training_s: float | None = 0.0
+    else:
+        step_s = run.wall_s / run.step if run.step and run.wall_s else times.get("step_s")
+        steps, minutes = run.experiment.config.total_steps - run.step, run.experiment.minutes
+        limits = [None if step_s is None else steps * step_s]
+        limits += [None if minutes is None else 60 * minutes - run.wall_s]
+        training_s = min((limit for limit in limits if limit is not None), default=None)
+    if training_s is None:
+        return None
+    return max(training_s, 0.0) + times.get("test_s", 0.0) * len(run.untested)
