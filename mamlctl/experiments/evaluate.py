@@ -20,7 +20,7 @@ from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
-from mamlctl.engine.kernels.c_block import compiled_at_every_start
+from mamlctl.engine.kernels.c_library import compiled_at_every_start
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig

@@ -32,7 +32,7 @@ from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
 from mamlctl.engine.derivatives.autograd import Autograd, AutogradSet
 from mamlctl.engine.derivatives.selection import faster_block, select_derivatives, slower_than_it_could_be
-from mamlctl.engine.kernels import c_block
+from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.fused_block import KernelTape
 from mamlctl.engine.nets.base import LEAK
@@ -242,17 +242,17 @@ def test_select_derivatives_depends_on_device_dtype_and_engine(monkeypatch):
     assert isinstance(select_derivatives(net, like, "plain"), Autograd)
     chosen = select_derivatives(net, like)
     assert (chosen.make_block is c_block.native_block) == HAS_C
-    monkeypatch.setattr(c_block, "library", lambda dtype: None)
+    monkeypatch.setattr(c_library, "library", lambda dtype: None)
     assert select_derivatives(net, like).make_block is TorchTape
 
 
 @needs_c
 def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_block, "_uncached", [])
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_library, "_uncached", [])
     # The libraries are only loaded, so -O0 saves most of the compile time.
-    monkeypatch.setattr(c_block, "OPTIONS", [word.replace("-O3", "-O0") for word in c_block.OPTIONS])
-    fresh = c_block.library.__wrapped__
+    monkeypatch.setattr(c_library, "OPTIONS", [word.replace("-O3", "-O0") for word in c_library.OPTIONS])
+    fresh = c_library.library.__wrapped__
     with monkeypatch.context() as without:
         without.setenv("PATH", str(tmp_path))
         without.setenv("CC", "no-such-compiler")
@@ -267,13 +267,13 @@ def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
         assert fresh(torch.float32) is not None, "a damaged library is compiled again"
         assert [path.name for path in tmp_path.rglob("*.so")] == [built.name]
         assert built.read_bytes() == whole
-    assert c_block.compiled_at_every_start() is None
+    assert c_library.compiled_at_every_start() is None
     monkeypatch.setenv("CC", "false")
-    monkeypatch.setattr(c_block, "TUNING", ("-march=native", "--no-such-option"))
+    monkeypatch.setattr(c_library, "TUNING", ("-march=native", "--no-such-option"))
     assert fresh(torch.float32) is not None, "cc is used instead, without the unknown option"
-    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: Path("/proc/nowhere"))
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: Path("/proc/nowhere"))
     assert fresh(torch.float32) is not None, "without a cache"
-    assert "/proc/nowhere/native cannot be written" in c_block.compiled_at_every_start()
+    assert "/proc/nowhere/native cannot be written" in c_library.compiled_at_every_start()
     _, net, state, _ = prepared(algo="maml")
     assert "set XDG_CACHE_HOME" in slower_than_it_could_be(net, state.example_tensor, "adjoint")
     assert fresh(torch.int8) is None
@@ -281,18 +281,20 @@ def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
 
 @needs_c
 def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_block, "_uncached", [])
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_library, "_uncached", [])
     loaded = []
-    monkeypatch.setattr(c_block, "_load", lambda path: loaded.append(path) or "a library")
-    monkeypatch.setattr(c_block, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True)
-    fresh = c_block.library.__wrapped__
+    monkeypatch.setattr(c_library, "_load", lambda path: loaded.append(path) or "a library")
+    monkeypatch.setattr(
+        c_library, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True
+    )
+    fresh = c_library.library.__wrapped__
     fresh(torch.float32)
     (built,) = tmp_path.rglob("*.so")
     folder = built.parent
     assert folder.stat().st_mode & 0o777 == 0o700
     fresh(torch.float32)
-    assert loaded[-1] == built and c_block.compiled_at_every_start() is None
+    assert loaded[-1] == built and c_library.compiled_at_every_start() is None
     for shared in (built, folder, folder.parent):
         mode = shared.stat().st_mode
         shared.chmod(0o777)
@@ -300,7 +302,7 @@ def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(m
         assert loaded[-1] != built
         if shared != built:
             assert not loaded[-1].is_relative_to(tmp_path)
-            assert f"other users can change {folder}" in c_block.compiled_at_every_start()
+            assert f"other users can change {folder}" in c_library.compiled_at_every_start()
         shared.chmod(mode)
     folder.parent.chmod(0o1777)  # as /tmp: only the owner of a file can replace it
     fresh(torch.float32)
@@ -328,11 +330,11 @@ def test_folders_of_unknown_owners_are_trusted_if_nobody_else_can_write(
         status[0], status[4] = (0o40700, 1000) if path == tmp_path else (mode, owner)
         return os.stat_result(status)
 
-    monkeypatch.setattr(c_block, "_unknown_owner", lambda: unknown)
-    monkeypatch.setattr(c_block.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(c_library, "_unknown_owner", lambda: unknown)
+    monkeypatch.setattr(c_library.os, "geteuid", lambda: 1000)
     with monkeypatch.context() as inside:
         inside.setattr(Path, "stat", stat)
-        found = c_block._is_private(tmp_path), c_block._is_private(tmp_path.parent)
+        found = c_library._is_private(tmp_path), c_library._is_private(tmp_path.parent)
     assert found == (trusted, False), "the cache itself must belong to this user"
 
 
@@ -340,29 +342,33 @@ def test_folders_of_unknown_owners_are_trusted_if_nobody_else_can_write(
     ("compiles", "reason"), [(False, "the C compiler fails in"), (True, "programs cannot be run from")]
 )
 def test_the_reason_for_compiling_at_every_start_is_the_true_one(monkeypatch, tmp_path, compiles, reason):
-    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_block, "_uncached", [])
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_library, "_uncached", [])
 
     def succeeds(words):
         return compiles or not Path(words[words.index("-o") + 1]).is_relative_to(tmp_path)
 
-    monkeypatch.setattr(c_block, "_succeeds", succeeds)
-    monkeypatch.setattr(c_block, "_load", lambda path: None if path.is_relative_to(tmp_path) else "a library")
-    assert c_block.library.__wrapped__(torch.float32) == "a library"
-    assert f"because {reason} {tmp_path}" in c_block.compiled_at_every_start()
+    monkeypatch.setattr(c_library, "_succeeds", succeeds)
+    monkeypatch.setattr(
+        c_library, "_load", lambda path: None if path.is_relative_to(tmp_path) else "a library"
+    )
+    assert c_library.library.__wrapped__(torch.float32) == "a library"
+    assert f"because {reason} {tmp_path}" in c_library.compiled_at_every_start()
 
 
 def test_a_folder_that_another_process_removes_does_not_prevent_caching(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_block.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_block, "_uncached", [])
-    monkeypatch.setattr(c_block, "_load", lambda path: "a library")
-    monkeypatch.setattr(c_block, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True)
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_library, "_uncached", [])
+    monkeypatch.setattr(c_library, "_load", lambda path: "a library")
+    monkeypatch.setattr(
+        c_library, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True
+    )
     folder = tmp_path / "mamlctl" / "native"
     for path in (folder.parent, folder):
         path.mkdir(mode=0o700)
     (folder / "tmp-gone").symlink_to("nothing")  # listed, but without a status, like a folder just removed
-    assert c_block.library.__wrapped__(torch.float32) == "a library"
-    assert c_block.compiled_at_every_start() is None
+    assert c_library.library.__wrapped__(torch.float32) == "a library"
+    assert c_library.compiled_at_every_start() is None
     assert len(list(folder.glob("*.so"))) == 1
 
 

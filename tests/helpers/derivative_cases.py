@@ -8,11 +8,11 @@ from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
 from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
-from mamlctl.engine.kernels import c_block
+from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.nets.batch_norm import accumulate
 
 CPU = torch.device("cpu")
-HAS_C = c_block.library(torch.float64) is not None
+HAS_C = c_library.library(torch.float64) is not None
 needs_c = pytest.mark.skipif(not HAS_C, reason="there is no C compiler")
 
 

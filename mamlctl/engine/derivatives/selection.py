@@ -13,7 +13,7 @@ from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.devices import cuda_ms
-from mamlctl.engine.kernels import c_block
+from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, TorchTape
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
@@ -37,7 +37,7 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
         return Autograd(net)
     if like.device.type == "cuda":
         return Conv4Derivatives(net, _cuda_block(like.device, like.dtype, net.compute))
-    if all(c_block.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
+    if all(c_library.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
         return Conv4Derivatives(net, c_block.native_block, c_block.prepare)
     return Conv4Derivatives(net)
 
@@ -118,9 +118,9 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
     if like.device.type == "cpu" and by_torch:
         return "no working C compiler (cc): using torch operations, which are about 1.8 times slower"
-    if like.device.type == "cpu" and (reason := c_block.compiled_at_every_start()):
+    if like.device.type == "cpu" and (reason := c_library.compiled_at_every_start()):
         return reason
-    if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_block.lacks_bfloat16():
+    if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_library.lacks_bfloat16():
         return "this processor has neither avx512_bf16 nor AMX, so --precision bf16 is slower than float32"
     return None
 

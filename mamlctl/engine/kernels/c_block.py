@@ -1,34 +1,18 @@
 """The block of `block.py` in C for CPUs, with fewer passes over memory than torch operations.
 
-The machine's C compiler compiles `c/` once for each dtype (about 2 s) into the cache folder. Without a
-compiler torch operations do the same work, more slowly.
+Without a C compiler torch operations do the same work, more slowly.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import itertools
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
-import time
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-import platformdirs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.devices import cpu_line
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes
+from mamlctl.engine.kernels.c_library import call
 from mamlctl.engine.kernels.fused_block import (
     BlockMemory,
     BlockShape,
@@ -38,153 +22,7 @@ from mamlctl.engine.kernels.fused_block import (
     shape_of,
 )
 
-SOURCES = Path(__file__).parent / "c"
-TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
-
-# Not every compiler and processor supports these options. Each failure drops the last one and retries.
-TUNING = ("-march=native", "-mprefer-vector-width=512")
-OPTIONS = (
-    "-std=gnu11",
-    "-O3",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-)
-
 VEC = 16  # filters per vector in the first block, as in c/first.c
-
-_uncached: list[str] = []  # why a library had to be compiled outside of the cache folder
-
-
-@functools.cache
-def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Load the compiled functions for tensors stored in `dtype`; None if they cannot be compiled."""
-    if dtype not in TYPES:
-        return None
-    sources = sorted(SOURCES.glob("*.[ch]"))
-    compiler = shlex.split(os.environ.get("CC", ""))
-    texts = [source.read_text() for source in sources]
-    ingredients = [*texts, *OPTIONS, *compiler, platform.machine(), processor()]
-    name = f"{TYPES[dtype].lower()}-{_digest(chr(0).join(ingredients).encode())}"
-    folder = platformdirs.user_cache_path("mamlctl") / "native"
-    cached = _cached(folder, name)
-    return cached or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, folder, name)
-
-
-def compiled_at_every_start() -> str | None:
-    """Return why the cache folder is not used, and what to do about it; None if it is used."""
-    if not _uncached:
-        return None
-    return f"compiling C kernels at every start, because {_uncached[0]}: set XDG_CACHE_HOME to another folder"
-
-
-def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
-    """Load a cached library; None if it is missing, damaged, or in reach of another user."""
-    with suppress(OSError):
-        for path in folder.glob(f"{name}-*.so"):
-            # A truncated library would crash the process, so its name contains the digest of its bytes.
-            if path.stem.endswith(_digest(path.read_bytes())) and _is_private(path):
-                return _load(path)
-    return None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _is_private(path: Path) -> bool:
-    """Whether only this user and root can change a path, or replace a folder that contains it."""
-    path, unknown = path.resolve(), _unknown_owner()
-    for place in (path, *path.parents):
-        status = place.stat()
-        if place != path and status.st_uid == unknown and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            continue  # probably root of the host, as for / and /home
-        # Many systems give each user a group of their own, with the user's number.
-        shared = stat.S_IWOTH | (0 if status.st_gid == status.st_uid else stat.S_IWGRP)
-        # Others may create files in a folder with this bit, e.g. /tmp, but not replace those of this user.
-        sticky = place != path and status.st_mode & stat.S_ISVTX
-        if status.st_uid not in (0, os.geteuid()) or (status.st_mode & shared and not sticky):
-            return False
-    return True
-
-
-def _unknown_owner() -> int | None:
-    """The number that a Linux user namespace shows for users outside of it; None outside of namespaces."""
-    with suppress(OSError, ValueError):  # not Linux
-        if Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
-            return int(Path("/proc/sys/kernel/overflowuid").read_text())
-    return None
-
-
-def _load(path: Path) -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # missing, not a library, or in a folder that is mounted noexec
-        return None
-
-
-def _build(
-    compilers: list[list[str]], kind: str, sources: list[Path], cache: Path, name: str
-) -> ctypes.CDLL | None:
-    """Compile and load, trying each compiler with fewer and fewer options; cache the library if possible."""
-    programs = [str(source) for source in sources if source.suffix == ".c"]
-    reason = f"the C compiler fails in {cache}"  # for example because its disk is full
-    for folder in (cache, None):
-        try:
-            if folder is not None:
-                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if not _is_private(folder):
-                    reason = f"other users can change {folder}"
-                    continue
-                _remove_abandoned(folder)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / "built.so"
-                for compiler, last in itertools.product(compilers, range(len(TUNING), -1, -1)):
-                    words = [*compiler, *OPTIONS, *TUNING[:last], f"-D{kind}", "-o", str(built), *programs]
-                    if not _succeeds(words):
-                        continue
-                    if (loaded := _load(built)) is None:
-                        reason = f"programs cannot be run from {cache}"
-                    else:
-                        if folder is None:
-                            _uncached.append(reason)
-                            return loaded
-                        with built.open("rb") as file:
-                            os.fsync(file.fileno())
-                        built.chmod(0o700)
-                        built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
-                        return loaded
-        except OSError as error:
-            reason = f"{cache} cannot be written ({error.strerror})"
-    return None
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes have left in the cache folder; no compilation takes an hour."""
-    for scratch in folder.glob("tmp*"):
-        with suppress(FileNotFoundError):  # another process has just finished with it
-            if time.time() - scratch.stat().st_mtime > 3600:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _succeeds(command: list[str]) -> bool:
-    try:
-        return subprocess.run(command, capture_output=True, timeout=120).returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
-
-
-def processor() -> str:
-    """Return a string that identifies the processor's instruction set; "" if it is unknown."""
-    return cpu_line("flags", "Features") or platform.processor()
-
-
-def lacks_bfloat16() -> bool:
-    """Whether the processor is known to have no bfloat16 instructions."""
-    flags = processor().split()
-    return flags[:1] == ["flags"] and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
 def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
@@ -202,7 +40,7 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     shape = shape_of(x, 0, count, tasks)
     mean_TD1 = torch.empty(tasks, 9 * inputs, 1, dtype=torch.float64)
     covariance_TDD = torch.empty(tasks, 9 * inputs, 9 * inputs, dtype=torch.float64)
-    _call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
+    call(x.dtype, "patch_sums", shape, planes, mean_TD1, covariance_TDD)
     mean_TD1 /= count * height * width
     covariance_TDD /= count * height * width
     covariance_TDD -= mean_TD1 @ mean_TD1.transpose(1, 2)  # cov(q) = <q q^T> - <q> <q>^T
@@ -236,7 +74,7 @@ class Native:
 
     def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
         # All functions of c/block.c end with these two arguments.
-        _call(self.stored, name, block.shape, *tensors, block.d, block.partial)
+        call(self.stored, name, block.shape, *tensors, block.d, block.partial)
 
 
 class NativeFirstTape(KernelTape):
@@ -299,7 +137,7 @@ class NativeFirstTape(KernelTape):
 
     def _call(self, name: str, *tensors: Tensor | None) -> None:
         # These functions of c/first.c all begin with the planes.
-        _call(self.stored, name, self.block.shape, self.planes.x, *tensors)
+        call(self.stored, name, self.block.shape, self.planes.x, *tensors)
 
     def _d_row(self, row: ChannelRow) -> Tensor:
         """Return a row of `d` as _T1O, to be multiplied with _TDO."""
@@ -338,11 +176,3 @@ def native_block(
     """Compute a block's forward pass in C; arguments as in `block.MakeBlock`."""
     tape = NativeFirstTape if settings.first else KernelTape
     return tape(x, weight, gamma_X, beta_X, settings, Native(settings.compute or weight.dtype))
-
-
-def _call(stored: torch.dtype, name: str, shape: BlockShape, *tensors: Tensor | None) -> None:
-    """Call a compiled function; it gets pointers only, so the tensors must be contiguous."""
-    compiled = library(stored)
-    assert compiled is not None
-    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-    getattr(compiled, name)(ctypes.byref(shape), *pointers)
