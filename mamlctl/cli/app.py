@@ -3,47 +3,120 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 import mamlctl
-from mamlctl.cli.ablate import ablate
-from mamlctl.cli.compare import compare
-from mamlctl.cli.evaluate import evaluate
-from mamlctl.cli.fetch import fetch
-from mamlctl.cli.train import train
 from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import exit_at_once_on
 from mamlctl.display.console import discard, show_error, stderr_console
 from mamlctl.settings.rules import NOUNS
 
-# Each command's function and the examples at the end of its help.
+Function = Callable[..., ExitCode]
+
+# The functions below import a command when it is called, or its help is shown: no command waits for the
+# imports of the others, and `mamlctl --version` waits for none.
+
+
+def _train() -> Function:
+    from mamlctl.cli.train import train
+
+    return train
+
+
+def _evaluate() -> Function:
+    from mamlctl.cli.evaluate import evaluate
+
+    return evaluate
+
+
+def _fetch() -> Function:
+    from mamlctl.cli.fetch import fetch
+
+    return fetch
+
+
+def _compare() -> Function:
+    from mamlctl.cli.compare import compare
+
+    return compare
+
+
+def _ablate() -> Function:
+    from mamlctl.cli.ablate import ablate
+
+    return ablate
+
+
+# How each command's function is imported, and the examples at the end of its help.
 COMMANDS = {
-    "train": (train, "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
+    "train": (_train, "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
     "eval": (
-        evaluate,
+        _evaluate,
         "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
         "mamlctl eval runs/demo --support mine/learn --query mine/ask",
     ),
-    "fetch": (fetch, "Example: mamlctl fetch omniglot --from downloads/"),
+    "fetch": (_fetch, "Example: mamlctl fetch omniglot --from downloads/"),
     "compare": (
-        compare,
+        _compare,
         "Examples: mamlctl compare runs/a runs/b\n\n"
         "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
     ),
-    "ablate": (ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
+    "ablate": (_ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
 }
 
+
+class _Command(TyperCommand):
+    """A command that refuses arguments which it does not have; Typer's own error has no field for them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.args:
+            hint = f"leave it out, or see mamlctl {ctx.info_name} --help"
+            raise SettingsError([(f"unexpected argument '{' '.join(ctx.args)}'", hint)])
+        return super().invoke(ctx)
+
+
+@cache
+def _command(name: str) -> Any:
+    function_of, examples = COMMANDS[name]
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    settings = {"allow_extra_args": True}
+    single.command(name, cls=_Command, context_settings=settings, epilog=examples)(function_of())
+    return typer.main.get_command(single)
+
+
+class _Commands(Mapping[str, Any]):
+    """The commands, each of which is imported when it is first used."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Group(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = cast(dict[str, Any], _Commands())  # Typer only reads it
+
+
 app = typer.Typer(
+    cls=_Group,
     epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -64,20 +137,6 @@ def root(
     ] = False,
 ) -> None:
     """Train, evaluate, compare and ablate MAML++ and its relatives."""
-
-
-class _Command(TyperCommand):
-    """A command that refuses arguments which it does not have; Typer's own error has no field for them."""
-
-    def invoke(self, ctx: Any) -> Any:
-        if ctx.args:
-            hint = f"leave it out, or see mamlctl {ctx.info_name} --help"
-            raise SettingsError([(f"unexpected argument '{' '.join(ctx.args)}'", hint)])
-        return super().invoke(ctx)
-
-
-for name, (command, examples) in COMMANDS.items():
-    app.command(name, cls=_Command, context_settings={"allow_extra_args": True}, epilog=examples)(command)
 
 
 def share_the_processor() -> None:
@@ -104,6 +163,7 @@ def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
 
 def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     """Run `main` in a process that has nothing else to do, and end it without dismantling torch."""
+    gc.disable()  # until `OutputOptions.display`: imports leave no garbage, and took a tenth longer with it
     try:
         main(on_error)
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from mamlctl.core import formatting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
-from mamlctl.display.console import stderr_console, write_json
-from mamlctl.display.displays import Display, open_display
+from mamlctl.display.console import say, stderr_console, write_json
+from mamlctl.display.displays import Display, is_live, open_display
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
@@ -52,9 +54,18 @@ class OutputOptions:
         """The values of the named options, by flag."""
         return {flag(name): getattr(self, name) for name in names}
 
+    def announce(self, work: str) -> None:
+        """Show on a terminal what the command does, before it imports torch, which takes seconds."""
+        console = stderr_console()
+        if is_live(console) and not (self.quiet or self.json):
+            say(console, (formatting.one_line(work), "dim"))
+
     def display(self) -> Display:
         """The display that shows events while the command works, after its imports."""
         raise_on_signals()
+        if not gc.isenabled():
+            gc.freeze()  # later collections need not look at what was imported
+            gc.enable()
         return open_display(stderr_console(), quiet=self.quiet)
 
     def write(

@@ -14,9 +14,12 @@ from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.formatting import plural
 from mamlctl.core.problems import flag
 from mamlctl.display.console import say, stderr_console
+from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
 from mamlctl.experiments.grid.plans import algorithm_rows
+from mamlctl.run_folder import CONFIG
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import FIELDS, TrainConfig
@@ -69,14 +72,13 @@ def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: s
 
 
 def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:
-    from mamlctl.experiments.grid.compare import compare
-    from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
-    from mamlctl.report.report_folder import write_files
-    from mamlctl.run_folder import CONFIG
-
     out = None if options.out is None else options.out.expanduser()
     if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
         raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
+    options.announce(f"comparing {len(runs)} {plural(len(runs), 'run')}")
+    from mamlctl.experiments.grid.compare import compare
+    from mamlctl.report.report_folder import write_files
+
     with options.display() as display:
         table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
     files = [] if out is None else write_files(table, out)

@@ -17,6 +17,7 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
+from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
 
@@ -97,6 +98,9 @@ def evaluate(
     if problems := options.problems(settings):
         raise SettingsError(problems)
     config = EvalConfig(**settings)
+    open_run(run)  # reports a missing or damaged run before torch is imported
+    support = options.support
+    options.announce(f"adapting {run} to {support}" if support else f"testing {run} on {config.tasks} tasks")
     if options.support is None:
         return _test(run, config, options)
     _classify(run, options.support, config, options)

@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 
 from mamlctl.cli.grid_options import GridOptions
+from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
-from mamlctl.core.formatting import plural
 from mamlctl.display.console import say, stderr_console
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
+from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import TrainConfig
 
@@ -57,7 +58,7 @@ def planned_grid(
 
     evaluate = evaluation_settings(evaluation, "flag")
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
-    resolved = resolve_rows(rows, options.file_layers, settings, seed, check_devices=options.runs_here)
+    resolved = resolve_rows(rows, options.file_layers, settings, seed)
     seeds = 3 if options.seeds is None else options.seeds
     check_rows(resolved, seeds)
     first = resolved[0].config.seed
@@ -87,16 +88,20 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         lines = cell_lines(grid)
         typer.echo(slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines))
         return ExitCode.OK
+    cells, folder = len(grid.cells), formatting.one_line(str(grid.folder))
+    options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {folder}")
+    limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
     from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
     from mamlctl.experiments.grid.estimate import estimate
+    from mamlctl.experiments.grid.grid import check_devices
     from mamlctl.experiments.grid.scheduler import pending_cells
-    from mamlctl.experiments.interrupts import parse_duration
 
-    limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
     local, offline = options.executor == "local", options.offline
     with options.display() as display:
         workers = workers_here(grid, options.workers)
         if options.dry_run or (local and pending_cells(grid)):
+            if local:
+                check_devices(grid.rows)
             check_data(grid, offline=offline, on_event=display)
         if options.dry_run:
             time = estimate(grid, workers, offline=offline, on_event=display)
@@ -110,7 +115,6 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
 
 def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:
     from mamlctl.experiments.executors.ray_cluster import open_cluster
-    from mamlctl.experiments.interrupts import parse_duration
 
     return open_cluster(
         options.address or "auto",
@@ -132,7 +136,11 @@ def _report_ending(result: GridResult, console: Console) -> ExitCode:
         say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
         resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}"
-        say(console, f"{result.left} {plural(result.left, 'cell')} left; resume with: ", (resume, "cyan"))
+        say(
+            console,
+            f"{result.left} {formatting.plural(result.left, 'cell')} left; resume with: ",
+            (resume, "cyan"),
+        )
     incomplete = result.failed or (result.left and not result.reason)
     code = STOP_EXIT_CODES[result.reason]
     return ExitCode.FAILED if code == ExitCode.OK and incomplete else code

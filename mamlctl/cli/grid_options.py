@@ -111,11 +111,6 @@ class GridOptions(SettingsOptions):
         """The settings from the command line; flags override --set."""
         return {**self.set_values(), **flags}
 
-    @property
-    def runs_here(self) -> bool:
-        """Whether the cells run on this machine."""
-        return self.executor == "local" and not (self.print_commands or self.slurm)
-
     def all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the preset, the file and the command line (`settings`); later ones override."""
         merged: dict[str, Any] = {}

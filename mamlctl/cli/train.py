@@ -14,11 +14,14 @@ import typer
 
 from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
 from mamlctl.cli.options import with_options
+from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
 from mamlctl.display.run_results import show_train_result
+from mamlctl.experiments.interrupts import parse_duration
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved
 from mamlctl.settings.presets import to_yaml
@@ -39,20 +42,26 @@ def train(
     time_limit: TimeLimit = None,
 ) -> ExitCode:
     """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
-    if print_config and resume is None:
-        return _print_config(_resolve(settings, options, check_devices=False))
-    from mamlctl.experiments import train as training
-    from mamlctl.experiments.interrupts import parse_duration
-
     if resume is None:
-        config = _resolve(settings, options, check_devices=True).config
-        run = partial(training.train, config, out=None if out is None else out.expanduser())
+        layers = [*options.file_layers, ("--set", options.set_values()), ("flag", settings)]
+        resolved = resolve_settings(layers)
+        if print_config:
+            return _print_config(resolved)
+        config = resolved.config
+        task = formatting.task(config.dataset, fill_defaults(config).ways, config.shots)
+        work = f"training {config.algo} on {task}"
     else:
         unread = options.by_flag("preset", "config") | {"--print-config": print_config}
-        run = partial(
-            training.resume, resume, _overrides(resume, settings | options.set_values(), out, unread)
-        )
+        changes = _overrides(resume, settings | options.set_values(), out, unread)
+        work = f"resuming {resume}"
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
+    options.announce(work)
+    from mamlctl.experiments import train as training  # imports torch
+
+    if resume is None:
+        run = partial(training.train, config, out=None if out is None else out.expanduser())
+    else:
+        run = partial(training.resume, resume, changes)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
     with options.display() as display:
         result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=display)
@@ -60,20 +69,8 @@ def train(
     return STOP_EXIT_CODES[result.reason]
 
 
-def _resolve(
-    settings: Mapping[str, Any], options: SettingsOptions, *, check_devices: bool
-) -> Resolved[TrainConfig]:
-    """The settings of all layers. `check_devices`: the run starts here, so its devices must exist."""
-    from mamlctl.experiments.settings import resolve_settings
-
-    layers = [*options.file_layers, ("--set", options.set_values()), ("flag", settings)]
-    return resolve_settings(layers, check_devices=check_devices)
-
-
 def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
     """Print the settings as a file for --config, with the origin of each in a comment."""
-    from mamlctl.experiments.settings import fill_defaults
-
     lines = to_yaml(resolved.config, fill_defaults(resolved.config)).splitlines()
     width = max(len(line.partition("  #")[0]) for line in lines) + 2
     for line in lines:

@@ -40,11 +40,14 @@ def open_display(console: Console, *, quiet: bool) -> Display:
     """A live view on a terminal, one plain line per report elsewhere, no output if quiet."""
     if quiet:
         return SilentDisplay()
+    return LiveDisplay(console) if is_live(console) else PlainDisplay(console)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a console can show a live view."""
     # With FORCE_COLOR, rich treats a pipe as a terminal: it may get colours, but no cursor movements.
     terminal = console.is_interactive and console.is_terminal and console.file.isatty()
-    if terminal and console.encoding.startswith("utf"):
-        return LiveDisplay(console)
-    return PlainDisplay(console)
+    return terminal and console.encoding.startswith("utf")
 
 
 class SilentDisplay(Display):

@@ -26,14 +26,11 @@ from mamlctl.settings.rules import check
 from mamlctl.settings.schema import TrainConfig
 
 
-def resolve_settings(
-    layers: Sequence[Layer], *, check_devices: bool = False, checked: bool = True
-) -> Resolved[TrainConfig]:
+def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolved[TrainConfig]:
     """Merge layers of settings with the defaults of the data set and the algorithm, and check them.
 
     Args:
         layers: the sources of settings and their values, weakest first.
-        check_devices: whether the settings must run on this machine.
         checked: False accepts settings that break rules between settings, which another layer may repair.
 
     Raises:
@@ -54,10 +51,6 @@ def resolve_settings(
     if checked:
         problems += check(config) + algorithm_problems(config)
         problems += data_set_problems(config, resolved.sources, COMMAND_LINE)
-    if checked and check_devices:
-        from mamlctl.engine.devices import device_problems
-
-        problems += device_problems(config.device, config.precision, config.cuda_graph)
     if problems:
         raise SettingsError(problems)
     # Absolute, so that the run finds its data from wherever it is resumed.

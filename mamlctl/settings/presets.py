@@ -8,26 +8,24 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
 from mamlctl.settings.schema import TrainConfig
 
-# What reading YAML raises: PyYAML lets the errors of tagged values (`!!bool x`) and of huge numbers through.
-YAML_ERRORS = (
-    YAMLError,
-    OmegaConfBaseException,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RecursionError,
-)
 MOST_CHARACTERS = 100_000  # 80 times a complete config.yaml
 SYNTAX = "write each setting once, as 'name: value' on its own line"
+
+
+# The functions below import OmegaConf when they are called, since `mamlctl train --help` does not need it.
+
+
+def yaml_errors() -> tuple[type[Exception], ...]:
+    """What reading YAML raises: PyYAML lets errors of tagged values (`!!bool x`) and huge numbers through."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    base = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
+    return (YAMLError, OmegaConfBaseException, *base)
 
 
 def presets_folder() -> Path:
@@ -54,6 +52,8 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def load_file(path: Path) -> dict[str, Any]:
     """The flat mapping in a YAML file. Raises SettingsError if the file is anything else."""
+    from omegaconf import OmegaConf
+
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MOST_CHARACTERS + 1)
@@ -68,7 +68,7 @@ def load_file(path: Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=False)
     except OSError:  # OmegaConf's error for a file with a single number
         values = None
-    except YAML_ERRORS as error:
+    except yaml_errors() as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f"line {mark.line + 1}: "
         raise SettingsError([(f"{path} is not YAML: {line}{_problem(error)}", SYNTAX)]) from error
@@ -84,6 +84,8 @@ def _problem(error: Exception) -> str:
 
 def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     """Parse the `key=value` pairs of `--set`. Raises SettingsError for a pair that is not valid."""
+    from omegaconf import OmegaConf
+
     problems = [(f"--set {pair} has no '='", "write --set key=value") for pair in pairs if "=" not in pair]
     if problems:
         raise SettingsError(problems)
@@ -91,7 +93,7 @@ def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         try:
             values.update(OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False))  # type: ignore[arg-type]
-        except YAML_ERRORS as error:
+        except yaml_errors() as error:
             raise SettingsError([(f"--set {pair}: {_problem(error)}", "write --set key=value")]) from error
     return {str(key): value for key, value in values.items()}
 
@@ -102,6 +104,8 @@ def to_yaml(config: TrainConfig, completed: TrainConfig) -> str:
     Null settings are not replaced by their derived values, since those follow a later change of, say, the
     seed or the number of epochs.
     """
+    from omegaconf import OmegaConf
+
     lines = OmegaConf.to_yaml(asdict(config)).splitlines()
     return "".join(line + _derived_note(line, completed) + "\n" for line in lines)
 

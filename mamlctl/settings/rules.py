@@ -8,8 +8,6 @@ from dataclasses import Field, dataclass, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
-
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.settings.evaluation import EvalConfig
@@ -29,9 +27,7 @@ OF_NETS = {
     "activation": ("conv4", "mlp"),
 }
 
-# The parser of each type, and its name in messages.
-NODES: Mapping[type, Callable[[], ValueNode]]
-NODES = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
+# The name of each type in messages.
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -47,8 +43,16 @@ class ValueType:
         """The value converted to this type, e.g. "7" to 7. Raises ValueError if that is not possible."""
         if value is None and not self.optional:
             raise ValueError(value)
+        import omegaconf  # not at the top: importing it takes as long as Typer, and help does not need it
+
+        nodes: Mapping[type, Callable[[], omegaconf.ValueNode]] = {
+            bool: omegaconf.BooleanNode,
+            int: omegaconf.IntegerNode,
+            float: omegaconf.FloatNode,
+            str: omegaconf.StringNode,
+        }
         try:
-            return NODES[self.kind]().validate_and_convert(value)
+            return nodes[self.kind]().validate_and_convert(value)
         except OverflowError as error:  # an integer beyond the largest float
             raise ValueError(value) from error
 

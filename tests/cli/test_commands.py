@@ -105,25 +105,6 @@ def test_help_of_train_has_its_panels_and_every_promised_flag(cli):
     assert promised <= words, promised - words
 
 
-WITHOUT_TORCH = """
-import sys
-from contextlib import suppress
-from mamlctl.cli.app import main
-for words in sys.argv[1:]:
-    sys.argv = ["mamlctl", *words.split()]
-    with suppress(SystemExit):
-        main()
-sys.exit("torch" in sys.modules)
-"""
-
-
-def test_help_and_version_open_without_torch():
-    words = ["--help", "--version", *(f"{command} --help" for command in COMMANDS)]
-    shown = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert shown.stdout.count("Usage: ") == 1 + len(COMMANDS)
-
-
 def test_train_writes_a_complete_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {

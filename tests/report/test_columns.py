@@ -84,7 +84,7 @@ def test_keys_are_unique_and_only_some_columns_are_never_dropped():
 
 @pytest.mark.parametrize(
     ("module", "absent"),
-    [("mamlctl.report.columns", ("torch", "numpy", "jinja2")), ("mamlctl.cli.app", ("torch", "jinja2"))],
+    [("mamlctl.report.columns", ("torch", "numpy", "jinja2")), ("mamlctl.cli.compare", ("torch", "jinja2"))],
 )
 def test_sorting_is_checked_without_slow_imports(module, absent):
     code = f"import sys, {module}; sys.exit(', '.join(set({absent}) & set(sys.modules)) or None)"

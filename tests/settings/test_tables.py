@@ -21,7 +21,7 @@ from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig, improveme
 
 WITHOUT_TORCH = """
 import sys
-import mamlctl.cli.app, mamlctl.report.columns
+import mamlctl.cli.train, mamlctl.report.columns
 from mamlctl.data.sets.registry import DATA_SETS
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.experiments.grid.grid import resolve_rows
@@ -33,7 +33,7 @@ for algo in ALGORITHMS:
     fill_defaults(resolve_settings([("flag", {"algo": algo})]).config)
 for dataset in DATA_SETS:
     fill_defaults(resolve_settings([("flag", {"dataset": dataset})]).config)
-rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0, check_devices=False)
+rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0)
 assert len(rows) > len(IMPROVEMENTS)
 sys.exit("torch" in sys.modules)
 """

@@ -311,8 +311,8 @@ def _prepare(
     if offline:
         message = f"{name} is not in {root}, and --offline forbids downloading it"
         raise DataError(message, hint=f"run mamlctl fetch {name}, or add --from FOLDER")
-    archives = data_set.archives()
     on_event(Notice(f"downloading {name} ({data_set.licence})"))
+    archives = data_set.archives()  # imports torchvision, which takes seconds
     files = " and ".join(archive.file for archive in archives)
     hint = f"retry, add --mirror URL, or get {files} elsewhere and run mamlctl fetch {name} --from FOLDER"
     with downloaded(archives, root / DOWNLOADS, mirrors=mirrors, hint=hint, on_event=on_event) as paths:

@@ -77,8 +77,6 @@ def resolve_rows(
     layers: Sequence[Layer],
     settings: Mapping[str, Any],
     seed: int,
-    *,
-    check_devices: bool = True,
 ) -> list[GridRow]:
     """Resolve the settings of every row.
 
@@ -90,7 +88,6 @@ def resolve_rows(
         layers: presets and files, weakest first.
         settings: the settings from the command line, which override the layers.
         seed: the first seed.
-        check_devices: whether the cells must run on this machine.
 
     Returns:
         The rows that are left, in order.
@@ -106,7 +103,7 @@ def resolve_rows(
         naming = [] if algo is None else [("plan", {"algo": algo})]
         stack: list[Layer] = [*layers, *naming, ("flags", flags), ("plan", {**row.values, "seed": seed})]
         try:
-            resolved = resolve_settings(stack, check_devices=check_devices)
+            resolved = resolve_settings(stack)
         except SettingsError as error:
             problems += [(row.label, problem) for problem in error.problems]
             continue
@@ -123,6 +120,19 @@ def resolve_rows(
     if refusals:
         raise SettingsError(refusals)
     return resolved_rows
+
+
+def check_devices(rows: Sequence[GridRow]) -> None:
+    """Raise SettingsError unless this machine has the devices of all rows and supports their arithmetic."""
+    from mamlctl.engine.devices import device_problems  # imported here, since it imports torch
+
+    problems = [
+        (row.label, problem)
+        for row in rows
+        for problem in device_problems(row.config.device, row.config.precision, row.config.cuda_graph)
+    ]
+    if problems:
+        raise SettingsError(_grouped_problems(problems, len(rows)))
 
 
 def _effective_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:

@@ -38,7 +38,7 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
-from mamlctl.settings.presets import YAML_ERRORS
+from mamlctl.settings.presets import yaml_errors
 
 
 def open_grid(
@@ -108,7 +108,7 @@ def load_grid(folder: Path) -> Grid:
     except (OSError, UnicodeDecodeError) as error:
         hint = "use the folder that 'mamlctl ablate' printed"
         raise MamlctlError(f"{path} has no readable {PLAN}", hint=hint) from error
-    except YAML_ERRORS as error:
+    except yaml_errors() as error:
         raise _damaged(path, "not YAML") from error
     try:
         if document["format"] != FORMAT or not document["rows"] or not document["seeds"]:

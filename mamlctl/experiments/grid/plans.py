@@ -8,12 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.settings.presets import YAML_ERRORS
+from mamlctl.settings.presets import yaml_errors
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
 PLANS = ("one-on", "one-off", "cumulative", "full")
@@ -140,9 +138,11 @@ def _planned_row(choice: Sequence[tuple[str, str]]) -> PlannedRow:
 
 def _parsed_value(key: str, word: str) -> Any:
     """Parse a value as YAML, as --set does. Raises SettingsError if it is not valid."""
+    from omegaconf import OmegaConf  # not at the top, as in presets.py
+
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={word}"]))[key]  # type: ignore[index,call-overload]
-    except YAML_ERRORS as error:
+    except yaml_errors() as error:
         raise SettingsError([(f"--grid {key}={word} cannot be read", "write key=value,value")]) from error
 
 
