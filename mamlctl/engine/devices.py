@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +101,23 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
+
+
+def times_slower(dtype: torch.dtype) -> float:
+    """Measure how many times slower a small matrix product on the CPU is in `dtype` than in float32."""
+    # A product of this size takes a fraction of a second even if it is 500 times slower. The factors are not
+    # random, since the random numbers of torch are those of the run.
+
+    def seconds(kind: torch.dtype) -> float:
+        left = torch.ones(128, 128, dtype=kind)
+        times = []
+        for _ in range(4):  # the first product loads its kernels
+            start = time.perf_counter()
+            torch.mm(left, left)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(dtype) / seconds(torch.float32)
 
 
 def cuda_ms(work: Callable[[], object]) -> float:

@@ -25,6 +25,7 @@ from benchmarks.cases import (
     PEERS,
     Case,
     engine_problem,
+    engine_settings,
     growth_cases,
     in_both_orders,
 )
@@ -137,15 +138,17 @@ def bench(
         device, repeats or Plan.repeats, seconds or Plan.seconds, official.resolve() if official else None
     )
     log = Console(stderr=True, soft_wrap=True)
+    machine = Machine(device)
     known = []
     for name in names:
         problem = engine_problem(name)
-        known += [] if problem else [name]
+        if not problem:
+            known.append(name)
+            problem = machine.problem(engine_settings(name)["precision"])  # its rows then say so too
         if problem:
             log.print(f"skipped {name}: {problem}", highlight=False)
     others = [*(PEERS if peers else ()), *(["official"] if official else [])]
     work = growth_work(known) if growth else main_work(only, known, others)
-    machine = Machine(device)
     rows = carry_out(work, plan, machine, log)
     rates = matrix_rates(machine.seconds, machine.flops)
     show(rows, rates, machine)

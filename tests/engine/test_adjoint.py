@@ -30,8 +30,10 @@ from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.algorithms import adjoint as adjoint_module
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
+from mamlctl.engine.derivatives import selection
 from mamlctl.engine.derivatives.autograd import Autograd, AutogradSet
 from mamlctl.engine.derivatives.selection import faster_block, select_derivatives, slower_than_it_could_be
+from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.fused_block import KernelTape
@@ -277,6 +279,29 @@ def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
     _, net, state, _ = prepared(algo="maml")
     assert "set XDG_CACHE_HOME" in slower_than_it_could_be(net, state.example_tensor, "adjoint")
     assert fresh(torch.int8) is None
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(512.3, "512 times slower"), (1.57, "1.6 times slower"), (0.8, None)]
+)
+def test_bfloat16_without_instructions_is_announced_with_the_measured_ratio(monkeypatch, ratio, words):
+    asked = []
+    monkeypatch.setattr(selection, "times_slower", lambda dtype: asked.append(dtype) or ratio)
+    for precision, lacks in (("float32", True), ("bf16", False)):
+        monkeypatch.setattr(c_library, "lacks_bfloat16", lambda lacks=lacks: lacks)
+        _, net, state, _ = prepared(algo="maml", precision=precision)
+        assert slower_than_it_could_be(net, state.example_tensor, "adjoint") is None
+    assert not asked, "nothing is measured in vain"
+    monkeypatch.setattr(c_library, "lacks_bfloat16", lambda: True)
+    notice = slower_than_it_could_be(net, state.example_tensor, "adjoint")
+    assert asked == [torch.bfloat16]
+    assert (words in notice and "avx512_bf16" in notice) if words else notice is None
+
+
+def test_the_speed_of_a_type_is_measured_without_random_numbers():
+    before = torch.get_rng_state()
+    assert 0.01 < times_slower(torch.float64) < 1000
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_c
