@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,7 +21,7 @@ import mamlctl
 from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import exit_at_once_on
-from mamlctl.display.console import discard, show_error, stderr_console
+from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
 from mamlctl.settings.rules import NOUNS
 
 Function = Callable[..., ExitCode]
@@ -126,7 +127,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"mamlctl {mamlctl.__version__}")
+        write_text(sys.stdout, f"mamlctl {mamlctl.__version__}\n")
         raise typer.Exit
 
 
@@ -197,8 +198,9 @@ def _run() -> tuple[int, MamlctlError | None]:
     """Run the command line; return its exit code and the error to print."""
     on_terminal = sys.stdout.isatty()
     try:
-        code = app(standalone_mode=False)
-        sys.stdout.flush()
+        with redirect_stdout(cast(TextIO, NamedStream(sys.stdout))):
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
     except MamlctlError as error:
         return error.exit_code, error
     except TyperException as error:
@@ -219,6 +221,10 @@ def _run() -> tuple[int, MamlctlError | None]:
         if on_terminal and not sys.stdout.isatty():  # the terminal closed, after which training has saved
             discard(sys.stdout)
             return ExitCode.HUNG_UP, None
+        if error.filename == NamedStream.NAME:
+            discard(sys.stdout)
+            fact = f"cannot write to {error.filename}: {error.strerror or error}"
+            return ExitCode.FAILED, MamlctlError(fact, hint="free disk space, or write to another place")
         # A file that cannot be read or written is a problem that the user can fix, not a bug.
         file = f"{error.filename}: " if error.filename else ""
         hint = "free disk space, or choose a path that can be read and written"
@@ -235,9 +241,9 @@ def _usage_error(error: TyperException) -> MamlctlError | None:
         case {"option_name": name, "possibilities": known}:
             hint = nearest(name, known or (), otherwise=f"see {help_command}")
             return MamlctlError(f"unknown option '{name}'", hint=hint)
-        case {"option_name": name} if sys.argv[-1] == name:
+        case {"option_name": name} if "does not take a value" not in error.format_message():
             return MamlctlError(f"{name} has no value", hint=f"write a value after it, or see {help_command}")
-        case {"option_name": name}:  # the only other problem with the use of an option
+        case {"option_name": name}:
             return MamlctlError(f"{name} does not take a value", hint="leave out '=' and the value")
         case {"param": param, "param_type": _}:
             fact = f"the argument '{param.opts[0]}' is missing"

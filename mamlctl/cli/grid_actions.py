@@ -9,14 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 from mamlctl.cli.grid_options import GridOptions
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
-from mamlctl.display.console import say, stderr_console
+from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
 from mamlctl.experiments.interrupts import parse_duration
@@ -86,7 +85,8 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
 
         # These commands fill the folders of this grid, so that a plain call afterwards prints the table.
         lines = cell_lines(grid)
-        typer.echo(slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines))
+        text = slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines)
+        write_text(sys.stdout, text + "\n")
         return ExitCode.OK
     cells, folder = len(grid.cells), formatting.one_line(str(grid.folder))
     options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {folder}")

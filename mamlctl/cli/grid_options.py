@@ -15,7 +15,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
 from mamlctl.display.comparison_table import show_table
-from mamlctl.display.console import write_json
+from mamlctl.display.console import write_json, write_text
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 
 if TYPE_CHECKING:
@@ -126,7 +126,6 @@ class GridOptions(SettingsOptions):
             write_json(sys.stdout, export.document(table, self.sort))
         elif self.csv or self.markdown or self.latex:
             text = export.to_csv if self.csv else export.to_markdown if self.markdown else export.to_latex
-            sys.stdout.write(text(table, self.sort))
-            sys.stdout.flush()
+            write_text(sys.stdout, text(table, self.sort))
         else:
             show_table(Console(), table, self.sort)

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core import formatting
@@ -19,6 +17,7 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
+from mamlctl.display.console import write_text
 from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -59,7 +58,7 @@ def train(
     from mamlctl.experiments import train as training  # imports torch
 
     if resume is None:
-        run = partial(training.train, config, out=None if out is None else out.expanduser())
+        run = partial(training.train, config, out=out)
     else:
         run = partial(training.resume, resume, changes)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
@@ -75,7 +74,8 @@ def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
     width = max(len(line.partition("  #")[0]) for line in lines) + 2
     for line in lines:
         value, _, derived = line.partition("  # ")
-        typer.echo(f"{value:<{width}}# {derived or resolved.sources[line.partition(':')[0]]}")
+        origin = derived or resolved.sources[line.partition(":")[0]]
+        write_text(sys.stdout, f"{value:<{width}}# {origin}\n")
     return ExitCode.OK
 
 
@@ -109,7 +109,7 @@ def _overrides(
         for name, value in settings.items()
         if name not in changeable and stored.get(name) != value
     ]
-    if out is not None and out.expanduser().resolve() != run.resolve():
+    if out is not None and out.resolve() != run.resolve():
         problems.append((f"--out is {out}, but --resume continues in {run}", "leave out --out"))
     problems += unused(without_effect, "with --resume, which keeps the run's settings")
     if problems:

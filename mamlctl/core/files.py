@@ -23,7 +23,7 @@ REMNANTS = (".*.*.????????", "*/.*.pt.*")
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Name the file in an error of the block: Python names none if a write fails, as on a full disk."""
     try:
         yield
@@ -38,14 +38,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` if the block succeeds and is removed otherwise."""
     path = path.resolve()  # a symbolic link is kept and leads to the new file
     if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced
-        with _naming(path), path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with _naming(path), os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +53,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def expanded(path: Path | str) -> Path:
+    """The path with `~` or `~user` at its start replaced; unchanged if there is no such home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises RuntimeError without a home
 
 
 def contents(folder: Path, first: str) -> list[str]:
@@ -77,7 +82,7 @@ def read_text(path: Path) -> str:
 
 def append_text(path: Path, text: str) -> None:
     """Append to a text file."""
-    with _naming(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+    with naming(path), path.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 
@@ -125,7 +130,7 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
         message = f"{what} {path} cannot be locked: {error.strerror}"
         raise MamlctlError(message, hint="choose another --out, on a file system with locks") from error
     with lock:
-        with _naming(path / "lock"):
+        with naming(path / "lock"):
             (path / "lock").write_text(f"process {os.getpid()}")
         for remnant in itertools.chain.from_iterable(map(path.glob, REMNANTS)):
             remnant.unlink(missing_ok=True)

@@ -162,5 +162,5 @@ def _wrapped(text: str, width: int | None) -> list[Text]:
 
 
 def _print_line(console: Console, line: Text) -> None:
-    text = Text(encodable(console, line.plain), line.style, spans=line.spans)
+    text = Text(encodable(console.encoding, line.plain), line.style, spans=line.spans)
     console.print(text, soft_wrap=True, highlight=False)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import MamlctlError
-from mamlctl.core.files import finite
+from mamlctl.core.files import finite, naming
 
 
 class _LenientStream:
@@ -37,6 +37,26 @@ class _LenientStream:
             self._stream.flush()
         except OSError:
             discard(self._stream)
+
+
+class NamedStream:
+    """Standard output; an error of a write names it, since Python's own error names no file."""
+
+    NAME = "standard output"
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with naming(self.NAME):
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with naming(self.NAME):
+            self._stream.flush()
 
 
 def discard(stream: TextIO) -> None:
@@ -84,15 +104,21 @@ def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:
     stream.flush()
 
 
+def write_text(stream: TextIO, text: str) -> None:
+    """Write text; characters that the stream's encoding lacks become '?'."""
+    stream.write(encodable(stream.encoding or "utf-8", text))
+    stream.flush()
+
+
 def say(console: Console, *parts: str | tuple[str, str]) -> None:
     """Print one line without interpreting markup, highlighting or wrapping it."""
     line = Text()
     for part in parts:
         text, style = (part, "") if isinstance(part, str) else part
-        line.append(encodable(console, formatting.strip_controls(text)), style)
+        line.append(encodable(console.encoding, formatting.strip_controls(text)), style)
     console.print(line, soft_wrap=True)
 
 
-def encodable(console: Console, text: str) -> str:
-    """Replace characters that the console's encoding lacks, such as ± in ASCII, with '?'."""
-    return text.encode(console.encoding, "replace").decode(console.encoding)
+def encodable(encoding: str, text: str) -> str:
+    """Replace characters that the encoding lacks, such as ± in ASCII, with '?'."""
+    return text.encode(encoding, "replace").decode(encoding)
