@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import append_text, contents, finite, one_writer, read_object, write_json, write_text
+from mamlctl.core.files import (
+    append_text,
+    contents,
+    expanded,
+    finite,
+    one_writer,
+    read_object,
+    write_json,
+    write_text,
+)
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import RowKind, RunStatus
 from mamlctl.core.metrics_rows import is_damaged
@@ -94,7 +103,7 @@ class RunFolder:
 
     def checkpoint(self, chosen: str) -> Path:
         """The checkpoint with this name in the folder of checkpoints, or the file with this path."""
-        path = Path(chosen).expanduser()
+        path = expanded(chosen)
         own = self.checkpoints / path
         is_path = "/" in chosen or not own.is_file()
         return path if is_path and path.is_file() else own
@@ -197,11 +206,6 @@ class RunFolder:
             return ""
         numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         return f"{METRICS}: dropped {len(damaged)} damaged {plural(len(damaged), 'line')} ({numbers})"
-
-
-def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, Any]]:
-    """The rows of one kind."""
-    return [row for row in metrics if row["kind"] == kind]
 
 
 def _metrics_rows(lines: Iterable[str]) -> list[dict[str, Any]]:

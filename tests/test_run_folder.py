@@ -16,6 +16,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, MamlctlError
 from mamlctl.core.files import append_text, is_locked, one_writer, replacing, write_json, write_text
 from mamlctl.core.literals import StopReason
+from mamlctl.core.metrics_rows import rows_of
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -27,7 +28,6 @@ from mamlctl.run_folder import (
     RunState,
     new_run,
     open_run,
-    rows_of,
     run_state,
     upgrade,
 )

@@ -72,7 +72,7 @@ def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: s
 
 
 def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:
-    out = None if options.out is None else options.out.expanduser()
+    out = options.out
     if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
         raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     options.announce(f"comparing {len(runs)} {plural(len(runs), 'run')}")

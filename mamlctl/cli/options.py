@@ -6,11 +6,13 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from mamlctl.core.errors import ExitCode
+from mamlctl.core.files import expanded
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.registry import DATA_SETS, NAMES, DataSet
 from mamlctl.engine.algorithms.registry import ALGORITHMS
@@ -76,6 +78,7 @@ def with_options(
 
         @functools.wraps(function)
         def command(**values: Any) -> ExitCode:
+            values = {name: _expanded(value) for name, value in values.items()}
             for name, group in (("settings", settings), ("evaluation", of_test)):
                 if group:
                     flags = {item.name: values.pop(item.name) for item in group}
@@ -99,6 +102,13 @@ def _setting_parameters(settings_type: type) -> list[inspect.Parameter]:
         option = typer.Option(help=help_text, rich_help_panel=item.metadata["panel"], show_default=False)
         parameters.append(_parameter(item.name, None, Annotated[value_type.kind | None, option]))
     return parameters
+
+
+def _expanded(value: Any) -> Any:
+    """The value of an option, with `~` in paths expanded, which shells do not do after '='."""
+    if isinstance(value, list):
+        return [*map(_expanded, value)]
+    return expanded(value) if isinstance(value, Path) else value
 
 
 def _parameter(name: str, default: object, annotation: object) -> inspect.Parameter:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from mamlctl.core.literals import RowKind
 
 # The least counts that a row of each kind needs: a report counts epochs from 0, a validation from 1.
 COUNTS: dict[str, dict[str, int]] = {
@@ -14,6 +16,11 @@ COUNTS: dict[str, dict[str, int]] = {
 SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
 TEXTS = {"kind", "bn"}
 LISTS = {"query_losses", "query_accuracies", "msl_weights", "val_per_step"}
+
+
+def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, Any]]:
+    """The rows of one kind."""
+    return [row for row in metrics if row["kind"] == kind]
 
 
 def is_damaged(row: Mapping[str, Any]) -> bool:

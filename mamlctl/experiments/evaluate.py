@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.events import Notice, OnEvent, Progress
-from mamlctl.core.files import write_json, write_text
 from mamlctl.core.literals import Model
 from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
@@ -21,8 +19,9 @@ from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
+from mamlctl.experiments.grid.evaluation_files import write_evaluation
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
-from mamlctl.run_folder import EVALUATIONS, OF_RUN, SUMMARY, TASKS, protocol_settings
+from mamlctl.run_folder import EVALUATIONS, OF_RUN, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig
 
 
@@ -67,9 +66,9 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "device": device_words(model.device),
         "seconds": seconds,
     }
-    # The summary is written last: if it exists, the evaluation is complete.
-    _write_tasks(folder / TASKS, rows, scores)
-    write_json(folder / SUMMARY, summary)
+    columns = [scores.single[0][:, -1], scores.ensemble[:, -1]]
+    models = [row.model for row in rows]
+    write_evaluation(folder, summary, dict(zip(models, columns, strict=False)))
     return EvalResult(
         run=str(model.run.path),
         dataset=model.config.dataset,
@@ -128,12 +127,3 @@ def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> lis
         )
         rows.append(row)
     return rows
-
-
-def _write_tasks(path: Path, rows: Sequence[EvalRow], scores: Scores) -> None:
-    """Write one line per task: its number and the score of each row after the last inner step."""
-    columns = [scores.single[0][:, -1], scores.ensemble[:, -1]][: len(rows)]
-    lines = [",".join(["task", *(row.model for row in rows)])]
-    for task, values in enumerate(np.stack(columns, axis=1).tolist()):
-        lines.append(",".join([str(task), *(f"{value:.6f}" for value in values)]))
-    write_text(path, "\n".join(lines) + "\n")

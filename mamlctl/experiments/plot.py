@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.literals import StopReason
+from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
@@ -25,7 +26,7 @@ from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.report.figures import run_figures
 from mamlctl.report.figures.style import save
-from mamlctl.run_folder import open_run, rows_of
+from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 
 TASKS = 3  # per figure

@@ -18,6 +18,7 @@ from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError
 from mamlctl.core.events import GridChanged
 from mamlctl.core.files import is_locked
 from mamlctl.core.statistics import difference, holm, mean_ci95
+from mamlctl.experiments.grid import grid_folder
 from mamlctl.experiments.grid.ablate import grid_table
 from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
 from mamlctl.experiments.train import train
@@ -212,6 +213,21 @@ def test_two_calls_cannot_work_on_the_same_grid(done, tmp_path):
 def test_a_damaged_plan_is_reported(tmp_path, text):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(MamlctlError):
+        load_grid(tmp_path)
+
+
+def test_a_plan_with_aliases_is_damaged_before_they_are_expanded(tmp_path):
+    lists = ["a0: &a0 [x]"]
+    lists += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
+    (tmp_path / "plan.yaml").write_text("\n".join([*lists, "plan: *a39", "format: 1"]))
+    with pytest.raises(MamlctlError, match=f"{tmp_path}/plan.yaml is damaged: not YAML"):
+        load_grid(tmp_path)
+
+
+def test_a_plan_that_does_not_end_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid_folder, "MOST_CHARACTERS", 1000)
+    (tmp_path / "plan.yaml").write_text("format: 1\n" + "# and so on\n" * 100)
+    with pytest.raises(MamlctlError, match="is damaged"):
         load_grid(tmp_path)
 
 

@@ -10,7 +10,6 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.events import OnEvent, Progress
-from mamlctl.core.files import read_object, replacing
+from mamlctl.core.events import OnEvent
+from mamlctl.core.files import expanded, read_object, replacing
 from mamlctl.data.fetching.locks import locked
 
 FORMAT = 1
@@ -33,6 +32,11 @@ FORMAT = 1
 DIGEST_CHECKED_BELOW = 64 * 1024**2  # bytes
 BLOCK = 1024**2  # bytes; each has a CRC-32, which takes half the time of a digest
 SAMPLED = 64  # blocks
+# What reading a damaged sidecar or array raises.
+WRONG = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+DAMAGE = (*WRONG, OSError, EOFError, SyntaxError, TokenError)
+# The lists in a pack's facts, and the type of their items: text, or a list of texts.
+FACTS = {"older_digests": str, "left_out": str, "twins": list}
 
 
 @dataclass(frozen=True)
@@ -96,35 +100,11 @@ def _digest_of_facts(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
 
 
-def image_digests(packed: PackedImages, classes: NDArray[np.int64], on_event: OnEvent) -> NDArray[np.uint64]:
-    """Return a digest of the pixels of every image of these classes, in order.
-
-    Its 8 bytes collide by chance in one of 10^7 comparisons of two sets of a million images. Threads hash on
-    all cores.
-
-    Args:
-        packed: the images.
-        classes: the numbers of classes.
-        on_event: receives progress.
-    """
-
-    def digests(number: int) -> bytes:
-        images_MCHW = packed.images_MCHW[packed.starts[number] : packed.starts[number + 1]]
-        return b"".join(hashlib.sha256(image.tobytes()).digest()[:8] for image in images_MCHW)
-
-    whole, total = bytearray(), int(packed.counts[classes].sum())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(digests, classes):
-            whole += part
-            on_event(Progress("hash images", len(whole) // 8, total))
-    return np.frombuffer(bytes(whole), dtype="<u8")
-
-
 def data_root(folder: str | None) -> Path:
     """Return the folder of prepared data sets as an absolute path; None: the platform's cache folder."""
     import platformdirs
 
-    return Path(folder).expanduser().absolute() if folder else platformdirs.user_cache_path("mamlctl")
+    return expanded(folder).absolute() if folder else platformdirs.user_cache_path("mamlctl")
 
 
 def is_packed(path: Path) -> bool:
@@ -172,11 +152,19 @@ def stream_pack(
         if _write_header(pixels, shape) != start:
             raise DataError(f"{path} cannot store {shape[0]:,} images", hint="use fewer images")
         pixels.flush()
-        digest, sums = _digest_of_facts(shape, starts, names), []
-        for block in _blocks(pixels, math.prod(shape)):
-            digest.update(block)
-            sums.append(zlib.crc32(block))
-        words.write(_sidecar(shape, starts, names, digest.hexdigest(), facts(), sums))
+        digest, sums = _digest_and_sums(pixels, shape, starts, names)
+        words.write(_sidecar(shape, starts, names, digest, facts(), sums))
+
+
+def _digest_and_sums(
+    file: BinaryIO, shape: tuple[int, ...], starts: NDArray[np.int64], names: tuple[str, ...]
+) -> tuple[str, list[int]]:
+    """The digest of a pack and the checksum of each of its blocks; reads the file once."""
+    digest, sums = _digest_of_facts(shape, starts, names), []
+    for block in _blocks(file, math.prod(shape)):
+        digest.update(block)
+        sums.append(zlib.crc32(block))
+    return digest.hexdigest(), sums
 
 
 def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
@@ -258,13 +246,14 @@ def verify_pack(path: Path, name: str, on_event: OnEvent) -> PackedImages:
     Raises:
         DataError: the pack is damaged.
     """
-    packed = load_pack(path, name, whole=True)
+    packed, stored_sums = _open(path, name)
+    with path.open("rb") as pixels:
+        digest, sums = _digest_and_sums(pixels, packed.images_MCHW.shape, packed.starts, packed.names)
+    if digest != packed.digest:
+        raise _damage(path, name, packed)
     sidecar = path.with_suffix(".json")
     with suppress(OSError, DataError):  # the data root may be shared and read-only
-        document = read_object(sidecar)
-        with path.open("rb") as pixels:
-            sums = [zlib.crc32(block) for block in _blocks(pixels, packed.images_MCHW.nbytes)]
-        if document.get("crc32") == sums:
+        if stored_sums == sums:
             os.utime(sidecar)
         else:  # an older pack has none
             with writing_pack(path, name, on_event):
@@ -286,31 +275,31 @@ def add_facts(path: Path, facts: Mapping[str, Any]) -> None:
         os.utime(sidecar, ns=(status.st_atime_ns, status.st_mtime_ns))  # it was not verified again
 
 
-def load_pack(path: Path, name: str, *, whole: bool = False) -> PackedImages:
-    """Memory-map a pack.
-
-    Args:
-        path: the .npy file.
-        name: the data set, for the hint.
-        whole: whether to recompute the digest of a large pack too, instead of checking a sample of it.
-
-    Raises:
-        DataError: the pack is missing or damaged.
-    """
-    hint = f"run mamlctl fetch {name} --force"
-    try:
-        facts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        packed = _from_facts(facts, path)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, SyntaxError, TokenError) as error:
-        raise DataError(f"{path} or its .json is damaged: {error}", hint=hint) from error
-    if whole or packed.images_MCHW.nbytes < DIGEST_CHECKED_BELOW:
+def load_pack(path: Path, name: str) -> PackedImages:
+    """Memory-map a pack. Raises DataError if the pack of data set `name` is missing or damaged."""
+    packed, sums = _open(path, name)
+    if packed.images_MCHW.nbytes < DIGEST_CHECKED_BELOW:
         is_sound = _digest(packed.images_MCHW, packed.starts, packed.names) == packed.digest
     else:
-        is_sound = _sample_is_sound(path, packed.images_MCHW.nbytes, facts.get("crc32", []))
+        is_sound = _sample_is_sound(path, packed.images_MCHW.nbytes, sums)
     if not is_sound:
-        message = f"{path} is damaged: its pixels or names differ from digest {packed.digest:.12}"
-        raise DataError(message, hint=hint)
+        raise _damage(path, name, packed)
     return packed
+
+
+def _open(path: Path, name: str) -> tuple[PackedImages, list[int]]:
+    """A pack whose pixels are not verified, and the checksums of its blocks."""
+    try:
+        document = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return _from_sidecar(document, path), document.get("crc32", [])
+    except DAMAGE as error:
+        fact = f"{path} or its .json is damaged: {str(error).partition(chr(10))[0]}"
+        raise DataError(fact, hint=f"run mamlctl fetch {name} --force") from error
+
+
+def _damage(path: Path, name: str, packed: PackedImages) -> DataError:
+    fact = f"{path} is damaged: its pixels or names differ from digest {packed.digest:.12}"
+    return DataError(fact, hint=f"run mamlctl fetch {name} --force")
 
 
 def _sample_is_sound(path: Path, size: int, sums: Sequence[int]) -> bool:
@@ -325,18 +314,29 @@ def _sample_is_sound(path: Path, size: int, sums: Sequence[int]) -> bool:
         )
 
 
-def _from_facts(facts: dict[str, Any], path: Path) -> PackedImages:
-    """Raise ValueError, KeyError or TypeError if sidecar and array do not match; numpy raises more types."""
-    if facts["format"] != FORMAT:
-        raise ValueError(f"its format is {facts['format']!r}, but this version reads {FORMAT}")
+def _from_sidecar(document: dict[str, Any], path: Path) -> PackedImages:
+    """A pack. Raises an error of `DAMAGE` if sidecar and array do not match."""
+    if document["format"] != FORMAT:
+        raise ValueError(f"its format is {document['format']!r}, but this version reads {FORMAT}")
     # Copy-on-write, since torch.from_numpy warns about read-only arrays.
     images_MCHW = np.load(path, mmap_mode="c", allow_pickle=False)
-    starts, names = np.array(facts["starts"], dtype=np.int64), tuple(map(str, facts["names"]))
-    if images_MCHW.dtype != np.uint8 or list(images_MCHW.shape) != facts["shape"] or images_MCHW.ndim != 4:
-        raise ValueError(f"it contains {images_MCHW.dtype} {images_MCHW.shape}, not uint8 {facts['shape']}")
-    if len(starts) != len(names) + 1 or starts[-1] != len(images_MCHW) or (np.diff(starts) < 1).any():
+    starts, names = np.array(document["starts"], dtype=np.int64), tuple(map(str, document["names"]))
+    if images_MCHW.dtype != np.uint8 or list(images_MCHW.shape) != document["shape"] or images_MCHW.ndim != 4:
+        raise ValueError(
+            f"it contains {images_MCHW.dtype} {images_MCHW.shape}, not uint8 {document['shape']}"
+        )
+    fit = starts.shape == (len(names) + 1,) and [starts[0], starts[-1]] == [0, len(images_MCHW)]
+    if not fit or (np.diff(starts) < 1).any():
         raise ValueError(f"{len(names)} classes do not match {len(images_MCHW)} images")
-    sums = facts.get("crc32", [])  # older packs have none
+    sums = document.get("crc32", [])  # older packs have none
     if not isinstance(sums, list) or len(sums) not in (0, math.ceil(images_MCHW.nbytes / BLOCK)):
         raise ValueError(f"{len(sums)} checksums do not match {images_MCHW.nbytes:,} bytes")
-    return PackedImages(images_MCHW, starts, names, str(facts["digest"]), facts.get("facts", {}))
+    facts = document.get("facts", {})
+    if not isinstance(facts, dict):
+        raise ValueError(f"its facts are {facts!r:.40}")
+    for name, kind in FACTS.items():
+        values = facts.get(name, [])
+        texts = isinstance(values, list) and all({*map(type, value)} == {str} for value in values)
+        if not texts or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"its {name} are {values!r:.40}")
+    return PackedImages(images_MCHW, starts, names, str(document["digest"]), facts)

@@ -121,7 +121,7 @@ def _find_source(sources: Sequence[Path]) -> Path:
     """The archive or the folder of CIFAR's files, among the sources or inside one, or a folder of classes."""
     known = set(class_names())
     for source in sources:
-        path = source.expanduser().resolve()
+        path = source.resolve()
         if path.is_file():
             return path
         for place in (path, path / FOLDER):
@@ -130,7 +130,7 @@ def _find_source(sources: Sequence[Path]) -> Path:
         if (path / ARCHIVE).is_file():
             return path / ARCHIVE
     for source in sources:
-        path = source.expanduser().resolve()
+        path = source.resolve()
         # More than one, since a folder train may also be a split.
         if any(len(known.intersection(folders)) > 1 for _, folders, _ in os.walk(path)):
             return path

@@ -118,7 +118,7 @@ def _announce_twins(listed: ListedSet, pairs: Sequence[tuple[str, str]], on_even
 
 def _pickles(sources: Sequence[Path]) -> list[Path]:
     """The pickles of mini-ImageNet, among the sources or inside a single one."""
-    paths = [source.expanduser().resolve() for source in sources]
+    paths = [source.resolve() for source in sources]
     if all(path.suffix in PICKLES for path in paths):
         return paths
     return cache_files(paths[0]) if len(paths) == 1 and paths[0].is_dir() else []
@@ -226,7 +226,7 @@ def _candidates(sources: Sequence[Path]) -> list[Path]:
     """The archives inside each source, or the source itself if it contains none."""
     paths = []
     for source in sources:
-        path = source.expanduser().resolve()
+        path = source.resolve()
         inside = (
             sorted(file for file in path.iterdir() if file.name.endswith(ARCHIVES)) if path.is_dir() else []
         )

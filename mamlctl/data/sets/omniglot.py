@@ -225,7 +225,7 @@ def _candidates(sources: Sequence[Path], parts: tuple[OmniglotPart, ...]) -> lis
     """The zips and unpacked parts among the sources and in their folders."""
     paths = []
     for source in sources:
-        path = source.expanduser().resolve()
+        path = source.resolve()
         if path.is_dir() and path.name not in {part.folder for part in parts}:
             inside = [path / name for part in parts for name in (f"{part.folder}.zip", part.folder)]
             paths += [place for place in inside if place.exists()]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import expanded
 from mamlctl.core.literals import ClassLevel, Normalize, Rotations
 from mamlctl.core.problems import nearest
 from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
@@ -198,7 +199,7 @@ def is_image_folder(name: str) -> bool:
 
 def absolute_data_set(name: str) -> str:
     """Return the name of a data set, with the path of a folder made absolute."""
-    return os.path.abspath(Path(name).expanduser()) if is_image_folder(name) else name  # noqa: PTH100 - without following links
+    return os.path.abspath(expanded(name)) if is_image_folder(name) else name  # noqa: PTH100 - without following links
 
 
 def find_data_set(

@@ -13,7 +13,8 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Split
 from mamlctl.core.problems import Problem
-from mamlctl.data.reading.packs import PackedImages, data_root, image_digests
+from mamlctl.data.reading.image_digests import image_digests
+from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.curves import FAMILIES

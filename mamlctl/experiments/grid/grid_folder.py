@@ -40,6 +40,8 @@ from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.presets import yaml_errors
 
+MOST_CHARACTERS = 10_000_000  # of a plan; 64 rows have 20,000
+
 
 def open_grid(
     folder: Path | None,
@@ -63,7 +65,7 @@ def open_grid(
         SettingsError: the folder contains rows or runs with other settings.
         MamlctlError: the folder contains something else.
     """
-    path = (folder or _default_folder(plan, rows)).expanduser().absolute()
+    path = (folder or _default_folder(plan, rows)).absolute()
     grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
@@ -102,9 +104,9 @@ def save_plan(grid: Grid) -> None:
 
 def load_grid(folder: Path) -> Grid:
     """Load the grid of a folder. Raises MamlctlError if the plan is missing or damaged."""
-    path = folder.expanduser().absolute()
+    path = folder.absolute()
     try:
-        document = yaml.safe_load((path / PLAN).read_text())
+        document = _load_yaml(path / PLAN)
     except (OSError, UnicodeDecodeError) as error:
         hint = "use the folder that 'mamlctl ablate' printed"
         raise MamlctlError(f"{path} has no readable {PLAN}", hint=hint) from error
@@ -119,6 +121,24 @@ def load_grid(folder: Path) -> Grid:
         return Grid(path, str(document["plan"]), tuple(rows), seeds, evaluate, str(document["command"]))
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, SettingsError) as error:
         raise _damaged(path, f"{type(error).__name__} {error}".splitlines()[0]) from error
+
+
+class _WithoutAliases(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's loader for plain values; an alias is an error, since few of them can stand for billions."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(problem="an alias", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+def _load_yaml(path: Path) -> Any:
+    with path.open(encoding="utf-8") as file:
+        text = file.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+    return yaml.load(text, _WithoutAliases)  # noqa: S506 - a subclass of SafeLoader
 
 
 def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -> GridRow:

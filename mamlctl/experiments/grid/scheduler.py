@@ -11,6 +11,7 @@ from mamlctl.core.errors import ExitCode
 from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellProgress, StopReason
+from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -18,7 +19,7 @@ from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, rows_of, run_state
+from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, run_state
 
 POLL_S = 0.25  # between polls of the jobs: too short for a person to notice
 

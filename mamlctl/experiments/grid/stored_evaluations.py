@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,27 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric, Model
+from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.experiments.grid.evaluation_files import read_scores, read_summary
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import (
     EVALUATIONS,
     OF_RUN,
     SUMMARY,
-    TASKS,
     RunFolder,
     RunState,
     protocol_settings,
-    rows_of,
-    upgrade,
 )
 from mamlctl.settings.evaluation import EvalConfig
-
-# What reading a damaged summary or list of scores raises.
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
 
 NEAR = 0.99  # share of the last validation's score that counts as reaching it
 
@@ -64,32 +57,29 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     if is_curve_family(run.config.dataset) and settings.ways is None:
         sizes["ways"] = 1
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
-        try:
-            summary = upgrade(SUMMARY, json.loads(path.read_text()))
-            protocol = {key: value for key, value in dict(summary["protocol"]).items() if key not in OF_RUN}
-            digest = protocol.pop("dataset_digest", None)
-            # Evaluations of an earlier checkpoint or of other images do not count.
-            same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
-            same &= all(summary["protocol"][name] == value for name, value in sizes.items())
-            if same and summary.get("step") == run.state().step:
-                return _load_evaluation(path.parent, summary)
-        except DAMAGE as error:
-            hint = "remove that folder, so that the run is tested again"
-            raise MamlctlError(f"{path.parent} is damaged: {error}", hint=hint) from error
+        summary = read_summary(path)
+        protocol = {key: value for key, value in summary["protocol"].items() if key not in OF_RUN}
+        digest = protocol.pop("dataset_digest", None)
+        # Evaluations of an earlier checkpoint or of other images do not count.
+        same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
+        same &= all(summary["protocol"].get(name) == value for name, value in sizes.items())
+        if same and summary.get("step") == run.state().step:
+            return _load_evaluation(path.parent, summary)
     return None
 
 
 def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
-    results = summary["results"]
-    with (folder / TASKS).open(newline="") as file:
-        columns = list(zip(*csv.reader(file), strict=True))
-    scores = {head: np.array(column, dtype=np.float64) for head, *column in columns}
+    results, scores = summary["results"], read_scores(folder, summary)
     return StoredEvaluation(
         summary["protocol"],
         {row["kind"]: scores[row["model"]] for row in results},
-        {row["kind"]: row["per_step"] for row in results},
+        # null stands for a number that was not finite.
+        {
+            row["kind"]: [math.nan if value is None else float(value) for value in row["per_step"]]
+            for row in results
+        },
         max(len(row["epochs"]) for row in results),
-        tuple(summary.get("notes", ())),
+        tuple(summary.get("notes") or ()),
     )
 
 
