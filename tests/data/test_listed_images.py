@@ -109,6 +109,25 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path, column):
         class_files(folder, "top")
 
 
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        ("file,species", "the columns 'file', 'species', but not filename and label"),
+        ("filename;label", "the columns 'filename;label', but not filename and label"),
+        ("label,name", "the columns 'label', 'name', but not filename"),
+        ("", "no columns, but not filename and label"),
+    ],
+)
+def test_a_list_without_the_columns_is_refused_with_those_it_has(tmp_path, head, found):
+    folder = write_lists(tmp_path / "mine")
+    for text in (f"{head}\nant0.png,ant\n", head):
+        (folder / "val.csv").write_text(text)
+        with pytest.raises(DataError) as raised:
+            class_files(folder, "top")
+        assert raised.value.message == f"{folder}/val.csv, line 1 has {found}"
+        assert "with the columns filename,label" in raised.value.hint
+
+
 def test_choice_of_folders_has_no_effect_on_lists(tmp_path):
     folder = write_lists(tmp_path / "mine")
     with pytest.raises(

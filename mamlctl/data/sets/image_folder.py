@@ -44,7 +44,7 @@ def prepare(folder: Path, root: Path, sources: Sequence[Path], on_event: OnEvent
         on_event: not used.
     """
     for sidecar in (root / home_of(folder)).glob("*.json"):
-        sidecar.unlink()
+        sidecar.unlink(missing_ok=True)
 
 
 def is_here(folder: Path, root: Path) -> bool:
@@ -222,7 +222,7 @@ def _with_left_out(
     """Add classes without a readable image to what was left out, and send one notice of all of it."""
     packed_classes = set(packed.names)
     unreadable = [name for name, files in classes.items() if files and name not in packed_classes]
-    left_out = [f"{name} (no readable image)" for name in unreadable] + packed.facts["left_out"]
+    left_out = [f"{name} (no readable image)" for name in unreadable] + packed.facts.get("left_out", [])
     if left_out:
         more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
         on_event(Notice(f"{len(left_out)} left out: {'; '.join(left_out[:MOST_NAMED])}{more}"))

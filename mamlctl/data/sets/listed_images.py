@@ -57,6 +57,10 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             reader.fieldnames = names = _column_names(reader.fieldnames or ())
+            if missing := [column for column in COLUMNS if column not in names]:
+                found = f"the columns {', '.join(map(repr, names))}" if any(names) else "no columns"
+                fact = f"{path}, line 1 has {found}, but not {' and '.join(missing)}"
+                raise DataError(fact, hint=HINT)
             for column in COLUMNS:
                 if names.count(column) > 1:
                     fact = f"{path}, line 1 has {names.count(column)} columns named {column}"
