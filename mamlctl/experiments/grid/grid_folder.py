@@ -138,7 +138,7 @@ def _load_yaml(path: Path) -> Any:
         text = file.read(MOST_CHARACTERS + 1)
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
-    return yaml.load(text, _WithoutAliases)  # noqa: S506 - a subclass of SafeLoader
+    return yaml.load(text, _WithoutAliases)
 
 
 def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -> GridRow:
