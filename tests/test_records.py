@@ -1,15 +1,25 @@
 """The record: experiments are checked, runs continue after any interruption, and receipts fit their files."""
 
 import json
+import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import preloaded
-from records.experiments import read_experiment
-from records.receipts import problems, without_times
+from helpers.generated_docs import table
+from helpers.shared import ignore
+from records import receipts, tables
+from records.__main__ import seconds_until, without_receipt, work
+from records.experiments import ORDERS, experiments, read_experiment
+from records.receipts import problems, text_of, without_times
+from records.runs import Place, RecordedRun
+
+from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.statistics import over_seeds
 
 TINY = """
 preset: demo
@@ -62,15 +72,17 @@ def test_a_run_that_is_stopped_twice_and_moved_has_the_receipt_of_an_undisturbed
     code, text = done(started(glyphs_root, "--only", "tiny", runs="other", folder="undisturbed"))
     assert code == 0, text
     assert "nothing is left" in text
-    for stop, steps in enumerate((5, 30)):
+    Path("runs0").mkdir()
+    shutil.copy("other/estimates.json", "runs0")
+    for stop, steps in enumerate((5, 21)):
         process = started(glyphs_root, "--only", "tiny", runs=f"runs{stop}")
         wait_for_steps(f"runs{stop}/tiny-s0/run", steps)
         process.send_signal(signal.SIGTERM)
         code, text = done(process)
         assert code == 143, text
-        assert "begun" in text and "left: 1 run, about 0:0" in text
+        assert re.search(r"tiny +0 +begun +\d+/60 .*\nleft: 1 run, about \d+:\d\d on cpu\n", text), text
         assert not Path("receipts/tiny-s0.json").exists()
-        shutil.copytree(f"runs{stop}/tiny-s0", f"runs{stop + 1}/tiny-s0")  # elsewhere
+        shutil.copytree(f"runs{stop}", f"runs{stop + 1}")  # elsewhere
     code, text = done(started(glyphs_root, "--only", "tiny", runs="runs2"))
     assert code == 0, text
     ours, other = (json.loads(Path(name, "tiny-s0.json").read_text()) for name in ("receipts", "undisturbed"))
@@ -104,3 +116,101 @@ def test_a_slice_ends_and_the_list_says_what_is_left(folder, glyphs_root):
     code, text = done(started(glyphs_root))
     assert code == 1
     assert "begun with other settings" in text
+
+
+HERE = Place("cpu", None, "test")
+
+
+def worked(experiment, **settings):
+    """Work on an experiment in this process; return what `work` returned, and the seeds that are left."""
+    chosen, runs, folder = [replace(experiment, **settings)], Path("runs"), Path("receipts")
+    left = without_receipt(chosen, runs, folder)
+    ended = work(left, HERE, seconds_until(0, None), folder, ignore)
+    return ended, [run.seed for run in without_receipt(chosen, runs, folder)]
+
+
+@pytest.fixture
+def curves(folder):
+    return read_experiment(Path("files/curves.yaml"))
+
+
+def test_a_budget_of_time_ends_the_training(curves):
+    config = replace(curves.config, epochs=10**6)
+    ended, left = worked(curves, config=config, minutes=0.02, seeds=(3,))
+    assert (ended, left) == (("", ExitCode.OK), [])
+    training = json.loads(Path("receipts/curves-s3.json").read_text())["training"]
+    assert 0 < training["meta_steps"] < 10**7
+    assert training["wall_s"] >= 1.2
+
+
+def test_a_run_of_another_process_is_skipped(curves):
+    with RecordedRun(curves, 3, Path("runs")).writing():
+        assert worked(curves) == (("", ExitCode.LOCKED), [3])
+
+
+def test_a_receipt_counts_only_for_the_settings_of_its_file(curves):
+    worked(curves)
+    first, second = (receipts.valid_receipt(curves, seed, Path("receipts")) for seed in (3, 4))
+    assert text_of(first) == Path("receipts/curves-s3.json").read_text()
+    assert problems(first, curves) == []
+    Path("files/curves.yaml").write_text(CURVES.replace("shots: 5", "shots: 10").replace("published", "#"))
+    changed = read_experiment(Path("files/curves.yaml"))
+    (problem,) = problems(first, changed)
+    assert problem.startswith("settings: ") and "'shots': 10" in problem
+    assert receipts.valid_receipt(changed, 3, Path("receipts")) is None
+    for other, text in (
+        ({**first, "seed": 5}, "the experiment has no seed 5"),
+        ({**first, "training": {**first["training"], "meta_steps": 19}}, "it has 19 of 20 meta-steps"),
+        ({**first, "tests": []}, "it was tested with the batch-norm modes []"),
+        ({**first, "experiment": "other"}, "it is not a receipt of this experiment"),
+    ):
+        assert problems(other, curves) == [text]
+    assert without_times(first) != without_times(second)
+
+
+def test_tables_have_the_scores_of_receipts_or_say_not_run(curves):
+    lines = tables.lines(Path("files"), Path("receipts"))
+    cells = {row.split(" | ")[0]: row.split(" | ")[1:] for row in tables.results(table, lines).splitlines()}
+    assert cells["| `curves`"] == ["20", "1", "not run", "not run", "0.67 (a) |"]
+    assert "- a: MAML (Finn et al. 2017), row 'maml, 1 step'." in tables.results(table, lines)
+    worked(curves, seeds=(3,))
+    (line,) = (line for line in tables.lines(Path("files"), Path("receipts")) if line.receipts)
+    best = line.receipts[0]["tests"][0]["results"][0]
+    assert line.score("best") == f"{best['per_step'][1]:.3f} ± {best['per_step_ci95'][1]:.3f} (1 of 2 seeds)"
+    worked(curves)
+    (line,) = (line for line in tables.lines(Path("files"), Path("receipts")) if line.receipts)
+    scores = [receipt["tests"][0]["results"][1]["per_step"][1] for receipt in line.receipts]
+    mean, deviation = over_seeds(scores)
+    assert line.score("ensemble") == f"{mean:.3f} ± {deviation:.3f} (2 seeds)"
+    assert "`tiny` | not run | not run | not run |" in tables.modes(table, lines)
+    assert tables.curves(table, [line]).count(" at 20 |") == 2 * 2
+
+
+def test_files_of_experiments_are_checked(folder):
+    file = Path("files/wrong.yaml")
+    for text, problem in (
+        ("sedes: [0]", "unknown key 'sedes'"),
+        ("settings: {shotz: 5}", "unknown setting 'shotz'"),
+        ("settings: {seed: 5}", "sets seed in 'settings'"),
+        ("test: {bn: running}", "sets bn in 'test'"),
+        ("seeds: [1, 1]", "seeds is"),
+        ("seeds: 3", "seeds is"),
+        ("minutes: 0", "minutes is"),
+        ('published: ["maml++"]\nsettings: {ways: 7}', r"published row 'maml\+\+'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SettingsError, match=problem):
+            read_experiment(file)
+    with pytest.raises(SettingsError, match="there is no experiment 'curve'"):
+        experiments(folder / "files", only="curve")
+
+
+def test_every_receipt_of_the_package_is_of_an_experiment_as_it_is_now():
+    listed = experiments()
+    by_name = {f"{item.name}-s{seed}": item for item in listed for seed in item.seeds}
+    for path in receipts.FOLDER.glob("*.json"):
+        document = json.loads(path.read_text())
+        assert problems(document, by_name[path.stem]) == [], f"remove {path.name} and run `make reproduce`"
+        assert path.stem == f"{document['experiment']}-s{document['seed']}"
+    for order in ORDERS.values():
+        assert set(order) <= {item.name for item in listed}

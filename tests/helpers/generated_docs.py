@@ -9,6 +9,7 @@ import re
 import textwrap
 
 import typer.main
+from records import tables
 from test_architecture import FLOORS
 
 from helpers.pages import PAGES
@@ -32,7 +33,8 @@ def options_of(command):
     return [parameter for parameter in COMMANDS[command].params if parameter.opts[0].startswith("-")]
 
 
-def _table(heads, rows):
+def table(heads, rows):
+    """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |\n" for line in lines)
 
@@ -62,7 +64,7 @@ def settings():
             if option.name in FIELDS and option.rich_help_panel == panel:
                 meaning, default = _help_and_default(option)
                 rows.append([_flags(option), default, meaning])
-        text += f"\n### {panel}\n\n{_table(['setting', 'default', 'meaning'], rows)}"
+        text += f"\n### {panel}\n\n{table(['setting', 'default', 'meaning'], rows)}"
     return f"{text}\n"
 
 
@@ -74,14 +76,14 @@ def options():
             if option.name not in FIELDS or command in ("eval", "fetch"):
                 owners.setdefault((_flags(option), *_help_and_default(option)), []).append(command)
     rows = [[flags, ", ".join(names), default, text] for (flags, text, default), names in owners.items()]
-    return _table(["option", "commands", "default", "meaning"], sorted(rows))
+    return table(["option", "commands", "default", "meaning"], sorted(rows))
 
 
 def exit_codes():
     """Every exit code, with the comment behind it in `mamlctl/core/errors.py`."""
     comments = re.findall(r"^    \w+ = (\d+)  # (.+)$", inspect.getsource(ExitCode), re.MULTILINE)
     assert len(comments) == len(ExitCode), "every exit code needs a comment that says when it is used"
-    return _table(["code", "meaning"], comments)
+    return table(["code", "meaning"], comments)
 
 
 def presets():
@@ -91,7 +93,7 @@ def presets():
         head = re.match(r"(?:#.*\n)+", (presets_folder() / f"{name}.yaml").read_text())
         text = " ".join(line.lstrip("# ") for line in head[0].splitlines())
         names.setdefault(re.split(r"(?<=\.) (?=[A-Z])", text)[0], []).append(f"`{name}`")
-    return _table(["presets", "content"], [[", ".join(same), text] for text, same in names.items()])
+    return table(["presets", "content"], [[", ".join(same), text] for text, same in names.items()])
 
 
 def _summary(path):
@@ -124,7 +126,16 @@ def tree():
     return "\n".join(["```text", "mamlctl/", *_tree(PACKAGE, 1), "```", ""])
 
 
+def _from_receipts(part):
+    """A function that makes a table of the record."""
+    return lambda: part(table, tables.lines())
+
+
 PARTS = {part.__name__: part for part in (settings, options, exit_codes, presets, tree)}
+PARTS |= {
+    part.__name__: _from_receipts(part)
+    for part in (tables.headline, tables.results, tables.modes, tables.curves, tables.runs)
+}
 
 
 def with_parts(text):

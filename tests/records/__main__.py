@@ -100,8 +100,11 @@ def work(
     code = ExitCode.OK
     for run in left:
         try:
-            if reason := advance(run, place, seconds, folder, on_event):
-                return reason, code
+            with run.writing():
+                if receipts.valid_receipt(run.experiment, run.seed, folder):
+                    continue  # another process has made it
+                if reason := advance(run, place, seconds, folder, on_event):
+                    return reason, code
             name = receipts.receipt_file(run.experiment, run.seed, folder)
             on_event(Notice(f"wrote {name}; `make docs` puts it into the tables"))
         except MamlctlError as error:

@@ -10,14 +10,15 @@ The folder can be moved to another machine at any time when no process is writin
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.events import Event, OnEvent
-from mamlctl.core.files import read_object, write_json
+from mamlctl.core.files import one_writer, read_object, write_json
 from mamlctl.core.literals import StopReason
 from mamlctl.core.results import TrainResult
 from mamlctl.engine.devices import open_device
@@ -48,10 +49,13 @@ class RecordedRun:
         self.experiment, self.seed = experiment, seed
         self.folder = runs / self.name
         self.path = self.folder / "run"
+        self._read()
+
+    def _read(self) -> None:
         stored = read_object(self.folder / PROGRESS)
         self.slices: list[dict[str, Any]] = stored.get("slices", [])
         self.tests: dict[str, dict[str, Any]] = stored.get("tests", {})
-        self._has_other_settings = bool(stored) and stored.get("stated") != experiment.stated
+        self._has_other_settings = bool(stored) and stored.get("stated") != self.experiment.stated
 
     @property
     def name(self) -> str:
@@ -92,6 +96,14 @@ class RecordedRun:
     def untested(self) -> list[str | None]:
         """The batch-norm modes that are not tested yet."""
         return [mode for mode in self.experiment.modes if str(mode) not in self.tests]
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Lock the folder for the block. Raises LockedError if another process is working on the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with one_writer(self.folder, "folder"):
+            self._read()
+            yield
 
     def open(self) -> RunFolder:
         """Open the run folder. Raises MamlctlError if it is damaged."""
@@ -139,7 +151,6 @@ class RecordedRun:
             elif time.monotonic() - began - part["wall_s"] >= STORE_EVERY_S:
                 store()
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             return self._trained(place, limit_s, stored_event).reason
         finally:

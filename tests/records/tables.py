@@ -1,0 +1,182 @@
+"""The tables of the documentation that are made from receipts, with the published numbers beside them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamlctl.core import formatting
+from mamlctl.core.statistics import over_seeds
+from mamlctl.experiments.settings import fill_defaults
+from mamlctl.report.column_texts import FROM_MEMORY, RECALLED, letter
+from mamlctl.report.table import Published
+from records.experiments import FOLDER, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, Experiment, experiments
+from records.receipts import FOLDER as RECEIPTS
+from records.receipts import Receipt, receipt_file, valid_receipt
+
+NOT_RUN = "not run"
+IN_README = (OMNIGLOT_5, OMNIGLOT_20, MINI_IMAGENET, "sinusoid-5s-maml")
+SHARES = (0.1, 0.25, 0.5, 0.75, 1)  # of the validation curve
+WIDTH = 100  # characters of a line of prose
+
+TableOf = Callable[[Sequence[str], Sequence[Sequence[str]]], str]  # heads and rows -> Markdown
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table of results: an experiment after a number of inner steps."""
+
+    experiment: Experiment
+    receipts: Sequence[Receipt]
+    inner_steps: int | None  # None: the last one
+    published: Sequence[Published]
+
+    @property
+    def steps(self) -> int:
+        """The number of inner steps in the test."""
+        last = self.experiment.test.inner_steps
+        last = self.experiment.config.evaluation_inner_steps if last is None else last
+        return last if self.inner_steps is None else self.inner_steps
+
+    def meta_steps(self) -> str:
+        """The meta-steps done, and the time if that is what ends the training."""
+        minutes = self.experiment.minutes
+        limit = "" if minutes is None else f"{minutes:g} min"
+        if not self.receipts:
+            return limit or f"{self.experiment.config.total_steps:,}"
+        done = round(over_seeds([receipt["training"]["meta_steps"] for receipt in self.receipts])[0])
+        return f"{done:,}{limit and f' in {limit}'}"
+
+    def score(self, kind: str, mode: str | None = None) -> str:
+        """The score of the best checkpoint or of the ensemble.
+
+        Args:
+            kind: "best" or "ensemble".
+            mode: the batch-norm mode; None for the first one of the experiment.
+        """
+        mode = mode or self.experiment.modes[0] or "none"
+        results = [
+            result
+            for receipt in self.receipts
+            for test in receipt["tests"]
+            for result in test["results"]
+            if (result["kind"], result["bn"]) == (kind, mode)
+        ]
+        if not results:
+            return NOT_RUN
+        metric = "accuracy" if "accuracy" in results[0] else "mse"
+        if len(results) == 1:
+            mean, half = (results[0][name][self.steps] for name in ("per_step", "per_step_ci95"))
+        else:
+            mean, half = over_seeds([result["per_step"][self.steps] for result in results])
+        seeds, done = len(self.experiment.seeds), len(results)
+        note = "" if seeds == 1 else f" ({done} of {seeds} seeds)" if done < seeds else f" ({seeds} seeds)"
+        return formatting.score(metric, mean, half) + note
+
+
+def lines(files: Path = FOLDER, folder: Path = RECEIPTS) -> list[Line]:
+    """A line for every experiment and every number of inner steps that has a published result.
+
+    `files` is the folder of the experiments, and `folder` that of the receipts.
+    """
+    found = []
+    for experiment in experiments(files, device="cuda"):
+        documents = [valid_receipt(experiment, seed, folder) for seed in experiment.seeds]
+        kept = [document for document in documents if document]
+        by_steps: dict[int | None, list[Published]] = {}
+        for published, inner_steps in experiment.published:
+            by_steps.setdefault(inner_steps, []).append(published)
+        found += [Line(experiment, kept, *group) for group in by_steps.items() or [(None, [])]]
+    return found
+
+
+def _number(published: Published) -> str:
+    """A published number with its provenance mark."""
+    text = f"{published.score:g}"  # errors have no ±
+    if published.metric == "accuracy":
+        text = formatting.interval(published.score, published.half_width)
+    return text if published.verified else f"{text} {RECALLED}"
+
+
+def results(table: TableOf, found: Sequence[Line]) -> str:
+    """All results, then a footnote for every published number."""
+    notes: dict[str, str] = {}  # the text of each footnote -> its letter
+    rows = []
+    for line in found:
+        cells = []
+        for published in line.published:
+            remark = f"; {published.note}" if published.note else ""
+            seen = "" if published.verified else f"; {FROM_MEMORY}"
+            note = f"{published.source}, row '{published.row}'{remark}{seen}."
+            cells.append(f"{_number(published)} ({notes.setdefault(note, letter(len(notes)))})")
+        name, scores = f"`{line.experiment.name}`", (line.score("best"), line.score("ensemble"))
+        rows.append([name, line.meta_steps(), str(line.steps), *scores, ", ".join(cells) or "-"])
+    heads = ("experiment", "meta-steps", "inner steps", "best model", "ensemble", "published")
+    footnotes = [
+        textwrap.fill(f"- {mark}: {note}", WIDTH, subsequent_indent="  ") for note, mark in notes.items()
+    ]
+    return "\n".join([table(heads, rows), *footnotes, ""])
+
+
+def modes(table: TableOf, found: Sequence[Line]) -> str:
+    """The best model of every experiment on images, in each batch-norm mode."""
+    images = [line for line in found if line.experiment.modes != (None,)]
+    names = [str(mode) for mode in images[0].experiment.modes]
+    rows = [[f"`{line.experiment.name}`", *(line.score("best", mode) for mode in names)] for line in images]
+    return table(("experiment", *names), rows)
+
+
+def curves(table: TableOf, found: Sequence[Line]) -> str:
+    """The validation score at some points of training, with the number of meta-steps."""
+    rows = []
+    for name, receipt in _named(found):
+        metric, curve = receipt["validation"].get("metric"), receipt["validation"]["curve"]
+        points = [curve[max(round(share * len(curve)), 1) - 1] for share in SHARES if curve]
+        rows.append(
+            [name, *(f"{formatting.score(metric, score, ci95)} at {step:,}" for step, score, ci95 in points)]
+        )
+    return table(("run", *(f"{100 * share:g} %" for share in SHARES)), rows)
+
+
+def runs(table: TableOf, found: Sequence[Line]) -> str:
+    """The commit, the machine and the time of every receipt."""
+    rows = []
+    for name, receipt in _named(found):
+        training = receipt["training"]
+        commits = [
+            f"{commit['commit'][:7]}{' (changed)' if commit['dirty'] else ''}" if commit else "unknown"
+            for commit in receipt["commits"]
+        ]
+        machines = [
+            f"{place['cpu']}, {place['instructions']}, {place['device']}" for place in receipt["environments"]
+        ]
+        times = [formatting.clock(training[key]) for key in ("wall_s", "processor_s")]
+        link = f"[{name}](../records/{name}.json)"
+        rows.append([link, ", ".join(commits), "; ".join(machines), *times, str(training["slices"])])
+    heads = ("receipt", "commit", "machine", "training time", "processor time", "slices")
+    return table(heads, rows)
+
+
+def _named(found: Sequence[Line]) -> list[tuple[str, Receipt]]:
+    """Every receipt once, with its name."""
+    named = {
+        receipt_file(line.experiment, receipt["seed"], RECEIPTS).stem: receipt
+        for line in found
+        for receipt in line.receipts
+    }
+    return list(named.items())
+
+
+def headline(table: TableOf, found: Sequence[Line]) -> str:
+    """The short table of the README: each experiment after its most inner steps."""
+    last = {line.experiment.name: line for line in sorted(found, key=lambda line: line.steps)}
+    rows = []
+    for line in (last[name] for name in IN_README):
+        config = fill_defaults(line.experiment.config)
+        task = formatting.task(config.dataset, config.ways, config.shots)
+        published = _number(line.published[0]) if line.published else "-"
+        steps = f", {line.steps} inner {formatting.plural(line.steps, 'step')}" if line.inner_steps else ""
+        rows.append([f"{task}, `{config.algo}`{steps}", line.meta_steps(), line.score("best"), published])
+    return table(("experiment", "meta-steps", "ours", "published"), rows)
