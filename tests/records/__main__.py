@@ -113,8 +113,15 @@ def work(
     return "", code
 
 
-def show_left(left: Sequence[RecordedRun], place: Place, runs: Path, on_event: OnEvent) -> None:
-    """Print the runs without a receipt and the time that they would take."""
+def show_left(left: Sequence[RecordedRun], place: Place, runs: Path, on_event: OnEvent | None) -> None:
+    """Print the runs without a receipt and the time that they would take.
+
+    Args:
+        left: the runs.
+        place: where they would run.
+        runs: the folder of the run folders.
+        on_event: receives notices; None: experiments that are not timed yet remain so.
+    """
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if not left:
         say(console, "nothing is left: every run has a receipt")
@@ -128,7 +135,7 @@ def show_left(left: Sequence[RecordedRun], place: Place, runs: Path, on_event: O
         words = times.get("problem", "?") if seconds is None else hours(seconds)
         rows.append((run.experiment.name, str(run.seed), state_of(run), f"{run.step:,}/{total:,}", words))
     say_table(console, rows, left=3)
-    more = f", and {unknown} that cannot be timed here" if unknown else ""
+    more = f", and {unknown} without a time (make reproduce LIST=1)" if unknown else ""
     count = len(left) - unknown
     say(console, f"left: {count} {plural(count, 'run')}, about {hours(known_s)} on {place.device}{more}")
 
@@ -180,10 +187,9 @@ def main(
         reason: StopReason = ""
         code = ExitCode.OK
         if not list_:
-            for run in left:  # before the work, so that a short slice includes the time for it
-                timed(run.experiment, place, runs, on_event)
             reason, code = work(left, place, seconds_until(began, limit_s), folder, on_event)
-        show_left(without_receipt(chosen, runs, folder), place, runs, on_event)
+        # Timing can take minutes, and a stopped process should end soon.
+        show_left(without_receipt(chosen, runs, folder), place, runs, on_event if list_ else None)
     except MamlctlError as error:
         show_error(log, error)
         raise typer.Exit(error.exit_code) from error

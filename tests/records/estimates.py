@@ -18,14 +18,14 @@ from records.runs import Place, RecordedRun
 FILE = "estimates.json"
 
 
-def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent) -> dict[str, Any]:
+def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent | None) -> dict[str, Any]:
     """The seconds of a meta-step and of one test on this device, measured once and then stored.
 
     Args:
         experiment: the experiment.
         place: where it would run.
         runs: the folder that stores the times.
-        on_event: receives notices.
+        on_event: receives notices; None: do not measure what is not stored.
 
     Returns:
         `step_s` (including its share of validation) and `test_s`, or `problem` if it cannot run here.
@@ -35,6 +35,8 @@ def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent) -
     known = stored.get(key)
     if known and known["stated"] == experiment.stated:
         return known
+    if on_event is None:
+        return {"problem": "not timed yet"}
     config = replace(experiment.config, device=place.device, data_root=place.data_root)
     row = GridRow(experiment.name, experiment.name, config)
     grid = Grid(runs, "one row", (row,), (0,), experiment.test, command="")

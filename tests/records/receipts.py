@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mamlctl.core.files import finite, read_object
-from mamlctl.run_folder import RESUME_OVERRIDES, SUMMARY, TASKS, rows_of
+from mamlctl.core.metrics_rows import rows_of
+from mamlctl.run_folder import RESUME_OVERRIDES, SUMMARY, TASKS
 from records.experiments import Experiment
 from records.runs import RecordedRun
 
