@@ -90,6 +90,16 @@ def show(rows: Sequence[Row], rates: dict[str, float], machine: Machine) -> None
             console.print(growth_table(axis, rows))
 
 
+def show_estimates(log: Console) -> None:
+    """Print the estimates for GPUs, which need Triton."""
+    try:
+        from benchmarks.roofline import estimates
+    except ImportError:
+        log.print("no estimates for GPUs: torch came without Triton", highlight=False)
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(estimates())
+
+
 def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Machine, plan: Plan) -> None:
     """Write the whole run as a single JSON document."""
     products = {
@@ -121,6 +131,7 @@ def bench(
     official: Annotated[
         Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch to time as well.")
     ] = None,
+    estimate: Annotated[bool, typer.Option(help="Also estimate meta-steps on GPUs.")] = True,
     quick: Annotated[bool, typer.Option(help="Only run the smallest cases, with 3 repeats.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json.")] = Path("runs/bench"),
 ) -> None:
@@ -153,6 +164,8 @@ def bench(
     rates = matrix_rates(machine.seconds, machine.flops)
     show(rows, rates, machine)
     save(out / "bench.json", rows, rates, machine, plan)
+    if estimate:
+        show_estimates(log)
     log.print(f"wrote {out / 'bench.json'}", highlight=False)
     machine.close()
 

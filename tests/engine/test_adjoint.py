@@ -32,7 +32,8 @@ from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import unrolled
 from mamlctl.engine.derivatives import selection
 from mamlctl.engine.derivatives.autograd import Autograd, AutogradSet
-from mamlctl.engine.derivatives.selection import faster_block, select_derivatives, slower_than_it_could_be
+from mamlctl.engine.derivatives.conv4 import unprepared
+from mamlctl.engine.derivatives.selection import agree, select_derivatives, slower_than_it_could_be
 from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
@@ -101,11 +102,12 @@ def test_first_and_second_derivatives_of_a_block_equal_autograd(way, first):
     make = {
         "torch": TorchTape,
         "c": c_block.native_block,
-        "triton": triton_block and triton_block.triton_block,
+        "triton": triton_block and triton_block.TritonBlocks.on(CPU),
     }[way]
     # Triton passes Python numbers as float32, here batch norm's epsilon and the slope of the activation.
     near = {"atol": 1e-6 if way == "triton" else 1e-10}
-    planes = c_block.prepare(x, tasks, None) if way == "c" and first else None
+    prepare = {"c": c_block, "triton": triton_block}.get(way)
+    planes = prepare.prepare(x, tasks, None) if prepare and first else None
     settings = BlockSettings(groups=tasks, compute=None, first=first, planes=planes)
     tape = make(x, weight, gamma, beta, settings)
     assert torch.allclose(tape.out, out.detach(), **near)
@@ -429,12 +431,16 @@ def test_float32_stays_near_float64_on_characters(way, ink, glyphs_root):
     assert float(error) < 5e-3
 
 
-def test_another_block_is_used_only_if_it_is_faster_and_correct():
+def test_another_block_is_used_only_if_it_is_correct():
     """Triton's kernels are selected in this way on a CUDA device."""
 
     class Wrong(TorchTape):
         def tangent(self, *args):
             return 1.2 * super().tangent(*args)
+
+    class WrongFirst(TorchTape):
+        def backward(self, ga, *, keep):
+            return super().backward(1.2 * ga if self.settings.first else ga, keep=keep)
 
     class Broken(TorchTape):
         def backward(self, *args, **named):
@@ -443,13 +449,11 @@ def test_another_block_is_used_only_if_it_is_faster_and_correct():
     class Good(TorchTape):
         pass
 
-    def chosen(other, slow, fast):
-        times = iter((slow, fast))  # of the other block, then of the reference
-        return faster_block(TorchTape, other, CPU, torch.float32, None, time_of=lambda work: next(times))
-
-    assert chosen(Good, 1.0, 2.0) is Good
-    for other, times in ((Good, (2.0, 1.0)), (Wrong, (1.0, 2.0)), (Broken, (1.0, 2.0))):
-        assert chosen(other, *times) is TorchTape
+    like = torch.empty(0)
+    for other in (Good, Wrong, WrongFirst, Broken):
+        assert agree((TorchTape, unprepared), (other, unprepared), like, None) == (other is Good)
+    if HAS_C:
+        assert agree((TorchTape, unprepared), (c_block.native_block, c_block.prepare), like, None)
 
 
 @needs_c
@@ -504,15 +508,17 @@ def test_kernels_handle_one_task_with_one_channel(way):
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((3, 1, 6, 6), (5, 1, 3, 3))
     )
     gamma, beta = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    kernels = c_block.Native(torch.float64) if way == "c" else triton_block.Triton(triton_block.tl.float64)
-    settings = BlockSettings(groups=1, compute=None, first=True)
-    tape = KernelTape(x, weight, gamma, beta, settings, kernels)
+    settings = BlockSettings(groups=1, compute=None, first=False)
+    if way == "c":
+        tape = KernelTape(x, weight, gamma, beta, settings, c_block.Native(torch.float64))
+    else:
+        tape = triton_block.TritonBlocks.on(CPU)(x, weight, gamma, beta, settings)
     sure = TorchTape(x, weight, gamma, beta, settings)
     ga = torch.randn(sure.out.shape, generator=generator, dtype=torch.float64)
     ga = ga.contiguous(memory_format=torch.channels_last)
     assert torch.allclose(tape.out, sure.out, atol=1e-6)
     assert torch.allclose(tape.backward(ga, keep=True).weight, sure.backward(ga, keep=True).weight, atol=1e-6)
-    assert torch.allclose(tape.tangent(None, weight), sure.tangent(None, weight), atol=1e-6)
+    assert torch.allclose(tape.tangent(x, weight), sure.tangent(x, weight), atol=1e-6)
     pair = (each.tangent_backward(ga).weight for each in (tape, sure))
     assert torch.allclose(*pair, atol=1e-5)
 
@@ -529,4 +535,4 @@ def test_first_block_stays_precise_on_constant_images():
     tape = c_block.native_block(x, weight, torch.ones(3), torch.zeros(3), in_c)
     sure = TorchTape(x.double(), weight.double(), torch.ones(3).double(), torch.zeros(3).double(), settings)
     assert bool(tape.out.isfinite().all())
-    assert torch.allclose(tape.statistics[1].double(), sure.statistics[1], rtol=1e-4, atol=1e-9)
+    assert torch.allclose(tape.seen[1].double(), sure.seen[1], rtol=1e-4, atol=1e-9)

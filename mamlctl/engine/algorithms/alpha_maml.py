@@ -46,10 +46,9 @@ class Hypergradient:
         self.inner = Adam(weights, lr, betas)
         self.last = {name: torch.zeros_like(tensor.detach()) for name, tensor in weights.items()}
         like = self.rates[0].detach()
-        # On the CPU and in float64, because every step reads them as Python numbers.
         self.logs = {
-            "inner": like.log().reshape(()).double().cpu(),
-            "meta": like.new_tensor(lr).log().double().cpu(),
+            "inner": like.log().reshape(()).double(),
+            "meta": like.new_full((), lr).log().double(),
         }
         self.hyper = Adam(self.logs, hyper_lr, betas)
 
@@ -62,23 +61,23 @@ class Hypergradient:
     @torch.no_grad()
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Update both rates, then the weights with the new meta rate."""
-        inner_rate, meta_lr = (float(self.logs[name].exp()) for name in ("inner", "meta"))
+        zero = self.logs["inner"].new_zeros(())
         # dL/da: all tensors share the inner rate, so their gradients add up.
-        by_inner = sum(float(grad.sum()) for name, grad in grads.items() if name.startswith(RATE))
+        by_inner = sum((grad.sum().double() for name, grad in grads.items() if name.startswith(RATE)), zero)
         # dL/db = -<g, d>, with d the direction of the previous step.
-        by_meta = -sum(float((grads[name] * last).sum()) for name, last in self.last.items())
-        like = self.logs["inner"]
+        by_meta = -sum(((grads[name] * last).sum().double() for name, last in self.last.items()), zero)
         self.hyper.step(
-            {"inner": like.new_tensor(inner_rate * by_inner), "meta": like.new_tensor(meta_lr * by_meta)}
+            {"inner": self.logs["inner"].exp() * by_inner, "meta": self.logs["meta"].exp() * by_meta}
         )
         for rate in self.rates:
-            rate.fill_(float(self.logs["inner"].exp()))
+            rate.copy_(self.logs["inner"].exp())
         before = {name: tensor.detach().clone() for name, tensor in self.inner.learnable.items()}
-        self.inner.set_lr(self.lr_now())
+        meta_lr = self.logs["meta"].exp()
+        self.inner.set_lr(meta_lr)
         self.inner.step(grads)
         # Adam's direction d follows from the step that it took, -b d.
         for name, tensor in self.inner.learnable.items():
-            self.last[name].copy_((before[name] - tensor) / self.lr_now())
+            self.last[name].copy_((before[name] - tensor) / meta_lr)
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
         rates = {"last": self.last, "logs": self.logs}

@@ -24,6 +24,10 @@ from mamlctl.engine.nets.conv4 import Conv4
 PrepareFirst = Callable[[Tensor, int, int | None], Planes | None]  # examples, tasks, `measured`
 
 
+def unprepared(x: Tensor, tasks: int, measured: int | None) -> None:
+    """Prepare nothing, for a first block that reads the examples; arguments as in `PrepareFirst`."""
+
+
 @dataclass(frozen=True)
 class Head:
     """The linear layer and the softmax cross-entropy at one set of features and weights."""
@@ -173,13 +177,13 @@ class Conv4Set:
             )
             gamma_X, beta_X = (
                 # _C, shared by all tasks, or _TC -> _X with X = T * C.
-                part.repeat(tasks) if part.dim() == 1 else part.flatten()
+                part.flatten()
                 for part in norm.affine(name, fast)
             )
             tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
             if stored is None:
-                mean_TC, var_TC = (values.view(tasks, -1) for values in tape.statistics)
-                norm.saw(name, mean_TC, var_TC, tape.count)
+                mean_X, var_X = tape.seen
+                norm.seen[name] = mean_X.view(tasks, -1), var_X.view(tasks, -1)
             tapes.append(tape)
             a = tape.out
         f_TEF = _features(self.net, a, tasks).to(fast["conv1.weight"].dtype)
@@ -196,7 +200,7 @@ class Conv4Derivatives:
 
     net: Conv4
     make_block: MakeBlock = TorchTape
-    prepare_first: PrepareFirst = lambda x, tasks, measured: None
+    prepare_first: PrepareFirst = unprepared
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> Conv4Set:
         """Merge task and channel axes, so that a convolution in T groups gives each task its own weights."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mamlctl.core.literals import EngineName
 from mamlctl.engine.derivatives.autograd import Autograd
-from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
+from mamlctl.engine.derivatives.conv4 import Conv4Derivatives, PrepareFirst, unprepared
 from mamlctl.engine.derivatives.interface import Derivatives
-from mamlctl.engine.devices import cuda_ms, times_slower
+from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
-from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, TorchTape
+from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, Planes, TorchTape
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
@@ -36,66 +35,57 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
     if engine == "plain" or not isinstance(net, Conv4) or not net.by_hand:
         return Autograd(net)
     if like.device.type == "cuda":
-        return Conv4Derivatives(net, _cuda_block(like.device, like.dtype, net.compute))
+        return Conv4Derivatives(net, *_cuda_blocks(like.device, like.dtype, net.compute))
     if all(c_library.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
         return Conv4Derivatives(net, c_block.native_block, c_block.prepare)
     return Conv4Derivatives(net)
 
 
 @functools.cache
-def _cuda_block(device: torch.device, dtype: torch.dtype, compute: torch.dtype | None) -> MakeBlock:
-    """Return the Triton block if it is faster than torch's on this device and gives the same results."""
+def _cuda_blocks(
+    device: torch.device, dtype: torch.dtype, compute: torch.dtype | None
+) -> tuple[MakeBlock, PrepareFirst]:
+    """Return the Triton blocks if they compile for this device and agree with torch's, else torch's."""
+    plain: tuple[MakeBlock, PrepareFirst] = TorchTape, unprepared
     if dtype == torch.float64:
-        return TorchTape  # Triton passes Python numbers as float32, which is not precise enough
+        return plain  # Triton passes Python numbers as float32, which is not precise enough
     try:
         from triton.errors import TritonError
 
-        from mamlctl.engine.kernels.triton_block import triton_block
+        from mamlctl.engine.kernels.triton_block import TritonBlocks, prepare
     except ImportError:  # torch without Triton
-        return TorchTape
-    return faster_block(TorchTape, triton_block, device, dtype, compute, time_of=cuda_ms, failure=TritonError)
+        return plain
+    blocks = TritonBlocks.on(device), prepare
+    same = agree(plain, blocks, torch.empty(0, device=device, dtype=dtype), compute, failure=TritonError)
+    return blocks if same else plain
 
 
-def faster_block(
-    reference: MakeBlock,
-    candidate: MakeBlock,
-    device: torch.device,
-    dtype: torch.dtype,
+def agree(
+    reference: tuple[MakeBlock, PrepareFirst],
+    candidate: tuple[MakeBlock, PrepareFirst],
+    like: Tensor,
     compute: torch.dtype | None,
     *,
-    time_of: Callable[[Callable[[], object]], float],
     failure: type[Exception] = RuntimeError,
-) -> MakeBlock:
-    """Time two implementations of a block on the second block of 20-way 1-shot with 8 tasks.
+) -> bool:
+    """Whether two implementations of the first block and of the others give the same results.
 
     Args:
-        reference: the reference implementation.
-        candidate: the one to use instead if it is faster.
-        device: the device.
-        dtype: of weights and images.
-        compute: of the convolutions' products; None for `dtype`.
-        time_of: runs a function and returns the time it took.
+        reference: the reference implementation, and how it prepares the first block.
+        candidate: the other one.
+        like: a tensor of the device and dtype to use.
+        compute: of the convolutions' products; None for the dtype of `like`.
         failure: the exception, besides RuntimeError, from kernels that do not compile or run.
-
-    Returns:
-        `candidate` if its four passes agree with the reference and together take less time, else `reference`.
     """
-    tasks, channels = 8, 64
+    tasks, filters, examples, side = 8, 64, 20, 14
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
+        tensor = torch.randn(size, generator=generator).to(like)
+        return tensor.contiguous(memory_format=torch.channels_last) if len(size) == 4 else tensor
 
-    x, x_t, ga = (
-        normal(20, tasks * channels, size, size).contiguous(memory_format=torch.channels_last)
-        for size in (14, 14, 7)
-    )
-    weight, weight_t, gamma, beta = (
-        normal(tasks * channels, *size) for size in ((channels, 3, 3), (channels, 3, 3), (), ())
-    )
-    settings = BlockSettings(groups=tasks, compute=compute, first=False)
-
-    def passes(make: MakeBlock) -> list[Tensor]:
+    def passes(make: MakeBlock, x_t: Tensor | None, planes: Planes | None) -> list[Tensor]:
+        settings = BlockSettings(tasks, compute, first=x_t is None, planes=planes)
         tape = make(x, weight, gamma, beta, settings)
         grads = tape.backward(ga, keep=True)
         moved = tape.tangent(x_t, weight_t)
@@ -103,13 +93,20 @@ def faster_block(
         return [part.double() for part in (tape.out, grads.weight, moved, second.weight)]
 
     try:
-        for one, two in zip(passes(reference), passes(candidate), strict=True):
-            if float((one - two).norm() / one.norm()) > SAME:
-                return reference
-        faster = time_of(lambda: passes(candidate)) < time_of(lambda: passes(reference))
-        return candidate if faster else reference
+        for inputs in (1, filters):
+            x, ga = normal(examples, tasks * inputs, side, side), normal(examples, tasks * filters, 7, 7)
+            weight, weight_t = (normal(tasks * filters, inputs, 3, 3) for _ in range(2))
+            gamma, beta = normal(tasks * filters), normal(tasks * filters)
+            x_t = None if inputs == 1 else normal(*x.shape)
+            one, two = (
+                passes(make, x_t, None if x_t is not None else prepare(x, tasks, None))
+                for make, prepare in (reference, candidate)
+            )
+            if any(float((a - b).norm() / a.norm()) > SAME for a, b in zip(one, two, strict=True)):
+                return False
     except (RuntimeError, failure):
-        return reference
+        return False
+    return True
 
 
 def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str | None:

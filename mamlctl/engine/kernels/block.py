@@ -51,7 +51,7 @@ from torch import Tensor
 
 from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.nets.base import LEAK
-from mamlctl.engine.nets.batch_norm import EPS
+from mamlctl.engine.nets.batch_norm import EPS, unbiased
 
 Statistics_X = tuple[Tensor, Tensor]  # mean and biased variance of each channel
 
@@ -99,12 +99,8 @@ class BlockTape(Protocol):
         """The block's output a, [E, X, H/2, W/2]."""
 
     @property
-    def statistics(self) -> Statistics_X:
-        """Mean and biased variance of c."""
-
-    @property
-    def count(self) -> int:
-        """M, the number of values per channel behind the statistics."""
+    def seen(self) -> Statistics_X:
+        """Mean and unbiased variance of c, as `NormPass.seen` has them."""
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """Compute the gradients of input, filters and norm from ga = dL/da.
@@ -133,8 +129,8 @@ class MakeBlock(Protocol):
         Args:
             x: the input, [E, T * C_in, H, W], channels last.
             weight: the filters, [X, C_in, 3, 3].
-            gamma_X: batch norm's weight of each channel.
-            beta_X: batch norm's bias of each channel.
+            gamma_X: batch norm's weight of each channel, or one per channel of a task, which all tasks share.
+            beta_X: batch norm's bias, in the same shape.
             settings: everything else.
         """
 
@@ -147,6 +143,7 @@ class TorchTape:
     ) -> None:
         """Compute the forward pass; arguments as in `MakeBlock`."""
         self.x, self.weight, self.settings = x, weight, settings
+        gamma_X, beta_X = (of_all_tasks(values, len(weight)) for values in (gamma_X, beta_X))
         # Fold the sign of gamma into the filter. So in this class c, mean and gamma are those of the folded
         # block, and mean, dL/dgamma and dL/dW are multiplied by the sign on their way out.
         self.sign = torch.where(gamma_X < 0, -1.0, 1.0).to(gamma_X).view(1, -1, 1, 1)
@@ -159,13 +156,17 @@ class TorchTape:
         else:
             var, mean = torch.var_mean(measured, dim=(0, 2, 3), correction=0, keepdim=True)
         self.count = measured.numel() // c.shape[1]
-        self.statistics = (mean * self.sign).flatten(), var.flatten()
+        self.var = var
         self.r = (var + EPS).rsqrt()
         self.s = _channel(gamma_X) * self.sign * self.r
         self.p, self.where = F.max_pool2d(c, 2, return_indices=True)
         z = torch.addcmul(_channel(beta_X) - self.s * mean, self.p, self.s)  # (beta - s mean) + s p
         self.c, self.mean, self.positive = c, mean, z > 0
         self.out = F.leaky_relu(z, settings.leak)
+
+    @property
+    def seen(self) -> Statistics_X:
+        return (self.mean * self.sign).flatten(), unbiased(self.var.flatten(), self.count)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         gz = self._activated(ga)
@@ -242,6 +243,11 @@ class TorchTape:
         tensors = gc.to(dtype), x.to(dtype), weight.to(dtype)
         gx, gw = conv_backward(*tensors, self.settings.groups, by_input=by_input)
         return None if gx is None else gx.to(x.dtype), gw.to(x.dtype)
+
+
+def of_all_tasks(values: Tensor, channels: int) -> Tensor:
+    """Repeat batch norm's weights or biases if all tasks share them -> _X, with X = `channels`."""
+    return values if len(values) == channels else values.repeat(channels // len(values))
 
 
 def _channel(values_X: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Statistics_X
+from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Statistics_X, of_all_tasks
 from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.nets.base import LEAK
-from mamlctl.engine.nets.batch_norm import EPS
+from mamlctl.engine.nets.batch_norm import EPS, unbiased
 
 
 class ChannelRow(IntEnum):
@@ -160,14 +160,14 @@ class KernelTape:
         self.stored = settings.compute or weight.dtype
         self.x, self.weight = x, weight
         examples, _, height, width = x.shape
-        channels = len(gamma_X)
+        channels = len(weight)
         measured = examples if settings.measured is None else settings.measured
         if settings.statistics is not None:
             measured = 0  # the kernels then use the statistics in `d`
         self.count = measured * height * width
         shape = shape_of(x, channels, measured, settings.groups, settings.leak)
         d = torch.empty(len(ChannelRow), channels, dtype=torch.float64, device=x.device)
-        d[ChannelRow.GAMMA], d[ChannelRow.BETA] = gamma_X, beta_X
+        d[ChannelRow.GAMMA], d[ChannelRow.BETA] = (of_all_tasks(v, channels) for v in (gamma_X, beta_X))
         if settings.statistics is not None:
             d[ChannelRow.MEAN], d[ChannelRow.VAR] = settings.statistics
         rows = kernels.partial_rows(shape)
@@ -183,8 +183,9 @@ class KernelTape:
         self.kernels.forward(self.block, self.c, self.out)
 
     @property
-    def statistics(self) -> Statistics_X:
-        return self._of_norm(ChannelRow.MEAN, ChannelRow.VAR)
+    def seen(self) -> Statistics_X:
+        mean, var = self._of_norm(ChannelRow.MEAN, ChannelRow.VAR)
+        return mean, unbiased(var, self.count)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         ga, gc = ga.to(self.stored), torch.empty_like(self.c)

@@ -2,113 +2,226 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.kernels import triton_kernels as programs
-from mamlctl.engine.kernels.block import BlockSettings
-from mamlctl.engine.kernels.fused_block import BlockMemory, BlockShape, KernelTape, TangentTensors
+from mamlctl.engine.kernels import triton_ops as ops
+from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes, Statistics_X
+from mamlctl.engine.kernels.convolutions import conv, conv_backward
+from mamlctl.engine.kernels.fused_block import ChannelRow
+from mamlctl.engine.nets.batch_norm import EPS
 
-CHANNELS = 128  # channels per program; not tuned
-TILE = {"RS": 64, "BX": 32}  # rows and channels per tile when partial sums are added up; not tuned
+MOST_TILES = 1 << 14  # tiles of channels in one launch
+# Programs of the first block that add up gradients: twice the 132 multiprocessors of an H100; not tuned.
+PROGRAMS = 264
 
-Argument = Tensor | float | None
+
+class TritonTape:
+    """A block whose operations between two convolutions are Triton kernels; implements `block.BlockTape`."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        gamma_X: Tensor,
+        beta_X: Tensor,
+        settings: BlockSettings,
+        tickets: Tensor,
+    ) -> None:
+        """Compute the forward pass; arguments as in `block.MakeBlock`, and those of `TritonBlocks`."""
+        self.settings, self.type, self.gamma, self.beta = settings, weight.dtype, gamma_X, beta_X
+        self.stored = settings.compute or weight.dtype
+        self.x, self.weight = x, weight
+        examples, _, self.height, self.width = x.shape
+        self.channels, self.examples = len(weight), examples
+        measured = examples if settings.measured is None else settings.measured
+        self.count = float(measured * self.height * self.width)
+        self.d = torch.empty(len(ChannelRow), self.channels, dtype=torch.float64, device=x.device)
+        # No sums of c are needed if its statistics are given.
+        self.measured_rows = 0 if settings.statistics else measured * ((self.height + 1) // 2)
+        if settings.statistics:
+            self.d[ChannelRow.MEAN], self.d[ChannelRow.VAR] = settings.statistics
+        self.moments = torch.empty(2, self.channels, dtype=self.type, device=x.device)
+        self.tickets = tickets
+        self.p, self.where, self.out = self._empty(), self._empty(torch.uint8), self._empty()
+        self._forward()
+
+    @property
+    def seen(self) -> Statistics_X:
+        return self.moments[0], self.moments[1]
+
+    def _forward(self) -> None:
+        self.x, self.weight = self.x.to(self.stored), self.weight.to(self.stored)
+        self.c = conv(self.x, self.weight, self.settings.groups)
+        sizes = self.height, self.width, self.channels
+        self.partial = self._partial(self._windows[0], 2)
+        norm = len(self.gamma), self.count, EPS
+        memory = self.p, self.where, self.d, self.moments, self.partial, self.tickets
+        ops.pool(*self._windows, self.c, self.gamma, self.beta, *memory, self.measured_rows, *norm, *sizes)
+        ops.activate(*self._values, self.p, self.out, self.d, *self._pooled_sizes)
+
+    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
+        ga, gc = ga.to(self.stored), torch.empty_like(self.c)
+        ops.backward_sums(*self._rows, ga, self.p, *self._sums)
+        sizes = self.settings.leak, self.height, self.width, self.channels
+        ops.backward_spread(*self._windows, ga, self.p, self.where, self.c, gc, self.d, *sizes)
+        gx, weight = self._conv_backward(gc, self.x, self.weight)
+        if keep:
+            self.ga, self.gc = ga, gc
+        return BlockGradient(gx, weight, self.d[ChannelRow.G], self.d[ChannelRow.B])
+
+    def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
+        assert x_t is not None
+        self.x_t, self.weight_t = x_t.to(self.stored), weight_t.to(self.stored)
+        self.c_t = conv(self.x, self.weight_t, self.settings.groups)
+        other = conv(self.x_t, self.weight, self.settings.groups)
+        self.p_t, a_t = self._empty(), self._empty()
+        written = self.p_t, self.d, self.partial, self.tickets
+        sizes = self.count, self.height, self.width, self.channels
+        ops.tangent_pool(
+            *self._windows, self.c_t, other, self.c, self.where, *written, self.measured_rows, *sizes
+        )
+        ops.tangent_activate(*self._values, self.p, self.p_t, a_t, self.d, *self._pooled_sizes)
+        return a_t
+
+    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        ga_t = ga_t.to(self.stored)
+        ops.tangent_sums(*self._rows, ga_t, other, self.ga, self.p, self.p_t, *self._sums)
+        sizes = self.settings.leak, self.height, self.width, self.channels
+        read = ga_t, other, self.ga, self.p, self.where, self.c
+        ops.tangent_spread(*self._windows, *read, self.c_t, self.d, *sizes)
+        gx_t, weight_t = self._conv_backward(self.c_t, self.x, self.weight)
+        # The other summands of the product rule, both from one call: the input gradient from gc and W_t, the
+        # filter gradient from gc and x_t.
+        gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.weight_t)
+        return BlockGradient(gx_t, weight_t + weight_2, self.d[ChannelRow.G_T], self.d[ChannelRow.B_T], gx_2)
+
+    @property
+    def _windows(self) -> tuple[int, int]:
+        """A program per row of pooling windows, including an odd last row."""
+        return self.examples * ((self.height + 1) // 2), _tiles(self.channels, ops.CHANNELS)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """A program per row of pooled values."""
+        return self.examples * (self.height // 2), _tiles(self.channels, ops.CHANNELS)
+
+    @property
+    def _values(self) -> tuple[int, int]:
+        """A program per CHANNELS pooled values."""
+        return _tiles(self.p.numel(), ops.CHANNELS), 1
+
+    @property
+    def _pooled_sizes(self) -> tuple[float, int, int]:
+        return self.settings.leak, self.p.numel(), self.channels
+
+    @property
+    def _sums(self) -> tuple[Tensor | float, ...]:
+        """The last arguments of the kernels that add up pooled values."""
+        sizes = self._rows[0], self.count, self.settings.leak, self.width // 2, self.channels
+        return self.d, self.partial, self.tickets, *sizes
+
+    def _conv_backward(self, gc: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+        return conv_backward(gc, x, weight, self.settings.groups, by_input=not self.settings.first)
+
+    def _partial(self, programs: int, sums: int) -> Tensor:
+        return torch.empty(programs, sums, self.channels, dtype=torch.float64, device=self.x.device)
+
+    def _empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Allocate a pooled tensor."""
+        size, layout = (self.examples, self.channels, self.height // 2, self.width // 2), torch.channels_last
+        return torch.empty(size, dtype=dtype or self.stored, device=self.x.device, memory_format=layout)
 
 
-class Program(Protocol):
-    """A compiled Triton function: program[grid](*pointers, *numbers) launches it."""
+class TritonFirstTape(TritonTape):
+    """The first block, including its convolution; c is never stored, see `triton_first_kernels.py`."""
 
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., object]: ...
+    def _forward(self) -> None:
+        assert self.settings.planes is not None
+        planes = self.settings.planes
+        self.inputs = planes.x, self.weight, planes.mean_TD1, planes.covariance_TDD
+        tasks, filters = self.settings.groups, self.channels // self.settings.groups
+        tiles = tasks * _tiles(filters, ops.FILTERS)
+        self.grid = self.examples * (self.height // 2), tiles
+        self.sizes = self.settings.leak, self.height, self.width, self.channels, tasks, filters
+        self.parts = max(1, min(self.grid[0], PROGRAMS // tiles))
+        self.image = self.x.shape[1] // tasks
+        norm = self.gamma, self.beta, self.p, self.where, self.out, self.d, self.moments
+        numbers = len(self.gamma), self.count, EPS
+        given = int(self.settings.statistics is not None)
+        ops.first_forward(*self.grid, *self.inputs, *norm, *numbers, *self.sizes, self.image, given)
+
+    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
+        self.ga, gw = ga.to(self.stored), torch.empty_like(self.weight)
+        self.partial = self._partial(self.parts, 2 + self.inputs[2].shape[1])
+        images, *others = self.inputs
+        written = self.d, self.partial, self.tickets, gw
+        read = images, self.ga, *others, self.p, self.where
+        ops.first_backward(*self._reduction, *read, *written, *self._counts)
+        return BlockGradient(None, gw, self.d[ChannelRow.G], self.d[ChannelRow.B])
+
+    def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
+        self.weight_t, self.p_t, a_t = weight_t, self._empty(), self._empty()
+        images, weight, *moments = self.inputs
+        tensors = images, weight, weight_t, *moments, self.p, self.where, self.p_t, a_t, self.d
+        ops.first_tangent(*self.grid, *tensors, *self.sizes, self.image)
+        return a_t
+
+    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        ga_t, gw = ga_t.to(self.stored), torch.empty_like(self.weight)
+        images, weight, *moments = self.inputs
+        read = images, ga_t, other, self.ga, weight, self.weight_t, *moments, self.p, self.p_t, self.where
+        written = self.d, self.partial, self.tickets, gw
+        ops.first_tangent_backward(*self._reduction, *read, *written, *self._counts)
+        return BlockGradient(None, gw, self.d[ChannelRow.G_T], self.d[ChannelRow.B_T])
+
+    @property
+    def _reduction(self) -> tuple[int, int]:
+        return self.parts, self.grid[1]
+
+    @property
+    def _counts(self) -> tuple[float, ...]:
+        return self.count, *self.sizes, self.parts, self.examples, self.image
 
 
 @dataclass(frozen=True)
-class Triton:
-    """The kernels of `triton_kernels.py`; implements `fused_block.Kernels`."""
+class TritonBlocks:
+    """The Triton blocks of one device; implements `block.MakeBlock`."""
 
-    real: tl.dtype  # dtype of the arithmetic
+    tickets: Tensor  # counters of 0 for the kernels, which leave them at 0; see `triton_channels.is_last`
 
-    def partial_rows(self, shape: BlockShape) -> int:
-        # One partial sum for each row of pooling windows, including an odd last row.
-        return int(shape.examples * ((shape.height + 1) // 2))
+    @classmethod
+    def on(cls, device: torch.device) -> TritonBlocks:
+        return cls(torch.zeros(MOST_TILES, dtype=torch.int32, device=device))
 
-    def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        shape, d = block.shape, block.d
-        self._windows(programs.pool, shape, c, block.p, block.where, d, block.partial)
-        self._channels(programs.statistics, block, _measured_rows(shape), _count(shape), shape.eps)
-        self._pooled(programs.activate, shape, block.p, out, d)
-
-    def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        shape, d = block.shape, block.d
-        self._rows(programs.backward_sums, shape, ga, block.p, d, block.partial)
-        self._channels(programs.backward_numbers, block, _pooled_rows(shape), _count(shape))
-        self._windows(programs.backward_spread, shape, ga, block.p, block.where, c, gc, d, shape.leak)
-
-    def tangent(
-        self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
-    ) -> None:
-        shape, two = block.shape, other is not None
-        self._windows(programs.tangent_pool, shape, c_t, other, c, block.where, p_t, block.partial, TWO=two)
-        self._channels(programs.tangent_numbers, block, _measured_rows(shape), _count(shape))
-        self._pooled(programs.tangent_activate, shape, block.p, p_t, a_t, block.d)
-
-    def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
-        shape, d, t, two = block.shape, block.d, tensors, tensors.other is not None
-        pooled = t.ga_t, t.other, t.ga, block.p
-        self._rows(programs.tangent_sums, shape, *pooled, t.p_t, d, block.partial, TWO=two)
-        self._channels(programs.tangent_backward_numbers, block, _pooled_rows(shape), _count(shape))
-        spread = *pooled, block.where, t.c, t.c_t, d
-        self._windows(programs.tangent_spread, shape, *spread, shape.leak, TWO=two)
-
-    def _windows(self, program: Program, shape: BlockShape, *arguments: Argument, **constants: bool) -> None:
-        """Launch one program per row of pooling windows, including an odd last row."""
-        sizes = shape.height, shape.width, shape.channels
-        self._run(program, self.partial_rows(shape), shape.channels, *arguments, *sizes, **constants)
-
-    def _rows(self, program: Program, shape: BlockShape, *arguments: Argument, **constants: bool) -> None:
-        """Launch one program per row of pooled values."""
-        sizes = shape.leak, shape.width // 2, shape.channels
-        self._run(program, _pooled_rows(shape), shape.channels, *arguments, *sizes, **constants)
-
-    def _pooled(self, program: Program, shape: BlockShape, *arguments: Argument) -> None:
-        """Launch one program per CHANNELS pooled values."""
-        total = _pooled_rows(shape) * (shape.width // 2) * shape.channels
-        count = -(-total // CHANNELS)
-        self._run(program, count, CHANNELS, *arguments, shape.leak, total, shape.channels)
-
-    def _run(
-        self, program: Program, count: int, channels: int, *arguments: Argument, **constants: bool
-    ) -> None:
-        program[(count, -(-channels // CHANNELS))](*arguments, REAL=self.real, BX=CHANNELS, **constants)
-
-    def _channels(self, program: Program, block: BlockMemory, *numbers: float) -> None:
-        """Launch one program per tile of channels."""
-        grid = 1, -(-block.shape.channels // TILE["BX"])
-        program[grid](block.d, block.partial, *numbers, block.shape.channels, **TILE)
+    def __call__(
+        self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
+    ) -> TritonTape:
+        tape = TritonFirstTape if settings.first else TritonTape
+        return tape(x, weight, gamma_X, beta_X, settings, self.tickets)
 
 
-def _count(shape: BlockShape) -> float:
-    """M, the number of values per channel behind the statistics."""
-    return float(shape.measured * shape.height * shape.width)
+def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
+    """Compute the planes and patch moments of a set, once for all inner steps.
+
+    Args:
+        x: the images, [E, T * C, H, W].
+        tasks: T.
+        measured: how many leading examples the moments come from; None for all.
+    """
+    examples, channels, height, width = x.shape
+    inputs = channels // tasks
+    planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
+    patches = planes[:measured].unfold(3, 3, 1).unfold(4, 3, 1).permute(1, 2, 5, 6, 0, 3, 4)
+    # In float64, because the variances of c are small differences of these moments.
+    patches_TDM = patches.reshape(tasks, 9 * inputs, -1).double()
+    mean_TD1 = patches_TDM.mean(2, keepdim=True)
+    covariance_TDD = patches_TDM @ patches_TDM.transpose(1, 2) / patches_TDM.shape[2]
+    return Planes(planes, mean_TD1, covariance_TDD - mean_TD1 @ mean_TD1.transpose(1, 2))
 
 
-def _measured_rows(shape: BlockShape) -> int:
-    """The number of leading rows of partial sums that belong to the measured examples."""
-    return int(shape.measured * ((shape.height + 1) // 2))
-
-
-def _pooled_rows(shape: BlockShape) -> int:
-    """The number of rows of pooled values."""
-    return int(shape.examples * (shape.height // 2))
-
-
-def triton_block(
-    x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
-) -> KernelTape:
-    """Compute a block's forward pass with Triton kernels; arguments as in `block.MakeBlock`."""
-    real = tl.float64 if weight.dtype == torch.float64 else tl.float32
-    return KernelTape(x, weight, gamma_X, beta_X, settings, Triton(real))
+def _tiles(values: int, size: int) -> int:
+    return -(-values // size)

@@ -88,7 +88,12 @@ class NormPass:
             count: the number of values behind each of them.
         """
         # As in torch: normalise by the biased variance, accumulate the unbiased one.
-        self.seen[name] = mean_TC, var_TC * (count / max(count - 1, 1))
+        self.seen[name] = mean_TC, unbiased(var_TC, count)
+
+
+def unbiased(var: Tensor, count: int) -> Tensor:
+    """Return the unbiased variance for a biased one of `count` values."""
+    return var * (count / max(count - 1, 1))
 
 
 def accumulate(running: Params, passes: list[NormPass]) -> None:

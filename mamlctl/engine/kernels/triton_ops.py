@@ -1,0 +1,102 @@
+"""Triton kernels as operators of torch, which also run on fake tensors: those have shapes but no memory.
+
+An operator has the two sizes of the grid, then the arguments of its kernel. It returns nothing and writes to
+the tensors that are listed here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from mamlctl.engine.kernels import triton_first_kernels as first
+from mamlctl.engine.kernels import triton_kernels as inner
+
+# Sizes of the programs; not tuned.
+CHANNELS = 128  # channels per program of an inner block
+FILTERS = 32  # filters per program of the first block
+WINDOWS = 8  # pooling windows of the first block that are computed at a time
+ROWS = 16  # rows of partial sums that are added at a time
+# Registers per thread of the two kernels that add up gradients of filters: ptxas chooses fewer, and spills.
+REGISTERS = 168
+
+# Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
+INTEGERS = frozenset(["rows", "norms", "H", "W", "X", "PW", "total", "T", "F", "parts", "E", "C", "GIVEN"])
+REALS = frozenset(("count", "eps", "leak"))
+OPTIONAL = frozenset(("c2", "ga2"))
+DERIVED = frozenset(("TWO", "REAL", "BD", "BX", "BW", "RS"))  # computed here, not arguments of operators
+
+
+def argument_names(kernel: Any) -> list[str]:
+    """Return the names of the kernel's arguments, except those that `constants` computes."""
+    return [name for name in inspect.signature(kernel.fn).parameters if name not in DERIVED]
+
+
+def constants(kernel: Any, values: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the compile-time constants of a kernel that follow from its arguments.
+
+    Args:
+        kernel: the kernel.
+        values: its arguments by name.
+        dtype: in which p is stored.
+    """
+    is_first = "C" in values
+    taps = 9 * values.get("C", 1)
+    derived = {
+        "TWO": any(values.get(name) is not None for name in OPTIONAL),
+        "REAL": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BD": max(16, 1 << (taps - 1).bit_length()),
+        "BX": FILTERS if is_first else CHANNELS,
+        "BW": WINDOWS,
+        "RS": ROWS,
+    }
+    return {name: derived[name] for name in inspect.signature(kernel.fn).parameters if name in DERIVED}
+
+
+def options(kernel: Any) -> dict[str, int]:
+    """Return the compiler's options for a kernel."""
+    return {"maxnreg": REGISTERS} if "gw" in inspect.signature(kernel.fn).parameters else {}
+
+
+def _operator(kernel: Any, writes: str) -> Callable[..., None]:
+    """Register an operator mamlctl::NAME that launches a kernel and writes to the tensors `writes`."""
+    names, written = argument_names(kernel), writes.split()
+
+    def declared(name: str) -> str:
+        kind = "int" if name in INTEGERS else "float" if name in REALS else "Tensor"
+        if name in written:
+            kind = f"Tensor(a{written.index(name)}!)"
+        return f"{kind}{'?' if name in OPTIONAL else ''} {name}"
+
+    def launch(programs: int, tiles: int, *arguments: Any) -> None:
+        values = dict(zip(names, arguments, strict=True))
+        dtype = (values["p"] if "p" in values else values["p_t"]).dtype
+        kernel[(programs, tiles)](**values, **constants(kernel, values, dtype), **options(kernel))
+
+    schema = f"(int programs, int tiles, {', '.join(map(declared, names))}) -> ()"
+    operator = torch.library.custom_op(
+        f"mamlctl::{kernel.fn.__name__}", launch, mutates_args=written, schema=schema
+    )
+    operator.register_fake(lambda *arguments: None)
+    KERNELS[kernel.fn.__name__] = kernel
+    return operator
+
+
+KERNELS: dict[str, Any] = {}  # by the name of their operator
+
+pool = _operator(inner.pool, "p where d seen partial tickets")
+activate = _operator(inner.activate, "a")
+backward_sums = _operator(inner.backward_sums, "d partial tickets")
+backward_spread = _operator(inner.backward_spread, "gc")
+tangent_pool = _operator(inner.tangent_pool, "ct p_t d partial tickets")
+tangent_activate = _operator(inner.tangent_activate, "a_t")
+tangent_sums = _operator(inner.tangent_sums, "d partial tickets")
+tangent_spread = _operator(inner.tangent_spread, "ct")
+first_forward = _operator(first.first_forward, "p where a d seen")
+first_backward = _operator(first.first_backward, "d partial tickets gw")
+first_tangent = _operator(first.first_tangent, "p_t a_t d")
+first_tangent_backward = _operator(first.first_tangent_backward, "d partial tickets gw")

@@ -1,0 +1,114 @@
+"""Compile every Triton kernel for GPUs that are not there: `python -m benchmarks.triton_compile [FILE]`.
+
+Prints a line for each kernel, dtype, number of image channels and architecture; FILE receives all numbers as
+JSON. Compiled kernels are kept in Triton's cache, so a second run takes seconds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mamlctl.engine.kernels import triton_ops as ops
+
+ARCHITECTURES = (80, 90)  # A100 and H100
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+IMAGE_CHANNELS = (1, 3)  # of the first block
+# Tensors in the dtype of the products, and those in float64, uint8 and int32; all others are float32.
+STORED = {"c", "p", "a", "ga", "ga1", "ga2", "gc", "ct", "c2", "p_t", "a_t"}
+FIXED = {"d": "fp64", "partial": "fp64", "mean_q": "fp64", "cov": "fp64", "where": "u8", "tickets": "i32"}
+FIXED |= {"y": "i64"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel uses; spills are the bytes of registers that it stores in memory."""
+
+    kernel: str
+    dtype: str
+    channels: int | None  # of the image, in kernels of the first block
+    architecture: int
+    registers: int
+    spills: int
+    shared: int  # bytes of shared memory
+
+
+def variants() -> Iterator[tuple[str, str, int | None, int]]:
+    """Yield every kernel with its dtype, image channels and architecture."""
+    for name, kernel in ops.KERNELS.items():
+        channels = IMAGE_CHANNELS if "C" in ops.argument_names(kernel) else (None,)
+        for dtype, each, architecture in itertools.product(DTYPES, channels, ARCHITECTURES):
+            yield name, dtype, each, architecture
+
+
+def compiled(name: str, dtype: str, channels: int | None, architecture: int) -> Compiled:
+    """Compile one kernel, with the optional tensors present.
+
+    Args:
+        name: of the kernel.
+        dtype: of the products.
+        channels: of the image.
+        architecture: the compute capability times ten.
+    """
+    kernel = ops.KERNELS[name]
+    constants: dict[str, Any] = {"C": channels, "GIVEN": 0}
+    present = dict.fromkeys(ops.argument_names(kernel), 1) | ({} if channels is None else {"C": channels})
+    constants |= ops.constants(kernel, present, DTYPES[dtype])
+    parameters = list(inspect.signature(kernel.fn).parameters)
+    types = {key: "constexpr" if key in constants else _type(key, dtype) for key in parameters}
+    source = ASTSource(
+        kernel,
+        types,
+        {(parameters.index(key),): value for key, value in constants.items() if key in parameters},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    result = triton.compile(source, target=target, options=ops.options(kernel))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    use = dict(part.split(":", 1) for part in report.split() if part.startswith(("REG:", "STACK:")))
+    used = int(use["REG"]), int(use["STACK"]), int(result.metadata.shared)
+    return Compiled(name, dtype, channels, architecture, *used)
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in ops.INTEGERS:
+        return "i32"
+    if name in ops.REALS:
+        return "fp32"
+    stored = "bf16" if dtype == "bfloat16" else "fp32"
+    return "*" + FIXED.get(name, stored if name in STORED else "fp32")
+
+
+def main() -> None:
+    """Compile everything."""
+    rows = []
+    for variant in variants():
+        rows.append(asdict(compiled(*variant)))
+        sys.stdout.write(f"{' '.join(map(str, rows[-1].values()))}\n")
+        sys.stdout.flush()
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(
+            json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

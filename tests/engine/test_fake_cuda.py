@@ -1,0 +1,136 @@
+"""The engine on a CUDA device that is not there: see benchmarks/fake_cuda.py for what it finds."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from helpers.data_cases import image_stream, small_pack
+from helpers.engine_cases import IMAGE, random_episodes, small_config
+
+if find_spec("triton") is None:
+    pytest.skip("torch came without Triton", allow_module_level=True)
+
+from benchmarks.fake_cuda import HostCopyError, fake_cuda
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.derivatives.selection import select_derivatives
+from mamlctl.engine.evaluation.evaluator import _scores_TI
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
+from mamlctl.engine.inner_loop import Measurements
+from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.training.cuda_graphs import Captured
+from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.meta_step import MetaStep
+from mamlctl.engine.training.trainer import Period
+
+
+def on_device(config, device):
+    """A meta-step and a meta-batch on the device, in the dtype of its weights."""
+    step = MetaStep(config, *build(config, IMAGE, device))
+    dtype = step.state.example_tensor.dtype
+    moved = [t.to(device, dtype if t.is_floating_point() else t.dtype) for t in random_episodes(config).sets]
+    return step, Episodes(*moved)
+
+
+CASES = [
+    {"algo": "maml++", "da": False},
+    {"algo": "maml++", "da": False, "precision": "bf16", "clip_norm": 1.0},
+    {"algo": "maml++", "da": False, "inner_steps": 7},  # some passes are computed again
+    {"algo": "maml++", "da": False, "task_chunk": "1"},
+    {"algo": "fomaml"},
+    {"algo": "meta-sgd"},
+    {"algo": "boil"},
+    {"algo": "alpha-maml"},
+    {"algo": "reptile", "inner_optimizer": "adam"},
+]
+
+
+@pytest.mark.parametrize("block", ["triton", "torch"])
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_meta_steps_never_wait_for_the_device(settings, block):
+    config = small_config(**{"precision": "float32", **settings})
+    with fake_cuda(block) as device:
+        step, episodes = on_device(config, device)
+        period = Period.empty(config.inner_steps, device)
+        for measure_all in (False, True):
+            measured = step.measure(episodes, 0, measure_all=measure_all)
+            step.apply(measured, 0)
+            period.add_no_sync(measured)
+        assert measured.meta_loss.device == device
+        with pytest.raises(HostCopyError):
+            period.means()  # the report, the only place that may wait
+
+
+def test_a_capture_never_waits_for_the_device():
+    config = small_config(algo="maml++", da=False, precision="float32")
+
+    class Recorded:
+        def __init__(self, work):
+            work()
+
+        def replay(self):
+            pass
+
+    with fake_cuda() as device:
+        step, episodes = on_device(config, device)
+        runner = Captured(step, record=Recorded)
+        for _ in range(3):
+            runner.apply(runner.measure(episodes, 0, measure_all=False), 0)
+
+
+@pytest.mark.parametrize("statistics", list(Statistics))
+@pytest.mark.parametrize("block", ["triton", "torch"])
+def test_predictions_never_wait_for_the_device(block, statistics):
+    config = small_config(algo="maml++", precision="float32")
+    with fake_cuda(block) as device:
+        step, episodes = on_device(config, device)
+        state = step.state.frozen()
+        derivatives = select_derivatives(step.net, state.example_tensor)
+        outputs_ITEN = adapted(PredictRequest(derivatives, state, episodes, 2, statistics))
+        scores_TI = _scores_TI(derivatives, outputs_ITEN, episodes)
+        assert scores_TI.device == device
+
+
+@pytest.mark.parametrize("augment", ["none", "flips+crops"])
+def test_gathering_tasks_never_waits_for_the_device(augment):
+    settings = {"split": "train", "ways": 3, "shots": 2, "queries": 2, "channels": 3, "normalize": "imagenet"}
+    with fake_cuda() as device:
+        stream = image_stream(
+            small_pack([5] * 6), np.arange(6), rotations="classes", augment=augment, device=device, **settings
+        )
+        episodes = stream.episodes(0, 4)
+    for tensor in episodes.present().values():
+        assert tensor.device == device
+
+
+def plant(monkeypatch, wait):
+    """Wait for the device wherever a query loss is recorded."""
+    add_query = Measurements.add_query
+
+    def waiting(self, *args):
+        loss = add_query(self, *args)
+        wait(loss)
+        return loss
+
+    monkeypatch.setattr(Measurements, "add_query", waiting)
+
+
+@pytest.mark.parametrize(
+    ("wait", "error"),
+    [
+        (lambda loss: loss.item(), DataDependentOutputException),
+        (lambda loss: bool(loss > 1), DataDependentOutputException),
+        (lambda loss: loss.cpu(), HostCopyError),
+        (lambda loss: torch.zeros(()).copy_(loss), HostCopyError),
+        (lambda loss: loss + torch.zeros(3), FakeTensorDeviceMismatchError),
+    ],
+    ids=["item", "condition", "copy", "copy in place", "left on the CPU"],
+)
+def test_a_planted_wait_is_found(monkeypatch, wait, error):
+    plant(monkeypatch, wait)
+    with fake_cuda() as device:
+        step, episodes = on_device(small_config(algo="maml++", precision="float32"), device)
+        with pytest.raises(error):
+            step.measure(episodes, 0, measure_all=False)
