@@ -46,6 +46,54 @@ def random_words(seed: int, stream: str, number: int, count: int) -> NDArray[np.
     return words
 
 
+# Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), numpy's `Philox`.
+ROUNDS = 10
+MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+WORDS = 4  # per counter
+
+
+def random_word_rows(seed: int, stream: str, first: int, rows: int, count: int) -> NDArray[np.uint64]:
+    """Return `random_words` of the blocks `first`, `first` + 1, ..., one row each.
+
+    All blocks at once: one generator that moves from block to block is 5 times slower (70 microseconds for 25
+    blocks of 22 words against 13, in draws of 2,500 blocks; AMD EPYC, 2026-11-26).
+
+    Args:
+        seed: the seed of the run or of the evaluation.
+        stream: a key of `STREAMS`.
+        first: the first block.
+        rows: how many blocks.
+        count: words per block.
+    """
+    counters = -(-count // WORDS)
+    # numpy increases the counter before its first use.
+    within, block = (
+        np.arange(1, counters + 1, dtype=np.uint64),
+        np.arange(first, first + rows, dtype=np.uint64),
+    )
+    words = [np.tile(within, rows), np.repeat(block, counters)]
+    words += [np.zeros_like(words[0]), np.zeros_like(words[0])]
+    keys = [seed, STREAMS[stream]]
+    for _ in range(ROUNDS):
+        (high_0, low_0), (high_1, low_1) = (
+            _long_product(words[place], factor) for place, factor in zip((0, 2), MULTIPLIERS, strict=True)
+        )
+        words = [high_1 ^ words[1] ^ np.uint64(keys[0]), low_1, high_0 ^ words[3] ^ np.uint64(keys[1]), low_0]
+        keys = [(key + step) % 2**64 for key, step in zip(keys, KEY_STEPS, strict=True)]
+    return np.stack(words, -1).reshape(rows, -1)[:, :count]
+
+
+def _long_product(words: NDArray[np.uint64], factor: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return the high and the low 64 bits of words * factor, from products of their 32-bit halves."""
+    half, low_half = np.uint64(32), np.uint64(2**32 - 1)
+    factor_high, factor_low = np.uint64(factor >> 32), np.uint64(factor % 2**32)
+    high, low = words >> half, words & low_half
+    middle = high * factor_low + (low * factor_low >> half)
+    other = low * factor_high + (middle & low_half)
+    return high * factor_high + (middle >> half) + (other >> half), words * np.uint64(factor)
+
+
 def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """Return the positions of the `count` smallest keys along the last axis: a draw without repeats.
 

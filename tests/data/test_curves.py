@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers.data_cases import stream_settings
 
-from mamlctl.data.counter_rng import random_words
+from mamlctl.data.counter_rng import random_word_rows, random_words
 from mamlctl.data.sets.curves import FAMILIES, Normal, Uniform
-from mamlctl.data.tasks.curve_tasks import CurveStream, _task_words
+from mamlctl.data.tasks import curve_tasks
+from mamlctl.data.tasks.curve_tasks import CurveStream
 
 MANY = 20_000
 each_family = pytest.mark.parametrize("name", list(FAMILIES))
@@ -81,9 +82,9 @@ def test_tasks_are_their_closed_forms_word_by_word(name, shots, queries):
 
 def test_words_of_several_tasks_are_the_raw_words_of_each():
     for words in range(1, 10):
-        for first in (0, 5, 2**40):
+        for first in (0, 5, 2**40, 2**64 - 3):
             want = np.stack([random_words(7, "test", first + task, words) for task in range(3)])
-            assert (_task_words(7, "test", first, 3, words) == want).all()
+            assert (random_word_rows(7, "test", first, 3, words) == want).all()
 
 
 @each_family
@@ -192,6 +193,18 @@ def test_task_is_the_same_in_every_batch_and_order(name):
     for first, size in ((65, 5), (40, 1), (69, 1), (42, 17), (40, 30)):
         for part, piece in zip(whole, parts(one_stream.episodes(first, size)), strict=True):
             assert torch.equal(part[first - 40 : first - 40 + size], piece)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tasks_drawn_ahead_equal_tasks_drawn_one_by_one(name, dtype, monkeypatch):
+    ahead = stream(name, dtype=dtype)
+    drawn = [ahead.episodes(first, 25) for first in range(0, 2500, 25)]
+    monkeypatch.setattr(curve_tasks, "DRAWN", 1)
+    alone = stream(name, dtype=dtype)
+    for number in (0, 1, 24, 25, 999, 1777, 2499):
+        for part, single in zip(parts(drawn[number // 25]), parts(alone.episodes(number, 1)), strict=True):
+            assert torch.equal(part[number % 25 : number % 25 + 1], single)
 
 
 @each_family

@@ -6,18 +6,17 @@ number or point. The words are equal on every machine, the points up to the last
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mamlctl.core.literals import Split
-from mamlctl.data.counter_rng import STREAMS, random_words
+from mamlctl.data.counter_rng import random_word_rows, random_words
 from mamlctl.data.sets.curves import Family, Floats
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
-BLOCK = 4  # words per Philox counter
+# Random words of a draw, which is for many calls of `episodes`: a draw for 25 tasks takes as long as for 250.
+DRAWN = 2**16
 
 
 class CurveStream:
@@ -32,22 +31,26 @@ class CurveStream:
         self.family, self.split, self.seed = family, settings.split, settings.seed
         self.shots, self.queries = settings.shots, settings.queries
         self.device, self._dtype = settings.place.device, settings.place.dtype
+        self._words = family.words + max(self.shots, self.queries) * 2 * family.inputs.words  # per task
+        self._first = self._tasks = 0  # which tasks are in `_ahead`
+        self._ahead: list[Tensor] = []
 
     def episodes(self, first: int, tasks: int) -> Episodes:
         """Return tasks `first`, `first` + 1, ... without a host sync: x _TED, y _TE (unbounded numbers)."""
-        x_TE, y_TE = self._draw(first, tasks)
+        start = first - self._first
+        if start < 0 or start + tasks > self._tasks:
+            self._first, self._tasks, start = first, max(tasks, DRAWN // self._words), 0
+            self._ahead = self._on_device(*self._draw(first, self._tasks))
+        support_x, support_y, query_x, query_y = (part[start : start + tasks] for part in self._ahead)
+        return Episodes(support_x, support_y, query_x, query_y)
+
+    def _on_device(self, x_TE: Floats, y_TE: Floats) -> list[Tensor]:
+        """Return support x and y, then query x and y, in one copy to the device."""
         cut = self.shots
-        parts = [x_TE[:, :cut], y_TE[:, :cut], x_TE[:, cut:], y_TE[:, cut:]]
-        # A single copy to the device for all four, each of which stays contiguous.
+        parts = [x_TE[:, :cut, None], y_TE[:, :cut], x_TE[:, cut:, None], y_TE[:, cut:]]
         flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(self._dtype)
-        flat = to_device_no_sync(flat, self.device)
-        support_x, support_y, query_x, query_y = torch.split(flat, [part.size for part in parts])
-        return Episodes(
-            support_x_TECHW=support_x.view(tasks, self.shots, 1),
-            support_y_TE=support_y.view(tasks, self.shots),
-            query_x_TECHW=query_x.view(tasks, self.queries, 1),
-            query_y_TE=query_y.view(tasks, self.queries),
-        )
+        split = torch.split(to_device_no_sync(flat, self.device), [part.size for part in parts])
+        return [tensor.view(part.shape) for tensor, part in zip(split, parts, strict=True)]
 
     def curve(self, task: int, x: Floats) -> Floats:
         """Return y of one task's true curve at any x (shape kept)."""
@@ -58,8 +61,7 @@ class CurveStream:
         """Return x_TE and y_TE, support points before query points."""
         family, width = self.family, self.family.inputs.words
         own_words, pairs = family.words, max(self.shots, self.queries)
-        words = own_words + pairs * 2 * width
-        uniform = _uniform(_task_words(self.seed, self.split, first, tasks, words))
+        uniform = _uniform(random_word_rows(self.seed, self.split, first, tasks, self._words))
         # Support and query points alternate, so that the number of one does not move the words of the other.
         pairs_TK2W = uniform[:, own_words:].reshape(tasks, pairs, 2, width)
         points_TEW = np.concatenate(
@@ -74,19 +76,3 @@ class CurveStream:
 def _uniform(raw: NDArray[np.uint64]) -> Floats:
     """The top 53 bits of each word as a number in [0, 1)."""
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _task_words(seed: int, split: Split, first: int, tasks: int, words: int) -> NDArray[np.uint64]:
-    """`random_words` of every task -> _TP.
-
-    One generator moves from block to block (0.07 ms for 25 tasks; one generator per task takes 0.22 ms).
-    """
-    key = np.array([seed, STREAMS[split]], dtype=np.uint64)
-    generator = np.random.Philox(counter=np.array([0, first, 0, 0], dtype=np.uint64), key=key)
-    # A block has 2**64 counters, some of which the draw has used.
-    unused = 2**64 - math.ceil(words / BLOCK)
-    raw_TP = np.empty((tasks, words), dtype=np.uint64)
-    for row in raw_TP:
-        row[:] = generator.random_raw(words)
-        generator.advance(unused)
-    return raw_TP
