@@ -236,7 +236,8 @@ class TrainConfig:
     engine: EngineName = setting(
         "adjoint",
         HARDWARE,
-        "How meta-gradients are computed: adjoint (fast), or plain (double backward, the reference).",
+        "How meta-gradients are computed: adjoint (fast), compiled (in C, for curves), or plain (double "
+        "backward, the reference).",
     )
     task_chunk: str = setting(
         "auto", HARDWARE, "Tasks computed at once, a number or auto; fewer take less memory.", decides=False

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 def _unrolled(config: TrainConfig) -> Outer:
     from mamlctl.engine.algorithms.adjoint import adjoint
+    from mamlctl.engine.algorithms.compiled_mlp import compiled
     from mamlctl.engine.algorithms.meta_gradient import unrolled
 
+    if config.engine == "compiled":
+        return compiled
     # For a small network the adjoint is slower (9 ms per meta-step against 7, curves, 5 inner steps), and the
     # memory that it saves does not matter.
     return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
@@ -70,9 +73,11 @@ def _protonet(config: TrainConfig) -> Outer:
 
 
 def _adam(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    from mamlctl.engine.algorithms.compiled_mlp import adam
     from mamlctl.engine.optimizers import Adam
 
-    return Adam(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
+    kind = adam if config.engine == "compiled" else Adam
+    return kind(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
 
 
 def _sgd(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
@@ -144,16 +149,24 @@ NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
+# The meta-gradient of curves is computed in C.
+COMPILED_CURVES = {"engine": "compiled"}
+
 # Curves have values up to 5, with which an inner rate of 0.1 diverges.
 FINE_TUNING_CURVES = {"inner_lr": 0.01}
 
 ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
-        "Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order", _unrolled, unrolls=True, captured=True
+        "Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order",
+        _unrolled,
+        on_curves=COMPILED_CURVES,
+        unrolls=True,
+        captured=True,
     ),
     "fomaml": Algorithm(
         "first-order MAML",
         _unrolled,
+        on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
         defaults={"first_order": True},
@@ -162,6 +175,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
         _unrolled,
+        on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
         improves="maml",
@@ -181,6 +195,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "boil": Algorithm(
         "Oh et al. 2021 (arXiv:2008.08882): the inner loop adapts the body only",
         _unrolled,
+        on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
         defaults={"adapts": "body"},
@@ -189,6 +204,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "meta-sgd": Algorithm(
         "Li et al. 2017 (arXiv:1707.09835): learns one inner rate per weight, of either sign",
         _unrolled,
+        on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
         inner_rates="weight",
@@ -199,6 +215,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "alpha-maml": Algorithm(
         "Behl et al. 2019 (arXiv:1905.07435): learns the inner and the meta learning rate by hypergradients",
         _unrolled,
+        on_curves=COMPILED_CURVES,
         unrolls=True,
         optimizer=_hypergradient,
         inner_rates="shared",

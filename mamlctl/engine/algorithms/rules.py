@@ -51,12 +51,24 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
+    if problem := _compiled_problem(config, entry):
+        problems.append(problem)
     if config.cuda_graph and not entry.captured:
         problems.append((f"--cuda-graph is not available with {algo}", "leave it out"))
     if config.task_chunk != "auto" and entry.whole_batches:
         why = "a meta-batch is one batch with shared batch-norm statistics"
         problems.append((f"--task-chunk has no effect with {algo}: {why}", "leave it out"))
     return problems
+
+
+def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
+    """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
+    if config.engine != "compiled" or (
+        is_curve_family(config.dataset) and "engine" in (entry.on_curves or {})
+    ):
+        return None
+    needed = f"does not support --algo {config.algo}" if is_curve_family(config.dataset) else "is for curves"
+    return f"--engine compiled {needed}", "use --engine adjoint"
 
 
 def _unset(entry: Algorithm, name: str) -> Any:
@@ -69,7 +81,8 @@ def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
     if entry is None:
         return {}
     unused = (OWNED - set(entry.exclusive_settings)) | entry.unsupported.keys()
-    return {name: _unset(entry, name) for name in unused} | dict(entry.forced)
+    forced = {name: _unset(entry, name) for name in unused} | dict(entry.forced)
+    return forced | ({"engine": FIELDS["engine"].default} if _compiled_problem(config, entry) else {})
 
 
 def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:

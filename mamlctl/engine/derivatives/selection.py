@@ -113,8 +113,10 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     """Return why a run is slower than it could be here, or None; arguments as in `select_derivatives`."""
     derivatives = select_derivatives(net, like, engine)
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
-    if like.device.type == "cpu" and by_torch:
-        return "no working C compiler (cc): using torch operations, which are about 1.8 times slower"
+    not_compiled = engine == "compiled" and c_library.library(like.dtype) is None
+    if like.device.type == "cpu" and (by_torch or not_compiled):
+        times = 7 if engine == "compiled" else 1.8
+        return f"no working C compiler (cc): using torch operations, which are about {times} times slower"
     if like.device.type == "cpu" and (reason := c_library.compiled_at_every_start()):
         return reason
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_library.lacks_bfloat16():

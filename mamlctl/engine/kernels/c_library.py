@@ -35,6 +35,7 @@ OPTIONS = (
     "-std=gnu11",
     "-O3",
     "-fno-trapping-math",
+    "-fno-math-errno",
     "-fopenmp",
     "-shared",
     "-fPIC",

@@ -1,0 +1,377 @@
+/* The meta-gradient of a small fully connected network with a squared error, by the adjoint method.
+ *
+ * adjoint.py derives the formulas: fast weights w_k, support gradients g_k, inner rates r_k, adjoint p. The derivatives
+ * of layer z = W a + b, with d the derivative of the activation, are
+ *
+ *     dL/dW = gz^T a        dL/db = sum gz        ga = gz W        gz = d ga of the layer below
+ *
+ * and their tangents (suffix _t) along a direction U of the weights follow by the product rule, as in conv4.py.
+ *
+ * An image is one set of weights. Its first part has W [out][in] and b [out] of every layer, its second part the
+ * transposed W [in][out], so that all products read rows. Rows are padded with zeros to a multiple of PAD. Images of
+ * gradients have both parts too, as fast weights are updated in both. Tasks are independent and are added in their
+ * order, so that results do not depend on the number of threads.
+ */
+#include "common.h"
+
+#include <math.h>
+#include <omp.h>
+
+#if defined(__AVX__) || defined(FLOAT64)
+enum { BYTES = 32 };
+#else
+enum { BYTES = 16 };
+#endif
+enum { PAD = BYTES / sizeof(REAL), ROWS = 5 }; /* a tile's ROWS x 2 vectors fit into the registers of AVX2 */
+typedef REAL vec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+#define INDEPENDENT _Pragma("omp simd") /* for loops whose arrays do not overlap, or are the same */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    int tasks, layers, support, query, steps, threads;
+    int first_order, learns_rates, rate_rows, rate_per_weight; /* rate_rows: steps beyond the last row use it too */
+    double leak;
+    const int *widths;     /* [layers + 1], inputs first */
+    const double *weights; /* [steps], of the query losses in the meta-loss, divided by the number of tasks */
+    const int *measured;   /* [steps + 1], whether the query loss after so many steps is wanted */
+} mlp;
+
+typedef struct {
+    int in, out, in_row, out_row; /* widths, and the same padded */
+    long w, b, t;                 /* offsets of W, b and the transposed W in an image */
+    long a, gz;                   /* offsets of the layer's input and of the gradient of its output in a tape */
+} layer;
+
+typedef struct {
+    const mlp *s;
+    int layers, examples;
+    long natural, image, tape; /* sizes of the first part of an image, of an image, and of a tape */
+    const layer *at;
+} plan;
+
+static int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
+
+/* Fills at[layers + 1]; the last entry is for the output. */
+static plan plan_of(const mlp *s, int examples, layer *at) {
+    plan n = {s, s->layers, examples, 0, 0, 0, at};
+    for (int l = 0; l <= s->layers; l++) {
+        layer *one = at + l;
+        one->in = s->widths[l], one->in_row = padded(one->in);
+        one->a = n.tape, n.tape += (long)examples * one->in_row;
+        one->gz = n.tape; /* gz of the layer below, at this layer's input; unused for l = 0 */
+        n.tape += (long)examples * one->in_row;
+        if (l == s->layers) break;
+        one->out = s->widths[l + 1], one->out_row = padded(one->out);
+        one->w = n.natural, n.natural += (long)one->out * one->in_row;
+        one->b = n.natural, n.natural += one->out_row;
+    }
+    n.image = n.natural;
+    for (int l = 0; l < s->layers; l++) at[l].t = n.image, n.image += (long)at[l].in * at[l].out_row;
+    return n;
+}
+
+/* A tile of C (+)= A B with B [K][...]; A has any strides, so that it may be transposed. */
+INLINE void tile(int rows, int vecs, int K, const REAL *A, long row, long column, const REAL *B, long b_row, REAL *C,
+                 long c_row, int add) {
+    vec sum[ROWS][2];
+#pragma GCC unroll 5
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vecs; v++) sum[r][v] = add ? *(vec *)(C + r * c_row + v * PAD) : (vec){0};
+    for (int k = 0; k < K; k++)
+#pragma GCC unroll 5
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vecs; v++) sum[r][v] += A[r * row + k * column] * *(const vec *)(B + k * b_row + v * PAD);
+#pragma GCC unroll 5
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vecs; v++) *(vec *)(C + r * c_row + v * PAD) = sum[r][v];
+}
+
+INLINE void strip(int rows, int N, int K, const REAL *A, long row, long column, const REAL *B, long b_row, REAL *C,
+                  long c_row, int add) {
+    int n = 0;
+    for (; n + 2 * PAD <= N; n += 2 * PAD) tile(rows, 2, K, A, row, column, B + n, b_row, C + n, c_row, add);
+    if (n < N) tile(rows, 1, K, A, row, column, B + n, b_row, C + n, c_row, add);
+}
+
+/* C [M][N] (+)= A [M][K] B [K][N], with N a multiple of PAD and element (m, k) of A at m * row + k * column. */
+static void product(int M, int N, int K, const REAL *A, long row, long column, const REAL *B, long b_row, REAL *C,
+                    long c_row, int add) {
+    for (int m = 0; m < M; m += ROWS, A += ROWS * row, C += ROWS * c_row) switch (M - m) {
+            case 1: strip(1, N, K, A, row, column, B, b_row, C, c_row, add); break;
+            case 2: strip(2, N, K, A, row, column, B, b_row, C, c_row, add); break;
+            case 3: strip(3, N, K, A, row, column, B, b_row, C, c_row, add); break;
+            case 4: strip(4, N, K, A, row, column, B, b_row, C, c_row, add); break;
+            default: strip(5, N, K, A, row, column, B, b_row, C, c_row, add);
+        }
+}
+
+/* Multiplies `values` by the derivative of the activation at the layer's input a, which has the sign of z. */
+static void through_activation(const plan *n, const layer *at, const REAL *a, REAL *values) {
+    const REAL leak = (REAL)n->s->leak;
+    const long count = (long)n->examples * at->in_row;
+    INDEPENDENT for (long i = 0; i < count; i++) values[i] *= a[i] > 0 ? 1 : leak;
+}
+
+static void load_examples(const plan *n, const REAL *x, REAL *tape) {
+    const layer *at = n->at;
+    memset(tape + at->a, 0, sizeof(REAL) * n->examples * at->in_row);
+    for (int e = 0; e < n->examples; e++) memcpy(tape + at->a + e * at->in_row, x + e * at->in, sizeof(REAL) * at->in);
+}
+
+/* Keeps the input of every layer in the tape, and at the end the output. */
+static void forward(const plan *n, const REAL *w, REAL *tape) {
+    for (int l = 0; l < n->layers; l++) {
+        const layer *at = n->at + l;
+        REAL *z = tape + at[1].a;
+        for (int e = 0; e < n->examples; e++) memcpy(z + e * at->out_row, w + at->b, sizeof(REAL) * at->out_row);
+        product(n->examples, at->out_row, at->in, tape + at->a, at->in_row, 1, w + at->t, at->out_row, z, at->out_row, 1);
+        if (l + 1 < n->layers) through_activation(n, at + 1, z, z);
+    }
+}
+
+/* Mean of (output - y)^2; `weight` times its gradient goes into the tape. */
+static double loss(const plan *n, const REAL *y, REAL weight, REAL *tape) {
+    const layer *end = n->at + n->layers;
+    double sum = 0;
+    memset(tape + end->gz, 0, sizeof(REAL) * n->examples * end->in_row);
+    for (int e = 0; e < n->examples; e++) {
+        const REAL difference = tape[end->a + e * end->in_row] - y[e];
+        tape[end->gz + e * end->in_row] = 2 * weight * difference / n->examples;
+        sum += (double)difference * difference;
+    }
+    return sum / n->examples;
+}
+
+/* grad (+)= gz^T a for the weights of a layer, and the sum of gz for its bias unless `a` has the tangents. */
+static void weight_gradient(const plan *n, const layer *at, const REAL *gz, const REAL *a, REAL *grad, int transposed,
+                            int add) {
+    const int E = n->examples;
+    product(at->out, at->in_row, E, gz, 1, at->out_row, a, at->in_row, grad + at->w, at->in_row, add);
+    if (transposed) product(at->in, at->out_row, E, a, 1, at->in_row, gz, at->out_row, grad + at->t, at->out_row, add);
+    if (add) return;
+    memset(grad + at->b, 0, sizeof(REAL) * at->out_row);
+    for (int e = 0; e < E; e++)
+        for (int o = 0; o < at->out_row; o++) grad[at->b + o] += gz[e * at->out_row + o];
+}
+
+/* From the tape of `forward` and `loss` -> grad; keeps every gz in the tape. */
+static void backward(const plan *n, const REAL *w, REAL *tape, REAL *grad, int transposed) {
+    for (int l = n->layers - 1; l >= 0; l--) {
+        const layer *at = n->at + l;
+        const REAL *gz = tape + at[1].gz;
+        weight_gradient(n, at, gz, tape + at->a, grad, transposed, 0);
+        if (l == 0) return;
+        product(n->examples, at->in_row, at->out, gz, at->out_row, 1, w + at->w, at->in_row, tape + at->gz, at->in_row, 0);
+        through_activation(n, at, tape + at->a, tape + at->gz);
+    }
+}
+
+/* The Hessian times the direction u -> grad, from the tape of `backward`; the tangents go into tape_t. */
+static void hessian_product(const plan *n, const REAL *w, const REAL *u, const REAL *tape, REAL *tape_t, REAL *grad,
+                            int transposed) {
+    const int E = n->examples;
+    for (int l = 0; l < n->layers; l++) {
+        const layer *at = n->at + l;
+        REAL *z_t = tape_t + at[1].a;
+        for (int e = 0; e < E; e++) memcpy(z_t + e * at->out_row, u + at->b, sizeof(REAL) * at->out_row);
+        product(E, at->out_row, at->in, tape + at->a, at->in_row, 1, u + at->t, at->out_row, z_t, at->out_row, 1);
+        if (l) product(E, at->out_row, at->in, tape_t + at->a, at->in_row, 1, w + at->t, at->out_row, z_t, at->out_row, 1);
+        if (l + 1 < n->layers) through_activation(n, at + 1, tape + at[1].a, z_t);
+    }
+    const layer *end = n->at + n->layers;
+    for (long i = 0; i < (long)E * end->in_row; i++) tape_t[end->gz + i] = 2 * tape_t[end->a + i] / E;
+    for (int l = n->layers - 1; l >= 0; l--) {
+        const layer *at = n->at + l;
+        const REAL *gz = tape + at[1].gz, *gz_t = tape_t + at[1].gz;
+        REAL *ga_t = tape_t + at->gz;
+        weight_gradient(n, at, gz_t, tape + at->a, grad, transposed, 0);
+        if (l == 0) return;
+        weight_gradient(n, at, gz, tape_t + at->a, grad, transposed, 1);
+        product(E, at->in_row, at->out, gz_t, at->out_row, 1, w + at->w, at->in_row, ga_t, at->in_row, 0);
+        product(E, at->in_row, at->out, gz, at->out_row, 1, u + at->w, at->in_row, ga_t, at->in_row, 1);
+        through_activation(n, at, tape + at->a, ga_t);
+    }
+}
+
+/* Tensors W and b of every layer -> image. A tensor may be absent (0); if `row` is not negative, it has one number for
+ * all weights in every row. */
+static void load_image(const plan *n, const REAL *const *tensors, int row, REAL *image) {
+    memset(image, 0, sizeof(REAL) * n->image);
+    for (int l = 0; l < n->layers; l++) {
+        const layer *at = n->at + l;
+        const REAL *w = tensors[2 * l], *b = tensors[2 * l + 1];
+        for (int o = 0; o < at->out; o++) {
+            if (b) image[at->b + o] = b[row < 0 ? o : row];
+            for (int i = 0; w && i < at->in; i++)
+                image[at->w + o * at->in_row + i] = image[at->t + i * at->out_row + o] = w[row < 0 ? o * at->in + i : row];
+        }
+    }
+}
+
+static void store_image(const plan *n, const REAL *image, REAL *const *tensors) {
+    for (int l = 0; l < n->layers; l++) {
+        const layer *at = n->at + l;
+        REAL *w = tensors[2 * l], *b = tensors[2 * l + 1];
+        for (int o = 0; w && o < at->out; o++)
+            memcpy(w + o * at->in, image + at->w + o * at->in_row, sizeof(REAL) * at->in);
+        if (b) memcpy(b, image + at->b, sizeof(REAL) * at->out);
+    }
+}
+
+typedef struct {
+    plan support, query;
+    long per_rates, per_thread; /* sizes: gradients of the rates of a task, and the memory of a thread */
+} sizes;
+
+static sizes sizes_of(const mlp *s, layer *support, layer *query) {
+    sizes z = {plan_of(s, s->support, support), plan_of(s, s->query, query), 0, 0};
+    z.per_rates = !s->learns_rates ? 0 : s->rate_per_weight ? z.support.natural : 2L * s->layers * s->rate_rows;
+    z.per_thread = (2L * s->steps + 4) * z.support.image + (s->steps + 1L) * z.support.tape + z.query.tape;
+    return z;
+}
+
+/* The number of REALs that mlp_meta_gradient needs as `memory`. */
+long mlp_memory(const mlp *s) {
+    layer support[s->layers + 1], query[s->layers + 1];
+    const sizes z = sizes_of(s, support, query);
+    return (1L + s->steps) * z.support.image + s->tasks * (z.support.natural + z.per_rates) + s->threads * z.per_thread;
+}
+
+static int rate_row(const mlp *s, int step) { return step < s->rate_rows ? step : s->rate_rows - 1; }
+
+static double example_loss(const plan *n, const REAL *w, const REAL *x, const REAL *y, REAL weight, REAL *tape) {
+    load_examples(n, x, tape);
+    forward(n, w, tape);
+    return loss(n, y, weight, tape);
+}
+
+/* -<p, g> for every tensor, or the same without the sum: the gradients of the inner rates */
+static void rate_gradient(const sizes *z, const REAL *p, const REAL *g, int row, REAL *to) {
+    const plan *n = &z->support;
+    if (n->s->rate_per_weight) {
+        INDEPENDENT for (long i = 0; i < n->natural; i++) to[i] -= p[i] * g[i];
+        return;
+    }
+    for (int tensor = 0; tensor < 2 * n->layers; tensor++) {
+        const layer *at = n->at + tensor / 2;
+        const long first = tensor % 2 ? at->b : at->w, end = tensor % 2 ? at->b + at->out_row : at->b;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = first; i < end; i++) sum += (double)p[i] * g[i];
+        to[row * 2 * n->layers + tensor] -= (REAL)sum;
+    }
+}
+
+/* One task: forward through the inner steps and back. p gets the natural part of p_0. */
+static void task(const sizes *z, const REAL *slow, const REAL *rates, const REAL *const *sets, REAL *memory, REAL *p_0,
+                 REAL *rate_grad, double *support_loss, double *query_losses) {
+    const plan *n = &z->support;
+    const mlp *s = n->s;
+    const long size = n->image, moved = s->first_order ? n->natural : size;
+    REAL *fast = memory, *g = fast + s->steps * size, *p = g + s->steps * size, *q = p + size, *u = q + size;
+    REAL *h = u + size, *tapes = h + size, *tape_t = tapes + s->steps * n->tape, *query_tape = tape_t + n->tape;
+    const REAL *w = slow;
+    memset(rate_grad, 0, sizeof(REAL) * z->per_rates);
+    if (s->weights[s->steps - 1] == 0) memset(p, 0, sizeof(REAL) * size);
+    for (int k = 0;; k++, w = fast + (k - 1) * size) {
+        if (s->measured[k] && !(k && s->weights[k - 1]))
+            query_losses[k] = example_loss(&z->query, w, sets[2], sets[3], 0, query_tape);
+        if (k == s->steps) break;
+        REAL *tape = tapes + k * n->tape, *g_k = g + k * size, *next = fast + k * size;
+        const REAL *rate = rates + k * size;
+        support_loss[k] = example_loss(n, w, sets[0], sets[1], 1, tape);
+        backward(n, w, tape, g_k, 1);
+        INDEPENDENT for (long i = 0; i < size; i++) next[i] = w[i] - rate[i] * g_k[i];
+    }
+    for (int k = s->steps - 1; k >= 0; k--) {
+        const REAL weight = (REAL)s->weights[k], *rate = rates + k * size, *g_k = g + k * size;
+        if (weight) {
+            w = fast + k * size;
+            query_losses[k + 1] = example_loss(&z->query, w, sets[2], sets[3], weight, query_tape);
+            const int last = k == s->steps - 1; /* p is still empty */
+            backward(&z->query, w, query_tape, last ? p : q, !s->first_order);
+            if (!last)
+                INDEPENDENT for (long i = 0; i < moved; i++) p[i] += q[i];
+        }
+        if (s->learns_rates) rate_gradient(z, p, g_k, rate_row(s, k), rate_grad);
+        if (s->first_order) continue;
+        INDEPENDENT for (long i = 0; i < size; i++) u[i] = rate[i] * p[i];
+        hessian_product(n, k ? fast + (k - 1) * size : slow, u, tapes + k * n->tape, tape_t, h, k > 0);
+        REAL *to = k ? p : p_0;
+        const long needed = k ? size : n->natural;
+        INDEPENDENT for (long i = 0; i < needed; i++) to[i] = p[i] - h[i];
+    }
+    if (s->first_order) memcpy(p_0, p, sizeof(REAL) * n->natural);
+}
+
+/* Adds the rows of tasks to the first one, in order. */
+static REAL *total(REAL *rows, long size, int tasks) {
+    for (int t = 1; t < tasks; t++)
+        INDEPENDENT for (long i = 0; i < size; i++) rows[i] += rows[t * size + i];
+    return rows;
+}
+
+/* slow: tensors W and b of every layer, hidden layers first. rates: the same, absent for tensors that the inner loop does
+ * not adapt; each has one number per row, or one per weight. sets: support x and y, query x and y, of all tasks.
+ * Output: the gradients of slow, and of the learnt rates by row and tensor or per weight; means [2 steps + 2] over tasks
+ * of the support losses before each step, then of the query losses after 0, 1, .. steps, of which those that are not
+ * measured are 0, and the meta-loss. losses [tasks][2 steps + 1] and memory are for use by this function only. */
+void mlp_meta_gradient(const mlp *s, const REAL *const *slow, const REAL *const *rates, const REAL *const *sets,
+                       REAL *const *grads, REAL *const *rate_grads, double *means, double *losses, REAL *memory) {
+    layer support[s->layers + 1], query[s->layers + 1];
+    const sizes z = sizes_of(s, support, query);
+    const plan *n = &z.support;
+    const int I = s->steps, in = s->widths[0];
+    REAL *slow_image = memory, *rate_images = slow_image + n->image, *p_0 = rate_images + I * n->image;
+    REAL *rate_grad = p_0 + s->tasks * n->natural, *of_threads = rate_grad + s->tasks * z.per_rates;
+    load_image(n, slow, -1, slow_image);
+    for (int k = 0; k < I; k++)
+        load_image(n, rates, s->rate_per_weight ? -1 : rate_row(s, k), rate_images + k * n->image);
+#pragma omp parallel for num_threads(s->threads) schedule(static)
+    for (int t = 0; t < s->tasks; t++) {
+        const REAL *own[] = {sets[0] + (long)t * s->support * in, sets[1] + (long)t * s->support,
+                             sets[2] + (long)t * s->query * in, sets[3] + (long)t * s->query};
+        double *of_task = losses + t * (2L * I + 1);
+        task(&z, slow_image, rate_images, own, of_threads + omp_get_thread_num() * z.per_thread, p_0 + t * n->natural,
+             rate_grad + t * z.per_rates, of_task, of_task + I);
+    }
+    store_image(n, total(p_0, n->natural, s->tasks), grads);
+    for (int i = 0; i < 2 * I + 1; i++) {
+        double sum = 0;
+        for (int t = 0; t < s->tasks; t++) sum += losses[t * (2L * I + 1) + i];
+        means[i] = i < I || s->measured[i - I] ? sum / s->tasks : 0;
+    }
+    means[2 * I + 1] = 0;
+    for (int k = 0; k < I; k++)
+        if (s->weights[k]) means[2 * I + 1] += s->tasks * s->weights[k] * means[I + k + 1];
+    if (!s->learns_rates) return;
+    total(rate_grad, z.per_rates, s->tasks);
+    if (s->rate_per_weight) {
+        store_image(n, rate_grad, rate_grads);
+        return;
+    }
+    for (int row = 0; row < s->rate_rows; row++)
+        for (int tensor = 0; tensor < 2 * s->layers; tensor++)
+            if (rate_grads[tensor]) rate_grads[tensor][row] = rate_grad[row * 2 * s->layers + tensor];
+}
+
+/* A step of Adam for tensors of `counts` values; steps are the numbers of steps taken before. */
+void adam_step(int tensors, const long *counts, double b1, double b2, double lr, double eps, REAL *const *weights,
+               const REAL *const *grads, REAL *const *first, REAL *const *second, float *const *steps) {
+    for (int tensor = 0; tensor < tensors; tensor++) {
+        REAL *w = weights[tensor], *m = first[tensor], *v = second[tensor];
+        const REAL *g = grads[tensor];
+        const double taken = *steps[tensor] += 1;
+        const REAL rate = (REAL)(lr / (1 - pow(b1, taken))), correction = (REAL)sqrt(1 - pow(b2, taken)), e = (REAL)eps;
+        const REAL keep_m = (REAL)b1, take_m = (REAL)(1 - b1), keep_v = (REAL)b2, take_v = (REAL)(1 - b2);
+        INDEPENDENT for (long i = 0; i < counts[tensor]; i++) {
+            m[i] = keep_m * m[i] + take_m * g[i];
+            v[i] = keep_v * v[i] + take_v * g[i] * g[i];
+            const REAL root = sizeof(REAL) == 4 ? sqrtf(v[i]) : (REAL)sqrt(v[i]);
+            w[i] -= rate * m[i] / (root / correction + e);
+        }
+    }
+}
