@@ -13,8 +13,9 @@ import typer
 
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.files import expanded
-from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.registry import DATA_SETS, NAMES, DataSet
+from mamlctl.data.sets import folder_layout
+from mamlctl.data.sets.facts import DataSet
+from mamlctl.data.sets.registry import DATA_SETS, NAMES
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.rules import VALUE_TYPES
@@ -30,7 +31,7 @@ FROM_TABLES = {
     "algo": f"One of {', '.join(ALGORITHMS)}.",
     "dataset": f"Names: {', '.join(NAMES)}.",
     "split_scheme": f"One of {_choices_by_data_set(lambda data_set: data_set.split_schemes)}; "
-    f"{', '.join(image_folder.SPLIT_SCHEMES)} (a folder).",
+    f"{', '.join(folder_layout.SPLIT_SCHEMES)} (a folder).",
     "resize": f"One of {_choices_by_data_set(lambda data_set: data_set.resizes)}.",
 }
 

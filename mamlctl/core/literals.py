@@ -1,8 +1,9 @@
 """The closed sets of strings in settings, files and records."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 Metric = Literal["accuracy", "mse"]
 BatchNorm = Literal["transductive", "running", "support"]
 # Batch norm in results: the setting, or "none" if the network has no batch norm.
@@ -39,3 +40,6 @@ RowKind = Literal["report", "validation"]
 CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
 # Where the cells of a grid run.
 ExecutorName = Literal["local", "ray"]
+
+# The filters that shrink images; the first is the default.
+RESIZES = ("bilinear", "bicubic", "lanczos", "box", "nearest")

@@ -9,10 +9,9 @@ from typing import Any
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Metric
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.folder_layout import class_level, has_lists, mixed_folder_problem
+from mamlctl.data.sets.facts import DataSet
+from mamlctl.data.sets.folder_layout import class_level, fraction_problem, has_lists, mixed_folder_problem
 from mamlctl.data.sets.registry import (
-    DataSet,
     absolute_data_set,
     find_data_set,
     is_curve_family,
@@ -127,7 +126,7 @@ def choice_problems(config: TrainConfig) -> list[Problem]:
             if getattr(config, name) != FIELDS[name].default
         ]
     elif config.split_fractions is not None:
-        problem = image_folder.fraction_problem(config.split_fractions)
+        problem = fraction_problem(config.split_fractions)
         problems += [problem] if problem else []
     if config.normalize == "imagenet" and _is_grey(config, data_set):
         problems.append(("--normalize imagenet is for colours, but the images are grey", "leave it out"))

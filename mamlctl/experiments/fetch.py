@@ -12,7 +12,8 @@ from mamlctl.data.fetching.responses import check_mirrors
 from mamlctl.data.reading.archives import check_source
 from mamlctl.data.reading.packs import data_root as folder_of
 from mamlctl.data.reading.packs import load_pack, packs_of, verified_at, verify_pack
-from mamlctl.data.sets.registry import DATA_SETS, DataSet, fetch_or_open, find_data_set
+from mamlctl.data.sets.facts import DataSet
+from mamlctl.data.sets.registry import DATA_SETS, fetch_or_open, find_data_set
 
 
 def fetch_all(

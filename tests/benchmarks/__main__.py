@@ -155,7 +155,7 @@ def bench(
         problem = engine_problem(name)
         if not problem:
             known.append(name)
-            problem = machine.problem(engine_settings(name)["precision"])  # its rows then say so too
+            problem = machine.problem(engine_settings(name)["precision"])  # which is also in its rows
         if problem:
             log.print(f"skipped {name}: {problem}", highlight=False)
     others = [*(PEERS if peers else ()), *(["official"] if official else [])]

@@ -11,7 +11,8 @@ from PIL import EpsImagePlugin, Image
 
 import mamlctl
 from mamlctl.core.errors import DataError
-from mamlctl.data.reading.image_files import FORMATS, MOST_PIXELS, class_folders, read_image
+from mamlctl.data.reading.image_files import FORMATS, MOST_PIXELS, read_image
+from mamlctl.data.sets.folder_layout import class_folders
 
 
 def encoded(image, kind="PNG", **options):

@@ -71,7 +71,7 @@ def test_originals_are_kept_whole(omniglot_root, omniglot_zips):
 
 def test_splits_are_disjoint_and_have_the_published_sizes(packed):
     sizes = {"maml++": (1150, 50, 423), "vinyals": (1028, 172, 423)}
-    for scheme in omniglot.SPLIT_SCHEMES:
+    for scheme in find_data_set("omniglot").split_schemes:
         splits = omniglot.split_classes(packed, scheme, 0)
         assert sorted(np.concatenate(list(splits.values()))) == list(range(1623))
         assert list(splits) == ["train", "val", "test"]

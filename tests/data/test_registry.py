@@ -5,13 +5,27 @@ import sys
 
 import pytest
 
+from mamlctl.data.reading.image_files import FILTERS
+from mamlctl.data.sets import cifar100, glyphs, omniglot
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_curve_family, is_image_folder
 
 
-def test_registry_imports_without_torch():
-    code = "import sys, mamlctl.data.sets.registry; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_registry_imports_without_slow_modules():
+    code = "import sys, mamlctl.data.rules; print({'torch', 'numpy', 'PIL', 'tarfile'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done
+
+
+def test_entries_agree_with_the_modules_that_they_do_not_import():
+    origin = omniglot.ORIGIN, sum(omniglot.SIZES.values()), omniglot.SMALL
+    entry = DATA_SETS["omniglot"]
+    assert (entry.origin, entry.download_bytes, entry.image_shape_CHW[-1]) == origin
+    assert DATA_SETS["glyphs"].image_shape_CHW == (1, glyphs.SIDE, glyphs.SIDE)
+    entry = DATA_SETS["fc100"]
+    assert entry.image_shape_CHW == (cifar100.CHANNELS, cifar100.SIDE, cifar100.SIDE)
+    assert (entry.download_bytes, entry.folder) == (cifar100.SIZE, cifar100.HOME)
+    assert all({*data_set.resizes} <= {"none", *FILTERS} for data_set in DATA_SETS.values())
 
 
 @pytest.mark.parametrize("name", DATA_SETS)

@@ -293,7 +293,7 @@ def test_bfloat16_without_instructions_is_announced_with_the_measured_ratio(monk
         monkeypatch.setattr(c_library, "lacks_bfloat16", lambda lacks=lacks: lacks)
         _, net, state, _ = prepared(algo="maml", precision=precision)
         assert slower_than_it_could_be(net, state.example_tensor, "adjoint") is None
-    assert not asked, "nothing is measured in vain"
+    assert not asked, "nothing is measured without a need"
     monkeypatch.setattr(c_library, "lacks_bfloat16", lambda: True)
     notice = slower_than_it_could_be(net, state.example_tensor, "adjoint")
     assert asked == [torch.bfloat16]

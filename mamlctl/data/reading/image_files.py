@@ -9,13 +9,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.literals import RESIZES
 
 MOST_PIXELS = 40_000_000  # of one image: 160 MB as RGBA, on every core at once
 
@@ -54,17 +54,8 @@ FORMATS = {
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, struct.error, zlib.error)
 HINT = "fix or remove the file"
 
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-}
+FILTERS = {name: Image.Resampling[name.upper()] for name in RESIZES}
 DEEP = 257.0  # 65535 / 255: from sixteen bits to eight
-
-# Suffixes of files that are often next to images, but are not images.
-NO_IMAGES = {".txt", ".csv", ".json", ".md", ".xml", ".yaml", ".yml", ".py", ".ini", ".db", ".log", ".html"}
 
 
 def read_image(
@@ -139,36 +130,3 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
     return image.convert("L" if channels == 1 else "RGB")
-
-
-def class_folders(path: Path) -> dict[str, list[Path]]:
-    """Return the class folders of `path` and the files of each, at any depth, both sorted by name.
-
-    Hidden files and files with the suffixes of `NO_IMAGES` are skipped; a class may be empty.
-
-    Raises:
-        DataError: `path` is not a folder, or has no subfolders.
-    """
-    if not path.is_dir():
-        raise DataError(f"{path} is not a folder", hint="give a folder that contains one folder per class")
-    folders = {
-        folder.name: sorted(
-            file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
-        )
-        for folder in sorted(path.iterdir())
-        if folder.is_dir() and is_visible(folder.name)
-    }
-    if not folders:
-        hint = "put the images of each class into a separate folder"
-        raise DataError(f"{path} contains no folders", hint=hint)
-    return folders
-
-
-def may_be_image(name: Path) -> bool:
-    """Whether a file or folder of that name may be or contain an image."""
-    return all(map(is_visible, name.parts)) and name.suffix.lower() not in NO_IMAGES
-
-
-def is_visible(name: str) -> bool:
-    """Whether a file or folder is neither hidden nor made by a program for itself, such as __MACOSX."""
-    return not name.startswith((".", "__"))

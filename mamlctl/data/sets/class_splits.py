@@ -11,16 +11,13 @@ from __future__ import annotations
 import csv
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
-from mamlctl.core.literals import Split
+from mamlctl.core.literals import SPLITS
 from mamlctl.data.reading.packs import PackedImages
-
-SPLITS: tuple[str, ...] = get_args(Split)
 
 # Split scheme, named after its authors -> name of the list.
 SCHEMES = {"ravi": "mini-imagenet", "bertinetto": "cifar-fs", "oreshkin": "fc100"}

@@ -6,12 +6,14 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+# The functions below import numpy when they are called, since help and settings only need the names.
+Floats: TypeAlias = "NDArray[np.float64]"
 
 # Part of every digest: another order of words is another set of tasks.
 LAYOUT = "words: a task's numbers, then a support point and a query point in turn"
@@ -41,6 +43,8 @@ class Normal:
 
     def __call__(self, uniform: Floats) -> Floats:
         """Map uniform numbers in [0, 1), shape _W..., to numbers of this law, shape _..."""
+        import numpy as np
+
         # Box & Muller 1958. One word and scipy's inverse would be enough, but importing scipy takes longer.
         # log1p(-u) instead of log(u), since u may be 0 but is never 1.
         radius = np.sqrt(-2 * np.log1p(-uniform[0]))
@@ -96,7 +100,15 @@ class Family:
         return hashlib.sha256(self.definition.encode()).hexdigest()
 
 
+def _sinusoid(n: Numbers, x: Floats) -> Floats:
+    import numpy as np
+
+    return n["amplitude"] * np.sin(x - n["phase"])
+
+
 def _harmonic(n: Numbers, x: Floats) -> Floats:
+    import numpy as np
+
     angle = n["frequency"] * x
     return n["a1"] * np.sin(angle + n["b1"]) + n["a2"] * np.sin(2 * angle + n["b2"])
 
@@ -109,7 +121,7 @@ FAMILIES = {
         summary="sine waves with random amplitude and phase (Finn et al. 2017)",
         formula="amplitude * sin(x - phase)",
         laws={"amplitude": Uniform(0.1, 5.0), "phase": Uniform(0.0, math.pi)},
-        curve=lambda n, x: n["amplitude"] * np.sin(x - n["phase"]),
+        curve=_sinusoid,
         inputs=Uniform(-5.0, 5.0),
         window=(-5.0, 5.0),
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -9,11 +11,15 @@ from pathlib import Path
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import plural
-from mamlctl.core.literals import ClassLevel
+from mamlctl.core.literals import SPLITS, ClassLevel
 from mamlctl.core.problems import Problem
-from mamlctl.data.reading.image_files import class_folders, is_visible, may_be_image
-from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.listed_images import IMAGES, is_list, listed_files
+
+# The size of mini-ImageNet's images, for which the usual networks are made.
+SIDE = 84
+CHANNELS = 3
+SPLIT_SCHEMES = ("folders", "fractions")
+FRACTIONS = "64-16-20"  # classes of mini-ImageNet
 
 # The names of the folders of each split, in lower case.
 SPLIT_FOLDERS = {
@@ -45,6 +51,9 @@ IMAGE_SUFFIXES = {
     ".tiff",
     ".webp",
 }
+
+# Suffixes of files that are often next to images, but are not images.
+NO_IMAGES = {".txt", ".csv", ".json", ".md", ".xml", ".yaml", ".yml", ".py", ".ini", ".db", ".log", ".html"}
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -198,3 +207,53 @@ def _has_images(folder: Path) -> bool:
 def _images_inside(folder: Path) -> bool:
     """Whether a folder contains an image at any depth."""
     return any(map(looks_like_image, chain.from_iterable(files for _, _, files in _walk(folder))))
+
+
+def class_folders(path: Path) -> dict[str, list[Path]]:
+    """Return the class folders of `path` and the files of each, at any depth, both sorted by name.
+
+    Hidden files and files with the suffixes of `NO_IMAGES` are skipped; a class may be empty.
+
+    Raises:
+        DataError: `path` is not a folder, or has no subfolders.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path} is not a folder", hint="give a folder that contains one folder per class")
+    folders = {
+        folder.name: sorted(
+            file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
+        )
+        for folder in sorted(path.iterdir())
+        if folder.is_dir() and is_visible(folder.name)
+    }
+    if not folders:
+        hint = "put the images of each class into a separate folder"
+        raise DataError(f"{path} contains no folders", hint=hint)
+    return folders
+
+
+def may_be_image(name: Path) -> bool:
+    """Whether a file or folder of that name may be or contain an image."""
+    return all(map(is_visible, name.parts)) and name.suffix.lower() not in NO_IMAGES
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is neither hidden nor made by a program for itself, such as __MACOSX."""
+    return not name.startswith((".", "__"))
+
+
+def home_of(folder: Path) -> str:
+    """The folder of its packs below the data root: its name, and a digest of its path, which is unique."""
+    digest = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()
+    return f"folders/{folder.name}-{digest[:12]}"
+
+
+def fraction_problem(fractions: str) -> tuple[str, str] | None:
+    """Return the (fact, hint) pair if `fractions` is not valid."""
+    try:
+        parts = [float(part) for part in fractions.split("-")]
+    except ValueError:
+        parts = []
+    if len(parts) == len(SPLITS) and all(0 <= part < math.inf for part in parts) and parts[0] > 0:
+        return None
+    return f"--split-fractions is {fractions!r}", "give shares of train, val and test, for example 64-16-20"

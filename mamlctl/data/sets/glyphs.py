@@ -21,7 +21,6 @@ VERSION = 1  # of the drawing code: raise it with any change that alters a pixel
 CLASSES = 400
 DRAWINGS = 20  # per class, as in Omniglot
 SIDE = 28  # pixels
-SPLIT_SCHEMES = ("own",)
 TRAIN = 300  # classes; 60 are left for test
 VAL = 40  # classes
 SHAPE_SEED = 0  # fixed, since the data set is; the split has its own seed

@@ -16,21 +16,14 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
-from mamlctl.core.literals import ClassLevel
+from mamlctl.core.literals import RESIZES, SPLITS, ClassLevel
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.reading.archives import read_regular
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
-from mamlctl.data.reading.image_files import FILTERS, HINT
+from mamlctl.data.reading.image_files import HINT
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
-from mamlctl.data.sets.class_splits import SPLITS
-from mamlctl.data.sets.folder_layout import class_files, class_level
+from mamlctl.data.sets.folder_layout import CHANNELS, FRACTIONS, SIDE, class_files, class_level, home_of
 
-# The size of mini-ImageNet's images, for which the usual networks are made.
-SIDE = 84
-CHANNELS = 3
-RESIZES = tuple(FILTERS)
-SPLIT_SCHEMES = ("folders", "fractions")
-FRACTIONS = "64-16-20"  # classes of mini-ImageNet
 MOST_NAMED = 5  # files that are listed before "and n more"
 
 
@@ -69,7 +62,7 @@ def open_pack(
     Args:
         folder: the user's folder.
         root: the data root.
-        resize: a key of `FILTERS`.
+        resize: one of `RESIZES`.
         side: height and width in pixels.
         channels: 1 (grey) or 3 (colour).
         level: which folders are classes; None: `class_level` decides.
@@ -171,17 +164,6 @@ def classes_needed(fractions: str, ways: int) -> int:
     return classes
 
 
-def fraction_problem(fractions: str) -> tuple[str, str] | None:
-    """Return the (fact, hint) pair if `fractions` is not valid."""
-    try:
-        parts = [float(part) for part in fractions.split("-")]
-    except ValueError:
-        parts = []
-    if len(parts) == len(SPLITS) and all(0 <= part < np.inf for part in parts) and parts[0] > 0:
-        return None
-    return f"--split-fractions is {fractions!r}", "give shares of train, val and test, for example 64-16-20"
-
-
 def _stamp(
     folder: Path, classes: Mapping[str, Sequence[Path]], facts_of: Callable[[os.stat_result], Sequence[int]]
 ) -> str:
@@ -208,12 +190,6 @@ def _is_as_old_pack(
     return last < path.stat().st_mtime_ns and packed.facts.get("stamp") == _stamp(
         folder, classes, lambda status: (status.st_size, status.st_mtime_ns)
     )
-
-
-def home_of(folder: Path) -> str:
-    """The folder of its packs below the data root: its name, and a digest of its path, which is unique."""
-    digest = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()
-    return f"folders/{folder.name}-{digest[:12]}"
 
 
 def _with_left_out(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +19,7 @@ from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.files import read_object
 from mamlctl.core.formatting import plural
+from mamlctl.core.literals import SPLITS
 from mamlctl.data.reading.archives import Members, open_members
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded, twins
 from mamlctl.data.reading.packs import (
@@ -30,50 +30,14 @@ from mamlctl.data.reading.packs import (
     stream_pack,
     writing_pack,
 )
-from mamlctl.data.sets.class_splits import SPLITS, listed_split
+from mamlctl.data.sets.class_splits import listed_split
+from mamlctl.data.sets.facts import MINI, SIDE, TIERED, ListedSet
 from mamlctl.data.sets.mini_imagenet_pickles import cache_files, read_mini_cache
 
-SIDE = 84
 IMAGE = re.compile(r"\.(jpe?g|png|bmp|webp)$", re.IGNORECASE)
 SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet, with which the names of its files start
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 PICKLES = (".pkl", ".pickle")
-
-
-@dataclass(frozen=True)
-class ListedSet:
-    """A data set whose files the user must provide, and what they must contain."""
-
-    name: str
-    title: str
-    classes: tuple[int, int, int]  # train, val, test
-    images: tuple[int, int, int]
-    split_schemes: tuple[str, ...]
-    where: str  # how to get it, in the imperative
-
-    @property
-    def hint(self) -> str:
-        """The hint if files are missing."""
-        return f"{self.where}; then: mamlctl fetch {self.name} --from FOLDER_OR_ARCHIVES"
-
-
-MINI = ListedSet(
-    "mini-imagenet",
-    "mini-ImageNet",
-    (64, 16, 20),
-    (38_400, 9_600, 12_000),
-    ("ravi",),
-    "create it from ImageNet with github.com/yaoyao-liu/mini-imagenet-tools, or get a copy",
-)
-TIERED = ListedSet(
-    "tiered-imagenet",
-    "tieredImageNet",
-    (351, 97, 160),
-    (448_695, 124_261, 206_209),
-    ("ren",),
-    "create it from ImageNet with github.com/yaoyao-liu/tiered-imagenet-tools, or get a copy",
-)
-
 PER_CLASS = 600  # images in each class of mini-ImageNet
 
 

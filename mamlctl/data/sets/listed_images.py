@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mamlctl.core.errors import DataError
-from mamlctl.data.sets.class_splits import SPLITS
+from mamlctl.core.literals import SPLITS
 
 COLUMNS = ("filename", "label")
 IMAGES = "images"  # the folder of the images, unless they are next to the lists

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import plural
+from mamlctl.core.literals import SPLITS
 from mamlctl.data.reading.archives import open_regular
 from mamlctl.data.reading.unpickling import load_arrays
-from mamlctl.data.sets.class_splits import SPLITS, listed_split
+from mamlctl.data.sets.class_splits import listed_split
 
 NAME = "mini-imagenet"
 SIDE = 84

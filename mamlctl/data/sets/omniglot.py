@@ -19,6 +19,7 @@ from PIL import Image
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent, Progress
+from mamlctl.core.literals import RESIZES
 from mamlctl.data.counter_rng import shuffled
 from mamlctl.data.fetching.downloads import Archive
 from mamlctl.data.reading.archives import DOWNLOAD_AGAIN, Members, open_members
@@ -29,11 +30,9 @@ NAME = "omniglot"
 SIDE = 105
 SMALL = 28
 
-# The first of `FILTERS` is the default, since it gives the best raw pixels: a nearest neighbour's accuracy on
+# The first of `RESIZES` is the default, since it gives the best raw pixels: a nearest neighbour's accuracy on
 # 1,000 20-way 1-shot tasks of the test split is 28.3, 26.2, 25.7, 24.9 and 18.7 %, in their order. `nearest`
 # drops 13 of 14 pixels; it is what the MAML++ code gets, since Pillow has no other filter for 1-bit images.
-RESIZES = tuple(FILTERS)
-SPLIT_SCHEMES = ("maml++", "vinyals", "lake")
 EVENT_EVERY = 1000  # images
 
 

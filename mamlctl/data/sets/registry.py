@@ -5,113 +5,50 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import expanded
-from mamlctl.core.literals import ClassLevel, Normalize, Rotations
+from mamlctl.core.literals import RESIZES, ClassLevel
 from mamlctl.core.problems import nearest
-from mamlctl.data.fetching.downloads import DOWNLOADS, Archive, downloaded
-from mamlctl.data.fetching.locks import locked
-from mamlctl.data.reading.archives import CHECK_FROM
-from mamlctl.data.reading.packs import PackedImages
-from mamlctl.data.reading.reshaped_packs import drop_reshaped, open_reshaped
-from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
+from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.folder_layout import has_lists, split_folders
-from mamlctl.data.sets.imagenet import ListedSet
+from mamlctl.data.sets.facts import MINI, SIDE, TIERED, DataSet, ListedSet
 
-# (data root, sources, on_event): verify the sources and pack them into the data root.
-Prepare = Callable[[Path, Sequence[Path], OnEvent], None]
+if TYPE_CHECKING:
+    from mamlctl.data.reading.packs import PackedImages
+    from mamlctl.data.sets import cifar100, class_splits, glyphs, image_folder, imagenet, omniglot
+else:
 
-# (images, split scheme, seed) -> the class numbers of train, val and test.
-SplitClasses = Callable[[PackedImages, str, int], dict[str, NDArray[np.int64]]]
+    class _Later:
+        """The functions of a module, which import it when they are called.
 
-
-class OpenPack(Protocol):
-    """Opens all images of a data set."""
-
-    def __call__(self, root: Path, resize: str, *, on_event: OnEvent) -> PackedImages:
-        """Return the images.
-
-        Args:
-            root: the data root.
-            resize: the filter with which originals are shrunk.
-            on_event: receives notices and progress.
+        The modules of data sets import numpy and Pillow, which help and the checks of settings do not need.
         """
 
+        def __init__(self, module: str) -> None:
+            self._module = f"mamlctl.data.sets.{module}"
 
-class OpenShaped(Protocol):
-    """Opens all images in any shape, made from the originals."""
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            assert name.islower(), f"write {name} into the registry: it is no function"
+            return lambda *args, **more: getattr(import_module(self._module), name)(*args, **more)
 
-    def __call__(
-        self, root: Path, resize: str, *, side: int, channels: int, on_event: OnEvent
-    ) -> PackedImages:
-        """Return the images, [C, side, side] each.
-
-        Args:
-            root: the data root.
-            resize: the filter with which originals are shrunk.
-            side: the height and width in pixels.
-            channels: 1 or 3.
-            on_event: receives notices and progress.
-        """
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """The facts about a data set of images, and the functions that fetch, open and split it."""
-
-    name: str
-    summary: str
-    licence: str
-    origin: str  # where it comes from
-    download_bytes: int | None  # 0: nothing to download; None: only available with --from
-    image_shape_CHW: tuple[int, int, int]
-    split_schemes: tuple[str, ...]  # the first is the default
-    prepare: Prepare
-    open_pack: OpenPack
-    split_classes: SplitClasses
-    is_here: Callable[[Path], bool]  # whether `open_pack` can open it in a data root without `prepare`
-    resizes: tuple[str, ...] = ("none",)  # the first is the default
-    rotations: Rotations = "none"  # the default of the setting; so are `ink` and `normalize`
-    ink: int = 0
-    normalize: Normalize = "none"
-    archives: Callable[[], tuple[Archive, ...]] | None = None  # the downloads, if there are any
-    open_shaped: OpenShaped | None = None
-    own_files: bool = False  # whether it is the user's folder, which may have bad images and small classes
-    folder: str = ""  # the folder of its packs in the data root, if not its name
-
-    def home(self, root: Path) -> Path:
-        """The folder of its packs."""
-        return root / (self.folder or self.name)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The values of settings that are not set otherwise."""
-        channels, side, _ = self.image_shape_CHW
-        values = {name: getattr(self, name) for name in ("rotations", "ink", "normalize")}
-        values |= {"split_scheme": self.split_schemes[0], "resize": self.resizes[0], "augment": "none"}
-        if self.own_files:
-            values["split_fractions"] = image_folder.FRACTIONS
-        return values | {"image_size": side, "channels": channels}
+    cifar100, class_splits, glyphs = map(_Later, ("cifar100", "class_splits", "glyphs"))
+    image_folder, imagenet, omniglot = map(_Later, ("image_folder", "imagenet", "omniglot"))
 
 
 def _cifar(name: str, summary: str, scheme: str) -> DataSet:
     return DataSet(
         name=name,
         summary=summary,
-        licence=cifar100.TERMS,
-        origin=cifar100.ORIGIN,
-        download_bytes=cifar100.SIZE,
-        image_shape_CHW=(cifar100.CHANNELS, cifar100.SIDE, cifar100.SIDE),
+        licence="no licence stated; the author requests a citation of Krizhevsky 2009",
+        origin="www.cs.toronto.edu",
+        download_bytes=169_001_437,
+        image_shape_CHW=(3, 32, 32),
         split_schemes=(scheme,),
         normalize="imagenet",
         prepare=cifar100.prepare,
@@ -119,7 +56,7 @@ def _cifar(name: str, summary: str, scheme: str) -> DataSet:
         split_classes=class_splits.split_classes,
         is_here=cifar100.is_here,
         archives=cifar100.archives,
-        folder=cifar100.HOME,
+        folder="cifar-100",
     )
 
 
@@ -131,12 +68,12 @@ def imagenet_set(listed: ListedSet, summary: str) -> DataSet:
         licence="ImageNet's terms: research only, no redistribution",
         origin="your files: --from",
         download_bytes=None,
-        image_shape_CHW=(3, imagenet.SIDE, imagenet.SIDE),
+        image_shape_CHW=(3, SIDE, SIDE),
         split_schemes=listed.split_schemes,
         normalize="imagenet",
         prepare=partial(imagenet.prepare, listed),
         open_pack=partial(imagenet.open_pack, listed),
-        split_classes=class_splits.split_classes if listed is imagenet.MINI else imagenet.split_by_folders,
+        split_classes=class_splits.split_classes if listed is MINI else imagenet.split_by_folders,
         is_here=partial(imagenet.is_here, listed),
     )
 
@@ -146,11 +83,11 @@ DATA_SETS = {
         name="omniglot",
         summary="1,623 handwritten characters from 50 alphabets, 20 drawings each",
         licence="MIT (Brenden Lake)",
-        origin=omniglot.ORIGIN,
-        download_bytes=sum(omniglot.SIZES.values()),
-        image_shape_CHW=(1, omniglot.SMALL, omniglot.SMALL),
-        split_schemes=omniglot.SPLIT_SCHEMES,
-        resizes=omniglot.RESIZES,
+        origin="github.com/brendenlake/omniglot",
+        download_bytes=9_464_212 + 6_462_886,
+        image_shape_CHW=(1, 28, 28),
+        split_schemes=("maml++", "vinyals", "lake"),
+        resizes=RESIZES,
         rotations="augment",
         ink=1,
         prepare=omniglot.prepare,
@@ -165,8 +102,8 @@ DATA_SETS = {
         licence="MIT (mamlctl)",
         origin="drawn by mamlctl",
         download_bytes=0,
-        image_shape_CHW=(1, glyphs.SIDE, glyphs.SIDE),
-        split_schemes=glyphs.SPLIT_SCHEMES,
+        image_shape_CHW=(1, 28, 28),
+        split_schemes=("own",),
         rotations="augment",
         ink=1,
         prepare=glyphs.prepare,
@@ -174,12 +111,8 @@ DATA_SETS = {
         split_classes=glyphs.split_classes,
         is_here=glyphs.is_here,
     ),
-    "mini-imagenet": imagenet_set(
-        imagenet.MINI, "100 classes from ImageNet, 600 images each (Vinyals et al. 2016)"
-    ),
-    "tiered-imagenet": imagenet_set(
-        imagenet.TIERED, "608 classes from ImageNet, split by category (Ren et al. 2018)"
-    ),
+    "mini-imagenet": imagenet_set(MINI, "100 classes from ImageNet, 600 images each (Vinyals et al. 2016)"),
+    "tiered-imagenet": imagenet_set(TIERED, "608 classes from ImageNet, split by category (Ren et al. 2018)"),
     "cifar-fs": _cifar("cifar-fs", "CIFAR-100 with the split of Bertinetto et al. 2019", "bertinetto"),
     "fc100": _cifar("fc100", "CIFAR-100, split by superclass (Oreshkin et al. 2018)", "oreshkin"),
 }
@@ -220,7 +153,7 @@ def find_data_set(
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"run mamlctl train --dataset {name}")])
     if is_image_folder(name):
-        return _of_folder(Path(absolute_data_set(name)), fractions or image_folder.FRACTIONS, classes, least)
+        return _of_folder(Path(absolute_data_set(name)), fractions or folder_layout.FRACTIONS, classes, least)
     if name not in DATA_SETS:
         hint = nearest(name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder")
         raise SettingsError([(f"unknown data set {name!r}", hint)])
@@ -228,8 +161,8 @@ def find_data_set(
 
 
 def _of_folder(path: Path, fractions: str, classes: ClassLevel | None, least: int) -> DataSet:
-    has_splits = has_lists(path) or split_folders(path)
-    schemes = image_folder.SPLIT_SCHEMES if has_splits else ("fractions",)
+    has_splits = folder_layout.has_lists(path) or folder_layout.split_folders(path)
+    schemes = folder_layout.SPLIT_SCHEMES if has_splits else ("fractions",)
     open_pack = partial(image_folder.open_pack, path, level=classes)
     return DataSet(
         name=str(path),
@@ -237,10 +170,10 @@ def _of_folder(path: Path, fractions: str, classes: ClassLevel | None, least: in
         licence="yours",
         origin="your files",
         download_bytes=0,
-        folder=image_folder.home_of(path),
-        image_shape_CHW=(image_folder.CHANNELS, image_folder.SIDE, image_folder.SIDE),
+        folder=folder_layout.home_of(path),
+        image_shape_CHW=(folder_layout.CHANNELS, folder_layout.SIDE, folder_layout.SIDE),
         split_schemes=schemes,
-        resizes=image_folder.RESIZES,
+        resizes=RESIZES,
         prepare=partial(image_folder.prepare, path),
         open_pack=open_pack,
         split_classes=partial(image_folder.split_classes, fractions=fractions, least=least),
@@ -275,6 +208,10 @@ def fetch_or_open(
         SettingsError: an option has no effect.
         DataError: the data are missing, damaged, or not those of the data set.
     """
+    from mamlctl.data.fetching.downloads import DOWNLOADS
+    from mamlctl.data.fetching.locks import locked
+    from mamlctl.data.reading.reshaped_packs import drop_reshaped
+
     name, made_here = data_set.name, data_set.download_bytes == 0
     for switch, has_value in (("--from", source), ("--mirror", mirrors)):
         if made_here and has_value:
@@ -301,6 +238,9 @@ def _prepare(
     offline: bool,
     on_event: OnEvent,
 ) -> None:
+    from mamlctl.data.fetching.downloads import DOWNLOADS, downloaded
+    from mamlctl.data.reading.archives import CHECK_FROM
+
     name = data_set.name
     if source or data_set.archives is None:
         try:
@@ -336,6 +276,8 @@ def open_images(
     Raises:
         DataError: the data are missing or damaged.
     """
+    from mamlctl.data.reading.reshaped_packs import open_reshaped
+
     if data_set.open_shaped is not None:
         return data_set.open_shaped(root, resize, side=side, channels=channels, on_event=on_event)
     packed = data_set.open_pack(root, resize, on_event=on_event)

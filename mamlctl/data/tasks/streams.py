@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
-from mamlctl.core.literals import Split
+from mamlctl.core.literals import SPLITS, Split
 from mamlctl.core.problems import Problem
 from mamlctl.data.reading.image_digests import image_digests
 from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets import image_folder
-from mamlctl.data.sets.class_splits import SPLITS
 from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.folder_layout import FRACTIONS
 from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_curve_family, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
@@ -199,7 +199,7 @@ def _more_classes(config: TrainConfig, split: Split) -> str:
         return ""
     if config.split_scheme != "fractions":
         return f"at least {config.ways} classes in '{split}'"
-    fractions = config.split_fractions or image_folder.FRACTIONS
+    fractions = config.split_fractions or FRACTIONS
     other = f"other --split-fractions than {fractions}"
     if not float(fractions.split("-")[SPLITS.index(split)]):
         return other

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.data.reading.archives import read_regular
-from mamlctl.data.reading.image_files import HINT, class_folders, may_be_image, read_image
+from mamlctl.data.reading.image_files import HINT, read_image
+from mamlctl.data.sets.folder_layout import class_folders, may_be_image
 
 FEWEST = 2  # classes: with one class there is nothing to classify
 

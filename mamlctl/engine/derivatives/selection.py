@@ -122,9 +122,9 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_library.lacks_bfloat16():
         slower = times_slower(torch.bfloat16)
         if slower > 1:
-            times = f"{slower:.1f}" if slower < 10 else f"{slower:.0f}"
+            ratio = f"{slower:.1f}" if slower < 10 else f"{slower:.0f}"
             why = "since this processor has neither avx512_bf16 nor AMX"
-            return f"bf16 products are {times} times slower than float32 here, {why}"
+            return f"bf16 products are {ratio} times slower than float32 here, {why}"
     return None
 
 
