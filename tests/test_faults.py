@@ -2,17 +2,20 @@
 
 import json
 import signal
+from dataclasses import fields
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
 import pytest
-from faults import readers
+from faults import effects, readers
 from faults.commands import Ended
 from faults.damage import allowed, damage, outcome, same_models
 from faults.trials import Fault, Row, Skipped, attack, table
 
 from mamlctl.core.errors import MamlctlError
+from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import TrainConfig
 
 MODELS = [{"epochs": [2], "accuracy": 0.5}, {"epochs": [2, 1], "accuracy": 0.6}]
 
@@ -125,3 +128,28 @@ def test_a_slow_file_is_a_loss_even_if_the_reader_handles_all_errors(tmp_path, m
     finally:
         signal.signal(signal.SIGALRM, before)
     assert "a file takes more than 20 s" in lost
+
+
+def test_every_setting_must_have_an_effect_or_a_reason():
+    for config_type in (TrainConfig, EvalConfig):
+        names = {item.name for item in fields(config_type) if item.metadata["decides"]}
+        tried = {item.name for item in effects.must_matter(config_type, effects.NO_EFFECT)}
+        assert tried == names - effects.NO_EFFECT.keys()
+        for item in fields(config_type):
+            if item.name in tried:
+                base = effects.BASES.get(item.name, effects.MAML) if config_type is TrainConfig else []
+                found = effects.values(item, config_type, base)
+                assert found, item.name
+                assert not {f"--{item.name.replace('_', '-')}={value}" for value in found} & {*base}
+    assert effects.NO_EFFECT.keys() <= {item.name for item in fields(TrainConfig)}
+
+
+def test_a_setting_is_lost_without_an_effect_or_without_an_accepted_value():
+    def tries(*pairs):
+        return iter([(Ended(("train",), code, "", "error: no"), same) for code, same in pairs])
+
+    assert effects.lost("x", tries((2, False), (0, False), (0, True))) == ""
+    assert effects.lost("x", tries((2, False), (0, True))) == "x has no effect (train)"
+    assert effects.lost("x", tries((2, True))) == "no value of x is accepted: error: no"
+    assert effects.lost("x", tries()) == "no value of x is accepted: there is none"
+    assert "exit code 1" in effects.lost("x", tries((1, False)))

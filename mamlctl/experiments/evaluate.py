@@ -63,6 +63,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "protocol": protocol,
         "notes": model.notes,
         "step": model.run.state().step,
+        "owner": model.run.owner,
         "device": device_words(model.device),
         "seconds": seconds,
     }

@@ -35,6 +35,12 @@ def stored_digests(run: RunFolder) -> NDArray[np.uint64] | None:
         return None
 
 
+def same_training_images(run: RunFolder, other: RunFolder) -> bool:
+    """Whether two runs have the same training images in any order; false if that is unknown."""
+    digests, others = stored_digests(run), stored_digests(other)
+    return digests is not None and others is not None and np.array_equal(digests, others)
+
+
 def check_folder(run: RunFolder, command: str) -> None:
     """Raise DataError if the run was trained on a folder that no longer exists; `command` needs it."""
     folder = run.config.dataset

@@ -112,10 +112,10 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path, column):
 @pytest.mark.parametrize(
     ("head", "found"),
     [
-        ("file,species", "the columns 'file', 'species', but not filename and label"),
-        ("filename;label", "the columns 'filename;label', but not filename and label"),
-        ("label,name", "the columns 'label', 'name', but not filename"),
-        ("", "no columns, but not filename and label"),
+        ("file,species", "the columns 'file', 'species'; it needs filename and label"),
+        ("filename;label", "the columns 'filename;label'; it needs filename and label"),
+        ("label,name", "the columns 'label', 'name'; it needs filename"),
+        ("", "no columns; it needs filename and label"),
     ],
 )
 def test_a_list_without_the_columns_is_refused_with_those_it_has(tmp_path, head, found):

@@ -239,6 +239,16 @@ def test_a_plan_with_an_infinite_seed_is_damaged(done, tmp_path):
         load_grid(path.parent)
 
 
+@pytest.mark.parametrize("folder", ["../elsewhere", "/tmp/elsewhere", "a/b"])
+def test_a_plan_with_a_cell_outside_of_its_folder_is_damaged(done, tmp_path, folder):
+    path = copied(done, tmp_path).folder / "plan.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["rows"][0]["folder"] = folder
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(MamlctlError, match="is damaged: ValueError folder is"):
+        load_grid(path.parent)
+
+
 def test_a_plan_survives_saving_and_loading(done, tmp_path):
     grid = done[0]
     loaded = load_grid(grid.folder)

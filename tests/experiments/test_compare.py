@@ -111,8 +111,25 @@ def test_other_images_are_refused(copied):
     run = copied / "cells" / "protonet-s0"
     environment = json.loads((run / "environment.json").read_text())
     write_json(run / "environment.json", environment | {"dataset_digest": "f" * 64})
+    (run / "training_images.bin").write_bytes(bytes(80))
     with pytest.raises(SettingsError, match="was trained on data ffffffffffff"):
         called([copied / "cells" / "maml-s0", run])
+
+
+def test_the_same_images_in_another_order_are_recognised(copied):
+    run, first = (copied / "cells" / name for name in ("protonet-s0", "maml-s0"))
+    environment = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", environment | {"dataset_digest": "f" * 64})
+    fact = "protonet-s0 was trained on the images of .*maml-s0, but in another order"
+    with pytest.raises(SettingsError, match=fact):
+        called([first, run])
+
+
+def test_changed_settings_of_a_tested_run_are_not_compared_under_its_scores(copied):
+    config = copied / "cells" / "maml-s0" / "config.yaml"
+    config.write_text(config.read_text().replace("inner_lr: 0.1", "inner_lr: 0.3"))
+    with pytest.raises(MamlctlError, match="was written by a run with other settings"):
+        called([copied / "cells" / "maml-s0", copied / "cells" / "protonet-s0"])
 
 
 def test_a_run_whose_images_are_unknown_can_be_compared(copied):
@@ -126,6 +143,10 @@ def test_equal_labels_are_extended_by_the_settings_that_differ(copied):
     (copied / "other" / "config.yaml").write_text(
         (copied / "other" / "config.yaml").read_text().replace("inner_lr: 0.1", "inner_lr: 0.3")
     )
+    # An evaluation of an older version does not say which settings were tested.
+    (summary,) = (copied / "other" / "eval").glob("*/summary.json")
+    document = json.loads(summary.read_text())
+    write_json(summary, {name: document[name] for name in document if name not in ("owner", "digest")})
     shutil.copytree(copied / "cells" / "maml-s0", copied / "twin")
     table = called([copied / "cells" / "maml-s0", copied / "other"])
     assert [row.label for row in table.rows] == ["maml, inner_lr=0.1", "maml, inner_lr=0.3"]

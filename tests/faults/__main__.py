@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from helpers import preloaded
 
-from faults import damage, full_disk, kills, random_settings, readers
+from faults import damage, effects, full_disk, kills, random_settings, readers
 from faults.commands import Undisturbed
 from faults.trials import Fault, attack, table
 
@@ -25,11 +25,14 @@ FAULTS = (
     Fault("signals during eval", kills.evaluate),
     Fault("signals during fetch", kills.fetch),
     Fault("signals during ablate", kills.ablate, 2),
+    Fault("signals during compare", kills.compare),
     Fault("damaged file of a run, then eval", damage.run_then_evaluate, 1.5),
     Fault("damaged file of a run, then train --resume", damage.run_then_resume, 1.5),
+    Fault("damaged file of two runs, then compare", damage.runs_then_compare, 1.5),
     Fault("damaged file of the data root", damage.data),
     Fault("full disk", full_disk.fill),
     Fault("random settings", random_settings.train, 2),
+    Fault("options without effect", effects.every_setting, 2),
     Fault("malformed YAML", readers.fuzz_yaml, 0.5),
     Fault("malformed archives", readers.fuzz_archive, 0.5),
     Fault("malformed pickles", readers.fuzz_pickle, 0.5),

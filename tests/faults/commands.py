@@ -98,6 +98,12 @@ def numbers(ended: Ended) -> Any:
     return json.loads(ended.out)["results"]
 
 
+def scores(ended: Ended) -> Any:
+    """The scores and settings of every row in the JSON document of `compare`."""
+    names = ("label", "best", "ensemble", "settings", "bn", "inner_steps")
+    return [{name: row[name] for name in names} for row in json.loads(ended.out)["rows"]]
+
+
 class Undisturbed:
     """Runs, tables and data of commands that nothing disturbed, in one folder."""
 
@@ -120,10 +126,20 @@ class Undisturbed:
         began = time.monotonic()
         ended = succeed([*self.grid_words, "--out", str(folder / "grid")], folder)
         self.table, self.grid_s = without_times(json.loads(ended.out)), time.monotonic() - began
+        self.pair = folder / "pair"  # of runs that are tested
+        shutil.copytree(folder / "grid" / "cells", self.pair)
+        began = time.monotonic()
+        self.scores = scores(succeed(self.compare_words(self.pair), folder))
+        self.compare_s = time.monotonic() - began
 
     def eval_words(self, run: Path) -> list[str]:
         """The words of the evaluation of a run."""
         return ["eval", str(run), *TASKS, "--json", "--data-root", str(self.data)]
+
+    def compare_words(self, pair: Path) -> list[str]:
+        """The words that compare the two runs in a folder."""
+        runs = sorted(str(path.parent) for path in pair.glob("*/config.yaml"))
+        return ["compare", *runs, *TASKS, "--json", "--data-root", str(self.data), "--offline"]
 
     def resume_words(self, run: Path) -> list[str]:
         """The words that finish a run, or start it if it was killed before it had settings."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from faults.commands import Ended, Undisturbed, call, numbers
+from faults.commands import Ended, Undisturbed, call, numbers, scores
 
 ALLOWED = (0, 1, 3)
 MOST_FLIPS = 8
@@ -67,6 +67,14 @@ def run_then_resume(undisturbed: Undisturbed, random: Random, folder: Path) -> I
         ended = call(words, folder)
         same = (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last
         yield outcome(what, ended, same, allowed(file))
+
+
+def runs_then_compare(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
+    """Damage each file of two tested runs, then compare the runs."""
+    for pair, _, what in damaged_copies(undisturbed.pair, folder, random):
+        ended = call(undisturbed.compare_words(pair), folder)
+        same = ended.code == 0 and scores(ended) == undisturbed.scores
+        yield outcome(what, ended, same, (*ALLOWED, 2))
 
 
 def data(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from helpers.data_cases import tiny_members, write_zip
 from helpers.grid_cases import without_times
 from helpers.server_cases import Page, Twist, serving
 
-from faults.commands import Ended, Running, Undisturbed, call, numbers
+from faults.commands import Ended, Running, Undisturbed, call, numbers, scores
 from mamlctl.core.files import is_locked
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,6 +85,20 @@ def evaluate(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator
 
     def difference(ended: Ended) -> str:
         return "" if numbers(ended) == undisturbed.numbers else "eval printed other numbers"
+
+    yield compared(problems, lambda: call(words, folder), difference)
+
+
+def compare(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
+    """Kill a comparison of runs that are not tested yet, repeat it, and compare its scores."""
+    pair = Path(shutil.copytree(undisturbed.pair, folder / "pair"))
+    for tests in pair.glob("*/eval"):
+        shutil.rmtree(tests)
+    words = undisturbed.compare_words(pair)
+    problems = killed_ends(lambda: Running(words, folder), random, 2 * undisturbed.compare_s, lambda: None)
+
+    def difference(ended: Ended) -> str:
+        return "" if scores(ended) == undisturbed.scores else "compare printed other scores"
 
     yield compared(problems, lambda: call(words, folder), difference)
 

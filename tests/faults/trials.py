@@ -14,8 +14,18 @@ from random import Random
 from faults.commands import Undisturbed
 
 THREADS = 2  # each one starts one command at a time
+
+
+class TrialRandom(Random):
+    """The random numbers of a trial, and its seed, by which trials can share work."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 # Yields, for each trial, what was lost, or "".
-Attack = Callable[[Undisturbed, Random, Path], Iterator[str]]
+Attack = Callable[[Undisturbed, TrialRandom, Path], Iterator[str]]
 
 
 class Skipped(Exception):
@@ -79,7 +89,7 @@ def attack(
                 return
             folder = Path(tempfile.mkdtemp(prefix=f"trial-{number}-", dir=undisturbed.folder))
             try:
-                for lost in fault.attack(undisturbed, Random(number), folder):
+                for lost in fault.attack(undisturbed, TrialRandom(number), folder):
                     with lock:
                         row.tried += 1
                         if lost:

@@ -59,7 +59,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
             reader.fieldnames = names = _column_names(reader.fieldnames or ())
             if missing := [column for column in COLUMNS if column not in names]:
                 found = f"the columns {', '.join(map(repr, names))}" if any(names) else "no columns"
-                fact = f"{path}, line 1 has {found}, but not {' and '.join(missing)}"
+                fact = f"{path}, line 1 has {found}; it needs {' and '.join(missing)}"
                 raise DataError(fact, hint=HINT)
             for column in COLUMNS:
                 if names.count(column) > 1:

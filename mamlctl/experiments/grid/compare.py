@@ -17,6 +17,7 @@ from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import OF_TASKS, label_of
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_done
 from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.training_images import same_training_images
 from mamlctl.report.table import Table
 from mamlctl.run_folder import RunFolder, identity_settings, open_run, run_state
 from mamlctl.settings.evaluation import EvalConfig
@@ -118,7 +119,11 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
         if first.config.dataset == run.config.dataset and not same_data:
             theirs, ours = run.dataset_digest, first.dataset_digest
             fact = f"{run.path} was trained on data {theirs:.12}, but {first.path} on {ours:.12}"
-            problems.append((fact, "train both on the same images"))
+            way = "train both on the same images"
+            if same_training_images(run, first):
+                fact = f"{run.path} was trained on the images of {first.path}, but in another order"
+                way = "train both with the same --data-root: a seed draws other tasks from another order"
+            problems.append((fact, way))
     return problems
 
 

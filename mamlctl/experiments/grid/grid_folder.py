@@ -143,7 +143,10 @@ def _load_yaml(path: Path) -> Any:
 
 def _loaded_row(path: Path, common: Mapping[str, Any], row: Mapping[str, Any]) -> GridRow:
     config = stored_config({**common, **row["settings"]}, str(path / PLAN))
-    return GridRow(str(row["row"]), str(row["folder"]), config)
+    slug = str(row["folder"])
+    if Path(slug).name != slug:  # a cell outside of the grid's folder
+        raise ValueError(f"folder is {slug!r:.80}")
+    return GridRow(str(row["row"]), slug, config)
 
 
 def _damaged(path: Path, why: str) -> MamlctlError:

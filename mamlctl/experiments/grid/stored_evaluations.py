@@ -63,6 +63,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
         # Evaluations of an earlier checkpoint or of other images do not count.
         same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
         same &= all(summary["protocol"].get(name) == value for name, value in sizes.items())
+        same &= summary.get("owner", run.owner) == run.owner  # otherwise config.yaml is damaged
         if same and summary.get("step") == run.state().step:
             return _load_evaluation(path.parent, summary)
     return None
