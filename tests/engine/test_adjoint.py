@@ -313,7 +313,9 @@ def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(m
     loaded = []
     monkeypatch.setattr(c_library, "_load", lambda path: loaded.append(path) or "a library")
     monkeypatch.setattr(
-        c_library, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True
+        c_library,
+        "_succeeds",
+        lambda words: Path(words[words.index("-o") + 1]).write_bytes(b"compiled") or True,
     )
     fresh = c_library.library.__wrapped__
     fresh(torch.float32)
@@ -388,7 +390,9 @@ def test_a_folder_that_another_process_removes_does_not_prevent_caching(monkeypa
     monkeypatch.setattr(c_library, "_uncached", [])
     monkeypatch.setattr(c_library, "_load", lambda path: "a library")
     monkeypatch.setattr(
-        c_library, "_succeeds", lambda words: Path(words[-3]).write_bytes(b"compiled") or True
+        c_library,
+        "_succeeds",
+        lambda words: Path(words[words.index("-o") + 1]).write_bytes(b"compiled") or True,
     )
     folder = tmp_path / "mamlctl" / "native"
     for path in (folder.parent, folder):
