@@ -186,21 +186,26 @@ def query_logits(
 
 @dataclass
 class Measurements:
-    """Losses and scores along the inner loop of a meta-step: means over tasks, kept on the device."""
+    """Losses and scores of each task along the inner loop of a meta-step, kept on the device."""
 
     objective: Objective
-    support_losses: list[Tensor] = field(default_factory=list)  # before inner step 1, 2, ..., I
-    query_losses: dict[int, Tensor] = field(default_factory=dict)  # inner steps taken -> mean over tasks
-    query_scores: dict[int, Tensor] = field(default_factory=dict)  # the same for the objective's metric
+    support_losses_T: list[Tensor] = field(default_factory=list)  # before inner step 1, 2, ..., I
+    query_losses_T: dict[int, Tensor] = field(default_factory=dict)  # by the number of inner steps taken
+    query_scores_T: dict[int, Tensor] = field(default_factory=dict)  # the same for the objective's metric
     norm_passes: list[NormPass] = field(default_factory=list)  # training passes; these update `running`
 
     def add_support(self, loss_T: Tensor, norm: NormPass) -> None:
         """Record the support loss and the norm pass of one inner step."""
-        self.support_losses.append(loss_T.mean())
+        self.support_losses_T.append(loss_T)
         self.norm_passes.append(norm)
 
     def add_query(
-        self, steps: int, outputs_TEN: Tensor, y_TE: Tensor, loss_T: Tensor | None = None
+        self,
+        steps: int,
+        outputs_TEN: Tensor,
+        y_TE: Tensor,
+        loss_T: Tensor | None = None,
+        score_T: Tensor | None = None,
     ) -> Tensor:
         """Record the query loss and score after `steps` inner steps.
 
@@ -209,14 +214,17 @@ class Measurements:
             outputs_TEN: class scores or values of the query set.
             y_TE: its labels or values.
             loss_T: the loss of each task, if it is already computed.
+            score_T: the same for the score.
 
         Returns:
-            The mean loss over tasks, with its autograd graph if it has one.
+            loss_T, with its autograd graph if it has one.
         """
-        loss = (self.objective.loss(outputs_TEN, y_TE) if loss_T is None else loss_T).mean()
-        self.query_losses[steps] = loss.detach()
-        self.query_scores[steps] = self.objective.score(outputs_TEN.detach(), y_TE).mean()
-        return loss
+        if loss_T is None:
+            loss_T = self.objective.loss(outputs_TEN, y_TE)
+        if score_T is None:
+            score_T = self.objective.score(outputs_TEN.detach(), y_TE)
+        self.query_losses_T[steps], self.query_scores_T[steps] = loss_T.detach(), score_T
+        return loss_T
 
 
 def expanded(slow: Mapping[str, Tensor], tasks: int) -> Params:

@@ -110,9 +110,9 @@ def plant(monkeypatch, wait):
     add_query = Measurements.add_query
 
     def waiting(self, *args):
-        loss = add_query(self, *args)
-        wait(loss)
-        return loss
+        loss_T = add_query(self, *args)
+        wait(loss_T.mean())
+        return loss_T
 
     monkeypatch.setattr(Measurements, "add_query", waiting)
 

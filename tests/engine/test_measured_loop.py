@@ -25,13 +25,13 @@ def test_weights_and_measurements_equal_the_plain_loop(way):
     points = list(adapt(net, state, *support, steps=config.inner_steps, first_order=True))
     for name, weight in points[-1].fast.items():
         assert torch.allclose(loop.fast[name], weight, rtol=1e-11, atol=1e-12), name
-    for point, loss in zip(points[1:], loop.measurements.support_losses, strict=True):
-        assert torch.allclose(loss, point.support_loss_T.mean(), rtol=1e-11)
-    assert list(loop.measurements.query_losses) == [0, 1, 2, 3]
+    for point, loss_T in zip(points[1:], loop.measurements.support_losses_T, strict=True):
+        assert torch.allclose(loss_T, point.support_loss_T, rtol=1e-11)
+    assert list(loop.measurements.query_losses_T) == [0, 1, 2, 3]
     for point in points:
         logits_TEN, _ = query_logits(net, state, point, episodes.query_x_TECHW)
-        loss = net.objective.loss(logits_TEN, episodes.query_y_TE).mean()
-        assert torch.allclose(loop.measurements.query_losses[point.steps], loss, rtol=1e-11)
+        loss_T = net.objective.loss(logits_TEN, episodes.query_y_TE)
+        assert torch.allclose(loop.measurements.query_losses_T[point.steps], loss_T, rtol=1e-11)
 
 
 @pytest.mark.parametrize("way", CASES)

@@ -31,13 +31,19 @@ import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, enters_meta_loss
+from mamlctl.engine.algorithms.meta_gradient import (
+    MetaStepRequest,
+    MetaStepResult,
+    enters_meta_loss,
+    means,
+)
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.measured_loop import InnerLoop
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
+from mamlctl.engine.nets.flat import Flat
 
 # The number of last inner steps whose support passes are kept for the Hessian-vector products. The passes of
 # earlier steps are computed again, which is 3 of the 15 units of convolution work of such a step. So each
@@ -49,8 +55,9 @@ KEPT = 5
 class _Point:
     """What is kept of an inner step for the way back."""
 
-    fast: Params  # w_k, the fast weights before the step
+    weights: Flat  # w_k, the fast weights before the step
     gradient: Gradient | None  # of the support loss at w_k; None if it is to be computed again
+    gradient_P: Tensor | None  # its gradient of the weights, in one buffer
 
 
 def adjoint(
@@ -89,7 +96,11 @@ def adjoint(
 
 
 class AdjointPass(InnerLoop):
-    """Forward through the inner steps and back, for all tasks of the episodes at once."""
+    """Forward through the inner steps and back, for all tasks of the episodes at once.
+
+    The fast weights, their gradients and the adjoint are buffers of P values, so that an update is a single
+    operation. The gradients of all norm rows are one tensor too.
+    """
 
     def __init__(
         self, derivatives: Derivatives, state: MetaState, episodes: Episodes, *, first_order: bool
@@ -97,17 +108,25 @@ class AdjointPass(InnerLoop):
         """Start at the slow weights, with an adjoint of 0; arguments as in `InnerLoop`."""
         super().__init__(derivatives, state, episodes)
         self.first_order, self.tasks = first_order, len(episodes.query_y_TE)
-        self.adjoint = {name: torch.zeros_like(weight) for name, weight in self.fast.items()}  # p
-        self.grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
-        self.meta_loss = episodes.support_x_TECHW.new_zeros(())
+        self.fast = self.weights = Flat.of(self.fast)  # w_k
+        self.adjoint_P = torch.zeros_like(self.weights.buffer)  # p
+        self.rates_P: dict[int, Tensor] = {}  # a_k for every weight
+        # Gradients of the norm rows and of one rate per tensor: a row per inner step, a column per value.
+        self.norm_RP = _rows(state.norm, self.adjoint_P)
+        self.rates_RL = _rows(state.rates, self.adjoint_P) if state.rates_learnt else None
+        self.shares: list[tuple[float | Tensor, int]] = []  # v_k and the inner steps before its query loss
         self._points: list[_Point] = []
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
         """Take inner step `step`; `keep` its passes for the way back."""
-        before = self.fast
-        gradient = super().inner_step(step, keep=keep and not self.first_order)
+        before, norm = self.weights, self.state.norm_pass(step)
+        gradient = self.support_gradient(norm, keep=keep and not self.first_order)
+        self.measurements.add_support(gradient.loss_T, norm)
+        gradient_P = before.ordered(gradient.fast)
+        self.fast = self.weights = before.like(before.buffer - self._rates(step) * gradient_P)
         # First order needs no products, and the gradient without its tape is small enough to keep.
-        self._points.append(_Point(before, gradient if keep or self.first_order else None))
+        kept = keep or self.first_order
+        self._points.append(_Point(before, gradient if kept else None, gradient_P if kept else None))
         return gradient
 
     def add_query_gradient(self, step: int, weight: float | Tensor) -> None:
@@ -115,42 +134,85 @@ class AdjointPass(InnerLoop):
         query = self.query_gradient(step + 1)
         # The mean over tasks: every task's loss counts 1/T.
         share = weight / self.tasks
-        self.adjoint = {name: p + query.fast[name] * share for name, p in self.adjoint.items()}
-        for name, grad in query.norm.items():
-            self._gradient_row(name, step).add_(grad * share)
-        self.meta_loss = self.meta_loss + weight * self.measurements.query_losses[step + 1]
+        self.adjoint_P = self.adjoint_P + self.weights.ordered(query.fast) * share
+        if self.norm_RP is not None:
+            self._row(self.norm_RP, step).add_(self._norm_buffer(query.norm) * share)
+        self.shares.append((weight, step + 1))
 
     def step_back(self, step: int) -> None:
         """Go from p_{k+1} to p_k, k = `step`, and add to dL/da_k and dL/df_k."""
         point = self._points.pop()
-        self.fast, support = point.fast, point.gradient
-        if support is None:
+        self.fast = self.weights = point.weights
+        support, gradient_P = point.gradient, point.gradient_P
+        if support is None or gradient_P is None:
             support = self.support_gradient(self.state.norm_pass(step), keep=True)
-        if self.state.rates_learnt:
+            gradient_P = self.weights.ordered(support.fast)
+        if self.rates_RL is not None:
             # dL/da_k = -<p_{k+1}, g_k>: summed over tasks, and over a tensor with LSLR but not with Meta-SGD.
-            for name in self.state.rates:
-                grad = self._gradient_row(f"{RATE}{name}", step)
-                grad.sub_((self.adjoint[name] * support.fast[name]).sum_to_size(grad.shape))
+            terms = self.weights.like(self.adjoint_P * gradient_P)
+            sums = [
+                terms[name].sum_to_size(rates.shape[1:]).flatten() for name, rates in self.state.rates.items()
+            ]
+            self._row(self.rates_RL, step).sub_(torch.cat(sums))
         if self.first_order:
             return
-        # The direction a_k p_{k+1}; tensors that are not adapted have no rate, so theirs is 0.
-        direction = {
-            name: p * self.state.rate(name, step) if name in self.state.rates else torch.zeros_like(p)
-            for name, p in self.adjoint.items()
-        }
+        # The direction a_k p_{k+1}; tensors that are not adapted have a rate of 0.
+        direction = self.weights.like(self.adjoint_P * self._rates(step))
         products, mixed = support.product(direction)
-        self.adjoint = {name: p - products[name] for name, p in self.adjoint.items()}
-        for name, grad in mixed.items():
-            self._gradient_row(name, step).sub_(grad)
+        self.adjoint_P = self.adjoint_P - self.weights.ordered(products)
+        if self.norm_RP is not None:
+            self._row(self.norm_RP, step).sub_(self._norm_buffer(mixed))
 
     def result(self) -> MetaStepResult:
         """Return the meta-gradients and measurements, after the last step back."""
         # All tasks start from the same slow weights, so dL/dw_0 is the sum of p_0 over tasks.
-        for name, p in self.adjoint.items():
-            self.grads[name].add_(p.sum(0))
-        return MetaStepResult.of(self.measurements, self.grads, self.meta_loss)
+        grads = {name: p.sum(0) for name, p in self.weights.like(self.adjoint_P).items()}
+        grads |= _by_name(self.norm_RP, self.state.norm)
+        rates = _by_name(self.rates_RL, self.state.rates)
+        grads |= {f"{RATE}{name}": grad for name, grad in rates.items()}
+        meta_loss = self.adjoint_P.new_zeros(())
+        losses = means(self.measurements.query_losses_T)
+        for weight, steps in self.shares:
+            meta_loss = meta_loss + weight * losses[steps]
+        return MetaStepResult.of(self.measurements, grads, meta_loss)
 
-    def _gradient_row(self, name: str, step: int) -> Tensor:
-        """Return the gradient of a step's norm row or rate as a view, to be updated in place."""
-        grad = self.grads[name]
-        return grad[min(step, len(grad) - 1)]
+    def _rates(self, step: int) -> Tensor:
+        """Return a_k, k = `step`, for every fast weight; 0 for the tensors that are not adapted."""
+        if step not in self.rates_P:
+            zero = self.adjoint_P.new_zeros(())
+            rates = []
+            for name, shape in self.weights.shapes.items():
+                rate = self.state.rate(name, step) if name in self.state.rates else zero
+                # A rate of a whole tensor is repeated as a view; one per weight is repeated for each task.
+                rates.append(rate.expand(shape.numel()) if rate.dim() == 0 else rate.expand(shape).flatten())
+            self.rates_P[step] = torch.cat(rates)
+        return self.rates_P[step]
+
+    def _norm_buffer(self, grads: Params) -> Tensor:
+        """Return the gradients of a norm row in one buffer, in the order of the state."""
+        if isinstance(grads, Flat) and list(grads) == list(self.state.norm):
+            return grads.buffer
+        return torch.cat([grads[name] for name in self.state.norm])
+
+    def _row(self, rows: Tensor, step: int) -> Tensor:
+        """Return the row of a step as a view, to be updated in place; later steps share the last row."""
+        return rows[min(step, len(rows) - 1)]
+
+
+def _rows(params: Params, like: Tensor) -> Tensor | None:
+    """Return zeros for the gradients of tensors with the same number of rows; None without tensors."""
+    if not params:
+        return None
+    rows = len(next(iter(params.values())))
+    return like.new_zeros(rows, sum(tensor[0].numel() for tensor in params.values()))
+
+
+def _by_name(rows: Tensor | None, params: Params) -> Params:
+    """Divide the columns of `_rows` into tensors of the shapes of `params`."""
+    if rows is None:
+        return {}
+    parts = torch.split(rows, [tensor[0].numel() for tensor in params.values()], dim=1)
+    return {
+        name: part.reshape(tensor.shape).contiguous()
+        for (name, tensor), part in zip(params.items(), parts, strict=True)
+    }

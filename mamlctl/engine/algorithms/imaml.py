@@ -80,7 +80,8 @@ def imaml(
     for name, rows_RC in state.norm.items():
         grads[name] = torch.zeros_like(rows_RC)
         grads[name][0] = (query.norm[name] - mixed[name]) / len(episodes.query_y_TE)
-    return MetaStepResult.of(loop.measurements, grads, loop.measurements.query_losses[request.inner_steps])
+    loss_T = loop.measurements.query_losses_T[request.inner_steps]
+    return MetaStepResult.of(loop.measurements, grads, loss_T.mean())
 
 
 def conjugate_gradient(product: Callable[[Params], Params], b: Params, steps: int) -> Params:

@@ -13,7 +13,7 @@ to a_k. First order treats the support gradients as constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,16 +67,24 @@ class MetaStepResult:
             meta_loss: the meta-loss, a scalar.
             moments: the inner Adam's new moments, if there is one.
         """
-        losses = measurements.support_losses
+        support_losses_T = measurements.support_losses_T
         return cls(
             grads,
             meta_loss.detach(),
-            torch.stack(losses) if losses else meta_loss.new_zeros(0),
-            dict(sorted(measurements.query_losses.items())),
-            dict(sorted(measurements.query_scores.items())),
+            torch.stack(support_losses_T).mean(1) if support_losses_T else meta_loss.new_zeros(0),
+            means(measurements.query_losses_T),
+            means(measurements.query_scores_T),
             measurements.norm_passes,
             moments or {},
         )
+
+
+def means(values_T: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return the mean over tasks for each number of inner steps, in ascending order."""
+    if not values_T:
+        return {}
+    steps = sorted(values_T)
+    return dict(zip(steps, torch.stack([values_T[step] for step in steps]).mean(1).unbind(), strict=True))
 
 
 class Outer(Protocol):
@@ -137,7 +145,7 @@ def unroll(
             continue
         with torch.set_grad_enabled(counted):
             outputs_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
-            loss = measurements.add_query(point.steps, outputs_TEN, episodes.query_y_TE)
+            loss = measurements.add_query(point.steps, outputs_TEN, episodes.query_y_TE).mean()
         if counted:
             meta_loss = meta_loss + weight * loss
             measurements.norm_passes.append(norm)

@@ -56,7 +56,7 @@ def pretraining(
     grads = {name: grad[0] for name, grad in gradient.fast.items()}
     grads |= {name: grad.unsqueeze(0) for name, grad in gradient.norm.items()}
     measurements = Measurements(net.objective, norm_passes=[norm])
-    loss = measurements.add_query(0, gradient.logits_TEN, y_1M, gradient.loss_T)
+    loss = measurements.add_query(0, gradient.logits_TEN, y_1M, gradient.loss_T).mean()
     return MetaStepResult.of(measurements, grads, loss)
 
 
@@ -66,7 +66,7 @@ def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaSte
     norm = state.norm_pass(0)
     outputs_TEN = net(expanded(state.slow, len(episodes.query_y_TE)), episodes.query_x_TECHW, norm)
     measurements = Measurements(net.objective, norm_passes=[norm])
-    loss = measurements.add_query(0, outputs_TEN, episodes.query_y_TE)
+    loss = measurements.add_query(0, outputs_TEN, episodes.query_y_TE).mean()
     grads = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
     return MetaStepResult.of(measurements, grads, loss)
 

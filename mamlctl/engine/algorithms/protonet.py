@@ -45,7 +45,7 @@ def protonet(
     with torch.enable_grad():
         support_TEF, query_TEF = body.features
         logits_TEN = -class_distances(query_TEF, prototypes(support_TEF, episodes.support_y_TE, net.outputs))
-        loss = measurements.add_query(0, logits_TEN, episodes.query_y_TE)
+        loss = measurements.add_query(0, logits_TEN, episodes.query_y_TE).mean()
         grads = torch.autograd.grad(loss, body.features)
     return MetaStepResult.of(measurements, body.back_through(state, grads), loss)
 

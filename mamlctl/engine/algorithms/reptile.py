@@ -46,6 +46,6 @@ def reptile(
     loop.run(request.inner_steps, measure_all=request.measure_all)
     loop.record_query_loss(request.inner_steps)
     grads = {name: weight - loop.fast[name].mean(0) for name, weight in state.slow.items()}
-    loss = loop.measurements.query_losses[request.inner_steps]
+    loss = loop.measurements.query_losses_T[request.inner_steps].mean()
     moments = loop.update.moments() if isinstance(loop.update, AdamSteps) else None
     return MetaStepResult.of(loop.measurements, grads, loss, moments)

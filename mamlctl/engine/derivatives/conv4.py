@@ -20,6 +20,9 @@ from mamlctl.engine.kernels.block import BlockSettings, BlockTape, MakeBlock, Pl
 from mamlctl.engine.nets.base import SLOPES
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
+from mamlctl.engine.nets.flat import Flat
+
+NORM = ("weight", "bias")  # of a batch-norm layer, in the order of `batch_norm.init_params`
 
 PrepareFirst = Callable[[Tensor, int, int | None], Planes | None]  # examples, tasks, `measured`
 
@@ -71,20 +74,25 @@ class Conv4BodyTape:
     def back_through(self, g_TEF: Tensor, *, keep: bool = False) -> tuple[Params, Params]:
         """Backpropagate as in `BodyTape`; `keep` the intermediate results that tangents need."""
         grads: Params = {}
-        norm_grads: Params = {}
+        norm_grads: dict[str, Tensor] = {}
         ga = _map(self.net, g_TEF)
         for block in range(self.net.blocks, 0, -1):
             gradient = self.blocks[block - 1].backward(ga, keep=keep)
             grads[f"conv{block}.weight"] = self.by_task(gradient.weight)
-            for kind, grad_X in (("weight", gradient.gamma_X), ("bias", gradient.beta_X)):
-                grad_TC = grad_X.view(self.tasks, -1)
-                if self.norm_is_fast:
-                    grads[f"norm{block}.{kind}"] = grad_TC
-                else:
-                    norm_grads[f"norm{block}.{kind}"] = grad_TC.sum(0)
+            norm_grads[f"norm{block}.weight"] = gradient.gamma_X
+            norm_grads[f"norm{block}.bias"] = gradient.beta_X
             if gradient.x is not None:
                 ga = gradient.x
-        return grads, norm_grads
+        if self.norm_is_fast:
+            return grads | {name: grad_X.view(self.tasks, -1) for name, grad_X in norm_grads.items()}, {}
+        return grads, self.of_all_tasks(norm_grads, g_TEF.dtype)
+
+    def of_all_tasks(self, norm_grads: Mapping[str, Tensor], dtype: torch.dtype) -> Flat:
+        """Add the gradients of batch norm's weights, then biases, over tasks: _X -> _C."""
+        names = [f"norm{block}.{kind}" for kind in NORM for block in range(1, self.net.blocks + 1)]
+        grad_LTC = torch.stack([norm_grads[name] for name in names]).view(len(names), self.tasks, -1)
+        grad_LC = grad_LTC.sum(1, dtype=dtype)
+        return Flat(grad_LC.flatten(), dict.fromkeys(names, grad_LC.shape[1:]))
 
     def by_task(self, weight: Tensor) -> Tensor:
         """[T * O, C, 3, 3] -> _TOCHW."""
@@ -122,18 +130,18 @@ class Conv4Tape:
         # Head, backward: dL/dW = g^T f, so its tangent is g_t^T f + g^T f_t.
         grads = _head_gradient(g_t_TEN, head.f_TEF)
         grads["linear.weight"].baddbmm_(g_TEN.transpose(1, 2), f_t_TEF)
-        norm_grads: Params = {}
+        norm_grads: dict[str, Tensor] = {}
         # dL/df = g W, so its tangent is g_t W + g W_t.
         ga_t = _map(body.net, torch.baddbmm(g_t_TEN @ head.weight_TNF, g_TEN, weight_t_TNF))
         other = None  # the second summand of ga_t, see BlockGradient.x_2
         for block in range(body.net.blocks, 0, -1):
             gradient = body.blocks[block - 1].tangent_backward(ga_t, other)
             grads[f"conv{block}.weight"] = body.by_task(gradient.weight)
-            norm_grads[f"norm{block}.weight"] = gradient.gamma_X.view(body.tasks, -1).sum(0)
-            norm_grads[f"norm{block}.bias"] = gradient.beta_X.view(body.tasks, -1).sum(0)
+            norm_grads[f"norm{block}.weight"] = gradient.gamma_X
+            norm_grads[f"norm{block}.bias"] = gradient.beta_X
             if gradient.x is not None:
                 ga_t, other = gradient.x, gradient.x_2
-        return grads, norm_grads
+        return grads, body.of_all_tasks(norm_grads, g_TEN.dtype)
 
 
 @dataclass(frozen=True)

@@ -107,14 +107,35 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
         running: the running statistics, _RC.
         passes: the training passes of a meta-step.
     """
-    for key, rows_RC in running.items():
-        name, kind = key.rsplit(".", 1)
-        used: dict[int, list[Tensor]] = {}
+    for (rows, channels), keys in _by_shape(running).items():
+        used: dict[int, list[NormPass]] = {}
         for norm_pass in passes:
-            row = min(norm_pass.step, rows_RC.shape[0] - 1)
-            used.setdefault(row, []).append(norm_pass.seen[name][0 if kind == "mean" else 1])
-        for row, seen in used.items():
-            rows_RC[row].lerp_(torch.cat(seen).mean(0), MOMENTUM)
+            used.setdefault(min(norm_pass.step, rows - 1), []).append(norm_pass)
+        runs: list[list[int]] = []
+        for row in sorted(used):
+            if runs and row == runs[-1][-1] + 1 and len(used[row]) == len(used[runs[-1][0]]):
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        # Tensors of one shape share their operations, and so do neighbouring rows with as many passes.
+        for run in runs:
+            seen = [
+                norm_pass.seen[layer][0 if kind == "mean" else 1]
+                for layer, kind in (key.rsplit(".", 1) for key in keys)
+                for row in run
+                for norm_pass in used[row]
+            ]
+            means_KRC = torch.cat(seen).view(len(keys), len(run), -1, channels).mean(2)
+            rows_KRC = [running[key][run[0] : run[-1] + 1] for key in keys]
+            torch._foreach_lerp_(rows_KRC, means_KRC.unbind(), MOMENTUM)
+
+
+def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
+    """Group names by the shape of their tensors."""
+    names: dict[torch.Size, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tensor.shape, []).append(name)
+    return names
 
 
 def init_params(layers: Mapping[str, int], rows: int, like: Tensor) -> Params:

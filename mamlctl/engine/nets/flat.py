@@ -1,0 +1,38 @@
+"""Named tensors in one buffer, so that an operation on all of them is a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Flat(dict[str, Tensor]):
+    """Named tensors that are views of one buffer, one after another, each of them contiguous."""
+
+    def __init__(self, buffer: Tensor, shapes: Mapping[str, torch.Size]) -> None:
+        """Divide a buffer of one dimension into tensors of these shapes."""
+        parts = torch.split(buffer, [shape.numel() for shape in shapes.values()])
+        super().__init__(
+            {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        )
+        self.buffer, self.shapes = buffer, shapes
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Flat:
+        """Return the tensors in one buffer: the same if they are in one already, else copies."""
+        if isinstance(tensors, Flat):
+            return tensors
+        buffer = torch.cat([tensor.flatten() for tensor in tensors.values()])
+        return cls(buffer, {name: tensor.shape for name, tensor in tensors.items()})
+
+    def like(self, buffer: Tensor) -> Flat:
+        """Return the tensors of another buffer, with the names and shapes of this one."""
+        return Flat(buffer, self.shapes)
+
+    def ordered(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return a buffer of other tensors with the same names and shapes, in the order of this one."""
+        if isinstance(tensors, Flat) and list(tensors) == list(self):
+            return tensors.buffer
+        return torch.cat([tensors[name].flatten() for name in self])
