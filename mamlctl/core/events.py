@@ -91,7 +91,6 @@ class ValidationDone:
     metric: Metric  # of all scores below; accuracies are 0..1
     val_score: float
     val_ci95: float
-    val_per_step: tuple[float, ...]
     val_tasks: int
     bn: BatchNormMode
     best_val_score: float

@@ -15,6 +15,7 @@ COUNTS: dict[str, dict[str, int]] = {
 }
 SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
 TEXTS = {"kind", "bn"}
+# `val_per_step` is in rows of older versions only.
 LISTS = {"query_losses", "query_accuracies", "msl_weights", "val_per_step"}
 
 

@@ -19,6 +19,7 @@ from mamlctl.data.sets.registry import is_curve_family
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
@@ -155,18 +156,19 @@ def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> r
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
 
 
-def _outputs(model: TrainedModel, episodes: Episodes, inner_steps: int) -> torch.Tensor:
+def _outputs(
+    model: TrainedModel, episodes: Episodes, inner_steps: int, *, per_step: bool = True
+) -> torch.Tensor:
+    sets = TaskSets(model.derivatives, episodes)
+    state = model.states[0].frozen()
     with torch.no_grad():
-        state = model.states[0].frozen()
-        return model.predict(
-            PredictRequest(model.derivatives, state, episodes, inner_steps, model.statistics)
-        )
+        return model.predict(PredictRequest(sets, state, inner_steps, model.statistics, per_step))
 
 
 def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:
     """The first test tasks with the predictions after all inner steps."""
     episodes = model.stream.episodes(0, TASKS)
-    predicted_TE = _outputs(model, episodes, model.inner_steps)[-1].argmax(-1).cpu()
+    predicted_TE = _outputs(model, episodes, model.inner_steps, per_step=False)[-1].argmax(-1).cpu()
     config = model.config
     # One query of each class in turn, so that the first queries cover all classes.
     order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()

@@ -7,7 +7,7 @@ import torch
 from helpers.derivative_cases import WAYS, needs_c
 from helpers.engine_cases import build_uneven, random_episodes, small_config
 
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import adapt, query_logits
 
 CASES = [pytest.param(way, marks=needs_c if way == "c" else ()) for way in WAYS]
@@ -18,7 +18,7 @@ def test_weights_and_measurements_equal_the_plain_loop(way):
     config = small_config(algo="maml++")
     net, state = build_uneven(config)
     episodes = random_episodes(config)
-    loop = InnerLoop(WAYS[way](net), state.frozen(), episodes)
+    loop = InnerLoop(TaskSets(WAYS[way](net), episodes), state.frozen())
     loop.run(config.inner_steps, measure_all=True)
     loop.record_query_loss(config.inner_steps)
     support = episodes.support_x_TECHW, episodes.support_y_TE
@@ -41,7 +41,7 @@ def test_a_mini_batch_equals_a_support_set_of_its_examples(way):
     net, state = build_uneven(config)
     episodes = random_episodes(config)
     batches_TIB = torch.tensor([[[0, 3, 6]], [[8, 1, 4]]])
-    whole = InnerLoop(WAYS[way](net), state.frozen(), replace(episodes, batches_TIB=batches_TIB))
+    whole = InnerLoop(TaskSets(WAYS[way](net), replace(episodes, batches_TIB=batches_TIB)), state.frozen())
     whole.run(1)
     for task, batch_B in enumerate(batches_TIB[:, 0]):
         alone = replace(
@@ -49,7 +49,7 @@ def test_a_mini_batch_equals_a_support_set_of_its_examples(way):
             support_x_TECHW=episodes.support_x_TECHW[task, batch_B].unsqueeze(0),
             support_y_TE=episodes.support_y_TE[task, batch_B].unsqueeze(0),
         )
-        part = InnerLoop(WAYS[way](net), state.frozen(), alone)
+        part = InnerLoop(TaskSets(WAYS[way](net), alone), state.frozen())
         part.run(1)
         for name, weight in part.fast.items():
             assert torch.allclose(whole.fast[name][task], weight[0], rtol=1e-11, atol=1e-12), name

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.engine_cases import IMAGE, build_uneven, fastest, random_episodes, slow_forward, small_config
 
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import adapt
 from mamlctl.engine.nets.batch_norm import MOMENTUM, NormPass, Statistics, accumulate
@@ -224,7 +225,7 @@ def test_evaluation_does_not_change_the_state(statistics):
     before = {name: tensor.clone() for name, tensor in state.stored().items()}
     for _ in range(2):
         episodes = random_episodes(config)
-        adapted(PredictRequest(fastest(net), state.frozen(), episodes, 4, statistics))
+        adapted(PredictRequest(TaskSets(fastest(net), episodes), state.frozen(), 4, statistics))
     assert same(before, state.stored())
 
 
@@ -233,12 +234,13 @@ def test_bn_modes_give_different_predictions_and_running_uses_the_row_of_the_ste
     net, state = trained(config)
     episodes = random_episodes(config, seed=7)
     logits = {
-        mode: adapted(PredictRequest(fastest(net), state.frozen(), episodes, 3, mode)) for mode in Statistics
+        mode: adapted(PredictRequest(TaskSets(fastest(net), episodes), state.frozen(), 3, mode))
+        for mode in Statistics
     }
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.RUNNING])
     assert not torch.allclose(logits[Statistics.OWN], logits[Statistics.SUPPORT])
     state.running["norm1.mean"][2] += 0.3  # row of the third inner step only
-    moved = adapted(PredictRequest(fastest(net), state.frozen(), episodes, 3, Statistics.RUNNING))
+    moved = adapted(PredictRequest(TaskSets(fastest(net), episodes), state.frozen(), 3, Statistics.RUNNING))
     assert torch.equal(moved[:3], logits[Statistics.RUNNING][:3])
     assert not torch.allclose(moved[3], logits[Statistics.RUNNING][3])
 
@@ -252,7 +254,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(statistics):
     disturbed.query_x_TECHW[:, 1:] = random_episodes(config, seed=8).query_x_TECHW[:, 1:]
 
     def first_query(which, mode):
-        return adapted(PredictRequest(fastest(net), state.frozen(), which, 3, mode))[:, :, 0]
+        return adapted(PredictRequest(TaskSets(fastest(net), which), state.frozen(), 3, mode))[:, :, 0]
 
     assert torch.allclose(first_query(episodes, statistics), first_query(disturbed, statistics), atol=1e-10)
     mode = Statistics.OWN
@@ -308,13 +310,13 @@ def test_adaptation_uses_the_statistics_of_the_support_set_in_every_mode():
         episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_x_TECHW, episodes.support_y_TE
     )
     transductive, support = (
-        adapted(PredictRequest(fastest(net), state.frozen(), same_set, 3, mode))
+        adapted(PredictRequest(TaskSets(fastest(net), same_set), state.frozen(), 3, mode))
         for mode in (Statistics.OWN, Statistics.SUPPORT)
     )
     assert torch.allclose(transductive, support, atol=1e-10)
     state.running["norm1.mean"][:2] += 0.3  # rows of the first two steps; the last prediction uses the third
     before, after = (
-        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 3, Statistics.RUNNING))[3]
+        adapted(PredictRequest(TaskSets(fastest(net), episodes), which.frozen(), 3, Statistics.RUNNING))[3]
         for which in (trained(config)[1], state)
     )
     assert torch.equal(before, after)

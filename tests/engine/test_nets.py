@@ -395,8 +395,13 @@ def test_hand_written_features_and_their_backward_pass_equal_autograd(way, adapt
     for derivatives in both:
         norm = NormPass(rows, running, 0, statistics, along or 0)
         ready = derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE, along)
-        f_TEF, tape = ready.features(body, norm)
+        f_TEF, tape = ready.features_and_tape(body, norm)
         assert not f_TEF.requires_grad
+        alone = NormPass(rows, running, 0, statistics, along or 0)
+        assert torch.equal(ready.features(body, alone), f_TEF)
+        assert all(
+            torch.equal(torch.stack(alone.seen[name]), torch.stack(norm.seen[name])) for name in norm.seen
+        )
         back = tape.back_through(normal(*f_TEF.shape)) if statistics is Statistics.OWN else ({}, {})
         result.append((f_TEF, *back))
     assert torch.allclose(result[1][0], result[0][0], rtol=1e-9, atol=1e-11)

@@ -10,6 +10,7 @@ from helpers.engine_cases import IMAGE, build_uneven, fastest, random_episodes, 
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.pretraining import fine_tuned
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import Statistics
@@ -43,7 +44,7 @@ def test_fine_tuning_starts_with_a_head_of_zeros_and_descends_on_the_support_los
     net, _ = build(config, IMAGE, CPU)
     _, state = build(config, IMAGE, CPU, classes=9)
     episodes = random_episodes(config)
-    outputs = fine_tuned(PredictRequest(fastest(net), state, episodes, 3, Statistics.OWN))
+    outputs = fine_tuned(PredictRequest(TaskSets(fastest(net), episodes), state, 3, Statistics.OWN))
     assert (outputs[0] == 0).all()
     for task in range(2):
         fast = {name: tensor.clone() for name, tensor in state.slow.items()}
@@ -74,7 +75,7 @@ def test_adapting_the_head_on_features_equals_adapting_it_in_the_network(statist
     twice.norm = {name: rows.repeat(2, 1) for name, rows in state.norm.items()}
     episodes = random_episodes(config)
     one, two = (
-        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 4, statistics))
+        adapted(PredictRequest(TaskSets(fastest(net), episodes), which.frozen(), 4, statistics))
         for which in (state, twice)
     )
     assert close(one, two)

@@ -9,6 +9,7 @@ from helpers.engine_cases import IMAGE, fastest, random_episodes, slow_forward, 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.pretraining import by_neighbours
 from mamlctl.engine.algorithms.protonet import by_prototypes
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.engine.nets.base import CLASSIFICATION
 from mamlctl.engine.nets.batch_norm import Statistics
@@ -34,7 +35,7 @@ def test_prototypical_networks_equal_a_direct_computation():
     for name, grad in zip(expected, grads, strict=True):
         assert close(result.grads[name], grad, 1e-8), name
     assert float(result.query_scores[0]) == pytest.approx(torch.stack(right).mean().item())
-    request = PredictRequest(fastest(step.net), step.state.frozen(), episodes, 0, Statistics.OWN)
+    request = PredictRequest(TaskSets(fastest(step.net), episodes), step.state.frozen(), 0, Statistics.OWN)
     outputs = by_prototypes(request)
     assert outputs.shape[:2] == (1, 2)
     assert float(CLASSIFICATION.loss(outputs[0], episodes.query_y_TE).mean()) == pytest.approx(
@@ -46,7 +47,7 @@ def test_nearest_predicts_the_class_of_the_nearest_support_example():
     config = small_config(algo="nearest")
     net, state = build(config, IMAGE, CPU)
     episodes = random_episodes(config)
-    outputs = by_neighbours(PredictRequest(fastest(net), state, episodes, 0, Statistics.OWN))
+    outputs = by_neighbours(PredictRequest(TaskSets(fastest(net), episodes), state, 0, Statistics.OWN))
     eye = {"linear.weight": torch.eye(4).double(), "linear.bias": torch.zeros(4).double()}
     for task in range(2):
         support, query = (
@@ -65,5 +66,7 @@ def test_running_statistics_normalise_both_sets_before_distances(predict):
     for rows in state.running.values():
         rows.add_(0.3)
     x, y, _, _ = random_episodes(config).sets
-    outputs = predict(PredictRequest(fastest(net), state, Episodes(x, y, x, y), 0, Statistics.RUNNING))
+    outputs = predict(
+        PredictRequest(TaskSets(fastest(net), Episodes(x, y, x, y)), state, 0, Statistics.RUNNING)
+    )
     assert float(outputs[0].amax(-1).abs().max()) < 1e-9

@@ -12,6 +12,7 @@ from helpers.engine_cases import IMAGE, fastest, random_episodes, slow_forward, 
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.batch_norm import Statistics
@@ -104,7 +105,7 @@ def test_reptile_adapting_the_head_on_features_equals_adapting_it_in_the_network
     twice.running = {name: rows.repeat(2, 1) for name, rows in state.running.items()}
     episodes, rule = random_episodes(config), InnerRule(optimizer=optimizer)
     one, two = (
-        adapted(PredictRequest(fastest(net), which.frozen(), episodes, 3, Statistics.OWN), rule)
+        adapted(PredictRequest(TaskSets(fastest(net), episodes), which.frozen(), 3, Statistics.OWN), rule)
         for which in (state, twice)
     )
     assert close(one, two)

@@ -28,6 +28,7 @@ from mamlctl.data.tasks.user_images import find_queries
 from mamlctl.display.predictions import document
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.adapted_model import resize_head
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.classify import ClassifyRequest, _write_csv, classify_images
 from mamlctl.experiments.settings import resolve_settings
@@ -115,7 +116,7 @@ def test_an_episode_in_folders_has_the_same_predictions(algo, trained, packed, g
         model = load_trained_model(run, replace(settings, bn=bn), offline=True, on_event=ignore)
         state, episodes = model.states[0].frozen(), model.stream.episodes(0, 1)
         outputs_ITEN = model.predict(
-            PredictRequest(model.derivatives, state, episodes, model.inner_steps, model.statistics)
+            PredictRequest(TaskSets(model.derivatives, episodes), state, model.inner_steps, model.statistics)
         )
         result = classify(run, tmp_path / "learn", tmp_path / "ask", settings=EvalConfig(bn=bn))
         expected = outputs_ITEN[-1, 0].double().softmax(-1)

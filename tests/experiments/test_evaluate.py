@@ -12,6 +12,7 @@ from helpers.shared import ignore
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
@@ -122,7 +123,9 @@ def test_scores_over_label_orders_are_those_of_a_slow_loop(trained, algo, settin
             plan = opened.inner_steps, opened.statistics
             with torch.no_grad():
                 both = [
-                    opened.predict(PredictRequest(opened.derivatives, state.frozen(), episodes, *plan))[-1, 0]
+                    opened.predict(
+                        PredictRequest(TaskSets(opened.derivatives, episodes), state.frozen(), *plan)
+                    )[-1, 0]
                     for state in opened.states
                 ]
             for column, logits_EN in enumerate((both[0], torch.stack(both).mean(0))):
@@ -193,7 +196,9 @@ def test_a_run_is_tested_on_tasks_with_more_or_fewer_classes(trained, algo):
             head = model.states[0].slow["linear.weight"]
             assert torch.equal(head, learnt["linear.weight"][rows])
         state = model.states[0].frozen()
-        request = PredictRequest(model.derivatives, state, episodes, model.inner_steps, model.statistics)
+        request = PredictRequest(
+            TaskSets(model.derivatives, episodes), state, model.inner_steps, model.statistics
+        )
         logits_TEN = model.predict(request)[-1]
         right_TE = logits_TEN.argmax(-1) == episodes.query_y_TE
         result, scores, summary = scores_of(path, ways=ways, shots=2)

@@ -39,7 +39,6 @@ VALIDATION = ValidationDone(
     metric="accuracy",
     val_score=0.9312,
     val_ci95=0.0061,
-    val_per_step=(0.05, 0.93),
     val_tasks=600,
     bn="transductive",
     best_val_score=0.9312,

@@ -39,7 +39,7 @@ from mamlctl.engine.algorithms.meta_gradient import (
 )
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
@@ -106,7 +106,7 @@ class AdjointPass(InnerLoop):
         self, derivatives: Derivatives, state: MetaState, episodes: Episodes, *, first_order: bool
     ) -> None:
         """Start at the slow weights, with an adjoint of 0; arguments as in `InnerLoop`."""
-        super().__init__(derivatives, state, episodes)
+        super().__init__(TaskSets(derivatives, episodes), state)
         self.first_order, self.tasks = first_order, len(episodes.query_y_TE)
         self.fast = self.weights = Flat.of(self.fast)  # w_k
         self.adjoint_P = torch.zeros_like(self.weights.buffer)  # p

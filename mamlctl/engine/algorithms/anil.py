@@ -75,7 +75,7 @@ class BodyFeatures:
                 (episodes.query_x_TECHW, episodes.query_y_TE),
             ):
                 norm = state.norm_pass(0)
-                f_TEF, tape = derivatives.prepare(x_TECHW, y_TE).features(slow, norm)
+                f_TEF, tape = derivatives.prepare(x_TECHW, y_TE).features_and_tape(slow, norm)
                 self.features.append(f_TEF.requires_grad_())
                 self._tapes.append(tape)
                 self.norm_passes.append(norm)

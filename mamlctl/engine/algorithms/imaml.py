@@ -30,7 +30,7 @@ from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
@@ -59,7 +59,7 @@ def imaml(
         As in `meta_gradient.Outer`.
     """
     derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
-    loop = InnerLoop(derivatives, state, episodes, InnerRule(proximal))
+    loop = InnerLoop(TaskSets(derivatives, episodes), state, InnerRule(proximal))
     loop.run(request.inner_steps, measure_all=request.measure_all)
     support = loop.support_gradient(state.norm_pass(0), keep=True)
     query = loop.query_gradient(request.inner_steps)

@@ -16,7 +16,7 @@ from mamlctl.core.literals import EngineName, InnerOptimizer
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import AdamSteps, InnerRule, MetaState
 from mamlctl.engine.nets.base import Net
 
@@ -42,7 +42,7 @@ def reptile(
         As in `meta_gradient.Outer`; the meta-loss is the query loss after the last inner step.
     """
     derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
-    loop = InnerLoop(derivatives, state, episodes, InnerRule(optimizer=inner_optimizer))
+    loop = InnerLoop(TaskSets(derivatives, episodes), state, InnerRule(optimizer=inner_optimizer))
     loop.run(request.inner_steps, measure_all=request.measure_all)
     loop.record_query_loss(request.inner_steps)
     grads = {name: weight - loop.fast[name].mean(0) for name, weight in state.slow.items()}

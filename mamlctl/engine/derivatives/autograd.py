@@ -96,7 +96,13 @@ class AutogradSet:
         detached, rows = ({name: g.detach() for name, g in part.items()} for part in (by_fast, by_norm))
         return Gradient(loss_T.detach(), logits_TEN.detach(), detached, rows, tape)
 
-    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, AutogradBodyTape]:
+    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        with torch.no_grad():
+            return self.net.features(fast, self.x_TECHW, norm)
+
+    def features_and_tape(
+        self, fast: Mapping[str, Tensor], norm: NormPass
+    ) -> tuple[Tensor, AutogradBodyTape]:
         leaves = Leaves.of(body_of(fast), norm)
         with torch.enable_grad():
             norm_by_leaves = replace(norm, params=leaves.rows_as_params())  # shares `norm.seen`

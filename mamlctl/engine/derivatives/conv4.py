@@ -156,50 +156,64 @@ class Conv4Set:
     measured: int | None  # how many leading examples the statistics come from; None for all
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
-        return self._forward(fast, norm)[1].logits()
+        return _head(self.features(fast, norm), fast, self.y_TE).logits()
 
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
-        body, head = self._forward(fast, norm)
+        f_TEF, body = self.features_and_tape(fast, norm)
+        head = _head(f_TEF, fast, self.y_TE)
         logits_TEN, loss_T, g_TEN = head.loss_and_gradient()
         grads, norm_grads = body.back_through(g_TEN @ head.weight_TNF, keep=keep)
         grads |= _head_gradient(g_TEN, head.f_TEF)
         tape = Conv4Tape(body, head, g_TEN, torch.softmax(logits_TEN, -1)) if keep else None
         return Gradient(loss_T, logits_TEN, grads, norm_grads, tape)
 
-    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, Conv4BodyTape]:
-        tasks = len(self.y_TE)
+    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        a = self.x
+        for block in range(1, self.net.blocks + 1):
+            # The tape of a block is released before the next one, so that its memory is used again.
+            a = self._block(block, a, fast, norm, forward_only=True).out
+        return self._by_task(a, fast)
+
+    def features_and_tape(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, Conv4BodyTape]:
         a, tapes = self.x, []
         for block in range(1, self.net.blocks + 1):
-            name = f"norm{block}"
-            stored = None
-            if norm.statistics is Statistics.RUNNING:
-                stored = norm.row(f"{name}.mean").repeat(tasks), norm.row(f"{name}.var").repeat(tasks)
-            settings = BlockSettings(
-                groups=tasks,
-                compute=self.net.compute,
-                first=block == 1,
-                statistics=stored,
-                measured=self.measured,
-                leak=SLOPES[self.net.activation],
-                planes=self.planes if block == 1 else None,
-            )
-            gamma_X, beta_X = (
-                # _C, shared by all tasks, or _TC -> _X with X = T * C.
-                part.flatten()
-                for part in norm.affine(name, fast)
-            )
-            tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
-            if stored is None:
-                mean_X, var_X = tape.seen
-                norm.seen[name] = mean_X.view(tasks, -1), var_X.view(tasks, -1)
-            tapes.append(tape)
-            a = tape.out
-        f_TEF = _features(self.net, a, tasks).to(fast["conv1.weight"].dtype)
-        return f_TEF, Conv4BodyTape(self.net, tapes, tasks, "norm1.weight" in fast)
+            tapes.append(self._block(block, a, fast, norm, forward_only=False))
+            a = tapes[-1].out
+        tape = Conv4BodyTape(self.net, tapes, len(self.y_TE), "norm1.weight" in fast)
+        return self._by_task(a, fast), tape
 
-    def _forward(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Conv4BodyTape, Head]:
-        f_TEF, body = self.features(fast, norm)
-        return body, Head(f_TEF, fast["linear.weight"], fast["linear.bias"], self.y_TE)
+    def _block(
+        self, block: int, a: Tensor, fast: Mapping[str, Tensor], norm: NormPass, *, forward_only: bool
+    ) -> BlockTape:
+        """Pass the output `a` of the block before through block number `block`, counted from 1."""
+        tasks, name = len(self.y_TE), f"norm{block}"
+        stored = None
+        if norm.statistics is Statistics.RUNNING:
+            stored = norm.row(f"{name}.mean").repeat(tasks), norm.row(f"{name}.var").repeat(tasks)
+        settings = BlockSettings(
+            groups=tasks,
+            compute=self.net.compute,
+            first=block == 1,
+            statistics=stored,
+            measured=self.measured,
+            leak=SLOPES[self.net.activation],
+            planes=self.planes if block == 1 else None,
+            forward_only=forward_only,
+        )
+        gamma_X, beta_X = (
+            # _C, shared by all tasks, or _TC -> _X with X = T * C.
+            part.flatten()
+            for part in norm.affine(name, fast)
+        )
+        tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
+        if stored is None:
+            mean_X, var_X = tape.seen
+            norm.seen[name] = mean_X.view(tasks, -1), var_X.view(tasks, -1)
+        return tape
+
+    def _by_task(self, a: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
+        """Reshape the output of the last block to f_TEF, in the dtype of the weights."""
+        return _features(self.net, a, len(self.y_TE)).to(fast["conv1.weight"].dtype)
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,10 @@ class Conv4Derivatives:
         x = x.contiguous(memory_format=torch.channels_last)
         planes = self.prepare_first(x, tasks, measured)
         return Conv4Set(self.net, self.make_block, x, y_TE, planes, measured)
+
+
+def _head(f_TEF: Tensor, fast: Mapping[str, Tensor], y_TE: Tensor) -> Head:
+    return Head(f_TEF, fast["linear.weight"], fast["linear.bias"], y_TE)
 
 
 def _features(net: Conv4, a: Tensor, tasks: int) -> Tensor:

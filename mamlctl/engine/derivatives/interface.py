@@ -84,11 +84,11 @@ class PreparedSet(Protocol):
             keep: keep the intermediate results that `Gradient.product` needs.
         """
 
-    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, BodyTape]:
-        """Pass the set through the body -> f_TEF and the tape for the backward pass.
+    def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        """Pass the set through the body -> f_TEF; the head's weights may be absent from `fast`."""
 
-        The head's weights may be absent from `fast`.
-        """
+    def features_and_tape(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, BodyTape]:
+        """Do the same, and return the tape for the backward pass too."""
 
 
 class Derivatives(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 from mamlctl.core.literals import Classifier
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.evaluation.prediction import nearest_distances, prototypes, zero_head
 from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD, body_of
@@ -45,7 +45,7 @@ class AdaptedModel:
         prepared = self.derivatives.prepare(x_MCHW.unsqueeze(0), dummy_labels)
         if self.neighbours is None:
             return prepared.logits(self.weights, norm)[0]
-        f_TEF, _ = prepared.features(self.weights, norm)
+        f_TEF = prepared.features(self.weights, norm)
         return -nearest_distances(f_TEF, *self.neighbours, self.derivatives.net.outputs)[0]
 
 
@@ -75,20 +75,21 @@ def adapt_to_support_set(
         rule: the update rule of an inner step.
     """
     state = state.frozen()
-    loop = InnerLoop(derivatives, state, support, rule)
+    sets = TaskSets(derivatives, support)
+    loop = InnerLoop(sets, state, rule)
     loop.run(inner_steps)
-    weights, prepared = loop.fast, loop.support
+    weights, prepared = loop.fast, sets.support
     last = max(inner_steps - 1, 0)
     norm, running = _only_row(state.norm, last), _only_row(state.running, last)
     measuring = MeasuringPass(norm, running, 0)
-    f_TEF, _ = prepared.features(body_of(weights), measuring)
+    f_TEF = prepared.features(body_of(weights), measuring)
     measured = {
         f"{name}.{kind}": values
         for name, pair in measuring.seen.items()
         for kind, values in zip(("mean", "var"), pair, strict=True)
     }
     if statistics is Statistics.RUNNING:  # queries and support must share statistics to be compared
-        f_TEF, _ = prepared.features(body_of(weights), NormPass(norm, running, 0, statistics))
+        f_TEF = prepared.features(body_of(weights), NormPass(norm, running, 0, statistics))
     neighbours = (f_TEF, support.support_y_TE) if classifier == "neighbours" else None
     if classifier == "prototypes":
         weights = weights | prototype_head(prototypes(f_TEF, support.support_y_TE, derivatives.net.outputs))

@@ -13,17 +13,26 @@ from mamlctl.core.errors import DivergedError, MamlctlError, is_out_of_memory
 from mamlctl.data.tasks.episodes import Episodes, Tasks
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import tasks_per_pass
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import Predict, PredictRequest, adapted
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.batch_norm import Statistics
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The score of each task after 0, 1, ..., I inner steps: arrays [tasks, I + 1]."""
+class ModelScores:
+    """The scores of one model or one ensemble."""
 
-    single: list[NDArray[np.float64]]  # one array for each model
-    ensemble: NDArray[np.float64]  # scores of the models' averaged class scores or values
+    last_T: NDArray[np.float64]  # of each task, after the last inner step
+    curve_TI: NDArray[np.float64]  # of the first tasks, after 0, 1, ..., I inner steps; may have no tasks
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of all models, and of the ensemble of them."""
+
+    single: list[ModelScores]  # one for each model
+    ensemble: ModelScores  # scores of the models' averaged class scores or values
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class EvaluationPlan:
     inner_steps: int
     statistics: Statistics
     predict: Predict = adapted
+    curve_tasks: int = 0  # of the first tasks, scores after every inner step are needed too
 
 
 class Stopped(Exception):
@@ -70,8 +80,7 @@ def evaluate(
         MamlctlError: the memory is too small for one task.
     """
     states = [state.frozen() for state in states]
-    single: list[list[torch.Tensor]] = [[] for _ in states]
-    ensemble: list[torch.Tensor] = []
+    parts: list[list[torch.Tensor]] = [[] for _ in (*states, "ensemble")]
     along = stream.shots if plan.statistics is Statistics.SUPPORT else 0
     examples = stream.ways * max(stream.shots, stream.queries + along)
     chunk = min(plan.tasks, tasks_per_pass(derivatives.net, examples, stream.device))
@@ -79,10 +88,13 @@ def evaluate(
     while first < plan.tasks:
         if should_stop():
             raise Stopped
-        episodes = stream.episodes(first, min(chunk, plan.tasks - first))
+        per_step = first < plan.curve_tasks
+        end = min(plan.curve_tasks, plan.tasks) if per_step else plan.tasks
+        episodes = stream.episodes(first, min(chunk, end - first))
+        sets = TaskSets(derivatives, episodes)
         try:
             per_model = [
-                plan.predict(PredictRequest(derivatives, state, episodes, plan.inner_steps, plan.statistics))
+                plan.predict(PredictRequest(sets, state, plan.inner_steps, plan.statistics, per_step))
                 for state in states
             ]
         except (MemoryError, RuntimeError) as error:
@@ -94,19 +106,31 @@ def evaluate(
                 raise MamlctlError(message, hint=f"use fewer ways or queries{elsewhere}") from error
             chunk = (chunk + 1) // 2
             continue
-        for scores, outputs_ITEN in zip(single, per_model, strict=True):
-            scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+        for outputs_ITEN in per_model:
             # argmax returns a class for NaNs too, so an accuracy would not show them.
             if not bool(outputs_ITEN.isfinite().all()):
                 raise DivergedError(
                     f"predictions in tasks {first} to {first + len(outputs_ITEN[0]) - 1} are not finite",
                     hint="start a new run with a lower --meta-lr or --inner-lr",
                 )
-        ensemble.append(_scores_TI(derivatives, torch.stack(per_model).mean(0), episodes))
+        for scores, outputs_ITEN in zip(parts, (*per_model, torch.stack(per_model).mean(0)), strict=True):
+            scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
         first += len(episodes.query_y_TE)
         on_progress(first)
-    joined = [torch.cat(scores).cpu().numpy() for scores in (*single, ensemble)]
-    return Scores(joined[:-1], joined[-1])
+    *single, ensemble = (_joined(scores, plan.curve_tasks) for scores in parts)
+    return Scores(single, ensemble)
+
+
+def _joined(parts: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:
+    """Join the scores of chunks of tasks; those of the first `curve_tasks` tasks have all inner steps."""
+    last_T = torch.cat([scores_TI[:, -1] for scores_TI in parts]).cpu().numpy()
+    curve, done = [], 0
+    for scores_TI in parts:
+        if done < curve_tasks:
+            curve.append(scores_TI)
+        done += len(scores_TI)
+    curve_TI = torch.cat(curve).cpu().numpy() if curve else np.empty((0, 0))
+    return ModelScores(last_T, curve_TI)
 
 
 def _scores_TI(derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: Episodes) -> torch.Tensor:

@@ -8,10 +8,40 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
+
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives, Gradient, PreparedSet
 from mamlctl.engine.inner_loop import DESCENT, InnerRule, Measurements, MetaState, expanded, mini_batch
 from mamlctl.engine.nets.batch_norm import NormPass
+
+
+class TaskSets:
+    """The sets of some tasks, prepared at their first use and shared by all models that adapt to them."""
+
+    def __init__(self, derivatives: Derivatives, episodes: Episodes) -> None:
+        self.derivatives, self.episodes = derivatives, episodes
+
+    @cached_property
+    def support(self) -> PreparedSet:
+        """The support sets."""
+        return self.derivatives.prepare(self.episodes.support_x_TECHW, self.episodes.support_y_TE)
+
+    @cached_property
+    def query(self) -> PreparedSet:
+        """The query sets."""
+        return self.derivatives.prepare(self.episodes.query_x_TECHW, self.episodes.query_y_TE)
+
+    @cached_property
+    def query_after_support(self) -> tuple[PreparedSet, int]:
+        """The query sets, each preceded by the support set of its task, and the size of a support set.
+
+        Batch norm takes its statistics from the support examples.
+        """
+        episodes = self.episodes
+        both_TECHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], dim=1)
+        along = episodes.support_y_TE.shape[1]
+        return self.derivatives.prepare(both_TECHW, episodes.query_y_TE, along), along
 
 
 class InnerLoop:
@@ -20,32 +50,25 @@ class InnerLoop:
     Between two steps a caller may measure the query set, or keep the gradient that `inner_step` returned.
     """
 
-    def __init__(
-        self, derivatives: Derivatives, state: MetaState, episodes: Episodes, rule: InnerRule = DESCENT
-    ) -> None:
+    def __init__(self, sets: TaskSets, state: MetaState, rule: InnerRule = DESCENT) -> None:
         """Start at the slow weights.
 
         Args:
-            derivatives: of the network.
+            sets: the tasks.
             state: slow weights, norm rows and rates.
-            episodes: the tasks.
             rule: the update rule of an inner step.
         """
-        self.derivatives, self.state, self.episodes = derivatives, state, episodes
+        self.sets, self.state = sets, state
+        self.derivatives, self.episodes = sets.derivatives, sets.episodes
+        episodes = sets.episodes
         self.update = rule.stepper(state, len(episodes.support_y_TE))
-        self.support = derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
         self.fast = expanded(state.slow, len(episodes.support_y_TE))
-        self.measurements = Measurements(derivatives.net.objective)
-
-    @cached_property
-    def query(self) -> PreparedSet:
-        """The query set; prepared at the first use, because some callers never need it."""
-        return self.derivatives.prepare(self.episodes.query_x_TECHW, self.episodes.query_y_TE)
+        self.measurements = Measurements(sets.derivatives.net.objective)
 
     def support_gradient(self, norm: NormPass, *, keep: bool = False) -> Gradient:
         """Compute the gradient of the support loss, on this step's mini-batch if the tasks have them."""
         batch = mini_batch(self.episodes, norm.step)
-        prepared = self.support if batch is None else self.derivatives.prepare(*batch)
+        prepared = self.sets.support if batch is None else self.derivatives.prepare(*batch)
         return prepared.gradient(self.fast, norm, keep=keep)
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
@@ -66,13 +89,13 @@ class InnerLoop:
     def record_query_loss(self, steps: int) -> None:
         """Measure the query set after `steps` inner steps; this pass does not update running statistics."""
         # The query set after k steps uses the norm row of step k - 1, the step that led to these weights.
-        outputs_TEN = self.query.logits(self.fast, self.state.norm_pass(max(steps - 1, 0)))
+        outputs_TEN = self.sets.query.logits(self.fast, self.state.norm_pass(max(steps - 1, 0)))
         self.measurements.add_query(steps, outputs_TEN, self.episodes.query_y_TE)
 
     def query_gradient(self, steps: int) -> Gradient:
         """Measure the query set with its gradient; this is a training pass and updates running statistics."""
         norm = self.state.norm_pass(max(steps - 1, 0))
-        gradient = self.query.gradient(self.fast, norm)
+        gradient = self.sets.query.gradient(self.fast, norm)
         self.measurements.norm_passes.append(norm)
         self.measurements.add_query(steps, gradient.logits_TEN, self.episodes.query_y_TE, gradient.loss_T)
         return gradient

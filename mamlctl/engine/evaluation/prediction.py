@@ -1,6 +1,7 @@
 """Predict the query set of a task with a trained state.
 
-A predictor returns outputs_ITEN, class scores or values after 0, 1, ..., I inner steps: I + 1 entries.
+A predictor returns outputs_ITEN, class scores or values after 0, 1, ..., I inner steps: I + 1 entries. A
+request for the last step alone saves the other passes of the query set, most of the time of an evaluation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.interface import Derivatives, PreparedSet
-from mamlctl.engine.evaluation.measured_loop import InnerLoop
+from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import DESCENT, InnerRule, MetaState, expanded
 from mamlctl.engine.nets.base import HEAD, HeadNet, body_of
 from mamlctl.engine.nets.batch_norm import Params, Statistics
@@ -24,14 +25,34 @@ from mamlctl.engine.nets.batch_norm import Params, Statistics
 class PredictRequest:
     """The tasks to predict, and the state that adapts to them."""
 
-    derivatives: Derivatives
+    sets: TaskSets
     state: MetaState  # frozen
-    episodes: Episodes
     inner_steps: int  # I
     statistics: Statistics  # of the query set; the inner loop normalises the support set by its own
+    per_step: bool = True  # whether to predict after every inner step; else only after the last
+
+    @property
+    def derivatives(self) -> Derivatives:
+        """Those of the network."""
+        return self.sets.derivatives
+
+    @property
+    def episodes(self) -> Episodes:
+        """The tasks."""
+        return self.sets.episodes
+
+    def query(self) -> tuple[PreparedSet, int]:
+        """Return the prepared query set, and the number of support examples in front of it.
+
+        With Statistics.SUPPORT the support set passes through the network with the queries.
+        """
+        if self.statistics is Statistics.SUPPORT:
+            return self.sets.query_after_support
+        return self.sets.query, 0
 
 
-Predict = Callable[[PredictRequest], Tensor]  # adapt the state as its algorithm does -> outputs_ITEN
+# Adapts the state as its algorithm does -> outputs_ITEN, with a single entry if only the last is requested.
+Predict = Callable[[PredictRequest], Tensor]
 
 
 def prototypes(f_TEF: Tensor, y_TE: Tensor, ways: int) -> Tensor:
@@ -85,7 +106,7 @@ def zero_head(weights: Mapping[str, Tensor], ways: int) -> Params:
 
 
 def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
-    """Predict after each of 0, 1, ..., I inner steps from the state's weights -> outputs_ITEN.
+    """Predict after each of 0, 1, ..., I inner steps, or the last, from the state's weights -> outputs_ITEN.
 
     With Statistics.SUPPORT the support set passes through the network with the queries, so that the
     statistics of every layer come from the same weights.
@@ -97,19 +118,17 @@ def adapted(request: PredictRequest, rule: InnerRule = DESCENT) -> Tensor:
     if one_row and state.rates.keys() <= set(HEAD):
         support_TEF, query_TEF = features_of_sets(request)
         net, state = request.derivatives.net, state.head_alone()
-        request = replace(
-            request,
-            derivatives=Autograd(HeadNet(net.outputs, net.objective)),
-            state=state,
-            episodes=replace(request.episodes, support_x_TECHW=support_TEF, query_x_TECHW=query_TEF),
-            statistics=Statistics.OWN,
-        )
-    query, along = _with_support(request)
-    loop = InnerLoop(request.derivatives, state, request.episodes, rule)
+        features = replace(request.episodes, support_x_TECHW=support_TEF, query_x_TECHW=query_TEF)
+        sets = TaskSets(Autograd(HeadNet(net.outputs, net.objective)), features)
+        request = replace(request, sets=sets, state=state, statistics=Statistics.OWN)
+    query, along = request.query()
+    loop = InnerLoop(request.sets, state, rule)
     outputs = []
     for steps in range(request.inner_steps + 1):
         if steps:
             loop.inner_step(steps - 1)
+        if steps < request.inner_steps and not request.per_step:
+            continue
         norm = state.norm_pass(max(steps - 1, 0), request.statistics, along)
         outputs.append(query.logits(loop.fast, norm)[:, along:])
     return torch.stack(outputs)
@@ -124,10 +143,9 @@ def features_of_sets(
     """
     state, episodes = request.state, request.episodes
     slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
-    support = request.derivatives.prepare(episodes.support_x_TECHW, episodes.support_y_TE)
-    support_TEF, _ = support.features(slow, state.norm_pass(0, of_support))
-    query, along = _with_support(request)
-    query_TEF, _ = query.features(slow, state.norm_pass(0, request.statistics, along))
+    support_TEF = request.sets.support.features(slow, state.norm_pass(0, of_support))
+    query, along = request.query()
+    query_TEF = query.features(slow, state.norm_pass(0, request.statistics, along))
     return support_TEF, query_TEF[:, along:]
 
 
@@ -139,17 +157,3 @@ def comparable_features(request: PredictRequest) -> tuple[Tensor, Tensor]:
     """
     running = request.statistics is Statistics.RUNNING
     return features_of_sets(request, Statistics.RUNNING if running else Statistics.OWN)
-
-
-def _with_support(request: PredictRequest) -> tuple[PreparedSet, int]:
-    """Prepare the query set, preceded by the support set with Statistics.SUPPORT.
-
-    Returns:
-        The prepared set, and the number of leading support examples in it.
-    """
-    derivatives, episodes = request.derivatives, request.episodes
-    if request.statistics is not Statistics.SUPPORT:
-        return derivatives.prepare(episodes.query_x_TECHW, episodes.query_y_TE), 0
-    both_TECHW = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], dim=1)
-    along = episodes.support_y_TE.shape[1]
-    return derivatives.prepare(both_TECHW, episodes.query_y_TE, along), along

@@ -76,6 +76,7 @@ class BlockSettings:
     measured: int | None = None  # how many leading examples the statistics come from; None for all
     leak: float = LEAK  # slope of the activation below 0
     planes: Planes | None = None  # of the first block's input, for the block in C
+    forward_only: bool = False  # whether only the output is needed; the tape then has no derivatives
 
 
 @dataclass

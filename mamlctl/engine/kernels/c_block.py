@@ -59,6 +59,9 @@ class Native:
     def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
         self._call("forward", block, c, block.p, block.where, out)
 
+    def forward_only(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
+        self._call("forward_only", block, c, out)
+
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
         self._call("backward", block, ga, block.p, block.where, c, gc)
 
@@ -103,7 +106,11 @@ class NativeFirstTape(KernelTape):
             block.d[ChannelRow.MEAN] = _inner(self.planes.mean_TD1, weight_TDO)
             # Rounding can make the variance of a constant image negative.
             block.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)
-        self._call("first_forward", self._padded(weight_TDO), block.p, block.where, self.out, block.d)
+        weights = self._padded(weight_TDO)
+        if self.settings.forward_only:
+            self._call("first_forward_only", weights, self.out, block.d)
+        else:
+            self._call("first_forward", weights, block.p, block.where, self.out, block.d)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         self.ga, gw, block = ga.to(self.stored), self._empty_padded(), self.block

@@ -112,6 +112,9 @@ class Kernels(Protocol):
             out: receives a, the output of the block, [E, X, H // 2, W // 2].
         """
 
+    def forward_only(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
+        """Compute the statistics and out as `forward` does, without p and `where`; arguments as there."""
+
     def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
         """Compute gc, G and b from ga.
 
@@ -173,14 +176,22 @@ class KernelTape:
         rows = kernels.partial_rows(shape)
         partial = torch.empty(rows, 2, channels, dtype=torch.float64, device=x.device)
         self.pooled = examples, channels, height // 2, width // 2
-        self.block = BlockMemory(shape, self._empty(), self._empty(torch.uint8), d, partial)
         self.out = self._empty()
+        if settings.forward_only:
+            p, where = self.out, torch.empty(0, dtype=torch.uint8, device=x.device)  # neither is used
+        else:
+            p, where = self._empty(), self._empty(torch.uint8)
+        self.block = BlockMemory(shape, p, where, d, partial)
         self._forward()
 
     def _forward(self) -> None:
         self.x, self.weight = self.x.to(self.stored), self.weight.to(self.stored)
-        self.c = conv(self.x, self.weight, self.settings.groups)
-        self.kernels.forward(self.block, self.c, self.out)
+        c = conv(self.x, self.weight, self.settings.groups)
+        if self.settings.forward_only:
+            self.kernels.forward_only(self.block, c, self.out)
+            return
+        self.c = c
+        self.kernels.forward(self.block, c, self.out)
 
     @property
     def seen(self) -> Statistics_X:

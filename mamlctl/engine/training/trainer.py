@@ -264,7 +264,7 @@ class Trainer:
         ).single[0]
         position.validated += 1
         self._moved = True
-        score, ci95 = mean_ci95(scores[:, -1])
+        score, ci95 = mean_ci95(scores.last_T)
         self._keep_best(position.validated, score, ci95)
         best_epoch, best_score, best_ci95 = position.top[0]
         done = ValidationDone(
@@ -273,7 +273,6 @@ class Trainer:
             metric=self.metric,
             val_score=score,
             val_ci95=ci95,
-            val_per_step=tuple(scores.mean(0).tolist()),
             val_tasks=config.val_tasks,
             bn=bn_mode(self.net, config.bn),
             best_val_score=best_score,

@@ -3,62 +3,72 @@
  */
 #include "common.h"
 
-/* c -> p, where, a = act(s p + beta - s mean); statistics of the first `measured` examples, or those in d if 0 */
+/* c -> p, and where if `keep`; statistics of the first `measured` examples, unless those in d are used. Called by all
+ * threads. */
+INLINE void pool(const shape *s, const STORED *restrict c, STORED *restrict p, uint8_t *restrict where,
+                 double *restrict d, double *restrict partial, const int keep) {
+    SHAPE;
+    (void)leak;
+    ITEMS {
+        ITEM;
+        REAL sum[LANES] = {0}, square[LANES] = {0}, sign[LANES];
+        for (int l = 0; l < n; l++) sign[l] = d[GAMMA * X + x0 + l] < 0 ? -1 : 1;
+        for (int i = 0; 2 * i < H; i++)
+            for (int j = 0; 2 * j < W; j++) {
+                if (i < PH && j < PW) {
+                    const STORED *c0 = c + CELL(0, 0), *c1 = c + CELL(0, 1), *c2 = c + CELL(1, 0), *c3 = c + CELL(1, 1);
+                    STORED *to = p + POOLED;
+                    uint8_t *at = keep ? where + POOLED : 0;
+                    for (int l = 0; l < n; l++) { /* gamma < 0: the smallest value */
+                        const REAL v0 = GET(c0[l]), v1 = GET(c1[l]), v2 = GET(c2[l]), v3 = GET(c3[l]), g = sign[l];
+                        sum[l] += (v0 + v1) + (v2 + v3);
+                        square[l] += (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3);
+                        REAL best = v0 * g;
+                        int32_t which = 0;
+                        which = v1 * g > best ? 1 : which, best = v1 * g > best ? v1 * g : best;
+                        which = v2 * g > best ? 2 : which, best = v2 * g > best ? v2 * g : best;
+                        which = v3 * g > best ? 3 : which, best = v3 * g > best ? v3 * g : best;
+                        to[l] = PUT(best * g);
+                        if (keep) at[l] = (uint8_t)which;
+                    }
+                    continue;
+                }
+                for (int q = 0; q < 4; q++) { /* an odd last row or column enters the statistics only */
+                    if (2 * i + q / 2 >= H || 2 * j + q % 2 >= W) continue;
+                    const STORED *cell = c + CELL(q / 2, q % 2);
+                    for (int l = 0; l < n; l++) {
+                        const REAL v = GET(cell[l]);
+                        sum[l] += v, square[l] += v * v;
+                    }
+                }
+            }
+        KEEP_SUMS(sum, square);
+    }
+#pragma omp single
+    {
+        if (s->measured) {
+            const double count = values(s);
+            double *mean = d + MEAN * X, *var = d + VAR * X;
+            sum_up(s, partial, 0, mean, s->measured);
+            sum_up(s, partial, 1, var, s->measured);
+            for (int x = 0; x < X; x++) {
+                mean[x] /= count;
+                var[x] = var[x] / count - mean[x] * mean[x];
+                if (var[x] < 0) var[x] = 0; /* rounding of a constant channel */
+            }
+        }
+        set_scale(s, d);
+    }
+}
+
+/* c -> p, where, a = act(s p + beta - s mean) */
 void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8_t *restrict where,
              STORED *restrict a, double *restrict d, double *restrict partial) {
     SHAPE;
+    (void)H, (void)W;
 #pragma omp parallel num_threads(s->threads)
     {
-        ITEMS {
-            ITEM;
-            REAL sum[LANES] = {0}, square[LANES] = {0}, sign[LANES];
-            for (int l = 0; l < n; l++) sign[l] = d[GAMMA * X + x0 + l] < 0 ? -1 : 1;
-            for (int i = 0; 2 * i < H; i++)
-                for (int j = 0; 2 * j < W; j++) {
-                    if (i < PH && j < PW) {
-                        const STORED *c0 = c + CELL(0, 0), *c1 = c + CELL(0, 1), *c2 = c + CELL(1, 0), *c3 = c + CELL(1, 1);
-                        STORED *to = p + POOLED;
-                        uint8_t *at = where + POOLED;
-                        for (int l = 0; l < n; l++) { /* gamma < 0: the smallest value */
-                            const REAL v0 = GET(c0[l]), v1 = GET(c1[l]), v2 = GET(c2[l]), v3 = GET(c3[l]), g = sign[l];
-                            sum[l] += (v0 + v1) + (v2 + v3);
-                            square[l] += (v0 * v0 + v1 * v1) + (v2 * v2 + v3 * v3);
-                            REAL best = v0 * g;
-                            int32_t which = 0;
-                            which = v1 * g > best ? 1 : which, best = v1 * g > best ? v1 * g : best;
-                            which = v2 * g > best ? 2 : which, best = v2 * g > best ? v2 * g : best;
-                            which = v3 * g > best ? 3 : which, best = v3 * g > best ? v3 * g : best;
-                            to[l] = PUT(best * g);
-                            at[l] = (uint8_t)which;
-                        }
-                        continue;
-                    }
-                    for (int q = 0; q < 4; q++) { /* an odd last row or column enters the statistics only */
-                        if (2 * i + q / 2 >= H || 2 * j + q % 2 >= W) continue;
-                        const STORED *cell = c + CELL(q / 2, q % 2);
-                        for (int l = 0; l < n; l++) {
-                            const REAL v = GET(cell[l]);
-                            sum[l] += v, square[l] += v * v;
-                        }
-                    }
-                }
-            KEEP_SUMS(sum, square);
-        }
-#pragma omp single
-        {
-            if (s->measured) {
-                const double count = values(s);
-                double *mean = d + MEAN * X, *var = d + VAR * X;
-                sum_up(s, partial, 0, mean, s->measured);
-                sum_up(s, partial, 1, var, s->measured);
-                for (int x = 0; x < X; x++) {
-                    mean[x] /= count;
-                    var[x] = var[x] / count - mean[x] * mean[x];
-                    if (var[x] < 0) var[x] = 0; /* rounding of a constant channel */
-                }
-            }
-            set_scale(s, d);
-        }
+        pool(s, c, p, where, d, partial, 1);
         ITEMS {
             ITEM;
             TAKE_AFFINE;
@@ -69,6 +79,29 @@ void forward(const shape *s, const STORED *restrict c, STORED *restrict p, uint8
                     for (int l = 0; l < n; l++) {
                         const REAL z = GET(from[l]) * scale[l] + beta[l];
                         to[l] = PUT(z * (z > 0 ? 1 : leak));
+                    }
+                }
+        }
+    }
+}
+
+/* c -> a, without p and where: p is written into a first */
+void forward_only(const shape *s, const STORED *restrict c, STORED *restrict a, double *restrict d,
+                  double *restrict partial) {
+    SHAPE;
+    (void)H, (void)W;
+#pragma omp parallel num_threads(s->threads)
+    {
+        pool(s, c, a, 0, d, partial, 0);
+        ITEMS {
+            ITEM;
+            TAKE_AFFINE;
+            for (int i = 0; i < PH; i++)
+                for (int j = 0; j < PW; j++) {
+                    STORED *at = a + POOLED;
+                    for (int l = 0; l < n; l++) {
+                        const REAL z = GET(at[l]) * scale[l] + beta[l];
+                        at[l] = PUT(z * (z > 0 ? 1 : leak));
                     }
                 }
         }

@@ -48,6 +48,8 @@ typedef float STORED, REAL;
 #define PUT(v) (v)
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+
 /* Converts n channels of a row of d to REAL. */
 static inline void take(REAL *to, const double *d, int row, int X, int x0, int n) {
     for (int l = 0; l < n; l++) to[l] = (REAL)d[row * X + x0 + l];

@@ -18,7 +18,6 @@ typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned
 #define WIDE (W + 2)
 #define PLANE ((long)(H + 2) * WIDE)
 #define PADDED(filters) (((filters) + VEC - 1) / VEC * VEC)
-#define INLINE static inline __attribute__((always_inline))
 #define FIRST \
     SHAPE; \
     const int T = s->tasks, C = s->inputs, O = X / T; \
@@ -67,10 +66,10 @@ INLINE void window(const REAL *plane, const REAL *w, int C, long size, int wide,
     memcpy(out[2], &v2, sizeof v2), memcpy(out[3], &v3, sizeof v3);
 }
 
-/* One example and task, n filters from o on. Callers pass the constant VEC if they can, for which the compiler
- * vectorises the loops. */
+/* One example and task, n filters from o on -> a, and p and where if `keep`. Callers pass the constant VEC if they can,
+ * for which the compiler vectorises the loops. */
 INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, STORED *p, uint8_t *where, STORED *a,
-                            const double *d, int e, int t, int o, const int n) {
+                            const double *d, int e, int t, int o, const int n, const int keep) {
     FIRST;
     const int x0 = t * O + o, padded = PADDED(O);
     REAL sign[VEC], scale[VEC], shift[VEC];
@@ -93,16 +92,15 @@ INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, S
                 which = v3 > best ? 3 : which, best = v3 > best ? v3 : best;
                 const STORED kept = PUT(best * sign[l]);
                 const REAL z = GET(kept) * scale[l] + shift[l];
-                p[at + l] = kept;
-                where[at + l] = (uint8_t)which;
+                if (keep) p[at + l] = kept, where[at + l] = (uint8_t)which;
                 a[at + l] = PUT(z * (z > 0 ? 1 : leak));
             }
         }
 }
 
-/* x, weights -> p, where, a */
-void first_forward(const shape *s, const REAL *restrict x, const REAL *restrict w, STORED *restrict p,
-                   uint8_t *restrict where, STORED *restrict a, double *restrict d) {
+/* All examples, tasks and filters. */
+INLINE void first_block(const shape *s, const REAL *restrict x, const REAL *restrict w, STORED *restrict p,
+                        uint8_t *restrict where, STORED *restrict a, double *restrict d, const int keep) {
     FIRST;
     set_scale(s, d);
 #pragma omp parallel for num_threads(s->threads) schedule(static)
@@ -110,10 +108,22 @@ void first_forward(const shape *s, const REAL *restrict x, const REAL *restrict 
         const REAL *planes = x + (long)item * C * PLANE;
         for (int o = 0; o < O; o += VEC)
             if (O - o >= VEC)
-                forward_filters(s, planes, w, p, where, a, d, item / T, item % T, o, VEC);
+                forward_filters(s, planes, w, p, where, a, d, item / T, item % T, o, VEC, keep);
             else
-                forward_filters(s, planes, w, p, where, a, d, item / T, item % T, o, O - o);
+                forward_filters(s, planes, w, p, where, a, d, item / T, item % T, o, O - o, keep);
     }
+}
+
+/* x, weights -> p, where, a */
+void first_forward(const shape *s, const REAL *restrict x, const REAL *restrict w, STORED *restrict p,
+                   uint8_t *restrict where, STORED *restrict a, double *restrict d) {
+    first_block(s, x, w, p, where, a, d, 1);
+}
+
+/* x, weights -> a */
+void first_forward_only(const shape *s, const REAL *restrict x, const REAL *restrict w, STORED *restrict a,
+                        double *restrict d) {
+    first_block(s, x, w, 0, 0, a, d, 0);
 }
 
 /* The same for p_t and a_t = act'(z) (s (p_t - mean_t) + s_t (p - mean)); w contains the direction. */
