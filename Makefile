@@ -42,7 +42,7 @@ install: $(VENV)/installed ## create .venv and install mamlctl into it
 demo: $(VENV)/installed ## train and test MAML++ on generated characters, in under 3 minutes on 2 cores
 	@rm -rf $(DEMO_RUN)
 	$(BIN)/mamlctl train --preset demo --out $(DEMO_RUN)
-	$(BIN)/mamlctl eval $(DEMO_RUN) --split test --tasks 300
+	$(BIN)/mamlctl eval $(DEMO_RUN) --split test --tasks 300 --per-step
 
 test: $(VENV)/installed-dev ## run the whole test suite
 	$(BIN)/python -m pytest $(WORKERS)

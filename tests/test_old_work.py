@@ -34,6 +34,7 @@ STORED = Path(__file__).parent / "stored" / "207ec7b.tar.xz"
 ACCURACY_TOLERANCE = 0.03
 MSE_TOLERANCE = 1e-3  # relative
 TESTED = EvalConfig(tasks=20)
+PER_STEP = replace(TESTED, per_step=True)  # as 207ec7b tested every run
 FOLDER = "glyphs-5w1s-one-on-ce4920"  # the default folder name in 207ec7b for the stored grid
 
 
@@ -103,7 +104,7 @@ def test_evaluating_a_finished_run_gives_the_stored_numbers(name, old, request):
     folder = old / receipt["folder"]
     before = json.loads((folder / "summary.json").read_text())
     shutil.rmtree(folder)
-    result = evaluate_run(old / name, TESTED, offline=True, on_event=ignore)
+    result = evaluate_run(old / name, PER_STEP, offline=True, on_event=ignore)
     assert result.folder == str(folder)  # the same protocol gives the same folder
     after = json.loads((folder / "summary.json").read_text())
     assert after["protocol"] == before["protocol"] and after["step"] == before["step"]
@@ -207,6 +208,7 @@ def test_a_stored_evaluation_is_found_by_all_of_its_settings(old, monkeypatch):
     changes |= {"split": "val", "tasks": 21, "adapts": "all", "inner_steps": 3, "inner_lr": 0.5}
     changes |= {"checkpoint": "best.pt", "ways": 3, "shots": 5, "classes": "leaf"}
     without_effect = {"device": "cuda", "data_root": "elsewhere", "allow_overlap": True}
+    without_effect |= {"models": "best", "per_step": True, "per_step_tasks": 5}  # parts of a stored test
     assert {item.name for item in fields(EvalConfig)} - changes.keys() == {"bn", *without_effect}
     for name, value in changes.items():
         assert find_evaluation(run, replace(TESTED, **{name: value})) is None, name

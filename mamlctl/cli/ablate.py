@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import planned_grid, run_grid
-from mamlctl.cli.grid_options import PLAN, TEST_OPTIONS, GridOptions
+from mamlctl.cli.grid_options import PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
 from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.fields import OUTPUT
-from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
 if TYPE_CHECKING:
@@ -121,5 +120,5 @@ def _resumed_grid(
         grid,
         rows=tuple(replace(row, config=replace(row.config, **settings)) for row in grid.rows),
         seeds=grid.seeds if seeds is None else tuple(range(first, first + seeds)),
-        evaluate=evaluation_settings(test, "flag"),
+        evaluate=table_settings(test),
     )

@@ -11,17 +11,17 @@ import typer
 
 from mamlctl.cli.common_options import option, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
-from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions
+from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.formatting import plural
 from mamlctl.core.problems import flag
+from mamlctl.data.rules import with_figure
 from mamlctl.display.console import say, stderr_console
 from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
 from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.run_folder import CONFIG
 from mamlctl.settings.evaluation import EvalConfig
-from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Training settings that are also settings of an evaluation.
@@ -54,7 +54,7 @@ def compare(
     settings = options.with_sets(settings)
     if runs:
         _refuse_training(settings, options, algos)
-        return _compare_runs(runs, evaluation_settings({**evaluation, **settings}, "flag"), options)
+        return _compare_runs(runs, table_settings({**evaluation, **settings}), options)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
     if "algo" in settings:
@@ -80,6 +80,8 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
     from mamlctl.report.report_folder import write_files
 
     with options.display() as display:
+        if out is not None:
+            evaluate = with_figure(evaluate)
         table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
     files = [] if out is None else write_files(table, out)
     options.write_table(table)

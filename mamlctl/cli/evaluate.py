@@ -24,6 +24,9 @@ from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
 # Settings of the tasks that a test draws; they have no effect on the user's own images.
 TASK_SETTINGS = (
     "data_root",
+    "models",
+    "per_step",
+    "per_step_tasks",
     *(item.name for item in fields(EvalConfig) if item.metadata["panel"] == EPISODE),
 )
 
@@ -93,7 +96,7 @@ def evaluate(
 ) -> ExitCode:
     """Test a trained run, or classify your own images with it (--support, --query).
 
-    A test scores the best checkpoint and the ensemble of the five best on the same tasks.
+    A test scores the best checkpoint and the ensemble of the five best on the same tasks (see --models).
     """
     if problems := options.problems(settings):
         raise SettingsError(problems)
@@ -112,6 +115,7 @@ def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> ExitCode:
     from mamlctl.experiments.evaluate import evaluate_run
 
     reason: StopReason = ""
+    config = replace(config, per_step=config.per_step or options.plot)
     with options.display() as display:
         result = evaluate_run(run, config, offline=options.offline, on_event=display)
         if options.plot:

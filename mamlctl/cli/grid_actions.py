@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mamlctl.cli.grid_options import GridOptions
+from mamlctl.cli.grid_options import GridOptions, table_settings
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
@@ -19,7 +19,6 @@ from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
 from mamlctl.experiments.interrupts import parse_duration
-from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def planned_grid(
     from mamlctl.experiments.grid.grid import check_rows, resolve_rows
     from mamlctl.experiments.grid.grid_folder import open_grid
 
-    evaluate = evaluation_settings(evaluation, "flag")
+    evaluate = table_settings(evaluation)
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
     resolved = resolve_rows(rows, options.file_layers, settings, seed)
     seeds = 3 if options.seeds is None else options.seeds

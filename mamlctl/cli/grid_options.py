@@ -16,7 +16,9 @@ from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
 from mamlctl.display.comparison_table import show_table
 from mamlctl.display.console import write_json, write_text
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import HARDWARE, OUTPUT
+from mamlctl.settings.merge import evaluation_settings
 
 if TYPE_CHECKING:
     from mamlctl.report.table import Table
@@ -27,9 +29,23 @@ TEST_OPTIONS = (
     "split",
     "disjoint",
     "label_permutations",
+    "models",
+    "per_step",
 )  # of EvalConfig, next to those of TrainConfig
 FORMATS = ("json", "csv", "markdown", "latex")  # of the table
 DRY = ("dry_run", "print_commands", "slurm")  # instead of training and printing a table
+
+
+def table_settings(values: Mapping[str, Any]) -> EvalConfig:
+    """The test settings for the runs of a table.
+
+    Raises SettingsError for invalid values, and for a test without the best checkpoints.
+    """
+    evaluate = evaluation_settings(values, "flag")
+    if evaluate.models == "ensemble":
+        fact = "--models is ensemble, but a table compares the single best checkpoints"
+        raise SettingsError([(fact, "use --models best or all")])
+    return evaluate
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ BatchNorm = Literal["transductive", "running", "support"]
 BatchNormMode = Literal[BatchNorm, "none"]
 # The best checkpoint of a run (the last one before any validation), or the ensemble of the best ones.
 Model = Literal["best", "ensemble"]
+Models = Literal["best", "ensemble", "all"]  # which of them to test
 ClassLevel = Literal["top", "leaf"]  # which folders of a folder of images are classes
 Rotations = Literal["augment", "classes", "none"]
 Augment = Literal["flips", "crops", "flips+crops", "none"]

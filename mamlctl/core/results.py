@@ -78,8 +78,10 @@ class EvalRow:
     inner_steps: int
     bn: BatchNormMode
     epochs: tuple[int, ...]  # of all checkpoints used
-    per_step: tuple[float, ...]  # scores after 0, 1, ..., inner_steps inner steps
+    # Scores after 0, 1, ..., inner_steps inner steps of the first `per_step_tasks` tasks; empty if that is 0.
+    per_step: tuple[float, ...]
     per_step_ci95: tuple[float, ...]
+    per_step_tasks: int
 
 
 @dataclass(frozen=True)

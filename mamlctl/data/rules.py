@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mamlctl.data.sets.registry import (
     is_curve_family,
     is_image_folder,
 )
+from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
 # The usual settings for curves (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
@@ -30,6 +32,8 @@ CURVE_DEFAULTS: Mapping[str, Any] = {
     "inner_steps": 1,
     "eval_inner_steps": 10,
 }
+
+FIGURE_TASKS = 100  # enough to draw a table's curves of adaptation, for a fraction of the test's time
 
 # Settings of a preset that apply to its own data set only, not to another that replaces it.
 OF_CLASSES = ("split_scheme", "split_fractions", "classes", "strict", "rotations", "augment")
@@ -135,3 +139,23 @@ def choice_problems(config: TrainConfig) -> list[Problem]:
 
 def _is_grey(config: TrainConfig, data_set: DataSet) -> bool:
     return (config.channels or data_set.image_shape_CHW[0]) == 1
+
+
+def per_step_settings(settings: EvalConfig, dataset: str) -> EvalConfig:
+    """The settings of a test with those of its scores per inner step in their only form.
+
+    The small networks for curves are always scored after every step.
+
+    Args:
+        settings: the settings of the test.
+        dataset: the data set of the run.
+    """
+    if is_curve_family(dataset):
+        return replace(settings, per_step=True, per_step_tasks=None)
+    is_for_all = settings.curve_tasks in (0, settings.tasks)
+    return replace(settings, per_step_tasks=None) if is_for_all else settings
+
+
+def with_figure(settings: EvalConfig) -> EvalConfig:
+    """The settings of a test that also measures the curve of adaptation in the report of a table."""
+    return settings if settings.per_step else replace(settings, per_step=True, per_step_tasks=FIGURE_TASKS)

@@ -33,7 +33,7 @@ def show_train_result(console: Console, result: TrainResult) -> None:
 
 
 def show_eval_result(console: Console, result: EvalResult) -> None:
-    """Print one row per model, then the scores after each inner step."""
+    """Print one row per model, and the scores after each inner step if they were measured."""
     first = result.rows[0]
     per_class = " per class" if first.ways > 1 else ""
     queries = f"{first.queries} {formatting.plural(first.queries, 'query')}{per_class}"
@@ -49,18 +49,9 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         table.append([row.model, score, str(row.tasks), row.split, row.bn, str(row.inner_steps)])
     say_table(console, table, left=2)
     say(console)
-    unit = " in %" if first.metric == "accuracy" else ""
-    say(console, (f"{score_name}{unit} after each inner step", "bold"))
-    # Split the columns into blocks, because a terminal would wrap longer lines.
-    longest = max(len(row.model) for row in result.rows)
-    columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
-    for begin in range(0, len(first.per_step), columns):
-        steps = range(begin, min(begin + columns, len(first.per_step)))
-        table = [["model", *map(str, steps)]]
-        scale = 100 if first.metric == "accuracy" else 1
-        table += [[row.model, *(f"{scale * row.per_step[at]:.2f}" for at in steps)] for row in result.rows]
-        say_table(console, table, left=1, min_width=6)
-    say(console)
+    if first.per_step:
+        _show_per_step(console, result, score_name)
+        say(console)
     for row in result.rows:
         if row.epochs:
             epochs = formatting.plural(len(row.epochs), "epoch")
@@ -73,3 +64,20 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     )
     for picture in result.pictures:
         say(console, f"picture  {picture}")
+
+
+def _show_per_step(console: Console, result: EvalResult, score_name: str) -> None:
+    """Print the scores after each inner step, and on which tasks if not on all of them."""
+    first = result.rows[0]
+    unit = " in %" if first.metric == "accuracy" else ""
+    tasks = "" if first.per_step_tasks == first.tasks else f", first {first.per_step_tasks} tasks"
+    say(console, (f"{score_name}{unit} after each inner step{tasks}", "bold"))
+    # Split the columns into blocks, because a terminal would wrap longer lines.
+    longest = max(len(row.model) for row in result.rows)
+    columns = max((console.width - longest) // 8, 1) if console.is_terminal else len(first.per_step)
+    for begin in range(0, len(first.per_step), columns):
+        steps = range(begin, min(begin + columns, len(first.per_step)))
+        table = [["model", *map(str, steps)]]
+        scale = 100 if first.metric == "accuracy" else 1
+        table += [[row.model, *(f"{scale * row.per_step[at]:.2f}" for at in steps)] for row in result.rows]
+        say_table(console, table, left=1, min_width=6)

@@ -15,9 +15,10 @@ from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.literals import Model
 from mamlctl.core.results import EvalResult, EvalRow, named
 from mamlctl.core.statistics import mean_ci95
+from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.devices import device_words
-from mamlctl.engine.evaluation.evaluator import EvaluationPlan, Scores, evaluate
+from mamlctl.engine.evaluation.evaluator import EvaluationPlan, ModelScores, Scores, evaluate
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
 from mamlctl.experiments.grid.evaluation_files import write_evaluation
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
@@ -26,7 +27,7 @@ from mamlctl.settings.evaluation import EvalConfig
 
 
 def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> EvalResult:
-    """Evaluate a run's best checkpoint and the ensemble of its best ones; write eval/<split>-<digest>/.
+    """Evaluate a run's best checkpoint, the ensemble of its best ones, or both; write eval/<split>-<digest>/.
 
     Args:
         path: the run folder.
@@ -43,6 +44,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         on_event(Notice(reason))
     # Each file has one spelling, so that it is not evaluated twice.
     settings = replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
+    settings = per_step_settings(settings, model.config.dataset)
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)
@@ -55,7 +57,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     # Created before the evaluation, so that no work is lost if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
     scores = _scores(model, settings, on_event)
-    rows = _eval_rows(model, settings, scores)
+    rows, columns = _eval_rows(model, settings, scores)
     seconds = time.monotonic() - started
     summary = {
         "format": 1,
@@ -67,9 +69,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "device": device_words(model.device),
         "seconds": seconds,
     }
-    columns = [scores.single[0][:, -1], scores.ensemble[:, -1]]
-    models = [row.model for row in rows]
-    write_evaluation(folder, summary, dict(zip(models, columns, strict=False)))
+    write_evaluation(folder, summary, columns)
     return EvalResult(
         run=str(model.run.path),
         dataset=model.config.dataset,
@@ -88,33 +88,53 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
         model.derivatives,
         model.states,
         model.stream if orders == 1 else LabelPermutations(model.stream, orders),
-        EvaluationPlan(settings.tasks * orders, model.inner_steps, model.statistics, model.predict),
+        EvaluationPlan(
+            tasks=settings.tasks * orders,
+            inner_steps=model.inner_steps,
+            statistics=model.statistics,
+            predict=model.predict,
+            curve_tasks=settings.curve_tasks * orders,
+        ),
         on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
     )
     if orders == 1:
         return scores
     *single, ensemble = (
-        part.reshape(settings.tasks, orders, -1).mean(1) for part in (*scores.single, scores.ensemble)
+        ModelScores(
+            part.last_T.reshape(settings.tasks, orders).mean(1),
+            part.curve_TI.reshape(len(part.curve_TI) // orders, orders, part.curve_TI.shape[1]).mean(1),
+        )
+        for part in (*scores.single, scores.ensemble)
     )
     return Scores(single, ensemble)
 
 
-def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> list[EvalRow]:
-    """A row for the best checkpoint, and one for the ensemble if there was a validation."""
+def _eval_rows(
+    model: TrainedModel, settings: EvalConfig, scores: Scores
+) -> tuple[list[EvalRow], dict[str, NDArray[np.float64]]]:
+    """A row for the best checkpoint, and one for the ensemble if there was a validation.
+
+    Returns:
+        The rows that the settings ask for, and the scores of all tasks by model.
+    """
     config, epochs = model.config, tuple(model.epochs)
-    models: list[tuple[str, Model, NDArray[np.float64], tuple[int, ...]]]
+    models: list[tuple[str, Model, ModelScores, tuple[int, ...]]]
     models = [("best" if epochs else "last", "best", scores.single[0], epochs[:1])]
     if epochs:
         models.append((f"ensemble-{len(model.states)}", "ensemble", scores.ensemble, epochs))
-    rows = []
-    for name, kind, scores_TI, epochs_used in models:
-        means, halves = zip(*(mean_ci95(scores_T) for scores_T in scores_TI.T), strict=True)
+    rows, columns = [], {}
+    for name, kind, of_model, epochs_used in models:
+        if settings.models not in ("all", kind):
+            continue
+        columns[name] = of_model.last_T
+        score, ci95 = mean_ci95(of_model.last_T)
+        curve = [mean_ci95(scores_T) for scores_T in of_model.curve_TI.T]
         row = EvalRow(
             model=name,
             kind=kind,
             metric=model.derivatives.net.objective.metric,
-            score=means[-1],
-            ci95=halves[-1],
+            score=score,
+            ci95=ci95,
             tasks=settings.tasks,
             split=settings.split,
             ways=config.ways,
@@ -123,8 +143,9 @@ def _eval_rows(model: TrainedModel, settings: EvalConfig, scores: Scores) -> lis
             inner_steps=model.inner_steps,
             bn=model.bn,
             epochs=epochs_used,
-            per_step=means,
-            per_step_ci95=halves,
+            per_step=tuple(mean for mean, _ in curve),
+            per_step_ci95=tuple(half for _, half in curve),
+            per_step_tasks=len(of_model.curve_TI),
         )
         rows.append(row)
-    return rows
+    return rows, columns

@@ -115,6 +115,8 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
+    if settings.per_step_tasks is not None and not settings.per_step:
+        problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
     unused |= {

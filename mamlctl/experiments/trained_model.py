@@ -114,6 +114,9 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
     notes += damage
+    if settings.models == "ensemble" and not epochs:
+        fact = f"--models is ensemble, but {run.path} has not been validated yet"
+        raise SettingsError([(fact, "use --models best")])
     if settings.ways not in (None, run.config.ways):
         words = head_words(run.config, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
@@ -187,6 +190,8 @@ def load_states(
     loaded: dict[Path, tuple[MetaState, int | None]] = {}
     errors = list[MamlctlError]()
     for file in dict.fromkeys((files[0], *others[:1], *files[1:], *others[1:])):
+        if loaded and settings.models == "best":
+            break
         if file in files or not loaded:
             try:
                 loaded[file] = _load_state(run, file, settings, example_shape, device)

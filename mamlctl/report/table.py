@@ -40,7 +40,8 @@ class Score:
     ci95: float  # half width for new tasks, of the mean over seeds
     deviation: float | None  # standard deviation over seeds; None with one seed
     per_seed: tuple[float, ...]
-    per_step: tuple[float, ...]  # after 0, 1 ... inner steps, mean over seeds
+    per_step: tuple[float, ...]  # after 0, 1 ... inner steps, mean over seeds; empty if not measured
+    per_step_tasks: int  # the number of tasks, the first ones, behind `per_step`; the least over seeds
     difference: Difference | None  # from the baseline; None in its own row, or without shared seeds
     p_holm: float | None  # the difference's p, corrected across the rows of the table
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from mamlctl.core.literals import Adapts, BatchNorm, ClassLevel, Split
+from mamlctl.core.literals import Adapts, BatchNorm, ClassLevel, Models, Split
 from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, NETWORK, SEEDS, setting
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -48,12 +48,24 @@ class EvalConfig:
     checkpoint: str | None = setting(
         None, NETWORK, "Checkpoint of the run (default: the best ones), e.g. epoch-0003.pt."
     )
+    models: Models = setting(
+        "all", NETWORK, "What to test: the best checkpoint, the ensemble of the best ones, or both."
+    )
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the test tasks (default: the run's).", least=0, below=SEEDS
     )
     adapts: Adapts | None = setting(None, INNER, "Layers that the inner loop changes (default: the run's).")
     inner_steps: int | None = setting(
         None, INNER, "Inner steps (gradient steps on the support set; default: the run's).", least=0
+    )
+    per_step: bool = setting(
+        False,
+        INNER,
+        "Also score the queries after every inner step, which takes longer; implied by --plot and by curves.",
+        before=True,
+    )
+    per_step_tasks: int | None = setting(
+        None, INNER, "With --per-step: how many of the first tasks to score so (default: all).", least=2
     )
     inner_lr: float | None = setting(
         None, INNER, "Inner learning rate, if it was not learnt (default: the run's).", above=0, below=LARGEST
@@ -70,6 +82,11 @@ class EvalConfig:
     data_root: str | None = setting(
         None, HARDWARE, "Folder of prepared data sets (default: the run's).", decides=False
     )
+
+    @property
+    def curve_tasks(self) -> int:
+        """The number of tasks, the first ones, that are scored after every inner step."""
+        return min(self.per_step_tasks or self.tasks, self.tasks) if self.per_step else 0
 
     def over(self, trained: TrainConfig) -> TrainConfig:
         """The settings of a trained run, with the values that this evaluation replaces."""

@@ -154,8 +154,10 @@ def test_a_kept_checkpoint_has_the_score_of_its_validation(whole):
         trainer.streams["val"],
         EvaluationPlan(10, 3, Statistics.OWN),
     )
-    assert scores.single[0][:, -1].mean() == pytest.approx(content["val_score"], abs=1e-12)
-    assert np.array_equal(scores.ensemble, scores.single[0]), "an ensemble of one equals the model"
+    assert scores.single[0].last_T.mean() == pytest.approx(content["val_score"], abs=1e-12)
+    assert np.array_equal(scores.ensemble.last_T, scores.single[0].last_T), (
+        "an ensemble of one equals the model"
+    )
 
 
 def test_every_meta_step_sends_an_event_and_reports_follow_report_every(tmp_path):
@@ -382,5 +384,5 @@ def test_an_evaluation_that_runs_out_of_memory_continues_with_fewer_tasks(whole)
     models = trainer.derivatives, [trainer.state], trainer.streams["val"]
     at_once = evaluate(*models, plan)
     chunked = evaluate(*models, replace(plan, predict=small_device))
-    assert np.array_equal(chunked.ensemble, at_once.ensemble)
+    assert np.array_equal(chunked.ensemble.last_T, at_once.ensemble.last_T)
     assert chunks == [10, 5, 3, 3, 3, 1]

@@ -49,7 +49,7 @@ def test_a_label_that_does_not_list_the_improvements_is_kept():
 
 def equal_runs(label, config):
     scores = {"best": np.array([0.4, 0.6])}
-    evaluation = StoredEvaluation({"bn": "transductive"}, scores, {}, 0, ())
+    evaluation = StoredEvaluation({"bn": "transductive"}, scores, {}, 0, 0, ())
     return _RowRuns(RowSpec(label, config, ()), (), {0: evaluation})
 
 

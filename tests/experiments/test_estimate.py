@@ -28,14 +28,16 @@ def test_the_total_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
 
     def measured(config, offline, on_event):
         calls.append(config.inner_steps)
-        return module.Cost(dict.fromkeys(module._phases(config), 0.5), 0.01 * config.inner_steps)
+        task_s = 0.01 * config.inner_steps
+        return module.Cost(dict.fromkeys(module._phases(config), 0.5), task_s, 3 * task_s)
 
     monkeypatch.setattr(module, "_measure", measured)
     grid = tiny_grid(tmp_path / "g", glyphs_root, "inner_steps=2,3", "meta_lr=0.1,0.01", seeds=(0, 1, 2))
     result = estimate(grid, 2, offline=True, on_event=ignore)
     assert sorted(calls) == [2, 3]  # the meta learning rate does not affect the time
     assert (result.cells, result.meta_steps, result.workers) == (12, 12 * 6, 2)
-    each = [6 * 0.5 + 2 * 6 * 0.01 * steps + 12 * 2 * 0.01 * steps for steps in (2, 2, 3, 3)]
+    # Six validation tasks per epoch; twelve test tasks for two models, scored after every inner step.
+    each = [6 * 0.5 + 2 * 6 * 0.01 * steps + 12 * 2 * 0.03 * steps for steps in (2, 2, 3, 3)]
     assert [row.train_s + row.test_s for row in result.rows] == pytest.approx(each)
     assert result.seconds == pytest.approx(3 * sum(each) / 2)
     assert [row.step_s for row in result.rows] == pytest.approx([0.5] * 4)

@@ -143,10 +143,10 @@ def test_one_order_is_a_plain_evaluation(trained):
         opened.derivatives,
         opened.states,
         opened.stream,
-        EvaluationPlan(TASKS, opened.inner_steps, opened.statistics, opened.predict),
+        EvaluationPlan(TASKS, opened.inner_steps, opened.statistics, opened.predict, curve_tasks=TASKS),
     )
-    result, _, summary = scores_of(trained("maml"))
-    assert result.rows[0].per_step == pytest.approx(scores.single[0].mean(0), abs=0)
+    result, _, summary = scores_of(trained("maml"), per_step=True)
+    assert result.rows[0].per_step == pytest.approx(scores.single[0].curve_TI.mean(0), abs=0)
     assert {"disjoint", "label_permutations"}.isdisjoint(summary["protocol"])
     assert result.notes == () and summary["notes"] == [] and summary["step"] == 8
 
@@ -243,3 +243,89 @@ def test_curves_have_shots_but_no_ways(trained):
     assert loaded(path, shots=5).stream.shots == 5
     with pytest.raises(SettingsError, match="--ways has no effect with sinusoid"):
         loaded(path, ways=2)
+
+
+EVERY = ["maml", "maml++", "anil", "meta-sgd", "reptile", "transfer", "protonet", "nearest"]
+
+
+@pytest.mark.parametrize("bn", ["transductive", "support"])
+@pytest.mark.parametrize("algo", EVERY)
+def test_the_last_step_alone_has_the_scores_of_the_whole_curve(trained, algo, bn):
+    """To the bit, for tasks in other chunks too."""
+    model = loaded(trained(algo), bn=bn)
+    plan = EvaluationPlan(TASKS, model.inner_steps, model.statistics, model.predict)
+    last, part, whole = (
+        evaluate(model.derivatives, model.states, model.stream, replace(plan, curve_tasks=tasks))
+        for tasks in (0, 3, TASKS)
+    )
+    for one, some, every in zip(
+        (*last.single, last.ensemble),
+        (*part.single, part.ensemble),
+        (*whole.single, whole.ensemble),
+        strict=True,
+    ):
+        assert len(one.curve_TI) == 0 and every.curve_TI.shape == (TASKS, model.inner_steps + 1)
+        assert np.array_equal(every.curve_TI[:, -1], every.last_T)
+        assert np.array_equal(one.last_T, every.last_T) and np.array_equal(some.last_T, every.last_T)
+        assert np.array_equal(some.curve_TI, every.curve_TI[:3])
+
+
+def test_scores_per_step_are_of_the_first_tasks(trained):
+    path = trained("maml")
+    every, _, _ = scores_of(path, per_step=True)
+    some, _, summary = scores_of(path, per_step=True, per_step_tasks=3)
+    none, _, _ = scores_of(path)
+    model = loaded(path)
+    plan = EvaluationPlan(3, model.inner_steps, model.statistics, model.predict, curve_tasks=3)
+    first = evaluate(model.derivatives, model.states, model.stream, plan)
+    for row, want in zip(some.rows, (first.single[0], first.ensemble), strict=True):
+        assert row.per_step == pytest.approx(want.curve_TI.mean(0), abs=0)
+        assert row.per_step_tasks == 3 and len(row.per_step_ci95) == len(row.per_step)
+    assert summary["protocol"]["per_step_tasks"] == 3
+    assert [row.per_step for row in none.rows] == [(), ()] and none.rows[0].per_step_tasks == 0
+    assert every.rows[0].per_step_tasks == TASKS and every.rows[0].per_step[-1] == every.rows[0].score
+    assert [row.score for row in every.rows] == [row.score for row in some.rows]
+    assert [row.score for row in every.rows] == [row.score for row in none.rows]
+    with pytest.raises(SettingsError, match="--per-step-tasks has no effect without --per-step"):
+        loaded(path, per_step_tasks=3)
+
+
+def test_curves_are_always_scored_after_every_step(trained):
+    path = trained("maml", dataset="sinusoid")
+    plain, asked = (
+        evaluate_run(path, EvalConfig(tasks=TASKS, per_step=per_step), offline=True, on_event=ignore)
+        for per_step in (False, True)
+    )
+    assert plain.folder == asked.folder and plain.rows[0].per_step_tasks == TASKS
+
+
+def test_one_model_can_be_tested_without_the_others(trained):
+    path = trained("maml++")
+    both, scores, _ = scores_of(path)
+    for place, models in enumerate(("best", "ensemble")):
+        settings = EvalConfig(tasks=TASKS, models=models)
+        result = evaluate_run(path, settings, offline=True, on_event=ignore)
+        assert result.rows == (both.rows[place],) and result.folder != both.folder
+        assert find_evaluation(open_run(path), settings).scores.keys() == {models}
+    assert len(loaded(path, models="best").states) == 1
+    assert scores.shape == (TASKS, 2)
+
+
+def test_a_stored_evaluation_answers_requests_for_a_part_of_it(trained):
+    run, test = open_run(trained("boil")), EvalConfig(tasks=TASKS)
+    some = replace(test, per_step=True, per_step_tasks=3)
+    best = replace(test, models="best")
+
+    def found(settings):
+        evaluation = find_evaluation(run, settings)
+        return None if evaluation is None else (evaluation.per_step_tasks, len(evaluation.scores))
+
+    evaluate_run(run.path, best, offline=True, on_event=ignore)
+    assert (found(best), found(test), found(some)) == ((0, 1), None, None)
+    evaluate_run(run.path, some, offline=True, on_event=ignore)
+    assert (found(test), found(some)) == ((3, 2), (3, 2))
+    assert found(replace(some, per_step_tasks=4)) is None
+    evaluate_run(run.path, replace(test, per_step=True), offline=True, on_event=ignore)
+    assert found(some) == (3, 2) and found(replace(some, per_step_tasks=4)) == (TASKS, 2)
+    evaluate_run(run.path, test, offline=True, on_event=ignore)
+    assert found(test) == (0, 2)

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,8 @@ def tested(tmp_path_factory, glyphs_root):
     path = tmp_path_factory.mktemp("tested") / "run"
     config = tiny_grid(path.parent / "grid", glyphs_root, "inner_lr=0.1,0.2", seeds=(0,)).cells[0].config
     train(config, out=path, offline=True, time_limit_s=None, command="mamlctl train", on_event=ignore)
-    folder = evaluate_run(path, TESTED, offline=True, on_event=ignore).folder
+    per_step = replace(TESTED, per_step=True)  # which has the most values
+    folder = evaluate_run(path, per_step, offline=True, on_event=ignore).folder
     return SimpleNamespace(run=path, folder=path / "eval" / folder.split("/")[-1], table=table_of(path))
 
 

@@ -49,6 +49,7 @@ def score(rng, mean, *, seeds=3, inner_steps=5, gain=None, p=0.2, metric="accura
         deviation=float(np.std(per_seed, ddof=1)) if seeds > 1 else None,
         per_seed=per_seed,
         per_step=tuple(float(x) for x in start + (mean - start) * share),
+        per_step_tasks=100,
         difference=None if gain is None else difference(gain, p, seeds=seeds),
         p_holm=None if gain is None else min(8 * p, 1.0),
     )

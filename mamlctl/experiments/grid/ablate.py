@@ -124,7 +124,7 @@ def grid_table(grid: Grid, failed: Mapping[str, str]) -> Table:
         cells = [cell for cell in grid.cells if cell.row == row]
         runs = [RunReference.of_cell(cell, failed.get(cell.name, "")) for cell in cells]
         rows.append(RowSpec(row.label, row.config, tuple(runs)))
-    return tabulate(grid.plan, rows, grid.evaluate, root=grid.folder, commands=[grid.command])
+    return tabulate(grid.plan, rows, grid.test, root=grid.folder, commands=[grid.command])
 
 
 @contextmanager

@@ -186,8 +186,19 @@ def _score(row: _RowRuns, model: Model) -> Score | None:
     scores_ST = np.stack(list(by_seed.values()))
     per_seed = tuple(scores_ST.mean(1).tolist())
     mean, ci95 = mean_ci95(scores_ST.mean(0))
-    per_step = np.mean([row.evaluations[seed].per_step[model] for seed in by_seed], axis=0)
-    return Score(mean, ci95, over_seeds(per_seed)[1], per_seed, tuple(per_step.tolist()), None, None)
+    evaluations = [row.evaluations[seed] for seed in by_seed]
+    curve_tasks = min(evaluation.per_step_tasks for evaluation in evaluations)
+    curve = np.mean([evaluation.per_step[model] for evaluation in evaluations], axis=0) if curve_tasks else []
+    return Score(
+        mean=mean,
+        ci95=ci95,
+        deviation=over_seeds(per_seed)[1],
+        per_seed=per_seed,
+        per_step=tuple(map(float, curve)),
+        per_step_tasks=curve_tasks,
+        difference=None,
+        p_holm=None,
+    )
 
 
 def _paired_difference(row: Scores, baseline: Scores) -> Difference | None:

@@ -47,7 +47,7 @@ def _flag_words(name: str, value: Any) -> list[str]:
 
 def cell_lines(grid: Grid) -> list[str]:
     """A shell line per cell, which trains or resumes the cell and tests it."""
-    return [_cell_line(cell, cell_test(cell, grid.evaluate)) for cell in grid.cells]
+    return [_cell_line(cell, cell_test(cell, grid.test)) for cell in grid.cells]
 
 
 def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:

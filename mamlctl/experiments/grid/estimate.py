@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
+from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -66,6 +67,7 @@ class Cost:
 
     meta_step_s: Mapping[Phase, float]
     task_s: float  # per validation or test task
+    curve_task_s: float  # per test task that is scored after every inner step
 
 
 def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> Estimate:
@@ -94,7 +96,7 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
             key = repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
             if key not in costs:
                 costs[key] = _measure(config, offline, on_event)
-            rows.append(_row_estimate(row.label, config, grid.evaluate, costs[key]))
+            rows.append(_row_estimate(row.label, config, grid.test, costs[key]))
     finally:
         torch.set_num_threads(threads)
     mean_s = statistics.mean(row.train_s + row.test_s for row in rows)
@@ -112,7 +114,11 @@ def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: C
     epochs = _phases(config)
     steps_s = sum(cost.meta_step_s[phase] * epochs[phase] for phase in epochs) * config.steps_per_epoch
     validation_s = cost.task_s * config.val_tasks * config.epochs
-    test_s = cost.task_s * evaluate.tasks * evaluate.label_permutations * min(config.epochs, KEPT)
+    evaluate = per_step_settings(evaluate, config.dataset)
+    curves = evaluate.curve_tasks
+    models = 1 if evaluate.models == "best" else min(config.epochs, KEPT)
+    task_s = cost.task_s * (evaluate.tasks - curves) + cost.curve_task_s * curves
+    test_s = task_s * evaluate.label_permutations * models
     return RowEstimate(
         label, config.total_steps, steps_s / config.total_steps, steps_s + validation_s, test_s
     )
@@ -147,9 +153,14 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
         once = partial(_one_step, config, runner, streams["train"], epoch)
         seconds = [_timed(once, device) for _ in range(TIMED)]
         meta_step_s[phase] = statistics.median(seconds)
-    some_tasks = partial(_some_tasks, config, net, state, streams["val"])
-    tasks_s = min(_timed(some_tasks, device) for _ in range(2))
-    return Cost(meta_step_s, tasks_s / TASKS)
+    task_s, curve_task_s = (
+        min(
+            _timed(partial(_some_tasks, config, net, state, streams["val"], curves), device) for _ in range(2)
+        )
+        / TASKS
+        for curves in (0, TASKS)
+    )
+    return Cost(meta_step_s, task_s, curve_task_s)
 
 
 def _one_step(config: TrainConfig, runner: MetaStep | Captured, stream: Tasks, epoch: int) -> None:
@@ -157,12 +168,12 @@ def _one_step(config: TrainConfig, runner: MetaStep | Captured, stream: Tasks, e
     runner.apply(measured, epoch, 0.0)
 
 
-def _some_tasks(config: TrainConfig, net: Net, state: MetaState, stream: Tasks) -> None:
+def _some_tasks(config: TrainConfig, net: Net, state: MetaState, stream: Tasks, curve_tasks: int) -> None:
     evaluate(
         select_derivatives(evaluation_net(config, net), state.example_tensor, config.engine),
         [state],
         stream,
-        evaluation_plan(config, TASKS),
+        replace(evaluation_plan(config, TASKS), curve_tasks=curve_tasks),
     )
 
 

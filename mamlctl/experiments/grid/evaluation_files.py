@@ -57,6 +57,12 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
+def per_step_tasks(summary: Mapping[str, Any]) -> int:
+    """How many tasks, the first ones, were scored after every inner step; older versions scored all so."""
+    protocol, rows = summary["protocol"], summary["results"]
+    return min(int(row.get("per_step_tasks", protocol["tasks"])) for row in rows)
+
+
 def read_scores(folder: Path, summary: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
     """The score of every task, by model. Raises MamlctlError if a file is damaged."""
     try:
@@ -99,8 +105,11 @@ def _problem_of_row(row: object) -> str:
         values = row.get(name)
         if not isinstance(values, list) or not all(map(_is_number, values)):
             return f"{name} is {values!r:.40}"
-    count, steps = len(row["per_step"]), row.get("inner_steps")
-    return "" if count - 1 == steps else f"per_step has {count} values for {steps!r:.40} inner steps"
+    count, steps, tasks = len(row["per_step"]), row.get("inner_steps"), row.get("per_step_tasks", 1)
+    if not isinstance(tasks, int) or isinstance(tasks, bool):
+        return f"per_step_tasks is {tasks!r:.40}"
+    fits = count - 1 == steps if tasks else count == 0
+    return "" if fits else f"per_step has {count} values for {steps!r:.40} inner steps"
 
 
 def _is_number(value: object) -> bool:

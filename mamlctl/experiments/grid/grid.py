@@ -10,6 +10,7 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag
+from mamlctl.data.rules import with_figure
 from mamlctl.experiments.grid.plans import OF_TASKS, PlannedRow, as_unimproved
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.settings.evaluation import EvalConfig
@@ -61,6 +62,11 @@ class Grid:
     evaluate: EvalConfig
     command: str  # the command line that created it
     left_out: tuple[str, ...] = ()  # rows of the plan that would be equal to others
+
+    @property
+    def test(self) -> EvalConfig:
+        """The test of every cell: `evaluate`, and the scores for the report's figure of adaptation."""
+        return with_figure(self.evaluate)
 
     @property
     def cells(self) -> list[GridCell]:

@@ -121,7 +121,7 @@ class Scheduler:
             cell.name,
             cell.folder,
             train=(*train_arguments(cell.config), *offline),
-            evaluate=(*cell_test(cell, self._grid.evaluate), "--quiet", *offline),
+            evaluate=(*cell_test(cell, self._grid.test), "--quiet", *offline),
             overrides=(*overrides, *offline),
         )
 
@@ -176,4 +176,4 @@ class Scheduler:
 
 
 def _evaluation(cell: GridCell, grid: Grid) -> StoredEvaluation | None:
-    return find_evaluation(RunFolder(cell.folder, cell.config), grid.evaluate)
+    return find_evaluation(RunFolder(cell.folder, cell.config), grid.test)

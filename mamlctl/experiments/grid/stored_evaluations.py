@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellStatus, Metric, Model
+from mamlctl.core.literals import CellStatus, Metric, Model, Models
 from mamlctl.core.metrics_rows import rows_of
-from mamlctl.data.rules import metric_of
+from mamlctl.data.rules import metric_of, per_step_settings
 from mamlctl.data.sets.registry import is_curve_family
-from mamlctl.experiments.grid.evaluation_files import read_scores, read_summary
+from mamlctl.experiments.grid.evaluation_files import per_step_tasks, read_scores, read_summary
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import (
     EVALUATIONS,
@@ -29,6 +29,9 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.evaluation import EvalConfig
 
+# Settings that decide what an evaluation contains, but not its scores.
+OF_CONTENT = ("models", "per_step", "per_step_tasks")
+
 NEAR = 0.99  # share of the last validation's score that counts as reaching it
 
 
@@ -38,7 +41,8 @@ class StoredEvaluation:
 
     protocol: Mapping[str, Any]
     scores: Mapping[Model, NDArray[np.float64]]  # for every task
-    per_step: Mapping[Model, Sequence[float]]  # means after 0, 1, ..., I inner steps
+    per_step: Mapping[Model, Sequence[float]]  # means after 0, 1, ..., I inner steps, or empty
+    per_step_tasks: int  # the number of tasks, the first ones, behind `per_step`
     ensemble_size: int
     notes: tuple[str, ...]
 
@@ -46,31 +50,48 @@ class StoredEvaluation:
 def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
     """The evaluation of the run's current checkpoint with these settings; None if there is none yet.
 
-    Raises MamlctlError if it is damaged.
+    It may contain more than they ask for: other models, or scores after every inner step. The one with the
+    fewest of those is returned. Raises MamlctlError if one is damaged.
     """
     settings = replace(settings, checkpoint=run.checkpoint_name(settings.checkpoint))
+    settings = per_step_settings(settings, run.config.dataset)
     evaluated = settings.over(run.config)
     required = {
-        name: value for name, value in protocol_settings(settings, evaluated).items() if name not in OF_RUN
+        name: value
+        for name, value in protocol_settings(settings, evaluated).items()
+        if name not in (*OF_RUN, *OF_CONTENT)
     }
     sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
     if is_curve_family(run.config.dataset) and settings.ways is None:
         sizes["ways"] = 1
+    answers = list[tuple[int, Path, dict[str, Any]]]()
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         summary = read_summary(path)
-        protocol = {key: value for key, value in summary["protocol"].items() if key not in OF_RUN}
+        left_out = (*OF_RUN, *OF_CONTENT)
+        protocol = {key: value for key, value in summary["protocol"].items() if key not in left_out}
         digest = protocol.pop("dataset_digest", None)
         # Evaluations of an earlier checkpoint or of other images do not count.
         same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
         same &= all(summary["protocol"].get(name) == value for name, value in sizes.items())
         same &= summary.get("owner", run.owner) == run.owner  # otherwise config.yaml is damaged
-        if same and summary.get("step") == run.state().step:
-            return _load_evaluation(path.parent, summary)
-    return None
+        if same and summary.get("step") == run.state().step and _contains(summary, settings):
+            answers.append((per_step_tasks(summary), path.parent, summary))
+    if not answers:
+        return None
+    _, folder, summary = min(answers, key=lambda answer: answer[0])
+    return _load_evaluation(folder, summary, settings.models)
 
 
-def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluation:
-    results, scores = summary["results"], read_scores(folder, summary)
+def _contains(summary: Mapping[str, Any], settings: EvalConfig) -> bool:
+    """Whether an evaluation has the models and the scores per inner step that the settings ask for."""
+    kinds = {row["kind"] for row in summary["results"]}
+    has_models = summary["protocol"].get("models", "all") == "all" or settings.models in kinds
+    return has_models and per_step_tasks(summary) >= settings.curve_tasks
+
+
+def _load_evaluation(folder: Path, summary: Mapping[str, Any], models: Models) -> StoredEvaluation:
+    scores = read_scores(folder, summary)
+    results = [row for row in summary["results"] if models in ("all", row["kind"])]
     return StoredEvaluation(
         summary["protocol"],
         {row["kind"]: scores[row["model"]] for row in results},
@@ -79,6 +100,7 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any]) -> StoredEvaluati
             row["kind"]: [math.nan if value is None else float(value) for value in row["per_step"]]
             for row in results
         },
+        per_step_tasks(summary),
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes") or ()),
     )

@@ -66,7 +66,8 @@ def pictures(table: Table) -> Iterator[Picture]:
     title = f"Differences from {table.baseline}"
     yield from _parts(table, "differences", title, measured, BARS, differences)
     adapted = [row for row in others if row.best and len(row.best.per_step) > 1]
-    yield from _parts(table, "adaptation", "Test score after each inner step", adapted, PANELS, adaptation)
+    title = f"Test score after each inner step{_of_tasks(table)}"
+    yield from _parts(table, "adaptation", title, adapted, PANELS, adaptation)
     learnt = [row for row in table.rows if mean_rates(row)]
     yield from _parts(table, "rates", "Learnt inner rates, mean over seeds", learnt, HEATS, rates)
 
@@ -125,6 +126,13 @@ def _unfinished(ax: Axes, cell: Cell) -> None:
     ax.plot(steps[-1:], values[-1:], "x", color=style.RED, markersize=5)
 
 
+def _of_tasks(table: Table) -> str:
+    """Which tasks were scored after every inner step; "" for all of them."""
+    counts = {row.best.per_step_tasks for row in table.rows if row.best and row.best.per_step}
+    first = " or ".join(map(str, sorted(counts)))
+    return "" if counts <= {table.tasks} else f", first {first} of {table.tasks} tasks"
+
+
 def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
     """Draw a panel per row: the test score after 0, 1 ... inner steps, with the baseline in grey.
 
@@ -137,12 +145,12 @@ def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
         shown = [row for row in (*rows, *table.rows) if row.best and row in (*rows, _baseline(table))]
         for row, ax in zip(rows, axes, strict=False):
             base = _baseline(table, row)
-            if base and base.best:
+            if base and base.best and base.best.per_step:
                 _adaptation_line(ax, base.best, style.CALM, table.baseline)
             assert row.best is not None  # pictures() passes only rows with a score
             _adaptation_line(ax, row.best, style.BLUE, "this row")
             ax.locator_params(axis="x", integer=True, nbins=5)
-        _cut(figure, axes[0], [row.best.per_step for row in shown if row.best])
+        _cut(figure, axes[0], [row.best.per_step for row in shown if row.best and row.best.per_step])
         _legend(figure, axes)
     return figure
 
