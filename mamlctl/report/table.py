@@ -138,3 +138,10 @@ class Table:
     def most_seeds(self) -> int:
         """The number of seeds of the row that was tested with the most."""
         return max((len(row.best.per_seed) for row in self.rows if row.best), default=0)
+
+    @property
+    def per_step_words(self) -> str:
+        """Which tasks were scored after every inner step, for a title; "" for all of them."""
+        counts = {row.best.per_step_tasks for row in self.rows if row.best and row.best.per_step}
+        first = " or ".join(map(str, sorted(counts)))
+        return "" if counts <= {self.tasks} else f", first {first} of {self.tasks} tasks"

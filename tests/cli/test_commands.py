@@ -145,7 +145,8 @@ def test_train_json_is_one_document(cli, tmp_path):
 
 
 def test_eval_json_is_the_documented_object(cli, trained):
-    code, out, _ = cli("eval", trained, "--split", "test", "--tasks", "9", "--json")
+    words = "eval", trained, "--split", "test", "--tasks", "9", "--json"
+    code, out, _ = cli(*words, "--per-step")
     assert code == 0
     document = json.loads(out)
     best, ensemble = document["results"]
@@ -154,7 +155,7 @@ def test_eval_json_is_the_documented_object(cli, trained):
         assert {"accuracy", "ci95", "tasks", "split", "bn", "per_step"} <= row.keys()
         assert (row["tasks"], row["split"], row["bn"]) == (9, "test", "transductive")
         assert len(row["per_step"]) == 3
-        assert row["per_step"][-1] == row["accuracy"]
+        assert row["per_step"][-1] == row["accuracy"] and row["per_step_tasks"] == 9
     folder = Path(document["folder"])
     assert folder.parent == trained / "eval"
     summary = json.loads((folder / "summary.json").read_text())
@@ -164,6 +165,10 @@ def test_eval_json_is_the_documented_object(cli, trained):
     assert len(lines) == 10
     mean = sum(float(line.split(",")[1]) for line in lines[1:]) / 9
     assert mean == pytest.approx(best["accuracy"], abs=1e-5)
+    absent = {"per_step": [], "per_step_ci95": [], "per_step_tasks": 0}
+    last_steps = json.loads(cli(*words)[1])["results"]
+    assert last_steps == [row | absent for row in document["results"]]
+    assert json.loads(cli(*words, "--models", "best")[1])["results"] == last_steps[:1]
 
 
 def test_eval_depends_only_on_its_settings(cli, trained):
@@ -186,7 +191,7 @@ def test_eval_table_names_both_rows_and_the_protocol(cli, trained):
 
 def test_eval_accepts_other_numbers_of_inner_steps(cli, trained):
     for steps in (1, 4):
-        row = json.loads(cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--json")[1])[
+        row = json.loads(cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--per-step", "--json")[1])[
             "results"
         ][0]
         assert len(row["per_step"]) == steps + 1

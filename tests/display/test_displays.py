@@ -237,6 +237,7 @@ def an_evaluation(inner_steps: int = 5, ci95: float = 0.0025) -> EvalResult:
         epochs=(93,),
         per_step=per_step,
         per_step_ci95=(0.01,) * (inner_steps + 1),
+        per_step_tasks=600,
     )
     rows = (best, replace(best, model="ensemble-5", kind="ensemble", score=0.978, epochs=(93, 91)))
     return EvalResult("runs/a", "omniglot", "maml++", "runs/a/eval/test-0123", 12.3, rows)
@@ -255,6 +256,24 @@ def test_an_evaluation_is_an_aligned_table_of_plain_text_in_a_pipe():
     assert "chance: 5.00 %" in lines[-1]
     assert "runs/a/eval/test-0123" in lines[-1]
     assert "\x1b" not in written(console)
+
+
+def test_scores_per_step_name_their_tasks_and_may_be_absent():
+    evaluation = an_evaluation()
+    some, none = (
+        replace(
+            evaluation, rows=tuple(replace(row, per_step=steps, per_step_tasks=tasks) for row in evaluation.rows)
+        )
+        for steps, tasks in ((evaluation.rows[0].per_step, 100), ((), 0))
+    )
+    texts = []
+    for each in (evaluation, some, none):
+        show_eval_result(console := pipe(), each)
+        texts.append(written(console))
+    assert "accuracy in % after each inner step\n" in texts[0]
+    assert "accuracy in % after each inner step, first 100 tasks\n" in texts[1]
+    assert "after each inner step" not in texts[2] and "\n\n\n" not in texts[2]
+    assert texts[2].splitlines()[-1] == texts[0].splitlines()[-1]
 
 
 def test_an_evaluation_of_many_steps_is_not_wrapped_by_a_terminal():

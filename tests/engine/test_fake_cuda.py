@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation.evaluator import _scores_TI
+from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import Measurements
 from mamlctl.engine.nets.batch_norm import Statistics
@@ -88,7 +89,8 @@ def test_predictions_never_wait_for_the_device(block, statistics):
         step, episodes = on_device(config, device)
         state = step.state.frozen()
         derivatives = select_derivatives(step.net, state.example_tensor)
-        outputs_ITEN = adapted(PredictRequest(derivatives, state, episodes, 2, statistics))
+        sets = TaskSets(derivatives, episodes)
+        outputs_ITEN = adapted(PredictRequest(sets, state, 2, statistics))
         scores_TI = _scores_TI(derivatives, outputs_ITEN, episodes)
         assert scores_TI.device == device
 

@@ -192,6 +192,8 @@ def test_figures_draw_the_numbers_of_the_table():
     table = one_on()
     found = {picture.name: picture.figure for picture in drawn_pictures("one-on")}
     assert list(found) == ["training", "differences", "adaptation", "rates"]
+    titles = {picture.name: picture.title for picture in drawn_pictures("one-on")}
+    assert titles["adaptation"] == "Test score after each inner step, first 100 of 600 tasks"
     row = table.rows[1]
     steps, values = curves(row)
     line = next(line for line in found["training"].axes[0].lines if "this row" in line.get_label())

@@ -66,7 +66,7 @@ def pictures(table: Table) -> Iterator[Picture]:
     title = f"Differences from {table.baseline}"
     yield from _parts(table, "differences", title, measured, BARS, differences)
     adapted = [row for row in others if row.best and len(row.best.per_step) > 1]
-    title = f"Test score after each inner step{_of_tasks(table)}"
+    title = f"Test score after each inner step{table.per_step_words}"
     yield from _parts(table, "adaptation", title, adapted, PANELS, adaptation)
     learnt = [row for row in table.rows if mean_rates(row)]
     yield from _parts(table, "rates", "Learnt inner rates, mean over seeds", learnt, HEATS, rates)
@@ -124,13 +124,6 @@ def _unfinished(ax: Axes, cell: Cell) -> None:
     steps, values = zip(*cell.validation, strict=True)
     ax.plot(steps, values, color=style.RED, linewidth=0.9, linestyle=":", label="unfinished run")
     ax.plot(steps[-1:], values[-1:], "x", color=style.RED, markersize=5)
-
-
-def _of_tasks(table: Table) -> str:
-    """Which tasks were scored after every inner step; "" for all of them."""
-    counts = {row.best.per_step_tasks for row in table.rows if row.best and row.best.per_step}
-    first = " or ".join(map(str, sorted(counts)))
-    return "" if counts <= {table.tasks} else f", first {first} of {table.tasks} tasks"
 
 
 def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
