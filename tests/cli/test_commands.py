@@ -191,9 +191,9 @@ def test_eval_table_names_both_rows_and_the_protocol(cli, trained):
 
 def test_eval_accepts_other_numbers_of_inner_steps(cli, trained):
     for steps in (1, 4):
-        row = json.loads(cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--per-step", "--json")[1])[
-            "results"
-        ][0]
+        row = json.loads(
+            cli("eval", trained, "--tasks", "4", "--inner-steps", steps, "--per-step", "--json")[1]
+        )["results"][0]
         assert len(row["per_step"]) == steps + 1
 
 

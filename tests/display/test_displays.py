@@ -262,7 +262,8 @@ def test_scores_per_step_name_their_tasks_and_may_be_absent():
     evaluation = an_evaluation()
     some, none = (
         replace(
-            evaluation, rows=tuple(replace(row, per_step=steps, per_step_tasks=tasks) for row in evaluation.rows)
+            evaluation,
+            rows=tuple(replace(row, per_step=steps, per_step_tasks=tasks) for row in evaluation.rows),
         )
         for steps, tasks in ((evaluation.rows[0].per_step, 100), ((), 0))
     )
