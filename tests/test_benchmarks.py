@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from benchmarks import cases
+from benchmarks import cases, curves
 from benchmarks.__main__ import main_work
 from benchmarks.cases import CASES, Case, case_of, engine_problem, train_config
+from benchmarks.curves import curve_config, curves_table, jax_loss, measure_curves
 from benchmarks.flops import layer_flops, meta_step_flops
 from benchmarks.machine import PROBE_SIZE, open_machine
 from benchmarks.peers import PEERS
@@ -19,9 +20,12 @@ from benchmarks.report import document, growth_table, main_table, matrix_rates, 
 from benchmarks.rounds import Machine, Plan, Row, measure
 from benchmarks.worker import open_learner, random_episodes
 from helpers import preloaded
+from helpers.shared import ignore
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+from mamlctl.data.tasks.episodes import Placement
+from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -48,6 +52,35 @@ def test_the_meta_gradient_of_every_peer_equals_that_of_the_plain_engine(name):
     assert not torch.equal(next(peer.module.parameters()), state.slow[peer.names[0]])
     peer.load(state.slow)
     assert float(peer.meta_step(episodes)) == pytest.approx(float(loss), abs=1e-12)
+
+
+def test_the_meta_gradient_of_jax_on_curves_equals_that_of_the_engine():
+    jax = pytest.importorskip("jax")
+    config = curve_config(engine="plain")
+    net, state = build(config, (1,), CPU)
+    streams, _ = open_streams(config, ("train",), Placement(CPU), offline=True, on_event=ignore)
+    episodes = streams["train"].episodes(0, 25)
+    measured = MetaStep(config, net, state).measure(episodes, 0, measure_all=False)
+    flat = [tensor.detach().numpy() for tensor in state.slow.values()]
+    weights = list(zip(flat[::2], flat[1::2], strict=True))
+    tasks = [tensor.numpy() for tensor in episodes.sets]
+    loss, grads = jax.value_and_grad(lambda layers: jax_loss(layers, tasks, config))(weights)
+    assert float(loss) == pytest.approx(float(measured.meta_loss), rel=1e-5)
+    flat_grads = [grad for layer in grads for grad in layer]
+    for grad, expected in zip(flat_grads, measured.grads.values(), strict=True):
+        assert torch.allclose(torch.tensor(grad.tolist()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_on_curves_is_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(curves, "SECONDS", 0.01)
+    monkeypatch.setattr(curves, "LEARNERS", ("compiled", "plain", "unknown"))
+    rows = measure_curves(1)
+    assert [len(row.seconds) for row in rows] == [1, 1, 0], [row.skipped for row in rows]
+    assert rows[2].skipped
+    console = Console(file=io.StringIO(), width=200)
+    console.print(curves_table(rows))
+    text = console.file.getvalue()
+    assert "unknown skipped: " in text and "compiled" in text
 
 
 def test_the_cases_list_every_peer():

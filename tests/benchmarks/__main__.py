@@ -29,6 +29,7 @@ from benchmarks.cases import (
     growth_cases,
     in_both_orders,
 )
+from benchmarks.curves import CurveRow, curves_table, measure_curves
 from benchmarks.report import document, growth_table, main_table, matrix_rates, peers_table
 from benchmarks.rounds import Machine, Plan, Row, measure
 from mamlctl import __version__
@@ -100,8 +101,15 @@ def show_estimates(log: Console) -> None:
         Console(width=None if sys.stdout.isatty() else 160).print(estimates())
 
 
-def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Machine, plan: Plan) -> None:
-    """Write the whole run as a single JSON document."""
+def save(
+    path: Path,
+    rows: Sequence[Row],
+    rates: dict[str, float],
+    machine: Machine,
+    plan: Plan,
+    on_curves: Sequence[CurveRow] = (),
+) -> None:
+    """Write the whole run as a single JSON document; arguments are what was measured, and how."""
     products = {
         precision: {"gflop_per_second": rate, "seconds": machine.seconds[precision]}
         for precision, rate in rates.items()
@@ -110,6 +118,7 @@ def save(path: Path, rows: Sequence[Row], rates: dict[str, float], machine: Mach
         "mamlctl": __version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
+        "curves": [asdict(row) for row in on_curves],
         "settings": asdict(plan) | {"official": str(plan.official) if plan.official else None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +140,7 @@ def bench(
     official: Annotated[
         Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch to time as well.")
     ] = None,
+    curves: Annotated[bool, typer.Option(help="Also time training on curves, and JAX.")] = True,
     estimate: Annotated[bool, typer.Option(help="Also estimate meta-steps on GPUs.")] = True,
     quick: Annotated[bool, typer.Option(help="Only run the smallest cases, with 3 repeats.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json.")] = Path("runs/bench"),
@@ -163,7 +173,10 @@ def bench(
     rows = carry_out(work, plan, machine, log)
     rates = matrix_rates(machine.seconds, machine.flops)
     show(rows, rates, machine)
-    save(out / "bench.json", rows, rates, machine, plan)
+    on_curves = measure_curves(plan.repeats) if curves and device == "cpu" and not growth else []
+    if on_curves:
+        Console().print(curves_table(on_curves))
+    save(out / "bench.json", rows, rates, machine, plan, on_curves)
     if estimate:
         show_estimates(log)
     log.print(f"wrote {out / 'bench.json'}", highlight=False)

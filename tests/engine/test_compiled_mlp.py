@@ -7,9 +7,10 @@ import torch
 from helpers.algorithm_cases import CPU
 from helpers.data_cases import stream_settings
 from helpers.derivative_cases import assert_equal_measurements, needs_c
-from helpers.engine_cases import build_uneven, small_config
+from helpers.engine_cases import SMALL, build_uneven, small_config
 from helpers.trainer_cases import comparable, make_run
 
+from mamlctl.core.errors import DivergedError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.engine.algorithms import compiled_mlp
@@ -86,7 +87,8 @@ def test_float32_is_as_precise_as_autograd():
     assert errors[compiled] < max(3 * errors[unrolled], 1e-5)
 
 
-def test_results_do_not_depend_on_threads_or_on_earlier_calls():
+def test_results_do_not_depend_on_threads_or_on_earlier_calls(monkeypatch):
+    monkeypatch.setattr(compiled_mlp, "WORK_OF_THREAD", 1)
     _, net, state, episodes = learner(tasks=7, lslr=True, precision="float32", inner_steps=3)
     request = MetaStepRequest(3, (0.2, 0.3, 0.5), False, True)
     before = torch.get_num_threads()
@@ -176,3 +178,44 @@ def test_a_run_resumes_bit_for_bit_wherever_it_stopped(tmp_path, more):
             trainer.resume()
             assert trainer.train() == ""
         assert comparable(run) == comparable(whole)
+
+
+@pytest.mark.parametrize("more", [{}, {"lslr": True, "msl": True}, {"meta_lr_final": 0.0}])
+def test_many_meta_steps_in_one_call_equal_one_after_another(tmp_path, monkeypatch, more):
+    config = small_config(**SMALL_RUN | more)
+    at_once = make_run(tmp_path / "many", config)
+    trainer = trainer_on_curves(at_once)
+    assert trainer.train() == "" and trainer._at_once > 2
+    monkeypatch.setattr(MetaStep, "takes_many", False)
+    alone = make_run(tmp_path / "one", config)
+    assert trainer_on_curves(alone).train() == ""
+    assert comparable(at_once) == comparable(alone)
+
+
+class BrokenStream(CurveStream):
+    """The first task of meta-step 7, counted from 1, has a value that is not finite."""
+
+    def _draw(self, first, tasks):
+        x_TE, y_TE = super()._draw(first, tasks)
+        broken = 6 * SMALL["meta_batch_size"] - first
+        if 0 <= broken < tasks:
+            y_TE[broken] = float("nan")
+        return x_TE, y_TE
+
+
+def test_a_meta_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):
+    """The weights at the error are those after the last good meta-step, as without `take_many`."""
+    stored = []
+    for many in (True, False):
+        run = make_run(tmp_path / str(many), small_config(**SMALL_RUN))
+        trainer = trainer_on_curves(run)
+        settings = stream_settings(split="train", shots=run.config.shots, queries=run.config.queries)
+        trainer.streams["train"] = BrokenStream(FAMILIES["sinusoid"], settings)
+        if not many:
+            monkeypatch.setattr(MetaStep, "takes_many", False)
+        with pytest.raises(DivergedError) as caught:
+            trainer.train()
+        assert (caught.value.step, trainer.position.step) == (7, 6)
+        stored.append(trainer.state.stored())
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name])

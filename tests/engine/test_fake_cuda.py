@@ -24,7 +24,7 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
-from mamlctl.engine.training.trainer import Period
+from mamlctl.engine.training.progress import Period
 
 
 def on_device(config, device):

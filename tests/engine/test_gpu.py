@@ -9,7 +9,7 @@ from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
-from mamlctl.engine.training.trainer import Period
+from mamlctl.engine.training.progress import Period
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,9 +7,10 @@ few per cent. Here one call of a C function computes the meta-gradient of all ta
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from mamlctl.engine.kernels.c_library import library
 from mamlctl.engine.nets.base import REGRESSION, SLOPES, Net
 from mamlctl.engine.nets.mlp import Mlp
 from mamlctl.engine.optimizers import EPS, Adam
+
+# Weights x examples x tasks for which one more thread is worthwhile. On curves a meta-step takes 0.2 ms, and
+# to wake a second thread takes almost as long while another program runs on its core.
+WORK_OF_THREAD = 2_000_000
 
 Pointers = ctypes.Array[ctypes.c_void_p]
 
@@ -91,6 +96,58 @@ def available(net: Net, like: Tensor) -> bool:
     return of_curves and like.device.type == "cpu" and library(like.dtype) is not None
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments that one meta-step and many have in common; keeps the memory that they point to."""
+
+    functions: ctypes.CDLL
+    shape: _Shape
+    grads: dict[str, Tensor]  # output
+    arguments: tuple[Any, ...]  # settings, slow weights, rates, sets, gradients of slow weights and of rates
+    scratch: tuple[ctypes.c_void_p, ctypes.c_void_p]  # losses and memory
+    kept: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, net: Mlp, state: MetaState, episodes: Episodes, request: MetaStepRequest, tasks: int) -> Self:
+        """Prepare a call; arguments as in `Outer`, and the number of tasks of a meta-step."""
+        some_rate = next(iter(state.rates.values()))
+        shape = _Shape(
+            net,
+            some_rate.dtype,
+            tasks,
+            episodes.support_y_TE.shape[1],
+            episodes.query_y_TE.shape[1],
+            request.first_order,
+            tuple(float(weight) for weight in request.msl_weights),
+            request.measure_all,
+            state.rates_learnt,
+            len(some_rate),
+            some_rate.dim() > 1,
+            _threads(state, episodes, tasks),
+        )
+        settings, memory, losses_TI = _prepared(shape)
+        functions = library(shape.dtype)
+        assert functions is not None
+        grads = {name: torch.empty_like(tensor) for name, tensor in state.learnable().items()}
+        sets = tuple(tensor.contiguous() for tensor in episodes.sets)
+        arguments = (
+            ctypes.byref(settings),
+            _pointers(state.slow.values()),
+            _pointers(state.rates.get(name) for name in state.slow),
+            _pointers(sets),
+            _pointers(grads[name] for name in state.slow),
+            _pointers(grads.get(RATE + name) for name in state.slow),
+        )
+        scratch = ctypes.c_void_p(losses_TI.data_ptr()), ctypes.c_void_p(memory.data_ptr())
+        return cls(functions, shape, grads, arguments, scratch, sets)
+
+    def result(self, means_I: Tensor) -> MetaStepResult:
+        """Return the result from the means that C computes: losses of support and query sets, meta-loss."""
+        steps = len(self.shape.weights)
+        query = {step: means_I[steps + step] for step, wanted in enumerate(self.shape.measured) if wanted}
+        return MetaStepResult(self.grads, means_I[-1], means_I[:steps], query, query, [])
+
+
 def compiled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
     """Compute the meta-gradient of `meta_gradient.unrolled` in C; without a C compiler or on CUDA, by it.
 
@@ -99,38 +156,54 @@ def compiled(net: Net, state: MetaState, episodes: Episodes, request: MetaStepRe
     if not available(net, episodes.support_x_TECHW):
         return unrolled(net, state, episodes, request)
     assert isinstance(net, Mlp)
-    some_rate = next(iter(state.rates.values()))
-    shape = _Shape(
-        net,
-        some_rate.dtype,
-        len(episodes.support_y_TE),
-        episodes.support_y_TE.shape[1],
-        episodes.query_y_TE.shape[1],
-        request.first_order,
-        tuple(float(weight) for weight in request.msl_weights),
-        request.measure_all,
-        state.rates_learnt,
-        len(some_rate),
-        some_rate.dim() > 1,
-        torch.get_num_threads(),
+    call = _Call.of(net, state, episodes, request, len(episodes.support_y_TE))
+    means_I = torch.empty(2 * request.inner_steps + 2, dtype=torch.float64)
+    call.functions.mlp_meta_gradient(*call.arguments, ctypes.c_void_p(means_I.data_ptr()), *call.scratch)
+    return call.result(means_I)
+
+
+def compiled_steps(
+    net: Mlp,
+    state: MetaState,
+    episodes: Episodes,
+    request: MetaStepRequest,
+    optimizer: CompiledAdam,
+    meta_lrs: Sequence[float],
+) -> list[MetaStepResult]:
+    """Take many meta-steps in one call of a C function, with the results of one after another.
+
+    Args:
+        net, state, request: as in `Outer`; without measurements beyond the meta-loss.
+        episodes: the tasks of all meta-steps, in order.
+        optimizer: the optimiser of the state's learnable tensors.
+        meta_lrs: the meta learning rate of each meta-step.
+
+    Returns:
+        The measurements of each meta-step, whose gradients are those of the last one. There are fewer than
+        `meta_lrs` if a loss or gradient is not finite: the meta-step with it was not taken.
+    """
+    count = len(meta_lrs)
+    call = _Call.of(net, state, episodes, request, len(episodes.support_y_TE) // count)
+    settings, *tensors = call.arguments
+    means_SI = torch.empty(count, 2 * request.inner_steps + 2, dtype=torch.float64)
+    done = call.functions.mlp_train(
+        settings,
+        ctypes.byref(optimizer.settings),
+        count,
+        (ctypes.c_double * count)(*meta_lrs),
+        *tensors,
+        _pointers(call.grads[name] for name in optimizer.learnable),
+        ctypes.c_void_p(means_SI.data_ptr()),
+        *call.scratch,
     )
-    settings, memory, losses_TI = _prepared(shape)
-    slow, steps = state.slow, request.inner_steps
-    grads = {name: torch.empty_like(tensor) for name, tensor in state.learnable().items()}
-    means_I = torch.empty(2 * steps + 2, dtype=torch.float64)
-    functions = library(shape.dtype)
-    assert functions is not None
-    functions.mlp_meta_gradient(
-        ctypes.byref(settings),
-        _pointers(slow.values()),
-        _pointers(state.rates.get(name) for name in slow),
-        _pointers(tensor.contiguous() for tensor in episodes.sets),
-        _pointers(grads[name] for name in slow),
-        _pointers(grads.get(RATE + name) for name in slow),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (means_I, losses_TI, memory)),
-    )
-    query = {step: means_I[steps + step] for step, wanted in enumerate(shape.measured) if wanted}
-    return MetaStepResult(grads, means_I[-1], means_I[:steps], query, query, [])
+    return [call.result(means_I) for means_I in means_SI[:done].unbind()]
+
+
+def _threads(state: MetaState, episodes: Episodes, tasks: int) -> int:
+    """The number of threads to use, which has no influence on the results."""
+    examples = episodes.support_y_TE.shape[1] + episodes.query_y_TE.shape[1]
+    work = sum(weight.numel() for weight in state.slow.values()) * examples * tasks
+    return max(1, min(torch.get_num_threads(), tasks, work // WORK_OF_THREAD))
 
 
 def _pointers(tensors: Iterable[Tensor | None]) -> Pointers:
@@ -139,23 +212,33 @@ def _pointers(tensors: Iterable[Tensor | None]) -> Pointers:
     return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
+class AdamSettings(ctypes.Structure):
+    """The struct `adam` of c/mlp.c."""
+
+    _fields_ = [
+        ("tensors", ctypes.c_int),
+        *((name, ctypes.c_double) for name in ("b1", "b2", "eps")),
+        ("counts", ctypes.POINTER(ctypes.c_long)),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weights", "first", "second", "steps")),
+    ]
+
+
 class CompiledAdam(Adam):
     """Adam in C, for tensors so small that the time of torch's operations is their number."""
 
     def __init__(self, learnable: Mapping[str, Tensor], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(learnable, lr, betas)
         sizes = [tensor.numel() for tensor in learnable.values()]
-        # The tensors are updated in place, so their addresses stay the same.
-        self._counts = (ctypes.c_long * len(sizes))(*sizes)
-        self._places = [_pointers(part.values()) for part in (learnable, self.first, self.second, self.steps)]
+        # All tensors are updated in place, so their addresses stay the same.
+        places = (_pointers(part.values()) for part in (learnable, self.first, self.second, self.steps))
+        counts = (ctypes.c_long * len(sizes))(*sizes)
+        self.settings = AdamSettings(len(sizes), *betas, EPS, counts, *places)
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
         functions = library(next(iter(self.first.values())).dtype)
         assert functions is not None
-        weights, first, second, steps = self._places
-        rule = (ctypes.c_double(value) for value in (*self.betas, self.lr_now(), EPS))
-        ordered = _pointers(grads[name] for name in self.learnable)
-        functions.adam_step(len(steps), self._counts, *rule, weights, ordered, first, second, steps)
+        ordered = [grads[name].contiguous() for name in self.learnable]
+        functions.adam_step(ctypes.byref(self.settings), ctypes.c_double(self.lr_now()), _pointers(ordered))
 
 
 def adam(learnable: Mapping[str, Tensor], lr: float, betas: tuple[float, float]) -> Adam:

@@ -115,8 +115,8 @@ def slower_than_it_could_be(net: Net, like: Tensor, engine: EngineName) -> str |
     by_torch = isinstance(derivatives, Conv4Derivatives) and derivatives.make_block is TorchTape
     not_compiled = engine == "compiled" and c_library.library(like.dtype) is None
     if like.device.type == "cpu" and (by_torch or not_compiled):
-        times = 7 if engine == "compiled" else 1.8
-        return f"no working C compiler (cc): using torch operations, which are about {times} times slower"
+        factor = 7 if not_compiled else 1.8
+        return f"no working C compiler (cc): using torch operations, which are about {factor} times slower"
     if like.device.type == "cpu" and (reason := c_library.compiled_at_every_start()):
         return reason
     if net.compute == torch.bfloat16 and like.device.type == "cpu" and c_library.lacks_bfloat16():

@@ -12,12 +12,14 @@ from torch import Tensor
 from mamlctl.core.errors import MamlctlError, is_out_of_memory
 from mamlctl.core.formatting import plural
 from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, compiled, compiled_steps
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import accumulate
+from mamlctl.engine.nets.mlp import Mlp
 from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, linear_meta_lr, msl_weights
 from mamlctl.settings.schema import TrainConfig
 
@@ -122,6 +124,32 @@ class MetaStep:
         """
         self.set_meta_lr(epoch, done)
         self.move(measured)
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether `take_many` can take the next meta-steps; never before the first one of this process."""
+        config = self.config
+        in_c = self.outer is compiled and isinstance(self.optimizer, CompiledAdam)
+        whole = self.chunk is not None and self.chunk >= config.meta_batch_size
+        clipped = config.clip_value is not None or config.clip_norm is not None
+        return in_c and whole and not clipped and available(self.net, self.state.example_tensor)
+
+    def take_many(self, episodes: Episodes, epoch: int, done: Sequence[float]) -> list[MetaStepResult]:
+        """Do the same as `measure` and `apply` for one meta-step after another, with the same results.
+
+        Args:
+            episodes: the tasks of all these meta-steps.
+            epoch: counted from 0.
+            done: for each meta-step, the finished fraction of all meta-steps, 0..1.
+
+        Returns:
+            The measurements of the meta-steps; fewer if one of them is not finite, which is then not taken.
+        """
+        assert isinstance(self.net, Mlp) and isinstance(self.optimizer, CompiledAdam)
+        weights, first_order, _ = self.schedule(epoch)
+        request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all=False)
+        meta_lrs = [self.schedule(epoch, fraction)[2] for fraction in done]
+        return compiled_steps(self.net, self.state, episodes, request, self.optimizer, meta_lrs)
 
     def set_meta_lr(self, epoch: int, done: float = 0.0) -> None:
         """Set the optimiser's learning rate from the schedule."""

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
@@ -29,11 +25,16 @@ from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
+from mamlctl.engine.training.progress import Period, Position
 from mamlctl.settings.schema import TrainConfig
 
 # The number of best checkpoints to keep: the size of the ensemble in the published MAML++ code
 # (experiment_builder.py, top_n_models=5).
 KEPT = 5
+
+
+MOST_TASKS = 2**12  # that are drawn for one call of `take_many`
+LONGEST_S = 0.05  # of such a call, in which training cannot stop
 
 
 class RunFiles(Protocol):
@@ -52,46 +53,6 @@ class RunFiles(Protocol):
 
     def rewind_metrics(self, step: int, validated_epochs: int) -> str:
         """Drop the rows that were written after a checkpoint; return which lines were damaged, or ""."""
-
-
-@dataclass
-class Period:
-    """Sums since the last report; checkpoints contain them, so that a resumed run reports the same means."""
-
-    # Query losses after 0..I inner steps, query scores after 0..I, support loss, meta-loss.
-    sums: Tensor  # on the device
-    counts: Tensor  # of the values in `sums`; on the CPU
-
-    @classmethod
-    def empty(cls, inner_steps: int, device: torch.device) -> Period:
-        """Return sums of 0."""
-        zeros = torch.zeros(2 * (inner_steps + 1) + 2, dtype=torch.float64)
-        return cls(zeros.to(device, copy=True), zeros)
-
-    def add_no_sync(self, measured: MetaStepResult) -> None:
-        """Add one meta-step; a value that it did not measure does not change the mean."""
-        steps = range((len(self.sums) - 2) // 2)
-        values = [part.get(step) for part in (measured.query_losses, measured.query_scores) for step in steps]
-        support = measured.support_losses_I
-        values += [support.mean() if len(support) else None, measured.meta_loss]
-        nothing = self.sums.new_zeros(())
-        self.sums += torch.stack([nothing if value is None else value.double() for value in values])
-        self.counts += torch.tensor([value is not None for value in values])
-
-    def means(self) -> list[float]:
-        """Compute the means; the only synchronisation with the device in a report period."""
-        means: list[float] = (self.sums.cpu() / self.counts).tolist()
-        return means
-
-
-@dataclass
-class Position:
-    """The progress of a run."""
-
-    step: int = 0  # finished meta-steps
-    validated: int = 0  # validated epochs
-    # The best epochs, best first: epoch, validation score, half width of its 95 % interval.
-    top: list[list[float]] = field(default_factory=list)
 
 
 class Trainer:
@@ -140,6 +101,7 @@ class Trainer:
         self._reported_at = time.perf_counter()
         self._tasks_since = 0
         self._saved_at = time.monotonic()
+        self._at_once = 2  # meta-steps of the next `take_many`
         self._checkpoint_every_s = parse_seconds(config.checkpoint_every)
 
     @property
@@ -173,7 +135,8 @@ class Trainer:
                 self._check(position.step)  # on CUDA, losses have not been checked since the last report
                 self.save()
                 return reason
-            self._step()
+            if not self._take_many():
+                self._step()
             self._moved = True
 
     def _stop(self) -> StopReason:
@@ -196,12 +159,44 @@ class Trainer:
         if reports or self.device.type == "cpu":
             self._check(step)
         self.runner.apply(measured, epoch, position.step / config.total_steps)
-        self.period.add_no_sync(measured)
-        self._tasks_since += config.meta_batch_size
-        position.step = step
-        self.on_event(MetaStepDone(step, epoch))
+        self._finish_step(measured, epoch)
         if reports:
             self._report(epoch)
+        self._save_if_due(measured)
+
+    def _take_many(self) -> bool:
+        """Take meta-steps until the next report in one call, if possible; return whether any was taken.
+
+        How many has no influence on the results.
+        """
+        config, step = self.config, self.position.step
+        epoch, batch = step // config.steps_per_epoch, config.meta_batch_size
+        every = config.report_every
+        report = min((step // every + 1) * every, (epoch + 1) * config.steps_per_epoch)
+        count = min(report - 1 - step, self._at_once, MOST_TASKS // batch)
+        if step == 0 or count < 2 or not self.meta_step.takes_many:
+            return False
+        start = time.perf_counter()
+        episodes = self.streams["train"].episodes(step * batch, count * batch)
+        done = [taken / config.total_steps for taken in range(step, step + count)]
+        results = self.meta_step.take_many(episodes, epoch, done)
+        for measured in results:
+            self._finish_step(measured, epoch)
+        quick = time.perf_counter() - start < LONGEST_S
+        self._at_once = 2 * count if quick else max(count // 2, 2)
+        if results:
+            self._save_if_due(results[-1])
+        return bool(results)
+
+    def _finish_step(self, measured: MetaStepResult, epoch: int) -> None:
+        """Count a meta-step that has been taken."""
+        self._latest = measured
+        self.period.add_no_sync(measured)
+        self._tasks_since += self.config.meta_batch_size
+        self.position.step += 1
+        self.on_event(MetaStepDone(self.position.step, epoch))
+
+    def _save_if_due(self, measured: MetaStepResult) -> None:
         due = time.monotonic() - self._saved_at >= self._checkpoint_every_s
         # On CUDA, losses have not been checked since the last report; the next one raises the error.
         if due and first_non_finite(measured) is None:

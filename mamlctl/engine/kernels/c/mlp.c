@@ -358,20 +358,54 @@ void mlp_meta_gradient(const mlp *s, const REAL *const *slow, const REAL *const 
             if (rate_grads[tensor]) rate_grads[tensor][row] = rate_grad[row * 2 * s->layers + tensor];
 }
 
-/* A step of Adam for tensors of `counts` values; steps are the numbers of steps taken before. */
-void adam_step(int tensors, const long *counts, double b1, double b2, double lr, double eps, REAL *const *weights,
-               const REAL *const *grads, REAL *const *first, REAL *const *second, float *const *steps) {
-    for (int tensor = 0; tensor < tensors; tensor++) {
-        REAL *w = weights[tensor], *m = first[tensor], *v = second[tensor];
+typedef struct {
+    int tensors;
+    double b1, b2, eps;
+    const long *counts; /* of values per tensor */
+    REAL *const *weights, *const *first, *const *second;
+    float *const *steps; /* taken before, for each tensor */
+} adam;
+
+/* A step of Adam; grads are in the order of the other tensors. */
+void adam_step(const adam *s, double lr, const REAL *const *grads) {
+    for (int tensor = 0; tensor < s->tensors; tensor++) {
+        REAL *w = s->weights[tensor], *m = s->first[tensor], *v = s->second[tensor];
         const REAL *g = grads[tensor];
-        const double taken = *steps[tensor] += 1;
-        const REAL rate = (REAL)(lr / (1 - pow(b1, taken))), correction = (REAL)sqrt(1 - pow(b2, taken)), e = (REAL)eps;
-        const REAL keep_m = (REAL)b1, take_m = (REAL)(1 - b1), keep_v = (REAL)b2, take_v = (REAL)(1 - b2);
-        INDEPENDENT for (long i = 0; i < counts[tensor]; i++) {
+        const double taken = *s->steps[tensor] += 1;
+        const REAL rate = (REAL)(lr / (1 - pow(s->b1, taken))), correction = (REAL)sqrt(1 - pow(s->b2, taken));
+        const REAL keep_m = (REAL)s->b1, keep_v = (REAL)s->b2, take_m = (REAL)(1 - s->b1), take_v = (REAL)(1 - s->b2);
+        INDEPENDENT for (long i = 0; i < s->counts[tensor]; i++) {
             m[i] = keep_m * m[i] + take_m * g[i];
             v[i] = keep_v * v[i] + take_v * g[i] * g[i];
             const REAL root = sizeof(REAL) == 4 ? sqrtf(v[i]) : (REAL)sqrt(v[i]);
-            w[i] -= rate * m[i] / (root / correction + e);
+            w[i] -= rate * m[i] / (root / correction + (REAL)s->eps);
         }
     }
+}
+
+static int all_finite(const adam *s, const REAL *const *grads, const double *means, int count) {
+    double sum = 0;
+    for (int i = 0; i < count; i++) sum += means[i];
+    for (int tensor = 0; tensor < s->tensors; tensor++)
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < s->counts[tensor]; i++) sum += grads[tensor][i];
+    return isfinite(sum);
+}
+
+/* `count` meta-steps: mlp_meta_gradient for each [tasks] of the sets, then adam_step, with the rates lr [count]. Returns
+ * how many were done: a step with a loss or gradient that is not finite changes nothing and is the end. `ordered` are the
+ * gradients in the order of Adam's tensors; means is [count][2 steps + 2]. */
+int mlp_train(const mlp *s, const adam *optimizer, int count, const double *lr, const REAL *const *slow,
+              const REAL *const *rates, const REAL *const *sets, REAL *const *grads, REAL *const *rate_grads,
+              const REAL *const *ordered, double *means, double *losses, REAL *memory) {
+    const long support = (long)s->tasks * s->support, query = (long)s->tasks * s->query, in = s->widths[0];
+    const int width = 2 * s->steps + 2;
+    for (long n = 0; n < count; n++, means += width) {
+        const REAL *now[] = {sets[0] + n * support * in, sets[1] + n * support, sets[2] + n * query * in,
+                             sets[3] + n * query};
+        mlp_meta_gradient(s, slow, rates, now, grads, rate_grads, means, losses, memory);
+        if (!all_finite(optimizer, ordered, means, width)) return (int)n;
+        adam_step(optimizer, lr[n], ordered);
+    }
+    return count;
 }
