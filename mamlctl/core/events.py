@@ -52,7 +52,10 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class MetaStepDone:
-    """A meta-step was launched; it carries no measurement, which would cost a host sync."""
+    """A meta-step was launched; it carries no measurement, which would cost a host sync.
+
+    Where many meta-steps are one call (curves), their events come together after it.
+    """
 
     step: int  # counted from 1
     epoch: int  # counted from 0

@@ -15,7 +15,7 @@ from mamlctl.data.counter_rng import random_word_rows, random_words
 from mamlctl.data.sets.curves import Family, Floats
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
-# Random words of a draw, which is for many calls of `episodes`: a draw for 25 tasks takes as long as for 250.
+# Random words of a draw, which serves many calls of `episodes`: most of a draw's time is its number of calls.
 DRAWN = 2**16
 
 
