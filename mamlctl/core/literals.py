@@ -23,6 +23,7 @@ Adapts = Literal["all", "head", "body"]
 NetName = Literal["conv4", "mlp", "resnet12"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "compiled", "plain"]
+ConvName = Literal["auto", "direct", "winograd"]
 # What classifies a task's queries: the learnt head, a new head of zeros, class means, or single examples.
 Classifier = Literal["head", "zeros", "prototypes", "neighbours"]
 # Why an improvement of MAML++ has no meaning with an algorithm or a data set.

@@ -23,6 +23,7 @@ OF_NETS = {
     "filters": ("conv4", "resnet12"),
     "hidden": ("mlp",),
     "pooling": ("conv4",),
+    "conv": ("conv4",),
     "readout": ("conv4",),
     "activation": ("conv4", "mlp"),
 }
@@ -111,6 +112,9 @@ def check(config: TrainConfig) -> list[Problem]:
         problems.append((f"--checkpoint-every {error}", "write 90s, 9m or 1h30m"))
     if config.net == "mlp" and config.precision == "bf16":
         problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
+    if config.conv == "winograd" and config.precision in ("bf16", "tf32"):
+        fact = f"--conv winograd has no effect with --precision {config.precision}"
+        problems.append((fact, "use --precision float32, or --conv auto"))
     if config.train_shots is not None and config.train_shots < config.shots:
         fact = f"--train-shots {config.train_shots} is below --shots {config.shots}"
         problems.append((fact, f"use --train-shots {config.shots} or more"))

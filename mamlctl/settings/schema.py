@@ -18,6 +18,7 @@ from mamlctl.core.literals import (
     Augment,
     BatchNorm,
     ClassLevel,
+    ConvName,
     EngineName,
     InnerOptimizer,
     NetName,
@@ -238,6 +239,13 @@ class TrainConfig:
         HARDWARE,
         "How meta-gradients are computed: adjoint (fast), compiled (in C, for curves), or plain (double "
         "backward, the reference).",
+    )
+    conv: ConvName = setting(
+        "auto",
+        HARDWARE,
+        "Convolutions of conv4 on a CPU: direct, winograd (fewer products), or auto (winograd in float32).",
+        before="direct",
+        decides=False,
     )
     task_chunk: str = setting(
         "auto", HARDWARE, "Tasks computed at once, a number or auto; fewer take less memory.", decides=False

@@ -37,7 +37,9 @@ from mamlctl.engine.derivatives.selection import agree, select_derivatives, slow
 from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
+from mamlctl.engine.kernels.convolutions import Direct
 from mamlctl.engine.kernels.fused_block import KernelTape
+from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
 from mamlctl.engine.training.initial_state import build
@@ -102,13 +104,15 @@ def test_first_and_second_derivatives_of_a_block_equal_autograd(way, first):
     make = {
         "torch": TorchTape,
         "c": c_block.native_block,
+        "winograd": c_block.native_block,
         "triton": triton_block and triton_block.TritonBlocks.on(CPU),
     }[way]
     # Triton passes Python numbers as float32, here batch norm's epsilon and the slope of the activation.
     near = {"atol": 1e-6 if way == "triton" else 1e-10}
-    prepare = {"c": c_block, "triton": triton_block}.get(way)
+    prepare = {"c": c_block, "winograd": c_block, "triton": triton_block}.get(way)
     planes = prepare.prepare(x, tasks, None) if prepare and first else None
-    settings = BlockSettings(groups=tasks, compute=None, first=first, planes=planes)
+    make_conv = Winograd if way == "winograd" else Direct
+    settings = BlockSettings(groups=tasks, compute=None, first=first, make_conv=make_conv, planes=planes)
     tape = make(x, weight, gamma, beta, settings)
     assert torch.allclose(tape.out, out.detach(), **near)
     result = tape.backward(ga, keep=True)

@@ -10,7 +10,7 @@ from helpers.engine_cases import build_uneven, random_episodes, small_config
 from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import adapt, query_logits
 
-CASES = [pytest.param(way, marks=needs_c if way == "c" else ()) for way in WAYS]
+CASES = [pytest.param(way, marks=needs_c if way in ("c", "winograd") else ()) for way in WAYS]
 
 
 @pytest.mark.parametrize("way", CASES)

@@ -9,6 +9,7 @@ from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
 from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.derivatives.conv4 import Conv4Derivatives
 from mamlctl.engine.kernels import c_block, c_library
+from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.batch_norm import accumulate
 
 CPU = torch.device("cpu")
@@ -20,10 +21,11 @@ WAYS = {
     "autograd": Autograd,
     "torch": Conv4Derivatives,
     "c": lambda net: Conv4Derivatives(net, c_block.native_block, c_block.prepare),
+    "winograd": lambda net: Conv4Derivatives(net, c_block.native_block, c_block.prepare, Winograd),
 }
 
 
-BY_HAND = ["torch", pytest.param("c", marks=needs_c)]
+BY_HAND = ["torch", *(pytest.param(way, marks=needs_c) for way in ("c", "winograd"))]
 
 
 # Odd sizes lose a row or column in pooling, not in statistics.

@@ -131,6 +131,7 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
         "data_root",
         "report_every",
         "checkpoint_every",
+        "conv",
         "cuda_graph",
         "task_chunk",
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mamlctl.engine.derivatives.interface import Gradient
 from mamlctl.engine.kernels.block import BlockSettings, BlockTape, MakeBlock, Planes, TorchTape
+from mamlctl.engine.kernels.convolutions import Direct, MakeConvolution
 from mamlctl.engine.nets.base import SLOPES
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
@@ -150,6 +151,7 @@ class Conv4Set:
 
     net: Conv4
     make_block: MakeBlock
+    make_conv: MakeConvolution
     x: Tensor  # [E, T * C, H, W], channels last
     y_TE: Tensor
     planes: Planes | None
@@ -197,6 +199,7 @@ class Conv4Set:
             statistics=stored,
             measured=self.measured,
             leak=SLOPES[self.net.activation],
+            make_conv=self.make_conv,
             planes=self.planes if block == 1 else None,
             forward_only=forward_only,
         )
@@ -223,6 +226,7 @@ class Conv4Derivatives:
     net: Conv4
     make_block: MakeBlock = TorchTape
     prepare_first: PrepareFirst = unprepared
+    make_conv: MakeConvolution = Direct  # of the blocks in C
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> Conv4Set:
         """Merge task and channel axes, so that a convolution in T groups gives each task its own weights."""
@@ -230,7 +234,7 @@ class Conv4Derivatives:
         x = x_TECHW.permute(1, 0, 2, 3, 4).reshape(examples, tasks * channels, height, width)
         x = x.contiguous(memory_format=torch.channels_last)
         planes = self.prepare_first(x, tasks, measured)
-        return Conv4Set(self.net, self.make_block, x, y_TE, planes, measured)
+        return Conv4Set(self.net, self.make_block, self.make_conv, x, y_TE, planes, measured)
 
 
 def _head(f_TEF: Tensor, fast: Mapping[str, Tensor], y_TE: Tensor) -> Head:

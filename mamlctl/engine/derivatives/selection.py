@@ -14,6 +14,8 @@ from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, Planes, TorchTape
+from mamlctl.engine.kernels.convolutions import Direct
+from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
@@ -37,7 +39,9 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
     if like.device.type == "cuda":
         return Conv4Derivatives(net, *_cuda_blocks(like.device, like.dtype, net.compute))
     if all(c_library.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
-        return Conv4Derivatives(net, c_block.native_block, c_block.prepare)
+        winograd = net.conv == "winograd" or (net.conv == "auto" and like.dtype == torch.float32)
+        make_conv = Winograd if winograd and net.compute in (None, like.dtype) else Direct
+        return Conv4Derivatives(net, c_block.native_block, c_block.prepare, make_conv)
     return Conv4Derivatives(net)
 
 

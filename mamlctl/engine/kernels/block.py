@@ -49,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.kernels.convolutions import conv, conv_backward
+from mamlctl.engine.kernels.convolutions import Direct, MakeConvolution, conv, conv_backward
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, unbiased
 
@@ -75,6 +75,7 @@ class BlockSettings:
     statistics: Statistics_X | None = None  # running statistics; None for those of the output c
     measured: int | None = None  # how many leading examples the statistics come from; None for all
     leak: float = LEAK  # slope of the activation below 0
+    make_conv: MakeConvolution = Direct  # the convolution; TorchTape does not read it
     planes: Planes | None = None  # of the first block's input, for the block in C
     forward_only: bool = False  # whether only the output is needed; the tape then has no derivatives
 

@@ -1,4 +1,7 @@
-"""3x3 convolutions in which each task has its own weights, by the fastest method on the device.
+"""3x3 convolutions in which each task has its own weights.
+
+`Direct` is the fastest direct method on the device; `winograd.py` has the other implementation of
+`Convolution`.
 
 Tensors are [E, T * C, H, W], weights [T * O, C, 3, 3]. On a CPU one convolution in T groups, channels last,
 is as fast as matrix products (215 and 181 GFLOP/s on 2 cores). On a CUDA device both methods are timed once
@@ -9,12 +12,57 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.engine.devices import cuda_ms
+
+
+class Convolution(Protocol):
+    """A convolution with stride 1, padding 1 and fixed weights.
+
+    A Hessian-vector product needs sums of two convolutions, by the product rule; an implementation may return
+    the summands, which the next kernel then adds, or their sum and None.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Convolve [E, T * C, H, W] to [E, T * O, H, W], channels last."""
+
+    def backward(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients by input (channels last) and by weight from that by output, g."""
+
+    def tangent(self, x: Tensor, x_t: Tensor, weight_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the summands of the tangent of the output, conv(x, weight_t) and conv(x_t, weight).
+
+        Args:
+            x: the input.
+            x_t: its tangent.
+            weight_t: the tangent of the weights, which `tangent_backward` uses too.
+        """
+
+    def tangent_backward(
+        self, g_t: Tensor, x: Tensor, g: Tensor, x_t: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Compute the tangents of both gradients along x_t and the weight_t of the last `tangent`.
+
+        Args:
+            g_t: tangent of the gradient by output.
+            x, g: as in `backward`.
+            x_t: tangent of the input.
+
+        Returns:
+            The summands of the tangent by input, and the tangent by weight.
+        """
+
+
+class MakeConvolution(Protocol):
+    """An implementation of `Convolution`."""
+
+    def __call__(self, weight: Tensor, tasks: int) -> Convolution:
+        """Prepare weights [T * O, C, 3, 3] of `tasks` tasks."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +124,36 @@ def _products_backward(
 GROUPED = Method(_grouped, _grouped_backward)
 PRODUCTS = Method(_products, _products_backward)
 
+
+@dataclass
+class Direct:
+    """Implements `Convolution` by the fastest direct method on the device."""
+
+    weight: Tensor
+    tasks: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv(x, self.weight, self.tasks)
+
+    def backward(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        gx, gw = conv_backward(g, x, self.weight, self.tasks, by_input=True)
+        assert gx is not None
+        return gx, gw
+
+    def tangent(self, x: Tensor, x_t: Tensor, weight_t: Tensor) -> tuple[Tensor, Tensor]:
+        self.along = Direct(weight_t, self.tasks)
+        return self.along(x), self(x_t)
+
+    def tangent_backward(
+        self, g_t: Tensor, x: Tensor, g: Tensor, x_t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gx_t, gw_t = self.backward(g_t, x)
+        # Both other summands come from one call: the input gradient from g and weight_t, the filter gradient
+        # from g and x_t.
+        gx_2, gw_2 = self.along.backward(g, x_t)
+        return gx_t, gx_2, gw_t + gw_2
+
+
 _chosen: dict[tuple[object, ...], Method] = {}
 
 
@@ -90,7 +168,7 @@ def conv(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
     Returns:
         The output, [E, T * O, H, W], channels last.
     """
-    return _channels_last(_method(x, weight, tasks).forward(x, weight, tasks))
+    return channels_last(_method(x, weight, tasks).forward(x, weight, tasks))
 
 
 def conv_backward(
@@ -109,10 +187,10 @@ def conv_backward(
         The gradients with respect to the input (channels last, or None) and to the filters.
     """
     gx, gw = _method(x, weight, tasks).backward(g, x, weight, tasks, by_input)
-    return None if gx is None else _channels_last(gx), gw
+    return None if gx is None else channels_last(gx), gw
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """Convert to the layout that the kernels read: with one channel torch may return the other layout."""
     return x.contiguous(memory_format=torch.channels_last)
 

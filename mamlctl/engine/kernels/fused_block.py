@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Statistics_X, of_all_tasks
-from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, unbiased
 
@@ -186,11 +185,12 @@ class KernelTape:
 
     def _forward(self) -> None:
         self.x, self.weight = self.x.to(self.stored), self.weight.to(self.stored)
-        c = conv(self.x, self.weight, self.settings.groups)
+        conv = self.settings.make_conv(self.weight, self.settings.groups)
+        c = conv(self.x)
         if self.settings.forward_only:
             self.kernels.forward_only(self.block, c, self.out)
             return
-        self.c = c
+        self.conv, self.c = conv, c
         self.kernels.forward(self.block, c, self.out)
 
     @property
@@ -201,15 +201,15 @@ class KernelTape:
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         ga, gc = ga.to(self.stored), torch.empty_like(self.c)
         self.kernels.backward(self.block, ga, self.c, gc)
-        gx, weight = self._conv_backward(gc, self.x, self.weight)
+        gx, weight = self.conv.backward(gc, self.x)
         if keep:
             self.ga, self.gc = ga, gc
         return BlockGradient(gx, weight.to(self.type), *self._of_norm(ChannelRow.G, ChannelRow.B))
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        self.x_t, self.weight_t = x_t, weight_t.to(self.stored)
-        self.c_t = conv(self.x, self.weight_t, self.settings.groups)
-        other = None if x_t is None else conv(x_t, self.weight, self.settings.groups)
+        assert x_t is not None  # only the image has no tangent, and the first block is another class
+        self.x_t = x_t
+        self.c_t, other = self.conv.tangent(self.x, x_t, weight_t.to(self.stored))
         self.p_t, a_t = self._empty(), self._empty()
         self.kernels.tangent(self.block, self.c_t, other, self.c, self.p_t, a_t)
         return a_t
@@ -217,18 +217,9 @@ class KernelTape:
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
         tensors = TangentTensors(ga_t.to(self.stored), other, self.ga, self.p_t, self.c, self.c_t)
         self.kernels.tangent_backward(self.block, tensors)
-        gx_t, weight_t = self._conv_backward(self.c_t, self.x, self.weight)
-        gx_2 = None
-        if self.x_t is not None:
-            # The other summands of the product rule, both from one call: the input gradient from gc and W_t,
-            # the filter gradient from gc and x_t.
-            gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.weight_t)
-            weight_t = weight_t + weight_2
+        gx_t, gx_2, weight_t = self.conv.tangent_backward(self.c_t, self.x, self.gc, self.x_t)
         by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
         return BlockGradient(gx_t, weight_t.to(self.type), *by_norm, gx_2)
-
-    def _conv_backward(self, gc: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-        return conv_backward(gc, x, weight, self.settings.groups, by_input=not self.settings.first)
 
     def _of_norm(self, one: ChannelRow, other: ChannelRow) -> tuple[Tensor, Tensor]:
         """Return two rows of `d` in the dtype of batch norm."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.core.literals import Activation, Pooling, Readout
+from mamlctl.core.literals import Activation, ConvName, Pooling, Readout
 from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, head, max_pool, task_conv, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
@@ -31,6 +31,7 @@ class Conv4:
     pooling: Pooling = "max"  # or "stride": convolutions of stride 2 halve the maps
     readout: Readout = "flatten"  # or "mean" over the pixels of the last map
     activation: Activation = "leaky_relu"
+    conv: ConvName = "direct"  # method of the hand-written derivatives on a CPU
 
     blocks = 4
     objective = CLASSIFICATION

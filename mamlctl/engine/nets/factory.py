@@ -22,6 +22,7 @@ def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
         config.pooling or "max",
         config.readout or "flatten",
         config.activation or "leaky_relu",
+        config.conv,
     )
 
 
