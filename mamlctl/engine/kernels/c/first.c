@@ -13,6 +13,7 @@ typedef int64_t INTEGER;
 typedef int32_t INTEGER;
 #endif
 typedef REAL vec __attribute__((vector_size(VEC * sizeof(REAL)), aligned(sizeof(REAL))));
+typedef REAL lanes[VEC];
 typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned(sizeof(REAL))));
 
 #define WIDE (W + 2)
@@ -21,49 +22,71 @@ typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned
 #define FIRST \
     SHAPE; \
     const int T = s->tasks, C = s->inputs, O = X / T; \
-    (void)leak, (void)H, (void)PH, (void)PW
+    (void)leak, (void)H, (void)PH, (void)PW, (void)C
 
 /* Sums of q and q q^T over the patches q of the measured examples -> sum [T][D], product [T][D][D], D = 9 C. In double,
- * because variances are small differences of them. */
+ * because variances are small differences of them; rows are added one after another, whatever the order of the loops. */
 void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, double *restrict product) {
     const int H = s->height, W = s->width, T = s->tasks, C = s->inputs, D = 9 * C;
 #pragma omp parallel for num_threads(s->threads) schedule(dynamic)
     for (int item = 0; item < T * D; item++) {
         const int t = item / D, one = item % D;
-        double total = 0;
-        for (int other = one; other < D; other++) {
-            double both = 0;
-            for (int e = 0; e < s->measured; e++) {
-                const REAL *planes = x + ((long)e * T + t) * C * PLANE;
-                for (int i = 0; i < H; i++) {
-                    const REAL *u = planes + one / 9 * PLANE + (i + one % 9 / 3) * WIDE + one % 3;
-                    const REAL *v = planes + other / 9 * PLANE + (i + other % 9 / 3) * WIDE + other % 3;
-                    double row = 0, alone = 0;
-#pragma omp simd reduction(+ : row, alone)
-                    for (int j = 0; j < W; j++) row += (double)u[j] * v[j], alone += u[j];
-                    both += row;
-                    if (other == one) total += alone;
+        double total = 0, both[D];
+        for (int other = 0; other < D; other++) both[other] = 0;
+        for (int e = 0; e < s->measured; e++) {
+            const REAL *planes = x + ((long)e * T + t) * C * PLANE;
+            for (int i = 0; i < H; i++) {
+                const REAL *from = planes + one / 9 * PLANE + (i + one % 9 / 3) * WIDE + one % 3;
+                double u[W], alone = 0;
+#pragma omp simd reduction(+ : alone)
+                for (int j = 0; j < W; j++) u[j] = from[j], alone += from[j];
+                total += alone;
+                for (int other = one / 3 * 3; other < D; other += 3) { /* a row of taps; some may be before `one` */
+                    const REAL *v = planes + other / 9 * PLANE + (i + other % 9 / 3) * WIDE;
+                    double row0 = 0, row1 = 0, row2 = 0;
+#pragma omp simd reduction(+ : row0, row1, row2)
+                    for (int j = 0; j < W; j++) row0 += u[j] * v[j], row1 += u[j] * v[j + 1], row2 += u[j] * v[j + 2];
+                    both[other] += row0, both[other + 1] += row1, both[other + 2] += row2;
                 }
             }
-            product[((long)t * D + one) * D + other] = product[((long)t * D + other) * D + one] = both;
         }
+        for (int other = one; other < D; other++)
+            product[((long)t * D + one) * D + other] = product[((long)t * D + other) * D + one] = both[other];
         sum[(long)t * D + one] = total;
     }
 }
 
-/* The four outputs of the convolution in a pooling window, for VEC filters. */
-INLINE void window(const REAL *plane, const REAL *w, int C, long size, int wide, int padded, REAL out[4][VEC]) {
-    vec v0 = {0}, v1 = {0}, v2 = {0}, v3 = {0};
+/* The four outputs of the convolution in each of `windows` pooling windows beside each other, one or two, for VEC
+ * filters. Two share the loads of the weights, and their eight sums hide the latency of the additions. */
+INLINE void convolve(const REAL *plane, const REAL *w, int C, long size, int wide, int padded, const int windows,
+                     lanes out[8]) {
+    vec v0 = {0}, v1 = {0}, v2 = {0}, v3 = {0}, u0 = {0}, u1 = {0}, u2 = {0}, u3 = {0};
     for (int c = 0; c < C; c++, plane += size)
 #pragma GCC unroll 9
         for (int tap = 0; tap < 9; tap++, w += padded) {
             const vec weight = *(const vec *)w;
-            const REAL *x = plane + tap / 3 * wide + tap % 3;
-            v0 += x[0] * weight, v1 += x[1] * weight;
-            v2 += x[wide] * weight, v3 += x[wide + 1] * weight;
+            const REAL *x = plane + tap / 3 * wide + tap % 3, *y = x + wide;
+            v0 += x[0] * weight, v1 += x[1] * weight, v2 += y[0] * weight, v3 += y[1] * weight;
+            if (windows == 2) u0 += x[2] * weight, u1 += x[3] * weight, u2 += y[2] * weight, u3 += y[3] * weight;
         }
     memcpy(out[0], &v0, sizeof v0), memcpy(out[1], &v1, sizeof v1);
     memcpy(out[2], &v2, sizeof v2), memcpy(out[3], &v3, sizeof v3);
+    if (windows == 1) return;
+    memcpy(out[4], &u0, sizeof u0), memcpy(out[5], &u1, sizeof u1);
+    memcpy(out[6], &u2, sizeof u2), memcpy(out[7], &u3, sizeof u3);
+}
+
+/* The outputs of window (i, j), of which the even ones compute the next one too. `both` contains the last two. */
+INLINE const lanes *window(const shape *s, const REAL *planes, const REAL *w, int t, int o, int i, int j,
+                           lanes both[8]) {
+    FIRST;
+    const REAL *corner = planes + 2 * i * WIDE + 2 * j, *weights = w + (long)t * C * 9 * PADDED(O) + o;
+    if (j % 2) return both + 4;
+    if (j + 1 < PW)
+        convolve(corner, weights, C, PLANE, WIDE, PADDED(O), 2, both);
+    else
+        convolve(corner, weights, C, PLANE, WIDE, PADDED(O), 1, both);
+    return both;
 }
 
 /* One example and task, n filters from o on -> a, and p and where if `keep`. Callers pass the constant VEC if they can,
@@ -71,7 +94,8 @@ INLINE void window(const REAL *plane, const REAL *w, int C, long size, int wide,
 INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, STORED *p, uint8_t *where, STORED *a,
                             const double *d, int e, int t, int o, const int n, const int keep) {
     FIRST;
-    const int x0 = t * O + o, padded = PADDED(O);
+    const int x0 = t * O + o;
+    lanes both[8];
     REAL sign[VEC], scale[VEC], shift[VEC];
     for (int l = 0; l < n; l++) {
         sign[l] = d[GAMMA * X + x0 + l] < 0 ? -1 : 1;
@@ -80,8 +104,7 @@ INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, S
     }
     for (int i = 0; i < PH; i++)
         for (int j = 0; j < PW; j++) {
-            REAL v[4][VEC];
-            window(planes + 2 * i * WIDE + 2 * j, w + (long)t * C * 9 * padded + o, C, PLANE, WIDE, padded, v);
+            const lanes *v = window(s, planes, w, t, o, i, j, both);
             const long at = POOLED;
             for (int l = 0; l < n; l++) {
                 const REAL v0 = v[0][l] * sign[l], v1 = v[1][l] * sign[l], v2 = v[2][l] * sign[l], v3 = v[3][l] * sign[l];
@@ -130,7 +153,8 @@ void first_forward_only(const shape *s, const REAL *restrict x, const REAL *rest
 INLINE void tangent_filters(const shape *s, const REAL *planes, const REAL *w, const STORED *p, const uint8_t *where,
                             STORED *p_t, STORED *a_t, const double *d, int e, int t, int o, const int n) {
     FIRST;
-    const int x0 = t * O + o, padded = PADDED(O);
+    const int x0 = t * O + o;
+    lanes both[8];
     TAKE(scale, S);
     TAKE(mean, MEAN);
     TAKE(beta, BETA);
@@ -138,8 +162,7 @@ INLINE void tangent_filters(const shape *s, const REAL *planes, const REAL *w, c
     TAKE(mean_t, MEAN_T);
     for (int i = 0; i < PH; i++)
         for (int j = 0; j < PW; j++) {
-            REAL v[4][VEC];
-            window(planes + 2 * i * WIDE + 2 * j, w + (long)t * C * 9 * padded + o, C, PLANE, WIDE, padded, v);
+            const lanes *v = window(s, planes, w, t, o, i, j, both);
             const long at = POOLED;
             for (int l = 0; l < n; l++) {
                 const int32_t which = where[at + l];
