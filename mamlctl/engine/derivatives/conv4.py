@@ -211,7 +211,7 @@ class Conv4Set:
         tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
         if stored is None:
             mean_X, var_X = tape.seen
-            norm.seen[name] = mean_X.view(tasks, -1), var_X.view(tasks, -1)
+            norm.saw(name, mean_X.view(tasks, -1), var_X.view(tasks, -1), tape.count)
         return tape
 
     def _by_task(self, a: Tensor, fast: Mapping[str, Tensor]) -> Tensor:

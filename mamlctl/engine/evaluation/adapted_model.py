@@ -21,8 +21,8 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 class MeasuringPass(NormPass):
     """A pass that records the biased variance, by which it normalises, in place of the unbiased one."""
 
-    def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
-        self.seen[name] = mean_TC, var_TC
+    def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: float) -> None:
+        self.seen[name] = mean_TC, var_TC * (max(count - 1, 1) / count)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,10 @@ class BlockTape(Protocol):
     def seen(self) -> Statistics_X:
         """Mean and unbiased variance of c, as `NormPass.seen` has them."""
 
+    @property
+    def count(self) -> float:
+        """M, the number of values per channel behind them."""
+
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         """Compute the gradients of input, filters and norm from ga = dL/da.
 

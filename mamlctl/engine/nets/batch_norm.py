@@ -64,7 +64,9 @@ class NormPass:
             measured = x_ETCHW[: self.support_examples] if self.statistics is Statistics.SUPPORT else x_ETCHW
             var, mean = torch.var_mean(measured, dim=(0, 3, 4), correction=0, keepdim=True)
             count = measured.shape[0] * measured.shape[3] * measured.shape[4]
-            self.saw(name, mean.detach()[0, :, :, 0, 0], var.detach()[0, :, :, 0, 0], count)
+            # As in torch: normalise by the biased variance, accumulate the unbiased one.
+            var_TC = unbiased(var.detach()[0, :, :, 0, 0], count)
+            self.saw(name, mean.detach()[0, :, :, 0, 0], var_TC, count)
         return (x_ETCHW - mean) * (gamma * (var + EPS).rsqrt()) + beta
 
     def affine(self, name: str, fast: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -78,17 +80,16 @@ class NormPass:
         rows_RC = self.params[name] if name in self.params else self.running[name]
         return rows_RC[min(self.step, rows_RC.shape[0] - 1)]
 
-    def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: int) -> None:
+    def saw(self, name: str, mean_TC: Tensor, var_TC: Tensor, count: float) -> None:
         """Record the statistics of a layer, for the running ones.
 
         Args:
             name: the layer.
             mean_TC: the mean of each task and channel.
-            var_TC: the biased variance of each task and channel.
+            var_TC: the unbiased variance of each task and channel.
             count: the number of values behind each of them.
         """
-        # As in torch: normalise by the biased variance, accumulate the unbiased one.
-        self.seen[name] = mean_TC, unbiased(var_TC, count)
+        self.seen[name] = mean_TC, var_TC
 
 
 def unbiased(var: Tensor, count: int) -> Tensor:
