@@ -10,7 +10,7 @@ from helpers.derivative_cases import assert_equal_measurements, needs_c
 from helpers.engine_cases import SMALL, build_uneven, small_config
 from helpers.trainer_cases import comparable, make_run
 
-from mamlctl.core.errors import DivergedError
+from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.engine.algorithms import compiled_mlp
@@ -22,6 +22,7 @@ from mamlctl.engine.optimizers import Adam
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.engine.training.trainer import Trainer
+from mamlctl.experiments.settings import resolve_settings
 
 pytestmark = needs_c
 
@@ -219,3 +220,27 @@ def test_a_meta_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):
         stored.append(trainer.state.stored())
     for name, tensor in stored[0].items():
         assert torch.equal(tensor, stored[1][name])
+
+
+@pytest.mark.parametrize(
+    ("layers", "engine"),
+    [
+        ([("flag", {"dataset": "sinusoid"})], "compiled"),
+        ([("flag", {"dataset": "line", "algo": "meta-sgd"})], "compiled"),
+        ([("flag", {"dataset": "sinusoid", "algo": "anil"})], "adjoint"),
+        ([("flag", {"dataset": "sinusoid", "engine": "plain"})], "plain"),
+        ([("file", {"dataset": "sinusoid", "engine": "compiled"}), ("flag", {"algo": "reptile"})], "adjoint"),
+        (
+            [("file", {"dataset": "sinusoid", "engine": "compiled"}), ("flag", {"dataset": "glyphs"})],
+            "adjoint",
+        ),
+    ],
+)
+def test_curves_are_compiled_by_default_if_the_algorithm_unrolls_them(layers, engine):
+    assert resolve_settings(layers, checked=False).config.engine == engine
+
+
+@pytest.mark.parametrize("settings", [{"dataset": "glyphs"}, {"dataset": "sinusoid", "algo": "anil"}])
+def test_the_compiled_engine_is_refused_where_it_has_no_effect(settings):
+    with pytest.raises(SettingsError, match="--engine compiled"):
+        resolve_settings([("flag", settings | {"engine": "compiled"})])
