@@ -20,7 +20,8 @@ from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
-from mamlctl.engine.nets.base import CLASSIFICATION, bn_mode
+from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
@@ -32,6 +33,7 @@ from mamlctl.run_folder import (
     CLASSES,
     COMMANDS,
     ENVIRONMENT,
+    STATUS,
     RunFolder,
     RunState,
     new_run,
@@ -49,6 +51,8 @@ class _Prepared:
     device: torch.device
     streams: Mapping[str, Tasks]
     source: TaskSource
+    net: Net
+    state: MetaState
     stop: StopRequests
     on_event: OnEvent
 
@@ -129,7 +133,7 @@ def resume(
             fact = f"{run.path} has no digest of its data, so {overrides['dataset']} cannot be compared"
             raise DataError(fact, hint=f"move the images back to {run.config.dataset}")
         changed = {name: value for name, value in overrides.items() if name != "dataset"}
-        run.config = stored_settings("the command line", {**asdict(run.config), **changed})
+        run.config = stored_settings("flag", {**asdict(run.config), **changed})
         # Checkpoints belong to the path with which the run started, so `run.config` keeps it.
         config = replace(run.config, dataset=overrides.get("dataset", run.config.dataset))
         prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, stored_split(run))
@@ -161,7 +165,7 @@ def _prepare(
     on_event: OnEvent,
     stored: Mapping[str, Sequence[str]] | None = None,
 ) -> _Prepared:
-    """Open the device and the data.
+    """Open the device and the data, and build the network.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
     `stored` is the split with which a resumed run started.
@@ -179,14 +183,14 @@ def _prepare(
         on_event=on_event,
         stored=stored,
     )
-    return _Prepared(completed, device, streams, source, stop, on_event)
+    net, state = build(completed, source.example_shape, device, classes=source.classes.get("train"))
+    return _Prepared(completed, device, streams, source, net, state, stop, on_event)
 
 
 def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
     config, source, stop, on_event = prepared.config, prepared.source, prepared.stop, prepared.on_event
+    net, state = prepared.net, prepared.state
     with stop:
-        classes = source.classes.get("train")
-        net, state = build(config, source.example_shape, prepared.device, classes=classes)
         trainer = Trainer(
             config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
         )
@@ -195,7 +199,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         if resume and not any((run.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
             # A folder whose transfer from a Ray node was cut off has no status: the metrics come before the
             # checkpoint, and the status comes last.
-            if run.state().status is not None and run.metrics():
+            if (run.path / STATUS).exists() and run.metrics():
                 fact = f"{run.path} has reports, but neither {LAST} nor {PREVIOUS} in its checkpoints folder"
                 raise MamlctlError(fact, hint="restore one of them, or train a new run with another --out")
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))

@@ -186,7 +186,8 @@ def load_states(
         MamlctlError: no checkpoint is whole.
         SettingsError: the run has no inner learning rates for the layers that the settings adapt.
     """
-    others = [] if settings.checkpoint else [run.checkpoints / name for name in (BEST, LAST, PREVIOUS)]
+    names = () if settings.checkpoint else (BEST, LAST, PREVIOUS)
+    others = [run.checkpoints / name for name in names if (run.checkpoints / name).exists()]
     loaded: dict[Path, tuple[MetaState, int | None]] = {}
     errors = list[MamlctlError]()
     for file in dict.fromkeys((files[0], *others[:1], *files[1:], *others[1:])):

@@ -455,6 +455,14 @@ def test_eval_uses_the_whole_checkpoints_and_says_which(cli, copy):
     assert "; 2 other checkpoints cannot be used either" in " ".join(err.split())
 
 
+def test_eval_counts_only_checkpoints_that_exist(cli, copy):
+    shutil.rmtree(copy / "checkpoints")
+    code, _, err = cli("eval", copy, "--tasks", "4")
+    assert code == 1
+    assert_two_lines(err, "there is no checkpoint", "start a new run")
+    assert "cannot be used either" not in err
+
+
 def test_eval_uses_best_pt_for_a_damaged_file_of_the_best_epoch(cli, copy):
     def results():
         code, out, err = cli("eval", copy, "--tasks", "4", "--json")
@@ -675,7 +683,10 @@ def test_changed_data_are_refused_by_resume_and_reported_by_eval(cli, trained, t
     assert "not those of the training" in err
 
 
-def test_a_run_that_lost_its_last_checkpoints_is_not_started_again(cli, copy):
+@pytest.mark.parametrize("status", [None, "{"])
+def test_a_run_that_lost_its_last_checkpoints_is_not_started_again(cli, copy, status):
+    if status:
+        (copy / "status.json").write_text(status)
     for name in ("last.pt", "previous.pt"):
         (copy / "checkpoints" / name).unlink()
     before = (copy / "metrics.jsonl").read_text()
