@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,22 +18,33 @@ from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.run_folder import CLASSES, RunFolder
 from mamlctl.settings.evaluation import EvalConfig
 
-DIGESTS = "training_images.bin"  # in a run folder: sorted digests of 8 bytes
+DIGESTS = "training_images.bin"  # in a run folder: HEAD, a checksum, and sorted digests of 8 bytes each
+HEAD = b"mamlctl2"  # files of older versions have neither this nor a checksum
 
 
 def store_digests(run: RunFolder, source: TaskSource) -> None:
     """Write digests of the images of the training classes, unless the run has them; curves have none."""
     if source.image_digests is not None and not (run.path / DIGESTS).exists():
+        digests = np.unique(source.image_digests("train")).astype("<u8").tobytes()
         with replacing(run.path / DIGESTS) as file:
-            file.write(np.unique(source.image_digests("train")).astype("<u8").tobytes())
+            file.write(HEAD + _checksum(digests) + digests)
+
+
+def _checksum(digests: bytes) -> bytes:
+    return hashlib.sha256(digests).digest()[:8]
 
 
 def stored_digests(run: RunFolder) -> NDArray[np.uint64] | None:
     """What `store_digests` wrote; None if it is missing, as in older runs, or damaged."""
     try:
-        return np.frombuffer((run.path / DIGESTS).read_bytes(), dtype="<u8")
+        stored = (run.path / DIGESTS).read_bytes()
+        has_head = stored.startswith(HEAD)
+        checksum, content = stored[len(HEAD) :][:8], stored[len(HEAD) :][8:]
+        digests = np.frombuffer(content if has_head else stored, dtype="<u8")
     except (OSError, ValueError):
         return None
+    is_whole = checksum == _checksum(content) if has_head else bool(np.all(digests[1:] > digests[:-1]))
+    return digests if is_whole and len(digests) else None
 
 
 def same_training_images(run: RunFolder, other: RunFolder) -> bool:
@@ -102,9 +114,9 @@ def overlap_notes(
         return ()
     trained = stored_digests(run)
     if trained is None:
-        on_event(
-            Notice(f"{run.path} has no list of its training images: they may be among those of the test")
-        )
+        lack = "a damaged list" if (run.path / DIGESTS).exists() else "no list"
+        unknown = "they may be among those of the test"
+        on_event(Notice(f"{run.path} has {lack} of its training images: {unknown}"))
         return ()
     tested = source.image_digests(settings.split)
     if not (common := int(np.isin(tested, trained).sum())):

@@ -46,6 +46,13 @@ def texts(events):
     return [event.text for event in events if isinstance(event, Notice)]
 
 
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    folder = photos(tmp_path / "p", [f"c{number:02d}" for number in range(20)])
+    with pytest.raises(SettingsError, match="too small"):
+        trained(tmp_path / "run", folder, tmp_path / "root", net="conv4", hidden=None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_run_prints_its_classes(tmp_path, glyphs_root):
     folder, notices = photos(tmp_path / "p", [f"c{number:02d}" for number in range(20)]), []
     trained(tmp_path / "run", folder, tmp_path / "root", notices)
@@ -165,6 +172,25 @@ def test_runs_without_a_list_of_their_images_get_a_notice(place):
     fact = "has no list of its training images: they may be among those of the test"
     assert notices[-1] == f"{place / 'run'} {fact}"
     assert evaluated(place)[1] == []
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 16, 24, -8])
+def test_a_list_of_training_images_that_is_cut_short_gets_a_notice(place, size):
+    file = place / "run" / "training_images.bin"
+    file.write_bytes(file.read_bytes()[:size])
+    photos(place / "q", [f"other {name}" for name in NAMES])
+    _, notices = evaluated(place, place / "q")
+    fact = "has a damaged list of its training images: they may be among those of the test"
+    assert notices[-1] == f"{place / 'run'} {fact}"
+
+
+def test_lists_of_training_images_without_a_checksum_are_read(place):
+    file = place / "run" / "training_images.bin"
+    digests = np.frombuffer(file.read_bytes()[16:], dtype="<u8")
+    for older, is_whole in ((digests, True), (digests[::-1], False)):
+        file.write_bytes(older.tobytes())
+        stored = training_images.stored_digests(open_run(place / "run"))
+        assert np.array_equal(stored, digests) if is_whole else stored is None
 
 
 @pytest.mark.parametrize(
