@@ -39,9 +39,10 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
     values: dict[str, Any] = {}
     sources, problems = dict.fromkeys(types, "default"), list[Problem]()
     for source, layer in layers:
+        where = "on the command line" if source == "flag" else f"in {source}"
         for name, value in layer.items():
             if name not in types:
-                place = "" if source == "--set" else f" in {source}"
+                place = "" if source == "--set" else f" {where}"
                 hint = nearest(str(name), types, otherwise="list all settings with --print-config")
                 problems.append((f"unknown setting '{name}'{place}", hint))
                 continue
@@ -49,14 +50,14 @@ def merge(config_type: type[ConfigT], layers: Sequence[Layer]) -> tuple[Resolved
                 read = types[name].read(value)
             except ValueError:
                 noun = NOUNS[types[name].kind]
-                problems.append((f"{name} is {value!r} in {source}, which is not {noun}", f"use {noun}"))
+                problems.append((f"{name} is {value!r} {where}, which is not {noun}", f"use {noun}"))
                 continue
             if isinstance(read, str) and (read == MISSING or INTERPOLATION in read):
-                fact = f"{name} is {read!r} in {source}, but OmegaConf's placeholders are not filled in"
+                fact = f"{name} is {read!r} {where}, but OmegaConf's placeholders are not filled in"
                 problems.append((fact, "write the value itself"))
                 continue
             if isinstance(read, str) and SURROGATES.search(read):  # no YAML file can contain it
-                problems.append((f"{name} is {read!r} in {source}, which is not UTF-8", "rename that folder"))
+                problems.append((f"{name} is {read!r} {where}, which is not UTF-8", "rename that folder"))
                 continue
             values[name], sources[name] = read, source
     return Resolved(config_type(**values), sources), problems

@@ -203,13 +203,13 @@ def test_placeholders_are_refused_and_not_filled_in(tmp_path, monkeypatch, name,
 
 def test_a_number_that_no_float_can_represent_is_refused():
     assert problems_of(("flag", {"inner_lr": 10**400})) == [
-        f"inner_lr is {10**400} in flag, which is not a number"
+        f"inner_lr is {10**400} on the command line, which is not a number"
     ]
 
 
 def test_a_data_set_whose_path_is_not_utf8_is_refused():
     assert problems_of(("flag", {"dataset": "p\udce9"})) == [
-        "dataset is 'p\\udce9' in flag, which is not UTF-8"
+        "dataset is 'p\\udce9' on the command line, which is not UTF-8"
     ]
 
 

@@ -106,7 +106,7 @@ def test_an_evaluation_accepts_only_its_own_settings():
     with pytest.raises(SettingsError) as caught:
         evaluation_settings({"epochs": 5, "tasks": 1, "split": "tset"}, "flag")
     assert [fact.split(",")[0] for fact, _ in caught.value.problems] == [
-        "unknown setting 'epochs' in flag",
+        "unknown setting 'epochs' on the command line",
         "--split is 'tset'",
         "--tasks is 1",
     ]
