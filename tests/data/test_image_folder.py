@@ -162,6 +162,20 @@ def test_bad_files_and_classes_are_left_out_with_one_notice_each_time(flawed, tm
     assert [event.text for event in again if isinstance(event, Notice)] == texts
 
 
+@pytest.mark.parametrize("level", ["top", "leaf"])
+def test_links_to_nothing_and_pipes_are_left_out_with_a_notice(tmp_path, level):
+    path = make(tmp_path / "mine", split="group/" if level == "leaf" else "")
+    place = next(folder for folder in path.rglob("class 03"))
+    (place / "moved.png").symlink_to("nowhere.png")
+    os.mkfifo(place / "pipe.png")
+    for _ in range(2):
+        notices = []
+        opened(path, tmp_path / "root", notices, classes=level)
+        text = notices[-1].text
+        assert text.startswith("2 left out: there is no ") and "moved.png; " in text
+        assert text.endswith("pipe.png is a named pipe or a device, not a file or a folder")
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_strict_refuses_bad_files_and_small_classes(flawed, tmp_path, fixed):
     if fixed:

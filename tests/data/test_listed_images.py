@@ -59,6 +59,21 @@ def test_missing_list_gets_its_share_of_the_classes_of_train(tmp_path):
     assert [len(source.names[split]) for split in CLASSES] == [3, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("make", "fact"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "there is no .*val.csv"),
+        (os.mkfifo, "val.csv is a named pipe or a device"),
+    ],
+)
+def test_list_that_cannot_be_read_does_not_count_as_missing(tmp_path, make, fact):
+    folder = write_lists(tmp_path / "mine")
+    (folder / "val.csv").unlink()
+    make(folder / "val.csv")
+    with pytest.raises(DataError, match=fact):
+        class_files(folder, "top")
+
+
 def test_changed_list_is_read_again(tmp_path):
     folder = write_lists(tmp_path / "mine")
     opened(folder, tmp_path / "root")

@@ -212,7 +212,8 @@ def _images_inside(folder: Path) -> bool:
 def class_folders(path: Path) -> dict[str, list[Path]]:
     """Return the class folders of `path` and the files of each, at any depth, both sorted by name.
 
-    Hidden files and files with the suffixes of `NO_IMAGES` are skipped; a class may be empty.
+    Hidden files and files with the suffixes of `NO_IMAGES` are skipped; a class may be empty. Links to
+    nothing, pipes and devices are among the files, so that whoever reads them reports them.
 
     Raises:
         DataError: `path` is not a folder, or has no subfolders.
@@ -221,7 +222,7 @@ def class_folders(path: Path) -> dict[str, list[Path]]:
         raise DataError(f"{path} is not a folder", hint="give a folder that contains one folder per class")
     folders = {
         folder.name: sorted(
-            file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and file.is_file()
+            file for file in folder.rglob("*") if may_be_image(file.relative_to(folder)) and not file.is_dir()
         )
         for folder in sorted(path.iterdir())
         if folder.is_dir() and is_visible(folder.name)

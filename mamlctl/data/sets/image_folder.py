@@ -172,9 +172,17 @@ def _stamp(
     for name, files in classes.items():
         digest.update(f"{name}\0".encode(errors="surrogateescape"))
         for file in files:
-            facts = "\0".join(map(str, [file.relative_to(folder), *facts_of(file.stat())]))
+            facts = "\0".join(map(str, [file.relative_to(folder), *facts_of(_status(file))]))
             digest.update(f"{facts}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _status(file: Path) -> os.stat_result:
+    """The status of a file, or of a link that leads to nothing."""
+    try:
+        return file.stat()
+    except OSError:
+        return file.lstat()
 
 
 def _facts_of(status: os.stat_result) -> tuple[int, int, int]:
@@ -186,7 +194,7 @@ def _is_as_old_pack(
     path: Path, packed: PackedImages, folder: Path, classes: Mapping[str, Sequence[Path]]
 ) -> bool:
     """Whether an older pack, whose stamp has no change times, was written after every change."""
-    last = max((file.stat().st_ctime_ns for files in classes.values() for file in files), default=0)
+    last = max((_status(file).st_ctime_ns for files in classes.values() for file in files), default=0)
     return last < path.stat().st_mtime_ns and packed.facts.get("stamp") == _stamp(
         folder, classes, lambda status: (status.st_size, status.st_mtime_ns)
     )

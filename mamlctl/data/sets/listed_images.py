@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.literals import SPLITS
+from mamlctl.data.reading.archives import open_regular
 
 COLUMNS = ("filename", "label")
 IMAGES = "images"  # the folder of the images, unless they are next to the lists
@@ -34,7 +37,7 @@ def listed_files(folder: Path) -> dict[str, list[Path]]:
     splits: dict[str, str] = {}  # label -> split
     for split in SPLITS:
         path = folder / f"{split}.csv"
-        for place, name, label in _rows(path) if path.is_file() else ():
+        for place, name, label in _rows(path) if os.path.lexists(path) else ():
             file = _find_image(folder, name, place)
             if file in lists:
                 raise DataError(f"{place} lists {name}, but so does {lists[file]}", hint=HINT)
@@ -54,7 +57,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the place of every row, for messages, and its file name and label."""
     number = 1
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_regular(path, HINT) as binary, TextIOWrapper(binary, "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             reader.fieldnames = names = _column_names(reader.fieldnames or ())
             if missing := [column for column in COLUMNS if column not in names]:

@@ -124,12 +124,12 @@ def _queries(path: Path, classes: Sequence[str]) -> list[Query]:
     for entry in sorted(path.iterdir()):
         if not may_be_image(Path(entry.name)):
             continue
-        if entry.is_file():
+        if not entry.is_dir():
             flat.append(Query(entry))
         elif files := [
             file
             for file in sorted(entry.rglob("*"))
-            if may_be_image(file.relative_to(entry)) and file.is_file()
+            if may_be_image(file.relative_to(entry)) and not file.is_dir()
         ]:
             if entry.name not in classes:
                 fact = f"query folder '{entry.name}' of {path} is not a class of the support set"
