@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mamlctl.engine.derivatives import selection
-from mamlctl.engine.kernels.triton_block import TritonBlocks, prepare
+from mamlctl.engine.kernels.head import TorchHead
+from mamlctl.engine.kernels.triton_block import TritonBlocks, TritonHead, prepare
 
 CUDA = torch.device("cuda:0")
 # torch's fused Adam runs on fake tensors only if the learning rate is a number.
@@ -56,19 +57,22 @@ def fake_cuda(block: str = "triton") -> Iterator[torch.device]:
         block: "triton" or "torch", for Conv4's derivatives.
     """
 
+    def layout(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+        """The layout of cuDNN's results, which torch only knows for bfloat16 if it finds a device."""
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
+
     def no_wait(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)  # fake tensors cannot be pinned
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         patch("torch.cuda.is_current_stream_capturing", lambda: True),  # so nothing is timed on the device
+        patch("torch._C._conv_determine_backend_memory_format", layout),
         patch("mamlctl.data.tasks.image_tasks.to_device_no_sync", no_wait),
         NoHostCopies(),
     ):
-        blocks = (
-            (TritonBlocks.on(CUDA), prepare)
-            if block == "triton"
-            else (selection.TorchTape, selection.unprepared)
-        )
+        plain = selection.TorchTape, selection.unprepared, TorchHead
+        blocks = (TritonBlocks.on(CUDA), prepare, TritonHead) if block == "triton" else plain
         with patch.object(selection, "_cuda_blocks", lambda *arguments: blocks):
             yield CUDA

@@ -40,6 +40,7 @@ from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
 from mamlctl.engine.kernels.fused_block import KernelTape
 from mamlctl.engine.kernels.winograd import Winograd
+from mamlctl.engine.kernels.head import TorchHead
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
 from mamlctl.engine.training.initial_state import build
@@ -49,6 +50,7 @@ from mamlctl.experiments.settings import fill_defaults
 triton_block = importlib.import_module("mamlctl.engine.kernels.triton_block") if find_spec("triton") else None
 
 
+PLAIN = TorchTape, unprepared, TorchHead
 needs_triton = pytest.mark.skipif(triton_block is None, reason="torch came without Triton")
 
 
@@ -457,11 +459,16 @@ def test_another_block_is_used_only_if_it_is_correct():
     class Good(TorchTape):
         pass
 
+    class WrongHead(TorchHead):
+        def tangent(self, *args):
+            return super().tangent(*(1.2 * part for part in args))
+
     like = torch.empty(0)
+    assert not agree(PLAIN, (*PLAIN[:2], WrongHead), like, None)
     for other in (Good, Wrong, WrongFirst, Broken):
-        assert agree((TorchTape, unprepared), (other, unprepared), like, None) == (other is Good)
+        assert agree(PLAIN, (other, *PLAIN[1:]), like, None) == (other is Good)
     if HAS_C:
-        assert agree((TorchTape, unprepared), (c_block.native_block, c_block.prepare), like, None)
+        assert agree(PLAIN, (c_block.native_block, c_block.prepare, TorchHead), like, None)
 
 
 @needs_c

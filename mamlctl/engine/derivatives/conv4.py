@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.engine.derivatives.interface import Gradient
 from mamlctl.engine.kernels.block import BlockSettings, BlockTape, MakeBlock, Planes, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct, MakeConvolution
+from mamlctl.engine.kernels.head import HeadGradient, MakeHead, TorchHead, as_map, features_of
 from mamlctl.engine.nets.base import SLOPES
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
@@ -33,37 +33,6 @@ def unprepared(x: Tensor, tasks: int, measured: int | None) -> None:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The linear layer and the softmax cross-entropy at one set of features and weights."""
-
-    f_TEF: Tensor
-    weight_TNF: Tensor
-    bias_TN: Tensor
-    y_TE: Tensor
-
-    def logits(self) -> Tensor:
-        return torch.baddbmm(self.bias_TN.unsqueeze(1), self.f_TEF, self.weight_TNF.transpose(1, 2))
-
-    def loss_and_gradient(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the cross-entropy and its gradient with respect to the class scores.
-
-        With p = softmax(logits), a task's loss is the mean of -log p[y] over its E examples, and the gradient
-        is (p - onehot(y)) / E.
-
-        Returns:
-            logits_TEN, loss_T and the gradient, _TEN.
-        """
-        logits_TEN = self.logits()
-        log_p_TEN = F.log_softmax(logits_TEN, -1)
-        right_TE1 = self.y_TE.unsqueeze(-1)
-        loss_T = -log_p_TEN.gather(-1, right_TE1).mean((1, 2))
-        g_TEN = log_p_TEN.exp().scatter_add_(
-            -1, right_TE1, torch.full_like(right_TE1, -1, dtype=log_p_TEN.dtype)
-        )
-        return logits_TEN, loss_T, g_TEN / self.y_TE.shape[1]
-
-
-@dataclass(frozen=True)
 class Conv4BodyTape:
     """The intermediate results of a forward pass through the blocks."""
 
@@ -74,9 +43,12 @@ class Conv4BodyTape:
 
     def back_through(self, g_TEF: Tensor, *, keep: bool = False) -> tuple[Params, Params]:
         """Backpropagate as in `BodyTape`; `keep` the intermediate results that tangents need."""
+        return self.back_from(as_map(g_TEF, self.blocks[-1].out), g_TEF.dtype, keep=keep)
+
+    def back_from(self, ga: Tensor, dtype: torch.dtype, *, keep: bool) -> tuple[Params, Params]:
+        """Do the same from the gradient of the last block's output; `dtype` is batch norm's."""
         grads: Params = {}
         norm_grads: dict[str, Tensor] = {}
-        ga = _map(self.net, g_TEF)
         for block in range(self.net.blocks, 0, -1):
             gradient = self.blocks[block - 1].backward(ga, keep=keep)
             grads[f"conv{block}.weight"] = self.by_task(gradient.weight)
@@ -86,7 +58,7 @@ class Conv4BodyTape:
                 ga = gradient.x
         if self.norm_is_fast:
             return grads | {name: grad_X.view(self.tasks, -1) for name, grad_X in norm_grads.items()}, {}
-        return grads, self.of_all_tasks(norm_grads, g_TEF.dtype)
+        return grads, self.of_all_tasks(norm_grads, dtype)
 
     def of_all_tasks(self, norm_grads: Mapping[str, Tensor], dtype: torch.dtype) -> Flat:
         """Add the gradients of batch norm's weights, then biases, over tasks: _X -> _C."""
@@ -105,35 +77,22 @@ class Conv4Tape:
     """The intermediate results of a forward and backward pass through the whole network."""
 
     body: Conv4BodyTape
-    head: Head
-    g_TEN: Tensor  # gradient with respect to the class scores
-    p_TEN: Tensor  # class probabilities
+    head: TorchHead
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """Compute the tangents of the forward pass, then those of the backward pass."""
-        body, head, g_TEN, p_TEN = self.body, self.head, self.g_TEN, self.p_TEN
+        body, head = self.body, self.head
         # The algorithms that adapt batch norm (Reptile, transfer, scratch) use first derivatives only.
         assert not body.norm_is_fast, "second derivatives are not implemented for an adapted batch norm"
         # The image has no tangent.
         a_t = None
         for block, tape in enumerate(body.blocks, 1):
-            a_t = tape.tangent(a_t, direction[f"conv{block}.weight"].flatten(0, 1))
+            a_t = tape.tangent(a_t, _filters(direction, block, body.net.compute).flatten(0, 1))
         assert a_t is not None
-        # Head, forward: logits = W f + b, so logits_t = W f_t + W_t f + b_t.
-        f_t_TEF = _features(body.net, a_t, body.tasks).to(g_TEN.dtype)
-        weight_t_TNF = direction["linear.weight"]
-        logits_t_TEN = torch.baddbmm(
-            direction["linear.bias"].unsqueeze(1), f_t_TEF, head.weight_TNF.transpose(1, 2)
-        ).baddbmm_(head.f_TEF, weight_t_TNF.transpose(1, 2))
-        # Softmax: p_t = p (logits_t - <p, logits_t>), and g = (p - onehot(y)) / E, so g_t = p_t / E.
-        mean = (p_TEN * logits_t_TEN).sum(-1, keepdim=True)
-        g_t_TEN = p_TEN * (logits_t_TEN - mean) / p_TEN.shape[1]
-        # Head, backward: dL/dW = g^T f, so its tangent is g_t^T f + g^T f_t.
-        grads = _head_gradient(g_t_TEN, head.f_TEF)
-        grads["linear.weight"].baddbmm_(g_TEN.transpose(1, 2), f_t_TEF)
+        of_head = head.tangent(a_t, direction["linear.weight"], direction["linear.bias"])
+        grads: Params = {}
         norm_grads: dict[str, Tensor] = {}
-        # dL/df = g W, so its tangent is g_t W + g W_t.
-        ga_t = _map(body.net, torch.baddbmm(g_t_TEN @ head.weight_TNF, g_TEN, weight_t_TNF))
+        ga_t = of_head.ga
         other = None  # the second summand of ga_t, see BlockGradient.x_2
         for block in range(body.net.blocks, 0, -1):
             gradient = body.blocks[block - 1].tangent_backward(ga_t, other)
@@ -142,7 +101,8 @@ class Conv4Tape:
             norm_grads[f"norm{block}.bias"] = gradient.beta_X
             if gradient.x is not None:
                 ga_t, other = gradient.x, gradient.x_2
-        return grads, body.of_all_tasks(norm_grads, g_TEN.dtype)
+        grads |= _head_grads(of_head)
+        return grads, body.of_all_tasks(norm_grads, head.weight_TNF.dtype)
 
 
 @dataclass(frozen=True)
@@ -152,37 +112,47 @@ class Conv4Set:
     net: Conv4
     make_block: MakeBlock
     make_conv: MakeConvolution
+    make_head: MakeHead
     x: Tensor  # [E, T * C, H, W], channels last
     y_TE: Tensor
     planes: Planes | None
     measured: int | None  # how many leading examples the statistics come from; None for all
 
     def logits(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
-        return _head(self.features(fast, norm), fast, self.y_TE).logits()
+        a = self._through_blocks(fast, norm)
+        return self.make_head(a, fast["linear.weight"], fast["linear.bias"], self.y_TE).logits_TEN
 
     def gradient(self, fast: Mapping[str, Tensor], norm: NormPass, *, keep: bool = False) -> Gradient:
-        f_TEF, body = self.features_and_tape(fast, norm)
-        head = _head(f_TEF, fast, self.y_TE)
-        logits_TEN, loss_T, g_TEN = head.loss_and_gradient()
-        grads, norm_grads = body.back_through(g_TEN @ head.weight_TNF, keep=keep)
-        grads |= _head_gradient(g_TEN, head.f_TEF)
-        tape = Conv4Tape(body, head, g_TEN, torch.softmax(logits_TEN, -1)) if keep else None
-        return Gradient(loss_T, logits_TEN, grads, norm_grads, tape)
+        body = self._taped(fast, norm)
+        head = self.make_head(body.blocks[-1].out, fast["linear.weight"], fast["linear.bias"], self.y_TE)
+        of_head = head.gradient(keep=keep)
+        grads, norm_grads = body.back_from(of_head.ga, head.weight_TNF.dtype, keep=keep)
+        grads |= _head_grads(of_head)
+        tape = Conv4Tape(body, head) if keep else None
+        return Gradient(head.loss_T, head.logits_TEN, grads, norm_grads, tape, head.score_T)
 
     def features(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        return self._features(self._through_blocks(fast, norm), fast)
+
+    def features_and_tape(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, Conv4BodyTape]:
+        body = self._taped(fast, norm)
+        return self._features(body.blocks[-1].out, fast), body
+
+    def _through_blocks(self, fast: Mapping[str, Tensor], norm: NormPass) -> Tensor:
+        """Compute the output of the last block, without what derivatives need."""
         a = self.x
         for block in range(1, self.net.blocks + 1):
             # The tape of a block is released before the next one, so that its memory is used again.
             a = self._block(block, a, fast, norm, forward_only=True).out
-        return self._by_task(a, fast)
+        return a
 
-    def features_and_tape(self, fast: Mapping[str, Tensor], norm: NormPass) -> tuple[Tensor, Conv4BodyTape]:
+    def _taped(self, fast: Mapping[str, Tensor], norm: NormPass) -> Conv4BodyTape:
+        """Pass the examples through the blocks, with what derivatives need."""
         a, tapes = self.x, []
         for block in range(1, self.net.blocks + 1):
             tapes.append(self._block(block, a, fast, norm, forward_only=False))
             a = tapes[-1].out
-        tape = Conv4BodyTape(self.net, tapes, len(self.y_TE), "norm1.weight" in fast)
-        return self._by_task(a, fast), tape
+        return Conv4BodyTape(self.net, tapes, len(self.y_TE), "norm1.weight" in fast)
 
     def _block(
         self, block: int, a: Tensor, fast: Mapping[str, Tensor], norm: NormPass, *, forward_only: bool
@@ -208,15 +178,16 @@ class Conv4Set:
             part.flatten()
             for part in norm.affine(name, fast)
         )
-        tape = self.make_block(a, fast[f"conv{block}.weight"].flatten(0, 1), gamma_X, beta_X, settings)
+        weight = _filters(fast, block, self.net.compute).flatten(0, 1)
+        tape = self.make_block(a, weight, gamma_X, beta_X, settings)
         if stored is None:
             mean_X, var_X = tape.seen
             norm.saw(name, mean_X.view(tasks, -1), var_X.view(tasks, -1), tape.count)
         return tape
 
-    def _by_task(self, a: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
+    def _features(self, a: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
         """Reshape the output of the last block to f_TEF, in the dtype of the weights."""
-        return _features(self.net, a, len(self.y_TE)).to(fast["conv1.weight"].dtype)
+        return features_of(a, len(self.y_TE)).to(fast["conv1.weight"].dtype)
 
 
 @dataclass(frozen=True)
@@ -227,6 +198,7 @@ class Conv4Derivatives:
     make_block: MakeBlock = TorchTape
     prepare_first: PrepareFirst = unprepared
     make_conv: MakeConvolution = Direct  # of the blocks in C
+    make_head: MakeHead = TorchHead
 
     def prepare(self, x_TECHW: Tensor, y_TE: Tensor, measured: int | None = None) -> Conv4Set:
         """Merge task and channel axes, so that a convolution in T groups gives each task its own weights."""
@@ -234,26 +206,16 @@ class Conv4Derivatives:
         x = x_TECHW.permute(1, 0, 2, 3, 4).reshape(examples, tasks * channels, height, width)
         x = x.contiguous(memory_format=torch.channels_last)
         planes = self.prepare_first(x, tasks, measured)
-        return Conv4Set(self.net, self.make_block, self.make_conv, x, y_TE, planes, measured)
+        makers = self.make_block, self.make_conv, self.make_head
+        return Conv4Set(self.net, *makers, x, y_TE, planes, measured)
 
 
-def _head(f_TEF: Tensor, fast: Mapping[str, Tensor], y_TE: Tensor) -> Head:
-    return Head(f_TEF, fast["linear.weight"], fast["linear.bias"], y_TE)
+def _filters(params: Mapping[str, Tensor], block: int, compute: torch.dtype | None) -> Tensor:
+    """Return a block's filters; those in one buffer are cast together to the dtype of the products."""
+    if isinstance(params, Flat) and compute is not None and block > 1:
+        params = params.cast(compute)
+    return params[f"conv{block}.weight"]
 
 
-def _features(net: Conv4, a: Tensor, tasks: int) -> Tensor:
-    """Reshape the last block's output [E, T * C, H, W] to the head's input f_TEF."""
-    examples, _, height, width = a.shape
-    a_ETCHW = a.view(examples, tasks, net.filters, height, width)
-    return a_ETCHW.transpose(0, 1).flatten(2)
-
-
-def _map(net: Conv4, f_TEF: Tensor) -> Tensor:
-    """Invert `_features`."""
-    f_EXHW = f_TEF.transpose(0, 1).reshape(f_TEF.shape[1], -1, *net.features_shape[1:])
-    return f_EXHW.contiguous(memory_format=torch.channels_last)
-
-
-def _head_gradient(g_TEN: Tensor, f_TEF: Tensor) -> Params:
-    """Return dL/dW = g^T f and dL/db = sum of g over examples."""
-    return {"linear.weight": g_TEN.transpose(1, 2) @ f_TEF, "linear.bias": g_TEN.sum(1)}
+def _head_grads(of_head: HeadGradient) -> Params:
+    return {"linear.weight": of_head.weight_TNF, "linear.bias": of_head.bias_TN}

@@ -52,6 +52,7 @@ class Gradient:
     fast: Params  # gradient of each task's loss with respect to its weights; leading axis T
     norm: Params  # gradient of the summed losses with respect to the norm row of the pass; _C
     tape: Tape | None = None  # present if the gradient was requested with keep=True
+    score_T: Tensor | None = None  # the objective's score of each task, if it is known already
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """Multiply the Hessian of each task's loss by a direction; may be called repeatedly.

@@ -16,6 +16,7 @@ from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, Planes, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
 from mamlctl.engine.kernels.winograd import Winograd
+from mamlctl.engine.kernels.head import MakeHead, TorchHead
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
@@ -23,6 +24,7 @@ from mamlctl.engine.nets.conv4 import Conv4
 # CPU: measured on 2 cores with 1 MB of second-level cache each. CUDA: half a gigabyte in float32, which
 # leaves room on small devices; not measured.
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
+Parts = tuple[MakeBlock, PrepareFirst, MakeHead]  # one implementation of Conv4's parts
 SAME = 0.05  # largest relative difference between two correct blocks; bfloat16 has 8 significant bits
 
 
@@ -37,7 +39,8 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
     if engine == "plain" or not isinstance(net, Conv4) or not net.by_hand:
         return Autograd(net)
     if like.device.type == "cuda":
-        return Conv4Derivatives(net, *_cuda_blocks(like.device, like.dtype, net.compute))
+        block, prepare, head = _cuda_blocks(like.device, like.dtype, net.compute)
+        return Conv4Derivatives(net, block, prepare, make_head=head)
     if all(c_library.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
         winograd = net.conv == "winograd" or (net.conv == "auto" and like.dtype == torch.float32)
         make_conv = Winograd if winograd and net.compute in (None, like.dtype) else Direct
@@ -46,36 +49,34 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
 
 
 @functools.cache
-def _cuda_blocks(
-    device: torch.device, dtype: torch.dtype, compute: torch.dtype | None
-) -> tuple[MakeBlock, PrepareFirst]:
+def _cuda_blocks(device: torch.device, dtype: torch.dtype, compute: torch.dtype | None) -> Parts:
     """Return the Triton blocks if they compile for this device and agree with torch's, else torch's."""
-    plain: tuple[MakeBlock, PrepareFirst] = TorchTape, unprepared
+    plain: Parts = TorchTape, unprepared, TorchHead
     if dtype == torch.float64:
         return plain  # Triton passes Python numbers as float32, which is not precise enough
     try:
         from triton.errors import TritonError
 
-        from mamlctl.engine.kernels.triton_block import TritonBlocks, prepare
+        from mamlctl.engine.kernels.triton_block import TritonBlocks, TritonHead, prepare
     except ImportError:  # torch without Triton
         return plain
-    blocks = TritonBlocks.on(device), prepare
+    blocks: Parts = TritonBlocks.on(device), prepare, TritonHead
     same = agree(plain, blocks, torch.empty(0, device=device, dtype=dtype), compute, failure=TritonError)
     return blocks if same else plain
 
 
 def agree(
-    reference: tuple[MakeBlock, PrepareFirst],
-    candidate: tuple[MakeBlock, PrepareFirst],
+    reference: Parts,
+    candidate: Parts,
     like: Tensor,
     compute: torch.dtype | None,
     *,
     failure: type[Exception] = RuntimeError,
 ) -> bool:
-    """Whether two implementations of the first block and of the others give the same results.
+    """Whether two implementations of the first block, of the others and of the head give the same results.
 
     Args:
-        reference: the reference implementation, and how it prepares the first block.
+        reference: the reference implementation.
         candidate: the other one.
         like: a tensor of the device and dtype to use.
         compute: of the convolutions' products; None for the dtype of `like`.
@@ -104,10 +105,25 @@ def agree(
             x_t = None if inputs == 1 else normal(*x.shape)
             one, two = (
                 passes(make, x_t, None if x_t is not None else prepare(x, tasks, None))
-                for make, prepare in (reference, candidate)
+                for make, prepare, _ in (reference, candidate)
             )
             if any(float((a - b).norm() / a.norm()) > SAME for a, b in zip(one, two, strict=True)):
                 return False
+        weight, weight_t = (normal(tasks, 20, 49 * filters) / side**2 for _ in range(2))
+        bias, y = normal(tasks, 20), torch.arange(examples, device=like.device).expand(tasks, -1)
+        heads = [
+            make(ga.to(compute or like.dtype), weight, bias, y.contiguous())
+            for *_, make in (reference, candidate)
+        ]
+        passes_of = [
+            (head.gradient(keep=True), head.tangent(head.a, weight_t, bias), head.loss_T) for head in heads
+        ]
+        flat = [
+            [part.double() for part in (*vars(first).values(), *vars(second).values(), loss)]
+            for first, second, loss in passes_of
+        ]
+        if any(float((a - b).norm() / a.norm()) > SAME for a, b in zip(*flat, strict=True)):
+            return False
     except (RuntimeError, failure):
         return False
     return True

@@ -97,5 +97,6 @@ class InnerLoop:
         norm = self.state.norm_pass(max(steps - 1, 0))
         gradient = self.sets.query.gradient(self.fast, norm)
         self.measurements.norm_passes.append(norm)
-        self.measurements.add_query(steps, gradient.logits_TEN, self.episodes.query_y_TE, gradient.loss_T)
+        known = gradient.loss_T, gradient.score_T
+        self.measurements.add_query(steps, gradient.logits_TEN, self.episodes.query_y_TE, *known)
         return gradient

@@ -227,7 +227,7 @@ class TorchTape:
         return self._gradient(gx_t, weight_t, gamma_t, beta_t)
 
     def _gradient(self, gx: Tensor | None, weight: Tensor, gamma: Tensor, beta: Tensor) -> BlockGradient:
-        weight = weight.to(self.weight.dtype) * self.sign.view(-1, 1, 1, 1)
+        weight = weight.to(self.sign.dtype) * self.sign.view(-1, 1, 1, 1)
         return BlockGradient(gx, weight, (gamma * self.sign).flatten(), beta.flatten())
 
     def _activated(self, change: Tensor) -> Tensor:

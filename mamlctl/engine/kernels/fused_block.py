@@ -158,8 +158,8 @@ class KernelTape:
 
         The kernels must store tensors in the dtype of the products.
         """
-        self.settings, self.kernels, self.type = settings, kernels, weight.dtype
-        self.stored = settings.compute or weight.dtype
+        self.settings, self.kernels, self.type = settings, kernels, gamma_X.dtype
+        self.stored = settings.compute or self.type
         self.x, self.weight = x, weight
         examples, _, height, width = x.shape
         channels = len(weight)

@@ -12,8 +12,10 @@ from mamlctl.engine.kernels import triton_ops as ops
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes, Statistics_X
 from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.kernels.fused_block import ChannelRow
+from mamlctl.engine.kernels.head import HeadGradient, TorchHead
 from mamlctl.engine.nets.batch_norm import EPS
 
+LARGEST_HEAD = 4096  # examples x classes of a program, in tiles
 MOST_TILES = 1 << 14  # tiles of channels in one launch
 # Programs of the first block that add up gradients: twice the 132 multiprocessors of an H100; not tuned.
 PROGRAMS = 264
@@ -32,8 +34,8 @@ class TritonTape:
         tickets: Tensor,
     ) -> None:
         """Compute the forward pass; arguments as in `block.MakeBlock`, and those of `TritonBlocks`."""
-        self.settings, self.type, self.gamma, self.beta = settings, weight.dtype, gamma_X, beta_X
-        self.stored = settings.compute or weight.dtype
+        self.settings, self.type, self.gamma, self.beta = settings, gamma_X.dtype, gamma_X, beta_X
+        self.stored = settings.compute or self.type
         self.x, self.weight = x, weight
         examples, _, self.height, self.width = x.shape
         self.channels, self.examples = len(weight), examples
@@ -185,6 +187,41 @@ class TritonFirstTape(TritonTape):
     @property
     def _counts(self) -> tuple[float, ...]:
         return self.count, *self.sizes, self.parts, self.examples, self.image
+
+
+class TritonHead(TorchHead):
+    """The head, with a kernel for each pass; one that is too large for a program uses torch's operations."""
+
+    def __init__(self, a: Tensor, weight_TNF: Tensor, bias_TN: Tensor, y_TE: Tensor) -> None:
+        """Compute nothing yet; arguments as in `TorchHead`."""
+        super().__init__(a, weight_TNF, bias_TN, y_TE)
+        tasks, self.classes, self.size = weight_TNF.shape
+        examples = y_TE.shape[1]
+        self.fits = ops.tile(examples) * ops.tile(self.classes) <= LARGEST_HEAD
+        self.sizes = a.shape[1], a.shape[2] * a.shape[3], self.size, self.classes, examples
+        self.grid = tasks, 1
+
+    def gradient(self, *, keep: bool) -> HeadGradient:
+        if not self.fits:
+            return super().gradient(keep=keep)
+        weight, bias, y_TE = self.weight_TNF, self.bias_TN, self.y_TE
+        self.logits_TEN, self.g_TEN, self.p_TEN = weight.new_empty(3, *y_TE.shape, self.classes)
+        self.loss_T, self.score_T = weight.new_empty(2, len(y_TE))
+        result = HeadGradient(torch.empty_like(self.a), torch.empty_like(weight), torch.empty_like(bias))
+        measured = self.logits_TEN, self.loss_T, self.score_T, self.g_TEN, self.p_TEN
+        grads = result.ga, result.weight_TNF, result.bias_TN
+        ops.head_gradient(*self.grid, self.a, weight, bias, y_TE, *measured, *grads, *self.sizes)
+        return result
+
+    def tangent(self, a_t: Tensor, weight_t_TNF: Tensor, bias_t_TN: Tensor) -> HeadGradient:
+        if not self.fits:
+            return super().tangent(a_t, weight_t_TNF, bias_t_TN)
+        weight, bias = self.weight_TNF, self.bias_TN
+        result = HeadGradient(torch.empty_like(self.a), torch.empty_like(weight), torch.empty_like(bias))
+        read = self.a, a_t, weight, weight_t_TNF, bias_t_TN, self.g_TEN, self.p_TEN
+        grads = result.ga, result.weight_TNF, result.bias_TN
+        ops.head_tangent(*self.grid, *read, *grads, *self.sizes)
+        return result
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,27 @@ import torch
 import triton.language as tl
 
 from mamlctl.engine.kernels import triton_first_kernels as first
+from mamlctl.engine.kernels import triton_head_kernels as head
 from mamlctl.engine.kernels import triton_kernels as inner
 
 # Sizes of the programs; not tuned.
 CHANNELS = 128  # channels per program of an inner block
 FILTERS = 32  # filters per program of the first block
 WINDOWS = 8  # pooling windows of the first block that are computed at a time
+FEATURES = 32  # features that the head reads at a time
 ROWS = 16  # rows of partial sums that are added at a time
 # Registers per thread of the two kernels that add up gradients of filters: ptxas chooses fewer, and spills.
 REGISTERS = 168
 
 # Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
-INTEGERS = frozenset(["rows", "norms", "H", "W", "X", "PW", "total", "T", "F", "parts", "E", "C", "GIVEN"])
+INTEGERS = frozenset(
+    ["rows", "norms", "H", "W", "X", "PW", "total", "T", "F", "parts", "E", "C", "GIVEN", "N", "P"]
+)
 REALS = frozenset(("count", "eps", "leak"))
 OPTIONAL = frozenset(("c2", "ga2"))
-DERIVED = frozenset(("TWO", "REAL", "BD", "BX", "BW", "RS"))  # computed here, not arguments of operators
+DERIVED = frozenset(
+    ("TWO", "REAL", "BD", "BX", "BW", "RS", "BE", "BN", "BF")
+)  # computed here, not arguments of operators
 
 
 def argument_names(kernel: Any) -> list[str]:
@@ -42,14 +48,16 @@ def constants(kernel: Any, values: dict[str, Any], dtype: torch.dtype) -> dict[s
     Args:
         kernel: the kernel.
         values: its arguments by name.
-        dtype: in which p is stored.
+        dtype: in which p is stored, or the head's probabilities.
     """
     is_first = "C" in values
-    taps = 9 * values.get("C", 1)
     derived = {
         "TWO": any(values.get(name) is not None for name in OPTIONAL),
         "REAL": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BD": max(16, 1 << (taps - 1).bit_length()),
+        "BD": tile(9 * values.get("C", 1)),
+        "BE": tile(values.get("E", 1)),
+        "BN": tile(values.get("N", 1)),
+        "BF": FEATURES,
         "BX": FILTERS if is_first else CHANNELS,
         "BW": WINDOWS,
         "RS": ROWS,
@@ -57,9 +65,14 @@ def constants(kernel: Any, values: dict[str, Any], dtype: torch.dtype) -> dict[s
     return {name: derived[name] for name in inspect.signature(kernel.fn).parameters if name in DERIVED}
 
 
+def tile(size: int) -> int:
+    """Return the smallest tile of a matrix product with this many rows or columns: a power of 2."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def options(kernel: Any) -> dict[str, int]:
     """Return the compiler's options for a kernel."""
-    return {"maxnreg": REGISTERS} if "gw" in inspect.signature(kernel.fn).parameters else {}
+    return {"maxnreg": REGISTERS} if {"gw", "cov"} <= inspect.signature(kernel.fn).parameters.keys() else {}
 
 
 def _operator(kernel: Any, writes: str) -> Callable[..., None]:
@@ -74,7 +87,7 @@ def _operator(kernel: Any, writes: str) -> Callable[..., None]:
 
     def launch(programs: int, tiles: int, *arguments: Any) -> None:
         values = dict(zip(names, arguments, strict=True))
-        dtype = (values["p"] if "p" in values else values["p_t"]).dtype
+        dtype = next(values[name].dtype for name in ("p", "p_t", "soft") if name in values)
         kernel[(programs, tiles)](**values, **constants(kernel, values, dtype), **options(kernel))
 
     schema = f"(int programs, int tiles, {', '.join(map(declared, names))}) -> ()"
@@ -100,3 +113,5 @@ first_forward = _operator(first.first_forward, "p where a d seen")
 first_backward = _operator(first.first_backward, "d partial tickets gw")
 first_tangent = _operator(first.first_tangent, "p_t a_t d")
 first_tangent_backward = _operator(first.first_tangent_backward, "d partial tickets gw")
+head_gradient = _operator(head.head_gradient, "logits loss score g soft ga gw gb")
+head_tangent = _operator(head.head_tangent, "ga_t gw gb")

@@ -18,6 +18,7 @@ class Flat(dict[str, Tensor]):
             {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         )
         self.buffer, self.shapes = buffer, shapes
+        self._casts: dict[torch.dtype, Flat] = {}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Flat:
@@ -26,6 +27,12 @@ class Flat(dict[str, Tensor]):
             return tensors
         buffer = torch.cat([tensor.flatten() for tensor in tensors.values()])
         return cls(buffer, {name: tensor.shape for name, tensor in tensors.items()})
+
+    def cast(self, dtype: torch.dtype) -> Flat:
+        """Return the tensors in another dtype; the same object the next time."""
+        if dtype not in self._casts:
+            self._casts[dtype] = self.like(self.buffer.to(dtype))
+        return self._casts[dtype]
 
     def like(self, buffer: Tensor) -> Flat:
         """Return the tensors of another buffer, with the names and shapes of this one."""
