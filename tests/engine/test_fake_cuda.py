@@ -20,6 +20,7 @@ from mamlctl.engine.evaluation.evaluator import _scores_TI
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import Measurements
+from mamlctl.engine.kernels import convolutions
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
@@ -62,6 +63,16 @@ def test_meta_steps_never_wait_for_the_device(settings, block):
         assert measured.meta_loss.device == device
         with pytest.raises(HostCopyError):
             period.means()  # the report, the only place that may wait
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_convolutions_by_matrix_products_never_wait_for_the_device(monkeypatch, precision):
+    monkeypatch.setattr(convolutions, "_method", lambda *arguments: convolutions.PRODUCTS)
+    with fake_cuda() as device:
+        # With 8 filters or more these are channels last, see nets/flat.py.
+        config = small_config(algo="maml++", da=False, precision=precision, filters=16)
+        step, episodes = on_device(config, device)
+        step.apply(step.measure(episodes, 0, measure_all=True), 0)
 
 
 def test_a_capture_never_waits_for_the_device():

@@ -43,7 +43,7 @@ from mamlctl.engine.evaluation.measured_loop import InnerLoop, TaskSets
 from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import Params
-from mamlctl.engine.nets.flat import Flat
+from mamlctl.engine.nets.flat import Flat, flattened
 
 # The number of last inner steps whose support passes are kept for the Hessian-vector products. The passes of
 # earlier steps are computed again, which is 3 of the 15 units of convolution work of such a step. So each
@@ -184,7 +184,7 @@ class AdjointPass(InnerLoop):
             for name, shape in self.weights.shapes.items():
                 rate = self.state.rate(name, step) if name in self.state.rates else zero
                 # A rate of a whole tensor is repeated as a view; one per weight is repeated for each task.
-                rates.append(rate.expand(shape.numel()) if rate.dim() == 0 else rate.expand(shape).flatten())
+                rates.append(rate.expand(shape.numel()) if rate.dim() == 0 else flattened(rate.expand(shape)))
             self.rates_P[step] = torch.cat(rates)
         return self.rates_P[step]
 

@@ -46,7 +46,13 @@ class Conv4BodyTape:
         return self.back_from(as_map(g_TEF, self.blocks[-1].out), g_TEF.dtype, keep=keep)
 
     def back_from(self, ga: Tensor, dtype: torch.dtype, *, keep: bool) -> tuple[Params, Params]:
-        """Do the same from the gradient of the last block's output; `dtype` is batch norm's."""
+        """Do the same as `back_through`, from the gradient of the last block's output.
+
+        Args:
+            ga: the gradient, in the shape and layout of the output.
+            dtype: of batch norm.
+            keep: keep the intermediate results that tangents need.
+        """
         grads: Params = {}
         norm_grads: dict[str, Tensor] = {}
         for block in range(self.net.blocks, 0, -1):
@@ -57,7 +63,8 @@ class Conv4BodyTape:
             if gradient.x is not None:
                 ga = gradient.x
         if self.norm_is_fast:
-            return grads | {name: grad_X.view(self.tasks, -1) for name, grad_X in norm_grads.items()}, {}
+            by_task = {name: grad_X.view(self.tasks, -1).to(dtype) for name, grad_X in norm_grads.items()}
+            return grads | by_task, {}
         return grads, self.of_all_tasks(norm_grads, dtype)
 
     def of_all_tasks(self, norm_grads: Mapping[str, Tensor], dtype: torch.dtype) -> Flat:

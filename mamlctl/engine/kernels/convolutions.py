@@ -104,7 +104,7 @@ def _by_task(x: Tensor, tasks: int) -> Tensor:
 
 def _products(x: Tensor, weight: Tensor, tasks: int) -> Tensor:
     examples, _, height, width = x.shape
-    out = weight.view(tasks, -1, weight[0].numel()) @ _patches(x, tasks)
+    out = weight.reshape(tasks, -1, weight[0].numel()) @ _patches(x, tasks)
     out = out.view(tasks, -1, examples, height, width).permute(2, 0, 1, 3, 4).flatten(1, 2)
     return out.contiguous(memory_format=torch.channels_last)
 

@@ -84,7 +84,13 @@ class TorchHead:
         return HeadGradient(ga, g_TEN.transpose(1, 2) @ self.f_TEF, g_TEN.sum(1))
 
     def tangent(self, a_t: Tensor, weight_t_TNF: Tensor, bias_t_TN: Tensor) -> HeadGradient:
-        """Compute the tangents of the gradients along `a_t` and the directions of the weights."""
+        """Compute the tangents of the gradients, after `gradient` with `keep`.
+
+        Args:
+            a_t: the direction of the last block's output.
+            weight_t_TNF: that of the weights.
+            bias_t_TN: that of the biases.
+        """
         g_TEN, p_TEN = self.g_TEN, self.p_TEN
         f_t_TEF = features_of(a_t, len(self.weight_TNF)).to(g_TEN.dtype)
         logits_t_TEN = torch.baddbmm(
