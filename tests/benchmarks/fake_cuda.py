@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from mamlctl.engine.derivatives import selection
 from mamlctl.engine.kernels.head import TorchHead
-from mamlctl.engine.kernels.triton_block import TritonBlocks, TritonHead, prepare
+from mamlctl.engine.kernels.triton.block import TritonBlocks, TritonHead, prepare
 
 CUDA = torch.device("cuda:0")
 # torch's fused Adam runs on fake tensors only if the learning rate is a number.

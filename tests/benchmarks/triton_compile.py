@@ -23,7 +23,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mamlctl.engine.kernels import triton_ops as ops
+from mamlctl.engine.kernels.triton import ops
 
 ARCHITECTURES = (80, 90)  # A100 and H100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

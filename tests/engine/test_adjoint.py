@@ -39,15 +39,15 @@ from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
 from mamlctl.engine.kernels.fused_block import KernelTape
-from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.kernels.head import TorchHead
+from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, NormPass, Statistics
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.experiments.settings import fill_defaults
 
-triton_block = importlib.import_module("mamlctl.engine.kernels.triton_block") if find_spec("triton") else None
+triton_block = importlib.import_module("mamlctl.engine.kernels.triton.block") if find_spec("triton") else None
 
 
 PLAIN = TorchTape, unprepared, TorchHead

@@ -16,7 +16,7 @@ WAYS = ["torch", pytest.param("triton", marks=needs_triton)]
 @pytest.mark.parametrize(("examples", "classes", "side"), [(7, 3, 2), (20, 20, 1), (2, 300, 1)])
 @pytest.mark.parametrize("way", WAYS)
 def test_first_and_second_derivatives_of_the_head_equal_autograd(way, examples, classes, side):
-    make = TorchHead if way == "torch" else import_module("mamlctl.engine.kernels.triton_block").TritonHead
+    make = TorchHead if way == "torch" else import_module("mamlctl.engine.kernels.triton.block").TritonHead
     generator = torch.Generator().manual_seed(examples)
     tasks, filters = 2, 9
 

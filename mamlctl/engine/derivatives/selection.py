@@ -15,8 +15,8 @@ from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, Planes, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
-from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.kernels.head import MakeHead, TorchHead
+from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
 
@@ -57,7 +57,7 @@ def _cuda_blocks(device: torch.device, dtype: torch.dtype, compute: torch.dtype 
     try:
         from triton.errors import TritonError
 
-        from mamlctl.engine.kernels.triton_block import TritonBlocks, TritonHead, prepare
+        from mamlctl.engine.kernels.triton.block import TritonBlocks, TritonHead, prepare
     except ImportError:  # torch without Triton
         return plain
     blocks: Parts = TritonBlocks.on(device), prepare, TritonHead

@@ -1,6 +1,6 @@
 """The block of `block.py` from kernels that fuse all operations between two convolutions.
 
-The kernels are written in C for CPUs (`c_block.py`) and in Triton for CUDA devices (`triton_block.py`), with
+The kernels are written in C for CPUs (`c_block.py`) and in Triton for CUDA devices (`triton/block.py`), with
 the same arithmetic on the same tensors. Tensors are [E, X, H, W], channels last, in the dtype of the
 products. The values of one channel, such as its mean, are a column of `d`, in float64.
 """

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from mamlctl.engine.kernels import triton_first_kernels as first
-from mamlctl.engine.kernels import triton_head_kernels as head
-from mamlctl.engine.kernels import triton_kernels as inner
+from mamlctl.engine.kernels.triton import block_kernels as inner
+from mamlctl.engine.kernels.triton import first_kernels as first
+from mamlctl.engine.kernels.triton import head_kernels as head
 
 # Sizes of the programs; not tuned.
 CHANNELS = 128  # channels per program of an inner block

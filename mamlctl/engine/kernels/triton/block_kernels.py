@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamlctl.engine.kernels.triton_channels import (
+from mamlctl.engine.kernels.triton.channels import (
     MEAN,
     MEAN_T,
     OFFSET,

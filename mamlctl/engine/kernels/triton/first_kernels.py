@@ -4,7 +4,7 @@ The image needs no gradient, so only the selected place of each pooling window c
 All sums over c follow from the mean <q> and the covariance cov(q) of the image's 3x3 patches q, as explained
 in `c_block.NativeFirstTape`. A program handles BX filters of one task.
 
-Arguments beyond those of `triton_kernels.py`, pointers unless noted otherwise:
+Arguments beyond those of `block_kernels.py`, pointers unless noted otherwise:
     images: the images, padded by zeros, [E, T, C, H + 2, W + 2].
     w, w_t: the filters and their tangent, [X, D] with D = 9 C.
     mean_q, cov: <q> of each task, [T, D], and cov(q), [T, D, D]; float64.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamlctl.engine.kernels.triton_channels import (
+from mamlctl.engine.kernels.triton.channels import (
     MEAN,
     S_T,
     SLOPE,

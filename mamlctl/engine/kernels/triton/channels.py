@@ -1,6 +1,6 @@
 """Numbers of each channel in Triton kernels: sums over all programs, and the rows of `d`.
 
-Letters and formulas are those of `block.py`; the arguments are described in `triton_kernels.py`.
+Letters and formulas are those of `block.py`; the arguments are described in `block_kernels.py`.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.kernels import triton_ops as ops
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes, Statistics_X
 from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.kernels.fused_block import ChannelRow
 from mamlctl.engine.kernels.head import HeadGradient, TorchHead
+from mamlctl.engine.kernels.triton import ops
 from mamlctl.engine.nets.batch_norm import EPS
 
 LARGEST_HEAD = 4096  # examples x classes of a program, in tiles
@@ -139,7 +139,7 @@ class TritonTape:
 
 
 class TritonFirstTape(TritonTape):
-    """The first block, including its convolution; c is never stored, see `triton_first_kernels.py`."""
+    """The first block, including its convolution; c is never stored, see `first_kernels.py`."""
 
     def _forward(self) -> None:
         assert self.settings.planes is not None
@@ -228,7 +228,7 @@ class TritonHead(TorchHead):
 class TritonBlocks:
     """The Triton blocks of one device; implements `block.MakeBlock`."""
 
-    tickets: Tensor  # counters of 0 for the kernels, which leave them at 0; see `triton_channels.is_last`
+    tickets: Tensor  # counters of 0 for the kernels, which leave them at 0; see `channels.is_last`
 
     @classmethod
     def on(cls, device: torch.device) -> TritonBlocks:

@@ -1,0 +1,1 @@
+"""The blocks and the head on CUDA devices, with kernels in Triton."""
