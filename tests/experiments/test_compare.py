@@ -9,9 +9,11 @@ from helpers.grid_cases import TESTED, filled, ignore, tiny_grid
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import write_json
+from mamlctl.data.rules import with_figure
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.compare import compare
 from mamlctl.report.export import document
+from mamlctl.report.rendered_table import render_table
 from mamlctl.settings.evaluation import EvalConfig
 
 pytestmark = pytest.mark.process
@@ -46,6 +48,31 @@ def test_run_folders_and_their_grid_give_the_same_table(grid):
         assert row["best"] == expected["best"]
         assert row["ensemble"] == expected["ensemble"]
     assert any("inner steps" in note for note in whole.notes)  # protonet takes none
+
+
+def test_the_report_has_curves_of_adaptation_and_a_plain_table_needs_none(copied, monkeypatch):
+    monkeypatch.setattr("mamlctl.data.rules.FIGURE_TASKS", 4)
+    test = EvalConfig(tasks=9)
+    plain = called([copied], test)
+    assert [row.best.per_step for row in plain.rows] == [(), ()] and plain.per_step_words == ""
+    report = called([copied], with_figure(test))
+    assert [row.best.per_step_tasks for row in report.rows] == [4, 4]
+    assert [len(row.best.per_step) for row in report.rows] == [3, 1]
+    assert report.per_step_words == ", first 4 of 9 tasks"
+    assert [row.best.per_seed for row in report.rows] == [row.best.per_seed for row in plain.rows]
+    events = []
+    again = called([copied], test, events.append)
+    assert not any("testing" in getattr(event, "text", "") for event in events)
+    assert again.rows[0].best == plain.rows[0].best
+
+
+def test_a_table_of_single_checkpoints_has_no_column_for_ensembles(copied):
+    table = called([copied], EvalConfig(tasks=9, models="best"))
+    assert all(row.best and row.ensemble is None for row in table.rows)
+    assert "ensemble" not in [column.key for column in render_table(table).columns]
+    assert [row.best.per_seed for row in table.rows] == [
+        row.best.per_seed for row in called([copied], EvalConfig(tasks=9)).rows
+    ]
 
 
 def test_only_runs_without_these_test_tasks_are_tested(copied):
