@@ -129,11 +129,16 @@ def modes(table: TableOf, found: Sequence[Line]) -> str:
 
 
 def curves(table: TableOf, found: Sequence[Line]) -> str:
-    """The validation score at some points of training, with the number of meta-steps."""
+    """The validation score at some points of training, with the number of meta-steps.
+
+    Runs with fewer validations are left out.
+    """
     rows = []
     for name, receipt in _named(found):
         metric, curve = receipt["validation"].get("metric"), receipt["validation"]["curve"]
-        points = [curve[max(round(share * len(curve)), 1) - 1] for share in SHARES if curve]
+        if len(curve) < len(SHARES):
+            continue
+        points = [curve[max(round(share * len(curve)), 1) - 1] for share in SHARES]
         rows.append(
             [name, *(f"{formatting.score(metric, score, ci95)} at {step:,}" for step, score, ci95 in points)]
         )
