@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.statistics import over_seeds
@@ -68,12 +69,18 @@ class Line:
             return NOT_RUN
         metric = "accuracy" if "accuracy" in results[0] else "mse"
         if len(results) == 1:
-            mean, half = (results[0][name][self.steps] for name in ("per_step", "per_step_ci95"))
+            mean, half = self._after_steps(metric, results[0])
         else:
-            mean, half = over_seeds([result["per_step"][self.steps] for result in results])
+            mean, half = over_seeds([self._after_steps(metric, result)[0] for result in results])
         seeds, done = len(self.experiment.seeds), len(results)
         note = "" if seeds == 1 else f" ({done} of {seeds} seeds)" if done < seeds else f" ({seeds} seeds)"
         return formatting.score(metric, mean, half) + note
+
+    def _after_steps(self, metric: str, result: Mapping[str, Any]) -> tuple[float, float]:
+        """The score after the inner steps of this line, and the half width of its interval over tasks."""
+        if self.steps == result["inner_steps"]:
+            return result[metric], result["ci95"]
+        return result["per_step"][self.steps], result["per_step_ci95"][self.steps]
 
 
 def lines(files: Path = FOLDER, folder: Path = RECEIPTS) -> list[Line]:
