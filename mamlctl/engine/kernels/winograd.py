@@ -17,11 +17,9 @@ from mamlctl.engine.kernels.fused_block import BlockShape, shape_of
 
 
 class Sizes(NamedTuple):
-    """The number of values of the tensors that c/winograd.c writes, in the order of `winograd_sizes`."""
+    """The number of values of the working memory of both passes, in the order of `winograd_sizes`."""
 
-    transformed: int
-    turned: int
-    forward: int  # working memory of both passes
+    forward: int
     backward: int
 
 
@@ -32,38 +30,22 @@ class Winograd:
         """Prepare weights; arguments as in `convolutions.MakeConvolution`."""
         self.weight, self.tasks = weight.contiguous(), tasks
 
-    @functools.cached_property
-    def transformed(self) -> Tensor:
-        """The 36 matrices of each task, inputs x outputs, for the forward pass."""
-        shape, sizes = self._plan((1, self.tasks * self.weight.shape[1], 4, 4))
-        transformed = self._empty(sizes.transformed)
-        self._call("weights", shape, self.weight, transformed)
-        return transformed
-
-    @functools.cached_property
-    def turned(self) -> Tensor:
-        """The same matrices as outputs x inputs, for the gradient of the input."""
-        shape, sizes = self._plan((1, self.tasks * self.weight.shape[1], 4, 4))
-        turned = self._empty(sizes.turned)
-        self._call("turned", shape, self.transformed, turned)
-        return turned
-
     def __call__(self, x: Tensor) -> Tensor:
-        return self._forward((x, self.transformed), (None, None))
+        return self._forward((x, self.weight), (None, None))
 
     def backward(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._backward((g, x, self.turned), (None, None, None))
+        return self._backward((g, x, self.weight), (None, None, None))
 
     def tangent(self, x: Tensor, x_t: Tensor, weight_t: Tensor) -> tuple[Tensor, None]:
-        self.along = Winograd(weight_t, self.tasks)
-        return self._forward((x, self.along.transformed), (x_t, self.transformed)), None
+        self.weight_t = weight_t.contiguous()
+        return self._forward((x, self.weight_t), (x_t, self.weight)), None
 
     def tangent_backward(self, g_t: Tensor, x: Tensor, g: Tensor, x_t: Tensor) -> tuple[Tensor, None, Tensor]:
-        gx_t, gw_t = self._backward((g_t, x, self.turned), (g, x_t, self.along.turned))
+        gx_t, gw_t = self._backward((g_t, x, self.weight), (g, x_t, self.weight_t))
         return gx_t, None, gw_t
 
     def _forward(self, one: tuple[Tensor, Tensor], other: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """Convolve one input with transformed weights, and add the convolution of the other if present."""
+        """Convolve one input with weights, and add the convolution of the other if present."""
         shape, sizes = self._plan(one[0].shape)
         out = self._like(one[0], len(self.weight))
         self._call("forward", shape, *one, *other, out, self._empty(sizes.forward))
@@ -72,7 +54,7 @@ class Winograd:
     def _backward(
         self, one: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Compute the gradients from g, x and turned weights, and add those of the other ones if present."""
+        """Compute the gradients from g, x and weights, and add those of the other ones if present."""
         x = one[1]
         shape, sizes = self._plan(x.shape)
         gx, gw = self._like(x, x.shape[1]), torch.empty_like(self.weight)
@@ -100,6 +82,6 @@ def _plan(
 ) -> tuple[BlockShape, Sizes]:
     """Describe a convolution of [E, T * C, H, W] for the C functions; they run on `threads` threads."""
     shape = shape_of(torch.empty(sizes, device="meta"), outputs, 0, tasks)
-    counts = torch.empty(4, dtype=torch.int64)
+    counts = torch.empty(2, dtype=torch.int64)
     call(dtype, "winograd_sizes", shape, counts)
     return shape, Sizes(*counts.tolist())

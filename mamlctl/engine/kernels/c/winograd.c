@@ -34,17 +34,15 @@ static sizes sizes_of(const shape *s) {
     z.groups = z.groups > s->examples ? s->examples : z.groups < 1 ? 1 : z.groups;
     z.V = APART(BLOCK, z.wide_C), z.Y = APART(BLOCK, z.wide_O);
     z.U = APART(z.C, z.wide_O), z.turned = APART(z.O, z.wide_C);
-    z.thread = K * (2 * z.V + z.Y) + z.wide_C + z.wide_O;
+    z.thread = K * (2 * z.V + z.Y + 2 * (z.U > z.turned ? z.U : z.turned)) + z.wide_C + z.wide_O;
     return z;
 }
 
-/* Values of the tensors u, turned, and the workspaces of winograd_forward and winograd_backward. */
+/* Values of the working memory of winograd_forward and winograd_backward. */
 void winograd_sizes(const shape *s, int64_t *to) {
     const sizes z = sizes_of(s);
-    to[0] = s->tasks * K * z.U;
-    to[1] = s->tasks * K * z.turned;
-    to[2] = s->threads * z.thread;
-    to[3] = s->threads * z.thread + s->tasks * z.groups * K * z.U;
+    to[0] = s->threads * z.thread;
+    to[1] = s->threads * z.thread + s->tasks * z.groups * K * z.U;
 }
 
 #define IMAGES(from, channels_, apart_) \
@@ -58,44 +56,17 @@ void winograd_sizes(const shape *s, int64_t *to) {
     const int t = item / z.groups, g = item % z.groups; \
     const int e0 = (long)g * s->examples / z.groups, tiles = ((long)(g + 1) * s->examples / z.groups - e0) * z.tiles
 
-/* c = conv(x, w), or conv(x, w) + conv(x2, w2) */
-void winograd_forward(const shape *s, const REAL *x, const REAL *u, const REAL *x2, const REAL *u2, REAL *c,
-                      REAL *work) {
-    const sizes z = sizes_of(s);
-#pragma omp parallel num_threads(s->threads)
-    {
-        REAL *V = work + omp_get_thread_num() * z.thread, *M = V + K * z.V, *zeros = M + K * z.Y;
-        memset(zeros, 0, z.wide_C * sizeof(REAL));
-        GROUPS {
-            GROUP;
-            const images in = IMAGES(x, z.C, z.V), in2 = IMAGES(x2, z.C, z.V), out = IMAGES(c, z.O, z.Y);
-            for (int start = 0; start < tiles; start += BLOCK) {
-                const int rows = tiles - start < BLOCK ? tiles - start : BLOCK;
-                for (int second = 0; second < (x2 ? 2 : 1); second++) {
-                    transform_block(INPUTS, second ? &in2 : &in, start, rows, V, zeros);
-                    for (int k = 0; k < K; k++)
-                        multiply(V + k * z.V, z.wide_C, 1, (second ? u2 : u) + (t * K + k) * z.U, M + k * z.Y, rows, z.C,
-                                 z.wide_O, second);
-                }
-                transform_block(OUTPUTS, &out, start, rows, M, 0);
-            }
-        }
-    }
-}
-
-/* w [T][O][C][9] -> u = G w G^T, 36 matrices C x O per task */
-void winograd_weights(const shape *s, const REAL *w, REAL *u) {
-    const sizes z = sizes_of(s);
-    const int chunks = z.wide_C / LANE;
-#pragma omp parallel for num_threads(s->threads) schedule(static)
-    for (int item = 0; item < s->tasks * chunks; item++) {
-        const int t = item / chunks, c0 = item % chunks * LANE, channels = z.C - c0 < LANE ? z.C - c0 : LANE;
+/* w [O][C][9] of one task -> U = G w G^T, 36 matrices C x O, or O x C if `turned`. Done by every work item, because memory
+ * for all tasks would be slower. */
+INLINE void transform_weights(const sizes z, const REAL *w, REAL *to, const int turned) {
+    for (int c0 = 0; c0 < z.C; c0 += LANE)
         for (int o = 0; o < z.O; o += LANE) {
-            REAL taps[9 * LANE * LANE];
-            const int filters = z.O - o < LANE ? z.O - o : LANE;
-            transpose(w + ((long)(t * z.O + o) * z.C + c0) * 9, 9L * z.C, filters, 9 * channels, taps, LANE, 0);
-            REAL *to = u + t * K * z.U + (long)c0 * z.wide_O + o;
-            for (int c = 0; c < channels; c++, to += z.wide_O) {
+            const int channels = z.C - c0 < LANE ? z.C - c0 : LANE, filters = z.O - o < LANE ? z.O - o : LANE;
+            REAL taps[9 * LANE * LANE], square[K * LANE * LANE];
+            REAL *first = turned ? square : to + (long)c0 * z.wide_O + o;
+            const long row = turned ? LANE : z.wide_O, apart = turned ? LANE * LANE : z.U;
+            transpose(w + ((long)o * z.C + c0) * 9, 9L * z.C, filters, 9 * channels, taps, LANE, 0);
+            for (int c = 0; c < channels; c++) {
                 vector d[9], half[18], all[6];
 #pragma GCC unroll 9
                 for (int i = 0; i < 9; i++) d[i] = LOAD(taps + (c * 9 + i) * LANE);
@@ -104,19 +75,41 @@ void winograd_weights(const shape *s, const REAL *w, REAL *u) {
 #pragma GCC unroll 6
                 for (int i = 0; i < 6; i++) {
                     by_G(half + 3 * i, 1, all, 1);
-                    for (int j = 0; j < 6; j++) STORE(to + (i * 6 + j) * z.U, all[j]);
+                    for (int j = 0; j < 6; j++) STORE(first + c * row + (i * 6 + j) * apart, all[j]);
                 }
+            }
+            if (!turned) continue;
+            for (int k = 0; k < K; k++)
+                transpose(square + k * apart, LANE, channels, filters, to + k * z.turned + (long)o * z.wide_C + c0, z.wide_C, 0);
+        }
+}
+
+/* c = conv(x, w), or conv(x, w) + conv(x2, w2) */
+void winograd_forward(const shape *s, const REAL *x, const REAL *w, const REAL *x2, const REAL *w2, REAL *c,
+                      REAL *work) {
+    const sizes z = sizes_of(s);
+#pragma omp parallel num_threads(s->threads)
+    {
+        REAL *V = work + omp_get_thread_num() * z.thread, *M = V + K * z.V, *zeros = M + K * z.Y;
+        REAL *U = zeros + z.wide_C, *U2 = U + K * z.U;
+        memset(zeros, 0, z.wide_C * sizeof(REAL));
+        GROUPS {
+            GROUP;
+            const images in = IMAGES(x, z.C, z.V), in2 = IMAGES(x2, z.C, z.V), out = IMAGES(c, z.O, z.Y);
+            transform_weights(z, w + (long)t * z.O * z.C * 9, U, 0);
+            if (x2) transform_weights(z, w2 + (long)t * z.O * z.C * 9, U2, 0);
+            for (int start = 0; start < tiles; start += BLOCK) {
+                const int rows = tiles - start < BLOCK ? tiles - start : BLOCK;
+                for (int second = 0; second < (x2 ? 2 : 1); second++) {
+                    transform_block(INPUTS, second ? &in2 : &in, start, rows, V, zeros);
+                    for (int k = 0; k < K; k++)
+                        multiply(V + k * z.V, z.wide_C, 1, (second ? U2 : U) + k * z.U, M + k * z.Y, rows, z.C,
+                                 z.wide_O, second);
+                }
+                transform_block(OUTPUTS, &out, start, rows, M, 0);
             }
         }
     }
-}
-
-/* u -> turned: the same matrices as O x C */
-void winograd_turned(const shape *s, const REAL *u, REAL *turned) {
-    const sizes z = sizes_of(s);
-#pragma omp parallel for num_threads(s->threads) schedule(static)
-    for (int item = 0; item < s->tasks * K; item++)
-        transpose(u + item * z.U, z.wide_O, z.C, z.O, turned + item * z.turned, z.wide_C, 0);
 }
 
 /* The gradient of w from the sums of all groups. */
@@ -145,25 +138,28 @@ static void weights_gradient(const shape *s, const sizes z, const REAL *sums, RE
     }
 }
 
-/* The gradients of c = conv(x, w) from g: gx and gw; with g2, x2 and turned2 the sums of two of each */
-void winograd_backward(const shape *s, const REAL *g1, const REAL *x1, const REAL *turned1, const REAL *g2,
-                       const REAL *x2, const REAL *turned2, REAL *gx, REAL *gw, REAL *work) {
+/* The gradients of c = conv(x, w) from g: gx and gw; with g2, x2 and w2 the sums of two of each */
+void winograd_backward(const shape *s, const REAL *g1, const REAL *x1, const REAL *w1, const REAL *g2,
+                       const REAL *x2, const REAL *w2, REAL *gx, REAL *gw, REAL *work) {
     const sizes z = sizes_of(s);
     REAL *sums = work + s->threads * z.thread;
 #pragma omp parallel num_threads(s->threads)
     {
         REAL *V = work + omp_get_thread_num() * z.thread, *N = V + K * z.V, *Y = N + K * z.V, *zeros = Y + K * z.Y;
+        REAL *turned1 = zeros + z.wide_C + z.wide_O, *turned2 = turned1 + K * z.turned;
         memset(zeros, 0, (z.wide_C + z.wide_O) * sizeof(REAL));
         GROUPS {
             GROUP;
             const images x[2] = {IMAGES(x1, z.C, z.V), IMAGES(x2, z.C, z.V)};
             const images gradient[2] = {IMAGES(g1, z.O, z.Y), IMAGES(g2, z.O, z.Y)}, out = IMAGES(gx, z.C, z.V);
+            transform_weights(z, w1 + (long)t * z.O * z.C * 9, turned1, 1);
+            if (g2) transform_weights(z, w2 + (long)t * z.O * z.C * 9, turned2, 1);
             for (int start = 0; start < tiles; start += BLOCK) {
                 const int rows = tiles - start < BLOCK ? tiles - start : BLOCK;
                 for (int second = 0; second < (g2 ? 2 : 1); second++) {
                     transform_block(GRADIENTS, &gradient[second], start, rows, Y, zeros);
                     transform_block(INPUTS, &x[second], start, rows, V, zeros);
-                    const REAL *turned = (second ? turned2 : turned1) + t * K * z.turned;
+                    const REAL *turned = second ? turned2 : turned1;
                     for (int k = 0; k < K; k++) {
                         multiply(Y + k * z.Y, z.wide_O, 1, turned + k * z.turned, N + k * z.V, rows, z.O, z.wide_C, second);
                         multiply(V + k * z.V, 1, z.wide_C, Y + k * z.Y, sums + (item * K + k) * z.U, z.C, rows, z.wide_O,
