@@ -9,6 +9,7 @@ layout, is not counted, and neither are gaps between kernels or programs that wa
 from __future__ import annotations
 
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Budget:
     bytes: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
     work: list[tuple[int, int, int]] = field(default_factory=list)  # launches, bytes, FLOPs of each operation
+    copies: Counter[str] = field(default_factory=Counter)  # launches of copies and casts, by function
 
     def add(self, name: str, launches: int, moved: int, flops: int) -> None:
         """Add one operation."""
@@ -101,6 +103,8 @@ class Count(TorchDispatchMode):
             read = [*made, *(tensor for tensor in read if not tensor.is_floating_point())]
         moved = sum(map(size, (*read, *(changed or made))))
         flops = FLOPS[name](named, made) if name in FLOPS else 0
+        if name in COPIES:
+            self.budget.copies[caller()] += 1
         self.budget.add(
             name, len(made) if name == "convolution_backward" else LAUNCHES.get(name, 1), moved, flops
         )
@@ -110,6 +114,14 @@ class Count(TorchDispatchMode):
 def tensors(tree: Any) -> list[Tensor]:
     """Return the tensors in nested arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def caller() -> str:
+    """Return the function of the package that called the current operation, as FILE:FUNCTION."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/mamlctl/" in frame.filename and "/tests/" not in frame.filename:
+            return f"{frame.filename.rpartition('/mamlctl/')[2]}:{frame.name}"
+    return ""
 
 
 def is_view(operation: OpOverload) -> bool:
@@ -151,6 +163,24 @@ FLOPS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor]], int]] = {
 }
 LAUNCHES = {"baddbmm": 2}  # the copy of the summand; one kernel for each gradient of a convolution
 OVERWRITES = frozenset(("fill_", "zero_", "copy_"))
+# Operations that only move or convert values.
+COPIES = frozenset(("clone", "copy_", "_to_copy", "cat", "stack", "repeat", "constant_pad_nd"))
+# Why each function of a meta-step copies or casts.
+REASONS = {
+    "engine/algorithms/adjoint.py:_by_name": "the optimiser needs contiguous gradients of rows and rates",
+    "engine/algorithms/adjoint.py:_rates": "a rate per weight, so that an update is one operation",
+    "engine/algorithms/adjoint.py:step_back": "the sums of all rates, so that their rows are updated at once",
+    "engine/algorithms/meta_gradient.py:means": "losses and scores of all steps, so that one mean serves all",
+    "engine/algorithms/meta_gradient.py:of": "support losses of all steps, so that one mean serves all",
+    "engine/derivatives/conv4.py:of_all_tasks": "norm gradients of all blocks, so that one sum serves all",
+    "engine/derivatives/conv4.py:prepare": "images of all tasks in the channels of one convolution",
+    "engine/kernels/triton/block.py:prepare": "padded images and patch moments, once per set and not per step",
+    "engine/nets/batch_norm.py:accumulate": "statistics of all passes, so that all running rows move at once",
+    "engine/nets/flat.py:cast": "filters in bfloat16, once per inner step for all blocks and both sets",
+    "engine/nets/flat.py:flattened": "slow weights of each task, once per meta-step; per-weight rates",
+    "engine/nets/flat.py:of": "the buffer of the fast weights, once per meta-step",
+    "engine/nets/flat.py:ordered": "gradients in one buffer, so that an update is one operation",
+}
 GATHERS = frozenset(("gather", "index_select", "index"))
 
 

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not there: `python -m benchmarks.triton_compile [FILE]`.
 
-Prints a line for each kernel, dtype, number of image channels and architecture; FILE receives all numbers as
+Prints a line for each kernel, dtype, size and architecture; FILE receives all numbers as
 JSON. Compiled kernels are kept in Triton's cache, so a second run takes seconds.
 """
 
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mamlctl.engine.kernels.triton import ops
 ARCHITECTURES = (80, 90)  # A100 and H100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_CHANNELS = (1, 3)  # of the first block
+HEADS = ({"E": 20, "N": 20}, {"E": 50, "N": 5})  # examples and classes, of the largest tiles
 # Tensors in the dtype of the products, and those in float64, uint8 and int32; all others are float32.
 STORED = {"c", "p", "a", "ga", "ga1", "ga2", "gc", "ct", "c2", "p_t", "a_t"}
 FIXED = {"d": "fp64", "partial": "fp64", "mean_q": "fp64", "cov": "fp64", "where": "u8", "tickets": "i32"}
@@ -40,7 +41,7 @@ class Compiled:
 
     kernel: str
     dtype: str
-    channels: int | None  # of the image, in kernels of the first block
+    size: int | None  # channels of the image for the first block, a number in HEADS for the head
     architecture: int
     registers: int
     spills: int
@@ -48,25 +49,32 @@ class Compiled:
 
 
 def variants() -> Iterator[tuple[str, str, int | None, int]]:
-    """Yield every kernel with its dtype, image channels and architecture."""
+    """Yield every kernel with its dtype, size and architecture."""
     for name, kernel in ops.KERNELS.items():
-        channels = IMAGE_CHANNELS if "C" in ops.argument_names(kernel) else (None,)
-        for dtype, each, architecture in itertools.product(DTYPES, channels, ARCHITECTURES):
+        names = ops.argument_names(kernel)
+        sizes: Sequence[int | None] = (None,)
+        if "C" in names or "N" in names:
+            sizes = IMAGE_CHANNELS if "C" in names else range(len(HEADS))
+        for dtype, each, architecture in itertools.product(DTYPES, sizes, ARCHITECTURES):
             yield name, dtype, each, architecture
 
 
-def compiled(name: str, dtype: str, channels: int | None, architecture: int) -> Compiled:
+def compiled(name: str, dtype: str, size: int | None, architecture: int) -> Compiled:
     """Compile one kernel, with the optional tensors present.
 
     Args:
         name: of the kernel.
         dtype: of the products.
-        channels: of the image.
+        size: as in `Compiled`.
         architecture: the compute capability times ten.
     """
     kernel = ops.KERNELS[name]
-    constants: dict[str, Any] = {"C": channels, "GIVEN": 0}
-    present = dict.fromkeys(ops.argument_names(kernel), 1) | ({} if channels is None else {"C": channels})
+    constants: dict[str, Any] = {"C": size, "GIVEN": 0}
+    present = dict.fromkeys(ops.argument_names(kernel), 1)
+    if "C" in present:
+        present["C"] = size
+    if "N" in present:
+        present |= HEADS[size or 0]
     constants |= ops.constants(kernel, present, DTYPES[dtype])
     parameters = list(inspect.signature(kernel.fn).parameters)
     types = {key: "constexpr" if key in constants else _type(key, dtype) for key in parameters}
@@ -85,7 +93,7 @@ def compiled(name: str, dtype: str, channels: int | None, architecture: int) -> 
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     use = dict(part.split(":", 1) for part in report.split() if part.startswith(("REG:", "STACK:")))
     used = int(use["REG"]), int(use["STACK"]), int(result.metadata.shared)
-    return Compiled(name, dtype, channels, architecture, *used)
+    return Compiled(name, dtype, size, architecture, *used)
 
 
 def _type(name: str, dtype: str) -> str:

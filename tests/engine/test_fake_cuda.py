@@ -11,7 +11,10 @@ from helpers.engine_cases import IMAGE, random_episodes, small_config
 if find_spec("triton") is None:
     pytest.skip("torch came without Triton", allow_module_level=True)
 
+from benchmarks.cases import omniglot
 from benchmarks.fake_cuda import HostCopyError, fake_cuda
+from benchmarks.flops import meta_step_flops
+from benchmarks.roofline import REASONS, budget_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
 from mamlctl.data.tasks.episodes import Episodes
@@ -63,6 +66,26 @@ def test_meta_steps_never_wait_for_the_device(settings, block):
         assert measured.meta_loss.device == device
         with pytest.raises(HostCopyError):
             period.means()  # the report, the only place that may wait
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_every_copy_and_cast_of_a_meta_step_has_a_reason(precision):
+    """The functions that copy are those in the table, which performance.md repeats."""
+    found = budget_of(omniglot(5, 1), precision)
+    unused = {"engine/nets/flat.py:cast"} if precision == "tf32" else set()
+    assert set(found.copies) == REASONS.keys() - unused
+
+
+def test_the_counted_flops_are_those_of_the_shapes():
+    """Only torch's operations do all of the arithmetic in operations of known FLOPs."""
+    case = omniglot(5, 1)
+    counted = budget_of(case, "tf32", "torch").flops.total()
+    assert abs(counted / meta_step_flops(case) - 1) < 0.01
+
+
+def test_launches_do_not_grow_unnoticed():
+    """640 operations of 20-way and 5-way in TF32 when this test was written."""
+    assert budget_of(omniglot(5, 1), "tf32").launches.total() <= 640
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -212,7 +212,7 @@ def _by_name(rows: Tensor | None, params: Params) -> Params:
     if rows is None:
         return {}
     parts = torch.split(rows, [tensor[0].numel() for tensor in params.values()], dim=1)
-    return {
-        name: part.reshape(tensor.shape).contiguous()
-        for (name, tensor), part in zip(params.items(), parts, strict=True)
-    }
+    named = {}
+    for (name, tensor), part in zip(params.items(), parts, strict=True):
+        named[name] = part.reshape(tensor.shape).contiguous()
+    return named

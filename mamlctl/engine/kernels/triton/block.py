@@ -15,7 +15,7 @@ from mamlctl.engine.kernels.head import HeadGradient, TorchHead
 from mamlctl.engine.kernels.triton import ops
 from mamlctl.engine.nets.batch_norm import EPS
 
-LARGEST_HEAD = 4096  # examples x classes of a program, in tiles
+LARGEST_HEAD = 1024  # examples x classes of a program, in tiles
 MOST_TILES = 1 << 14  # tiles of channels in one launch
 # Programs of the first block that add up gradients: twice the 132 multiprocessors of an H100; not tuned.
 PROGRAMS = 264

@@ -21,10 +21,11 @@ from mamlctl.engine.kernels.triton import head_kernels as head
 CHANNELS = 128  # channels per program of an inner block
 FILTERS = 32  # filters per program of the first block
 WINDOWS = 8  # pooling windows of the first block that are computed at a time
-FEATURES = 32  # features that the head reads at a time
+FEATURES = 16  # features that the head reads at a time
 ROWS = 16  # rows of partial sums that are added at a time
 # Registers per thread of the two kernels that add up gradients of filters: ptxas chooses fewer, and spills.
 REGISTERS = 168
+HEAD_WARPS, HEAD_REGISTERS = 8, 224  # the same for the head, whose programs hold all classes
 
 # Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
 INTEGERS = frozenset(
@@ -72,7 +73,10 @@ def tile(size: int) -> int:
 
 def options(kernel: Any) -> dict[str, int]:
     """Return the compiler's options for a kernel."""
-    return {"maxnreg": REGISTERS} if {"gw", "cov"} <= inspect.signature(kernel.fn).parameters.keys() else {}
+    names = inspect.signature(kernel.fn).parameters.keys()
+    if "N" in names:  # the head
+        return {"num_warps": HEAD_WARPS, "maxnreg": HEAD_REGISTERS}
+    return {"maxnreg": REGISTERS} if {"gw", "cov"} <= names else {}
 
 
 def _operator(kernel: Any, writes: str) -> Callable[..., None]:
