@@ -174,7 +174,7 @@ REASONS = {
     "engine/algorithms/meta_gradient.py:of": "support losses of all steps, so that one mean serves all",
     "engine/derivatives/conv4.py:of_all_tasks": "norm gradients of all blocks, so that one sum serves all",
     "engine/derivatives/conv4.py:prepare": "images of all tasks in the channels of one convolution",
-    "engine/kernels/triton/block.py:prepare": "padded images and patch moments, once per set and not per step",
+    "engine/kernels/triton/block.py:prepare": "padded images and patch moments, once per set",
     "engine/nets/batch_norm.py:accumulate": "statistics of all passes, so that all running rows move at once",
     "engine/nets/flat.py:cast": "filters in bfloat16, once per inner step for all blocks and both sets",
     "engine/nets/flat.py:flattened": "slow weights of each task, once per meta-step; per-weight rates",

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.evaluation.evaluator import _scores_TI
+from mamlctl.engine.evaluation import evaluator
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import Measurements
@@ -125,8 +125,24 @@ def test_predictions_never_wait_for_the_device(block, statistics):
         derivatives = select_derivatives(step.net, state.example_tensor)
         sets = TaskSets(derivatives, episodes)
         outputs_ITEN = adapted(PredictRequest(sets, state, 2, statistics))
-        scores_TI = _scores_TI(derivatives, outputs_ITEN, episodes)
+        scores_TI = evaluator._scores_TI(derivatives, outputs_ITEN, episodes)
         assert scores_TI.device == device
+
+
+def test_an_evaluation_waits_for_the_device_only_at_its_end(monkeypatch):
+    config = small_config(algo="maml++", precision="float32")
+    monkeypatch.setattr(evaluator, "tasks_per_pass", lambda *arguments: 1)
+    chunks = []
+    with fake_cuda() as device, pytest.raises((DataDependentOutputException, HostCopyError)):
+        net, state = build(config, IMAGE, device)
+        stream = image_stream(
+            small_pack([4] * 3, side=16), np.arange(3), split="val", ways=3, shots=2, queries=2, device=device
+        )
+        plan = evaluator.EvaluationPlan(tasks=3, inner_steps=2, statistics=Statistics.OWN)
+        evaluator.evaluate(
+            select_derivatives(net, state.example_tensor), [state], stream, plan, on_progress=chunks.append
+        )
+    assert chunks == [1, 2], "the third chunk is the last"
 
 
 @pytest.mark.parametrize("augment", ["none", "flips+crops"])

@@ -85,6 +85,7 @@ def evaluate(
     examples = stream.ways * max(stream.shots, stream.queries + along)
     chunk = min(plan.tasks, tasks_per_pass(derivatives.net, examples, stream.device))
     first = 0
+    all_finite: list[tuple[int, torch.Tensor]] = []  # the first task of each chunk, and the result
     while first < plan.tasks:
         if should_stop():
             raise Stopped
@@ -106,19 +107,29 @@ def evaluate(
                 raise MamlctlError(message, hint=f"use fewer ways or queries{elsewhere}") from error
             chunk = (chunk + 1) // 2
             continue
-        for outputs_ITEN in per_model:
-            # argmax returns a class for NaNs too, so an accuracy would not show them.
-            if not bool(outputs_ITEN.isfinite().all()):
-                raise DivergedError(
-                    f"predictions in tasks {first} to {first + len(outputs_ITEN[0]) - 1} are not finite",
-                    hint="start a new run with a lower --meta-lr or --inner-lr",
-                )
+        # argmax returns a class for NaNs too, so an accuracy would not show them.
+        all_finite.append((first, torch.stack([outputs.isfinite().all() for outputs in per_model]).all()))
+        # Reading the result waits for a CUDA device, so that is done once, at the end.
+        if stream.device.type == "cpu" or first + len(episodes.query_y_TE) >= plan.tasks:
+            _check(all_finite, first + len(episodes.query_y_TE))
+            all_finite.clear()
         for scores, outputs_ITEN in zip(parts, (*per_model, torch.stack(per_model).mean(0)), strict=True):
             scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
         first += len(episodes.query_y_TE)
         on_progress(first)
     *single, ensemble = (_joined(scores, plan.curve_tasks) for scores in parts)
     return Scores(single, ensemble)
+
+
+def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int) -> None:
+    """Raise DivergedError for the first chunk of tasks up to `end` whose predictions are not finite."""
+    ends = [*(first for first, _ in all_finite[1:]), end]
+    for (first, finite), after in zip(all_finite, ends, strict=True):
+        if not bool(finite):
+            raise DivergedError(
+                f"predictions in tasks {first} to {after - 1} are not finite",
+                hint="start a new run with a lower --meta-lr or --inner-lr",
+            )
 
 
 def _joined(parts: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:
