@@ -1,7 +1,8 @@
 /* 3x3 convolutions by Winograd's method F(4x4, 3x3), and their gradients; each task has its own weights.
  *
- * An image is cut into tiles of 4x4 outputs, each computed from 6x6 inputs. With d a tile of inputs, w a filter and y
- * the tile of outputs, and with the matrices of 6 points (below), a convolution is (Lavin & Gray 2016, arXiv:1509.09308)
+ * An image is cut into tiles of 4x4 outputs, each computed from 6x6 inputs. With d a tile of inputs, w a filter, y the
+ * tile of outputs, and the matrices of 6 points in winograd_tiles.h, a convolution is (Lavin & Gray 2016,
+ * arXiv:1509.09308)
  *
  *     V = B^T d B        U = G w G^T        y = A^T M A,  where M = sum over input channels of U V, element by element
  *
@@ -56,8 +57,8 @@ void winograd_sizes(const shape *s, int64_t *to) {
     const int t = item / z.groups, g = item % z.groups; \
     const int e0 = (long)g * s->examples / z.groups, tiles = ((long)(g + 1) * s->examples / z.groups - e0) * z.tiles
 
-/* w [O][C][9] of one task -> U = G w G^T, 36 matrices C x O, or O x C if `turned`. Done by every work item, because memory
- * for all tasks would be slower. */
+/* w [O][C][9] of one task -> U = G w G^T, 36 matrices C x O, or O x C if `turned`. Every work item does this, because
+ * writing and reading the matrices of all tasks takes longer: they do not fit into the caches. */
 INLINE void transform_weights(const sizes z, const REAL *w, REAL *to, const int turned) {
     for (int c0 = 0; c0 < z.C; c0 += LANE)
         for (int o = 0; o < z.O; o += LANE) {
@@ -80,7 +81,8 @@ INLINE void transform_weights(const sizes z, const REAL *w, REAL *to, const int 
             }
             if (!turned) continue;
             for (int k = 0; k < K; k++)
-                transpose(square + k * apart, LANE, channels, filters, to + k * z.turned + (long)o * z.wide_C + c0, z.wide_C, 0);
+                transpose(square + k * apart, LANE, channels, filters, to + k * z.turned + (long)o * z.wide_C + c0,
+                          z.wide_C, 0);
         }
 }
 
@@ -161,8 +163,9 @@ void winograd_backward(const shape *s, const REAL *g1, const REAL *x1, const REA
                     transform_block(INPUTS, &x[second], start, rows, V, zeros);
                     const REAL *turned = second ? turned2 : turned1;
                     for (int k = 0; k < K; k++) {
-                        multiply(Y + k * z.Y, z.wide_O, 1, turned + k * z.turned, N + k * z.V, rows, z.O, z.wide_C, second);
-                        multiply(V + k * z.V, 1, z.wide_C, Y + k * z.Y, sums + (item * K + k) * z.U, z.C, rows, z.wide_O,
+                        const REAL *Yk = Y + k * z.Y;
+                        multiply(Yk, z.wide_O, 1, turned + k * z.turned, N + k * z.V, rows, z.O, z.wide_C, second);
+                        multiply(V + k * z.V, 1, z.wide_C, Yk, sums + (item * K + k) * z.U, z.C, rows, z.wide_O,
                                  start || second);
                     }
                 }

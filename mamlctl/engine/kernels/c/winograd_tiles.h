@@ -10,7 +10,8 @@ enum { BYTES = 32 };
 #else
 enum { BYTES = 16 };
 #endif
-enum { LANE = BYTES / sizeof(REAL), BLOCK = 32, PANEL = 6, K = 36 }; /* values per vector, tiles per block, rows of a product, elements */
+enum { LANE = BYTES / sizeof(REAL), K = 36 }; /* values of a vector, elements of a tile */
+enum { BLOCK = 32, PANEL = 6 };               /* tiles that are in the cache together; rows of a product in registers */
 #ifdef FLOAT64
 typedef int64_t INTEGER;
 #else
@@ -109,8 +110,8 @@ typedef struct {
     long apart; /* between the matrices of `elements` */
 } images;
 
-/* The pixels of the window of size x size that begins at (top, left); `outside` for those outside of the image: zeros to
- * read, or null. */
+/* The pixels of the window of size x size that begins at (top, left); `outside` (zeros to read, or null) for those
+ * outside of the image. */
 INLINE void window(const images *m, long e, int top, int left, int size, REAL *outside, REAL **at) {
     for (int i = 0; i < size; i++)
         for (int j = 0; j < size; j++) {
@@ -230,8 +231,8 @@ INLINE void transform_block(const int which, const images *m, int start, int row
             for (int j = 0; j < COLUMNS; j++) STORE(c + i * wide + j * LANE, sum[i][j]); \
     }
 
-INLINE void panel(const REAL *a, long by_row, long by_k, const REAL *b, REAL *c, long wide, int rows, int depth, int add,
-                  const int columns) {
+INLINE void panel(const REAL *a, long by_row, long by_k, const REAL *b, REAL *c, long wide, int rows, int depth,
+                  int add, const int columns) {
 #define CASE(ROWS) \
     case ROWS: \
         if (columns == 2) MULTIPLY(ROWS, 2) else MULTIPLY(ROWS, 1) \
@@ -266,7 +267,8 @@ INLINE void interleave(const vector *v, vector *o) {
 }
 
 /* LANE x LANE values, of which down x across are there; log2(LANE) rounds transpose them. */
-INLINE void transpose_square(const REAL *from, long from_row, REAL *to, long to_row, int down, int across, int written) {
+INLINE void transpose_square(const REAL *from, long from_row, REAL *to, long to_row, int down, int across,
+                             int written) {
     vector v[LANE], o[LANE];
 #pragma GCC unroll 16
     for (int i = 0; i < LANE; i++) v[i] = i < down ? read(from + i * from_row, across) : (vector){0};
