@@ -22,7 +22,7 @@ from mamlctl.engine.kernels.fused_block import (
     shape_of,
 )
 
-VEC = 16  # filters per vector in the first block, as in c/first.c
+VEC = 16  # the multiple that filters of the first block are padded to: PAD of c/first.c
 
 
 def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
