@@ -256,6 +256,11 @@ def test_select_derivatives_depends_on_device_dtype_and_engine(monkeypatch):
     assert select_derivatives(net, like).make_block is TorchTape
 
 
+def _endless_file(path):
+    with path.open("wb") as file:
+        file.truncate(2**42)  # bytes; a sparse file, which takes none
+
+
 @needs_c
 def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
@@ -277,6 +282,11 @@ def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
         assert fresh(torch.float32) is not None, "a damaged library is compiled again"
         assert [path.name for path in tmp_path.rglob("*.so")] == [built.name]
         assert built.read_bytes() == whole
+    for put in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), _endless_file):
+        built.unlink()
+        put(built)
+        assert fresh(torch.float32) is not None, "what is not a library is replaced, not read"
+        assert built.is_file() and not built.is_symlink() and built.read_bytes() == whole
     assert c_library.compiled_at_every_start() is None
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(c_library, "TUNING", ("-march=native", "--no-such-option"))

@@ -160,6 +160,9 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
         "ways",
         "shots",
         "classes",
+        "models",
+        "per_step",
+        "per_step_tasks",
     }
 
 

@@ -41,6 +41,8 @@ OPTIONS = (
     "-fPIC",
 )
 
+LARGEST = 2**26  # bytes of a library; ours have about 100,000
+
 _uncached: list[str] = []  # why a library had to be compiled outside of the cache folder
 
 
@@ -68,8 +70,11 @@ def compiled_at_every_start() -> str | None:
 
 def _cached(folder: Path, name: str) -> ctypes.CDLL | None:
     """Load a cached library; None if it is missing, damaged, or in reach of another user."""
-    with suppress(OSError):
-        for path in folder.glob(f"{name}-*.so"):
+    for path in folder.glob(f"{name}-*.so"):
+        with suppress(OSError):
+            # Reading anything but a file of a known size, such as a pipe, may never end.
+            if not path.is_file() or path.stat().st_size > LARGEST:
+                continue
             # A truncated library would crash the process, so its name contains the digest of its bytes.
             if path.stem.endswith(_digest(path.read_bytes())) and _is_private(path):
                 return _load(path)
@@ -141,7 +146,10 @@ def _build(
                         with built.open("rb") as file:
                             os.fsync(file.fileno())
                         built.chmod(0o700)
-                        built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
+                        target = folder / f"{name}-{_digest(built.read_bytes())}.so"
+                        if target.is_dir() and not target.is_symlink():  # which no file can replace
+                            shutil.rmtree(target)
+                        built.replace(target)
                         return loaded
         except OSError as error:
             reason = f"{cache} cannot be written ({error.strerror})"
