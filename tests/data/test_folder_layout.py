@@ -125,6 +125,34 @@ def test_folders_with_images_and_folders_with_images_are_refused(tmp_path, files
     assert config(path, classes="top").classes == "top"
 
 
+@pytest.mark.parametrize(
+    ("files", "fact"),
+    [
+        (
+            ["a/x/1.png", "a/y/2.png", "b/1.png", "c/1.png", "d/deep/x/1.png"],
+            "2 folders with images and 1 folder with several folders of images, such as a",
+        ),
+        (
+            ["train/a/x/1.png", "train/a/y/2.png", "train/b/x/1.png", "train/b/y/1.png", "test/c/1.png"],
+            "1 folder with images and 2 folders with several folders of images, such as train/a",
+        ),
+    ],
+)
+def test_classes_of_different_depth_are_refused(tmp_path, files, fact):
+    path = tree(tmp_path, *files)
+    with pytest.raises(SettingsError) as raised:
+        config(path)
+    ((found, hint),) = raised.value.problems
+    assert found == f"{path.resolve()} contains {fact}"
+    assert "--classes leaf" in hint and "--classes top" in hint
+    for level in ("leaf", "top"):
+        assert config(path, classes=level).classes == level
+
+
+def test_one_folder_of_images_inside_a_class_is_not_ambiguous(tmp_path):
+    assert config(tree(tmp_path, "a/photos/1.png", "b/1.png")).classes == "top"
+
+
 def test_commands_of_a_grid_name_the_classes_of_a_folder(tmp_path):
     path = alphabets(tmp_path / "o")
     assert "--classes leaf" in " ".join(train_arguments(config(path)))

@@ -1,6 +1,7 @@
 """Images without class folders, whose classes and splits are in train.csv, val.csv and test.csv."""
 
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -91,6 +92,44 @@ def test_class_folders_count_more_than_lists_that_describe_them(tmp_path):
     assert not has_lists(folder)
     other = write_lists(tmp_path / "other", head="file,species")
     assert not has_lists(other)
+
+
+def test_a_notice_says_that_lists_beside_class_folders_are_not_read(tmp_path):
+    folder = write_lists(tmp_path / "mine")
+    for name in "abcdef":
+        shutil.copytree(folder / "images", folder / name)
+    _, notices = opened(folder, tmp_path / "root", split_fractions="1-1-1")
+    lists = "test.csv and train.csv and val.csv"
+    assert notices == [f"{folder} has {lists}, but also a folder a, so its folders are the classes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda folder: (folder / "train.csv").unlink(), "{} has test.csv and val.csv, but no train.csv"),
+        (
+            lambda folder: (folder / "train.csv").rename(folder / "Train.csv"),
+            "{} has Train.csv and test.csv and val.csv, but no train.csv",
+        ),
+        (
+            lambda folder: (folder / "images").rename(folder / "photos"),
+            "{} has test.csv and train.csv and val.csv, but also a folder photos, "
+            "so its folders are the classes",
+        ),
+        (
+            lambda folder: (folder / "train.csv").write_text("file,species\na.png,ant\n"),
+            "{}/train.csv does not have the columns filename and label",
+        ),
+    ],
+)
+@pytest.mark.parametrize("home", ["images", "."])
+def test_an_error_says_why_lists_are_not_read(tmp_path, change, fact, home):
+    folder = write_lists(tmp_path / "mine", home)
+    (folder / "images").mkdir(exist_ok=True)
+    change(folder)
+    with pytest.raises(DataError) as raised:
+        class_files(folder, "top")
+    assert raised.value.message == fact.format(folder) and raised.value.hint
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import SPLITS, ClassLevel
 from mamlctl.core.problems import Problem
-from mamlctl.data.sets.listed_images import IMAGES, is_list, listed_files
+from mamlctl.data.sets.listed_images import COLUMNS, HINT, IMAGES, is_list, listed_files
 
 # The size of mini-ImageNet's images, for which the usual networks are made.
 SIDE = 84
@@ -87,6 +87,24 @@ def has_lists(folder: Path) -> bool:
     return is_list(folder / f"{SPLITS[0]}.csv") and {path.name for path in _subfolders(folder)} <= {IMAGES}
 
 
+def unread_lists(folder: Path) -> Problem | None:
+    """Return the (fact, hint) pair that says why the lists of images in a folder are not read."""
+    train = folder / f"{SPLITS[0]}.csv"
+    known = {f"{word}.csv" for words in SPLIT_FOLDERS.values() for word in words}
+    lists = sorted(entry for entry in folder.iterdir() if entry.name.lower() in known)
+    if not lists or has_lists(folder):
+        return None
+    if train in lists and not is_list(train):
+        return f"{train} does not have the columns {' and '.join(COLUMNS)}", HINT
+    names = " and ".join(path.name for path in lists)
+    if train not in lists:
+        hint = f"name the lists {', '.join(f'{split}.csv' for split in SPLITS)}"
+        return f"{folder} has {names}, but no {train.name}", hint
+    odd = next(path.name for path in _subfolders(folder) if path.name != IMAGES)
+    hint = f"move the images next to the lists or into a folder {IMAGES}, or remove the lists"
+    return f"{folder} has {names}, but also a folder {odd}, so its folders are the classes", hint
+
+
 def class_level(folder: Path) -> ClassLevel:
     """Return "leaf" if every top folder (of every split) contains only folders, else "top"."""
     if has_lists(folder):
@@ -117,6 +135,9 @@ def class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
         return listed_files(folder)
     splits = split_folders(folder)
     if not splits:
+        single = level == "top" and folder.is_dir() and len(_subfolders(folder)) < 2
+        if single and (problem := unread_lists(folder)):
+            raise DataError(problem[0], hint=problem[1])
         return _class_files(folder, level)
     odd = [entry.name for entry in _subfolders(folder) if entry not in splits.values()]
     if "train" not in splits or odd:
@@ -147,7 +168,11 @@ def _refuse_common_classes(folder: Path, splits: dict[str, Path], names: dict[st
 
 
 def mixed_folder_problem(folder: Path) -> Problem | None:
-    """Return the (fact, hint) pair if a folder contains both images and folders with images."""
+    """Return the (fact, hint) pair if a folder contains both images and folders with images.
+
+    The same holds for a folder (or the splits) with some classes that contain images and others that
+    contain several folders with images, which may be classes too.
+    """
     if has_lists(folder):
         return None
     for place, names, files in _walk(folder):
@@ -160,7 +185,25 @@ def mixed_folder_problem(folder: Path) -> Problem | None:
             outside = place in (folder, *split_folders(folder).values())
             taken = "leaves them out" if outside else f"makes all of {place.name} one class"
             return f"{place} contains {counts}", f"{hint}, which {taken}"
-    return None
+    return _group_problem(folder)
+
+
+def _group_problem(folder: Path) -> Problem | None:
+    parts = split_folders(folder).values() or [folder]
+    tops = chain.from_iterable(_subfolders(part) for part in parts if part.is_dir())
+    groups, classes = [], 0
+    for top in tops:
+        if _has_images(top):
+            classes += 1
+        elif sum(any(map(looks_like_image, files)) for _, _, files in _walk(top)) > 1:
+            groups.append(top)
+    if not classes or not groups:
+        return None
+    with_images = f"{classes} {plural(classes, 'folder')} with images"
+    count = f"{len(groups)} {plural(len(groups), 'folder')} with several folders of images"
+    name = groups[0].relative_to(folder)
+    hint = f"add --classes leaf, which makes each folder in {name} a class, or --classes top, which makes one"
+    return f"{folder} contains {with_images} and {count}, such as {name}", hint
 
 
 def _class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:

@@ -22,7 +22,16 @@ from mamlctl.data.reading.archives import read_regular
 from mamlctl.data.reading.decoding import ImageFile, ImageShape, decoded
 from mamlctl.data.reading.image_files import HINT
 from mamlctl.data.reading.packs import PackedImages, is_packed, load_pack, stream_pack
-from mamlctl.data.sets.folder_layout import CHANNELS, FRACTIONS, SIDE, class_files, class_level, home_of
+from mamlctl.data.sets.folder_layout import (
+    CHANNELS,
+    FRACTIONS,
+    SIDE,
+    class_files,
+    class_level,
+    home_of,
+    unread_lists,
+)
+from mamlctl.data.sets.listed_images import is_list
 
 MOST_NAMED = 5  # files that are listed before "and n more"
 
@@ -74,6 +83,8 @@ def open_pack(
     if level is None:
         level = class_level(folder)
     classes = class_files(folder, level)
+    if (unread := unread_lists(folder)) and is_list(folder / "train.csv"):
+        on_event(Notice(unread[0]))
     if level == "leaf":
         found = f"{len(classes)} innermost {plural(len(classes), 'folder')}"
         on_event(Notice(f"the classes are the {found} of {folder}; --classes top takes its top folders"))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.literals import SPLITS
-from mamlctl.data.reading.archives import open_regular
 
 COLUMNS = ("filename", "label")
 IMAGES = "images"  # the folder of the images, unless they are next to the lists
@@ -55,6 +54,8 @@ def _column_names(head: Iterable[str]) -> list[str]:
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the place of every row, for messages, and its file name and label."""
+    from mamlctl.data.reading.archives import open_regular  # not at the top: it imports tarfile
+
     number = 1
     try:
         with open_regular(path, HINT) as binary, TextIOWrapper(binary, "utf-8-sig", newline="") as file:
