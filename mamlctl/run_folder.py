@@ -19,6 +19,7 @@ from typing import Any, get_args
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import (
     append_text,
+    check_out,
     contents,
     expanded,
     finite,
@@ -283,8 +284,7 @@ def new_run(
         LockedError: another process is writing to the folder.
         MamlctlError: the folder is not empty, or the path is a file.
     """
-    if path.exists() and not path.is_dir():
-        raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
+    check_out(path)
     taken = path.is_dir() and bool(contents(path, CONFIG))
     run = RunFolder(path, config)
     if taken and not (path / CONFIG).is_file():

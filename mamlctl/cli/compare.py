@@ -14,6 +14,7 @@ from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.files import check_out
 from mamlctl.core.formatting import plural
 from mamlctl.core.problems import flag
 from mamlctl.data.rules import with_figure
@@ -73,8 +74,10 @@ def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: s
 
 def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:
     out = options.out
-    if out is not None and any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
-        raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
+    if out is not None:
+        check_out(out)
+        if any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
+            raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     options.announce(f"comparing {len(runs)} {plural(len(runs), 'run')}")
     from mamlctl.experiments.grid.compare import compare
     from mamlctl.report.report_folder import write_files

@@ -15,6 +15,7 @@ from mamlctl.cli.grid_options import GridOptions, table_settings
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent
+from mamlctl.core.files import check_out
 from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
@@ -87,6 +88,8 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         text = slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines)
         write_text(sys.stdout, text + "\n")
         return ExitCode.OK
+    if not options.dry_run:
+        check_out(grid.folder)
     cells, folder = len(grid.cells), formatting.one_line(str(grid.folder))
     options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {folder}")
     limit_s = None if options.time_limit is None else parse_duration(options.time_limit)

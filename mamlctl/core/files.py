@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +53,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_out(path: Path) -> None:
+    """Raise MamlctlError unless files can be made in the folder `path`, which need not exist yet."""
+    place, hint = path.absolute(), "choose an --out that can be read and written"
+    try:
+        while True:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                place.lstat()
+                break
+            place = place.parent
+        if not place.is_dir():
+            raise MamlctlError(f"{place} is a file, not a folder", hint=hint)
+        tempfile.TemporaryFile(dir=place).close()  # has no name, so no other process sees it
+    except OSError as error:
+        raise MamlctlError(f"{path} cannot be written: {error.strerror}", hint=hint) from error
 
 
 def expanded(path: Path | str) -> Path:

@@ -14,7 +14,9 @@ import torch
 
 from mamlctl.core.errors import DataError, DivergedError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted
-from mamlctl.core.files import append_text, write_json
+from mamlctl.core.files import append_text, check_out, write_json
+from mamlctl.core.formatting import plural
+from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
@@ -33,6 +35,7 @@ from mamlctl.run_folder import (
     CLASSES,
     COMMANDS,
     ENVIRONMENT,
+    METRICS,
     STATUS,
     RunFolder,
     RunState,
@@ -41,6 +44,8 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.schema import TrainConfig
+
+RUNS = Path("runs")  # has the run folders without --out
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def train(
         SettingsError, DataError, MamlctlError: before the run folder is created.
         DivergedError: a loss or a gradient is not finite.
     """
+    check_out(out or RUNS)  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
     path = out or _default_path(prepared.config)
@@ -95,7 +101,7 @@ def _default_path(config: TrainConfig) -> Path:
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
     name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+    return next(path for path in map(RUNS.joinpath, names) if not path.exists())
 
 
 def resume(
@@ -206,6 +212,8 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             run.rewind_metrics(0, 0)
         elif resume:
             trainer.resume()
+            if lost := _lost_reports(run, trainer):
+                on_event(Notice(lost))
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is already finished"))
         if source.names:
@@ -245,6 +253,19 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         seconds=time.monotonic() - stop.started,
         chance=1 / config.ways if net.objective.metric == "accuracy" else None,
     )
+
+
+def _lost_reports(run: RunFolder, trainer: Trainer) -> str:
+    """What the reports of a resumed run lack because their file was deleted or shortened, or ""."""
+    rows, position = run.metrics(), trainer.position
+    kept = len({row["epoch"] for row in rows_of(rows, "validation")})
+    if kept < position.validated:
+        fact = f"has {kept} of {position.validated} {plural(position.validated, 'validation')}"
+    elif not rows and position.step >= trainer.config.report_every:
+        fact = "has no reports"
+    else:
+        return ""
+    return f"{run.path / METRICS} {fact} before meta-step {position.step}"
 
 
 def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:

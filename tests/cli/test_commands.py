@@ -105,6 +105,45 @@ def test_help_of_train_has_its_panels_and_every_promised_flag(cli):
     assert promised <= words, promised - words
 
 
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("file", "is a file"),
+        ("file/x", "is a file"),
+        ("link", "is a file"),
+        ("x" * 300, "File name too long"),
+        ("/proc/x", "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "ablate", "compare"])
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
+    cli, trained, tmp_path, monkeypatch, command, out, why
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    for name in ("train._prepare", "grid.ablate.check_data", "grid.compare.compare"):
+        monkeypatch.setattr(f"mamlctl.experiments.{name}", None)
+    words = [trained, other] if command == "compare" else QUICK_WORDS
+    code, stdout, err = cli(command, *words, "--out", tmp_path / out)
+    assert (code, stdout) == (1, "")
+    assert_two_lines(err, why, "that can be read and written" if command != "ablate" else "choose a")
+
+
+def test_resuming_says_which_reports_are_lost(cli, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    fact = f"{run}/metrics.jsonl has {{}} of 2 validations before meta-step 6"
+    assert fact.format(1) in cli("train", "--resume", run)[2]
+    (run / "metrics.jsonl").unlink()
+    assert fact.format(0) in cli("train", "--resume", run)[2]
+    shutil.copy(trained / "metrics.jsonl", run)
+    assert "metrics" not in cli("train", "--resume", run)[2]
+
+
 def test_train_writes_a_complete_run_folder(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
