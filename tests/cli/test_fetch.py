@@ -16,6 +16,7 @@ from rich.console import Console
 from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, Progress
+from mamlctl.data.fetching import locks
 from mamlctl.data.fetching.locks import locked
 from mamlctl.data.reading import packs
 from mamlctl.data.reading.packs import load_pack, packs_of, save_pack, verified_at
@@ -264,7 +265,7 @@ def test_present_data_need_no_writable_root(root, monkeypatch):
     def no_lock(*words):
         raise AssertionError("locked")
 
-    monkeypatch.setattr(registry, "locked", no_lock)
+    monkeypatch.setattr(locks, "locked", no_lock)
     assert fetch_all(
         ["glyphs"], source=None, data_root=str(root), force=False, offline=False, on_event=ignore
     )

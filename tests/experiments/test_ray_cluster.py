@@ -70,12 +70,19 @@ def results(folder):
     files = sorted(path.relative_to(folder) for path in folder.glob("checkpoints/*.pt"))
     digests = {str(name): checkpoints._digest(torch.load(folder / name)) for name in files}
     tests = {
-        str(path.relative_to(folder)): without_times(json.loads(path.read_text()))
+        str(path.relative_to(folder)): summary_without_times(path)
         if path.suffix == ".json"
         else path.read_text()
         for path in sorted(folder.glob("eval/*/*"))
     }
     return [without_times(entry) for entry in run.metrics()], digests, tests
+
+
+def summary_without_times(path):
+    """A summary without its times, and without its digest, which covers them."""
+    return {
+        name: value for name, value in without_times(json.loads(path.read_text())).items() if name != "digest"
+    }
 
 
 def kill_node(node):
