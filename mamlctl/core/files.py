@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import itertools
 import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,8 @@ from mamlctl.core.errors import LockedError, MamlctlError
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 # The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
 REMNANTS = (".*.*.????????", "*/.*.pt.*")
+
+NEW_S = 10  # seconds after which a process has certainly locked the file that it has made
 
 
 @contextmanager
@@ -46,6 +50,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = Path(name)
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `remove_remnants`
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +59,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_remnants(path: Path) -> None:
+    """Remove the temporary files of `replacing` that killed processes have left for this path."""
+    for remnant in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError):  # locked by a process that is writing it, or removed by another process
+            if remnant.is_file() and time.time() - remnant.stat().st_mtime > NEW_S:
+                with remnant.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    remnant.unlink()
 
 
 def check_out(path: Path) -> None:

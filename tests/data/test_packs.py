@@ -1,14 +1,18 @@
 """Packs whose sidecar is damaged: an error that names the file, never another exception."""
 
 import json
+import os
 import shutil
+import time
 
+import numpy as np
 import pytest
 from helpers.shared import ignore
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.files import replacing
 from mamlctl.data.reading import packs
-from mamlctl.data.reading.packs import load_pack, packs_of, verify_pack
+from mamlctl.data.reading.packs import load_pack, pack, packs_of, save_pack, verify_pack
 from mamlctl.data.sets import glyphs, image_folder
 
 VALUES = [None, True, -1, 1.5, "x", [], [1], ["x"], [None], {}, {"x": 1}, 10**30, [10**30], [[0, 1]]]
@@ -65,3 +69,19 @@ def test_packs_of_a_folder_may_vanish_while_they_are_dropped(tmp_path, monkeypat
     (home / "gone.json").unlink()
     monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: found)
     image_folder.prepare(folder, tmp_path / "root", (), ignore)
+
+
+def test_packing_removes_what_killed_processes_have_left_for_the_same_pack(tmp_path):
+    names = (".a.npy.killed_1", ".a.json.killed_2", ".a.npy.new_file", ".b.npy.killed_3", ".a.npy.backup")
+    for name in names:
+        (tmp_path / name).write_bytes(b"remnant")
+        os.utime(tmp_path / name, (0, time.time() - (1 if name == ".a.npy.new_file" else 60)))
+    packed = pack(np.zeros((1, 1, 4, 4), np.uint8), np.array([1]), ("cat",))
+    with replacing(tmp_path / "a.npy") as file:
+        (writing,) = {path.name for path in tmp_path.iterdir()} - {*names}
+        os.utime(file.fileno(), (0, 0))
+        save_pack(tmp_path / "a.npy", packed)
+        left = {path.name for path in tmp_path.iterdir()}
+        file.write(b"pixels")
+    assert left == {writing, "a.npy", "a.json", ".a.npy.new_file", ".b.npy.killed_3", ".a.npy.backup"}
+    assert (tmp_path / "a.npy").read_bytes() == b"pixels", "a file that is being written is kept"
