@@ -202,8 +202,8 @@ def _sidecar(
 def _replacing_both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Files for pixels and sidecar, moved into place if the block succeeds. Raises DataError."""
     sidecar = path.with_suffix(".json")
-    for file in (sidecar, path):
-        remove_remnants(file)
+    remove_remnants(sidecar)
+    remove_remnants(path)
     try:
         # Both are written before either is moved into place, so a full disk leaves the old pack intact.
         with replacing(sidecar) as words, replacing(path) as pixels:
