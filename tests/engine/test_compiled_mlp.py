@@ -222,6 +222,34 @@ def test_a_meta_step_that_is_not_finite_is_not_taken(tmp_path, monkeypatch):
         assert torch.equal(tensor, stored[1][name])
 
 
+@pytest.mark.parametrize("stop_at", range(6))
+def test_a_stop_beside_a_meta_step_that_is_not_finite_names_the_right_step(tmp_path, stop_at):
+    run = make_run(tmp_path / "run", small_config(**SMALL_RUN))
+    trainer = trainer_on_curves(run, stop_at=stop_at)
+    settings = stream_settings(split="train", shots=run.config.shots, queries=run.config.queries)
+    trainer.streams["train"] = BrokenStream(FAMILIES["sinusoid"], settings)
+    try:
+        assert trainer.train() == "asked" and trainer.position.step < 6
+    except DivergedError as error:
+        assert error.step == 7
+
+
+def test_a_small_rest_before_a_report_does_not_make_later_calls_small(tmp_path, monkeypatch):
+    config = small_config(**SMALL_RUN | {"epochs": 1, "steps_per_epoch": 60, "report_every": 20})
+    trainer = trainer_on_curves(make_run(tmp_path / "run", config))
+    counts = []
+    take_many = MetaStep.take_many
+
+    def counted(self, episodes, epoch, done):
+        counts.append(len(done))
+        return take_many(self, episodes, epoch, done)
+
+    monkeypatch.setattr(MetaStep, "take_many", counted)
+    monkeypatch.setattr("mamlctl.engine.training.trainer.LONGEST_S", 1e9)
+    assert trainer.train() == ""
+    assert counts == [2, 4, 8, 4, 16, 3, 19]
+
+
 @pytest.mark.parametrize(
     ("layers", "engine"),
     [

@@ -195,6 +195,15 @@ def test_predictions_that_are_not_finite_raise_diverged_error(tmp_path):
     assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 0
 
 
+@pytest.mark.parametrize(("device", "saved"), [("cpu", True), ("cuda", False)])
+def test_a_validation_saves_only_weights_whose_predictions_have_been_checked(tmp_path, device, saved):
+    run = make_run(tmp_path / "run", config_of())
+    trainer = trainer_of(run, run.config)
+    trainer.device = torch.device(device)  # on CUDA, predictions are checked at the end
+    trainer._validated_some(2)
+    assert trainer.last.is_file() == saved
+
+
 def test_every_start_advances_despite_a_time_limit(tmp_path):
     run = make_run(tmp_path / "run", config_of())
     starts = 0

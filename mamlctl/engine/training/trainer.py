@@ -165,9 +165,10 @@ class Trainer:
         self._save_if_due(measured)
 
     def _take_many(self) -> bool:
-        """Take meta-steps until the next report in one call, if possible; return whether any was taken.
+        """Take meta-steps until the next report in one call, if possible; return whether all were taken.
 
-        How many has no influence on the results.
+        How many has no influence on the results. The first one that is not finite is left to `_step`, which
+        raises the error.
         """
         config, step = self.config, self.position.step
         epoch, batch = step // config.steps_per_epoch, config.meta_batch_size
@@ -183,10 +184,12 @@ class Trainer:
         for measured in results:
             self._finish_step(measured, epoch)
         quick = time.perf_counter() - start < LONGEST_S
-        self._at_once = 2 * count if quick else max(count // 2, 2)
-        if results:
-            self._save_if_due(results[-1])
-        return bool(results)
+        # The next report may have been the reason for a small count, which is then no measure of the time.
+        self._at_once = max(self._at_once, 2 * count) if quick else max(count // 2, 2)
+        if len(results) < count:
+            return False
+        self._save_if_due(results[-1])
+        return True
 
     def _finish_step(self, measured: MetaStepResult, epoch: int) -> None:
         """Count a meta-step that has been taken."""
@@ -285,8 +288,9 @@ class Trainer:
         self._reported_at, self._tasks_since = time.perf_counter(), 0
 
     def _validated_some(self, done: int) -> None:
-        if not self._saved_epoch:
+        if not self._saved_epoch and self.device.type == "cpu":
             # The first chunk had finite scores: save, so that a crash in validation does not lose the epoch.
+            # On CUDA, scores are checked at the end only.
             self.save()
             self._saved_epoch = True
         self.on_event(Progress("validating", done, self.config.val_tasks))
