@@ -210,7 +210,7 @@ def _run() -> tuple[int, MamlctlError | None]:
     except BrokenPipeError:
         discard(sys.stdout)  # the reader closed the pipe
         return ExitCode.FAILED, None
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if is_out_of_memory(error):
             hint = "end other programs, or use a machine with more memory"
             if sys.argv[1:2] == ["train"]:

@@ -48,6 +48,9 @@ def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     phrases = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
     named = isinstance(error, RuntimeError | OSError) and any(phrase in text for phrase in phrases)
+    # From the dynamic linker, e.g. for torch; if memory is not the reason, the reason follows.
+    if isinstance(error, ImportError):
+        named = any(line.endswith("failed to map segment from shared object") for line in text.splitlines())
     return named or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 

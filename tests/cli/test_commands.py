@@ -17,6 +17,7 @@ from helpers.shared import ignore
 import mamlctl
 from mamlctl.cli.app import main
 from mamlctl.cli.grid_actions import grid_command
+from mamlctl.core.errors import is_out_of_memory
 from mamlctl.data.reading.packs import load_pack, pack, save_pack
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.interrupts import StopRequests
@@ -747,8 +748,18 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(cli,
     assert reported == [1, 2, 3, 4, 5, 6]
 
 
+NOT_LOADED = "libtorch_cpu.so: failed to map segment from shared object"
+
+
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("can't allocate memory"), OSError(12, "Cannot allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+        OSError(12, "Cannot allocate memory"),
+        ImportError(NOT_LOADED),
+        ImportError(f"numpy cannot be imported.\nOriginal error was: {NOT_LOADED}\n"),
+    ],
 )
 def test_a_lack_of_memory_prints_a_fact_and_a_hint(cli, tmp_path, monkeypatch, error):
     def fail(*arguments, **named):
@@ -762,6 +773,11 @@ def test_a_lack_of_memory_prints_a_fact_and_a_hint(cli, tmp_path, monkeypatch, e
     code, _, err = cli("fetch", "glyphs")
     assert code == 1
     assert_two_lines(err, "does not have enough memory", "end other programs, or use a machine with more")
+
+
+@pytest.mark.parametrize("reason", ["Operation not permitted", "No such file"])
+def test_a_library_that_cannot_be_loaded_for_another_reason_is_not_a_lack_of_memory(reason):
+    assert not is_out_of_memory(ImportError(f"{NOT_LOADED}: {reason}"))
 
 
 @pytest.mark.parametrize("out", ["/proc/nope", "/etc/passwd/x", "x" * 300])
