@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
@@ -26,55 +27,23 @@ from mamlctl.settings.rules import NOUNS
 
 Function = Callable[..., ExitCode]
 
-# The functions below import a command when it is called, or its help is shown: no command waits for the
-# imports of the others, and `mamlctl --version` waits for none.
-
-
-def _train() -> Function:
-    from mamlctl.cli.train import train
-
-    return train
-
-
-def _evaluate() -> Function:
-    from mamlctl.cli.evaluate import evaluate
-
-    return evaluate
-
-
-def _fetch() -> Function:
-    from mamlctl.cli.fetch import fetch
-
-    return fetch
-
-
-def _compare() -> Function:
-    from mamlctl.cli.compare import compare
-
-    return compare
-
-
-def _ablate() -> Function:
-    from mamlctl.cli.ablate import ablate
-
-    return ablate
-
-
-# How each command's function is imported, and the examples at the end of its help.
+# The module in cli/ of each command, whose function has the module's name, and the examples at the end of the
+# command's help. A module is imported when its command is called or its help is shown: no command waits for
+# the imports of the others, and `mamlctl --version` waits for none.
 COMMANDS = {
-    "train": (_train, "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
+    "train": ("train", "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
     "eval": (
-        _evaluate,
+        "evaluate",
         "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
         "mamlctl eval runs/demo --support mine/learn --query mine/ask",
     ),
-    "fetch": (_fetch, "Example: mamlctl fetch omniglot --from downloads/"),
+    "fetch": ("fetch", "Example: mamlctl fetch omniglot --from downloads/"),
     "compare": (
-        _compare,
+        "compare",
         "Examples: mamlctl compare runs/a runs/b\n\n"
         "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
     ),
-    "ablate": (_ablate, "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
+    "ablate": ("ablate", "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
 }
 
 
@@ -90,10 +59,11 @@ class _Command(TyperCommand):
 
 @cache
 def _command(name: str) -> Any:
-    function_of, examples = COMMANDS[name]
+    module, examples = COMMANDS[name]
+    function: Function = getattr(import_module(f"mamlctl.cli.{module}"), module)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")
     settings = {"allow_extra_args": True}
-    single.command(name, cls=_Command, context_settings=settings, epilog=examples)(function_of())
+    single.command(name, cls=_Command, context_settings=settings, epilog=examples)(function)
     return typer.main.get_command(single)
 
 
@@ -236,12 +206,13 @@ def _usage_error(error: TyperException) -> MamlctlError | None:
     """The fact and the hint of an error of Typer; None after a bare `mamlctl`, which prints its help."""
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     help_command = " ".join(["mamlctl", *(word for word in words[:1] if word in COMMANDS), "--help"])
+    options = _command(words[0]).params if words and words[0] in COMMANDS else ()
     # Typer's classes of errors are private, so their fields distinguish them.
     match vars(error):
         case {"option_name": name, "possibilities": known}:
             hint = nearest(name, known or (), otherwise=f"see {help_command}")
             return MamlctlError(f"unknown option '{name}'", hint=hint)
-        case {"option_name": name} if "does not take a value" not in error.format_message():
+        case {"option_name": name} if any(name in option.opts and not option.is_flag for option in options):
             return MamlctlError(f"{name} has no value", hint=f"write a value after it, or see {help_command}")
         case {"option_name": name}:
             return MamlctlError(f"{name} does not take a value", hint="leave out '=' and the value")
