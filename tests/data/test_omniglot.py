@@ -144,3 +144,15 @@ def test_packing_another_filter_reports_progress(omniglot_root):
     again = []
     omniglot.open_pack(omniglot_root, "box", on_event=again.append)
     assert again == []
+
+
+def test_a_zip_with_other_files_is_not_called_missing(tmp_path):
+    for part in omniglot.PARTS:
+        with zipfile.ZipFile(tmp_path / f"{part.folder}.zip", "w") as archive:
+            archive.writestr("readme.txt", "text")
+    with pytest.raises(DataError) as raised:
+        omniglot.prepare(tmp_path / "root", [tmp_path], ignore)
+    path = tmp_path / "images_background.zip"
+    example = "images_background/Greek/character01/0001_01.png"
+    assert raised.value.message == f"{path} has no images with names like {example}"
+    assert raised.value.hint == "download the archive again"

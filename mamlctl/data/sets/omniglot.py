@@ -245,6 +245,9 @@ def _select(
         if images:
             break
     else:
+        if named := [members.path for members in opened if members.path.stem == part.folder]:
+            example = f"{part.folder}/Greek/character01/0001_01.png"
+            raise DataError(f"{named[0]} has no images with names like {example}", hint=DOWNLOAD_AGAIN)
         places = ", ".join(str(source) for source in sources)
         hint = "give --from the folder that contains images_background and images_evaluation, zipped or not"
         raise DataError(f"{places} contains neither {part.folder}.zip nor a folder {part.folder}", hint=hint)
