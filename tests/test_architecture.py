@@ -35,6 +35,7 @@ ENGINE = [
 MODULES_PER_PACKAGE = 12  # except in engine/algorithms, which has one module per method
 FILE_LINES = 350
 FUNCTION_LINES = 80
+C_COLUMNS = 120
 PARAMETERS = 7  # except for commands, whose parameters are options, and Triton kernels
 CODE = sorted(PACKAGE.rglob("*.py"))
 
@@ -88,6 +89,14 @@ def test_imports_have_no_cycles():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_c_files_stay_readable():
+    for path in sorted(PACKAGE.rglob("*.[ch]")):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= FILE_LINES, f"{path.name} is too long"
+        for number, line in enumerate(lines, start=1):
+            assert len(line) <= C_COLUMNS, f"{path.name}:{number} is too long"
 
 
 def test_packages_files_and_functions_stay_readable():

@@ -247,8 +247,8 @@ void tangent_backward(const shape *s, const STORED *restrict ga1_t, const STORED
                         if (2 * i + q / 2 >= H || 2 * j + q % 2 >= W) continue;
                         const long cell = CELL(q / 2, q % 2);
                         for (int l = 0; l < n; l++)
-                            ct[cell + l] = PUT(slope_t[l] * GET(c[cell + l]) + slope[l] * GET(ct[cell + l]) + offset_t[l] +
-                                               (which[l] == q ? h[l] : 0));
+                            ct[cell + l] = PUT(slope_t[l] * GET(c[cell + l]) + slope[l] * GET(ct[cell + l]) +
+                                               offset_t[l] + (which[l] == q ? h[l] : 0));
                     }
                 }
         }

@@ -31,7 +31,7 @@ typedef INTEGER integers __attribute__((vector_size(VEC * sizeof(REAL)), aligned
     (void)leak, (void)H, (void)PH, (void)PW, (void)C
 
 /* Sums of q and q q^T over the patches q of the measured examples -> sum [T][D], product [T][D][D], D = 9 C. In double,
- * because variances are small differences of them; rows are added one after another, whatever the order of the loops. */
+ * because variances are small differences of them; rows are added one after another in any order of the loops. */
 void patch_sums(const shape *s, const REAL *restrict x, double *restrict sum, double *restrict product) {
     const int H = s->height, W = s->width, T = s->tasks, C = s->inputs, D = 9 * C;
 #pragma omp parallel for num_threads(s->threads) schedule(dynamic)
@@ -113,7 +113,8 @@ INLINE void forward_filters(const shape *s, const REAL *planes, const REAL *w, S
             const lanes *v = window(s, planes, w, t, o, i, j, both);
             const long at = POOLED;
             for (int l = 0; l < n; l++) {
-                const REAL v0 = v[0][l] * sign[l], v1 = v[1][l] * sign[l], v2 = v[2][l] * sign[l], v3 = v[3][l] * sign[l];
+                const REAL v0 = v[0][l] * sign[l], v1 = v[1][l] * sign[l];
+                const REAL v2 = v[2][l] * sign[l], v3 = v[3][l] * sign[l];
                 REAL best = v0;
                 int32_t which = 0;
                 which = v1 > best ? 1 : which, best = v1 > best ? v1 : best;
@@ -234,7 +235,8 @@ INLINE void spread(const STORED *ga1_t, const STORED *ga2_t, const STORED *ga, c
         value = scale * ga_t + scale_t * value;
     } else
         value *= scale;
-    const integers positive = read(p, n) * scale + shift > 0, active = (integers)value, damped = (integers)(value * leak);
+    const integers positive = read(p, n) * scale + shift > 0;
+    const integers active = (integers)value, damped = (integers)(value * leak);
     const integers both = (active & positive) | (damped & ~positive);
     for (int q = 0; q < 4; q++) h[q] = (vec)(both & (which == q));
 }
@@ -257,8 +259,8 @@ INLINE void pooled_part(const shape *s, const REAL *x, const STORED *ga1_t, cons
                 const long at = POOLED;
                 const REAL *u = plane + 2 * i * WIDE + 2 * j;
                 vec h[4];
-                spread(ga1_t ? ga1_t + at : 0, ga2_t ? ga2_t + at : 0, ga + at, p + at, where + at, scale, shift, scale_t,
-                       leak, n, h);
+                spread(ga1_t ? ga1_t + at : 0, ga2_t ? ga2_t + at : 0, ga + at, p + at, where + at, scale, shift,
+                       scale_t, leak, n, h);
 #pragma GCC unroll 9
                 for (int tap = 0; tap < 9; tap++) {
                     const REAL *v = u + tap / 3 * WIDE + tap % 3;

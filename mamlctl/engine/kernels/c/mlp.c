@@ -33,7 +33,8 @@ static void forward(const plan *n, const REAL *w, REAL *tape) {
         const layer *at = n->at + l;
         REAL *z = tape + at[1].a;
         for (int e = 0; e < n->examples; e++) memcpy(z + e * at->out_row, w + at->b, sizeof(REAL) * at->out_row);
-        product(n->examples, at->out_row, at->in, tape + at->a, at->in_row, 1, w + at->t, at->out_row, z, at->out_row, 1);
+        product(n->examples, at->out_row, at->in, tape + at->a, at->in_row, 1, w + at->t, at->out_row, z, at->out_row,
+                1);
         if (l + 1 < n->layers) through_activation(n, at + 1, z, z);
     }
 }
@@ -70,7 +71,8 @@ static void backward(const plan *n, const REAL *w, REAL *tape, REAL *grad, int t
         const REAL *gz = tape + at[1].gz;
         weight_gradient(n, at, gz, tape + at->a, grad, transposed, 0);
         if (l == 0) return;
-        product(n->examples, at->in_row, at->out, gz, at->out_row, 1, w + at->w, at->in_row, tape + at->gz, at->in_row, 0);
+        product(n->examples, at->in_row, at->out, gz, at->out_row, 1, w + at->w, at->in_row, tape + at->gz, at->in_row,
+                0);
         through_activation(n, at, tape + at->a, tape + at->gz);
     }
 }
@@ -84,7 +86,8 @@ static void hessian_product(const plan *n, const REAL *w, const REAL *u, const R
         REAL *z_t = tape_t + at[1].a;
         for (int e = 0; e < E; e++) memcpy(z_t + e * at->out_row, u + at->b, sizeof(REAL) * at->out_row);
         product(E, at->out_row, at->in, tape + at->a, at->in_row, 1, u + at->t, at->out_row, z_t, at->out_row, 1);
-        if (l) product(E, at->out_row, at->in, tape_t + at->a, at->in_row, 1, w + at->t, at->out_row, z_t, at->out_row, 1);
+        if (l)
+            product(E, at->out_row, at->in, tape_t + at->a, at->in_row, 1, w + at->t, at->out_row, z_t, at->out_row, 1);
         if (l + 1 < n->layers) through_activation(n, at + 1, tape + at[1].a, z_t);
     }
     const layer *end = n->at + n->layers;
@@ -111,8 +114,10 @@ static void load_image(const plan *n, const REAL *const *tensors, int row, REAL 
         const REAL *w = tensors[2 * l], *b = tensors[2 * l + 1];
         for (int o = 0; o < at->out; o++) {
             if (b) image[at->b + o] = b[row < 0 ? o : row];
-            for (int i = 0; w && i < at->in; i++)
-                image[at->w + o * at->in_row + i] = image[at->t + i * at->out_row + o] = w[row < 0 ? o * at->in + i : row];
+            for (int i = 0; w && i < at->in; i++) {
+                const REAL value = w[row < 0 ? o * at->in + i : row];
+                image[at->w + o * at->in_row + i] = image[at->t + i * at->out_row + o] = value;
+            }
         }
     }
 }
@@ -220,11 +225,11 @@ static REAL *total(REAL *rows, long size, int tasks) {
     return rows;
 }
 
-/* slow: tensors W and b of every layer, hidden layers first. rates: the same, absent for tensors that the inner loop does
- * not adapt; each has one number per row, or one per weight. sets: support x and y, query x and y, of all tasks.
- * Output: the gradients of slow, and of the learnt rates by row and tensor or per weight; means [2 steps + 2] over tasks
- * of the support losses before each step, then of the query losses after 0, 1, .. steps, of which those that are not
- * measured are 0, and the meta-loss. losses [tasks][2 steps + 1] and memory are for use by this function only. */
+/* slow: tensors W and b of every layer, hidden layers first. rates: the same, absent for tensors that the inner loop
+ * does not adapt; each has one number per row, or one per weight. sets: support x and y, query x and y, of all tasks.
+ * Output: the gradients of slow, and of the learnt rates by row and tensor or per weight; means [2 steps + 2] over
+ * tasks of the support losses before each step, then of the query losses after 0, 1, .. steps, of which those that are
+ * not measured are 0, and the meta-loss. losses [tasks][2 steps + 1] and memory are for use by this function only. */
 void mlp_meta_gradient(const mlp *s, const REAL *const *slow, const REAL *const *rates, const REAL *const *sets,
                        REAL *const *grads, REAL *const *rate_grads, double *means, double *losses, REAL *memory) {
     layer support[s->layers + 1], query[s->layers + 1];
@@ -298,9 +303,9 @@ static int all_finite(const adam *s, const REAL *const *grads, const double *mea
     return isfinite(sum);
 }
 
-/* `count` meta-steps: mlp_meta_gradient for each [tasks] of the sets, then adam_step, with the rates lr [count]. Returns
- * how many were done: a step with a loss or gradient that is not finite changes nothing and is the end. `ordered` are the
- * gradients in the order of Adam's tensors; means is [count][2 steps + 2]. */
+/* `count` meta-steps: mlp_meta_gradient for each [tasks] of the sets, then adam_step, with the rates lr [count].
+ * Returns how many were done: a step with a loss or gradient that is not finite changes nothing and is the end.
+ * `ordered` are the gradients in the order of Adam's tensors; means is [count][2 steps + 2]. */
 int mlp_train(const mlp *s, const adam *optimizer, int count, const double *lr, const REAL *const *slow,
               const REAL *const *rates, const REAL *const *sets, REAL *const *grads, REAL *const *rate_grads,
               const REAL *const *ordered, double *means, double *losses, REAL *memory) {

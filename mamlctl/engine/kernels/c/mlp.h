@@ -70,7 +70,8 @@ INLINE void tile(int rows, int vecs, int K, const REAL *A, long row, long column
 #pragma GCC unroll 5
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-            for (int v = 0; v < vecs; v++) sum[r][v] += A[r * row + k * column] * *(const vec *)(B + k * b_row + v * PAD);
+            for (int v = 0; v < vecs; v++)
+                sum[r][v] += A[r * row + k * column] * *(const vec *)(B + k * b_row + v * PAD);
 #pragma GCC unroll 5
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
