@@ -68,10 +68,14 @@ def carry_out(work: Sequence[Work], plan: Plan, machine: Machine, log: Console) 
     return rows
 
 
+def stdout_console() -> Console:
+    """A console on stdout; a pipe has no width, so rich would assume 80 columns and cut the tables."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def show(rows: Sequence[Row], rates: dict[str, float], machine: Machine) -> None:
     """Print all tables on stdout."""
-    # A pipe has no width, so rich would assume 80 columns and cut the tables.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = stdout_console()
     facts = machine.facts
     where = facts["gpu"] or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
     size = facts["matrix_size"]
@@ -98,7 +102,7 @@ def show_estimates(log: Console) -> None:
     except ImportError:
         log.print("no estimates for GPUs: torch came without Triton", highlight=False)
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(estimates())
+        stdout_console().print(estimates())
 
 
 def save(
@@ -175,7 +179,7 @@ def bench(
     show(rows, rates, machine)
     on_curves = measure_curves(plan.repeats) if curves and device == "cpu" and not growth else []
     if on_curves:
-        Console().print(curves_table(on_curves))
+        stdout_console().print(curves_table(on_curves))
     save(out / "bench.json", rows, rates, machine, plan, on_curves)
     if estimate:
         show_estimates(log)
