@@ -99,9 +99,19 @@ def numbers(ended: Ended) -> Any:
 
 
 def scores(ended: Ended) -> Any:
-    """The scores and settings of every row in the JSON document of `compare`."""
-    names = ("label", "best", "ensemble", "settings", "bn", "inner_steps")
-    return [{name: row[name] for name in names} for row in json.loads(ended.out)["rows"]]
+    """The scores and settings of every row in the JSON document of `compare`.
+
+    Scores after every inner step are left out: a run that `compare` tests again has none.
+    """
+    names = ("label", "settings", "bn", "inner_steps")
+    return [
+        {name: row[name] for name in names}
+        | {
+            model: {name: value for name, value in row[model].items() if not name.startswith("per_step")}
+            for model in ("best", "ensemble")
+        }
+        for row in json.loads(ended.out)["rows"]
+    ]
 
 
 class Undisturbed:
