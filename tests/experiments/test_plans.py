@@ -1,7 +1,7 @@
 """A plan has the right rows with the right settings, and their printed commands give the same settings."""
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from typer.main import get_command
@@ -11,7 +11,9 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.plans import PLANS, algorithm_rows, grid_rows, improvement_rows
+from mamlctl.experiments.grid.scheduler import changes
 from mamlctl.experiments.settings import resolve_settings
+from mamlctl.run_folder import stored_config
 from mamlctl.settings.presets import load_preset, parse_sets, preset_names
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
 
@@ -182,3 +184,16 @@ def test_a_problem_that_all_rows_share_is_reported_once():
     with pytest.raises(SettingsError) as refused:
         resolve_rows(improvement_rows("full", "maml"), [], {"ways": 1}, 0)
     assert len(refused.value.problems) == 1
+
+
+def test_a_resumed_cell_keeps_the_convolutions_of_an_older_version():
+    planned = TrainConfig()
+    values = {name: value for name, value in asdict(planned).items() if name != "conv"}
+    older = stored_config(values, "a file")
+    assert (older.conv, planned.conv) == ("direct", "auto")
+    assert changes(older, planned) == {}
+    assert changes(older, replace(planned, conv="winograd")) == {"conv": "winograd"}
+    assert changes(planned, replace(planned, conv="direct", report_every=7)) == {
+        "conv": "direct",
+        "report_every": 7,
+    }

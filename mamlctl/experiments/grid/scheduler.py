@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
@@ -20,6 +21,7 @@ from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_e
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, run_state
+from mamlctl.settings.schema import FIELDS, TrainConfig
 
 POLL_S = 0.25  # between polls of the jobs: too short for a person to notice
 
@@ -114,9 +116,7 @@ class Scheduler:
         offline = ("--offline",) if self._offline else ()
         overrides: tuple[str, ...] = ()
         if (cell.folder / CONFIG).is_file():
-            stored, planned = open_run(cell.folder).config, cell.config
-            changed = [name for name in RESUME_OVERRIDES if getattr(stored, name) != getattr(planned, name)]
-            overrides = settings_arguments({name: getattr(planned, name) for name in changed})
+            overrides = settings_arguments(changes(open_run(cell.folder).config, cell.config))
         return Job(
             cell.name,
             cell.folder,
@@ -173,6 +173,21 @@ class Scheduler:
             if cell.name in self.failed:
                 state = "failed"
         return CellState(cell.row.label, cell.seed, state, step, total, score)
+
+
+def changes(stored: TrainConfig, planned: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run takes from the plan.
+
+    A run from before a setting existed keeps what older versions did, unless the plan has another value than
+    the default.
+    """
+    changed = {}
+    for name in RESUME_OVERRIDES:
+        was, value, item = getattr(stored, name), getattr(planned, name), FIELDS[name]
+        is_older = was == item.metadata["before"] and value == item.default
+        if was != value and not is_older:
+            changed[name] = value
+    return changed
 
 
 def _evaluation(cell: GridCell, grid: Grid) -> StoredEvaluation | None:
