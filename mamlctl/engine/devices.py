@@ -80,7 +80,7 @@ def open_device(name: str, precision: Precision) -> torch.device:
 def _keep_freed_memory() -> None:
     """Let the C library keep up to a gigabyte of freed memory for the next tensors."""
     # By default glibc returns large tensors to the kernel, which clears every page when it is used again: a
-    # quarter of the time of an evaluation at mini-ImageNet's size.
+    # fifth of the time of an evaluation at mini-ImageNet's size.
     with suppress(OSError, AttributeError):  # another C library
         allocator = ctypes.CDLL(None)
         allocator.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
