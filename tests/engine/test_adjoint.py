@@ -38,7 +38,6 @@ from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
-from mamlctl.engine.kernels.fused_block import KernelTape
 from mamlctl.engine.kernels.head import TorchHead
 from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import LEAK
@@ -535,7 +534,7 @@ def test_kernels_handle_one_task_with_one_channel(way):
     gamma, beta = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     settings = BlockSettings(groups=1, compute=None, first=False)
     if way == "c":
-        tape = KernelTape(x, weight, gamma, beta, settings, c_block.Native(torch.float64))
+        tape = c_block.native_block(x, weight, gamma, beta, settings)
     else:
         tape = triton_block.TritonBlocks.on(CPU)(x, weight, gamma, beta, settings)
     sure = TorchTape(x, weight, gamma, beta, settings)

@@ -43,6 +43,7 @@ gc with x. Their tangents follow by the product rule.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -54,6 +55,32 @@ from mamlctl.engine.nets.base import LEAK
 from mamlctl.engine.nets.batch_norm import EPS, unbiased
 
 Statistics_X = tuple[Tensor, Tensor]  # mean and biased variance of each channel
+
+
+class ChannelRow(IntEnum):
+    """The rows of `d`, the tensor [rows, X] in float64 in which the kernels keep the values of each channel.
+
+    In the letters above and in the order of c/common.h; PRODUCT is sum gz p.
+    """
+
+    MEAN = 0
+    VAR = 1
+    GAMMA = 2
+    BETA = 3
+    R = 4
+    S = 5
+    B = 6
+    PRODUCT = 7
+    G = 8
+    SLOPE = 9
+    OFFSET = 10
+    MEAN_T = 11
+    R_T = 12
+    S_T = 13
+    B_T = 14
+    G_T = 15
+    SLOPE_T = 16
+    OFFSET_T = 17
 
 
 @dataclass(frozen=True)

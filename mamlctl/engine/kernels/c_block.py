@@ -5,22 +5,20 @@ Without a C compiler torch operations do the same work, more slowly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes
-from mamlctl.engine.kernels.c_library import call
-from mamlctl.engine.kernels.fused_block import (
-    BlockMemory,
-    BlockShape,
+from mamlctl.engine.kernels.block import (
+    BlockGradient,
+    BlockSettings,
     ChannelRow,
-    KernelTape,
-    TangentTensors,
-    shape_of,
+    Planes,
+    Statistics_X,
+    of_all_tasks,
 )
+from mamlctl.engine.kernels.c_library import call, shape_of
+from mamlctl.engine.nets.batch_norm import unbiased
 
 VEC = 16  # the multiple that filters of the first block are padded to: PAD of c/first.c
 
@@ -47,40 +45,94 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     return Planes(planes, mean_TD1, covariance_TDD)
 
 
-@dataclass(frozen=True)
-class Native:
-    """The kernels of c/block.c for tensors stored in one dtype; implements `fused_block.Kernels`."""
+class NativeTape:
+    """A block in which c/block.c computes all between the convolutions; implements `block.BlockTape`.
 
-    stored: torch.dtype
+    Tensors are channels last, in the dtype of the products.
+    """
 
-    def partial_rows(self, shape: BlockShape) -> int:
-        return int(shape.examples)  # one partial sum for each example
-
-    def forward(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        self._call("forward", block, c, block.p, block.where, out)
-
-    def forward_only(self, block: BlockMemory, c: Tensor, out: Tensor) -> None:
-        self._call("forward_only", block, c, out)
-
-    def backward(self, block: BlockMemory, ga: Tensor, c: Tensor, gc: Tensor) -> None:
-        self._call("backward", block, ga, block.p, block.where, c, gc)
-
-    def tangent(
-        self, block: BlockMemory, c_t: Tensor, other: Tensor | None, c: Tensor, p_t: Tensor, a_t: Tensor
+    def __init__(
+        self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
     ) -> None:
-        self._call("tangent", block, c_t, other, c, block.p, block.where, p_t, a_t)
+        """Compute the forward pass; arguments as in `block.MakeBlock`."""
+        self.settings, self.type = settings, gamma_X.dtype
+        self.stored = settings.compute or self.type
+        self.x, self.weight = x, weight
+        examples, _, height, width = x.shape
+        channels = len(weight)
+        measured = examples if settings.measured is None else settings.measured
+        if settings.statistics is not None:
+            measured = 0  # the functions then use the statistics in `d`
+        self.count = measured * height * width
+        self.shape = shape_of(x, channels, measured, settings.groups, settings.leak)
+        self.d = torch.empty(len(ChannelRow), channels, dtype=torch.float64)
+        self.d[ChannelRow.GAMMA], self.d[ChannelRow.BETA] = (
+            of_all_tasks(values, channels) for values in (gamma_X, beta_X)
+        )
+        if settings.statistics is not None:
+            self.d[ChannelRow.MEAN], self.d[ChannelRow.VAR] = settings.statistics
+        self.partial = torch.empty(examples, 2, channels, dtype=torch.float64)  # sums over each example
+        self.pooled = examples, channels, height // 2, width // 2
+        self.out = self._empty()
+        if not settings.forward_only:
+            # p, and the place in its window, 0 to 3, that each of its values comes from
+            self.p, self.where = self._empty(), self._empty(torch.uint8)
+        self._forward()
 
-    def tangent_backward(self, block: BlockMemory, tensors: TangentTensors) -> None:
-        t = tensors
-        pooled = t.ga_t, t.other, t.ga, block.p, t.p_t, block.where
-        self._call("tangent_backward", block, *pooled, t.c, t.c_t)
+    def _forward(self) -> None:
+        self.x, self.weight = self.x.to(self.stored), self.weight.to(self.stored)
+        conv = self.settings.make_conv(self.weight, self.settings.groups)
+        c = conv(self.x)
+        if self.settings.forward_only:
+            self._call("forward_only", c, self.out)
+            return
+        self.conv, self.c = conv, c
+        self._call("forward", c, self.p, self.where, self.out)
 
-    def _call(self, name: str, block: BlockMemory, *tensors: Tensor | None) -> None:
+    @property
+    def seen(self) -> Statistics_X:
+        mean, var = self._of_norm(ChannelRow.MEAN, ChannelRow.VAR)
+        return mean, unbiased(var, self.count)
+
+    def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
+        ga, gc = ga.to(self.stored), torch.empty_like(self.c)
+        self._call("backward", ga, self.p, self.where, self.c, gc)
+        gx, weight = self.conv.backward(gc, self.x)
+        if keep:
+            self.ga, self.gc = ga, gc
+        return BlockGradient(gx, weight.to(self.type), *self._of_norm(ChannelRow.G, ChannelRow.B))
+
+    def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
+        assert x_t is not None  # only the image has no tangent, and the first block is another class
+        self.x_t = x_t
+        self.c_t, other = self.conv.tangent(self.x, x_t, weight_t.to(self.stored))
+        self.p_t, a_t = self._empty(), self._empty()
+        # Adds `other` to c_t in place.
+        self._call("tangent", self.c_t, other, self.c, self.p, self.where, self.p_t, a_t)
+        return a_t
+
+    def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        pooled = ga_t.to(self.stored), other, self.ga, self.p, self.p_t, self.where
+        self._call("tangent_backward", *pooled, self.c, self.c_t)
+        gc_t = self.c_t  # overwritten
+        gx_t, gx_2, weight_t = self.conv.tangent_backward(gc_t, self.x, self.gc, self.x_t)
+        by_norm = self._of_norm(ChannelRow.G_T, ChannelRow.B_T)
+        return BlockGradient(gx_t, weight_t.to(self.type), *by_norm, gx_2)
+
+    def _call(self, name: str, *tensors: Tensor | None) -> None:
         # All functions of c/block.c end with these two arguments.
-        call(self.stored, name, block.shape, *tensors, block.d, block.partial)
+        call(self.stored, name, self.shape, *tensors, self.d, self.partial)
+
+    def _of_norm(self, one: ChannelRow, other: ChannelRow) -> tuple[Tensor, Tensor]:
+        """Return two rows of `d` in the dtype of batch norm."""
+        return self.d[one].to(self.type), self.d[other].to(self.type)
+
+    def _empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Allocate a pooled tensor."""
+        return torch.empty(self.pooled, dtype=dtype or self.stored, memory_format=torch.channels_last)
 
 
-class NativeFirstTape(KernelTape):
+class NativeFirstTape(NativeTape):
     """The first block, including its convolution. Its output c, the largest tensor, is never stored.
 
     Let w be a filter (D = 9 C values) and q a 3x3 patch of the image, so that c = w . q. With <q> the mean
@@ -99,22 +151,22 @@ class NativeFirstTape(KernelTape):
 
     def _forward(self) -> None:
         assert self.settings.planes is not None
-        self.planes, block = self.settings.planes, self.block
+        self.planes = self.settings.planes
         weight_TDO = self._by_patch(self.weight)
         self.along_TDO = self.planes.covariance_TDD @ weight_TDO  # cov(q) w
-        if block.shape.measured:
-            block.d[ChannelRow.MEAN] = _inner(self.planes.mean_TD1, weight_TDO)
+        if self.shape.measured:
+            self.d[ChannelRow.MEAN] = _inner(self.planes.mean_TD1, weight_TDO)
             # Rounding can make the variance of a constant image negative.
-            block.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)
+            self.d[ChannelRow.VAR] = _inner(self.along_TDO, weight_TDO).clamp_(min=0)
         weights = self._padded(weight_TDO)
         if self.settings.forward_only:
-            self._call("first_forward_only", weights, self.out, block.d)
+            self._call("first_forward_only", weights, self.out, self.d)
         else:
-            self._call("first_forward", weights, block.p, block.where, self.out, block.d)
+            self._call("first_forward", weights, self.p, self.where, self.out, self.d)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
-        self.ga, gw, block = ga.to(self.stored), self._empty_padded(), self.block
-        self._call("first_backward", self.ga, block.p, block.where, block.d, block.partial, gw)
+        self.ga, gw = ga.to(self.stored), self._empty_padded()
+        self._call("first_backward", self.ga, self.p, self.where, self.d, self.partial, gw)
         s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
         # `gw` is the part of the gradient that comes from the selected places; this is the other part.
         statistics_TDO = self.count * slope * self.along_TDO - s * b * self.planes.mean_TD1
@@ -122,18 +174,18 @@ class NativeFirstTape(KernelTape):
         return BlockGradient(None, self._by_filter(gw, statistics_TDO), *by_norm)
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
-        weight_TDO, block = self._by_patch(weight_t), self.block
+        weight_TDO = self._by_patch(weight_t)
         self.along_t_TDO = self.planes.covariance_TDD @ weight_TDO
-        block.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
-        block.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t; first_tangent makes it s_t
+        self.d[ChannelRow.MEAN_T] = _inner(self.planes.mean_TD1, weight_TDO)
+        self.d[ChannelRow.S_T] = 2 * _inner(self.along_TDO, weight_TDO)  # var_t; first_tangent makes it s_t
         self.p_t, a_t = self._empty(), self._empty()
-        self._call("first_tangent", self._padded(weight_TDO), block.p, block.where, self.p_t, a_t, block.d)
+        self._call("first_tangent", self._padded(weight_TDO), self.p, self.where, self.p_t, a_t, self.d)
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
-        ga_t, gw, block = ga_t.to(self.stored), self._empty_padded(), self.block
-        pooled = ga_t, other, self.ga, block.p, self.p_t, block.where
-        self._call("first_tangent_backward", *pooled, block.d, block.partial, gw)
+        ga_t, gw = ga_t.to(self.stored), self._empty_padded()
+        pooled = ga_t, other, self.ga, self.p, self.p_t, self.where
+        self._call("first_tangent_backward", *pooled, self.d, self.partial, gw)
         s, slope, b = (self._d_row(row) for row in (ChannelRow.S, ChannelRow.SLOPE, ChannelRow.B))
         s_t, slope_t, b_t = (self._d_row(row) for row in (ChannelRow.S_T, ChannelRow.SLOPE_T, ChannelRow.B_T))
         # The tangent of M slope cov(q) w - s b <q>.
@@ -144,21 +196,21 @@ class NativeFirstTape(KernelTape):
 
     def _call(self, name: str, *tensors: Tensor | None) -> None:
         # These functions of c/first.c all begin with the planes.
-        call(self.stored, name, self.block.shape, self.planes.x, *tensors)
+        call(self.stored, name, self.shape, self.planes.x, *tensors)
 
     def _d_row(self, row: ChannelRow) -> Tensor:
         """Return a row of `d` as _T1O, to be multiplied with _TDO."""
-        return self.block.d[row].view(self.settings.groups, 1, -1)
+        return self.d[row].view(self.settings.groups, 1, -1)
 
     def _by_patch(self, weight: Tensor) -> Tensor:
         """Reshape filters [X, C, 3, 3] to _TDO, in float64 because statistics are computed from them."""
-        patch = self.block.shape.inputs * 9
+        patch = self.shape.inputs * 9
         return weight.double().view(self.settings.groups, -1, patch).transpose(1, 2)
 
     def _by_filter(self, gw: Tensor, statistics_TDO: Tensor) -> Tensor:
         """Add both parts of the filters' gradient -> [X, C, 3, 3] in the dtype of batch norm."""
         gw_TDO = gw[:, :, : statistics_TDO.shape[2]] + statistics_TDO
-        return gw_TDO.transpose(1, 2).reshape(-1, self.block.shape.inputs, 3, 3).to(self.type)
+        return gw_TDO.transpose(1, 2).reshape(-1, self.shape.inputs, 3, 3).to(self.type)
 
     def _padded(self, weight_TDO: Tensor) -> Tensor:
         """Append filters of zeros up to a multiple of VEC."""
@@ -167,7 +219,7 @@ class NativeFirstTape(KernelTape):
 
     def _empty_padded(self) -> Tensor:
         """Allocate the gradient of padded filters."""
-        shape, tasks = self.block.shape, self.settings.groups
+        shape, tasks = self.shape, self.settings.groups
         filters = shape.channels // tasks
         return torch.empty(tasks, shape.inputs * 9, filters + -filters % VEC, dtype=self.type)
 
@@ -179,7 +231,7 @@ def _inner(a_TDO: Tensor, b_TDO: Tensor) -> Tensor:
 
 def native_block(
     x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings
-) -> KernelTape:
+) -> NativeTape:
     """Compute a block's forward pass in C; arguments as in `block.MakeBlock`."""
-    tape = NativeFirstTape if settings.first else KernelTape
-    return tape(x, weight, gamma_X, beta_X, settings, Native(settings.compute or weight.dtype))
+    tape = NativeFirstTape if settings.first else NativeTape
+    return tape(x, weight, gamma_X, beta_X, settings)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from mamlctl.engine.devices import cpu_line
+from mamlctl.engine.nets.base import LEAK
+from mamlctl.engine.nets.batch_norm import EPS
 
 SOURCES = Path(__file__).parent / "c"
 TYPES = {torch.float32: "FLOAT32", torch.float64: "FLOAT64", torch.bfloat16: "BFLOAT16"}
@@ -182,13 +184,39 @@ def lacks_bfloat16() -> bool:
     return flags[:1] == ["flags"] and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
-def call(stored: torch.dtype, name: str, shape: ctypes.Structure, *tensors: Tensor | None) -> None:
+class BlockShape(ctypes.Structure):
+    """The struct `shape` of c/common.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("examples", "height", "width", "channels")),
+        *((name, ctypes.c_int) for name in ("threads", "measured", "tasks", "inputs")),
+        ("eps", ctypes.c_double),
+        ("leak", ctypes.c_double),
+    ]
+
+
+def shape_of(x: Tensor, channels: int, measured: int, tasks: int, leak: float = LEAK) -> BlockShape:
+    """Describe a block for the kernels.
+
+    Args:
+        x: the input, [E, T * C_in, H, W].
+        channels: X, the number of output channels of all tasks.
+        measured: how many leading examples the statistics come from.
+        tasks: T.
+        leak: the slope of the activation below 0.
+    """
+    examples, inputs, height, width = x.shape
+    sizes = examples, height, width, channels, torch.get_num_threads(), measured, tasks, inputs // tasks
+    return BlockShape(*sizes, EPS, leak)
+
+
+def call(stored: torch.dtype, name: str, shape: BlockShape, *tensors: Tensor | None) -> None:
     """Call a compiled function.
 
     Args:
         stored: the dtype of its large tensors.
         name: of the function.
-        shape: its first argument, a `BlockShape`.
+        shape: its first argument.
         tensors: the other ones. It gets pointers only, so the tensors must be contiguous.
     """
     compiled = library(stored)

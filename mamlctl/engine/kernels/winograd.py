@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamlctl.engine.kernels.c_library import call
-from mamlctl.engine.kernels.fused_block import BlockShape, shape_of
+from mamlctl.engine.kernels.c_library import BlockShape, call, shape_of
 
 
 class Sizes(NamedTuple):

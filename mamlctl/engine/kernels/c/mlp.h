@@ -13,7 +13,6 @@ enum { BYTES = 16 };
 enum { PAD = BYTES / sizeof(REAL), ROWS = 5 }; /* a tile's ROWS x 2 vectors fit into the registers of AVX2 */
 typedef REAL vec __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 #define INDEPENDENT _Pragma("omp simd") /* for loops whose arrays do not overlap, or are the same */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     int tasks, layers, support, query, steps, threads;

@@ -20,7 +20,6 @@ typedef int32_t INTEGER;
 typedef INTEGER integers __attribute__((vector_size(BYTES)));
 typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
-#define INLINE static inline __attribute__((always_inline))
 #define LOAD(from) (*(const vector *)(from))
 #define STORE(to, v) (*(vector *)(to) = (v))
 #define ROUND(n) (((n) + LANE - 1) / LANE * LANE)

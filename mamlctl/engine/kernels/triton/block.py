@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, Planes, Statistics_X
+from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, ChannelRow, Planes, Statistics_X
 from mamlctl.engine.kernels.convolutions import conv, conv_backward
-from mamlctl.engine.kernels.fused_block import ChannelRow
 from mamlctl.engine.kernels.head import HeadGradient, TorchHead
 from mamlctl.engine.kernels.triton import ops
 from mamlctl.engine.nets.batch_norm import EPS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mamlctl.engine.kernels.fused_block import ChannelRow
+from mamlctl.engine.kernels.block import ChannelRow
 
 MEAN, VAR, GAMMA, BETA, R, S = (tl.constexpr(row.value) for row in list(ChannelRow)[:6])
 B, PRODUCT, G, SLOPE, OFFSET = (tl.constexpr(row.value) for row in list(ChannelRow)[6:11])
