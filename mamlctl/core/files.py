@@ -10,7 +10,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 # The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
 REMNANTS = (".*.*.????????", "*/.*.pt.*")
 
-NEW_S = 10  # seconds after which a process has certainly locked the file that it has made
+UNLOCKED = ".new"  # the end of a temporary file's name until the process that made it has locked it
 
 
 @contextmanager
@@ -46,12 +45,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    handle, unlocked = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNLOCKED)
+    temporary = Path(unlocked.removesuffix(UNLOCKED))
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `remove_remnants`
+            Path(unlocked).replace(temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,7 +65,7 @@ def remove_remnants(path: Path) -> None:
     """Remove the temporary files of `replacing` that killed processes have left for this path."""
     for remnant in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):  # locked by a process that is writing it, or removed by another process
-            if remnant.is_file() and time.time() - remnant.stat().st_mtime > NEW_S:
+            if remnant.is_file():
                 with remnant.open("rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     remnant.unlink()
