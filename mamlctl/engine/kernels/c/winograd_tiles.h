@@ -256,6 +256,11 @@ static void multiply(const REAL *a, long by_row, long by_k, const REAL *b, REAL 
 
 /* One round of a transposition: interleaves the first half of the rows with the second. */
 INLINE void interleave(const vector *v, vector *o) {
+#ifdef __clang__ /* which has no shuffle by a vector */
+#pragma GCC unroll 16
+    for (int i = 0; i < LANE; i++)
+        for (int l = 0; l < LANE; l++) o[i][l] = v[i / 2 + l % 2 * (LANE / 2)][l / 2 + i % 2 * (LANE / 2)];
+#else
     integers low, high;
     for (int l = 0; l < LANE; l++) low[l] = l / 2 + l % 2 * LANE, high[l] = low[l] + LANE / 2;
 #pragma GCC unroll 8
@@ -263,6 +268,7 @@ INLINE void interleave(const vector *v, vector *o) {
         o[2 * i] = __builtin_shuffle(v[i], v[i + LANE / 2], low);
         o[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANE / 2], high);
     }
+#endif
 }
 
 /* LANE x LANE values, of which down x across are there; log2(LANE) rounds transpose them. */
