@@ -47,7 +47,10 @@ BASES = {
     "split_scheme": [*SMALL, "--filters=4", "--dataset=FOLDER/splits", "--algo=maml"],
 }
 # The words of the test with which a setting of a test is compared, if there are any.
-EVAL_BASES = {"classes": ["--dataset=FOLDER/groups", "--allow-overlap"]}
+EVAL_BASES = {
+    "classes": ["--dataset=FOLDER/groups", "--allow-overlap"],
+    "per_step_tasks": ["--per-step"],
+}
 # Values of settings for which `values` has none or one that is too weak.
 VALUES = {
     "dataset": ["FOLDER/groups", "FOLDER/splits"],
@@ -76,6 +79,8 @@ VALUES = {
     "adapts": ["head", "body"],
     "hyper_lr": ["0.5"],
     "cg_steps": ["1"],
+    "bn": ["running", "support"],
+    "inner_optimizer": ["sgd"],
 }
 PARTS = 6  # of the settings; a trial tries one part, and the next trial the next part
 _lock = Lock()
@@ -193,7 +198,7 @@ def every_setting(undisturbed: Undisturbed, random: TrialRandom, folder: Path) -
     def tested(item: Field[object]) -> Iterator[tuple[Ended, bool]]:
         base = EVAL_BASES.get(item.name, [])
         before = effects.base(base, effects.evaluate)
-        for value in random.sample(found := values(item, EvalConfig, base), len(found)):
+        for value in random.sample(found := values(item, EvalConfig, [*MAML, *base]), len(found)):
             ended, after = effects.evaluate([*base, *flags(item.name, value, EvalConfig)])
             yield ended, after == before
 
