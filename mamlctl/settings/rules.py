@@ -115,6 +115,9 @@ def check(config: TrainConfig) -> list[Problem]:
     if config.conv == "winograd" and config.precision in ("bf16", "tf32"):
         fact = f"--conv winograd has no effect with --precision {config.precision}"
         problems.append((fact, "use --precision float32, or --conv auto"))
+    if config.conv == "winograd" and config.engine == "plain":
+        fact = "--conv winograd has no effect with --engine plain, which convolves by torch's operations"
+        problems.append((fact, "use --engine adjoint, or --conv auto"))
     if config.train_shots is not None and config.train_shots < config.shots:
         fact = f"--train-shots {config.train_shots} is below --shots {config.shots}"
         problems.append((fact, f"use --train-shots {config.shots} or more"))

@@ -149,6 +149,7 @@ def test_auto_is_winograd_in_float32_only():
         assert select_derivatives(net, state.example_tensor).make_conv is expected, (conv, precision)
 
 
-def test_winograd_is_refused_in_bfloat16():
-    with pytest.raises(SettingsError, match="--conv winograd has no effect with --precision bf16"):
-        stored_settings("a file", {"conv": "winograd", "precision": "bf16"})
+@pytest.mark.parametrize(("setting", "value"), [("precision", "bf16"), ("engine", "plain")])
+def test_winograd_is_refused_where_it_has_no_effect(setting, value):
+    with pytest.raises(SettingsError, match=f"--conv winograd has no effect with --{setting} {value}"):
+        stored_settings("a file", {"conv": "winograd", setting: value})
