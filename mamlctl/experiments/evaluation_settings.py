@@ -115,7 +115,8 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
-    if settings.per_step_tasks is not None and not settings.per_step:
+    on_curves = is_curve_family(trained.dataset)
+    if settings.per_step_tasks is not None and not (settings.per_step or on_curves):
         problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
@@ -124,7 +125,8 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         for name, setting in fixed.items()
         if setting in entry.forced
     }
-    if is_curve_family(trained.dataset):
+    if on_curves:
+        unused["per_step_tasks"] = f"{trained.dataset}, which is always scored after every step, on all tasks"
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
         unused["ways"] = f"{trained.dataset}, whose tasks have no classes"
         if settings.disjoint:

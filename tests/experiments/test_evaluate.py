@@ -10,11 +10,15 @@ import torch
 from helpers.shared import ignore
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.data.rules import FIGURE_TASKS, with_figure
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.grid.command_lines import cell_test
+from mamlctl.experiments.grid.compare import compare
+from mamlctl.experiments.grid.grid import GridCell, GridRow
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.train import train
@@ -297,6 +301,21 @@ def test_curves_are_always_scored_after_every_step(trained):
         for per_step in (False, True)
     )
     assert plain.folder == asked.folder and plain.rows[0].per_step_tasks == TASKS
+    for per_step in (False, True):
+        with pytest.raises(SettingsError) as raised:
+            loaded(path, per_step=per_step, per_step_tasks=3)
+        why = "sinusoid, which is always scored after every step, on all tasks"
+        assert list(raised.value.problems) == [(f"--per-step-tasks has no effect with {why}", "leave it out")]
+
+
+def test_tables_of_curves_ask_for_no_number_of_tasks_to_score_per_step(trained):
+    path = trained("maml", dataset="sinusoid")
+    test = with_figure(EvalConfig(tasks=2 * FIGURE_TASKS))
+    table = compare([path], test, offline=True, command="mamlctl compare", on_event=ignore)
+    assert table.rows[0].best.per_step_tasks == 2 * FIGURE_TASKS
+    cell = GridCell(GridRow("maml", "maml", open_run(path).config), 0, path)
+    words = cell_test(cell, test)
+    assert "--per-step" in words and "--per-step-tasks" not in words
 
 
 def test_one_model_can_be_tested_without_the_others(trained):

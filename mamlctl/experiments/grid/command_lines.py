@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from mamlctl.core.problems import flag
+from mamlctl.data.rules import per_step_settings
 from mamlctl.data.sets.registry import is_curve_family, is_image_folder
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.settings import resolve_settings
@@ -52,7 +53,8 @@ def cell_lines(grid: Grid) -> list[str]:
 
 def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:
     """The arguments of `mamlctl eval` for the grid's test of a cell, on the device of its training."""
-    test = replace(evaluate, device=cell.config.device, data_root=cell.config.data_root)
+    test = per_step_settings(evaluate, cell.config.dataset)
+    test = replace(test, device=cell.config.device, data_root=cell.config.data_root)
     values = {item.name: (getattr(test, item.name), item.default) for item in fields(test)}
     return settings_arguments(
         {name: value for name, (value, default) in values.items() if name == "tasks" or value != default}

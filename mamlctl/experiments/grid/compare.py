@@ -10,6 +10,7 @@ from typing import Any
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
+from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.grid import PLAN
@@ -74,6 +75,7 @@ def compare(
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run unless it has been tested or has diverged. Raises DataError if its images have changed."""
+    evaluate = per_step_settings(evaluate, run.config.dataset)
     if run.state().status == "diverged" or find_evaluation(run, evaluate) is not None:
         return
     on_event(Notice(f"testing {run.path}"))
