@@ -102,14 +102,16 @@ class AdjointPass(InnerLoop):
     operation. The gradients of all norm rows are one tensor too.
     """
 
+    fast: Flat  # w_k
+
     def __init__(
         self, derivatives: Derivatives, state: MetaState, episodes: Episodes, *, first_order: bool
     ) -> None:
         """Start at the slow weights, with an adjoint of 0; arguments as in `InnerLoop`."""
         super().__init__(TaskSets(derivatives, episodes), state)
         self.first_order, self.tasks = first_order, len(episodes.query_y_TE)
-        self.fast = self.weights = Flat.of(self.fast)  # w_k
-        self.adjoint_P = torch.zeros_like(self.weights.buffer)  # p
+        self.fast = Flat.of(self.fast)
+        self.adjoint_P = torch.zeros_like(self.fast.buffer)  # p
         self.rates_P: dict[int, Tensor] = {}  # a_k for every weight
         # Gradients of the norm rows and of one rate per tensor: a row per inner step, a column per value.
         self.norm_RP = _rows(state.norm, self.adjoint_P)
@@ -119,11 +121,11 @@ class AdjointPass(InnerLoop):
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
         """Take inner step `step`; `keep` its passes for the way back."""
-        before, norm = self.weights, self.state.norm_pass(step)
+        before, norm = self.fast, self.state.norm_pass(step)
         gradient = self.support_gradient(norm, keep=keep and not self.first_order)
         self.measurements.add_support(gradient.loss_T, norm)
         gradient_P = before.ordered(gradient.fast)
-        self.fast = self.weights = before.like(before.buffer - self._rates(step) * gradient_P)
+        self.fast = before.like(before.buffer - self._rates(step) * gradient_P)
         # First order needs no products, and the gradient without its tape is small enough to keep.
         kept = keep or self.first_order
         self._points.append(_Point(before, gradient if kept else None, gradient_P if kept else None))
@@ -134,7 +136,7 @@ class AdjointPass(InnerLoop):
         query = self.query_gradient(step + 1)
         # The mean over tasks: every task's loss counts 1/T.
         share = weight / self.tasks
-        self.adjoint_P = self.adjoint_P + self.weights.ordered(query.fast) * share
+        self.adjoint_P = self.adjoint_P + self.fast.ordered(query.fast) * share
         if self.norm_RP is not None:
             self._row(self.norm_RP, step).add_(self._norm_buffer(query.norm) * share)
         self.shares.append((weight, step + 1))
@@ -142,14 +144,14 @@ class AdjointPass(InnerLoop):
     def step_back(self, step: int) -> None:
         """Go from p_{k+1} to p_k, k = `step`, and add to dL/da_k and dL/df_k."""
         point = self._points.pop()
-        self.fast = self.weights = point.weights
+        self.fast = point.weights
         support, gradient_P = point.gradient, point.gradient_P
         if support is None or gradient_P is None:
             support = self.support_gradient(self.state.norm_pass(step), keep=True)
-            gradient_P = self.weights.ordered(support.fast)
+            gradient_P = self.fast.ordered(support.fast)
         if self.rates_RL is not None:
             # dL/da_k = -<p_{k+1}, g_k>: summed over tasks, and over a tensor with LSLR but not with Meta-SGD.
-            terms = self.weights.like(self.adjoint_P * gradient_P)
+            terms = self.fast.like(self.adjoint_P * gradient_P)
             sums = [
                 terms[name].sum_to_size(rates.shape[1:]).flatten() for name, rates in self.state.rates.items()
             ]
@@ -157,16 +159,16 @@ class AdjointPass(InnerLoop):
         if self.first_order:
             return
         # The direction a_k p_{k+1}; tensors that are not adapted have a rate of 0.
-        direction = self.weights.like(self.adjoint_P * self._rates(step))
+        direction = self.fast.like(self.adjoint_P * self._rates(step))
         products, mixed = support.product(direction)
-        self.adjoint_P = self.adjoint_P - self.weights.ordered(products)
+        self.adjoint_P = self.adjoint_P - self.fast.ordered(products)
         if self.norm_RP is not None:
             self._row(self.norm_RP, step).sub_(self._norm_buffer(mixed))
 
     def result(self) -> MetaStepResult:
         """Return the meta-gradients and measurements, after the last step back."""
         # All tasks start from the same slow weights, so dL/dw_0 is the sum of p_0 over tasks.
-        grads = {name: p.sum(0) for name, p in self.weights.like(self.adjoint_P).items()}
+        grads = {name: p.sum(0) for name, p in self.fast.like(self.adjoint_P).items()}
         grads |= _by_name(self.norm_RP, self.state.norm)
         rates = _by_name(self.rates_RL, self.state.rates)
         grads |= {f"{RATE}{name}": grad for name, grad in rates.items()}
@@ -181,7 +183,7 @@ class AdjointPass(InnerLoop):
         if step not in self.rates_P:
             zero = self.adjoint_P.new_zeros(())
             rates = []
-            for name, shape in self.weights.shapes.items():
+            for name, shape in self.fast.shapes.items():
                 rate = self.state.rate(name, step) if name in self.state.rates else zero
                 # A rate of a whole tensor is repeated as a view; one per weight is repeated for each task.
                 rates.append(rate.expand(shape.numel()) if rate.dim() == 0 else flattened(rate.expand(shape)))
