@@ -107,8 +107,9 @@ class MetaStep:
 
     def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         """Compute the same for given values of the schedules, without a retry if memory runs out."""
-        whole = self.chunk is None or self.chunk >= len(episodes.query_y_TE)
-        split = [episodes] if self.chunk is None or whole else episodes.split(self.chunk)
+        tasks = len(episodes.query_y_TE)
+        chunk = tasks if self.chunk is None else self.chunk
+        split = [episodes] if chunk >= tasks else episodes.split(chunk)
         parts = [self.outer(self.net, self.state, part, request) for part in split]
         measured = joined(parts, [len(part.query_y_TE) for part in split])
         self._clip(measured.grads)
