@@ -68,10 +68,8 @@ def random_word_rows(seed: int, stream: str, first: int, rows: int, count: int) 
     """
     counters = -(-count // WORDS)
     # numpy increases the counter before its first use.
-    within, block = (
-        np.arange(1, counters + 1, dtype=np.uint64),
-        np.arange(first, first + rows, dtype=np.uint64),
-    )
+    within = np.arange(1, counters + 1, dtype=np.uint64)
+    block = np.arange(first, first + rows, dtype=np.uint64)
     words = [np.tile(within, rows), np.repeat(block, counters)]
     words += [np.zeros_like(words[0]), np.zeros_like(words[0])]
     keys = [seed, STREAMS[stream]]

@@ -32,7 +32,6 @@ from mamlctl.settings.schema import TrainConfig
 # (experiment_builder.py, top_n_models=5).
 KEPT = 5
 
-
 MOST_TASKS = 2**12  # that are drawn for one call of `take_many`
 LONGEST_S = 0.05  # of such a call, in which training cannot stop
 
