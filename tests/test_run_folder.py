@@ -267,11 +267,37 @@ def test_opening_a_run_for_writing_removes_the_temporary_files_of_a_killed_proce
     run.checkpoints.mkdir()
     others = [run.path / ".config.yaml.swp", run.path / ".gitignore", run.checkpoints / "epoch-0001.pt"]
     remnants = [run.path / ".status.json.x_12abcd", run.checkpoints / ".last.pt.x_12abcd"]
+    remnants += [run.path / ".status.json.x_12abcd.new", run.checkpoints / ".last.pt.x_12abcd.new"]
     for path in [*others, *remnants]:
         path.touch()
     with run.writing():
         assert not any(path.exists() for path in remnants)
     assert all(path.exists() for path in others)
+
+
+def test_writing_a_file_removes_what_killed_processes_have_left_for_it(tmp_path):
+    gone, others = tmp_path / ".a.json.killed_1", [tmp_path / ".b.json.killed_2", tmp_path / ".a.json.backup"]
+    for path in [gone, *others]:
+        path.touch()
+    with replacing(tmp_path / "a.json") as file:
+        file.write(b"first")
+        write_text(tmp_path / "a.json", "second")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.json", *others])
+    assert (tmp_path / "a.json").read_bytes() == b"first", "a file that is being written is kept"
+
+
+def test_a_written_file_is_not_taken_for_a_remnant_before_it_is_moved(tmp_path, monkeypatch):
+    path, chmod = tmp_path / "a.json", type(tmp_path).chmod
+
+    def written_meanwhile(temporary, mode):
+        monkeypatch.undo()
+        write_text(path, "second")
+        chmod(temporary, mode)
+
+    monkeypatch.setattr(type(tmp_path), "chmod", written_meanwhile)
+    write_text(path, "first")
+    assert path.read_text() == "first"
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_last_metrics_reads_only_the_end_of_a_long_file(tmp_path):

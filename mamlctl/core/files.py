@@ -19,10 +19,9 @@ from mamlctl.core.errors import LockedError, MamlctlError
 
 # Errors from a file system without locks, which is common on clusters.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-# The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
-REMNANTS = (".*.*.????????", "*/.*.pt.*")
-
 UNLOCKED = ".new"  # the end of a temporary file's name until the process that made it has locked it
+# The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
+REMNANTS = (".*.*.????????", f".*.*.????????{UNLOCKED}", "*/.*.pt.*")
 
 
 @contextmanager
@@ -38,31 +37,34 @@ def naming(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that replaces `path` if the block succeeds and is removed otherwise."""
+    """A file that replaces `path` if the block succeeds and is removed otherwise.
+
+    What killed processes have left of earlier files for this path is removed first.
+    """
     path = path.resolve()  # a symbolic link is kept and leads to the new file
     if path.exists() and not path.is_file():  # a pipe or a device cannot be replaced
         with naming(path), path.open("wb") as file:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_remnants(path)
     handle, unlocked = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNLOCKED)
     temporary = Path(unlocked.removesuffix(UNLOCKED))
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `remove_remnants`
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `_remove_remnants`
             Path(unlocked).replace(temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+            temporary.chmod(0o644)
+            temporary.replace(path)  # while it is locked
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def remove_remnants(path: Path) -> None:
-    """Remove the temporary files of `replacing` that killed processes have left for this path."""
+def _remove_remnants(path: Path) -> None:
     for remnant in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):  # locked by a process that is writing it, or removed by another process
             if remnant.is_file():

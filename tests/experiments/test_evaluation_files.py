@@ -147,3 +147,10 @@ def test_scores_that_are_not_finite_are_read_again(damaged):
         row["per_step"] = [None] * len(row["per_step"])
     (damaged.folder / "summary.json").write_text(json.dumps(summary))
     assert '"per_step": [null, null, null]' in table_of(damaged.run)
+
+
+def test_testing_again_removes_what_a_killed_test_has_left(damaged):
+    for name in (".tasks.csv.killed_1", ".summary.json.killed_2"):
+        (damaged.folder / name).touch()
+    evaluate_run(damaged.run, replace(TESTED, per_step=True), offline=True, on_event=ignore)
+    assert {path.name for path in damaged.folder.iterdir()} == {"tasks.csv", "summary.json"}

@@ -60,6 +60,11 @@ def compared(problems: Iterator[str], finish: Callable[[], Ended], difference: C
     return ended.problem(0) or difference(ended)
 
 
+def remnants(run: Path) -> list[str]:
+    """The temporary files of killed processes in a run folder."""
+    return [path.name for path in run.rglob(".*")]
+
+
 def train(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
     """Kill training, resume it, and compare last.pt bit by bit."""
     run = folder / "run"
@@ -72,19 +77,21 @@ def train(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[st
 
     def difference(ended: Ended) -> str:
         same = (run / "checkpoints" / "last.pt").read_bytes() == undisturbed.last
-        remnants = [path.name for path in run.rglob(".*")]
-        return "" if same and not remnants else f"last.pt is equal: {same}; remnants: {remnants}"
+        left = remnants(run)
+        return "" if same and not left else f"last.pt is equal: {same}; remnants: {left}"
 
     yield compared(problems, lambda: call(undisturbed.resume_words(run), folder), difference)
 
 
 def evaluate(undisturbed: Undisturbed, random: Random, folder: Path) -> Iterator[str]:
     """Kill an evaluation, repeat it, and compare its numbers."""
-    words = undisturbed.eval_words(Path(shutil.copytree(undisturbed.run, folder / "run")))
+    run = Path(shutil.copytree(undisturbed.run, folder / "run"))
+    words = undisturbed.eval_words(run)
     problems = killed_ends(lambda: Running(words, folder), random, undisturbed.eval_s, lambda: None)
 
     def difference(ended: Ended) -> str:
-        return "" if numbers(ended) == undisturbed.numbers else "eval printed other numbers"
+        same, left = numbers(ended) == undisturbed.numbers, remnants(run)
+        return "" if same and not left else f"the numbers are equal: {same}; remnants: {left}"
 
     yield compared(problems, lambda: call(words, folder), difference)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent
-from mamlctl.core.files import expanded, read_object, remove_remnants, replacing
+from mamlctl.core.files import expanded, read_object, replacing
 from mamlctl.data.fetching.locks import locked
 
 FORMAT = 1
@@ -202,8 +202,6 @@ def _sidecar(
 def _replacing_both(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Files for pixels and sidecar, moved into place if the block succeeds. Raises DataError."""
     sidecar = path.with_suffix(".json")
-    remove_remnants(sidecar)
-    remove_remnants(path)
     try:
         # Both are written before either is moved into place, so a full disk leaves the old pack intact.
         with replacing(sidecar) as words, replacing(path) as pixels:
