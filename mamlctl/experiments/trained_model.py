@@ -186,14 +186,13 @@ def load_states(
         MamlctlError: no checkpoint is whole.
         SettingsError: the run has no inner learning rates for the layers that the settings adapt.
     """
-    names = () if settings.checkpoint else (BEST, LAST, PREVIOUS)
-    others = [run.checkpoints / name for name in names if (run.checkpoints / name).exists()]
+    others = [] if settings.checkpoint else [run.checkpoints / name for name in (BEST, LAST, PREVIOUS)]
     loaded: dict[Path, tuple[MetaState, int | None]] = {}
     errors = list[MamlctlError]()
     for file in dict.fromkeys((files[0], *others[:1], *files[1:], *others[1:])):
         if loaded and settings.models == "best":
             break
-        if file in files or not loaded:
+        if file in files or (not loaded and file.exists()):
             try:
                 loaded[file] = _load_state(run, file, settings, example_shape, device)
             except SettingsError:

@@ -524,6 +524,19 @@ def test_eval_uses_best_pt_for_a_damaged_file_of_the_best_epoch(cli, copy):
     assert note.endswith(f"; 1 other checkpoint cannot be used either: using epoch-000{second}.pt")
 
 
+def test_eval_uses_the_next_epoch_for_a_damaged_file_of_the_best_one_without_best_pt(cli, copy):
+    _, out, _ = cli("eval", copy, "--tasks", "4", "--json")
+    best, second = json.loads(out)["results"][1]["epochs"]
+    truncate(copy / "checkpoints" / f"epoch-000{best}.pt")
+    (copy / "checkpoints" / "best.pt").unlink()
+    code, out, err = cli("eval", copy, "--tasks", "4", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    rows = [(row["model"], row["epochs"]) for row in document["results"]]
+    assert rows == [("best", [second]), ("ensemble-1", [second])]
+    assert document["notes"][0].endswith(f": using epoch-000{second}.pt")
+
+
 def test_a_copy_of_the_last_checkpoint_is_not_one_of_the_best_epochs(cli, copy):
     folder = copy / "checkpoints"
     shutil.copy(folder / "last.pt", folder / "epoch-0009.pt")
