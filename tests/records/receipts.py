@@ -24,7 +24,7 @@ Receipt = Mapping[str, Any]
 
 def receipt(run: RecordedRun) -> dict[str, Any]:
     """The receipt of a run that is trained and tested."""
-    folder, state = run.open(), run.open().state()
+    folder = run.open()
     settings = {
         name: value
         for name, value in vars(folder.config).items()
@@ -41,7 +41,7 @@ def receipt(run: RecordedRun) -> dict[str, Any]:
         "environments": _distinct(_without(place, "git") for place in places),
         "data_digest": folder.dataset_digest,
         "training": {
-            "meta_steps": state.step,
+            "meta_steps": folder.state().step,
             "wall_s": round(run.wall_s, 1),
             "processor_s": round(run.processor_s, 1),
             "slices": len(run.slices),

@@ -55,11 +55,9 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     """
     settings = replace(settings, checkpoint=run.checkpoint_name(settings.checkpoint))
     settings = per_step_settings(settings, run.config.dataset)
-    evaluated = settings.over(run.config)
+    evaluated, left_out = settings.over(run.config), (*OF_RUN, *OF_CONTENT)
     required = {
-        name: value
-        for name, value in protocol_settings(settings, evaluated).items()
-        if name not in (*OF_RUN, *OF_CONTENT)
+        name: value for name, value in protocol_settings(settings, evaluated).items() if name not in left_out
     }
     sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
     if is_curve_family(run.config.dataset) and settings.ways is None:
@@ -67,7 +65,6 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     answers = list[tuple[int, Path, dict[str, Any]]]()
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         summary = read_summary(path)
-        left_out = (*OF_RUN, *OF_CONTENT)
         protocol = {key: value for key, value in summary["protocol"].items() if key not in left_out}
         digest = protocol.pop("dataset_digest", None)
         # Evaluations of an earlier checkpoint or of other images do not count.
