@@ -143,6 +143,22 @@ def test_a_run_that_was_begun_with_other_settings_is_not_continued(curves, capsy
     assert "hint:  change curves.yaml, or remove that folder" in err
 
 
+@pytest.mark.parametrize("name", ["summary.json", "tasks.csv"])
+def test_a_damaged_test_stops_only_its_own_receipt_until_it_is_removed(curves, capsys, name):
+    worked(curves)
+    receipt = Path("receipts/curves-s3.json")
+    whole = json.loads(receipt.read_text())
+    (damaged,) = Path("runs/curves-s3/run/eval").glob(f"*/{name}")
+    damaged.write_text(damaged.read_text()[:-5])
+    for path in (receipt, Path("receipts/curves-s4.json")):
+        path.unlink()
+    assert worked(curves) == (("", ExitCode.FAILED), [3])
+    assert "is damaged" in (err := capsys.readouterr().err) and "remove that folder" in err
+    shutil.rmtree(damaged.parent)
+    assert worked(curves) == (("", ExitCode.OK), [])
+    assert without_times(json.loads(receipt.read_text())) == without_times(whole)
+
+
 def test_a_run_of_another_process_is_skipped(curves):
     with RecordedRun(curves, 3, Path("runs")).writing():
         assert worked(curves) == (("", ExitCode.LOCKED), [3])

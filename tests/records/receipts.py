@@ -11,6 +11,7 @@ from typing import Any
 
 from mamlctl.core.files import finite, read_object
 from mamlctl.core.metrics_rows import rows_of
+from mamlctl.experiments.grid.evaluation_files import read_scores, read_summary
 from mamlctl.run_folder import RESUME_OVERRIDES, SUMMARY, TASKS
 from records.experiments import Experiment
 from records.runs import RecordedRun
@@ -23,7 +24,7 @@ Receipt = Mapping[str, Any]
 
 
 def receipt(run: RecordedRun) -> dict[str, Any]:
-    """The receipt of a run that is trained and tested."""
+    """The receipt of a run that is trained and tested. Raises MamlctlError if a file of it is damaged."""
     folder = run.open()
     settings = {
         name: value
@@ -65,8 +66,12 @@ def _validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _tested(folder: Path) -> dict[str, Any]:
-    """A test: its protocol, its results, and the digest of the score of every task."""
-    summary = json.loads((folder / SUMMARY).read_text())
+    """A test: its protocol, its results, and the digest of the score of every task.
+
+    Raises MamlctlError if a file of the test is damaged.
+    """
+    summary = read_summary(folder / SUMMARY)
+    read_scores(folder, summary)
     parts = {name: summary[name] for name in ("protocol", "results", "notes", "seconds")}
     return parts | {"scores_sha256": hashlib.sha256((folder / TASKS).read_bytes()).hexdigest()}
 

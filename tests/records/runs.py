@@ -94,8 +94,9 @@ class RecordedRun:
 
     @property
     def untested(self) -> list[str | None]:
-        """The batch-norm modes that are not tested yet."""
-        return [mode for mode in self.experiment.modes if str(mode) not in self.tests]
+        """The batch-norm modes that are not tested yet, or whose test has been removed."""
+        tested = {mode for mode, test in self.tests.items() if (self.path / test["folder"]).is_dir()}
+        return [mode for mode in self.experiment.modes if str(mode) not in tested]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
