@@ -104,9 +104,9 @@ def evaluate(
     open_run(run)  # reports a missing or damaged run before torch is imported
     support = options.support
     options.announce(f"adapting {run} to {support}" if support else f"testing {run} on {config.tasks} tasks")
-    if options.support is None:
+    if support is None:
         return _test(run, config, options)
-    _classify(run, options.support, config, options)
+    _classify(run, support, config, options)
     return ExitCode.OK
 
 

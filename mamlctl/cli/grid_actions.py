@@ -90,8 +90,8 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         return ExitCode.OK
     if not options.dry_run:
         check_out(grid.folder)
-    cells, folder = len(grid.cells), formatting.one_line(str(grid.folder))
-    options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {folder}")
+    cells = len(grid.cells)
+    options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {grid.folder}")
     limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
     from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
     from mamlctl.experiments.grid.estimate import estimate

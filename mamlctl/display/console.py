@@ -16,14 +16,18 @@ from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import finite, naming
 
 
-class _LenientStream:
-    """A stream whose output is discarded from the first write that fails."""
+class _Stream:
+    """A stream that does the same as another one, except in the methods of a subclass."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _LenientStream(_Stream):
+    """A stream whose output is discarded from the first write that fails."""
 
     def write(self, text: str) -> int:
         try:
@@ -39,16 +43,10 @@ class _LenientStream:
             discard(self._stream)
 
 
-class NamedStream:
+class NamedStream(_Stream):
     """Standard output; an error of a write names it, since Python's own error names no file."""
 
     NAME = "standard output"
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         with naming(self.NAME):
