@@ -119,70 +119,52 @@ INLINE void window(const images *m, long e, int top, int left, int size, REAL *o
         }
 }
 
-/* LANE channels from c on of one tile; `to` has its 36 elements at distances `apart`. */
-INLINE void tile_of_inputs(REAL *const *at, int c, int n, REAL *to, long apart) {
-    vector d[K], o[K];
-    for (int j = 0; j < 6; j++) {
+/* LANE channels from c on of a tile of 6x6 inputs or 4x4 gradients; `to` has its 36 elements at distances `apart`. */
+INLINE void to_elements(REAL *const *at, int c, int n, REAL *to, long apart, const int size) {
+    vector d[K], o[6];
+    for (int j = 0; j < size; j++) {
         vector column[6];
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; i++) column[i] = read(at[i * 6 + j] + c, n);
-        by_B_transposed(column, 1, d + j, 6);
+        for (int i = 0; i < size; i++) column[i] = read(at[i * size + j] + c, n);
+        if (size == 6)
+            by_B_transposed(column, 1, d + j, size);
+        else
+            by_A(column, 1, d + j, size);
     }
     for (int i = 0; i < 6; i++) {
-        by_B_transposed(d + i * 6, 1, o, 1);
+        if (size == 6)
+            by_B_transposed(d + i * size, 1, o, 1);
+        else
+            by_A(d + i * size, 1, o, 1);
 #pragma GCC unroll 6
         for (int j = 0; j < 6; j++) STORE(to + (i * 6 + j) * apart, o[j]);
     }
 }
 
-INLINE void tile_of_gradients(REAL *const *at, int c, int n, REAL *to, long apart) {
-    vector d[24], o[K];
-    for (int j = 0; j < 4; j++) {
-        vector column[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) column[i] = read(at[i * 4 + j] + c, n);
-        by_A(column, 1, d + j, 4);
-    }
-    for (int i = 0; i < 6; i++) {
-        by_A(d + i * 4, 1, o, 1);
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; j++) STORE(to + (i * 6 + j) * apart, o[j]);
-    }
-}
-
-INLINE void tile_of_outputs(const REAL *from, long apart, REAL *const *at, int c, int n) {
-    vector d[24], o[4];
-    for (int j = 0; j < 6; j++) {
-        vector column[6];
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; i++) column[i] = LOAD(from + (i * 6 + j) * apart);
-        by_A_transposed(column, 1, d + j, 6);
-    }
-    for (int i = 0; i < 4; i++) {
-        by_A_transposed(d + i * 6, 1, o, 1);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            if (at[i * 4 + j]) write(at[i * 4 + j] + c, o[j], n);
-    }
-}
-
-/* Adds to the gradient of the inputs; the first tile that contains a pixel replaces its value. Tiles of an image come
- * from top to bottom and from left to right, and overlap by 2. */
-INLINE void add_tile_of_inputs(const REAL *from, long apart, REAL *const *at, int top, int left, int c, int n) {
+/* From 36 elements to a tile of 4x4 outputs or 6x6 gradients of inputs. Those add up over tiles, which come from top to
+ * bottom and from left to right and overlap by 2: the first tile that contains a pixel replaces its value. */
+INLINE void from_elements(const REAL *from, long apart, REAL *const *at, int top, int left, int c, int n,
+                          const int size) {
     vector d[K], o[6];
     for (int j = 0; j < 6; j++) {
         vector column[6];
 #pragma GCC unroll 6
         for (int i = 0; i < 6; i++) column[i] = LOAD(from + (i * 6 + j) * apart);
-        by_B(column, 1, d + j, 6);
+        if (size == 6)
+            by_B(column, 1, d + j, 6);
+        else
+            by_A_transposed(column, 1, d + j, 6);
     }
-    for (int i = 0; i < 6; i++) {
-        by_B(d + i * 6, 1, o, 1);
+    for (int i = 0; i < size; i++) {
+        if (size == 6)
+            by_B(d + i * 6, 1, o, 1);
+        else
+            by_A_transposed(d + i * 6, 1, o, 1);
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; j++) {
-            REAL *to = at[i * 6 + j];
+        for (int j = 0; j < size; j++) {
+            REAL *to = at[i * size + j];
             if (!to) continue;
-            const int first = (i >= 2 || !top) && (j >= 2 || !left);
+            const int first = size == 4 || ((i >= 2 || !top) && (j >= 2 || !left));
             write(to + c, first ? o[j] : (vector)(read(to + c, n) + o[j]), n);
         }
     }
@@ -192,11 +174,11 @@ INLINE void add_tile_of_inputs(const REAL *from, long apart, REAL *const *at, in
 enum { INPUTS, GRADIENTS, OUTPUTS, ADDED_INPUTS };
 
 INLINE void transform(const int which, const images *m, REAL *const *at, REAL *elements, int top, int left, int c,
-                      const int n) {
-    if (which == INPUTS) tile_of_inputs(at, c, n, elements, m->apart);
-    if (which == GRADIENTS) tile_of_gradients(at, c, n, elements, m->apart);
-    if (which == OUTPUTS) tile_of_outputs(elements, m->apart, at, c, n);
-    if (which == ADDED_INPUTS) add_tile_of_inputs(elements, m->apart, at, top, left, c, n);
+                      const int n, const int size) {
+    if (which == INPUTS || which == GRADIENTS)
+        to_elements(at, c, n, elements, m->apart, size);
+    else
+        from_elements(elements, m->apart, at, top, left, c, n, size);
 }
 
 /* Tiles `start` to `start + rows` of the images, counted over all images. */
@@ -209,8 +191,8 @@ INLINE void transform_block(const int which, const images *m, int start, int row
         window(m, e, 4 * i - margin, 4 * j - margin, size, zeros, at);
         int c = 0;
         for (; c + LANE <= m->channels; c += LANE)
-            transform(which, m, at, elements + row * wide + c, i, j, c, LANE);
-        if (c < m->channels) transform(which, m, at, elements + row * wide + c, i, j, c, m->channels - c);
+            transform(which, m, at, elements + row * wide + c, i, j, c, LANE, size);
+        if (c < m->channels) transform(which, m, at, elements + row * wide + c, i, j, c, m->channels - c, size);
     }
 }
 
