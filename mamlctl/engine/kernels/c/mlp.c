@@ -8,7 +8,7 @@
  * and their tangents (suffix _t) along a direction U of the weights follow by the product rule, as in conv4.py.
  *
  * An image is one set of weights. Its first part has W [out][in] and b [out] of every layer, its second part the
- * transposed W [in][out], so that all products read rows. Rows are padded with zeros to a multiple of PAD. Images of
+ * transposed W [in][out], so that all products read rows. Rows are padded with zeros to a multiple of LANE. Images of
  * gradients have both parts too, as fast weights are updated in both. Tasks are independent and are added in their
  * order, so that results do not depend on the number of threads.
  */
@@ -33,8 +33,7 @@ static void forward(const plan *n, const REAL *w, REAL *tape) {
         const layer *at = n->at + l;
         REAL *z = tape + at[1].a;
         for (int e = 0; e < n->examples; e++) memcpy(z + e * at->out_row, w + at->b, sizeof(REAL) * at->out_row);
-        product(n->examples, at->out_row, at->in, tape + at->a, at->in_row, 1, w + at->t, at->out_row, z, at->out_row,
-                1);
+        multiply(tape + at->a, at->in_row, 1, w + at->t, z, n->examples, at->in, at->out_row, 1);
         if (l + 1 < n->layers) through_activation(n, at + 1, z, z);
     }
 }
@@ -56,8 +55,8 @@ static double loss(const plan *n, const REAL *y, REAL weight, REAL *tape) {
 static void weight_gradient(const plan *n, const layer *at, const REAL *gz, const REAL *a, REAL *grad, int transposed,
                             int add) {
     const int E = n->examples;
-    product(at->out, at->in_row, E, gz, 1, at->out_row, a, at->in_row, grad + at->w, at->in_row, add);
-    if (transposed) product(at->in, at->out_row, E, a, 1, at->in_row, gz, at->out_row, grad + at->t, at->out_row, add);
+    multiply(gz, 1, at->out_row, a, grad + at->w, at->out, E, at->in_row, add);
+    if (transposed) multiply(a, 1, at->in_row, gz, grad + at->t, at->in, E, at->out_row, add);
     if (add) return;
     memset(grad + at->b, 0, sizeof(REAL) * at->out_row);
     for (int e = 0; e < E; e++)
@@ -71,8 +70,7 @@ static void backward(const plan *n, const REAL *w, REAL *tape, REAL *grad, int t
         const REAL *gz = tape + at[1].gz;
         weight_gradient(n, at, gz, tape + at->a, grad, transposed, 0);
         if (l == 0) return;
-        product(n->examples, at->in_row, at->out, gz, at->out_row, 1, w + at->w, at->in_row, tape + at->gz, at->in_row,
-                0);
+        multiply(gz, at->out_row, 1, w + at->w, tape + at->gz, n->examples, at->out, at->in_row, 0);
         through_activation(n, at, tape + at->a, tape + at->gz);
     }
 }
@@ -85,9 +83,9 @@ static void hessian_product(const plan *n, const REAL *w, const REAL *u, const R
         const layer *at = n->at + l;
         REAL *z_t = tape_t + at[1].a;
         for (int e = 0; e < E; e++) memcpy(z_t + e * at->out_row, u + at->b, sizeof(REAL) * at->out_row);
-        product(E, at->out_row, at->in, tape + at->a, at->in_row, 1, u + at->t, at->out_row, z_t, at->out_row, 1);
+        multiply(tape + at->a, at->in_row, 1, u + at->t, z_t, E, at->in, at->out_row, 1);
         if (l)
-            product(E, at->out_row, at->in, tape_t + at->a, at->in_row, 1, w + at->t, at->out_row, z_t, at->out_row, 1);
+            multiply(tape_t + at->a, at->in_row, 1, w + at->t, z_t, E, at->in, at->out_row, 1);
         if (l + 1 < n->layers) through_activation(n, at + 1, tape + at[1].a, z_t);
     }
     const layer *end = n->at + n->layers;
@@ -99,8 +97,8 @@ static void hessian_product(const plan *n, const REAL *w, const REAL *u, const R
         weight_gradient(n, at, gz_t, tape + at->a, grad, transposed, 0);
         if (l == 0) return;
         weight_gradient(n, at, gz, tape_t + at->a, grad, transposed, 1);
-        product(E, at->in_row, at->out, gz_t, at->out_row, 1, w + at->w, at->in_row, ga_t, at->in_row, 0);
-        product(E, at->in_row, at->out, gz, at->out_row, 1, u + at->w, at->in_row, ga_t, at->in_row, 1);
+        multiply(gz_t, at->out_row, 1, w + at->w, ga_t, E, at->out, at->in_row, 0);
+        multiply(gz, at->out_row, 1, u + at->w, ga_t, E, at->out, at->in_row, 1);
         through_activation(n, at, tape + at->a, ga_t);
     }
 }

@@ -1,6 +1,5 @@
-/* The tiles of winograd.c, vectors of values, and products and transposes of matrices. */
+/* The tiles of winograd.c, and transposes of matrices. */
 #pragma once
-#include "common.h"
 #include <omp.h>
 
 #if defined(__AVX512F__)
@@ -10,19 +9,16 @@ enum { BYTES = 32 };
 #else
 enum { BYTES = 16 };
 #endif
-enum { LANE = BYTES / sizeof(REAL), K = 36 }; /* values of a vector, elements of a tile */
-enum { BLOCK = 32, PANEL = 6 };               /* tiles that are in the cache together; rows of a product in registers */
+enum { K = 36, BLOCK = 32, PANEL = 6 }; /* elements of a tile; tiles that are in the cache together; see products.h */
+#include "products.h"
+
 #ifdef FLOAT64
 typedef int64_t INTEGER;
 #else
 typedef int32_t INTEGER;
 #endif
 typedef INTEGER integers __attribute__((vector_size(BYTES)));
-typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
-#define LOAD(from) (*(const vector *)(from))
-#define STORE(to, v) (*(vector *)(to) = (v))
-#define ROUND(n) (((n) + LANE - 1) / LANE * LANE)
 #define TILES(n) (((n) + 3) / 4)
 /* Distance between the 36 matrices, which must not be a multiple of the page size, see "4K aliasing". */
 #define APART(rows, columns) ((long)(rows) * (columns) + LANE)
@@ -194,46 +190,6 @@ INLINE void transform_block(const int which, const images *m, int start, int row
             transform(which, m, at, elements + row * wide + c, i, j, c, LANE, size);
         if (c < m->channels) transform(which, m, at, elements + row * wide + c, i, j, c, m->channels - c, size);
     }
-}
-
-/* ROWS x COLUMNS vectors of c = a b, or c += a b; element (i, k) of a is a[i * by_row + k * by_k]. */
-#define MULTIPLY(ROWS, COLUMNS) \
-    { \
-        vector sum[ROWS][COLUMNS]; \
-        for (int i = 0; i < ROWS; i++) \
-            for (int j = 0; j < COLUMNS; j++) sum[i][j] = add ? LOAD(c + i * wide + j * LANE) : (vector){0}; \
-        for (int k = 0; k < depth; k++) { \
-            vector right[COLUMNS]; \
-            for (int j = 0; j < COLUMNS; j++) right[j] = LOAD(b + (long)k * wide + j * LANE); \
-            for (int i = 0; i < ROWS; i++) \
-                for (int j = 0; j < COLUMNS; j++) sum[i][j] += a[i * by_row + k * by_k] * right[j]; \
-        } \
-        for (int i = 0; i < ROWS; i++) \
-            for (int j = 0; j < COLUMNS; j++) STORE(c + i * wide + j * LANE, sum[i][j]); \
-    }
-
-INLINE void panel(const REAL *a, long by_row, long by_k, const REAL *b, REAL *c, long wide, int rows, int depth,
-                  int add, const int columns) {
-#define CASE(ROWS) \
-    case ROWS: \
-        if (columns == 2) MULTIPLY(ROWS, 2) else MULTIPLY(ROWS, 1) \
-        break;
-    switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-    }
-}
-
-/* c = a b or c += a b, with rows x depth by depth x wide values; wide is a multiple of LANE. */
-static void multiply(const REAL *a, long by_row, long by_k, const REAL *b, REAL *c, int rows, int depth, long wide,
-                     int add) {
-    for (long x = 0; x < wide; x += 2 * LANE)
-        for (int row = 0; row < rows; row += PANEL) {
-            const int n = rows - row < PANEL ? rows - row : PANEL;
-            if (wide - x >= 2 * LANE)
-                panel(a + row * by_row, by_row, by_k, b + x, c + row * wide + x, wide, n, depth, add, 2);
-            else
-                panel(a + row * by_row, by_row, by_k, b + x, c + row * wide + x, wide, n, depth, add, 1);
-        }
 }
 
 /* One round of a transposition: interleaves the first half of the rows with the second. */
