@@ -62,6 +62,27 @@ def _within(inside, h, H, w, W, BX: tl.constexpr):
 
 
 @triton.jit
+def _row(H):
+    """The example and the row of pooling windows of this program."""
+    item, rows = tl.program_id(0), (H + 1) // 2
+    return item // rows, item % rows
+
+
+@triton.jit
+def _pooled(e, i, j, x, inside, H, W, X, BX: tl.constexpr):
+    """Where window (i, j) is in the pooled tensors, and the channels to handle: none if it is incomplete."""
+    at = ((e * (H // 2) + i) * (W // 2) + j) * X + x
+    return at, _within(inside, 2 * i + 1, H, 2 * j + 1, W, BX)
+
+
+@triton.jit
+def _cell(q, e, i, j, x, inside, H, W, X, BX: tl.constexpr):
+    """Where place q of window (i, j) is in c, and the channels to handle: none if it is outside."""
+    h, w = 2 * i + q // 2, 2 * j + q % 2
+    return ((e * H + h) * W + w) * X + x, _within(inside, h, H, w, W, BX)
+
+
+@triton.jit
 def _put_sums(partial, one, two, X, x, inside):
     """Store the two sums of this program."""
     item = tl.program_id(0)
@@ -75,8 +96,7 @@ def pool(
     REAL: tl.constexpr, BX: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """Write p and `where` from c, and the statistics of c; with 0 rows mean and var are in d already."""
-    item = tl.program_id(0)
-    e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
+    e, i = _row(H)
     x, inside = _channels(X, BX)
     sign = tl.where(tl.load(gamma + x % norms, mask=inside, other=1.0) < 0, -1.0, 1.0).to(REAL)
     total = tl.zeros((BX,), REAL)
@@ -85,9 +105,8 @@ def pool(
         best = tl.zeros((BX,), REAL)
         which = tl.zeros((BX,), tl.int32)
         for q in tl.static_range(4):
-            h, w = 2 * i + q // 2, 2 * j + q % 2
-            v = tl.load(c + ((e * H + h) * W + w) * X + x, mask=_within(inside, h, H, w, W, BX), other=0.0)
-            v = v.to(REAL)
+            cell, present = _cell(q, e, i, j, x, inside, H, W, X, BX)
+            v = tl.load(c + cell, mask=present, other=0.0).to(REAL)
             total += v
             square += v * v
             larger = v * sign > best
@@ -97,8 +116,7 @@ def pool(
             else:
                 which = tl.where(larger, q, which)
                 best = tl.where(larger, v * sign, best)
-        pooled = _within(inside, 2 * i + 1, H, 2 * j + 1, W, BX)
-        at = ((e * (H // 2) + i) * (W // 2) + j) * X + x
+        at, pooled = _pooled(e, i, j, x, inside, H, W, X, BX)
         tl.store(p + at, (best * sign).to(p.dtype.element_ty), mask=pooled)
         tl.store(where + at, which.to(tl.uint8), mask=pooled)
     _put_sums(partial, total, square, X, x, inside)
@@ -147,20 +165,17 @@ def backward_sums(
 @triton.jit
 def backward_spread(ga, p, where, c, gc, d, leak, H, W, X, REAL: tl.constexpr, BX: tl.constexpr):
     """gc = s gz at the selected places + slope c + offset."""
-    item = tl.program_id(0)
-    e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
+    e, i = _row(H)
     x, inside = _channels(X, BX)
     slope, offset = row_of(d, SLOPE, X, x, inside, REAL), row_of(d, OFFSET, X, x, inside, REAL)
     s, mean, beta = norm_of(d, X, x, inside, REAL)
     for j in range((W + 1) // 2):
-        pooled = _within(inside, 2 * i + 1, H, 2 * j + 1, W, BX)
-        at = ((e * (H // 2) + i) * (W // 2) + j) * X + x
+        at, pooled = _pooled(e, i, j, x, inside, H, W, X, BX)
         v = tl.load(p + at, mask=pooled, other=0.0).to(REAL)
         h = s * tl.load(ga + at, mask=pooled, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
         which = tl.load(where + at, mask=pooled, other=4).to(tl.int32)
         for q in tl.static_range(4):
-            row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            cell, present = _cell(q, e, i, j, x, inside, H, W, X, BX)
             value = slope * tl.load(c + cell, mask=present, other=0.0).to(REAL) + offset
             value += tl.where(which == q, h, 0.0)
             tl.store(gc + cell, value.to(gc.dtype.element_ty), mask=present)
@@ -172,19 +187,16 @@ def tangent_pool(
     TWO: tl.constexpr, REAL: tl.constexpr, BX: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """c_t += c2 if TWO, p_t = c_t at the selected places, and mean_t, r_t, s_t from c_t and c c_t."""
-    item = tl.program_id(0)
-    e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
+    e, i = _row(H)
     x, inside = _channels(X, BX)
     total = tl.zeros((BX,), REAL)
     cross = tl.zeros((BX,), REAL)
     for j in range((W + 1) // 2):
-        pooled = _within(inside, 2 * i + 1, H, 2 * j + 1, W, BX)
-        at = ((e * (H // 2) + i) * (W // 2) + j) * X + x
+        at, pooled = _pooled(e, i, j, x, inside, H, W, X, BX)
         which = tl.load(where + at, mask=pooled, other=4).to(tl.int32)
         kept = tl.zeros((BX,), REAL)
         for q in tl.static_range(4):
-            row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            cell, present = _cell(q, e, i, j, x, inside, H, W, X, BX)
             v = tl.load(ct + cell, mask=present, other=0.0).to(REAL)
             if TWO:
                 v += tl.load(c2 + cell, mask=present, other=0.0).to(REAL)
@@ -246,23 +258,20 @@ def tangent_spread(
     ga1, ga2, ga, p, where, c, ct, d, leak, H, W, X, TWO: tl.constexpr, REAL: tl.constexpr, BX: tl.constexpr
 ):
     """gc_t = s gz_t + s_t gz at the selected places + slope_t c + slope c_t + offset_t, written over c_t."""
-    item = tl.program_id(0)
-    e, i = item // ((H + 1) // 2), item % ((H + 1) // 2)
+    e, i = _row(H)
     x, inside = _channels(X, BX)
     slope, slope_t = row_of(d, SLOPE, X, x, inside, REAL), row_of(d, SLOPE_T, X, x, inside, REAL)
     s, mean, beta = norm_of(d, X, x, inside, REAL)
     s_t, offset_t = row_of(d, S_T, X, x, inside, REAL), row_of(d, OFFSET_T, X, x, inside, REAL)
     for j in range((W + 1) // 2):
-        pooled = _within(inside, 2 * i + 1, H, 2 * j + 1, W, BX)
-        at = ((e * (H // 2) + i) * (W // 2) + j) * X + x
+        at, pooled = _pooled(e, i, j, x, inside, H, W, X, BX)
         v = tl.load(p + at, mask=pooled, other=0.0).to(REAL)
         h = s * both(ga1, ga2, at, pooled, TWO, REAL)
         h += s_t * tl.load(ga + at, mask=pooled, other=0.0).to(REAL)
         h *= slope_at(v, s, mean, beta, leak, REAL)
         which = tl.load(where + at, mask=pooled, other=4).to(tl.int32)
         for q in tl.static_range(4):
-            row, col = 2 * i + q // 2, 2 * j + q % 2
-            cell, present = ((e * H + row) * W + col) * X + x, _within(inside, row, H, col, W, BX)
+            cell, present = _cell(q, e, i, j, x, inside, H, W, X, BX)
             value = slope_t * tl.load(c + cell, mask=present, other=0.0).to(REAL) + offset_t
             value += slope * tl.load(ct + cell, mask=present, other=0.0).to(REAL)
             value += tl.where(which == q, h, 0.0)
