@@ -141,21 +141,26 @@ def _build(
                         continue
                     if (loaded := _load(built)) is None:
                         reason = f"programs cannot be run from {cache}"
+                        continue
+                    if folder is None:
+                        _uncached.append(reason)
                     else:
-                        if folder is None:
-                            _uncached.append(reason)
-                            return loaded
-                        with built.open("rb") as file:
-                            os.fsync(file.fileno())
-                        built.chmod(0o700)
-                        target = folder / f"{name}-{_digest(built.read_bytes())}.so"
-                        if target.is_dir() and not target.is_symlink():  # which no file can replace
-                            shutil.rmtree(target)
-                        built.replace(target)
-                        return loaded
+                        _keep(built, folder, name)
+                    return loaded
         except OSError as error:
             reason = f"{cache} cannot be written ({error.strerror})"
     return None
+
+
+def _keep(built: Path, folder: Path, name: str) -> None:
+    """Move a compiled library to the cache folder."""
+    with built.open("rb") as file:
+        os.fsync(file.fileno())
+    built.chmod(0o700)
+    target = folder / f"{name}-{_digest(built.read_bytes())}.so"
+    if target.is_dir() and not target.is_symlink():  # which no file can replace
+        shutil.rmtree(target)
+    built.replace(target)
 
 
 def _remove_abandoned(folder: Path) -> None:
