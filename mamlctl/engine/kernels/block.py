@@ -85,7 +85,7 @@ class ChannelRow(IntEnum):
 
 @dataclass(frozen=True)
 class Planes:
-    """The images of a set as the first block in C reads them, and the moments of their 3x3 patches."""
+    """The images of a set as kernels of the first block read them, and the moments of their 3x3 patches."""
 
     x: Tensor  # padded by zeros, [E, T, C, H + 2, W + 2]
     mean_TD1: Tensor  # mean of each task's patches, D = 9 C values; float64
@@ -103,7 +103,7 @@ class BlockSettings:
     measured: int | None = None  # how many leading examples the statistics come from; None for all
     leak: float = LEAK  # slope of the activation below 0
     make_conv: MakeConvolution = Direct  # the convolution; TorchTape does not read it
-    planes: Planes | None = None  # of the first block's input, for the block in C
+    planes: Planes | None = None  # of the first block's input; TorchTape does not read them
     forward_only: bool = False  # whether only the output is needed; the tape then has no derivatives
 
 
