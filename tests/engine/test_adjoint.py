@@ -255,15 +255,25 @@ def test_select_derivatives_depends_on_device_dtype_and_engine(monkeypatch):
     assert select_derivatives(net, like).make_block is TorchTape
 
 
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """Use an empty cache folder in `tmp_path` for compiled libraries."""
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(c_library, "_uncached", [])
+
+
+def _pretend_to_compile(words):
+    return Path(words[words.index("-o") + 1]).write_bytes(b"compiled") > 0
+
+
 def _endless_file(path):
     with path.open("wb") as file:
         file.truncate(2**42)  # bytes; a sparse file, which takes none
 
 
 @needs_c
+@pytest.mark.usefixtures("empty_cache")
 def test_a_missing_or_broken_compiler_is_not_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_library, "_uncached", [])
     # The libraries are only loaded, so -O0 saves most of the compile time.
     monkeypatch.setattr(c_library, "OPTIONS", [word.replace("-O3", "-O0") for word in c_library.OPTIONS])
     fresh = c_library.library.__wrapped__
@@ -322,16 +332,11 @@ def test_the_speed_of_a_type_is_measured_without_random_numbers():
 
 
 @needs_c
+@pytest.mark.usefixtures("empty_cache")
 def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_library, "_uncached", [])
     loaded = []
     monkeypatch.setattr(c_library, "_load", lambda path: loaded.append(path) or "a library")
-    monkeypatch.setattr(
-        c_library,
-        "_succeeds",
-        lambda words: Path(words[words.index("-o") + 1]).write_bytes(b"compiled") or True,
-    )
+    monkeypatch.setattr(c_library, "_succeeds", _pretend_to_compile)
     fresh = c_library.library.__wrapped__
     fresh(torch.float32)
     (built,) = tmp_path.rglob("*.so")
@@ -385,10 +390,8 @@ def test_folders_of_unknown_owners_are_trusted_if_nobody_else_can_write(
 @pytest.mark.parametrize(
     ("compiles", "reason"), [(False, "the C compiler fails in"), (True, "programs cannot be run from")]
 )
+@pytest.mark.usefixtures("empty_cache")
 def test_the_reason_for_compiling_at_every_start_is_the_true_one(monkeypatch, tmp_path, compiles, reason):
-    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_library, "_uncached", [])
-
     def succeeds(words):
         return compiles or not Path(words[words.index("-o") + 1]).is_relative_to(tmp_path)
 
@@ -400,15 +403,10 @@ def test_the_reason_for_compiling_at_every_start_is_the_true_one(monkeypatch, tm
     assert f"because {reason} {tmp_path}" in c_library.compiled_at_every_start()
 
 
+@pytest.mark.usefixtures("empty_cache")
 def test_a_folder_that_another_process_removes_does_not_prevent_caching(monkeypatch, tmp_path):
-    monkeypatch.setattr(c_library.platformdirs, "user_cache_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(c_library, "_uncached", [])
     monkeypatch.setattr(c_library, "_load", lambda path: "a library")
-    monkeypatch.setattr(
-        c_library,
-        "_succeeds",
-        lambda words: Path(words[words.index("-o") + 1]).write_bytes(b"compiled") or True,
-    )
+    monkeypatch.setattr(c_library, "_succeeds", _pretend_to_compile)
     folder = tmp_path / "mamlctl" / "native"
     for path in (folder.parent, folder):
         path.mkdir(mode=0o700)
