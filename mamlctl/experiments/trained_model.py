@@ -115,8 +115,12 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
     notes += damage
     if settings.models == "ensemble" and not epochs:
-        fact = f"--models is ensemble, but {run.path} has not been validated yet"
-        raise SettingsError([(fact, "use --models best")])
+        why = (
+            "--checkpoint names one model"
+            if settings.checkpoint
+            else f"{run.path} has not been validated yet"
+        )
+        raise SettingsError([(f"--models is ensemble, but {why}", "use --models best")])
     if settings.ways not in (None, run.config.ways):
         words = head_words(run.config, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)

@@ -6,6 +6,7 @@ import math
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from mamlctl.core.files import is_locked
 from mamlctl.core.statistics import difference, holm, mean_ci95
 from mamlctl.experiments.grid import grid_folder
 from mamlctl.experiments.grid.ablate import grid_table
+from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.grid_folder import load_grid, save_plan
+from mamlctl.experiments.grid.plans import grid_rows
 from mamlctl.experiments.train import train
 from mamlctl.report.export import document
 from mamlctl.run_folder import open_run, run_state
@@ -205,6 +208,30 @@ def test_two_calls_cannot_work_on_the_same_grid(done, tmp_path):
     grid = copied(done, tmp_path)
     with lock_grid(grid), pytest.raises(MamlctlError, match="is in use by process"), lock_grid(grid):
         pass
+
+
+def test_an_older_grid_on_curves_keeps_its_engine_unless_the_plan_names_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def planned(folder, **settings):
+        given = {"dataset": "sinusoid", "algo": "maml"} | settings
+        rows = resolve_rows(grid_rows(["inner_lr=0.01,0.02"]), [], given, 0)
+        return grid_folder.open_grid(folder, "grid", rows, (0,), TESTED, "mamlctl ablate")
+
+    def engines(grid):
+        return [row.config.engine for row in grid.rows]
+
+    assert engines(planned(None)) == ["compiled"] * 2
+    older = planned(None, engine="adjoint")  # which was the default before curves were compiled
+    save_plan(older)
+    assert planned(None) == replace(older, rows=planned(older.folder).rows)
+    assert engines(planned(older.folder)) == ["adjoint"] * 2
+    with pytest.raises(SettingsError, match=r"--engine is compiled, but .* has adjoint"):
+        planned(older.folder, engine="compiled")
+    newer = planned(None, engine="compiled")
+    assert newer.folder != older.folder
+    save_plan(newer)
+    assert planned(None).folder == newer.folder  # the folder of the current default comes first
 
 
 @pytest.mark.parametrize(

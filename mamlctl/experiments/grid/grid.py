@@ -30,6 +30,7 @@ class GridRow:
     label: str
     slug: str
     config: TrainConfig
+    default_engine: bool = False  # the algorithm chose the engine
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def resolve_rows(
             continue
         unused -= {name for name in flags if resolved.sources[name] == "flags" or name in row.values}
         grid_row, row_problems = _effective_row(row, resolved.config)
+        is_default = resolved.sources["engine"] == f"algorithm {resolved.config.algo}"
+        grid_row = replace(grid_row, default_engine=is_default)
         problems += [(row.label, problem) for problem in row_problems]
         others = [as_unimproved(other.config) for other in resolved_rows]
         if not (row.of_improvements and as_unimproved(grid_row.config) in others):

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from mamlctl.run_folder import (
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.presets import yaml_errors
+from mamlctl.settings.schema import TrainConfig
 
 MOST_CHARACTERS = 10_000_000  # of a plan; 64 rows have 20,000
 
@@ -53,6 +54,8 @@ def open_grid(
 ) -> Grid:
     """A new grid, or an existing one with the same rows; seeds and test tasks may differ.
 
+    A grid on curves from before they were compiled by default keeps its engine, unless the plan names one.
+
     Args:
         folder: the folder; None for the folder under runs/ that belongs to these settings.
         plan: the name of the plan.
@@ -65,12 +68,18 @@ def open_grid(
         SettingsError: the folder contains rows or runs with other settings.
         MamlctlError: the folder contains something else.
     """
+    older = [_with_older_engine(row) for row in rows]
     path = (folder or _default_folder(plan, rows)).absolute()
+    if folder is None and not path.exists() and (_default_folder(plan, older) / PLAN).is_file():
+        path = _default_folder(plan, older).absolute()
+    stored = load_grid(path) if (path / PLAN).is_file() else None
+    if stored and [row.config.engine for row in stored.rows] == [row.config.engine for row in older]:
+        rows = older
     grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)
     if path.exists() and not path.is_dir():
         raise MamlctlError(f"{path} is a file, not a folder", hint="choose another --out")
-    if (path / PLAN).is_file():
-        if problems := _plan_problems(load_grid(path), grid):
+    if stored:
+        if problems := _plan_problems(stored, grid):
             raise SettingsError(problems)
     elif path.is_dir() and any(name != CELLS for name in contents(path, PLAN)):
         raise MamlctlError(f"{path} is not a grid's folder: it has no {PLAN}", hint="choose another --out")
@@ -166,6 +175,13 @@ def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
     return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
+
+
+def _with_older_engine(row: GridRow) -> GridRow:
+    """The row with the engine that it had before algorithms chose one."""
+    if not row.default_engine:
+        return row
+    return replace(row, config=replace(row.config, engine=TrainConfig.engine))
 
 
 def _plan_problems(stored: Grid, planned: Grid) -> list[Problem]:
