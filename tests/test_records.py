@@ -90,6 +90,9 @@ def test_a_run_that_is_stopped_twice_and_moved_has_the_receipt_of_an_undisturbed
     assert [test["protocol"]["bn"] for test in ours["tests"]] == ["transductive", "running", "support"]
     assert [row["kind"] for row in ours["tests"][0]["results"]] == ["best", "ensemble"]
     assert [step for step, *_ in ours["validation"]["curve"]] == [20, 40, 60]
+    validated_s = ours["training"]["validated_s"]
+    assert list(validated_s) == ["20", "40", "60"]
+    assert 0 < validated_s["20"] < validated_s["40"] < validated_s["60"] <= ours["training"]["wall_s"]
     assert problems(ours, read_experiment(Path("files/tiny.yaml"))) == []
 
 

@@ -18,7 +18,7 @@ from records.runs import RecordedRun
 
 FOLDER = Path(__file__).parents[2] / "mamlctl" / "records"
 FORMAT = 1
-TIMES = ("wall_s", "processor_s", "slices")  # of "training"
+TIMES = ("wall_s", "processor_s", "slices", "validated_s")  # of "training"
 
 Receipt = Mapping[str, Any]
 
@@ -46,6 +46,7 @@ def receipt(run: RecordedRun) -> dict[str, Any]:
             "wall_s": round(run.wall_s, 1),
             "processor_s": round(run.processor_s, 1),
             "slices": len(run.slices),
+            "validated_s": run.validated_s,
         },
         "validation": _validation(rows_of(folder.metrics(), "validation")),
         "tests": [_tested(run.path / test["folder"]) for test in run.tests.values()],

@@ -1,7 +1,8 @@
 """One seed of an experiment: its run folder, the time spent on it, and its tests.
 
     runs/records/EXPERIMENT-sSEED/
-      progress.json  the settings of the experiment, the slices of training, and the finished tests
+      progress.json  the settings of the experiment, the slices of training, the time of each validation, and
+                     the finished tests
       run/           an ordinary run folder: train --resume, eval and compare take it
 
 The folder can be moved to another machine at any time when no process is writing to it.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import MamlctlError
-from mamlctl.core.events import Event, OnEvent
+from mamlctl.core.events import Event, OnEvent, ValidationDone
 from mamlctl.core.files import one_writer, read_object, write_json
 from mamlctl.core.literals import StopReason
 from mamlctl.core.results import TrainResult
@@ -55,6 +56,8 @@ class RecordedRun:
         stored = read_object(self.folder / PROGRESS)
         self.slices: list[dict[str, Any]] = stored.get("slices", [])
         self.tests: dict[str, dict[str, Any]] = stored.get("tests", {})
+        # The meta-steps at each validation (a string in JSON) -> the time of training until then.
+        self.validated_s: dict[str, float] = stored.get("validated_s", {})
         self._has_other_settings = bool(stored) and stored.get("stated") != self.experiment.stated
 
     @property
@@ -111,7 +114,12 @@ class RecordedRun:
         return open_run(self.path)
 
     def _store(self) -> None:
-        document = {"stated": self.experiment.stated, "slices": self.slices, "tests": self.tests}
+        document = {
+            "stated": self.experiment.stated,
+            "slices": self.slices,
+            "validated_s": self.validated_s,
+            "tests": self.tests,
+        }
         write_json(self.folder / PROGRESS, document)
 
     def train(self, place: Place, time_limit_s: float | None, on_event: OnEvent) -> StopReason:
@@ -148,6 +156,10 @@ class RecordedRun:
                 device = open_device(config.device, config.precision)
                 part["environment"] = code_and_machine(config.precision, device)
                 self.slices.append(part)
+                store()
+            elif isinstance(event, ValidationDone):
+                so_far_s = self.wall_s - part["wall_s"] + time.monotonic() - began
+                self.validated_s[str(event.step)] = round(so_far_s, 1)
                 store()
             elif time.monotonic() - began - part["wall_s"] >= STORE_EVERY_S:
                 store()
