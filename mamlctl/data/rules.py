@@ -42,7 +42,7 @@ OF_ITS_IMAGES = (*OF_CLASSES, *OF_PIXELS)
 
 # Settings that only images have, and the reason that an error for curves gives.
 OF_IMAGES: Mapping[str, str] = {
-    **dict.fromkeys(("ways", "split_seed", *OF_CLASSES), "has no classes"),
+    **dict.fromkeys(("ways", "split_seed", "body_epochs", *OF_CLASSES), "has no classes"),
     **dict.fromkeys(OF_PIXELS, "has no images"),
     **dict.fromkeys(("bn", *improvements_without_meaning("no batch norm")), "is learnt without batch norm"),
 }

@@ -28,6 +28,9 @@ class Optimizer(Protocol):
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Descend along the gradients, which have the names and shapes of the learnable tensors."""
 
+    def restart(self) -> None:
+        """Forget the earlier steps, for a loss with gradients of another size."""
+
     def stored(self) -> dict[str, dict[str, Tensor]]:
         """Return the state that a checkpoint contains, without copying it."""
 
@@ -89,6 +92,11 @@ class Adam:
             maximize=False,
         )
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        for tensor in (*self.first.values(), *self.second.values(), *self.steps.values()):
+            tensor.zero_()
+
     def stored(self) -> dict[str, dict[str, Tensor]]:
         return {"first": self.first, "second": self.second, "steps": self.steps}
 
@@ -109,6 +117,9 @@ class Sgd:
     def step(self, grads: Mapping[str, Tensor]) -> None:
         for name, tensor in self.learnable.items():
             tensor.sub_(self.lr * grads[name])
+
+    def restart(self) -> None:
+        pass
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
         return {}

@@ -85,6 +85,9 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
         if config.net not in nets:
             fact = f"{flag(name)} has no effect with --net {config.net}"
             settings[name] = FIELDS[name].default, (fact, "leave it out")
+    if config.adapts == "body":
+        fact = "--body-epochs has no effect with --adapts body: they train a body for a head that adapts"
+        settings["body_epochs"] = 0, (fact, "leave it out")
     if config.ca:
         fact = "--meta-lr-final and --ca both schedule the meta learning rate"
         settings["meta_lr_final"] = None, (fact, "remove one")
@@ -145,6 +148,9 @@ def check(config: TrainConfig) -> list[Problem]:
                 "use auto, or 1 or more",
             )
         )
+    if 0 < config.epochs <= config.body_epochs:
+        fact = f"--body-epochs {config.body_epochs} leaves no epoch of {config.epochs} for the inner loop"
+        problems.append((fact, f"use --body-epochs {config.epochs - 1} or fewer"))
     if config.da_epochs is not None and config.da_epochs > config.epochs:
         problems.append(
             (f"--da-epochs {config.da_epochs} is more than --epochs {config.epochs}", "use --first-order")

@@ -167,6 +167,12 @@ class TrainConfig:
         100, OUTER, "Epochs, each of --steps-per-epoch meta-steps and one validation.", least=1
     )
     steps_per_epoch: int = setting(500, OUTER, "Meta-steps per epoch.", least=1)
+    body_epochs: int = setting(
+        0,
+        OUTER,
+        "Epochs at the start that train only the body, on all classes of a meta-batch at once.",
+        least=0,
+    )
     val_tasks: int = setting(600, OUTER, "Validation tasks, the same ones after every epoch.", least=2)
     adam_beta1: float = setting(0.9, OUTER, "Decay rate of Adam's first moment.", least=0, below=1)
     adam_beta2: float = setting(0.999, OUTER, "Decay rate of Adam's second moment.", least=0, below=1)
@@ -280,6 +286,10 @@ class TrainConfig:
     def total_steps(self) -> int:
         """Meta-steps of the whole run."""
         return self.epochs * self.steps_per_epoch
+
+    def trains_body_only(self, epoch: int) -> bool:
+        """Whether the meta-steps of an epoch, counted from 0, train only the body."""
+        return epoch < self.body_epochs
 
     @property
     def improvements(self) -> tuple[str, ...]:

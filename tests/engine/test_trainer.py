@@ -59,6 +59,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, tmp_path, 
         {"algo": "imaml", "proximal": 2.0, "cg_steps": 2, "inner_steps": 2},
         {"algo": "transfer", "inner_steps": 0, "eval_inner_steps": 2},
         {"algo": "protonet", "inner_steps": 0},
+        {"algo": "maml", "body_epochs": 1},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -1,6 +1,7 @@
 """Estimates of a grid: phases against their closed forms, and the total against a sum by hand."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers.grid_cases import ignore, tiny_grid
@@ -14,8 +15,10 @@ def test_phases_follow_the_schedules():
     """The order changes after da_epochs; until msl_epochs, queries cost time after every inner step."""
     flags = {"dataset": "glyphs", "algo": "maml++", "epochs": 30, "msl_epochs": 4, "da_epochs": 10}
     config = fill_defaults(resolve_settings([("flag", flags)]).config)
-    first_msl, first, second = (True, True), (True, False), (False, False)
+    first_msl, first, second = (False, True, True), (False, True, False), (False, False, False)
     assert module._phases(config) == Counter({first_msl: 4, first: 6, second: 20})
+    later = module._phases(replace(config, body_epochs=3))
+    assert later == Counter({(True, True, False): 3, first_msl: 4, first: 6, second: 17})
     plain = fill_defaults(
         resolve_settings([("flag", {"dataset": "glyphs", "algo": "fomaml", "epochs": 7})]).config
     )

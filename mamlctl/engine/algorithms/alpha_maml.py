@@ -79,6 +79,12 @@ class Hypergradient:
         for name, tensor in self.inner.learnable.items():
             self.last[name].copy_((before[name] - tensor) / meta_lr)
 
+    def restart(self) -> None:
+        self.inner.restart()
+        self.hyper.restart()
+        for last in self.last.values():
+            last.zero_()
+
     def stored(self) -> dict[str, dict[str, Tensor]]:
         rates = {"last": self.last, "logs": self.logs}
         hyper = {f"hyper.{part}": tensors for part, tensors in self.hyper.stored().items()}

@@ -37,6 +37,7 @@ class MetaStepRequest:
     msl_weights: Sequence[float | Tensor]
     first_order: bool
     measure_all: bool  # also measure the query losses that do not enter the meta-loss
+    body_only: bool = False  # train only the body; see body_start.py
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _refusals(why: str, *names: str) -> dict[str, str]:
 
 
 # Settings that have an effect only if the inner loop is differentiated.
-OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order")
+OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order", "body_epochs")
 NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}

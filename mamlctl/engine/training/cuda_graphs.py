@@ -82,7 +82,7 @@ class Captured:
         kind = first_order, tuple(weight != 0 for weight in weights), measure_all
         is_first = kind not in self._kinds
         recorded = self._kinds.setdefault(kind, None)
-        if self._failed or is_first:
+        if self._failed or is_first or self.step.config.trains_body_only(epoch):
             return self.step.measure(episodes, epoch, measure_all=measure_all)
         self._put(episodes, weights)
         if recorded is None:

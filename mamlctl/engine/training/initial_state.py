@@ -12,6 +12,7 @@ from mamlctl.core.literals import Adapts
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
+from mamlctl.engine.evaluation.prediction import zero_head
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
@@ -45,6 +46,8 @@ def build(
     if net.places == 0:
         size = "x".join(map(str, example_shape[1:]))
         raise SettingsError([(f"images of {size} are too small for --net {config.net}", "use --net mlp")])
+    if config.body_epochs:
+        slow |= zero_head(slow, outputs)
     slow = {name: weight.to(device) for name, weight in slow.items()}
     if entry.training_head == "none":
         slow = body_of(slow)

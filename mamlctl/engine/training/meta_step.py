@@ -12,6 +12,7 @@ from torch import Tensor
 from mamlctl.core.errors import MamlctlError, is_out_of_memory
 from mamlctl.core.formatting import plural
 from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.algorithms.body_start import body_start
 from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, compiled, compiled_steps
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
@@ -20,7 +21,7 @@ from mamlctl.engine.inner_loop import RATE, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import accumulate
 from mamlctl.engine.nets.mlp import Mlp
-from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, linear_meta_lr, msl_weights
+from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, linear_meta_lr, msl_weights_at
 from mamlctl.settings.schema import TrainConfig
 
 Key = TypeVar("Key", int, str)
@@ -61,13 +62,12 @@ class MetaStep:
             The MSL weights, whether the derivatives are first order, and the meta learning rate.
         """
         config = self.config
-        weights = msl_weights(config.inner_steps, epoch, (config.msl_epochs or 0) if config.msl else 0)
         meta_lr = config.meta_lr
         if config.ca:
             meta_lr = cosine_meta_lr(epoch, config.epochs, meta_lr, config.min_meta_lr or 0.0)
         elif config.meta_lr_final is not None:
             meta_lr = linear_meta_lr(done, meta_lr, config.meta_lr_final)
-        return weights, first_order_at(config, epoch), meta_lr
+        return msl_weights_at(config, epoch), first_order_at(config, epoch), meta_lr
 
     def measure(self, episodes: Episodes, epoch: int, *, measure_all: bool) -> MetaStepResult:
         """Compute losses and clipped meta-gradients without changing any weight.
@@ -81,7 +81,8 @@ class MetaStep:
             MamlctlError: the memory is too small, even for one task per pass.
         """
         weights, first_order, _ = self.schedule(epoch)
-        request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all)
+        body_only = self.config.trains_body_only(epoch)
+        request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all, body_only)
         if self.chunk is None:
             examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
@@ -91,8 +92,9 @@ class MetaStep:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.config.task_chunk != "auto" or self.chunk == 1 or self.whole:
-                    if self.whole:
+                whole = self.whole or body_only
+                if self.config.task_chunk != "auto" or self.chunk == 1 or whole:
+                    if whole:
                         hint = "use a smaller --meta-batch-size"
                     elif self.chunk == 1:
                         hint = "use a smaller network, or fewer ways, shots or queries"
@@ -108,6 +110,10 @@ class MetaStep:
     def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         """Compute the same for given values of the schedules, without a retry if memory runs out."""
         tasks = len(episodes.query_y_TE)
+        if request.body_only:
+            measured = body_start(self.net, self.state, episodes, engine=self.config.engine)
+            self._clip(measured.grads)
+            return measured
         chunk = tasks if self.chunk is None else self.chunk
         split = [episodes] if chunk >= tasks else episodes.split(chunk)
         parts = [self.outer(self.net, self.state, part, request) for part in split]

@@ -35,11 +35,20 @@ def msl_weights(inner_steps: int, epoch: int, msl_epochs: int) -> tuple[float, .
 
 
 def first_order_at(config: TrainConfig, epoch: int) -> bool:
-    """Whether the meta-steps of an epoch are first order: always, or with DA in the first `da_epochs` epochs.
+    """Whether the meta-steps of an epoch are first order: always, or with DA in its first `da_epochs` epochs.
 
-    Derivative-order annealing (DA): arXiv:1810.09502, section 4.
+    Derivative-order annealing (DA): arXiv:1810.09502, section 4. Its epochs, like those of the multi-step
+    loss, follow those that train only the body.
     """
-    return config.first_order or (config.da and epoch < (config.da_epochs or 0))
+    return config.first_order or (config.da and epoch - config.body_epochs < (config.da_epochs or 0))
+
+
+def msl_weights_at(config: TrainConfig, epoch: int) -> tuple[float, ...]:
+    """The weights of `msl_weights` in an epoch of a run; empty while only the body is trained."""
+    if config.trains_body_only(epoch):
+        return ()
+    msl_epochs = (config.msl_epochs or 0) if config.msl else 0
+    return msl_weights(config.inner_steps, epoch - config.body_epochs, msl_epochs)
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:

@@ -146,6 +146,8 @@ class Trainer:
     def _step(self) -> None:
         config, position = self.config, self.position
         epoch = position.step // config.steps_per_epoch
+        if position.step and position.step == config.body_epochs * config.steps_per_epoch:
+            self.meta_step.optimizer.restart()  # its moments are those of the body's gradient
         step = position.step + 1
         reports = step == 1 or step % config.report_every == 0 or step % config.steps_per_epoch == 0
         episodes = self.streams["train"].episodes(
@@ -216,10 +218,12 @@ class Trainer:
             )
 
     def _report(self, epoch: int) -> None:
-        steps = self.config.inner_steps
-        means = self.period.means()
+        means, size = self.period.means(), self.config.inner_steps + 1
         now = time.perf_counter()
-        losses, scores = means[: steps + 1], means[steps + 1 : 2 * steps + 2]
+        # There is no inner loop while only the body is trained.
+        body_only = self.config.trains_body_only(epoch)
+        steps = 0 if body_only else self.config.inner_steps
+        losses, scores = means[: steps + 1], means[size : size + steps + 1]
         accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
         weights, first_order, _ = self.meta_step.schedule(epoch)
         learnt = self.state.rates.items() if self.state.rates_learnt else ()
@@ -233,7 +237,7 @@ class Trainer:
             meta_loss=means[-1],
             msl_weights=weights,
             meta_lr=self.meta_step.optimizer.lr_now(),
-            first_order=first_order if self.unrolls else None,
+            first_order=first_order if self.unrolls and not body_only else None,
             tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
             memory_bytes=memory_bytes(self.device),
             # With one rate per weight, the mean over the tensor.
@@ -242,7 +246,7 @@ class Trainer:
                 for name, rate in learnt
             },
         )
-        self.period = Period.empty(steps, self.device)
+        self.period = Period.empty(self.config.inner_steps, self.device)
         self._reported_at, self._tasks_since = now, 0
         row = {key: value for key, value in vars(report).items() if key != "rates" or value}
         self.run.append_metrics("report", row)

@@ -26,7 +26,7 @@ from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training.cuda_graphs import Captured, runner_of
 from mamlctl.engine.training.initial_state import build, evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep
-from mamlctl.engine.training.schedules import first_order_at
+from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
 from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
@@ -57,6 +57,7 @@ FREE_SETTINGS = (
 class Phase(NamedTuple):
     """What the cost of a meta-step depends on during a run."""
 
+    body_only: bool
     first_order: bool
     msl: bool  # whether the query loss is computed after every inner step
 
@@ -130,7 +131,8 @@ def _phases(config: TrainConfig) -> Counter[Phase]:
 
 
 def _phase(config: TrainConfig, epoch: int) -> Phase:
-    return Phase(first_order_at(config, epoch), config.msl and epoch < (config.msl_epochs or 0))
+    weights = msl_weights_at(config, epoch)
+    return Phase(config.trains_body_only(epoch), first_order_at(config, epoch), any(weights[:-1]))
 
 
 def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
