@@ -47,8 +47,9 @@ FOREIGN = {
     b"\x1f\x9d": "compressed by compress (.Z)",
 }
 
-# What the standard library raises for damaged archives, and for forged ones: ValueError and OverflowError for
-# sizes beyond 64 bits, RecursionError for a thousand headers before a file.
+# What the standard library raises for damaged archives, and for forged ones: NotImplementedError for a zip's
+# compression method that it lacks, ValueError and OverflowError for sizes beyond 64 bits, RecursionError for
+# a thousand headers before a file.
 DAMAGE = (
     zipfile.BadZipFile,
     tarfile.TarError,
