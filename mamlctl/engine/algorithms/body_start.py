@@ -24,39 +24,42 @@ from torch import Tensor
 from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.anil import BodyFeatures
-from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
+from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.evaluation.prediction import prototypes
-from mamlctl.engine.inner_loop import Measurements, MetaState
+from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
 
 
-def body_start(net: Net, state: MetaState, episodes: Episodes, *, engine: EngineName) -> MetaStepResult:
+def body_start(
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
+) -> MetaStepResult:
     """Compute the gradient of the query loss over all classes of the meta-batch.
 
     Args:
-        net: the network, with N outputs.
-        state: its state; the norm rows of all inner steps are equal.
-        episodes: T tasks with N classes each.
+        net, state, episodes, request: as in `meta_gradient.Outer`; `request` is not used. The norm rows of
+            all inner steps are equal.
         engine: the --engine setting.
 
     Returns:
-        As `meta_gradient.Outer`, with the loss as the query loss after 0 inner steps. All norm rows have the
-        same gradient, so that they stay equal. The gradients of the head and of learnt rates are 0.
+        As in `meta_gradient.Outer`, with the loss as the query loss after 0 inner steps. All norm rows have
+        the same gradient, so that they stay equal. The gradients of the head and of learnt rates are 0.
     """
-    tasks = len(episodes.query_y_TE)
-    body = BodyFeatures(net, state, as_one_task(episodes, net.outputs), engine)
-    with torch.enable_grad():
-        support_1EF, query_1EF = body.features
-        weights_1NF = prototypes(support_1EF, body.episodes.support_y_TE, tasks * net.outputs)
-        weights_1NF = weights_1NF - weights_1NF.mean(1, keepdim=True)
-        logits_1EN = query_1EF @ weights_1NF.transpose(1, 2) / math.sqrt(query_1EF.shape[-1])
-        measurements = Measurements(net.objective, norm_passes=body.norm_passes)
-        loss = measurements.add_query(0, logits_1EN, body.episodes.query_y_TE).mean()
-        by_features = torch.autograd.grad(loss, body.features)
-    grads = body.back_through(state, by_features)
-    grads |= {name: grads[name][:1].expand_as(rows_RC).clone() for name, rows_RC in state.norm.items()}
-    others = {name: torch.zeros_like(tensor) for name, tensor in state.learnable().items()}
-    return MetaStepResult.of(measurements, others | grads, loss)
+    classes = len(episodes.query_y_TE) * net.outputs
+    episodes = as_one_task(episodes, net.outputs)
+
+    def logits_of(support_1EF: Tensor, query_1EF: Tensor) -> Tensor:
+        means_1NF = prototypes(support_1EF, episodes.support_y_TE, classes)
+        weights_1NF = means_1NF - means_1NF.mean(1, keepdim=True)
+        return query_1EF @ weights_1NF.transpose(1, 2) / math.sqrt(query_1EF.shape[-1])
+
+    result = BodyFeatures(net, state, episodes, engine).gradient(net, state, logits_of)
+    grads = result.grads
+    for rows_RC in (grads[name] for name in state.norm):
+        rows_RC[1:] = rows_RC[0]
+    for name, tensor in state.learnable().items():
+        if name not in grads:
+            grads[name] = torch.zeros_like(tensor)
+    return result
 
 
 def as_one_task(episodes: Episodes, ways: int) -> Episodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,7 @@ class MetaStep:
         self.config, self.net, self.state = config, net, state
         entry = ALGORITHMS[config.algo]
         self.outer = entry.outer(config)
+        self.body_start = partial(body_start, engine=config.engine)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = state.example_tensor.device
         self.optimizer = entry.optimizer(self.learnable, config)
@@ -110,13 +112,10 @@ class MetaStep:
     def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         """Compute the same for given values of the schedules, without a retry if memory runs out."""
         tasks = len(episodes.query_y_TE)
-        if request.body_only:
-            measured = body_start(self.net, self.state, episodes, engine=self.config.engine)
-            self._clip(measured.grads)
-            return measured
-        chunk = tasks if self.chunk is None else self.chunk
+        outer = self.body_start if request.body_only else self.outer
+        chunk = tasks if self.chunk is None or request.body_only else self.chunk
         split = [episodes] if chunk >= tasks else episodes.split(chunk)
-        parts = [self.outer(self.net, self.state, part, request) for part in split]
+        parts = [outer(self.net, self.state, part, request) for part in split]
         measured = joined(parts, [len(part.query_y_TE) for part in split])
         self._clip(measured.grads)
         return measured
