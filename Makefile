@@ -61,7 +61,7 @@ lint: $(VENV)/installed-dev ## check format, style, spelling and wording
 types: $(VENV)/installed-dev ## check types
 	$(BIN)/mypy
 
-docs: $(VENV)/installed-dev ## write the generated tables and the file tree into mamlctl/docs/
+docs: $(VENV)/installed-dev ## write the generated tables, pictures and the file tree of the documentation
 	PYTHONPATH=tests $(BIN)/python -m helpers.generated_docs
 
 format: $(VENV)/installed-dev ## format the code and fix what ruff can fix

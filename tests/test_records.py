@@ -12,7 +12,7 @@ import pytest
 from helpers import preloaded
 from helpers.generated_docs import table
 from helpers.shared import ignore
-from records import receipts, tables
+from records import pictures, receipts, tables
 from records.__main__ import seconds_until, show_left, without_receipt, work
 from records.experiments import ORDERS, experiments, read_experiment
 from records.receipts import problems, text_of, without_times
@@ -203,6 +203,26 @@ def test_tables_have_the_scores_of_receipts_or_say_not_run(curves):
     assert line.score("ensemble") == f"{mean:.3f} ± {deviation:.3f} (2 seeds)"
     assert "`tiny` | not run | not run | not run |" in tables.modes(table, lines)
     assert tables.curves(table, [line]).count(" at 20 |") == 2
+
+
+def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
+    training = {"validated_s": {"300": 30.0, "600": 90.0}}
+    receipt = {"training": training, "validation": {"curve": [[300, 0.9, 0.01], [600, 0.98, 0.01]]}}
+    names = [name for panel in pictures.PANELS for name in panel]
+    found = [
+        tables.Line(experiment, [receipt] * names.index(experiment.name), None, ())
+        for experiment in experiments()
+        if experiment.name in names
+    ]
+    figure = pictures.accuracy_per_minute(found)
+    assert [len(ax.lines) for ax in figure.axes] == [0 + 1, 2 + 3]
+    minutes, errors = figure.axes[0].lines[0].get_data()
+    assert list(minutes) == [0.5, 1.5]
+    assert list(errors) == pytest.approx([10, 2])
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
+        "fast preset",
+        "published schedule",
+    ]
 
 
 def test_files_of_experiments_are_checked(folder):

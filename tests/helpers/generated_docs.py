@@ -9,7 +9,7 @@ import re
 import textwrap
 
 import typer.main
-from records import tables
+from records import pictures, tables
 from test_architecture import FLOORS
 
 from helpers.pages import PAGES
@@ -146,3 +146,4 @@ def with_parts(text):
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(with_parts(page.read_text()))
+    pictures.save(tables.lines())

@@ -29,11 +29,11 @@ CHOSEN = {"settings": ("seed", "init_seed", "train_seed"), "test": ("bn", "check
 ABLATION = tuple(f"omniglot-20w1s-maml{on}" for on in ("", "+msl", "+lslr", "+bnwb+bnrs", "+ca", "+da"))
 SINUSOIDS = tuple(f"sinusoid-5s-{algo}" for algo in ("scratch", "maml", "transfer"))
 OMNIGLOT_5, OMNIGLOT_20 = "omniglot-5w1s-maml++", "omniglot-20w1s-maml++"
-FAST = f"{OMNIGLOT_5}-fast"
+FAST_5, FAST_20 = f"{OMNIGLOT_5}-fast", f"{OMNIGLOT_20}-fast"
 MINI_IMAGENET = "mini-imagenet-5w1s-maml++"
 ORDERS = {
-    "cpu": (*SINUSOIDS, FAST, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, *ABLATION),
-    "cuda": (OMNIGLOT_20, *ABLATION, MINI_IMAGENET, OMNIGLOT_5, FAST, *SINUSOIDS),
+    "cpu": (*SINUSOIDS, FAST_5, FAST_20, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, *ABLATION),
+    "cuda": (OMNIGLOT_20, *ABLATION, MINI_IMAGENET, OMNIGLOT_5, FAST_20, FAST_5, *SINUSOIDS),
 }
 
 
