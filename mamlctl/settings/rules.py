@@ -85,9 +85,8 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
         if config.net not in nets:
             fact = f"{flag(name)} has no effect with --net {config.net}"
             settings[name] = FIELDS[name].default, (fact, "leave it out")
-    if config.adapts == "body" or not config.inner_steps:
-        other = "--adapts body" if config.adapts == "body" else "--inner-steps 0"
-        fact = f"--body-epochs has no effect with {other}: they train a body for a head that adapts"
+    if config.adapts == "body":
+        fact = "--body-epochs has no effect with --adapts body: they train a body for a head that adapts"
         settings["body_epochs"] = 0, (fact, "leave it out")
     if config.ca:
         fact = "--meta-lr-final and --ca both schedule the meta learning rate"

@@ -18,7 +18,7 @@ def test_phases_follow_the_schedules():
     first_msl, first, second = (False, True, True), (False, True, False), (False, False, False)
     assert module._phases(config) == Counter({first_msl: 4, first: 6, second: 20})
     later = module._phases(replace(config, body_epochs=3))
-    assert later == Counter({(True, False, False): 3, first_msl: 4, first: 6, second: 17})
+    assert later == Counter({(True, True, False): 3, first_msl: 4, first: 6, second: 17})
     plain = fill_defaults(
         resolve_settings([("flag", {"dataset": "glyphs", "algo": "fomaml", "epochs": 7})]).config
     )

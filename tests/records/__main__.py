@@ -26,7 +26,7 @@ from records import experiments as listed
 from records import receipts
 from records.estimates import seconds_left, timed
 from records.experiments import Experiment, experiments
-from records.runs import Place, RecordedRun
+from records.runs import RUNS, Place, RecordedRun
 
 HEAD = ("experiment", "seed", "state", "meta-steps", "time left")
 
@@ -163,7 +163,7 @@ def main(
     only: Annotated[str, typer.Option(help="One experiment, or a pattern such as 'sinusoid*'.")] = "*",
     list_: Annotated[bool, typer.Option("--list", help="Only print what is left.")] = False,
     data_root: Annotated[str | None, typer.Option(help="Folder of prepared data sets.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the run folders.")] = Path("runs/records"),
+    runs: Annotated[Path, typer.Option(help="Folder of the run folders.")] = RUNS,
     folder: Annotated[Path, typer.Option("--receipts", help="Folder of the receipts.")] = receipts.FOLDER,
     files: Annotated[Path, typer.Option("--experiments", help="Folder of experiments.")] = listed.FOLDER,
 ) -> None:

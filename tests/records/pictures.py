@@ -34,7 +34,8 @@ def accuracy_per_minute(found: Sequence[Line]) -> Figure:
             config = fill_defaults(by_name[names[0]].experiment.config)
             ax.set_title(formatting.task(config.dataset, config.ways, config.shots))
             _scale(ax)
-            ax.legend(loc="lower right")
+            if ax.lines:
+                ax.legend(loc="lower right")
         panels[0].set_ylabel("accuracy, %")
     return figure
 

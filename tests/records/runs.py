@@ -29,6 +29,7 @@ from mamlctl.experiments.train import resume, train
 from mamlctl.run_folder import CONFIG, RunFolder, open_run, run_state
 from records.experiments import Experiment
 
+RUNS = Path("runs/records")
 PROGRESS = "progress.json"
 STORE_EVERY_S = 5.0  # of training; the most that is missing in its time after a kill
 

@@ -12,7 +12,7 @@ of steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult, unroll
 from mamlctl.engine.derivatives.interface import BodyTape
 from mamlctl.engine.derivatives.selection import select_derivatives
-from mamlctl.engine.inner_loop import RATE, MetaState, expanded
+from mamlctl.engine.inner_loop import RATE, Measurements, MetaState, expanded
 from mamlctl.engine.nets.base import HEAD, HeadNet, Net, body_of
 from mamlctl.engine.nets.batch_norm import NormPass
 
@@ -84,6 +84,26 @@ class BodyFeatures:
         """Return the tasks with features in place of images."""
         support, query = self.features
         return Episodes(support, self.episodes.support_y_TE, query, self.episodes.query_y_TE)
+
+    def gradient(
+        self, net: Net, state: MetaState, logits_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> MetaStepResult:
+        """Compute the gradient of the query loss for classes that are predicted without an inner loop.
+
+        Args:
+            net: the network.
+            state: the weights and norm rows of the forward pass.
+            logits_of: computes logits_TEN of the query set from the features of the support and query set.
+
+        Returns:
+            As in `meta_gradient.Outer`; the loss is recorded as the query loss after 0 inner steps.
+        """
+        measurements = Measurements(net.objective, norm_passes=self.norm_passes)
+        with torch.enable_grad():
+            logits_TEN = logits_of(*self.features)
+            loss = measurements.add_query(0, logits_TEN, self.episodes.query_y_TE).mean()
+            by_features = torch.autograd.grad(loss, self.features)
+        return MetaStepResult.of(measurements, self.back_through(state, by_features), loss)
 
     def back_through(self, state: MetaState, by_features: Sequence[Tensor]) -> dict[str, Tensor]:
         """Backpropagate from the features to the body.

@@ -1,70 +1,65 @@
 """The first epochs of a run with --body-epochs, which train only the body.
 
-They are ANIL (arXiv:1909.09157) on larger problems: a meta-batch of T tasks with N classes is one task with
-T*N classes, and its head is adapted from zeros by the inner steps. What differs from ANIL is that the head
-is not learnt, and that the support loss is the sum over all classes divided by N. An example thus moves the
-head as far as it does in a task of N classes, and the body is trained for the head that the inner loop makes
-from it later.
+One inner step from a head of zeros gives, up to a factor, these weights of class n:
 
-Each set passes through the body once forward and once backward, where an inner loop over all layers takes
-a pass per step, and more classes are a harder problem. Measurements: docs/speedrun.md.
+    W_n = c_n - c
+
+with c_n the mean of the features f over the support examples of the class, and c the mean of all c_n. The
+body learns to classify the query examples by them, with the logits <f, W_n> / sqrt(F) for F features. Since
+the weights can be computed for any number of classes, a meta-batch of T tasks with N classes is one problem
+with T*N classes. Each set passes through the body once forward and once backward, where an inner loop over
+all layers takes a pass per step, and more classes are a harder problem.
+
+Up to the factor, this is ANIL (arXiv:1909.09157) with one step and a head of zeros. Prototypical networks
+(arXiv:1703.05175) differ in the logits, which are distances to c_n. Measurements: docs/speedrun.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
 
 from mamlctl.core.literals import EngineName
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.engine.algorithms.anil import anil
+from mamlctl.engine.algorithms.anil import BodyFeatures
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
-from mamlctl.engine.evaluation.prediction import zero_head
+from mamlctl.engine.evaluation.prediction import prototypes
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD, Net, with_outputs
+from mamlctl.engine.nets.base import Net
 
 
 def body_start(
-    net: Net,
-    state: MetaState,
-    episodes: Episodes,
-    request: MetaStepRequest,
-    *,
-    inner_lr: float,
-    engine: EngineName,
+    net: Net, state: MetaState, episodes: Episodes, request: MetaStepRequest, *, engine: EngineName
 ) -> MetaStepResult:
-    """Compute the meta-gradient of the body on all classes of the meta-batch.
+    """Compute the gradient of the query loss over all classes of the meta-batch.
 
     Args:
-        net, state, episodes, request: as in `meta_gradient.Outer`; all inner steps have equal norm rows.
-        inner_lr: the inner learning rate of the head.
+        net, state, episodes, request: as in `meta_gradient.Outer`; `request` is not used. The norm rows of
+            all inner steps are equal.
         engine: the --engine setting.
 
     Returns:
-        As in `meta_gradient.Outer`. All norm rows have the same gradient, so that they stay equal. The
-        gradients of the head and of learnt rates are 0.
+        As in `meta_gradient.Outer`, with the loss as the query loss after 0 inner steps. All norm rows have
+        the same gradient, so that they stay equal. The gradients of the head and of learnt rates are 0.
     """
-    tasks = len(episodes.query_y_TE)
-    outputs = tasks * net.outputs
-    rate = state.example_tensor.new_full((1,), tasks * inner_lr)
-    zeros = {name: tensor.requires_grad_() for name, tensor in zero_head(state.slow, outputs).items()}
-    state_of_all = replace(
-        state,
-        slow=state.slow | zeros,
-        rates=dict.fromkeys(HEAD, rate),
-        rates_learnt=False,
-    )
+    classes = len(episodes.query_y_TE) * net.outputs
     episodes = as_one_task(episodes, net.outputs)
-    result = anil(with_outputs(net, outputs), state_of_all, episodes, request, engine=engine)
-    for rows_RC in (result.grads[name] for name in state.norm):
+
+    def logits_of(support_1EF: Tensor, query_1EF: Tensor) -> Tensor:
+        means_1NF = prototypes(support_1EF, episodes.support_y_TE, classes)
+        weights_1NF = means_1NF - means_1NF.mean(1, keepdim=True)
+        return query_1EF @ weights_1NF.transpose(1, 2) / math.sqrt(query_1EF.shape[-1])
+
+    result = BodyFeatures(net, state, episodes, engine).gradient(net, state, logits_of)
+    grads = result.grads
+    for rows_RC in (grads[name] for name in state.norm):
         rows_RC[1:] = rows_RC[0]
-    of_body = {name: result.grads[name] for name in result.grads.keys() - set(HEAD)}
-    rest = {
-        name: torch.zeros_like(tensor) for name, tensor in state.learnable().items() if name not in of_body
-    }
-    return replace(result, grads=of_body | rest)
+    for name, tensor in state.learnable().items():
+        if name not in grads:
+            grads[name] = torch.zeros_like(tensor)
+    return result
 
 
 def as_one_task(episodes: Episodes, ways: int) -> Episodes:

@@ -11,7 +11,6 @@ through the prototypes c_n.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mamlctl.core.literals import EngineName
@@ -24,7 +23,7 @@ from mamlctl.engine.evaluation.prediction import (
     comparable_features,
     prototypes,
 )
-from mamlctl.engine.inner_loop import Measurements, MetaState
+from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
 
 
@@ -40,14 +39,11 @@ def protonet(
     Returns:
         As in `meta_gradient.Outer`; the loss is recorded as the query loss after 0 inner steps.
     """
-    body = BodyFeatures(net, state, episodes, engine)
-    measurements = Measurements(net.objective, norm_passes=body.norm_passes)
-    with torch.enable_grad():
-        support_TEF, query_TEF = body.features
-        logits_TEN = -class_distances(query_TEF, prototypes(support_TEF, episodes.support_y_TE, net.outputs))
-        loss = measurements.add_query(0, logits_TEN, episodes.query_y_TE).mean()
-        grads = torch.autograd.grad(loss, body.features)
-    return MetaStepResult.of(measurements, body.back_through(state, grads), loss)
+
+    def logits_of(support_TEF: Tensor, query_TEF: Tensor) -> Tensor:
+        return -class_distances(query_TEF, prototypes(support_TEF, episodes.support_y_TE, net.outputs))
+
+    return BodyFeatures(net, state, episodes, engine).gradient(net, state, logits_of)
 
 
 def by_prototypes(request: PredictRequest) -> Tensor:

@@ -42,7 +42,7 @@ class MetaStep:
         self.config, self.net, self.state = config, net, state
         entry = ALGORITHMS[config.algo]
         self.outer = entry.outer(config)
-        self.body_start = partial(body_start, inner_lr=config.inner_lr, engine=config.engine)
+        self.body_start = partial(body_start, engine=config.engine)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
         self.device = state.example_tensor.device
         self.optimizer = entry.optimizer(self.learnable, config)

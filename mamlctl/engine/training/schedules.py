@@ -40,15 +40,15 @@ def first_order_at(config: TrainConfig, epoch: int) -> bool:
     Derivative-order annealing (DA): arXiv:1810.09502, section 4. Its epochs, like those of the multi-step
     loss, follow those that train only the body.
     """
-    if config.trains_body_only(epoch):
-        return False  # second derivatives of the head alone cost next to nothing
     return config.first_order or (config.da and epoch - config.body_epochs < (config.da_epochs or 0))
 
 
 def msl_weights_at(config: TrainConfig, epoch: int) -> tuple[float, ...]:
-    """The weights of `msl_weights` in an epoch of a run; of the body epochs only the last loss counts."""
-    msl_epochs = (config.msl_epochs or 0) if config.msl and not config.trains_body_only(epoch) else 0
-    return msl_weights(config.inner_steps, max(epoch - config.body_epochs, 0), msl_epochs)
+    """The weights of `msl_weights` in an epoch of a run; empty while only the body is trained."""
+    if config.trains_body_only(epoch):
+        return ()
+    msl_epochs = (config.msl_epochs or 0) if config.msl else 0
+    return msl_weights(config.inner_steps, epoch - config.body_epochs, msl_epochs)
 
 
 def linear_meta_lr(done: float, meta_lr: float, final: float) -> float:

@@ -220,7 +220,9 @@ class Trainer:
     def _report(self, epoch: int) -> None:
         means, size = self.period.means(), self.config.inner_steps + 1
         now = time.perf_counter()
-        steps = self.config.inner_steps
+        # There is no inner loop while only the body is trained.
+        body_only = self.config.trains_body_only(epoch)
+        steps = 0 if body_only else self.config.inner_steps
         losses, scores = means[: steps + 1], means[size : size + steps + 1]
         accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
         weights, first_order, _ = self.meta_step.schedule(epoch)
@@ -235,7 +237,7 @@ class Trainer:
             meta_loss=means[-1],
             msl_weights=weights,
             meta_lr=self.meta_step.optimizer.lr_now(),
-            first_order=first_order if self.unrolls else None,
+            first_order=first_order if self.unrolls and not body_only else None,
             tasks_per_second=self._tasks_since / max(now - self._reported_at, 1e-9),
             memory_bytes=memory_bytes(self.device),
             # With one rate per weight, the mean over the tensor.
