@@ -101,7 +101,7 @@ def test_reports_have_one_loss_until_the_inner_loop_begins(finished):
     assert [row["epoch"] for row in rows_of(run.metrics(), "validation")] == [1, 2, 3]
 
 
-def test_until_then_the_head_and_the_rates_stay_and_the_norm_rows_are_equal(tmp_path):
+def test_until_then_the_head_and_the_rates_stay_and_all_batch_norm_rows_are_equal(tmp_path):
     config = config_of(**BODY)
     trainer = trainer_of(make_run(tmp_path / "run", config), config, stop_at=2 * config.steps_per_epoch)
     before = {name: tensor.detach().clone() for name, tensor in trainer.state.slow.items()}
@@ -109,5 +109,6 @@ def test_until_then_the_head_and_the_rates_stay_and_the_norm_rows_are_equal(tmp_
     for name, tensor in trainer.state.slow.items():
         assert torch.equal(tensor, before[name]) == (name in HEAD or name.endswith("bias")), name
     assert all(bool((rate == config.inner_lr).all()) for rate in trainer.state.rates.values())
-    for rows_RC in trainer.state.norm.values():
+    assert {len(rows_RC) for rows_RC in trainer.state.running.values()} == {config.inner_steps}
+    for rows_RC in (trainer.state.norm | trainer.state.running).values():
         assert torch.equal(rows_RC, rows_RC[:1].expand_as(rows_RC))

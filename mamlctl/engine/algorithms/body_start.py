@@ -17,6 +17,7 @@ Up to the factor, this is ANIL (arXiv:1909.09157) with one step and a head of ze
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +60,11 @@ def body_start(
     for name, tensor in state.learnable().items():
         if name not in grads:
             grads[name] = torch.zeros_like(tensor)
-    return result
+    # The running statistics of all inner steps are equal too.
+    rows = range(max(map(len, state.running.values()), default=1))
+    return replace(
+        result, norm_passes=[replace(norm, step=row) for row in rows for norm in result.norm_passes]
+    )
 
 
 def as_one_task(episodes: Episodes, ways: int) -> Episodes:
