@@ -13,12 +13,12 @@ from mamlctl.core.statistics import over_seeds
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.column_texts import FROM_MEMORY, RECALLED, letter
 from mamlctl.report.table import Published
-from records.experiments import FOLDER, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, Experiment, experiments
+from records.experiments import FAST_5, FAST_20, FOLDER, MINI_IMAGENET, Experiment, experiments
 from records.receipts import FOLDER as RECEIPTS
 from records.receipts import Receipt, receipt_file, valid_receipt
 
 NOT_RUN = "not run"
-IN_README = (OMNIGLOT_5, OMNIGLOT_20, MINI_IMAGENET, "sinusoid-5s-maml")
+IN_README = (FAST_5, FAST_20, MINI_IMAGENET, "sinusoid-5s-maml")
 SHARES = (0.1, 0.25, 0.5, 0.75, 1)  # of the validation curve
 WIDTH = 100  # characters of a line of prose
 
@@ -190,5 +190,7 @@ def headline(table: TableOf, found: Sequence[Line]) -> str:
         task = formatting.task(config.dataset, config.ways, config.shots)
         published = _number(line.published[0]) if line.published else "-"
         steps = f", {line.steps} inner {formatting.plural(line.steps, 'step')}" if line.inner_steps else ""
-        rows.append([f"{task}, `{config.algo}`{steps}", line.meta_steps(), line.score("best"), published])
+        fast = ", fast preset" if line.experiment.name in (FAST_5, FAST_20) else ""
+        name = f"{task}, `{config.algo}`{steps}{fast}"
+        rows.append([name, line.meta_steps(), line.score("best"), published])
     return table(("experiment", "meta-steps", "ours", "published"), rows)
