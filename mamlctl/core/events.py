@@ -44,10 +44,15 @@ class RunStarted:
     first_step: int  # meta-steps done before this start; 0 unless resumed
     parameters: int  # meta-learnt numbers of all kinds
     metric: Metric
-    guesses: int  # classes in training, so the chance level is 1 / guesses; 0 for curves
+    guesses: int  # classes of a training task, so the chance level is 1 / guesses; 0 for curves
     device: str
     bn: BatchNormMode
     val_tasks: int
+    body_epochs: int  # the first epochs, in which the classes of a meta-batch are one problem
+
+    def guesses_in(self, epoch: int) -> int:
+        """The classes to guess among in the reports of an epoch, counted from 0; 0 for curves."""
+        return self.guesses * (self.meta_batch_size if epoch < self.body_epochs else 1)
 
 
 @dataclass(frozen=True)

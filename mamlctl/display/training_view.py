@@ -192,8 +192,8 @@ class ChartWidths:
 def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
     widths = ChartWidths.of(width, run)
     chance, accuracy = "mean squared error", ""
-    if run.guesses:
-        chance = f"┊ chance: {formatting.loss(math.log(run.guesses))}, {formatting.percent(1 / run.guesses)}"
+    if guesses := run.guesses_in(reports[-1].epoch):
+        chance = f"┊ chance: {formatting.loss(math.log(guesses))}, {formatting.percent(1 / guesses)}"
         accuracy = f"{'accuracy':<{widths.accuracy + 8}}  "
     heads = (
         f" {'step':>4}  {'weight':<6}  {'query loss':<{widths.loss + 10}}  "
@@ -208,17 +208,18 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWid
     loss = report.query_losses[step]
     # The scale always includes the loss of guessing, so that it does not change while the bars shrink. For
     # regression, it ends at the largest loss in the history.
-    chance = math.log(run.guesses) if run.guesses else 0.0
-    shown = report.query_losses if run.guesses else [loss for past in reports for loss in past.query_losses]
+    guesses = run.guesses_in(report.epoch)
+    chance = math.log(guesses) if guesses else 0.0
+    shown = report.query_losses if guesses else [loss for past in reports for loss in past.query_losses]
     scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
     colour = widgets.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
     line.append(f"{formatting.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
     line.append_text(widgets.bar(loss / scale, widths.loss, chance / scale if chance else None, colour))
-    if run.guesses:
+    if guesses:
         accuracy = report.query_accuracies[step]
         line.append(f"  {formatting.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
-        line.append_text(widgets.bar(accuracy, widths.accuracy, 1 / run.guesses, colour))
+        line.append_text(widgets.bar(accuracy, widths.accuracy, 1 / guesses, colour))
     history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
     return line.append("  ").append(widgets.spark(history[max(len(history) - widths.recent, 0) :]), colour)
 

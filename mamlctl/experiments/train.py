@@ -289,4 +289,5 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         device=device_words(trainer.device),
         bn=bn_mode(net, config.bn),
         val_tasks=config.val_tasks,
+        body_epochs=config.body_epochs,
     )

@@ -94,6 +94,12 @@ def test_weights_of_the_multi_step_loss_are_shown_per_step():
     assert [row[0] for row in rows["late"]] == ["–"] * 5 + ["█"]
 
 
+def test_the_level_of_chance_is_that_of_the_larger_problem_while_only_the_body_is_trained():
+    run = replace(RUN, body_epochs=2)  # 8 tasks of 20 classes are one problem of 160
+    for epoch, shown in ((1, "chance: 5.0752, 0.6 %"), (2, "chance: 2.9957, 5.0 %")):
+        assert shown in "\n".join(frame(state_after(run, a_report(epoch=epoch)), 80, 40))
+
+
 def test_losses_that_are_not_finite_are_shown_as_nan_or_inf():
     losses = (3.0, math.nan, math.inf, -math.inf, 1e30, 0.4)
     report = a_report(query_losses=losses, support_loss=math.nan, meta_loss=math.inf, tasks_per_second=0.0)

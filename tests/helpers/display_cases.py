@@ -31,6 +31,7 @@ RUN = RunStarted(
     device="cpu (x86_64, 2 threads)",
     bn="transductive",
     val_tasks=600,
+    body_epochs=0,
 )
 LAYERS = ("conv1.weight", "conv2.weight", "conv3.weight", "conv4.weight", "linear.weight", "linear.bias")
 VALIDATION = ValidationDone(
