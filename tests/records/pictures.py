@@ -45,7 +45,9 @@ def _draw_seeds(ax: Axes, line: Line, colour: str, label: str) -> None:
         seconds, curve = receipt["training"]["validated_s"], receipt["validation"]["curve"]
         minutes = [seconds[str(step)] / 60 for step, _, _ in curve]
         errors = [100 - 100 * score for _, score, _ in curve]
-        ax.plot(minutes, errors, ".-", color=colour, linewidth=1, markersize=3, label="_"[:number] + label)
+        ax.plot(
+            minutes, errors, ".-", color=colour, linewidth=1, markersize=3, label=None if number else label
+        )
 
 
 def _scale(ax: Axes) -> None:
