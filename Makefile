@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := runs/demo
+SMOKE_RUN := runs/smoke
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder # loadgroup has no effect with pytest 9.2 and xdist 3.8
 MINUTES ?= # how long to attack or to soak, e.g. make soak MINUTES=120
 ATTACK ?= # options for the attack, e.g. make attack ATTACK="--only train --seed 7 --trials 1"
@@ -12,7 +13,7 @@ LIST ?= # only print what is left: make reproduce LIST=1
 BENCH ?= # options for the benchmark, e.g. make bench BENCH=--quick
 
 .DEFAULT_GOAL := check
-.PHONY: help install demo test quick check lint types docs format gpu bench reproduce attack soak audit wheel clean
+.PHONY: help install demo smoke test quick check lint types docs format gpu bench reproduce attack soak audit wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +44,11 @@ demo: $(VENV)/installed ## train and test MAML++ on generated characters, in und
 	@rm -rf $(DEMO_RUN)
 	$(BIN)/mamlctl train --preset demo --out $(DEMO_RUN)
 	$(BIN)/mamlctl eval $(DEMO_RUN) --split test --tasks 300 --per-step
+
+smoke: $(VENV)/installed ## train and test the same, and fail if the accuracy is below 85 %
+	@rm -rf $(SMOKE_RUN)
+	$(BIN)/mamlctl train --preset demo --out $(SMOKE_RUN) --quiet
+	$(BIN)/mamlctl eval $(SMOKE_RUN) --split test --tasks 300 --fail-under 85
 
 test: $(VENV)/installed-dev ## run the whole test suite
 	$(BIN)/python -m pytest $(WORKERS)

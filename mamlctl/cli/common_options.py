@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ import typer
 from rich.console import Console
 
 from mamlctl.core import formatting
+from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
+from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
 from mamlctl.display.displays import Display, is_live, open_display
+from mamlctl.report.guard import Limit
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
@@ -82,6 +86,44 @@ class OutputOptions:
             write_json(sys.stdout, document)
         else:
             show(Console(), result)
+
+
+@dataclass(frozen=True)
+class GuardOptions(OutputOptions):
+    """The options that make a result which is too bad a failure."""
+
+    fail_under: Annotated[
+        float | None,
+        option(OUTPUT, "Exit with code 1 if the accuracy of a best model is below this percentage, e.g. 95."),
+    ] = None
+    fail_over: Annotated[
+        float | None,
+        option(OUTPUT, "For curves: exit with code 1 if the error of a best model is above this, e.g. 0.5."),
+    ] = None
+
+    def limit(self, dataset: str) -> Limit | None:
+        """The limit for results on a data set; None without one.
+
+        Raises SettingsError for a value out of range, and for the option of the other kind of data.
+        """
+        problems: list[Problem] = []
+        metric = metric_of(dataset)
+        if metric == "mse" and self.fail_under is not None:
+            fact = f"--fail-under has no effect on {dataset}, whose score is a mean squared error"
+            problems.append((fact, "use --fail-over"))
+        if metric == "accuracy" and self.fail_over is not None:
+            fact = f"--fail-over has no effect on {dataset}, whose score is an accuracy"
+            problems.append((fact, "use --fail-under"))
+        if self.fail_under is not None and not 1 <= self.fail_under <= 100:
+            fact = f"--fail-under is {self.fail_under:g}, which is not a percentage from 1 to 100"
+            problems.append((fact, "use a percentage, e.g. 95"))
+        if self.fail_over is not None and not 0 < self.fail_over < math.inf:
+            fact = f"--fail-over is {self.fail_over:g}, which is not a positive number"
+            problems.append((fact, "use a mean squared error, e.g. 0.5"))
+        if problems:
+            raise SettingsError(problems)
+        value = self.fail_under if metric == "accuracy" else self.fail_over
+        return None if value is None else Limit(metric, value)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from mamlctl.core.problems import flag
 from mamlctl.data.rules import with_figure
 from mamlctl.display.console import say, stderr_console
 from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
+from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import algorithm_rows
-from mamlctl.run_folder import CONFIG
+from mamlctl.report.guard import check_table
+from mamlctl.run_folder import CONFIG, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -78,6 +80,8 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
         check_out(out)
         if any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
             raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
+    first = load_grid(runs[0]).rows[0] if (runs[0] / PLAN_FILE).is_file() else open_run(runs[0])
+    limit = options.limit(first.config.dataset)
     options.announce(f"comparing {len(runs)} {plural(len(runs), 'run')}")
     from mamlctl.experiments.grid.compare import compare
     from mamlctl.report.report_folder import write_files
@@ -90,4 +94,6 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
     options.write_table(table)
     if files:
         say(stderr_console(), f"report  {files[-1]}")
+    if limit is not None:
+        check_table(table, limit)
     return ExitCode.OK

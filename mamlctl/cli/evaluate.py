@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import OutputOptions, option, unused
+from mamlctl.cli.common_options import GuardOptions, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
@@ -17,6 +17,7 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
+from mamlctl.report.guard import Limit, check_evaluation
 from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
@@ -32,7 +33,7 @@ TASK_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(OutputOptions):
+class EvaluateOptions(GuardOptions):
     """The options of `eval` other than the settings of the evaluation."""
 
     files: Annotated[
@@ -66,6 +67,9 @@ class EvaluateOptions(OutputOptions):
 
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
         """Problems for options and settings that have no effect, as (fact, hint) pairs."""
+        if settings.get("models") == "ensemble" and (self.fail_under or self.fail_over):
+            fact = "--fail-under and --fail-over judge the best model, which --models ensemble leaves out"
+            return [(fact, "use --models best or all")]
         if self.support is None:
             image_options = self.by_flag("query", "csv", "save_adapted")
             problems = unused(image_options, "without --support", "add --support DIR or leave it out")
@@ -76,7 +80,8 @@ class EvaluateOptions(OutputOptions):
             if self.beside and not self.plot:
                 problems.append(("--beside has no effect without --plot", "add --plot or leave it out"))
             return problems
-        of_tasks = {flag(name): True for name in TASK_SETTINGS if name in settings}
+        of_tasks: dict[str, object] = {flag(name): True for name in TASK_SETTINGS if name in settings}
+        of_tasks |= self.by_flag("fail_under", "fail_over")
         problems = unused(of_tasks, "with --support, since your images are the only task")
         if self.beside:
             problems.append(("--beside is for curves, but --support contains images", "leave it out"))
@@ -101,16 +106,17 @@ def evaluate(
     if problems := options.problems(settings):
         raise SettingsError(problems)
     config = EvalConfig(**settings)
-    open_run(run)  # reports a missing or damaged run before torch is imported
+    trained = open_run(run)  # reports a missing or damaged run before torch is imported
+    limit = options.limit(config.dataset or trained.config.dataset)
     support = options.support
     options.announce(f"adapting {run} to {support}" if support else f"testing {run} on {config.tasks} tasks")
     if support is None:
-        return _test(run, config, options)
+        return _test(run, config, limit, options)
     _classify(run, support, config, options)
     return ExitCode.OK
 
 
-def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> ExitCode:
+def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateOptions) -> ExitCode:
     """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
     from mamlctl.experiments.evaluate import evaluate_run
 
@@ -133,7 +139,10 @@ def _test(run: Path, config: EvalConfig, options: EvaluateOptions) -> ExitCode:
         "notes": result.notes,
     }
     options.write(result, document, show_eval_result)
-    return STOP_EXIT_CODES[reason]
+    code = STOP_EXIT_CODES[reason]
+    if limit is not None and code == ExitCode.OK:
+        check_evaluation(result, open_run(run).state(), limit)
+    return code
 
 
 def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:

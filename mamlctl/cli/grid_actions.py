@@ -20,6 +20,7 @@ from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
 from mamlctl.experiments.interrupts import parse_duration
+from mamlctl.report.guard import check_table
 from mamlctl.settings.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # Flags that only affect how a call runs and what it prints, without and with a value.
 CALL_FLAGS = ("--json", "--csv", "--markdown", "--latex", "--quiet", "--offline")
-CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort")
+CALL_FLAGS_WITH_VALUE = ("--time-limit", "--workers", "--sort", "--fail-under", "--fail-over")
 
 
 def planned_grid(
@@ -79,7 +80,10 @@ def grid_command() -> str:
 
 
 def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
-    """Train and test the missing cells and print the table, or print only the estimate or the commands."""
+    """Train and test the missing cells and print the table, or print only the estimate or the commands.
+
+    Raises SettingsError or MamlctlError for a limit that is invalid, or that a row does not reach.
+    """
     if options.print_commands or options.slurm:
         from mamlctl.experiments.grid.command_lines import cell_lines, slurm_script
 
@@ -88,6 +92,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         text = slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines)
         write_text(sys.stdout, text + "\n")
         return ExitCode.OK
+    limit = options.limit(grid.rows[0].config.dataset)
     if not options.dry_run:
         check_out(grid.folder)
     cells = len(grid.cells)
@@ -112,7 +117,10 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         executor = local_executor(grid, workers) if local else _ray_executor(options, display)
         result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
     options.write_table(result.table)
-    return _report_ending(result, stderr_console())
+    code = _report_ending(result, stderr_console())
+    if limit is not None and result.reason in ("", "time limit"):
+        check_table(result.table, limit)
+    return code
 
 
 def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:

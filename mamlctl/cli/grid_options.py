@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from rich.console import Console
 
-from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
+from mamlctl.cli.common_options import GuardOptions, SettingsOptions, TimeLimit, option, unused
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import ExecutorName
 from mamlctl.core.problems import Problem, flag
@@ -49,7 +49,7 @@ def table_settings(values: Mapping[str, Any]) -> EvalConfig:
 
 
 @dataclass(frozen=True)
-class GridOptions(SettingsOptions):
+class GridOptions(GuardOptions, SettingsOptions):
     """The options of `ablate` and `compare` other than training settings; None: not on the command line."""
 
     seeds: Annotated[
@@ -120,7 +120,7 @@ class GridOptions(SettingsOptions):
             return []
         if dry == ["dry_run"] and formats == ["json"]:
             formats = []
-        table_options = self.by_flag(*formats, "sort", "time_limit")
+        table_options = self.by_flag(*formats, "sort", "time_limit", "fail_under", "fail_over")
         return unused(table_options, f"with {flag(dry[0])}, which prints no table")
 
     def with_sets(self, flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ class ExitCode(IntEnum):
     """The exit codes of the process; signals use 128 + their number, as in a shell."""
 
     OK = 0  # finished, or saved and stopped by --time-limit
-    FAILED = 1  # any other failure
+    FAILED = 1  # any other failure, or a result that does not reach --fail-under or --fail-over
     USAGE = 2  # invalid options or settings
     DATA = 3  # missing or damaged data
     DIVERGED = 4  # training diverged
