@@ -21,7 +21,7 @@ from typer.exceptions import TyperException
 import mamlctl
 from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
-from mamlctl.core.process import exit_at_once_on
+from mamlctl.core.process import HANG_UP, exit_at_once_on
 from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
 from mamlctl.settings.rules import NOUNS
 
@@ -122,7 +122,7 @@ def share_the_processor() -> None:
 def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     """Run the command line and exit with its code; `on_error` gets the error after it is printed."""
     # Until the work starts, there is nothing to clean up, and exceptions during imports may be dropped.
-    exit_at_once_on(signal.SIGTERM, signal.SIGHUP)
+    exit_at_once_on(signal.SIGTERM, *HANG_UP)
     share_the_processor()
     code, error = _run()
     if error is not None:
@@ -139,7 +139,7 @@ def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
         main(on_error)
     except SystemExit as end:
         # What Python runs from here on prints exceptions and drops them.
-        exit_at_once_on(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        exit_at_once_on(signal.SIGINT, signal.SIGTERM, *HANG_UP)
         if isinstance(end.code, int):
             _leave_quickly(end.code)
         raise

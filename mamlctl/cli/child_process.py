@@ -33,7 +33,8 @@ def accept_signals() -> None:
     for number in accepted:
         signal.signal(number, signal.SIG_DFL)  # the next call leaves ignored signals alone
     exit_at_once_on(*accepted)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, accepted)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows, where no parent can block a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, accepted)
 
 
 def report_error(path: Path, error: BaseException) -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import itertools
 import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from mamlctl.core.errors import LockedError, MamlctlError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # Errors from a file system without locks, which is common on clusters.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_moving = threading.Lock()  # held while `read_at` moves the position of a file
 UNLOCKED = ".new"  # the end of a temporary file's name until the process that made it has locked it
 # The temporary files that a killed process leaves in a folder that it has locked, and in its subfolders.
 REMNANTS = (".*.*.????????", f".*.*.????????{UNLOCKED}", "*/.*.pt.*")
@@ -49,22 +55,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_remnants(path)
     handle, unlocked = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNLOCKED)
-    temporary = Path(unlocked.removesuffix(UNLOCKED))
+    temporary = Path(unlocked if fcntl is None else unlocked.removesuffix(UNLOCKED))
     try:
         with naming(path), os.fdopen(handle, "wb") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `_remove_remnants`
-            Path(unlocked).replace(temporary)
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for `_remove_remnants`
+                Path(unlocked).replace(temporary)
             yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)  # while it is locked
+            if fcntl is not None:
+                temporary.chmod(0o644)
+                temporary.replace(path)  # while it is locked
+        if fcntl is None:
+            temporary.replace(path)  # Windows cannot move a file that is open
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _remove_remnants(path: Path) -> None:
+    if fcntl is None:  # `one_writer` removes them
+        return
     for remnant in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError):  # locked by a process that is writing it, or removed by another process
             if remnant.is_file():
@@ -164,8 +176,9 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
         message = f"{what} {path} cannot be locked: {error.strerror}"
         raise MamlctlError(message, hint="choose another --out, on a file system with locks") from error
     with lock:
-        with naming(path / "lock"):
-            (path / "lock").write_text(f"process {os.getpid()}")
+        if fcntl is not None:  # on Windows, a locked file cannot be written
+            with naming(path / "lock"):
+                (path / "lock").write_text(f"process {os.getpid()}", encoding="utf-8")
         for remnant in itertools.chain.from_iterable(map(path.glob, REMNANTS)):
             remnant.unlink(missing_ok=True)
         yield
@@ -174,13 +187,15 @@ def one_writer(path: Path, what: str = "run folder") -> Iterator[None]:
 def lock_holder(path: Path) -> str:
     """The process that holds the lock, as it is written in the lock file."""
     try:
-        return path.read_text(errors="replace")[:32] or "another process"
-    except FileNotFoundError:
+        return path.read_text(encoding="utf-8", errors="replace")[:32] or "another process"
+    except (FileNotFoundError, PermissionError):  # Windows cannot read a locked file
         return "another process"
 
 
 def is_locked(path: Path) -> bool:
     """Whether a process is writing to the run folder, which may belong to another user."""
+    if fcntl is None:
+        return _is_held(path / "lock")
     try:
         # Not filelock, which can only test a lock in a folder where it may write.
         with (path / "lock").open("rb") as file:
@@ -195,10 +210,43 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file, on a system without flock."""
+    from filelock import FileLock, Timeout
+
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, thread_local=False).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def read_at(file: IO[bytes], size: int, start: int) -> bytes:
+    """Read from a place in a file without moving its position, which threads share.
+
+    Args:
+        file: a file that is open for reading.
+        size: bytes to read; fewer are returned at the end of the file.
+        start: the place of the first byte.
+    """
+    number = file.fileno()
+    if hasattr(os, "pread"):
+        return os.pread(number, size, start)
+    with _moving:  # Windows
+        position = os.lseek(number, 0, os.SEEK_CUR)
+        os.lseek(number, start, os.SEEK_SET)
+        try:
+            return os.read(number, size)
+        finally:
+            os.lseek(number, position, os.SEEK_SET)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file is missing, damaged or not an object."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

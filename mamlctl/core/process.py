@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import NoReturn
 
+# The signal of a terminal that closes; empty on Windows, which has no such signal.
+HANG_UP: tuple[int, ...] = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are dropped too
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
 
 
@@ -38,7 +43,8 @@ def raise_on_signals() -> None:
 
     A second Ctrl-C exits at once. Has no effect on signals that would not end the process at once.
     """
-    for number, handler in ((signal.SIGINT, interrupt), (signal.SIGTERM, _exit), (signal.SIGHUP, _exit)):
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: _exit, **dict.fromkeys(HANG_UP, _exit)}
+    for number, handler in handlers.items():
         if signal.getsignal(number) == _exit_at_once:
             signal.signal(number, handler)
             sys.unraisablehook = _raise_again
@@ -67,8 +73,13 @@ def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
         return
     code = error.code if isinstance(error, SystemExit) else None
-    signal.signal(signal.SIGALRM, interrupt if code is None else lambda number, frame: sys.exit(code))
-    signal.setitimer(signal.ITIMER_REAL, 0.01)  # after this function, whose exceptions are dropped too
+    on_time = interrupt if code is None else lambda number, frame: sys.exit(code)
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, on_time)
+        signal.setitimer(signal.ITIMER_REAL, RAISE_S)
+    else:  # Windows
+        signal.signal(signal.SIGINT, on_time)
+        threading.Timer(RAISE_S, _thread.interrupt_main).start()
 
 
 def _open_closed_streams() -> None:

@@ -153,7 +153,7 @@ def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width:
         [
             ("tasks/s", f"{report.tasks_per_second:.1f}"),
             ("meta-step", formatting.duration(per_step)),
-            ("memory", formatting.size(report.memory_bytes)),
+            ("memory", formatting.size(report.memory_bytes) if report.memory_bytes else "–"),
             ("elapsed", formatting.clock(state.now - state.started)),
         ],
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,11 @@ import torch
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Precision
 from mamlctl.core.problems import Problem
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -42,6 +46,11 @@ def device_problems(name: str, precision: Precision, cuda_graph: bool | None = N
         The problems, as pairs of fact and hint; empty if there are none.
     """
     kind, _, index = name.partition(":")
+    if kind == "mps":
+        # Losses and scores are added up in float64, and the derivatives.yaml of torch 2.14 says of max_pool2d
+        # that its second derivative "just raises an error" on this kind of device.
+        fact = "torch has no float64 and no second derivative of max pooling on Apple GPUs"
+        return [(f"--device {name} is not supported: {fact}", "use --device cpu, or a CUDA device")]
     if name != "auto" and (
         kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
     ):
@@ -81,7 +90,7 @@ def _keep_freed_memory() -> None:
     """Let the C library keep up to a gigabyte of freed memory for the next tensors."""
     # By default glibc returns large tensors to the kernel, which clears every page when it is used again: a
     # fifth of the time of an evaluation at mini-ImageNet's size.
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError, TypeError):  # another C library; TypeError on Windows
         allocator = ctypes.CDLL(None)
         allocator.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         # Older versions refuse more than 32 MiB.
@@ -106,7 +115,7 @@ def device_words(device: torch.device) -> str:
 def cpu_line(*names: str) -> str:
     """Return the first line of /proc/cpuinfo that begins with one of these names; "" if there is none."""
     facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     return next((line for line in lines if line.startswith(names)), "")
 
 
@@ -116,9 +125,14 @@ def cpu_model() -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory in bytes: torch's allocations on CUDA, the resident set size on a CPU."""
+    """Return the peak memory in bytes: torch's allocations on CUDA, the resident set size on a CPU.
+
+    0 if the system does not report it.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux, bytes on macOS
 

@@ -11,10 +11,14 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.literals import StopReason
-from mamlctl.core.process import interrupt
+from mamlctl.core.process import HANG_UP, interrupt
 
 REASONS: dict[int, StopReason]
-REASONS = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+REASONS = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM", **dict.fromkeys(HANG_UP, "SIGHUP")}
+# A notice where only Ctrl-C reaches a program, as on Windows.
+ONLY_CTRL_C = (
+    "on this system only Ctrl-C saves a run; ended in another way, it resumes from its last checkpoint"
+)
 
 
 def parse_duration(text: str, option: str = "--time-limit") -> float:
@@ -47,9 +51,11 @@ class StopRequests:
         return "time limit" if self._deadline is not None and time.monotonic() >= self._deadline else ""
 
     def __enter__(self) -> StopRequests:
+        if not HANG_UP:
+            self._on_event(Notice(ONLY_CTRL_C))
         for number in REASONS:
             # nohup ignores SIGHUP, so that the run continues when its terminal closes.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            if number not in HANG_UP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._request)
         return self
 

@@ -43,7 +43,7 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
         on_event(Notice(f"this file system has no locks: do not fetch {what} in another process now"))
     try:
         with suppress(OSError):  # if the disk is full, waiting processes cannot name the holder
-            path.write_text(f"process {os.getpid()}")
+            path.write_text(f"process {os.getpid()}", encoding="utf-8")
         yield
     finally:
         path.unlink(missing_ok=True)  # waiting processes notice this and lock a new file

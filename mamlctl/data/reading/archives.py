@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO
 
 from mamlctl.core.errors import DataError
+from mamlctl.core.files import read_at
 
 CHECK_FROM = "give --from a folder or archives that can be read"
 DOWNLOAD_AGAIN = "download the archive again"
@@ -146,7 +147,7 @@ def open_regular(path: Path, hint: str = CHECK_FROM) -> BinaryIO:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     """Open a file; without O_NONBLOCK, opening a named pipe waits until another process opens it too."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes
 
 
 def read_regular(path: Path, hint: str = CHECK_FROM) -> bytes:
@@ -269,12 +270,11 @@ def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:
             raise _not_a_file(path, name)
         places[name] = member.offset_data, member.size
     _refuse_bomb(path, {name: size for name, (_, size) in places.items()}, member_bytes)
-    number = file.fileno()
 
     def read(name: str) -> bytes:
         begin, size = places[name]
         with _damage_as_data_error(path, f"cannot be read at {name}"):
-            data = os.pread(number, size, begin)  # leaves the file position, which threads share, unchanged
+            data = read_at(file, size, begin)
         if len(data) < size:
             raise DataError(f"{path} is cut off at {name}", hint=DOWNLOAD_AGAIN)
         return data

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import OnEvent
-from mamlctl.core.files import expanded, read_object, replacing
+from mamlctl.core.files import expanded, read_at, read_object, replacing
 from mamlctl.data.fetching.locks import locked
 
 FORMAT = 1
@@ -171,7 +171,7 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
     """The last `size` bytes of a file, which are the pixels, in blocks."""
     end = os.fstat(file.fileno()).st_size
     for start in range(end - size, end, BLOCK):
-        yield os.pread(file.fileno(), min(BLOCK, end - start), start)
+        yield read_at(file, min(BLOCK, end - start), start)
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> int:
@@ -308,7 +308,7 @@ def _sample_is_sound(path: Path, size: int, sums: Sequence[int]) -> bool:
     with path.open("rb") as file:
         begin = os.fstat(file.fileno()).st_size - size
         return all(
-            zlib.crc32(os.pread(file.fileno(), min(BLOCK, size - number * BLOCK), begin + number * BLOCK))
+            zlib.crc32(read_at(file, min(BLOCK, size - number * BLOCK), begin + number * BLOCK))
             == sums[number]
             for number in numbers
         )

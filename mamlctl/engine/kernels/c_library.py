@@ -89,6 +89,8 @@ def _digest(data: bytes) -> str:
 
 def _is_private(path: Path) -> bool:
     """Whether only this user and root can change a path, or replace a folder that contains it."""
+    if not hasattr(os, "geteuid"):  # Windows, where the cache folder is in the user's own profile
+        return True
     path, unknown = path.resolve(), _unknown_owner()
     for place in (path, *path.parents):
         status = place.stat()
@@ -106,8 +108,8 @@ def _is_private(path: Path) -> bool:
 def _unknown_owner() -> int | None:
     """The number that a Linux user namespace shows for users outside of it; None outside of namespaces."""
     with suppress(OSError, ValueError):  # not Linux
-        if Path("/proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]:
-            return int(Path("/proc/sys/kernel/overflowuid").read_text())
+        if Path("/proc/self/uid_map").read_text(encoding="utf-8").split() != ["0", "0", str(2**32 - 1)]:
+            return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="utf-8"))
     return None
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from mamlctl.core.errors import ExitCode
+from mamlctl.core.process import HANG_UP
 from mamlctl.run_folder import CONFIG, run_state
 
 Arguments = tuple[str, ...]  # of the command line after `mamlctl`
+KILLED = -9  # the exit code of a process that SIGKILL ended; Windows does not define the signal
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Ended:
     @property
     def reason(self) -> str:
         """Why it failed, for people."""
-        if self.code == -signal.SIGKILL:
+        if self.code == KILLED:
             return "killed by SIGKILL: out of memory?"
         if self.code < 0:
             return f"killed by signal {-self.code}"
@@ -98,9 +102,11 @@ class ChildProcess:
             environment: all environment variables of the process.
             output: a file, or the number of one, for everything it prints.
         """
-        self._error = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        handle, name = tempfile.mkstemp()
+        os.close(handle)  # Windows lets no other process write a file that is open here
+        self._error = Path(name)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mamlctl.cli.child_process", self._error.name, *arguments],
+            [sys.executable, "-m", "mamlctl.cli.child_process", name, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -108,9 +114,18 @@ class ChildProcess:
             start_new_session=True,  # only the parent gets Ctrl-C, and passes it on
         )
 
+    def stop(self, number: int) -> None:
+        """Pass on a signal, with which the command saves and ends."""
+        if HANG_UP:
+            self.process.send_signal(number)
+        elif number != signal.SIGINT:  # on Windows, Ctrl-C has reached the command already
+            self.process.terminate()
+
     def wait(self) -> tuple[int, str]:
         """Wait for the command; return its exit code, as in `Ended`, and its error. Call this only once."""
         code = self.process.wait()
-        with self._error as file:
-            file.seek(0)
-            return code, file.read().decode(errors="replace")
+        error = ""
+        with suppress(FileNotFoundError):  # removed from the folder of temporary files
+            error = self._error.read_text(encoding="utf-8", errors="replace")
+            self._error.unlink()
+        return code, error

@@ -56,7 +56,7 @@ class LocalExecutor:
     def stop(self, number: int) -> None:
         """Pass the signal on and wait for the jobs, which save after their current meta-step."""
         for running in self._running:
-            running.child.process.send_signal(number)
+            running.child.stop(number)
         for running in self._running:
             running.child.wait()
             running.log.close()

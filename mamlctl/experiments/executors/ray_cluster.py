@@ -19,7 +19,7 @@ from mamlctl.core.errors import ExitCode, MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import one_writer
 from mamlctl.core.formatting import plural
-from mamlctl.experiments.executors.jobs import Ended, Job
+from mamlctl.experiments.executors.jobs import KILLED, Ended, Job
 from mamlctl.experiments.executors.ray_worker import SliceResult, WorkerSlot, pack, unpack
 from mamlctl.run_folder import run_state
 
@@ -111,7 +111,7 @@ class RayExecutor:
     def close(self) -> None:
         """Release every slot at once."""
         for running in [*self._running]:
-            self._end(running, -signal.SIGKILL)
+            self._end(running, KILLED)
 
     @property
     def _stop_code(self) -> int:

@@ -48,7 +48,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises MamlctlError if the file is damaged.
     """
     try:
-        summary = upgrade(SUMMARY, json.loads(path.read_text()))
+        summary = upgrade(SUMMARY, json.loads(path.read_text(encoding="utf-8")))
         problem = _problem(summary)
     except DAMAGE as error:
         problem = str(error) or type(error).__name__
