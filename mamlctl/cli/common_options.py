@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from mamlctl.core import formatting
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.events import Waiting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
 from mamlctl.data.rules import metric_of
-from mamlctl.display.console import say, stderr_console, write_json
-from mamlctl.display.displays import Display, is_live, open_display
+from mamlctl.display.console import stderr_console, write_json
+from mamlctl.display.displays import Display, open_display
 from mamlctl.report.guard import Limit
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
@@ -44,6 +45,14 @@ def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
 TimeLimit = Annotated[str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")]
 
 
+def begin_work() -> None:
+    """Let signals end a command with cleanup, and collect garbage; to be called after its imports."""
+    raise_on_signals()
+    if not gc.isenabled():
+        gc.freeze()  # later collections need not look at what was imported
+        gc.enable()
+
+
 @dataclass(frozen=True)
 class OutputOptions:
     """The options of every command."""
@@ -58,19 +67,16 @@ class OutputOptions:
         """The values of the named options, by flag."""
         return {flag(name): getattr(self, name) for name in names}
 
-    def announce(self, work: str) -> None:
-        """Show on a terminal what the command does, before it imports torch, which takes seconds."""
-        console = stderr_console()
-        if is_live(console) and not (self.quiet or self.json):
-            say(console, (formatting.one_line(work), "dim"))
+    @contextmanager
+    def display(self, work: str = "") -> Iterator[Display]:
+        """The display of events in a block that calls `begin_work` after its imports.
 
-    def display(self) -> Display:
-        """The display that shows events while the command works, after its imports."""
-        raise_on_signals()
-        if not gc.isenabled():
-            gc.freeze()  # later collections need not look at what was imported
-            gc.enable()
-        return open_display(stderr_console(), quiet=self.quiet)
+        It shows at once what the command does, `work`, since the import of torch takes seconds.
+        """
+        with open_display(stderr_console(), quiet=self.quiet) as display:
+            if work and not self.json:
+                display(Waiting("loading torch", work))
+            yield display
 
     def write(
         self, result: Result, document: Mapping[str, Any], show: Callable[[Console, Result], None]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import option, unused
+from mamlctl.cli.common_options import begin_work, option, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
@@ -82,11 +82,11 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
             raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     first = load_grid(runs[0]).rows[0] if (runs[0] / PLAN_FILE).is_file() else open_run(runs[0])
     limit = options.limit(first.config.dataset)
-    options.announce(f"comparing {len(runs)} {plural(len(runs), 'run')}")
-    from mamlctl.experiments.grid.compare import compare
-    from mamlctl.report.report_folder import write_files
+    with options.display(f"comparing {len(runs)} {plural(len(runs), 'run')}") as display:
+        from mamlctl.experiments.grid.compare import compare  # imports torch
+        from mamlctl.report.report_folder import write_files
 
-    with options.display() as display:
+        begin_work()
         if out is not None:
             evaluate = with_figure(evaluate)
         table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)

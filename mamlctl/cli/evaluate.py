@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import GuardOptions, option, unused
+from mamlctl.cli.common_options import GuardOptions, begin_work, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
@@ -109,7 +109,6 @@ def evaluate(
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
     limit = options.limit(config.dataset or trained.config.dataset)
     support = options.support
-    options.announce(f"adapting {run} to {support}" if support else f"testing {run} on {config.tasks} tasks")
     if support is None:
         return _test(run, config, limit, options)
     _classify(run, support, config, options)
@@ -118,11 +117,12 @@ def evaluate(
 
 def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateOptions) -> ExitCode:
     """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
-    from mamlctl.experiments.evaluate import evaluate_run
-
     reason: StopReason = ""
     config = replace(config, per_step=config.per_step or options.plot)
-    with options.display() as display:
+    with options.display(f"testing {run} on {config.tasks} tasks") as display:
+        from mamlctl.experiments.evaluate import evaluate_run  # imports torch
+
+        begin_work()
         result = evaluate_run(run, config, offline=options.offline, on_event=display)
         if options.plot:
             from mamlctl.experiments.plot import draw
@@ -147,10 +147,11 @@ def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateO
 
 def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:
     """Classify the user's own images."""
-    from mamlctl.experiments.classify import ClassifyRequest, classify_images
+    with options.display(f"adapting {run} to {support}") as display:
+        from mamlctl.experiments.classify import ClassifyRequest, classify_images  # imports torch
 
-    queries = [*(options.query or []), *(options.files or [])]
-    request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
-    with options.display() as display:
+        begin_work()
+        queries = [*(options.query or []), *(options.files or [])]
+        request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
         result = classify_images(run, config, request, on_event=display)
     options.write(result, predictions.document(result), predictions.show_classify_result)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import OutputOptions, option, unused
+from mamlctl.cli.common_options import OutputOptions, begin_work, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
@@ -47,6 +47,7 @@ def fetch(
     """Download data sets or read local archives, verify and pack them; interrupted downloads resume."""
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
+    begin_work()
     if list_ or verify:
         fetching = {"--from": source, "--mirror": mirror, "--force": force, "--offline": options.offline}
         fetching["--verify"] = list_ and verify

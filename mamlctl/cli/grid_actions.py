@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mamlctl.cli.common_options import begin_work
 from mamlctl.cli.grid_options import GridOptions, table_settings
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
@@ -95,16 +96,16 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
     limit = options.limit(grid.rows[0].config.dataset)
     if not options.dry_run:
         check_out(grid.folder)
-    cells = len(grid.cells)
-    options.announce(f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {grid.folder}")
+    cells, local, offline = len(grid.cells), options.executor == "local", options.offline
     limit_s = None if options.time_limit is None else parse_duration(options.time_limit)
-    from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
-    from mamlctl.experiments.grid.estimate import estimate
-    from mamlctl.experiments.grid.grid import check_devices
-    from mamlctl.experiments.grid.scheduler import pending_cells
+    work = f"{len(grid.rows)} rows, {cells} {formatting.plural(cells, 'cell')}, in {grid.folder}"
+    with options.display(work) as display:
+        from mamlctl.experiments.grid.ablate import ablate, check_data, local_executor, workers_here
+        from mamlctl.experiments.grid.estimate import estimate
+        from mamlctl.experiments.grid.grid import check_devices
+        from mamlctl.experiments.grid.scheduler import pending_cells
 
-    local, offline = options.executor == "local", options.offline
-    with options.display() as display:
+        begin_work()
         workers = workers_here(grid, options.workers)
         if options.dry_run or (local and pending_cells(grid)):
             if local:
@@ -112,10 +113,12 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
             check_data(grid, offline=offline, on_event=display)
         if options.dry_run:
             time = estimate(grid, workers, offline=offline, on_event=display)
-            options.write(time, estimate_document(time), show_estimate)
-            return ExitCode.OK
-        executor = local_executor(grid, workers) if local else _ray_executor(options, display)
-        result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
+        else:
+            executor = local_executor(grid, workers) if local else _ray_executor(options, display)
+            result = ablate(grid, executor, time_limit_s=limit_s, on_event=display, offline=offline)
+    if options.dry_run:
+        options.write(time, estimate_document(time), show_estimate)
+        return ExitCode.OK
     options.write_table(result.table)
     code = _report_ending(result, stderr_console())
     if limit is not None and result.reason in ("", "time limit"):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from mamlctl.cli.common_options import SettingsOptions, TimeLimit, option, unused
+from mamlctl.cli.common_options import SettingsOptions, TimeLimit, begin_work, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
@@ -54,15 +54,15 @@ def train(
         changes = _overrides(resume, settings | options.set_values(), out, unread)
         work = f"resuming {resume}"
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
-    options.announce(work)
-    from mamlctl.experiments import train as training  # imports torch
-
-    if resume is None:
-        run = partial(training.train, config, out=out)
-    else:
-        run = partial(training.resume, resume, changes)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
-    with options.display() as display:
+    with options.display(work) as display:
+        from mamlctl.experiments import train as training  # imports torch
+
+        begin_work()
+        if resume is None:
+            run = partial(training.train, config, out=out)
+        else:
+            run = partial(training.resume, resume, changes)
         result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=display)
     options.write(result, {"format": 1, "result": named(result)}, show_train_result)
     return STOP_EXIT_CODES[result.reason]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mamlctl.core.literals import BatchNormMode, CellProgress, Metric
 
@@ -13,6 +14,19 @@ class Notice:
     """One line for the user, e.g. that a data set is being downloaded."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The command now waits for something before its work starts, e.g. for torch to be loaded."""
+
+    what: str  # e.g. "loading torch"
+    work: str = ""  # in the first event of a command: what it does
+
+    @classmethod
+    def for_data(cls, dataset: str) -> Waiting:
+        """The event before a data set is opened; an image folder is shown by its name."""
+        return cls(f"loading {Path(dataset).name}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class RunStarted:
     queries: int
     meta_batch_size: int
     inner_steps: int
+    inner_lr: float  # the inner learning rate, from which learnt rates start
     epochs: int
     steps_per_epoch: int
     first_step: int  # meta-steps done before this start; 0 unless resumed
@@ -120,6 +135,9 @@ class CellState:
     step: int  # meta-steps done
     total_steps: int
     score: float | None = None  # test score; while training, the last validation score
+    # Of the latest report; index = inner steps taken; empty unless the cell is running and has reported.
+    query_losses: tuple[float, ...] = ()
+    loss_history: tuple[float, ...] = ()  # the loss after the last inner step in the latest reports
 
 
 @dataclass(frozen=True)
@@ -133,5 +151,5 @@ class GridChanged:
     seconds_left: float | None  # None: not known yet
 
 
-Event = Notice | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged
+Event = Notice | Waiting | Progress | RunStarted | MetaStepDone | TrainReport | ValidationDone | GridChanged
 OnEvent = Callable[[Event], None]

@@ -77,11 +77,14 @@ class LiveDisplay(Display):
             say(self._console, formatting.one_line(event.text))
             return
         self.state = advance(self.state, event, self._clock())
-        # Wait for the first event, so that a command that fails at once shows only its error.
+        # Wait for the first event, so that a command without one leaves no trace.
         if not self._live.is_started:
             self._live.start(refresh=True)
 
     def __exit__(self, *exception: object) -> None:
+        self.state = replace(self.state, waits=())
+        # What a command has waited for is of no interest after its end, for example above an error.
+        self._live.transient = self.state.run is None and self.state.grid is None and not self.state.work
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -92,6 +95,8 @@ class LiveDisplay(Display):
         self._size = options.size
         # One line less than the screen, because the cursor moves below the last frame at the end.
         yield render(replace(self.state, now=self._clock()), options.size.width, options.size.height - 1)
+        if self.state.waits and self.state.run is None:
+            yield ""  # the cursor waits below, where a shell prints its prompt if Ctrl-C ends the imports
 
 
 @dataclass
@@ -134,7 +139,7 @@ class PlainDisplay(Display):
             case events.GridChanged():
                 lines, self._grid = changed_cells(self._grid, event), event
                 return "\n".join(lines)
-            case events.MetaStepDone():
+            case events.Waiting() | events.MetaStepDone():
                 return ""
 
     def _progress_line(self, event: events.Progress) -> str:

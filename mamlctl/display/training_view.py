@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,22 +17,27 @@ from mamlctl.core.events import RunStarted, TrainReport
 from mamlctl.display import widgets
 from mamlctl.display.grid_view import grid_frame
 from mamlctl.display.live_state import HISTORY, LiveState, Work
-from mamlctl.display.widgets import DIM
+from mamlctl.display.loss_chart import loss_chart
+from mamlctl.display.widgets import COLD, DIM
 
 MAX_WIDTH = 140  # terminal columns: on longer lines, a label and its number are too far apart
 SMALL = 14  # lines: lower frames have only the bars and the chart without its title
 LABEL = 16  # terminal columns for the name of a bar: 'epoch 1000/1000' and a space
 RATES_LABEL = 20  # terminal columns for the name of a tensor
+RATE_WIDTH = 9  # least terminal columns of a rate: '▄ 0.1000' and a space
+# Lines that a tall terminal has left below the per-step losses, and those of the chart of their history.
+TALL = 16
+CHART = (8, 16)
+GAPS = 5  # between the six sections
 ORDERS = {True: "first order", False: "second order", None: ""}
 NOT_FINITE = ("nan", "inf", "-inf")  # as an f-string writes them
 ACCENT = "cyan"
 BAD = "bold red"
 GOOD = "green"
 
-# Red, green and blue at the ends of colour scales, readable on black and on white.
-COLD = (90, 130, 190)
-WARM = (0, 175, 135)
-HEAT = (215, 120, 30)  # instead of WARM, for learnt rates
+# For learnt rates: the colours of rates that are unchanged, and at least doubled.
+UNCHANGED = (150, 150, 150)
+HEAT = (215, 120, 30)
 
 
 def render(state: LiveState, width: int, height: int) -> RenderableType:
@@ -57,22 +63,49 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     if run is None:
         # The name of a file needs more room than the names of the bars during training.
         label = max([LABEL, *(len(work.progress.what) for work in state.work)])
-        return [_work_bar(work, state.now, width, min(label, width // 3)) for work in state.work][-height:]
+        bars = [_work_bar(work, state.now, width, min(label, width // 3)) for work in state.work]
+        doing = [Text(" " + formatting.elide_middle(formatting.one_line(state.doing), width - 2))]
+        return [*(doing if state.doing else []), *_wait_lines(state, width), *bars][-height:]
     head, bars = _header(run, width), _bars(state, run, width)
     if not state.reports:
-        return [*head, *bars, Text(" waiting for the first meta-step", DIM)]
+        trains = state.step > run.first_step
+        return [*head, *bars, *_wait_lines(state, width), *([Text(" no report yet", DIM)] if trains else [])]
     report = state.reports[-1]
     if height < SMALL:
         steps = formatting.evenly_spaced(len(report.query_losses), height - 4)
-        return [*head[:1], *bars[:2], *_chart(state.reports, run, width, steps)[1:]]
+        return [*head[:1], *bars[:2], *_chart(state.reports, run, ChartWidths.of(width, run), steps)]
     numbers, validation = _number_lines(state, run, report, width), _validation_lines(state, run, width)
     losses = len(report.query_losses)
     room = height - len(head) - len(bars) - len(numbers) - len(validation) - 2
-    chart = _chart(state.reports, run, width, formatting.evenly_spaced(losses, min(losses, room)))
-    rates = _rate_lines(report, width, room - losses)
-    sections = [head, bars + numbers, chart, validation, rates]
-    spare = room - losses - len(rates)
-    return _spaced([section for section in sections if section], spare)
+    is_tall = room - min(losses, room // 2) >= TALL
+    steps = formatting.evenly_spaced(losses, min(losses, room // 2 if is_tall else room))
+    chart = _chart(state.reports, run, ChartWidths.of(width, run, with_history=not is_tall), steps)
+    room -= len(steps)
+    history = []
+    if is_tall:
+        chance = math.log(run.guesses_in(report.epoch)) if run.guesses else None
+        lines = min(max(room // 2 if report.rates else room - GAPS, CHART[0]), CHART[1])
+        history = loss_chart(state.losses, chance, run.epochs * run.steps_per_epoch, width, lines)
+        room -= len(history)
+    rates = _rate_lines(report, run.inner_lr, width, room - (GAPS if is_tall else 0))
+    title = _chart_title(run, report, width)
+    sections = [head, bars + numbers, [title, *chart], history, validation, rates]
+    return _spaced([section for section in sections if section], room - len(rates))
+
+
+def _wait_lines(state: LiveState, width: int) -> list[Text]:
+    """What the command has waited for and how long, and what it waits for now; no line without waits."""
+    if not state.waits:
+        return []
+    over = [
+        f"{wait.what} {following.since - wait.since:.1f} s · "
+        for wait, following in itertools.pairwise(state.waits)
+    ]
+    # Whole seconds, since a number that changes with every frame would distract.
+    now = f"{state.waits[-1].what} {int(state.now - state.waits[-1].since)} s"
+    while over and len("".join(over)) + len(now) + 2 > width:
+        del over[0]
+    return [Text.assemble(" ", ("".join(over), DIM), (now, ACCENT))]
 
 
 def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
@@ -174,33 +207,43 @@ def _number_line(row: list[tuple[str, str]], width: int) -> Text:
 
 @dataclass(frozen=True)
 class ChartWidths:
-    """Terminal columns for the three parts of the chart."""
+    """Terminal columns for the three parts of the chart of per-step losses."""
 
     loss: int
-    accuracy: int  # 0 for regression
-    recent: int
+    accuracy: int  # 0 for curves
+    recent: int  # 0 if the history has a chart of its own
 
     @classmethod
-    def of(cls, width: int, run: RunStarted) -> ChartWidths:
-        """Divide what 40 columns of numbers and gaps leave: 3/10 for the history, the rest 3 to 2."""
+    def of(cls, width: int, run: RunStarted, *, with_history: bool = True) -> ChartWidths:
+        """Divide what numbers and gaps leave: 3/10 for the history, the rest 3 to 2.
+
+        Args:
+            width: of the chart, in columns.
+            run: the run, which has no accuracy if it learns curves.
+            with_history: whether each row ends with the history of its loss.
+        """
         room = max(width - 40, 0)
-        recent = min(HISTORY, room * 3 // 10)
+        recent = min(HISTORY, room * 3 // 10) if with_history else 0
         accuracy = (room - recent) * 2 // 5 if run.guesses else 0
         return cls(room - recent - accuracy, accuracy, recent)
 
 
-def _chart(reports: Sequence[TrainReport], run: RunStarted, width: int, steps: Sequence[int]) -> list[Text]:
-    widths = ChartWidths.of(width, run)
-    chance, accuracy = "mean squared error", ""
-    if guesses := run.guesses_in(reports[-1].epoch):
+def _chart_title(run: RunStarted, report: TrainReport, width: int) -> Text:
+    chance = "mean squared error"
+    if guesses := run.guesses_in(report.epoch):
         chance = f"┊ chance: {formatting.loss(math.log(guesses))}, {formatting.percent(1 / guesses)}"
-        accuracy = f"{'accuracy':<{widths.accuracy + 8}}  "
+    return widgets.rule("Per-step losses", chance, width)
+
+
+def _chart(
+    reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, steps: Sequence[int]
+) -> list[Text]:
+    accuracy = f"{'accuracy':<{widths.accuracy + 8}}  " if run.guesses else ""
     heads = (
         f" {'step':>4}  {'weight':<6}  {'query loss':<{widths.loss + 10}}  "
         f"{accuracy}{'loss history'[: widths.recent]}"
     )
-    rows = [_chart_row(reports, run, widths, step) for step in steps]
-    return [widgets.rule("Per-step losses", chance, width), Text(heads, DIM), *rows]
+    return [Text(heads, DIM), *(_chart_row(reports, run, widths, step) for step in steps)]
 
 
 def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, step: int) -> Text:
@@ -212,7 +255,7 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWid
     chance = math.log(guesses) if guesses else 0.0
     shown = report.query_losses if guesses else [loss for past in reports for loss in past.query_losses]
     scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
-    colour = widgets.between(COLD, WARM, step / max(len(report.query_losses) - 1, 1))
+    colour = widgets.step_colour(step, len(report.query_losses))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
     line.append(f"{formatting.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
     line.append_text(widgets.bar(loss / scale, widths.loss, chance / scale if chance else None, colour))
@@ -250,7 +293,7 @@ def _validation_lines(state: LiveState, run: RunStarted, width: int) -> list[Tex
     return [rule, line]
 
 
-def _rate_lines(report: TrainReport, width: int, room: int) -> list[Text]:
+def _rate_lines(report: TrainReport, start: float, width: int, room: int) -> list[Text]:
     """Learnt inner learning rates, tensors by steps; nothing if fewer than three tensors would fit."""
     names = list(report.rates)
     if len(names) >= room:
@@ -259,22 +302,29 @@ def _rate_lines(report: TrainReport, width: int, room: int) -> list[Text]:
     rows = formatting.evenly_spaced(len(names), min(len(names), room - 1))
     if not names or len(rows) < min(3, len(names)):
         return []
-    inner_steps = len(report.rates[names[0]])
-    columns = formatting.evenly_spaced(inner_steps, max((width - RATES_LABEL - 2) // 10, 1))
-    rate_width = min((width - RATES_LABEL - 2) // len(columns), 14)
-    finite = [rate for rates in report.rates.values() for rate in rates if math.isfinite(rate)]
-    low, span = min(finite, default=0.0), (max(finite, default=0.0) - min(finite, default=0.0)) or 1.0
+    note = f" start {start:g}"
+    space = width - RATES_LABEL - 2 - len(note)
+    columns = formatting.evenly_spaced(len(report.rates[names[0]]), max(space // RATE_WIDTH, 1))
+    rate_width = min(space // len(columns), 14)
     heads = "".join(f" step {column + 1}".rjust(rate_width, "─") for column in columns)
     title = "Learnt inner rates"
-    lines = [Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads, DIM))]
+    lines = [
+        Text.assemble(" ", (title, "bold"), " ".ljust(RATES_LABEL - len(title), "─"), (heads + note, DIM))
+    ]
     for row in rows:
         line = Text(" ")
         line.append_text(Text(formatting.elide_middle(names[row], RATES_LABEL - 1).ljust(RATES_LABEL)))
         for column in columns:
-            rate = report.rates[names[row]][column]
-            share = (rate - low) / span if math.isfinite(rate) else 0.0
-            line.append(
-                f"{widgets.block(share)} {rate:.4f}".rjust(rate_width), widgets.between(COLD, HEAT, share)
-            )
+            line.append_text(_rate(report.rates[names[row]][column], start, rate_width))
         lines.append(line)
     return lines
+
+
+def _rate(rate: float, start: float, width: int) -> Text:
+    """A learnt rate with a block and a colour that show how far it is from the rate at the start."""
+    if not math.isfinite(rate):
+        return Text(f"· {rate:.4f}".rjust(width), BAD)
+    change = min(max((rate - start) / start, -1.0), 1.0) if start > 0 else 0.0
+    colour = widgets.between(UNCHANGED, COLD if change < 0 else HEAT, abs(change))
+    # The block in the middle stands for changes of less than a seventh, the full one for a doubled rate.
+    return Text(f"{widgets.block((1 + change) * 7 / 16)} {rate:.4f}".rjust(width), colour)

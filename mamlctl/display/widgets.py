@@ -12,6 +12,10 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 DIM = "dim"
 Colour = tuple[int, int, int]
 
+# Red, green and blue at the ends of colour scales, readable on black and on white.
+COLD = (90, 130, 190)
+WARM = (0, 175, 135)
+
 
 def both_ends(left: Text, right: Text, width: int) -> Text:
     """One text at the start of a line, the other at its end.
@@ -80,3 +84,8 @@ def between(cold: Colour, warm: Colour, share: float) -> str:
     """
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(cold, warm, strict=True))
     return f"rgb({red},{green},{blue})"
+
+
+def step_colour(step: int, count: int) -> str:
+    """The colour of an inner step among `count` numbers of steps, the first of which is 0."""
+    return between(COLD, WARM, step / max(count - 1, 1))

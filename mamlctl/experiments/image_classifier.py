@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import DivergedError, SettingsError
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.folder_layout import contain_only_folders
@@ -28,6 +28,7 @@ from mamlctl.engine.evaluation.adapted_model import (
     resize_head,
 )
 from mamlctl.engine.inner_loop import InnerRule
+from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
@@ -117,8 +118,10 @@ def adapt_classifier(
     head = head_words(config, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
+    with compilation(lambda: on_event(Waiting("compiling kernels"))):
+        derivatives = select_derivatives(net, state.example_tensor, config.engine)
     adapted = adapt_to_support_set(
-        select_derivatives(net, state.example_tensor, config.engine),
+        derivatives,
         state,
         _episode(config, support, device),
         inner_steps=config.evaluation_inner_steps,

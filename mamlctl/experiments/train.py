@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mamlctl.core.errors import DataError, DivergedError, MamlctlError, SettingsError
-from mamlctl.core.events import Notice, OnEvent, RunStarted
+from mamlctl.core.events import Notice, OnEvent, RunStarted, Waiting
 from mamlctl.core.files import append_text, check_out, write_json
 from mamlctl.core.formatting import plural
 from mamlctl.core.metrics_rows import rows_of
@@ -23,6 +23,7 @@ from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
@@ -181,6 +182,7 @@ def _prepare(
         raise SettingsError(problems)
     device = open_device(completed.device, completed.precision)
     dtype = tensor_dtype(completed.precision)
+    on_event(Waiting.for_data(completed.dataset))
     streams, source = open_streams(
         completed,
         ("train", "val"),
@@ -197,9 +199,10 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
     config, source, stop, on_event = prepared.config, prepared.source, prepared.stop, prepared.on_event
     net, state = prepared.net, prepared.state
     with stop:
-        trainer = Trainer(
-            config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
-        )
+        with compilation(lambda: on_event(Waiting("compiling kernels"))):
+            trainer = Trainer(
+                config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
+            )
         if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
             on_event(Notice(slower))
         if resume and not any((run.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
@@ -280,6 +283,7 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         queries=config.queries,
         meta_batch_size=config.meta_batch_size,
         inner_steps=config.inner_steps,
+        inner_lr=config.inner_lr,
         epochs=config.epochs,
         steps_per_epoch=config.steps_per_epoch,
         first_step=trainer.position.step,

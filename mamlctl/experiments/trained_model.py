@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.sets.registry import (
@@ -27,6 +27,7 @@ from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.adapted_model import resize_head
 from mamlctl.engine.evaluation.prediction import Predict
 from mamlctl.engine.inner_loop import MetaState
+from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
@@ -91,6 +92,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         check_folder(run, f"mamlctl eval {path}")
     config, device, keeps = evaluation_setup(run, settings, on_event)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
+    on_event(Waiting.for_data(config.dataset))
     streams, source = open_streams(
         config,
         (settings.split,),
@@ -125,13 +127,15 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         words = head_words(run.config, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
     net, _ = build(config, source.example_shape, torch.device("meta"))
+    with compilation(lambda: on_event(Waiting("compiling kernels"))):
+        derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     return TrainedModel(
         run=run,
         config=config,
         source=source,
         stream=stream,
         device=device,
-        derivatives=select_derivatives(net, states[0].example_tensor, config.engine),
+        derivatives=derivatives,
         predict=ALGORITHMS[config.algo].predict(config),
         states=states,
         epochs=epochs,

@@ -14,7 +14,7 @@ from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
 from rich.console import Console
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.events import MetaStepDone, Notice, Progress
+from mamlctl.core.events import MetaStepDone, Notice, Progress, Waiting
 from mamlctl.core.results import EvalResult, EvalRow, TrainResult
 from mamlctl.display.console import say_table, show_error, stderr_console, write_json
 from mamlctl.display.displays import LiveDisplay, PlainDisplay, SilentDisplay, open_display
@@ -41,6 +41,10 @@ def pipe() -> Console:
 def written(console: Console) -> str:
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 class Tty(StringIO):
@@ -88,7 +92,7 @@ def test_the_live_view_draws_on_a_terminal_and_keeps_its_last_frame():
         assert isinstance(display, LiveDisplay)
         for event in (Notice("made [now]"), RUN, MetaStepDone(30, 0), a_report(), VALIDATION):
             display(event)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written(console))
+    text = plain(written(console))
     assert "made [now]" in text
     assert "0.5000" in text
     assert "93.12 ± 0.61 %" in text
@@ -100,6 +104,32 @@ def test_a_live_view_without_events_writes_nothing():
     with open_display(console, quiet=False):
         pass
     assert written(console) == ""
+
+
+def test_what_a_command_waits_for_is_shown_in_place_and_leaves_no_trace():
+    console = terminal()
+    with LiveDisplay(console) as display:
+        display(Waiting("loading torch", "training maml++ on glyphs"))
+        first = written(console)
+        assert plain(first) == " training maml++ on glyphs\n loading torch 0 s\n"
+    last = written(console).removeprefix(first)
+    assert plain(last).split() == ["training", "maml++", "on", "glyphs"], "the waits are over"
+    assert last.endswith("\n\x1b[?25h\r\x1b[1A\x1b[2K"), "and this line is erased"
+    for _ in range(2):
+        console = pipe()
+        with open_display(console, quiet=False) as plain_display:
+            plain_display(Waiting("loading torch", "training maml++ on glyphs"))
+        assert written(console) == ""
+
+
+def test_an_error_after_the_start_of_a_run_keeps_the_last_frame_without_waits():
+    console = terminal()
+    with LiveDisplay(console) as display:
+        display(Waiting("loading torch", "training maml++ on glyphs"))
+        display(RUN)
+    last = plain(written(console).rpartition("\x1b[2K")[2])
+    assert "epoch 1/10" in last
+    assert "loading torch" not in last and "first meta-step" not in last
 
 
 def test_a_resize_clears_the_screen():

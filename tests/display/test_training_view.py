@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import replace
@@ -11,8 +12,9 @@ from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
 from rich.cells import cell_len
 
 from mamlctl.core import formatting
-from mamlctl.core.events import MetaStepDone, Progress
+from mamlctl.core.events import MetaStepDone, Progress, Waiting
 from mamlctl.display.live_state import LiveState, advance
+from mamlctl.display.training_view import render
 
 SIZES = [(80, 24), (100, 30), (120, 40), (200, 60), (60, 15), (40, 8), (10, 2)]
 
@@ -98,6 +100,65 @@ def test_the_level_of_chance_is_that_of_the_larger_problem_while_only_the_body_i
     run = replace(RUN, body_epochs=2)  # 8 tasks of 20 classes are one problem of 160
     for epoch, shown in ((1, "chance: 5.0752, 0.6 %"), (2, "chance: 2.9957, 5.0 %")):
         assert shown in "\n".join(frame(state_after(run, a_report(epoch=epoch)), 80, 40))
+
+
+def test_a_tall_terminal_has_a_chart_of_the_loss_history_and_a_small_one_sparklines():
+    state = state_after(RUN, *(a_report(step) for step in range(1, 60)), VALIDATION)
+    for width, height, tall in ((80, 23, False), (120, 39, True), (80, 39, True), (120, 29, False)):
+        text = "\n".join(frame(state, width, height))
+        assert ("Loss history ──" in text) == tall
+        assert ("log scale · ┈ chance: 2.9957" in text) == tall
+        assert (re.search("accuracy +loss history", text) is None) == tall
+    assert "chance" not in "\n".join(frame(state_after(replace(RUN, guesses=0), a_report()), 120, 39))
+
+
+def test_the_loss_chart_covers_the_whole_run_however_long():
+    state = LiveState(0.0)
+    for step in range(1, 5000):
+        state = advance(state, a_report(step), float(step))
+    steps = [point.step for point in state.losses]
+    assert (steps[0], steps[-1]) == (1, 4999)
+    assert 150 <= len(steps) <= 400
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert max(gaps) <= 2 * max(gaps[:50])
+
+
+def test_rates_are_coloured_by_their_change_since_the_start():
+    def cells(*rates: float) -> list[tuple[str, str]]:
+        report = a_report(inner_steps=len(rates), rates={"conv1.weight": rates})
+        lines = render(state_after(RUN, report), 140, 23).renderables
+        (line,) = [line for line in lines if "conv1.weight" in line.plain]
+        return [
+            (line.plain[span.start : span.end].split()[0], span.style) for span in line.spans[-len(rates) :]
+        ]
+
+    (below, below_colour), (above, above_colour) = cells(0.099, 0.101)
+    assert below == above == "▄"
+    channels = [
+        [int(number) for number in re.findall(r"\d+", colour)] for colour in (below_colour, above_colour)
+    ]
+    assert max(abs(a - b) for a, b in zip(*channels, strict=True)) <= 3
+    blocks, colours = zip(*cells(-0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.9), strict=True)
+    assert blocks == ("▁", "▁", "▂", "▄", "▆", "█", "█")
+    assert len(set(colours)) == 5, "colours end at 0 and at twice the start"
+    assert "step 5 start 0.1" in "\n".join(frame(state_after(RUN, a_report()), 80, 23))
+
+
+def test_before_the_first_report_the_view_says_what_is_waited_for():
+    state = state_after(Waiting("loading torch", "training maml++ on omniglot"), Waiting("loading omniglot"))
+    assert frame(replace(state, now=4.9), 80, 23) == [
+        " training maml++ on omniglot",
+        " loading torch 1.0 s · loading omniglot 2 s",
+    ]
+    state = advance(state, Waiting("compiling kernels"), 5.0)
+    state = advance(state, RUN, 8.5)
+    assert frame(replace(state, now=20.0), 80, 23)[-1] == (
+        " loading omniglot 3.0 s · compiling kernels 3.5 s · first meta-step 11 s"
+    )
+    assert frame(replace(state, now=20.0), 120, 39)[-1].startswith(" loading torch 1.0 s · loading omni")
+    state = advance(state, MetaStepDone(1, 0), 21.0)
+    assert "first meta-step" not in "\n".join(frame(state, 120, 39))
+    assert "first meta-step" not in "\n".join(frame(advance(state, a_report(1), 22.0), 120, 39))
 
 
 def test_losses_that_are_not_finite_are_shown_as_nan_or_inf():

@@ -333,6 +333,20 @@ def test_the_speed_of_a_type_is_measured_without_random_numbers():
 
 @needs_c
 @pytest.mark.usefixtures("empty_cache")
+def test_a_compilation_is_announced_only_if_it_happens(monkeypatch):
+    monkeypatch.setattr(c_library, "_load", lambda path: "a library")
+    monkeypatch.setattr(c_library, "_succeeds", _pretend_to_compile)
+    begun = []
+    for _ in range(2):  # the second time, the library is in the cache
+        with c_library.compilation(lambda: begun.append("compiling")):
+            assert c_library.library.__wrapped__(torch.float32) == "a library"
+            assert c_library.library.__wrapped__(torch.int8) is None
+    assert begun == ["compiling"]
+    c_library.library.__wrapped__(torch.float64)
+    assert begun == ["compiling"], "outside of the block"
+
+
+@pytest.mark.usefixtures("empty_cache")
 def test_a_library_that_another_user_can_replace_is_neither_loaded_nor_written(monkeypatch, tmp_path):
     loaded = []
     monkeypatch.setattr(c_library, "_load", lambda path: loaded.append(path) or "a library")

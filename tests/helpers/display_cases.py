@@ -22,6 +22,7 @@ RUN = RunStarted(
     queries=15,
     meta_batch_size=8,
     inner_steps=5,
+    inner_lr=0.1,
     epochs=10,
     steps_per_epoch=50,
     first_step=0,

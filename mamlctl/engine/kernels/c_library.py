@@ -17,7 +17,8 @@ import stat
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -45,6 +46,7 @@ OPTIONS = (
 
 LARGEST = 2**26  # bytes of a library; ours have about 100,000
 
+_before_compiling: list[Callable[[], None]] = []  # called before each compilation
 _uncached: list[str] = []  # why a library had to be compiled outside of the cache folder
 
 
@@ -61,6 +63,16 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     folder = platformdirs.user_cache_path("mamlctl") / "native"
     cached = _cached(folder, name)
     return cached or _build([compiler or ["cc"], ["cc"]], TYPES[dtype], sources, folder, name)
+
+
+@contextmanager
+def compilation(begins: Callable[[], None]) -> Iterator[None]:
+    """Call `begins` before each compilation in the block, so that it can be shown that this takes time."""
+    _before_compiling.append(begins)
+    try:
+        yield
+    finally:
+        _before_compiling.remove(begins)
 
 
 def compiled_at_every_start() -> str | None:
@@ -124,6 +136,8 @@ def _build(
     compilers: list[list[str]], kind: str, sources: list[Path], cache: Path, name: str
 ) -> ctypes.CDLL | None:
     """Compile and load, trying each compiler with fewer and fewer options; cache the library if possible."""
+    for begins in _before_compiling:
+        begins()
     programs = [str(source) for source in sources if source.suffix == ".c"]
     reason = f"the C compiler fails in {cache}"  # for example because its disk is full
     for folder in (cache, None):

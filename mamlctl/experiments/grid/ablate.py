@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mamlctl.core.errors import DataError, SettingsError
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
@@ -65,6 +65,7 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
         offline=offline,
         on_event=on_event,
     )
+    on_event(Waiting.for_data(configs[0].dataset))
     _, source = open_splits(splits=("train", "val"))
     open_splits(splits=(evaluate.split,), disjoint=evaluate.disjoint)
     for config in configs:
