@@ -13,6 +13,10 @@ from helpers.shared import SHARED, ignore
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# The environment variables of whoever runs the tests must not change the defaults.
+for name in [name for name in os.environ if name.startswith("MAMLCTL_")]:
+    del os.environ[name]
+
 # The markers that `make quick` skips; it runs smoke tests however long they take.
 HEAVY = {"process", "cluster", "render", "montecarlo", "realdata", "gpu"}
 QUICK_S = 2.0  # processor time that a test of the quick tier should not exceed

@@ -17,6 +17,7 @@ from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, 
 from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
+from mamlctl.settings.variables import variable_values
 
 if TYPE_CHECKING:
     from mamlctl.experiments.grid.grid import Grid
@@ -115,10 +116,11 @@ def _resumed_grid(
         raise SettingsError(problems)
     grid = load_grid(folder)
     first, seeds = grid.seeds[0], options.seeds
+    changes = {**variable_values(TrainConfig), **settings}
     test = {**not_default(grid.evaluate), **evaluation}
     return replace(
         grid,
-        rows=tuple(replace(row, config=replace(row.config, **settings)) for row in grid.rows),
+        rows=tuple(replace(row, config=replace(row.config, **changes)) for row in grid.rows),
         seeds=grid.seeds if seeds is None else tuple(range(first, first + seeds)),
         evaluate=table_settings(test),
     )

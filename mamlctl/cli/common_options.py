@@ -26,6 +26,8 @@ from mamlctl.report.guard import Limit
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
+from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.variables import variable_layers
 
 Result = TypeVar("Result")
 
@@ -150,12 +152,12 @@ class SettingsOptions(OutputOptions):
     ] = None
 
     @cached_property
-    def file_layers(self) -> list[Layer]:
-        """The settings of the preset and of the file, which may be a pipe and is read once.
+    def base_layers(self) -> list[Layer]:
+        """The settings of the variables, the preset and the file, which may be a pipe and is read once.
 
         Raises SettingsError if one cannot be read.
         """
-        layers: list[Layer] = []
+        layers = variable_layers(TrainConfig)
         if self.preset is not None:
             layers.append((f"preset {self.preset}", load_preset(self.preset)))
         if self.config is not None:

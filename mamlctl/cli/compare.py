@@ -26,6 +26,7 @@ from mamlctl.report.guard import check_table
 from mamlctl.run_folder import CONFIG, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig
+from mamlctl.settings.variables import variable_values
 
 # Training settings that are also settings of an evaluation.
 TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset", "classes"}
@@ -57,7 +58,8 @@ def compare(
     settings = options.with_sets(settings)
     if runs:
         _refuse_training(settings, options, algos)
-        return _compare_runs(runs, table_settings({**evaluation, **settings}), options)
+        values = {**variable_values(EvalConfig), **evaluation, **settings}
+        return _compare_runs(runs, table_settings(values), options)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
     if "algo" in settings:

@@ -21,6 +21,7 @@ from mamlctl.report.guard import Limit, check_evaluation
 from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
+from mamlctl.settings.variables import variable_values
 
 # Settings of the tasks that a test draws; they have no effect on the user's own images.
 TASK_SETTINGS = (
@@ -105,7 +106,7 @@ def evaluate(
     """
     if problems := options.problems(settings):
         raise SettingsError(problems)
-    config = EvalConfig(**settings)
+    config = EvalConfig(**{**variable_values(EvalConfig), **settings})
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
     limit = options.limit(config.dataset or trained.config.dataset)
     support = options.support

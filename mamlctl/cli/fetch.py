@@ -12,9 +12,12 @@ import typer
 from mamlctl.cli.common_options import OutputOptions, begin_work, option, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
+from mamlctl.core.problems import variable
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
 from mamlctl.display.datasets import show_data_sets, show_fetched, show_verified
 from mamlctl.settings.fields import HARDWARE
+from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.variables import variable_values
 
 
 @with_options(OutputOptions)
@@ -41,13 +44,18 @@ def fetch(
     force: Annotated[bool, option(None, "Prepare again even if the data set is present.", "--force")] = False,
     data_root: Annotated[
         str | None,
-        option(HARDWARE, "Folder of prepared data sets (default: the platform's cache folder)."),
+        option(
+            HARDWARE,
+            "Folder of prepared data sets (default: the platform's cache folder). "
+            f"Variable: {variable('data_root')}.",
+        ),
     ] = None,
 ) -> ExitCode:
     """Download data sets or read local archives, verify and pack them; interrupted downloads resume."""
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
     begin_work()
+    data_root = data_root or variable_values(TrainConfig).get("data_root")
     if list_ or verify:
         fetching = {"--from": source, "--mirror": mirror, "--force": force, "--offline": options.offline}
         fetching["--verify"] = list_ and verify

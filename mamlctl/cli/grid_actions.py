@@ -59,7 +59,7 @@ def planned_grid(
 
     evaluate = table_settings(evaluation)
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
-    resolved = resolve_rows(rows, options.file_layers, settings, seed)
+    resolved = resolve_rows(rows, options.base_layers, settings, seed)
     seeds = 3 if options.seeds is None else options.seeds
     check_rows(resolved, seeds)
     first = resolved[0].config.seed

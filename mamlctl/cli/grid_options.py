@@ -19,6 +19,7 @@ from mamlctl.display.console import write_json, write_text
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import evaluation_settings
+from mamlctl.settings.variables import RUNS
 
 if TYPE_CHECKING:
     from mamlctl.report.table import Table
@@ -56,7 +57,8 @@ class GridOptions(GuardOptions, SettingsOptions):
         int | None, option(PLAN, "Runs per row, with seeds from --seed upwards (default: 3).", min=1)
     ] = None
     out: Annotated[
-        Path | None, option(OUTPUT, "Folder of the table and its runs (default: one under runs/).")
+        Path | None,
+        option(OUTPUT, f"Folder of the table and its runs (default: one under runs/, or under {RUNS})."),
     ] = None
     workers: Annotated[
         int | None, option(HARDWARE, "Cells to run at once (default: one per CUDA device, else 1).", min=1)
@@ -128,9 +130,9 @@ class GridOptions(GuardOptions, SettingsOptions):
         return {**self.set_values(), **flags}
 
     def all_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the preset, the file and the command line (`settings`); later ones override."""
+        """The settings below the command line and those on it (`settings`); later ones override."""
         merged: dict[str, Any] = {}
-        for _, values in (*self.file_layers, ("command line", settings)):
+        for _, values in (*self.base_layers, ("command line", settings)):
             merged |= values
         return merged
 

@@ -13,6 +13,7 @@ import typer
 
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.files import expanded
+from mamlctl.core.problems import variable
 from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.facts import DataSet
 from mamlctl.data.sets.registry import DATA_SETS, NAMES
@@ -118,7 +119,7 @@ def _parameter(name: str, default: object, annotation: object) -> inspect.Parame
 
 
 def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
-    """The help of a setting, its choices, and its default unless that is "off" or part of the help."""
+    """The help of a setting, its choices, its default unless that is "off" or in the help, its variable."""
     parts = [item.metadata["help"]]
     if item.name in FROM_TABLES:
         parts.append(FROM_TABLES[item.name])
@@ -126,6 +127,8 @@ def _help_of(item: Field[Any], choices: Sequence[object]) -> str:
         parts.append(f"One of {', '.join(map(str, choices))}.")
     if item.default is not None and item.default is not False:
         parts.append(f"Default: {item.default}.")
+    if item.metadata["variable"]:
+        parts.append(f"Variable: {variable(item.name)}.")
     return " ".join(parts)
 
 

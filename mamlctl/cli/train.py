@@ -22,9 +22,10 @@ from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.settings.fields import OUTPUT
-from mamlctl.settings.merge import Resolved
+from mamlctl.settings.merge import Resolved, merge
 from mamlctl.settings.presets import to_yaml
 from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.variables import RUNS, variable_layers
 
 
 @with_options(SettingsOptions, TrainConfig)
@@ -35,14 +36,15 @@ def train(
         bool, option(None, "Print every setting and its origin, then exit.", "--print-config")
     ] = False,
     out: Annotated[
-        Path | None, option(OUTPUT, "Run folder to create (default: a new one under runs/).")
+        Path | None,
+        option(OUTPUT, f"Run folder to create (default: a new one under runs/, or under {RUNS})."),
     ] = None,
     resume: Annotated[Path | None, option(OUTPUT, "Resume this run with its saved settings.")] = None,
     time_limit: TimeLimit = None,
 ) -> ExitCode:
     """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
     if resume is None:
-        layers = [*options.file_layers, ("--set", options.set_values()), ("flag", settings)]
+        layers = [*options.base_layers, ("--set", options.set_values()), ("flag", settings)]
         resolved = resolve_settings(layers)
         if print_config:
             return _print_config(resolved)
@@ -51,7 +53,7 @@ def train(
         work = f"training {config.algo} on {task}"
     else:
         unread = options.by_flag("preset", "config") | {"--print-config": print_config}
-        changes = _overrides(resume, settings | options.set_values(), out, unread)
+        changes = _overrides(resume, _resume_settings(options, settings), out, unread)
         work = f"resuming {resume}"
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
@@ -79,6 +81,22 @@ def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
     return ExitCode.OK
 
 
+def _resume_settings(options: SettingsOptions, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that replace the stored ones; flags override --set, which overrides variables.
+
+    Raises SettingsError for an unknown name or a value of the wrong type.
+    """
+    layers = [*variable_layers(TrainConfig), ("--set", options.set_values()), ("flag", flags)]
+    resolved, problems = merge(TrainConfig, layers)
+    if problems:
+        raise SettingsError(problems)
+    return {
+        name: getattr(resolved.config, name)
+        for name, source in resolved.sources.items()
+        if source != "default"
+    }
+
+
 def _overrides(
     run: Path, settings: Mapping[str, Any], out: Path | None, without_effect: Mapping[str, object]
 ) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def _overrides(
 
     Args:
         run: the run folder.
-        settings: the settings from the command line.
+        settings: the settings from the command line and from variables.
         out: the folder from --out; it can only be the run's own.
         without_effect: options that --resume ignores, by flag.
 

@@ -13,6 +13,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def variable(name: str) -> str:
+    """The environment variable of a setting: 'data_root' -> 'MAMLCTL_DATA_ROOT'."""
+    return f"MAMLCTL_{name.upper()}"
+
+
 def nearest(word: str, words: Iterable[str], *, otherwise: str) -> str:
     """A hint that names the closest of `words` to `word`, or the hint `otherwise` if none is close.
 

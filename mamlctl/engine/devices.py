@@ -15,6 +15,7 @@ import torch
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import Precision
 from mamlctl.core.problems import Problem
+from mamlctl.settings.variables import origin
 
 try:
     import resource
@@ -46,18 +47,20 @@ def device_problems(name: str, precision: Precision, cuda_graph: bool | None = N
         The problems, as pairs of fact and hint; empty if there are none.
     """
     kind, _, index = name.partition(":")
+    blamed = origin("device", name)
     if kind == "mps":
         # Losses and scores are added up in float64, and the derivatives.yaml of torch 2.14 says of max_pool2d
         # that its second derivative "just raises an error" on this kind of device.
         fact = "torch has no float64 and no second derivative of max pooling on Apple GPUs"
-        return [(f"--device {name} is not supported: {fact}", "use --device cpu, or a CUDA device")]
+        return [(f"{blamed} {name} is not supported: {fact}", "use --device cpu, or a CUDA device")]
     if name != "auto" and (
         kind not in {"cpu", "cuda"} or (index and not index.isdigit()) or name.startswith("cpu:")
     ):
-        return [(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N")]
+        where = f" in {blamed}" if blamed != "--device" else ""
+        return [(f"unknown device '{name}'{where}", "use auto, cpu, cuda or cuda:N")]
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and int(index or 0) >= devices:
-        fact = f"--device is {name}, but the number of CUDA devices on this machine is {devices}"
+        fact = f"{blamed} is {name}, but the number of CUDA devices on this machine is {devices}"
         return [(fact, "use --device cpu or auto")]
     problems = []
     if kind == "cpu" or not devices:

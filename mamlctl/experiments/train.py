@@ -45,8 +45,7 @@ from mamlctl.run_folder import (
 )
 from mamlctl.settings.merge import stored_settings
 from mamlctl.settings.schema import TrainConfig
-
-RUNS = Path("runs")  # has the run folders without --out
+from mamlctl.settings.variables import runs_folder
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def train(
 
     Args:
         config: the settings; those that are None are derived.
-        out: the run folder; None for a new one under runs/.
+        out: the run folder; None for a new one in the folder of runs.
         offline: never download.
         time_limit_s: seconds until the run saves and stops; None for no limit.
         command: the command line, for command.txt.
@@ -86,7 +85,7 @@ def train(
         SettingsError, DataError, MamlctlError: before the run folder is created.
         DivergedError: a loss or a gradient is not finite.
     """
-    check_out(out or RUNS)  # before data are downloaded
+    check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
     path = out or _default_path(prepared.config)
@@ -97,12 +96,12 @@ def train(
 
 
 def _default_path(config: TrainConfig) -> Path:
-    """A new folder under runs/, named after the main settings of the run and the time of its start."""
+    """A new folder in the folder of runs, named after the run's main settings and the time of its start."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
     name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(RUNS.joinpath, names) if not path.exists())
+    return next(path for path in map(runs_folder().joinpath, names) if not path.exists())
 
 
 def resume(

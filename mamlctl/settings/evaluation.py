@@ -15,14 +15,16 @@ from mamlctl.settings.schema import FIELDS, TrainConfig
 class EvalConfig:
     """The settings of an evaluation. `None`: as the run was trained."""
 
-    split: Split = setting("test", EPISODE, "Class split to draw test tasks from.")
-    tasks: int = setting(600, EPISODE, "Number of test tasks.", least=2)
-    ways: int | None = setting(None, EPISODE, "Classes per task (default: as in training).", least=2)
+    split: Split = setting("test", EPISODE, "Class split to draw test tasks from.", common=True)
+    tasks: int = setting(600, EPISODE, "Number of test tasks.", common=True, least=2)
+    ways: int | None = setting(
+        None, EPISODE, "Classes per task (default: as in training).", common=True, least=2
+    )
     shots: int | None = setting(
-        None, EPISODE, "Support examples per class (default: as in training).", least=1
+        None, EPISODE, "Support examples per class (default: as in training).", common=True, least=1
     )
     queries: int | None = setting(
-        None, EPISODE, "Query examples per class (default: as in training).", least=1
+        None, EPISODE, "Query examples per class (default: as in training).", common=True, least=1
     )
     disjoint: bool = setting(
         False, EPISODE, "Use no image in more than one task, as far as the split allows."
@@ -31,7 +33,7 @@ class EvalConfig:
         1, EPISODE, "Label orders over which each task's score is averaged.", least=1
     )
     dataset: str | None = setting(
-        None, EPISODE, "Another data set to test on, with images converted to the run's shape."
+        None, EPISODE, "Another data set to test on, with images converted to the run's shape.", common=True
     )
     classes: ClassLevel | None = setting(
         None,
@@ -49,20 +51,28 @@ class EvalConfig:
         None, NETWORK, "Checkpoint of the run (default: the best ones), e.g. epoch-0003.pt."
     )
     models: Models = setting(
-        "all", NETWORK, "What to test: the best checkpoint, the ensemble of the best ones, or both."
+        "all",
+        NETWORK,
+        "What to test: the best checkpoint, the ensemble of the best ones, or both.",
+        common=True,
     )
     eval_seed: int | None = setting(
         None, EPISODE, "Seed of the test tasks (default: the run's).", least=0, below=SEEDS
     )
     adapts: Adapts | None = setting(None, INNER, "Layers that the inner loop changes (default: the run's).")
     inner_steps: int | None = setting(
-        None, INNER, "Inner steps (gradient steps on the support set; default: the run's).", least=0
+        None,
+        INNER,
+        "Inner steps (gradient steps on the support set; default: the run's).",
+        common=True,
+        least=0,
     )
     per_step: bool = setting(
         False,
         INNER,
         "Also score the queries after every inner step, which takes longer; implied by --plot and by curves.",
         before=True,
+        common=True,
     )
     per_step_tasks: int | None = setting(
         None, INNER, "With --per-step: how many of the first tasks to score so (default: all).", least=2
@@ -75,12 +85,18 @@ class EvalConfig:
         INNER,
         "Batch-norm statistics for queries: the queries' own, those kept in training, "
         "or the support set's (default: the run's).",
+        common=True,
     )
     device: str = setting(
-        "auto", HARDWARE, "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).", decides=False
+        "auto",
+        HARDWARE,
+        "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).",
+        decides=False,
+        common=True,
+        variable=True,
     )
     data_root: str | None = setting(
-        None, HARDWARE, "Folder of prepared data sets (default: the run's).", decides=False
+        None, HARDWARE, "Folder of prepared data sets (default: the run's).", decides=False, variable=True
     )
 
     @property

@@ -34,7 +34,15 @@ class Limits:
 
 
 def setting(
-    default: Any, panel: str, text: str, *, before: Any = MISSING, decides: bool = True, **limits: float
+    default: Any,
+    panel: str,
+    text: str,
+    *,
+    before: Any = MISSING,
+    decides: bool = True,
+    common: bool = False,
+    variable: bool = False,
+    **limits: float,
 ) -> Any:
     """A dataclass field with its help and limits.
 
@@ -45,10 +53,19 @@ def setting(
         before: the value that older runs and evaluations, which lack the field, effectively had; by default
             `default`.
         decides: whether results depend on the setting by more than rounding.
+        common: whether people change it often, so that `--help` shows it and not only `--help-all`.
+        variable: whether an environment variable can give its default, e.g. MAMLCTL_DEVICE.
         limits: the fields of `Limits`.
     """
-    old = default if before is MISSING else before
-    metadata = {"panel": panel, "help": text, "limits": Limits(**limits), "before": old, "decides": decides}
+    metadata = {
+        "panel": panel,
+        "help": text,
+        "limits": Limits(**limits),
+        "before": default if before is MISSING else before,
+        "decides": decides,
+        "common": common,
+        "variable": variable,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -83,4 +100,5 @@ def improvement(
         paper_group: by default the improvement is a group of its own.
     """
     record = Improvement("", text, companions, unsupported_by, paper_group, read_by_bn)
-    return field(default=False, metadata={**setting(False, MAMLPP, text).metadata, "improvement": record})
+    metadata = setting(False, MAMLPP, text, common=True).metadata
+    return field(default=False, metadata={**metadata, "improvement": record})

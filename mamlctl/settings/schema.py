@@ -51,11 +51,14 @@ class TrainConfig:
     """All settings of a training run. `None`: derived by `fill_schedules` or from the data set."""
 
     dataset: str = setting(
-        "omniglot", EPISODE, "Data set: a name, or a folder with one subfolder of images per class."
+        "omniglot",
+        EPISODE,
+        "Data set: a name, or a folder with one subfolder of images per class.",
+        common=True,
     )
-    ways: int = setting(5, EPISODE, "Classes per task.", least=2)
-    shots: int = setting(1, EPISODE, "Support examples per class.", least=1)
-    queries: int = setting(1, EPISODE, "Query examples per class.", least=1)
+    ways: int = setting(5, EPISODE, "Classes per task.", common=True, least=2)
+    shots: int = setting(1, EPISODE, "Support examples per class.", common=True, least=1)
+    queries: int = setting(1, EPISODE, "Query examples per class.", common=True, least=1)
     train_shots: int | None = setting(
         None, EPISODE, "Support examples per class in training, if different from --shots.", least=1
     )
@@ -99,7 +102,7 @@ class TrainConfig:
     )
     resize: str | None = setting(None, EPISODE, "Filter used to shrink the original images.")
 
-    net: NetName = setting("conv4", NETWORK, "Network architecture.")
+    net: NetName = setting("conv4", NETWORK, "Network architecture.", common=True)
     filters: int = setting(
         64, NETWORK, "Filters per convolution; with resnet12, filters of its first block.", least=1
     )
@@ -116,10 +119,10 @@ class TrainConfig:
         None, NETWORK, "Activation of conv4 and mlp (default: leaky_relu in conv4, relu in mlp)."
     )
 
-    algo: str = setting("maml++", INNER, "Meta-learning algorithm; see docs/algorithms.md.")
+    algo: str = setting("maml++", INNER, "Meta-learning algorithm; see docs/algorithms.md.", common=True)
     adapts: Adapts = setting("all", INNER, "Layers that the inner loop changes.")
     inner_steps: int = setting(
-        5, INNER, "Inner steps (gradient steps on the support set) in training.", least=0
+        5, INNER, "Inner steps (gradient steps on the support set) in training.", common=True, least=0
     )
     eval_inner_steps: int | None = setting(
         None,
@@ -128,7 +131,12 @@ class TrainConfig:
         least=0,
     )
     inner_lr: float = setting(
-        0.1, INNER, "Inner learning rate; with --lslr, its initial value.", above=0, below=LARGEST
+        0.1,
+        INNER,
+        "Inner learning rate; with --lslr, its initial value.",
+        common=True,
+        above=0,
+        below=LARGEST,
     )
     inner_optimizer: InnerOptimizer | None = setting(
         None, INNER, "With reptile: optimiser of the inner loop; adam has beta1 = 0."
@@ -152,7 +160,9 @@ class TrainConfig:
         "or the support set's.",
     )
 
-    meta_lr: float = setting(0.001, OUTER, "Meta learning rate (outer step size).", above=0, below=LARGEST)
+    meta_lr: float = setting(
+        0.001, OUTER, "Meta learning rate (outer step size).", common=True, above=0, below=LARGEST
+    )
     meta_lr_final: float | None = setting(
         None, OUTER, "Meta learning rate at the end of a linear schedule (default: no schedule).", least=0
     )
@@ -162,11 +172,11 @@ class TrainConfig:
     cg_steps: int | None = setting(
         None, OUTER, "With imaml: conjugate-gradient steps per meta-step.", least=1
     )
-    meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", least=1, below=MOST_TASKS)
+    meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", common=True, least=1, below=MOST_TASKS)
     epochs: int = setting(
-        100, OUTER, "Epochs, each of --steps-per-epoch meta-steps and one validation.", least=1
+        100, OUTER, "Epochs, each of --steps-per-epoch meta-steps and one validation.", common=True, least=1
     )
-    steps_per_epoch: int = setting(500, OUTER, "Meta-steps per epoch.", least=1)
+    steps_per_epoch: int = setting(500, OUTER, "Meta-steps per epoch.", common=True, least=1)
     body_epochs: int = setting(
         0,
         OUTER,
@@ -233,7 +243,12 @@ class TrainConfig:
     )
 
     device: str = setting(
-        "auto", HARDWARE, "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).", decides=False
+        "auto",
+        HARDWARE,
+        "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).",
+        decides=False,
+        common=True,
+        variable=True,
     )
     precision: Precision = setting(
         "auto",
@@ -260,10 +275,14 @@ class TrainConfig:
         None, HARDWARE, "Replay meta-steps as CUDA graphs (default: on a CUDA device).", decides=False
     )
     data_root: str | None = setting(
-        None, HARDWARE, "Folder of prepared data sets (default: the platform's cache folder).", decides=False
+        None,
+        HARDWARE,
+        "Folder of prepared data sets (default: the platform's cache folder).",
+        decides=False,
+        variable=True,
     )
     seed: int = setting(
-        0, HARDWARE, "Seed of the initial weights and the training tasks.", least=0, below=SEEDS
+        0, HARDWARE, "Seed of the initial weights and the training tasks.", common=True, least=0, below=SEEDS
     )
     init_seed: int | None = setting(
         None, HARDWARE, "Seed of the initial weights only (default: --seed).", least=0, below=SEEDS

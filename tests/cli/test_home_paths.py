@@ -1,7 +1,6 @@
 """Every option that takes a path expands `~`, which a shell does not do after '='."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +8,12 @@ import pytest
 from helpers.grid_cases import QUICK_WORDS
 from PIL import Image
 
-from mamlctl.cli.app import main
-
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(Path(shutil.os.sep))
     return tmp_path
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 def test_train_resume_eval_and_compare_find_their_folders(cli, home, glyphs_root):

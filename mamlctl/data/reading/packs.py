@@ -20,10 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import DataError
+from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import OnEvent
 from mamlctl.core.files import expanded, read_at, read_object, replacing
 from mamlctl.data.fetching.locks import locked
+from mamlctl.settings.variables import origin
 
 FORMAT = 1
 
@@ -101,10 +102,17 @@ def _digest_of_facts(
 
 
 def data_root(folder: str | None) -> Path:
-    """Return the folder of prepared data sets as an absolute path; None: the platform's cache folder."""
+    """Return the folder of prepared data sets as an absolute path; None: the platform's cache folder.
+
+    Raises SettingsError if it is a file.
+    """
     import platformdirs
 
-    return expanded(folder).absolute() if folder else platformdirs.user_cache_path("mamlctl")
+    root = expanded(folder).absolute() if folder else platformdirs.user_cache_path("mamlctl")
+    if folder and root.is_file():
+        fact = f"{origin('data_root', folder)} is {folder}, which is a file, not a folder"
+        raise SettingsError([(fact, "name a folder")])
+    return root
 
 
 def is_packed(path: Path) -> bool:

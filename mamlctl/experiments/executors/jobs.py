@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.process import HANG_UP
 from mamlctl.run_folder import CONFIG, run_state
+from mamlctl.settings.variables import without_variables
 
 Arguments = tuple[str, ...]  # of the command line after `mamlctl`
 KILLED = -9  # the exit code of a process that SIGKILL ended; Windows does not define the signal
@@ -99,7 +100,8 @@ class ChildProcess:
 
         Args:
             arguments: the command line after `mamlctl`.
-            environment: all environment variables of the process.
+            environment: the environment variables of the process; those that are defaults of settings are
+                removed, since the arguments or the run folder decide.
             output: a file, or the number of one, for everything it prints.
         """
         handle, name = tempfile.mkstemp()
@@ -110,7 +112,7 @@ class ChildProcess:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=environment,
+            env=without_variables(environment),
             start_new_session=True,  # only the parent gets Ctrl-C, and passes it on
         )
 

@@ -40,6 +40,7 @@ from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import evaluation_settings
 from mamlctl.settings.presets import yaml_errors
 from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.variables import runs_folder
 
 MOST_CHARACTERS = 10_000_000  # of a plan; 64 rows have 20,000
 
@@ -57,7 +58,7 @@ def open_grid(
     A grid on curves from before they were compiled by default keeps its engine, unless the plan names one.
 
     Args:
-        folder: the folder; None for the folder under runs/ that belongs to these settings.
+        folder: the folder; None for the one in the folder of runs that belongs to these settings.
         plan: the name of the plan.
         rows: the rows, the baseline first.
         seeds: the seeds of every row.
@@ -174,7 +175,7 @@ def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     content = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
-    return Path("runs") / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
+    return runs_folder() / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
 
 
 def _with_older_engine(row: GridRow) -> GridRow:
