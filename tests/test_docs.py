@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from dataclasses import fields
 
 import pytest
 import typer.main
@@ -13,6 +14,9 @@ from typer.exceptions import TyperException
 
 from mamlctl.cli.app import app, main
 from mamlctl.core.errors import ExitCode
+from mamlctl.core.events import TrainReport, ValidationDone
+from mamlctl.core.metrics_rows import METRICS_VERSION
+from mamlctl.core.results import named
 from mamlctl.settings.presets import preset_names
 
 TEXTS = {page: page.read_text() for page in PAGES}
@@ -22,6 +26,7 @@ WIDTH = 100  # characters of a line of prose
 FOREIGN = {"--address", "--generate", "--head", "--num-cpus", "--port", "--force-reinstall"}
 FOREIGN |= {"--engines", "--growth", "--official", "--quick", "--transductive", "--wu", "--no-wu"}
 FOREIGN |= {"--only", "--trials"}  # of the attack
+FOREIGN |= {"--logdir"}  # of TensorBoard
 FOREIGN |= {"--help", "--version"}
 FLAGS = {
     flag
@@ -152,6 +157,20 @@ def test_contributing_lists_every_marker():
     markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert len(markers) > 5
     assert all(f"\n| `{marker}` |" in TEXTS[DOCS / "contributing.md"] for marker in markers)
+
+
+def test_logging_describes_every_field_of_metrics():
+    """The fields of a report and of a validation, as a run with learnt rates writes them."""
+    text = TEXTS[DOCS / "logging.md"].partition("## metrics.jsonl")[2]
+    described = [
+        re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in text.split("of kind `validation`")
+    ]
+    validation = ValidationDone(1, 1, "accuracy", 0.5, 0.1, 60, "none", 0.5, 0.1, 1)
+    assert described == [
+        ["kind", *(item.name for item in fields(TrainReport))],
+        ["kind", *named(validation)],
+    ]
+    assert f"This is version {METRICS_VERSION}," in text
 
 
 @each_page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from mamlctl.cli.common_options import SettingsOptions, TimeLimit, begin_work, o
 from mamlctl.cli.options import with_options
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
+from mamlctl.core.events import OnEvent
 from mamlctl.core.problems import flag
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
 from mamlctl.display.console import write_text
+from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
 from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -41,6 +44,10 @@ def train(
     ] = None,
     resume: Annotated[Path | None, option(OUTPUT, "Resume this run with its saved settings.")] = None,
     time_limit: TimeLimit = None,
+    log: Annotated[
+        str | None,
+        option(OUTPUT, "Also write scalars, settings and pictures for this program: tensorboard."),
+    ] = None,
 ) -> ExitCode:
     """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
     if resume is None:
@@ -56,8 +63,10 @@ def train(
         changes = _overrides(resume, _resume_settings(options, settings), out, unread)
         work = f"resuming {resume}"
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
+    if log is not None:
+        check_log(log)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
-    with options.display(work) as display:
+    with options.display(work) as display, _logged(log, display) as listener:
         from mamlctl.experiments import train as training  # imports torch
 
         begin_work()
@@ -65,9 +74,14 @@ def train(
             run = partial(training.train, config, out=out)
         else:
             run = partial(training.resume, resume, changes)
-        result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=display)
+        result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=listener)
     options.write(result, {"format": 1, "result": named(result)}, show_train_result)
     return STOP_EXIT_CODES[result.reason]
+
+
+def _logged(log: str | None, display: OnEvent) -> AbstractContextManager[OnEvent]:
+    """The display, with the log of --log if there is one."""
+    return nullcontext(display) if log is None else TensorBoardLog(fill_defaults, display)
 
 
 def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:

@@ -40,6 +40,8 @@ CellStatus = Literal[RunStatus, "missing"]
 RowKind = Literal["report", "validation"]
 # The state of a cell in the display of a grid.
 CellProgress = Literal["waiting", "elsewhere", "training", "testing", "done", "diverged", "failed"]
+# The programs for which `train --log` also writes.
+LogName = Literal["tensorboard"]
 # Where the cells of a grid run.
 ExecutorName = Literal["local", "ray"]
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from mamlctl.core.literals import RowKind
 
+# The version of metrics.jsonl: new fields may be added, but a field that is renamed, removed or gets another
+# meaning makes a new version. docs/logging.md describes every field.
+METRICS_VERSION = 1
+
 # The least counts that a row of each kind needs: a report counts epochs from 0, a validation from 1.
 COUNTS: dict[str, dict[str, int]] = {
     "report": {"step": 1, "epoch": 0},

@@ -13,6 +13,7 @@ import torch
 
 import mamlctl
 from mamlctl.core.literals import Precision
+from mamlctl.core.metrics_rows import METRICS_VERSION
 from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.engine.devices import cpu_model, device_words, precision_of
 from mamlctl.settings.schema import TrainConfig
@@ -39,6 +40,7 @@ def environment(config: TrainConfig, source: TaskSource, device: torch.device) -
             "eval": config.eval_seed,
         },
         "executable": sys.executable,
+        "metrics_version": METRICS_VERSION,
     }
 
 

@@ -162,6 +162,7 @@ def test_train_writes_a_complete_run_folder(trained):
     assert (status["status"], status["step"]) == ("finished", 6)
     environment = json.loads((trained / "environment.json").read_text())
     assert {"python", "torch", "cuda", "git", "dataset_digest", "seeds"} <= environment.keys()
+    assert environment["metrics_version"] == 1
     assert environment["seeds"] == {"init": 0, "train": 0, "split": 0, "eval": 0}
     assert (trained / "command.txt").read_text().startswith("mamlctl train --dataset glyphs")
 

@@ -71,6 +71,7 @@ class RowSpec:
     runs: tuple[RunReference, ...]
 
 
+OF_ONE_RUN = ("seeds", "executable", "metrics_version")  # facts that are not in a table's environment
 Scores = Mapping[int, NDArray[np.float64]]  # the score of every task, by seed
 
 
@@ -265,13 +266,13 @@ def _published_scores(
 
 
 def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
-    """The environment of the first run that has one, without its seeds and paths."""
+    """The environment of the first run that has one, without what says nothing about the others."""
     for row in rows:
         for cell in row.cells:
             path = root / cell.run
             stored = RunFolder(path, row.spec.config).environment() if (path / CONFIG).is_file() else {}
             if stored:
-                return {key: value for key, value in stored.items() if key not in ("seeds", "executable")}
+                return {key: value for key, value in stored.items() if key not in OF_ONE_RUN}
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -154,6 +155,14 @@ def draw_cross(ax: Axes, x: float, y: float) -> None:
         y: the same, vertically.
     """
     ax.plot(x, y, "X", color=RED, markersize=8, markeredgecolor="white")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
+    file = io.BytesIO()
+    with _style():
+        figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
 
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:

@@ -1,0 +1,1 @@
+"""Logs of training for other programs, written next to the display."""
