@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import ExitCode
-from mamlctl.core.events import OVER, CellState, GridChanged, Notice, OnEvent
+from mamlctl.core.events import CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellProgress, StopReason
 from mamlctl.core.metrics_rows import rows_of
@@ -18,6 +20,7 @@ from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation
+from mamlctl.experiments.grid.time_left import CellTime, finished_time, seconds_left, step_time
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, run_state
@@ -64,13 +67,14 @@ class Scheduler:
         self._waiting, self._offline = [cell.name for cell in pending], offline
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()  # waiting cells that another process is training
-        self._began = time.monotonic()
+        self._began: dict[str, float] = {}  # when the first job of each untrained cell of this call started
+        self._times: dict[tuple[str, int], CellTime] = {}  # what cells cost, by row and seed
+        self._starts_s: list[float] = []  # of finished jobs: the time in which they neither train nor test
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
         self._metric = metric_of(first.dataset)
         self._cells = {cell.name: cell for cell in grid.cells}
         self._states = {name: self._cell_state(cell) for name, cell in self._cells.items()}
-        self._first_steps = sum(state.step for state in self._states.values())
 
     @property
     def failed(self) -> dict[str, str]:
@@ -107,6 +111,8 @@ class Scheduler:
             # Another process may have trained or tested the cell in the meantime.
             if is_pending(cell, self._grid):
                 self._running.add(name)
+                if self._states[name].step == 0:
+                    self._began.setdefault(name, time.monotonic())
                 self._executor.start(self._job(cell))
             else:
                 self._states[name] = self._cell_state(cell)
@@ -132,6 +138,11 @@ class Scheduler:
             return
         self.ended[end.name] = end
         self._states[end.name] = self._cell_state(self._cells[end.name])
+        cell = self._states[end.name]
+        known = self._times.get((cell.row, cell.seed))
+        if cell.state == "done" and known and known.test_s is not None and end.name in self._began:
+            took_s = time.monotonic() - self._began[end.name]
+            self._starts_s.append(max(took_s - known.step_s * cell.total_steps - known.test_s, 0.0))
         if end.failed:
             self._on_event(Notice(f"{end.name} failed: {end.reason}"))
 
@@ -139,24 +150,17 @@ class Scheduler:
         for name in (*self._running, *self._elsewhere):
             self._states[name] = self._cell_state(self._cells[name])
         states = tuple(self._states.values())
-        self._on_event(
-            GridChanged(self._title, self._metric, self._executor.slots, states, self._seconds_left(states))
-        )
-
-    def _seconds_left(self, states: Sequence[CellState]) -> float | None:
-        """An estimate from the meta-steps done in this call, or from the tests if only tests are left."""
-        pending = [state for state in states if state.state not in OVER]
-        steps_left = sum(state.total_steps - state.step for state in pending)
-        if steps_left:
-            done, left = sum(state.step for state in states) - self._first_steps, steps_left
-        else:
-            done, left = len(self.ended), len(pending)
-        return (time.monotonic() - self._began) * left / done if done > 0 else None
+        start_s = statistics.mean(self._starts_s) if self._starts_s else 0.0
+        left_s = seconds_left(states, self._times, self._executor.slots, start_s)
+        self._on_event(GridChanged(self._title, self._metric, self._executor.slots, states, left_s))
 
     def _cell_state(self, cell: GridCell) -> CellState:
         status, total = run_state(cell.folder).status, cell.config.total_steps
-        metrics = RunFolder(cell.folder, cell.config).last_metrics()
+        run = RunFolder(cell.folder, cell.config)
+        metrics = run.last_metrics()
         step = int(metrics[-1]["step"]) if metrics else 0
+        step_s = step_time(run, metrics)
+        known = None if step_s is None else CellTime(step_s)
         validations = rows_of(metrics, "validation")
         score = validations[-1].get(f"val_{self._metric}") if validations else None
         running = cell.name in self._running
@@ -168,11 +172,24 @@ class Scheduler:
             evaluation = None if running else _evaluation(cell, self._grid)
             if evaluation is not None:
                 state, score = "done", float(evaluation.scores["best"].mean())
+                known = finished_time(run, metrics, evaluation.seconds)
         if state in ("training", "testing") and not running:
             state = "elsewhere" if cell.name in self._elsewhere else "waiting"
             if cell.name in self.failed:
                 state = "failed"
-        return CellState(cell.row.label, cell.seed, state, step, total, score)
+        if known is not None:
+            self._times[cell.row.label, cell.seed] = known
+        losses = _losses(metrics) if state == "training" else []
+        history = tuple(row[-1] for row in losses)
+        return CellState(
+            cell.row.label, cell.seed, state, step, total, score, losses[-1] if losses else (), history
+        )
+
+
+def _losses(metrics: Sequence[dict[str, Any]]) -> list[tuple[float, ...]]:
+    """The query losses of the reports; null stands for one that was not finite."""
+    rows = [row.get("query_losses") for row in rows_of(metrics, "report")]
+    return [tuple(math.nan if loss is None else float(loss) for loss in row) for row in rows if row]
 
 
 def changes(stored: TrainConfig, planned: TrainConfig) -> dict[str, Any]:

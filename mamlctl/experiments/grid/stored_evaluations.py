@@ -45,6 +45,7 @@ class StoredEvaluation:
     per_step_tasks: int  # the number of tasks, the first ones, behind `per_step`
     ensemble_size: int
     notes: tuple[str, ...]
+    seconds: float | None = None  # that it took; None if they are not stored
 
 
 def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
@@ -100,6 +101,7 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any], models: Models) -
         per_step_tasks(summary),
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes") or ()),
+        seconds if isinstance(seconds := summary.get("seconds"), float) and math.isfinite(seconds) else None,
     )
 
 

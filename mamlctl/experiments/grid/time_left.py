@@ -1,0 +1,80 @@
+"""The time that a grid still needs, from the times of its other cells, of this call and of earlier ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mamlctl.core.events import OVER, CellState
+from mamlctl.core.metrics_rows import rows_of
+from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, RunFolder
+
+
+@dataclass(frozen=True)
+class CellTime:
+    """What a cell costs, in seconds."""
+
+    step_s: float  # per meta-step; of a finished cell, with its validations
+    test_s: float | None = None  # None: it is not finished
+
+
+def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None:
+    """The median seconds per meta-step in the last reports of a run; None without reports."""
+    reports = rows_of(metrics, "report")
+    # The first report includes the warm-up.
+    speeds = [row["tasks_per_second"] for row in reports[1:] or reports]
+    return run.config.meta_batch_size / statistics.median(speeds) if speeds else None
+
+
+def finished_time(run: RunFolder, metrics: Sequence[dict[str, Any]], test_s: float | None) -> CellTime | None:
+    """What a finished cell has cost; None if its reports are missing.
+
+    Args:
+        run: its run folder.
+        metrics: the last rows of its metrics.jsonl.
+        test_s: the seconds of its test; None if they are unknown.
+    """
+    step_s = step_time(run, metrics)
+    if step_s is None:
+        return None
+    with suppress(OSError):
+        began, ended = ((run.path / name).stat().st_mtime for name in (CONFIG, STATUS))
+        # From the first file of the run to the last one, unless the run was interrupted in between. In a
+        # copied folder, all files may be of the same time.
+        if len((run.path / COMMANDS).read_text(errors="replace").splitlines()) == 1:
+            step_s = max(step_s, (ended - began) / run.config.total_steps)
+    return CellTime(step_s, test_s or 0.0)
+
+
+def seconds_left(
+    cells: Sequence[CellState], times: Mapping[tuple[str, int], CellTime], workers: int, start_s: float
+) -> float | None:
+    """Estimate the time until all cells are finished; None if there is nothing to estimate it from.
+
+    A cell is expected to cost what the finished cells of its row have cost, since they differ only in their
+    seeds; without those, what it costs itself, and without reports, what finished or else running cells cost.
+
+    Args:
+        cells: all cells of the grid.
+        times: what cells cost, by row and seed, of the cells for which it is known.
+        workers: cells that run at once.
+        start_s: the time of a cell in which it neither trains nor is tested.
+    """
+    finished = [time for time in times.values() if time.test_s is not None]
+    pending = []
+    for cell in cells:
+        if cell.state in OVER:
+            continue
+        of_row = [time for (row, _), time in times.items() if row == cell.row and time.test_s is not None]
+        own = [times[key] for key in [(cell.row, cell.seed)] if key in times]
+        known = of_row or own or finished or list(times.values())
+        if not known:
+            return None
+        step_s = statistics.mean(time.step_s for time in known)
+        tests = [time.test_s for time in of_row or finished if time.test_s is not None]
+        test_s = statistics.mean(tests) if tests else 0.0
+        pending.append((cell.total_steps - cell.step) * step_s + test_s + start_s)
+    return max([sum(pending) / workers, *pending])
