@@ -89,6 +89,11 @@ def signed(metric: Metric, value: float) -> str:
     return f"{round(scale * value, digits) + 0.0:+.{digits}f}"  # + 0.0 turns -0.00 into 0.00
 
 
+def minus_signs(text: str) -> str:
+    """The text with a true minus sign, U+2212, before each negative number: '-0.22' -> '−0.22'."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
+
+
 def task(dataset: str, ways: int, shots: int) -> str:
     """'omniglot 5-way 1-shot', or 'sinusoid 5-shot' for curves; an image folder is shown by its name.
 

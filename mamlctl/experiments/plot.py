@@ -86,7 +86,7 @@ def draw(
     state = model.states[0]
     if state.rates_learnt:
         rates = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}
-        figures["rates"] = run_figures.rates(rates, name)
+        figures["rates"] = run_figures.rates(rates, model.config.inner_lr, name)
     return [file for stem, figure in figures.items() for file in save(figure, folder / stem)], ""
 
 

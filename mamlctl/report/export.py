@@ -155,6 +155,6 @@ def _tex_row(shown: RenderedTable, row: RenderedRow) -> str:
 
 def tex(text: str) -> str:
     """Text for pdflatex without further packages; characters that its default fonts lack become '?'."""
-    spaced = re.sub(r"(?<!\w)-(?=\d)", "−", " ".join(formatting.strip_controls(text).split()))
+    spaced = formatting.minus_signs(" ".join(formatting.strip_controls(text).split()))
     spaced = re.sub(r"-(?=-)", "-\u2060", spaced)  # two in a row would become a dash
     return "".join(TEX.get(sign) or (sign if sign in LATIN or sign.isascii() else "?") for sign in spaced)

@@ -145,3 +145,7 @@ class Table:
         counts = {row.best.per_step_tasks for row in self.rows if row.best and row.best.per_step}
         first = " or ".join(map(str, sorted(counts)))
         return "" if counts <= {self.tasks} else f", first {first} of {self.tasks} tasks"
+
+    def setting(self, row: Row, name: str) -> Any:
+        """The value of a setting in a row, whether all rows share it or not."""
+        return {**self.settings, **row.settings}[name]

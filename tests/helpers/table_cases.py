@@ -134,7 +134,14 @@ def table(rows, **changes):
             "label_permutations": 1,
             "baseline": rows[0].label,
             "rows": tuple(rows),
-            "settings": {"dataset": "omniglot", "ways": 20, "shots": 1, "inner_steps": 5, "meta_lr": 0.001},
+            "settings": {
+                "dataset": "omniglot",
+                "ways": 20,
+                "shots": 1,
+                "inner_steps": 5,
+                "inner_lr": 0.4,
+                "meta_lr": 0.001,
+            },
             "environment": {
                 "python": "3.11.7",
                 "torch": "2.11.0",

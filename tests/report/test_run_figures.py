@@ -78,9 +78,9 @@ PICTURES = {
     "accuracy": lambda: run_figures.training(metrics(100), validations(10), "accuracy"),
     "mse": lambda: run_figures.training(metrics(100, 10), validations(10, "mse"), "mse"),
     "one report": lambda: run_figures.training(metrics(1), [], "accuracy"),
-    "rates by step": lambda: run_figures.rates(rates_of(5, mean=0.1), "Learnt rates"),
-    "20 steps": lambda: run_figures.rates(rates_of(20), "Learnt rates, some negative"),
-    "rates by weight": lambda: run_figures.rates(rates_of(*WEIGHTS), "Meta-SGD"),
+    "rates by step": lambda: run_figures.rates(rates_of(5, mean=0.1), 0.1, "Learnt rates"),
+    "20 steps": lambda: run_figures.rates(rates_of(20), 0.02, "Learnt rates, some negative"),
+    "rates by weight": lambda: run_figures.rates(rates_of(*WEIGHTS), 0.02, "Meta-SGD"),
 }
 
 
@@ -223,9 +223,9 @@ def test_training_draws_the_reports_with_gaps_for_missing_values():
     first = top.lines[0]
     assert first.get_marker() == "." and first.get_markevery() == [8]
     trained = [(r.get("query_accuracies") or [np.nan])[-1] for r in reports]
-    same(lines_of(middle)["training queries"], (steps, trained))
+    same(lines_of(middle)["training tasks"], (steps, trained))
     scores = np.array([v["val_accuracy"] for v in val], dtype=float)
-    same(lines_of(middle)["validation,\n95 % interval"], ([v["step"] for v in val], scores))
+    same(lines_of(middle)["validation tasks,\n95 % interval"], ([v["step"] for v in val], scores))
     same(bottom.lines[0].get_ydata(), np.array([r["meta_lr"] for r in reports], dtype=float))
 
 
@@ -235,7 +235,7 @@ def test_training_thins_many_inner_steps_and_draws_the_interval_as_a_band():
     assert list(lines_of(top)) == ["0", "4", "8", "12", "16", "20"]
     light = [np.dot(to_rgba(line.get_color())[:3], LIGHT) for line in top.lines]
     assert light == sorted(light, reverse=True)  # later steps are darker
-    assert "training queries" not in lines_of(middle)  # accuracies do not belong on an mse axis
+    assert "training tasks" not in lines_of(middle)  # accuracies do not belong on an mse axis
     points = np.concatenate([path.vertices for band in middle.collections for path in band.get_paths()])
     for entry in val:
         heights = points[points[:, 0] == entry["step"], 1]
@@ -265,23 +265,49 @@ def test_short_and_empty_runs_are_drawn(reports, vals, panels, tmp_path):
     assert drawn == sum(loss is not None for r in reports for loss in r["query_losses"])
 
 
-@pytest.mark.parametrize(("mean", "negative"), [(0.3, False), (0.0, True)])
-def test_rates_by_step_are_a_table_of_the_given_numbers(mean, negative):
+@pytest.mark.parametrize("name", ["accuracy", "mse", "one report"])
+def test_losses_are_on_a_log_axis_and_every_legend_has_a_title(name):
+    figure = picture(name)
+    top, *middle, bottom = figure.axes
+    assert top.get_yscale() == "log"
+    assert [ax.get_yscale() for ax in middle] == ["log" if name == "mse" else "linear"]
+    assert bottom.get_yscale() == "linear"
+    titles = [ax.get_legend().get_title().get_text() for ax in figure.axes if ax.get_legend()]
+    assert titles == ["inner steps taken", "measured on"]
+    figure.draw_without_rendering()
+    low, high = top.get_ylim()
+    ticks = [*top.yaxis.get_majorticklocs(), *top.yaxis.get_minorticklocs()]
+    assert sum(low <= tick <= high for tick in ticks) > 2
+    assert picture("regression").legends[0].get_title().get_text() == "The task, and its curve as predicted"
+
+
+def test_a_loss_of_zero_keeps_the_axis_linear():
+    reports = metrics(5)
+    reports[2]["query_losses"][0] = 0.0
+    top, *_ = run_figures.training(reports, [], "accuracy").axes
+    assert top.get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("mean", "limit"), [(0.3, 0.25), (0.0, 1.0)])
+def test_rates_by_step_are_a_heat_map_around_the_initial_rate(mean, limit):
     given = rates_of(5, mean=mean)
     given["linear.bias"][2] = np.nan
-    (ax,) = run_figures.rates(given, "Learnt rates").axes
+    initial = mean or 0.01
+    ax, key = run_figures.rates(given, initial, "Learnt rates").axes
     table = np.stack(list(given.values()))
-    (image,) = ax.images
-    same(np.ma.filled(image.get_array(), np.nan), table)
-    most = np.nanmax(abs(table))
-    assert image.get_clim() == pytest.approx((-most if negative else 0, most))
+    (mesh,) = ax.collections
+    changed = mesh.get_array().reshape(table.shape)
+    np.testing.assert_allclose(np.ma.filled(changed, np.nan), table / initial - 1)
+    assert mesh.get_clim() == pytest.approx((-limit, limit))
+    assert key.get_xlabel() == f"change from the initial rate of {initial:g}"
     written = {text.get_position(): text for text in ax.texts}
-    assert len(written) == table.size
+    assert len(written) == np.isfinite(table).sum()
     for (row, step), rate in np.ndenumerate(table):
-        shown = float(written[step, row].get_text())
-        assert (np.isnan(shown) and np.isnan(rate)) or abs(shown - rate) <= 0.005 * most
-        cell, ink = image.to_rgba(rate)[:3], to_rgba(written[step, row].get_color())[:3]
-        assert contrast(cell, ink) > 3.5, rate
+        if np.isfinite(rate):
+            text = written[step + 0.5, row + 0.5]
+            assert abs(float(text.get_text().replace("−", "-")) - rate) <= 0.005 * np.nanmax(abs(table))
+            cell, ink = mesh.to_rgba(rate / initial - 1)[:3], to_rgba(text.get_color())[:3]
+            assert contrast(cell, ink) > 4.5, rate
     assert [label.get_text() for label in ax.get_yticklabels()] == list(LAYERS)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3", "4", "5"]
 
@@ -299,7 +325,7 @@ def test_histograms_of_rates_count_every_weight():
     given["conv1.weight"][0, 0, 0, 0] = 0.0  # not counted as negative
     given["conv2.weight"][:] = 0.05
     given["conv3.weight"] *= -1000  # sets the range
-    for ax, (layer, values) in zip(run_figures.rates(given, "").axes, given.items(), strict=True):
+    for ax, (layer, values) in zip(run_figures.rates(given, 0.02, "").axes, given.items(), strict=True):
         above, below = (patch.get_data() for patch in ax.patches)
         assert above.values[above.edges[:-1] >= 0].sum() == above.values.sum() == (values >= 0).sum()
         assert below.values[below.edges[1:] <= 0].sum() == below.values.sum() == (values < 0).sum()
@@ -310,8 +336,9 @@ def test_histograms_of_rates_count_every_weight():
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, -0.1])
 def test_equal_rates_are_drawn(rate):
-    assert float(run_figures.rates({"w": np.full(5, rate)}, "").axes[0].texts[0].get_text()) == rate
-    (ax,) = run_figures.rates({"w": np.full((5, 5), rate)}, "").axes
+    text = run_figures.rates({"w": np.full(5, rate)}, 0.1, "").axes[0].texts[0].get_text()
+    assert float(text.replace("−", "-")) == rate
+    (ax,) = run_figures.rates({"w": np.full((5, 5), rate)}, 0.1, "").axes
     assert [patch.get_data().values.sum() for patch in ax.patches] == ([0, 25] if rate < 0 else [25, 0])
 
 
@@ -334,7 +361,7 @@ def test_saved_figures_can_be_opened_and_are_reproducible_to_the_byte(name, tmp_
 
 
 def test_markup_in_texts_is_not_interpreted(tmp_path):
-    figure = run_figures.rates({"$w$": np.array([0.1])}, "$\\nope$, runs/日本\x1b[31m_{x}")
+    figure = run_figures.rates({"$w$": np.array([0.1])}, 0.1, "$\\nope$, runs/日本\x1b[31m_{x}")
     style.save(figure, tmp_path / "odd")
     assert {"$\\nope$, runs/???[31m_{x}", "$w$"} <= set(texts_of(figure))
 
@@ -345,7 +372,7 @@ from mamlctl.report.figures import run_figures, style
 assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 import matplotlib, pathlib, numpy as np
 before = dict(matplotlib.rcParams.copy())
-style.save(run_figures.rates({"w": np.array([0.1, 0.2])}, "Rates"), pathlib.Path(sys.argv[1]))
+style.save(run_figures.rates({"w": np.array([0.1, 0.2])}, 0.1, "Rates"), pathlib.Path(sys.argv[1]))
 run_figures.training([{"step": 1, "query_losses": [1.0], "meta_lr": 1.0}], [], "mse")
 y = np.zeros(1, int)
 run_figures.tasks([run_figures.TaskPicture(np.zeros((1, 1, 1, 8, 8)), np.zeros((1, 1, 8, 8)), y, y)], "Task")

@@ -149,7 +149,7 @@ class TensorBoardLog:
         if rates := reports[-1].get("rates"):
             title = f"{self._run.config.algo}, {self._run.path.name}"
             arrays = {name: np.array(values, dtype=np.float64) for name, values in rates.items()}
-            figures["rates"] = run_figures.rates(arrays, title)
+            figures["rates"] = run_figures.rates(arrays, self._run.config.inner_lr, title)
         for name, figure in figures.items():
             png = style.png(figure)
             width, height = struct.unpack(">II", png[16:24])  # of the header, which every PNG begins with

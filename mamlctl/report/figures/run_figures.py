@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core import formatting
 from mamlctl.core.literals import Metric
-from mamlctl.report.figures import style
+from mamlctl.report.figures import rate_figures, style
 from mamlctl.report.figures.style import Numbers, drawing, plain
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ EARLY: tuple[Look, ...] = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PUR
 BINS = 60  # per histogram
 LOSS_LINES = 6  # more shades would be hard to distinguish
 CROWDED = 12  # inner steps: with more, two digits of a rate do not fit
-LOG_FROM = 20.0  # ratio of largest to smallest loss above which a linear axis hides the end of training
 
 # Inches.
 CELL = 0.45  # an image's width including the space next to it
@@ -76,7 +75,13 @@ def regression(panels: Sequence[Sequence[Panel]], title: str) -> Figure:
                 _panel(ax, panel, taken, looks)
             row_axes[0].set_ylim(*_heights(row))
         lines = {line.get_label(): line for ax in axes.flat for line in ax.lines}
-        figure.legend(handles=list(lines.values()), loc="outside lower left", ncols=min(len(lines), 6))
+        figure.legend(
+            handles=list(lines.values()),
+            title="The task, and its curve as predicted",
+            alignment="left",
+            loc="outside lower left",
+            ncols=min(len(lines), 6),
+        )
     return figure
 
 
@@ -222,15 +227,12 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
         # The yellow end of the scale is left out, because it is hard to see on white.
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _metric_line(top, steps, losses[taken], color=shade, label=str(taken))
-        finite = style.finite_values(*losses)
-        if finite.size and finite.max() > LOG_FROM * finite.min() > 0:
-            top.set_yscale("log", subs=[2, 5])
-            top.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        top.set_title("Query loss by inner steps taken")
+        _use_log_axis(top, *losses)
+        top.set_title("Query loss in training")
         for ax in middle:
             for accuracies in trained:
-                _metric_line(ax, steps, accuracies, color=style.CALM, label="training queries")
-            _metric_line(ax, val_steps, score, color=style.BLUE, label="validation,\n95 % interval")
+                _metric_line(ax, steps, accuracies, color=style.CALM, label="training tasks")
+            _metric_line(ax, val_steps, score, color=style.BLUE, label="validation tasks,\n95 % interval")
             edge = 1.2 if len(score) == 1 else 0  # the band of a single validation has no width
             ax.fill_between(
                 val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
@@ -238,15 +240,25 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
             ax.set_title("Query accuracy after adaptation" if metric == "accuracy" else "Validation mse")
             if metric == "accuracy":
                 ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+            else:
+                _use_log_axis(ax, score)
         _metric_line(bottom, steps, lr, color=style.INK)
         highest = 1.1 * max(style.finite_values(lr), default=0.0) or 1.0
         bottom.locator_params(axis="x", integer=True, min_n_ticks=1)
         bottom.set(ylim=(0, highest), xlabel="meta-step", title="Meta learning rate")
-        for ax in (top, *middle, bottom):
-            ax.grid(True)
+        for ax, legend in ((top, "inner steps taken"), *((ax, "measured on") for ax in middle), (bottom, "")):
+            ax.grid(True, which="both")
             if ax.get_legend_handles_labels()[0]:
-                ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
+                ax.legend(title=legend, alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.05))
     return figure
+
+
+def _use_log_axis(ax: Axes, *losses: Numbers) -> None:
+    """Draw positive losses on a log axis; one that also had to show 0 or less stays linear."""
+    finite = style.finite_values(*losses)
+    if finite.size and finite.min() > 0:
+        ax.set_yscale("log", subs=[2, 5])
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
 
 
 def _column(rows: Sequence[Mapping[Key, Any]], key: Key) -> NDArray[np.float64]:
@@ -269,29 +281,39 @@ def _metric_line(ax: Axes, x: Numbers, y: Numbers, color: str | Numbers, label: 
         ax.plot(x, y, lw=1.0, color=color, label=label, marker=marker, markevery=alone or None)
 
 
-def rates(rates: Mapping[str, Numbers], title: str) -> Figure:
-    """Draw learnt inner learning rates: a table if arrays have one per inner step, else histograms."""
+def rates(rates: Mapping[str, Numbers], initial: float, title: str) -> Figure:
+    """Draw learnt inner learning rates: a heat map if arrays have one per inner step, else histograms.
+
+    Args:
+        rates: of each tensor.
+        initial: the rate at the start of training.
+        title: of the figure.
+    """
     by_step = all(values.ndim == 1 for values in rates.values())
-    with drawing(style.WIDTH, 0.9 + (0.27 if by_step else 0.42) * len(rates), title) as figure:
-        (_table if by_step else _histograms)(figure, rates)
+    height = 1.5 + 0.27 * len(rates) if by_step else 0.9 + 0.42 * len(rates)
+    with drawing(style.WIDTH, height, title) as figure:
+        if by_step:
+            _heat_map(figure, rates, initial)
+        else:
+            _histograms(figure, rates)
     return figure
 
 
-def _table(figure: Figure, rates: Mapping[str, Numbers]) -> None:
+def _heat_map(figure: Figure, rates: Mapping[str, Numbers], initial: float) -> None:
     rates_LI = np.stack(list(rates.values())).astype(np.float64)
-    scale, least, most = style.rate_colours(rates_LI)
-    scale = scale.with_extremes(bad="white")
-    digits = max((2 if rates_LI.shape[1] <= CROWDED else 1) - math.floor(math.log10(most)), 0)
-    figure.set_figwidth(max(style.WIDTH, 1.6 + 0.36 * rates_LI.shape[1]))
+    steps = rates_LI.shape[1]
+    figure.set_figwidth(max(style.WIDTH, 1.6 + 0.36 * steps))
     ax = figure.subplots()
-    ax.imshow(rates_LI, cmap=scale, vmin=least, vmax=most, aspect="auto", interpolation="nearest")
-    for (row, step), rate in np.ndenumerate(rates_LI):
-        ink = style.INK if style.is_light(scale((rate - least) / (most - least))) else "white"
-        ax.text(step, row, f"{rate:.{digits}f}", c=ink, ha="center", va="center")
-    ax.set_xticks(range(rates_LI.shape[1]), [str(step + 1) for step in range(rates_LI.shape[1])])
-    ax.set(xlabel="inner step", yticks=range(len(rates)), yticklabels=[plain(name) for name in rates])
+    limit = rate_figures.colour_limit([rate_figures.changes(rates_LI, initial)])
+    mesh = rate_figures.heat_map(ax, rates_LI, initial, limit)
+    significant, size = (3, 8) if steps <= CROWDED else (2, 7)
+    digits = rate_figures.decimals(rates_LI, significant)
+    rate_figures.write_rates(ax, mesh, rates_LI, digits=digits, size=size)
+    rate_figures.label_cells(ax, list(rates), steps)
+    ax.set_xlabel("inner step")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    rate_figures.draw_key(figure, mesh, [ax], [initial], limit)
 
 
 def _histograms(figure: Figure, rates: Mapping[str, Numbers]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from mamlctl.core.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
     from matplotlib.typing import RcKeyType
 
@@ -36,7 +35,6 @@ INK = "#222222"
 DIM = "#666666"
 CALM = "#C8C8C8"
 GRID = "#EAEAEA"
-LUMA = (0.2126, 0.7152, 0.0722)  # weights of red, green and blue in perceived lightness (Rec. 709)
 
 STYLE: dict[RcKeyType, str | float] = {
     "font.family": "DejaVu Sans",
@@ -105,21 +103,6 @@ def finite_values(*parts: Numbers) -> NDArray[np.float64]:
     """The finite numbers of all arrays, in one flat array."""
     numbers: NDArray[np.float64] = np.concatenate([np.zeros(0), *map(np.ravel, parts)])
     return numbers[np.isfinite(numbers)]
-
-
-def rate_colours(rates: NDArray[np.float64]) -> tuple[Colormap, float, float]:
-    """A colour scale for inner rates, with a second hue if some are negative, and its two limits."""
-    from matplotlib import colormaps
-
-    finite = finite_values(rates)
-    most = float(abs(finite).max(initial=0)) or 1.0
-    least = -most if (finite < 0).any() else 0.0
-    return colormaps["Blues" if least == 0 else "PuOr"], least, most
-
-
-def is_light(colour: Sequence[float] | Numbers) -> bool:
-    """Whether dark text is easier to read than white text on the colour (red, green, blue, 0..1)."""
-    return bool(np.dot(colour[:3], LUMA) > 0.5)
 
 
 def draw_image(

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.report.figures import style
+from mamlctl.core.formatting import minus_signs
+from mamlctl.report.figures import rate_figures, style
 from mamlctl.report.figures.style import drawing, plain
 from mamlctl.report.table import Cell, Row, Score, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -31,9 +31,6 @@ BARS = 40
 HEATS = 9
 NUMBERED = 6  # inner steps: rates of more do not fit into a third of a page
 
-# Text on a coloured cell has the same colour in dark mode, so svg.py must not recognise it as INK or paper.
-DARK_ON_CELL = "#232323"
-LIGHT_ON_CELL = "#fdfdfd"
 REACH = 3.0  # outer intervals are cut off at this many times the range of the inner ones
 
 CAPTIONS = {  # below each kind of figure
@@ -43,7 +40,8 @@ CAPTIONS = {  # below each kind of figure
     "tasks and these trained models; thin: for new seeds as well, which needs at least two seeds. "
     "Arrow: the interval continues beyond the figure.",
     "adaptation": "Scores of the single best checkpoints, mean over seeds; the baseline is grey.",
-    "rates": "Learnt inner learning rates (LSLR) at the end of training; all panels share one colour scale.",
+    "rates": "Learnt inner learning rates (LSLR) at the end of training. Colours show the change from the "
+    "initial rate, in all panels on one scale: purple is higher, orange is lower.",
 }
 
 
@@ -241,7 +239,9 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
             ax.locator_params(axis="x", nbins=6)  # ticks that depend on the width would change the layout
             ax.tick_params(axis="y", length=0)
             if table.metric == "accuracy":
-                ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:+.3g}" if share else "0")
+                ax.xaxis.set_major_formatter(
+                    lambda share, _: minus_signs(f"{100 * share:+.3g}") if share else "0"
+                )
         names = ["\n".join(textwrap.wrap(plain(row.label), 48)) or "?" for row in rows]
         axes[0].set_yticks(range(len(rows)), names, color=style.INK)
         unit = "points" if table.metric == "accuracy" else "mean squared error, lower is better"
@@ -309,37 +309,31 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
     names = list(dict.fromkeys(name for rates_of in row_rates for name in rates_of))
     tensors = [values for rates_of in row_rates for values in rates_of.values()]
     steps = max(map(len, tensors))
+    initial = [table.setting(row, "inner_lr") for row in rows]
+    limit = rate_figures.colour_limit(
+        [
+            rate_figures.changes(values, start)
+            for rates_of, start in zip(row_rates, initial, strict=True)
+            for values in rates_of.values()
+        ]
+    )
+    digits = rate_figures.decimals(np.concatenate(tensors), 3)
     across = min(len(rows), 3)
     down = math.ceil(len(rows) / across)
-    scale, least, most = style.rate_colours(np.concatenate(tensors))
-    scale = scale.with_extremes(bad=(0, 0, 0, 0))
-    with drawing(style.WIDTH, 0.75 + (0.45 + 0.17 * len(names)) * down, title) as figure:
+    with drawing(style.WIDTH, 1.3 + (0.45 + 0.19 * len(names)) * down, title) as figure:
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-        for rates_of, row, ax in zip(row_rates, rows, axes.flat, strict=False):
-            table_LI = np.full((len(names), steps), np.nan)
+        for rates_of, start, row, ax in zip(row_rates, initial, rows, axes.flat, strict=False):
+            rates_LI = np.full((len(names), steps), np.nan)
             for place, name in enumerate(names):
                 values = rates_of.get(name, np.zeros(0))
-                table_LI[place, : len(values)] = values
-            mesh = ax.pcolormesh(
-                table_LI, cmap=scale, vmin=least, vmax=most, edgecolors="face", linewidth=0.2
-            )
+                rates_LI[place, : len(values)] = values
+            mesh = rate_figures.heat_map(ax, rates_LI, start, limit)
             if steps <= NUMBERED or across == 1:
-                _write_rates(ax, mesh, table_LI, most)
+                rate_figures.write_rates(ax, mesh, rates_LI, digits=digits, size=7)
             ax.set_title(_panel_title(row, across), fontsize=8)
             ax.tick_params(length=0)
             ax.spines[:].set_visible(False)
-        axes[0, 0].set_yticks(np.arange(len(names)) + 0.5, [plain(name) for name in names])
-        axes[0, 0].set_xticks(np.arange(steps) + 0.5, [str(step + 1) for step in range(steps)])
-        axes[0, 0].set_ylim(len(names), 0)
+        rate_figures.label_cells(axes[0, 0], names, steps)
         _label_lowest(axes, len(rows), "inner step")
-        if steps > NUMBERED and across > 1:
-            figure.colorbar(mesh, ax=axes, shrink=0.6, aspect=40)
+        rate_figures.draw_key(figure, mesh, list(axes.flat), initial, limit)
     return figure
-
-
-def _write_rates(ax: Axes, mesh: QuadMesh, table_LI: Floats, most: float) -> None:
-    digits = max(2 - math.floor(math.log10(most)), 0)
-    for (row, step), rate in np.ndenumerate(table_LI):
-        if np.isfinite(rate):
-            ink = DARK_ON_CELL if style.is_light(mesh.to_rgba(np.asarray(rate))) else LIGHT_ON_CELL
-            ax.text(step + 0.5, row + 0.5, f"{rate:.{digits}f}", c=ink, ha="center", va="center", fontsize=6)
