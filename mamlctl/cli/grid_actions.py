@@ -15,7 +15,7 @@ from mamlctl.cli.common_options import begin_work
 from mamlctl.cli.grid_options import GridOptions, table_settings
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
-from mamlctl.core.events import OnEvent
+from mamlctl.core.events import OnEvent, Waiting
 from mamlctl.core.files import check_out
 from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
@@ -129,6 +129,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
 def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextManager[Executor]:
     from mamlctl.experiments.executors.ray_cluster import open_cluster
 
+    on_event(Waiting("connecting to Ray"))
     return open_cluster(
         options.address or "auto",
         slots=options.workers,

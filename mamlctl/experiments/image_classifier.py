@@ -109,6 +109,7 @@ def adapt_classifier(
     (best, *_), _ = checkpoint_files(run, settings.checkpoint, on_event)
     (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
+    on_event(Waiting("reading support images"))
     support = read_support(support_path, read)
     if contain_only_folders(support_path / name for name in support.classes):
         groups = f"the {len(support.classes)} top folders of {support_path}"
@@ -120,6 +121,7 @@ def adapt_classifier(
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
     with compilation(lambda: on_event(Waiting("compiling kernels"))):
         derivatives = select_derivatives(net, state.example_tensor, config.engine)
+    on_event(Waiting("adapting"))
     adapted = adapt_to_support_set(
         derivatives,
         state,

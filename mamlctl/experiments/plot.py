@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
@@ -61,6 +61,7 @@ def draw(
         MamlctlError: as `load_trained_model` and `train` do.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    on_event(Waiting("drawing figures"))
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
     if is_curve_family(model.config.dataset):
         others = list(beside)

@@ -112,6 +112,7 @@ def ablate(
             with limited as stop, executor as entered:
                 scheduler = Scheduler(grid, pending, entered, stop, on_event, offline)
                 reason, failed = scheduler.run(), scheduler.failed
+        on_event(Waiting("writing the table"))
         table = grid_table(grid, failed)
         left = len(pending_cells(grid))
         files = write_files(table, grid.folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
@@ -63,6 +63,7 @@ def compare(
     rows = _row_specs(runs)
     for run in runs:
         _test(run.folder, evaluate, offline, on_event)
+    on_event(Waiting("making the table"))
     table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
     notes = [
         f"{run.path.name} stopped at meta-step {steps_done(run.state(), run.metrics())} "
