@@ -108,7 +108,9 @@ def test_scalars_are_those_of_metrics_jsonl(whole):
 def test_settings_and_pictures_are_logged(whole):
     shown = read(whole)
     metadata = shown.SummaryMetadata("_hparams_/session_start_info")
-    hparams = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info.hparams
+    info = HParamsPluginData.FromString(metadata.plugin_data.content).session_start_info
+    hparams = info.hparams
+    assert info.group_name == "whole"
     logged = {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()}
     settings = asdict(fill_defaults(open_run(whole).config))
     assert logged == {name: value for name, value in settings.items() if value is not None}

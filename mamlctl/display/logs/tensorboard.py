@@ -120,7 +120,8 @@ class TensorBoardLog:
             # TensorBoard drops what earlier files have from this step on: `add_*(purge_step=...)` of others.
             self._write(step=kept, session_log=SessionLog(status=SessionLog.START))
         settings = asdict(self._complete(run.config))
-        self._write(summary=hparams_pb({key: value for key, value in settings.items() if value is not None}))
+        given = {key: value for key, value in settings.items() if value is not None}
+        self._write(summary=hparams_pb(given, trial_id=run.path.name))
         for row in run.metrics():
             if row["step"] >= kept:
                 self._write_row(row)
