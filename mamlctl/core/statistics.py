@@ -34,6 +34,7 @@ class Difference:
     permutation_p: float  # sign-flip test over tasks, for these trained models only; assumes no normality
     bootstrap_low: float  # hierarchical bootstrap: seeds outside, tasks inside
     bootstrap_high: float
+    is_equal: bool = False  # whether both scores are the same on every task of every seed
 
 
 def mean_ci95(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
@@ -101,6 +102,7 @@ def difference(row_ST: NDArray[np.float64], baseline_ST: NDArray[np.float64]) ->
         permutation_p=permutation_p(mean_T),
         bootstrap_low=bootstrap_low,
         bootstrap_high=bootstrap_high,
+        is_equal=not difference_ST.any(),
     )
 
 

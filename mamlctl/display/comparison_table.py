@@ -23,6 +23,7 @@ from mamlctl.report.rendered_table import (
     warnings,
 )
 from mamlctl.report.table import Table
+from mamlctl.report.verdict import verdict
 
 GAP = 2  # terminal columns between two table columns
 NOTE_WIDTH = 110  # terminal columns: longer lines of prose are hard to read
@@ -30,7 +31,7 @@ MISSING = "red"  # style of the reason for a missing score
 
 
 def show_table(console: Console, table: Table, sort: str | None = None) -> None:
-    """Print the table with its title above and its legends below.
+    """Print the table with its title and its verdict above and its legends below.
 
     A terminal gets the columns that fit; a pipe gets every column, and no line is wrapped.
 
@@ -45,9 +46,12 @@ def show_table(console: Console, table: Table, sort: str | None = None) -> None:
     whole = _aligned(render_table(table, sort))
     width = console.width if console.is_terminal else None
     shown = fitting(whole, width)
+    conclusion, *limits = verdict(table)
     lines = [
         Text(formatting.strip_controls(table.title), "bold"),
         *_wrapped(", ".join(head_parts(table)), width),
+        *_wrapped(conclusion, width, "bold"),
+        *_wrapped(" ".join(limits), width),
         Text(),
         *(_blocks(whole, console.width) if shown is None else _side_by_side(shown)),
         Text(),
@@ -154,11 +158,11 @@ def _blocks(shown: RenderedTable, width: int) -> list[Text]:
     return lines
 
 
-def _wrapped(text: str, width: int | None) -> list[Text]:
-    """Prose wrapped to the width of a terminal; one line in a pipe."""
+def _wrapped(text: str, width: int | None, style: str = "") -> list[Text]:
+    """Prose wrapped to the width of a terminal; one line in a pipe, and none without a text."""
     if width is None:
-        return [Text(text)]
-    return [Text(line) for line in textwrap.wrap(text, min(width, NOTE_WIDTH), subsequent_indent="  ")]
+        return [Text(text, style)] if text else []
+    return [Text(line, style) for line in textwrap.wrap(text, min(width, NOTE_WIDTH), subsequent_indent="  ")]
 
 
 def _print_line(console: Console, line: Text) -> None:

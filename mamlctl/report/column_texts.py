@@ -94,16 +94,18 @@ def ensemble_text(table: Table, row: Row) -> str:
 
 
 def difference_text(table: Table, row: Row) -> str:
-    """'+1.23 [+0.40, +2.06] *' in points or in mse, 'baseline', or nothing."""
+    """'+1.23 [+0.40, +2.06] *' in points or in mse, 'equal to maml', 'baseline', or nothing."""
     score = row.best
     if score is None or score.difference is None:
         return "baseline" if score and row.label == table.baseline else ""
+    seeds = score.difference.seeds
+    note = "" if seeds == table.most_seeds else f" ({seeds} {formatting.plural(seeds, 'seed')})"
+    if score.difference.is_equal:
+        return f"equal to {table.baseline}{note}"
     mean, low, high = (
         formatting.signed(table.metric, value)
         for value in (score.difference.mean, score.difference.low, score.difference.high)
     )
-    seeds = score.difference.seeds
-    note = "" if seeds == table.most_seeds else f" ({seeds} {formatting.plural(seeds, 'seed')})"
     return f"{mean} [{low}, {high}]{note}{' *' if score.is_significant else ''}"
 
 
@@ -116,7 +118,7 @@ def difference_legend(table: Table) -> str:
     return (
         f"difference: from {table.baseline} on the same tasks and seeds"
         f"{', in points' if table.metric == 'accuracy' else ''}, with a 95 % interval for {new}; "
-        f"*: p below {SIGNIFICANT} after Holm's correction across the rows{note}."
+        f"*: certain, p below {SIGNIFICANT} after Holm's correction across the rows{note}."
     )
 
 

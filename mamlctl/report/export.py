@@ -25,6 +25,7 @@ from mamlctl.report.rendered_table import (
     warnings,
 )
 from mamlctl.report.table import Cell, Table
+from mamlctl.report.verdict import verdict
 
 FORMAT = 1
 
@@ -102,11 +103,12 @@ def to_csv(table: Table, sort: str | None = None) -> str:
 
 
 def to_markdown(table: Table, sort: str | None = None) -> str:
-    """A table in GitHub's Markdown, between its title and its legends."""
+    """A table in GitHub's Markdown, between its verdict and its legends."""
     shown = render_table(table, sort)
     heads, *rows = ([_markdown(text) for text in line] for line in shown.lines())
     rule = [":--", *("--:" for _ in shown.columns[1:])]
     lines = [f"**{_markdown(table.title)}**", "", _markdown(", ".join(head_parts(table))), ""]
+    lines += [_markdown(" ".join(verdict(table))), ""]
     lines += ["| " + " | ".join(line) + " |" for line in (heads, rule, *rows)]
     below = [_markdown(line) for line in (*meanings(table, shown), *warnings(table, shown))]
     return "\n".join([*lines, "", *(f"- {line}" for line in below)]) + "\n"

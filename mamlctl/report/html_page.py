@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -20,11 +21,13 @@ from mamlctl.report.figures.svg import inline
 from mamlctl.report.figures.table_figures import pictures
 from mamlctl.report.rendered_table import head_parts, meanings, render_table, warnings
 from mamlctl.report.table import Cell, Published, Row, Table
+from mamlctl.report.verdict import verdict
+from mamlctl.settings.schema import FIELDS
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
+def write_report(table: Table, folder: Path, sort: str | None = None, *, files: Sequence[str] = ()) -> Path:
     """Write folder/report.html, and its figures as PNG and SVG in folder/plots.
 
     The same table gives the same bytes.
@@ -33,6 +36,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
         table: the table; a table without scores gives a page without figures.
         folder: created if it does not exist.
         sort: key of the column to sort by; None keeps the plan's order.
+        files: other files of the folder that the page has links to.
 
     Returns:
         The path of the page.
@@ -45,21 +49,27 @@ def write_report(table: Table, folder: Path, sort: str | None = None) -> Path:
     for number, picture in enumerate(pictures(table)):
         _, svg = save(picture.figure, folder / "plots" / picture.name)
         element = Markup(inline(svg.read_bytes(), f"f{number}-", picture.title))  # ElementTree has escaped it
-        figures.append((element, picture.caption, f"plots/{picture.name}"))
+        names = [f"plots/{picture.name}{ending}" for ending in (".png", ".svg")]
+        figures.append((element, picture.title, picture.caption, [_link(name) for name in names]))
+    changed, usual = _settings_by_default(table.settings)
     text = _template().render(
         table=table,
         shown=shown,
         head=head_parts(table),
+        verdict=verdict(table),
+        files=[_link(name) for name in files],
         warnings=warnings(table, shown),
         meanings=meanings(table, shown),
         figures=figures,
         differences=list(_differences(table)),
         published=list(_published_numbers(table)),
-        settings=_settings_rows(table.settings),
-        row_settings=[[row.label, _row_settings(row)] for row in table.rows],
+        changed_settings=changed,
+        usual_settings=usual,
+        row_settings=[[row.label, text] for row, text in _row_settings(table)],
         machine=_settings_rows(table.environment),
         runs=[(row, [_run_texts(cell) for cell in row.cells]) for row in table.rows],
         plural=formatting.plural,
+        minus=formatting.minus_signs,
     )
     page = folder / "report.html"
     write_text(page, text)
@@ -90,7 +100,10 @@ def _differences(table: Table) -> Iterator[list[str]]:
         for name, score in (("best", row.best), ("ensemble", row.ensemble)):
             if score is not None and score.difference is not None:
                 p_holm = "" if score.p_holm is None else _share(score.p_holm)
-                yield [f"{row.label} ({name})", *_difference_texts(table.metric, score.difference, p_holm)]
+                texts = _difference_texts(table.metric, score.difference, p_holm)
+                if score.difference.is_equal:
+                    texts = [f"equal to {table.baseline}", texts[1], *("" for _ in texts[2:])]
+                yield [f"{row.label} ({name})", *texts]
 
 
 def _difference_texts(metric: Metric, difference: Difference, p_holm: str) -> list[str]:
@@ -122,8 +135,29 @@ def _setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _row_settings(row: Row) -> str:
-    return ", ".join(f"{key} {text}" for key, text in _settings_rows(row.settings)) or "nothing"
+def _settings_by_default(settings: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    """The settings that differ from their defaults, with these; then the others."""
+    changed, usual = [], []
+    for (key, text), value in zip(_settings_rows(settings), settings.values(), strict=True):
+        if key in FIELDS and value == FIELDS[key].default:
+            usual.append([key, text])
+        else:
+            changed.append([key, text, _setting_text(FIELDS[key].default) if key in FIELDS else ""])
+    return changed, usual
+
+
+def _row_settings(table: Table) -> Iterator[tuple[Row, str]]:
+    """Each row with the settings that differ from the baseline's; the baseline with all that rows vary."""
+    baseline = next(row for row in table.rows if row.label == table.baseline).settings
+    for row in table.rows:
+        is_baseline = row.label == table.baseline
+        different = {
+            key: value
+            for key, value in row.settings.items()
+            if is_baseline or key not in baseline or value != baseline[key]
+        }
+        texts = [f"{key} {text}" for key, text in _settings_rows(different)]
+        yield row, ", ".join(texts) or f"as {table.baseline}"
 
 
 def _published_numbers(table: Table) -> Iterator[list[str]]:
@@ -139,10 +173,15 @@ def _provenance(entry: Published) -> str:
     return f"{origin}; {entry.note}" if entry.note else origin
 
 
+def _link(path: str) -> Markup:
+    """A link to a file, or to a folder, relative to the page."""
+    return Markup('<a href="{}">{}</a>').format(quote(path), formatting.strip_controls(path))
+
+
 def _run_texts(cell: Cell) -> list[str]:
     return [
         str(cell.seed),
-        cell.run,
+        _link(Path(cell.run).as_posix()),
         f"{cell.status}: {cell.reason}" if cell.reason else cell.status,
         f"{cell.steps:,}",
         "" if cell.step_s is None else formatting.duration(cell.step_s),

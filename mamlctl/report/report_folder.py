@@ -31,7 +31,7 @@ def write_files(table: Table, folder: Path) -> list[Path]:
     is_complete = (folder / "plots").is_dir() and all(path.is_file() for path in files)
     if is_complete and files[0].read_text() == texts["table.json"]:
         return files
-    write_report(table, folder)
+    write_report(table, folder, files=list(texts))
     for name, text in reversed(texts.items()):  # table.json last: it shows that the others are complete
         write_text(folder / name, text)
     return files

@@ -113,7 +113,14 @@ def test_equal_scores_have_a_difference_of_0_without_a_warning(seeds):
     nothing = (result.mean, result.low, result.high, result.tasks_low, result.tasks_high)
     assert (*nothing, result.bootstrap_low, result.bootstrap_high) == (0,) * 7
     assert (result.p, result.tasks_p, result.permutation_p) == (1, 1, 1)
+    assert result.is_equal
     assert all(math.isfinite(value) for value in astuple(result))
+
+
+def test_scores_with_the_same_means_over_seeds_and_tasks_are_not_equal():
+    result = difference(np.array([[1.0, 0.0], [0.0, 1.0]]), np.full((2, 2), 0.5))
+    assert (result.mean, result.low, result.high) == (0, 0, 0)
+    assert not result.is_equal
 
 
 def test_a_constant_difference_has_an_interval_of_width_0_and_a_p_of_0():

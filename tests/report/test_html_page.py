@@ -5,23 +5,32 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import pytest
+from helpers.browser import Browser, find_chromium
 from helpers.table_cases import HOSTILE, TABLES, full, one_on, text_rows
+from matplotlib.colors import to_rgb
 from PIL import Image
 
+from mamlctl.core.formatting import minus_signs
 from mamlctl.report.export import document
+from mamlctl.report.figures.rate_figures import luminance
 from mamlctl.report.figures.table_figures import curves, mean_rates, pictures
 from mamlctl.report.html_page import write_report
+from mamlctl.report.report_folder import write_files
+from mamlctl.report.verdict import verdict
 
 pytestmark = pytest.mark.render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 SMALL = [name for name in TABLES if name != "64 rows"]
+RELATIVE = re.compile(
+    r"(\.\./)*[\w%+.~-]+(/[\w%+.~-]+)*"
+)  # a link to a file next to the page: no scheme, no host
 
 
 class Page(HTMLParser):
@@ -73,9 +82,15 @@ def reports(tmp_path_factory):
     return {name: write_report(TABLES[name](), folder / name) for name in SMALL}
 
 
+def with_minus_signs(rows):
+    """Rows of text as on a page, where every number, but no label, has a true minus sign."""
+    return [[label, *map(minus_signs, texts)] for label, *texts in rows]
+
+
 def check_first_table(page, table):
     """Assert that the first table of a page has the texts of the table and the values of its document."""
-    assert [[" ".join(cell.split()) for cell in row] for row in page.rows] == text_rows(table)
+    shown = [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    assert shown == with_minus_signs(text_rows(table))
     heads = page.rows[0]
     for values, row in zip(page.values[1:], document(table)["rows"], strict=True):
         known = dict(zip(heads, values, strict=True))
@@ -97,13 +112,13 @@ def test_the_page_is_well_formed_and_self_contained(reports, name):
     assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
     for key, value in page.attributes:
         assert key not in ("src", "srcset", "action", "onload")
-        assert key != "href" or value.startswith("#")
+        assert key != "href" or value.startswith("#") or RELATIVE.fullmatch(value)
         assert "http" not in (value or "")
     style = re.search(r"<style>(.*?)</style>", text, flags=re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style
     assert len(set(page.ids)) == len(page.ids)
     pointed = {found for _, value in page.attributes for found in re.findall(r"url\(#([^)]*)\)", value or "")}
-    pointed |= {value[1:] for key, value in page.attributes if key == "href"}
+    pointed |= {value[1:] for key, value in page.attributes if key == "href" and value.startswith("#")}
     assert pointed <= set(page.ids)
     assert page.tags.count("svg") == len(list(reports[name].parent.glob("plots/*.svg")))
 
@@ -138,7 +153,7 @@ def test_the_same_table_gives_the_same_bytes(reports, tmp_path):
 
 def test_a_report_can_be_sorted(tmp_path):
     page = Page(write_report(TABLES["mse"](), tmp_path, "seconds").read_text())
-    assert page.rows == text_rows(TABLES["mse"](), "seconds")
+    assert page.rows == with_minus_signs(text_rows(TABLES["mse"](), "seconds"))
 
 
 def test_64_rows_are_split_over_several_figures_and_the_page_is_small(tmp_path):
@@ -149,6 +164,58 @@ def test_64_rows_are_split_over_several_figures_and_the_page_is_small(tmp_path):
     assert page.stat().st_size < 3_000_000
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_the_verdict_comes_before_the_table_with_true_minus_signs(reports, name):
+    texts = " ".join(" ".join(Page(reports[name].read_text()).texts).split())
+    sentences = [minus_signs(sentence) for sentence in verdict(TABLES[name]())]
+    places = [texts.index(sentence) for sentence in sentences]
+    assert places == sorted(places)
+    assert places[-1] < texts.index("seeds best")
+    assert not re.search(r"[-][0-9.]+[,\]]", texts)  # in an interval
+
+
+def test_settings_show_what_differs_from_the_defaults_and_fold_the_rest(reports):
+    text = reports["one-on"].read_text()
+    shown, folded = text.split("<h2>Settings</h2>")[1].split("<details>")[:2]
+    assert "<td>0.4</td><td>0.1</td>" in shown.replace("\n", "")  # inner_lr and its default
+    for name in ("inner_steps", "meta_lr"):
+        assert name not in shown and name in folded
+    rows = text.split("settings that differ from maml</th>")[1].split("</table>")[0]
+    assert "algo maml, first_order false" in rows  # the baseline has all settings that rows vary
+    assert "<td>first_order true, da true</td>" in rows
+
+
+def test_no_two_columns_of_a_table_have_one_name(reports):
+    for page in reports.values():
+        for head in re.findall(r"<thead>(.*?)</thead>", page.read_text(), flags=re.DOTALL):
+            names = re.findall(r"<th[^>]*>(.*?)</th>", head)
+            assert len(set(names)) == len(names) > 1
+
+
+def test_equal_runs_are_named_and_not_measured(tmp_path):
+    table = one_on()
+    equal = replace(table.rows[3].best.difference, mean=0.0, low=0.0, high=0.0, is_equal=True)
+    rows = list(table.rows)
+    rows[3] = replace(rows[3], best=replace(rows[3].best, difference=equal, p_holm=1.0))
+    page = Page(write_report(replace(table, rows=tuple(rows)), tmp_path).read_text())
+    assert page.rows[4][page.rows[0].index("difference")].strip() == "equal to maml"
+
+
+def test_file_names_are_links(tmp_path):
+    table = one_on()
+    odd = replace(table.rows[0].cells[0], run="../javascript:alert(1) é/a b")
+    rows = (replace(table.rows[0], cells=(odd, *table.rows[0].cells[1:])), *table.rows[1:])
+    page = write_files(replace(table, rows=rows), tmp_path)[-1]
+    links = [unquote(value) for key, value in Page(page.read_text()).attributes if key == "href"]
+    files = [name for name in links if (tmp_path / name).is_file()]
+    assert {"table.json", "table.csv", "table.md", "table.tex", "plots/rates.svg", "plots/rates.png"} <= set(
+        files
+    )
+    runs = [cell.run for row in rows for cell in row.cells]
+    assert [name for name in links if name not in files and not name.startswith("#")] == runs
+    assert 'href="../javascript%3Aalert%281%29%20%C3%A9/a%20b"' in page.read_text()
+
+
 @functools.cache
 def drawn_pictures(name):
     """Return a table's pictures, which are shared because no test changes them."""
@@ -157,10 +224,9 @@ def drawn_pictures(name):
 
 def browser(*options):
     """What Chromium prints."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
+    if find_chromium() is None:
         pytest.skip("Chromium is not installed")
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", *map(str, options)]
+    command = [find_chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout
 
@@ -186,6 +252,71 @@ def test_the_page_respects_the_dark_mode_preference(reports, scheme, light, tmp_
         histogram = pixels.histogram()
     bright, dark = sum(histogram[225:]), sum(histogram[:60])
     assert (bright if light else dark) > 0.8 * sum(histogram)  # no figure has a background of its own
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if find_chromium() is None:
+        pytest.skip("Chromium is not installed")
+    with Browser() as opened:
+        yield opened
+
+
+# For each box that can scroll: whether it does, whether its hint is visible, and where its first column is
+# after it was scrolled to the right, in pixels from its own left edge.
+BOXES = """
+(async () => {
+  const frame = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+  await frame();
+  const found = [];
+  for (const box of document.querySelectorAll("main > .box, figure .box")) {
+    box.scrollLeft = 9999;
+    await frame();
+    const first = box.querySelector("tbody th");
+    found.push({
+      scrolls: box.scrollWidth > box.clientWidth,
+      hint: box.querySelector(".hint").offsetHeight > 0,
+      first: first && first.getBoundingClientRect().left - box.getBoundingClientRect().left,
+    });
+  }
+  return found;
+})()
+"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1400])
+@pytest.mark.parametrize("name", ["one-on", "mse"])
+def test_wide_content_scrolls_in_its_box_with_a_hint_and_a_fixed_first_column(reports, chromium, name, width):
+    chromium.open(reports[name], width)
+    assert chromium.run("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    boxes = chromium.run(BOXES)
+    if chromium.run("CSS.supports('container-type: scroll-state')"):  # Chromium from 133 on
+        assert [box["hint"] for box in boxes] == [box["scrolls"] for box in boxes]
+    assert all(abs(box["first"]) < 1 for box in boxes if box["first"] is not None)
+    scrolling = [box["scrolls"] for box in boxes if box["first"] is None]  # of figures
+    assert scrolling == [width == 390] * len(scrolling) and scrolling
+    assert boxes[0]["scrolls"] == (width < 1400)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_numbers_are_aligned_at_the_right_and_text_has_contrast(reports, chromium, dark):
+    chromium.open(reports["one-on"], 1400, dark=dark)
+    numbers = """[...document.querySelectorAll(".scores data, td.number")].map(cell => cell.closest("td"))"""
+    assert chromium.run(
+        f"{numbers}.map(td => getComputedStyle(td).textAlign).every(side => side === 'right')"
+    )
+    # The digits of marked and of other differences end at the same place.
+    ends = """[...document.querySelectorAll("td.difference data")].map(data => {
+        const range = document.createRange(); range.selectNode(data.firstChild);
+        return Math.round(range.getBoundingClientRect().right); })"""
+    assert len(set(chromium.run(ends))) == 1
+    paper, ink, dim = (
+        chromium.run(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}').trim()")
+        for name in ("paper", "ink", "dim")
+    )
+    for colour in (ink, dim):
+        light, low = sorted((luminance(to_rgb(each)) for each in (paper, colour)), reverse=True)
+        assert (light + 0.05) / (low + 0.05) > 4.5
 
 
 def test_figures_draw_the_numbers_of_the_table():
