@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -84,9 +85,10 @@ class _Curve:
     dots: tuple[tuple[int, int], ...]  # columns and rows of dots, one per column, from left to right
 
 
+@functools.lru_cache(maxsize=1)  # most frames have the chart of the frame before
 def loss_chart(
-    points: Sequence[LossPoint], chance: float | None, total_steps: int, width: int, height: int
-) -> list[Text]:
+    points: tuple[LossPoint, ...], chance: float | None, total_steps: int, width: int, height: int
+) -> tuple[Text, ...]:
     """Draw the loss after each inner step as a curve, with the losses on the left and meta-steps below.
 
     Args:
@@ -129,7 +131,7 @@ def loss_chart(
         lines.append(line)
     start, end = f"step {first:,} ", f" {last:,}"
     rest = "─" * max(columns - len(start) - len(end), 0)
-    return [*lines, Text.assemble((f" {'':>{axis}} └{start}{rest}{end}", DIM))]
+    return (*lines, Text.assemble((f" {'':>{axis}} └{start}{rest}{end}", DIM)))
 
 
 def _series(points: Sequence[LossPoint], step: int) -> list[tuple[int, float]]:

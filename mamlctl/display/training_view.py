@@ -85,7 +85,8 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     if is_tall:
         chance = math.log(run.guesses_in(report.epoch)) if run.guesses else None
         lines = min(max(room // 2 if report.rates else room - GAPS, CHART[0]), CHART[1])
-        history = loss_chart(state.losses, chance, run.epochs * run.steps_per_epoch, width, lines)
+        total = run.epochs * run.steps_per_epoch
+        history = [line.copy() for line in loss_chart(state.losses, chance, total, width, lines)]
         room -= len(history)
     rates = _rate_lines(report, run.inner_lr, width, room - (GAPS if is_tall else 0))
     title = _chart_title(run, report, width)

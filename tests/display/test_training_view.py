@@ -112,6 +112,14 @@ def test_a_tall_terminal_has_a_chart_of_the_loss_history_and_a_small_one_sparkli
     assert "chance" not in "\n".join(frame(state_after(replace(RUN, guesses=0), a_report()), 120, 39))
 
 
+def test_a_frame_depends_only_on_the_state_and_the_size():
+    state = state_after(RUN, *(a_report(step) for step in range(1, 60)), VALIDATION)
+    other = state_after(RUN, a_report(query_losses=(9.0,) * 6))
+    first = frame(state, 80, 60)
+    assert frame(state, 120, 60) != first != frame(other, 80, 60)
+    assert frame(state, 80, 60) == first
+
+
 def test_the_loss_chart_covers_the_whole_run_however_long():
     state = LiveState(0.0)
     for step in range(1, 5000):
