@@ -91,7 +91,7 @@ def _certain_differences(table: Table, certain: Sequence[Row], measured: int) ->
 
 
 def _best(table: Table, different: Sequence[Row], certain: Sequence[Row]) -> Iterator[str]:
-    """The rows with certain differences by name, and whether the best row of all is one of them."""
+    """The rows with certain differences by name, and whether the best mean is one of them."""
     if len(certain) > 1:
         for is_better, word in ((True, "Better"), (False, "Worse")):
             rows = [row for row in certain if _is_better(table, row) == is_better]
@@ -99,11 +99,11 @@ def _best(table: Table, different: Sequence[Row], certain: Sequence[Row]) -> Ite
                 yield f"{word} than {table.baseline}: {_names(rows)}"
     best = different[0]
     if not _is_better(table, best):
-        yield f"No row is better than {table.baseline}"
+        yield f"No row has a better mean than {table.baseline}"
     elif best is not certain[0]:
-        yield f"The best row of all is not certain: {_comparison(table, best.label, best)}"
+        yield f"The best mean is not certain: {_comparison(table, best.label, best)}"
     elif len(different) > 1:
-        yield f"{best.label} is the best row, but it was compared with {table.baseline} only"
+        yield f"{best.label} has the best mean, but it was compared with {table.baseline} only"
 
 
 def _limits(table: Table, others: Sequence[Row], measured: Sequence[Row]) -> Iterator[str]:

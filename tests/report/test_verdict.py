@@ -68,7 +68,7 @@ SENTENCES = {
             "maml, interval +5.60 to +7.20, p 0.001, 3 seeds.",
             "Better than maml: row 1.",
             "Worse than maml: row 2.",
-            "row 1 is the best row, but it was compared with maml only.",
+            "row 1 has the best mean, but it was compared with maml only.",
         ],
     ),
     "the best row is not certain": (
@@ -76,7 +76,7 @@ SENTENCES = {
         [
             "Certain difference from maml in 1 of 2 rows: row 2 is 3.00 points below maml, "
             "interval -4.00 to -2.00, p 0.004, 3 seeds.",
-            "The best row of all is not certain: row 1 is 3.36 points above maml, "
+            "The best mean is not certain: row 1 is 3.36 points above maml, "
             "interval -0.22 to +6.94, p 0.056, 3 seeds.",
         ],
     ),
@@ -86,7 +86,7 @@ SENTENCES = {
             "Certain differences from maml in 2 of 2 rows: the best of these, row 1, is 3.00 points below "
             "maml, interval -4.00 to -2.00, p 0.002, 3 seeds.",
             "Worse than maml: row 1, row 2.",
-            "No row is better than maml.",
+            "No row has a better mean than maml.",
         ],
     ),
     "one seed, certain": (
