@@ -38,7 +38,7 @@ def presets_folder() -> Path:
 def preset_names() -> list[str]:
     """The names of all presets, as `--preset` accepts them."""
     folder = presets_folder()
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def load_preset(name: str) -> dict[str, Any]:

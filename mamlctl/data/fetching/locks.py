@@ -46,7 +46,8 @@ def locked(path: Path, what: str, on_event: OnEvent) -> Iterator[None]:
             path.write_text(f"process {os.getpid()}", encoding="utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)  # waiting processes notice this and lock a new file
+        with suppress(PermissionError):  # on Windows, `release` removes it
+            path.unlink(missing_ok=True)  # waiting processes notice this and lock a new file
         lock.release()
         with suppress(OSError):  # usually not empty
             path.parent.rmdir()

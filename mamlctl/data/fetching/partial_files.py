@@ -87,7 +87,7 @@ class Part:
 
     def finish(self, target: Path) -> None:
         """Move the verified file to `target`."""
-        with self.path.open("rb") as file:
+        with self.path.open("r+b") as file:  # Windows does not sync a file that is open for reading
             os.fsync(file.fileno())
         self.path.replace(target)
         self._sidecar.unlink(missing_ok=True)

@@ -212,7 +212,9 @@ def _class_files(folder: Path, level: ClassLevel) -> dict[str, list[Path]]:
     if not folder.is_dir():
         class_folders(folder)  # raises the error
     leaves = {
-        str(place.relative_to(folder)): sorted(place / file for file in files if may_be_image(Path(file)))
+        place.relative_to(folder).as_posix(): sorted(
+            place / file for file in files if may_be_image(Path(file))
+        )
         for place, names, files in _walk(folder)
         if place != folder and (not names or any(map(looks_like_image, files)))
     }

@@ -97,7 +97,7 @@ def open_pack(
             return _with_left_out(packed, classes, on_event)
         on_event(Notice(f"{folder} has changed since it was packed: packing it again"))
     files = [
-        ImageFile(name, str(path.relative_to(folder)), partial(read_regular, path, HINT))
+        ImageFile(name, path.relative_to(folder).as_posix(), partial(read_regular, path, HINT))
         for name, paths in classes.items()
         for path in paths
     ]
@@ -183,7 +183,7 @@ def _stamp(
     for name, files in classes.items():
         digest.update(f"{name}\0".encode(errors="surrogateescape"))
         for file in files:
-            facts = "\0".join(map(str, [file.relative_to(folder), *facts_of(_status(file))]))
+            facts = "\0".join(map(str, [file.relative_to(folder).as_posix(), *facts_of(_status(file))]))
             digest.update(f"{facts}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

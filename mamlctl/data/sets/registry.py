@@ -127,7 +127,9 @@ def is_curve_family(name: str) -> bool:
 
 def is_image_folder(name: str) -> bool:
     """Whether `name` is the path of a folder of images."""
-    return name not in NAMES and (os.sep in name or name.startswith((".", "~")) or Path(name).is_dir())
+    return name not in NAMES and (
+        os.sep in name or "/" in name or name.startswith((".", "~")) or Path(name).is_dir()
+    )
 
 
 def absolute_data_set(name: str) -> str:

@@ -170,7 +170,7 @@ def _build(
 
 def _keep(built: Path, folder: Path, name: str) -> None:
     """Move a compiled library to the cache folder."""
-    with built.open("rb") as file:
+    with built.open("r+b") as file:
         os.fsync(file.fileno())
     built.chmod(0o700)
     target = folder / f"{name}-{_digest(built.read_bytes())}.so"
