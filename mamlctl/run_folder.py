@@ -160,9 +160,9 @@ class RunFolder:
         """Append one row to metrics.jsonl and flush it, so that other processes can follow."""
         append_text(self.path / METRICS, json.dumps(finite({"kind": kind, **row}), allow_nan=False) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl, without damaged lines."""
-        return _metrics_rows(self._metrics_lines())
+    def metrics(self, containing: str = "") -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl whose lines contain a text, without damaged lines."""
+        return _metrics_rows(line for line in self._metrics_lines() if containing in line)
 
     def _metrics_lines(self) -> list[str]:
         try:

@@ -27,12 +27,13 @@ FOREIGN = {"--address", "--generate", "--head", "--num-cpus", "--port", "--force
 FOREIGN |= {"--engines", "--growth", "--official", "--quick", "--transductive", "--wu", "--no-wu"}
 FOREIGN |= {"--only", "--trials"}  # of the attack
 FOREIGN |= {"--logdir"}  # of TensorBoard
-FOREIGN |= {"--help", "--version"}
+FOREIGN |= {"--help"}
 FLAGS = {
     flag
-    for command in COMMANDS
-    for option in options_of(command)
+    for options in (typer.main.get_command(app).params, *map(options_of, COMMANDS))
+    for option in options
     for flag in (*option.opts, *option.secondary_opts)
+    if flag.startswith("--")
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

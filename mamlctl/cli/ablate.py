@@ -14,6 +14,7 @@ from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
+from mamlctl.experiments.runs.search import latest_unfinished_table, means_latest
 from mamlctl.run_folder import RESUME_OVERRIDES
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
@@ -34,6 +35,7 @@ def ablate(
             PLAN,
             "Rows: maml and each improvement alone (one-on), maml++ without each (one-off), improvements "
             f"added one by one (cumulative), or all {2 ** len(IMPROVEMENTS)} sets (full). Default: one-on.",
+            autocompletion=lambda: list(PLANS),
         ),
     ] = None,
     grid: Annotated[
@@ -44,13 +46,21 @@ def ablate(
         str | None, option(PLAN, f"With --plan cumulative: order of the improvements (default: {ORDER}).")
     ] = None,
     resume: Annotated[
-        Path | None, option(OUTPUT, "Resume the grid in this folder with its saved plan.")
+        Path | None,
+        option(
+            OUTPUT,
+            "Resume the grid in this folder with its saved plan; latest: the newest unfinished one that is "
+            "not in use.",
+        ),
     ] = None,
 ) -> ExitCode:
-    """Train and test a grid of improvements or settings and print its table; rerun to resume."""
+    """The command `mamlctl ablate`."""
     options.check()
     settings = options.with_sets(settings)
     if resume is not None:
+        if means_latest(resume):
+            resume = latest_unfinished_table()
+            options.say(f"resuming the latest unfinished table, {resume}")
         planning: dict[str, object] = {"--plan": plan, "--grid": grid, "--order": order}
         return run_grid(_resumed_grid(resume, planning, settings, evaluation, options), options)
     algo = str(options.all_settings(settings).get("algo", TrainConfig.algo))

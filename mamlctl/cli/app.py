@@ -7,18 +7,25 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from rich.console import Console
+from typer.core import (  # type: ignore[attr-defined]
+    CompletionItem,
+    TyperCommand,
+    TyperGroup,
+)
 from typer.exceptions import TyperException
 
 import mamlctl
+from mamlctl.cli.help import show_help
 from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import HANG_UP, exit_at_once_on
@@ -26,29 +33,86 @@ from mamlctl.display.console import NamedStream, discard, show_error, stderr_con
 from mamlctl.settings.rules import NOUNS
 
 Function = Callable[..., ExitCode]
+HELP_OPTIONS = ["-h", "--help"]
 
-# The module in cli/ of each command, whose function has the module's name, and the examples at the end of the
-# command's help. A module is imported when its command is called or its help is shown: no command waits for
-# the imports of the others, and `mamlctl --version` waits for none.
+
+@dataclass(frozen=True)
+class CommandEntry:
+    """A command: the module in cli/ with a function of the module's name, and the text of its help."""
+
+    module: str
+    summary: str  # one sentence
+    more: str = ""  # a paragraph after it
+    examples: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What the help says before the options."""
+        return f"{self.summary}\n\n{self.more}" if self.more else self.summary
+
+    @property
+    def epilog(self) -> str:
+        """The examples."""
+        return f"Example{'s' if len(self.examples) > 1 else ''}: " + "\n\n".join(self.examples)
+
+
+SETTINGS_ARE_OPTIONS = (
+    "All training settings are options too, e.g. --ways 20; mamlctl train --help-all describes them."
+)
+
+# A module is imported when its command is called or its own help is shown: no command waits for the imports
+# of the others, and `mamlctl --version` and `mamlctl --help` wait for none.
 COMMANDS = {
-    "train": ("train", "Example: mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1"),
-    "eval": (
+    "train": CommandEntry(
+        "train",
+        "Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++.",
+        examples=("mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",),
+    ),
+    "eval": CommandEntry(
         "evaluate",
-        "Examples: mamlctl eval runs/demo --split test --tasks 600\n\n"
-        "mamlctl eval runs/demo --support mine/learn --query mine/ask",
+        "Test a trained run, or classify your own images with it (--support, --query).",
+        "A test scores the best checkpoint and the ensemble of the five best on the same tasks: --models.",
+        examples=(
+            "mamlctl eval runs/demo --split test --tasks 600",
+            "mamlctl eval runs/demo --support mine/learn --query mine/ask",
+        ),
     ),
-    "fetch": ("fetch", "Example: mamlctl fetch omniglot --from downloads/"),
-    "compare": (
+    "fetch": CommandEntry(
+        "fetch",
+        "Download data sets or read local archives, verify and pack them; interrupted downloads resume.",
+        examples=("mamlctl fetch omniglot --from downloads/",),
+    ),
+    "compare": CommandEntry(
         "compare",
-        "Examples: mamlctl compare runs/a runs/b\n\n"
-        "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
+        "Compare trained runs on the same test tasks, or train algorithms first and compare those.",
+        SETTINGS_ARE_OPTIONS,
+        examples=(
+            "mamlctl compare runs/a runs/b",
+            "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
+        ),
     ),
-    "ablate": ("ablate", "Example: mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3"),
+    "ablate": CommandEntry(
+        "ablate",
+        "Train and test a grid of improvements or settings and print its table; rerun to resume.",
+        SETTINGS_ARE_OPTIONS,
+        examples=("mamlctl ablate --dataset omniglot --ways 20 --shots 1 --seeds 3",),
+    ),
 }
 
 
 class _Command(TyperCommand):
     """A command that refuses arguments which it does not have; Typer's own error has no field for them."""
+
+    advanced: Collection[str] = ()  # the options that only --help-all shows
+
+    def format_help(self, ctx: Any, formatter: object) -> None:
+        show_help(Console(), ctx, self.advanced)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        ctx.args = []  # completion needs no values, and to read them Typer imports pydantic
+        return []
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.args:
@@ -59,12 +123,16 @@ class _Command(TyperCommand):
 
 @cache
 def _command(name: str) -> Any:
-    module, examples = COMMANDS[name]
-    function: Function = getattr(import_module(f"mamlctl.cli.{module}"), module)
-    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    settings = {"allow_extra_args": True}
-    single.command(name, cls=_Command, context_settings=settings, epilog=examples)(function)
-    return typer.main.get_command(single)
+    entry = COMMANDS[name]
+    function: Function = getattr(import_module(f"mamlctl.cli.{entry.module}"), entry.module)
+    single = typer.Typer(add_completion=False)
+    settings = {"allow_extra_args": True, "help_option_names": HELP_OPTIONS}
+    single.command(name, cls=_Command, context_settings=settings, help=entry.text, epilog=entry.epilog)(
+        function
+    )
+    command = cast(_Command, typer.main.get_command(single))
+    command.advanced = getattr(function, "advanced", ())
+    return command
 
 
 class _Commands(Mapping[str, Any]):
@@ -85,13 +153,28 @@ class _Group(TyperGroup):
         super().__init__(**attributes)
         self.commands = cast(dict[str, Any], _Commands())  # Typer only reads it
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)
+        for param in params:
+            # Typer's options for completion have None, for which it imports pydantic, which takes 80 ms.
+            param.default = False if param.default is None else param.default
+        return params
+
+    def format_help(self, ctx: Any, formatter: object) -> None:
+        show_help(Console(), ctx, commands={name: entry.summary for name, entry in COMMANDS.items()})
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        commands = [CompletionItem(name, help=COMMANDS[name].summary) for name in names]
+        return [*commands, *TyperCommand.shell_complete(self, ctx, incomplete)]
+
 
 app = typer.Typer(
     cls=_Group,
     epilog=f"Documentation: {Path(mamlctl.__file__).with_name('docs')}",
+    context_settings={"help_option_names": HELP_OPTIONS},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
 )
 
 
@@ -104,7 +187,8 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """Train, evaluate, compare and ablate MAML++ and its relatives."""
@@ -169,7 +253,7 @@ def _run() -> tuple[int, MamlctlError | None]:
     on_terminal = sys.stdout.isatty()
     try:
         with redirect_stdout(cast(TextIO, NamedStream(sys.stdout))):
-            code = app(standalone_mode=False)
+            code = app(standalone_mode=False, prog_name="mamlctl")
             sys.stdout.flush()
     except MamlctlError as error:
         return error.exit_code, error

@@ -20,7 +20,7 @@ from mamlctl.core.events import Waiting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
 from mamlctl.data.rules import metric_of
-from mamlctl.display.console import stderr_console, write_json
+from mamlctl.display.console import say, stderr_console, write_json
 from mamlctl.display.displays import Display, open_display
 from mamlctl.report.guard import Limit
 from mamlctl.settings.fields import HARDWARE, OUTPUT
@@ -79,6 +79,11 @@ class OutputOptions:
             if work and not self.json:
                 display(Waiting("loading torch", work))
             yield display
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, unless --quiet hides progress."""
+        if not self.quiet:
+            say(stderr_console(), text)
 
     def write(
         self, result: Result, document: Mapping[str, Any], show: Callable[[Console, Result], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +19,16 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.problems import flag
 from mamlctl.data.rules import with_figure
 from mamlctl.display.console import say, stderr_console
+from mamlctl.display.run_results import show_runs
 from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import algorithm_rows
+from mamlctl.experiments.runs.listing import list_runs
 from mamlctl.report.guard import check_table
 from mamlctl.run_folder import CONFIG, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig
-from mamlctl.settings.variables import variable_values
+from mamlctl.settings.variables import RUNS, variable_values
 
 # Training settings that are also settings of an evaluation.
 TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset", "classes"}
@@ -52,10 +54,18 @@ def compare(
             "e.g. maml,maml++,protonet.",
         ),
     ] = None,
+    list_: Annotated[
+        bool,
+        option(None, f"List the runs and tables under runs/, or under {RUNS}, then exit.", "--list"),
+    ] = False,
 ) -> ExitCode:
-    """Compare trained runs on the same test tasks, or train algorithms first and compare those."""
+    """The command `mamlctl compare`."""
     options.check()
     settings = options.with_sets(settings)
+    if list_:
+        given: dict[str, object] = {str(path): True for path in runs or []}
+        given |= {"--algos": algos} | {flag(name): True for name in settings | evaluation}
+        return _list_runs(given, options)
     if runs:
         _refuse_training(settings, options, algos)
         values = {**variable_values(EvalConfig), **evaluation, **settings}
@@ -65,6 +75,19 @@ def compare(
     if "algo" in settings:
         raise SettingsError([("--algo has no effect with --algos", "leave it out")])
     return run_grid(planned_grid("algos", algorithm_rows(algos), settings, evaluation, options), options)
+
+
+def _list_runs(given: Mapping[str, object], options: GridOptions) -> ExitCode:
+    """Print the list of runs. Raises SettingsError for an option that has no effect on it."""
+    default = GridOptions(json=options.json, quiet=options.quiet)
+    changed = [
+        item.name for item in fields(options) if getattr(options, item.name) != getattr(default, item.name)
+    ]
+    if problems := unused({**given, **options.by_flag(*changed)}, "with --list"):
+        raise SettingsError(problems)
+    listed = list_runs()
+    options.write(listed, {"format": 1, **asdict(listed)}, show_runs)
+    return ExitCode.OK
 
 
 def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: str | None) -> None:

@@ -17,6 +17,7 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
+from mamlctl.experiments.runs.search import hint_for_missing_run
 from mamlctl.report.guard import Limit, check_evaluation
 from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
@@ -98,12 +99,13 @@ class EvaluateOptions(GuardOptions):
 def evaluate(
     settings: dict[str, Any],
     options: EvaluateOptions,
-    run: Annotated[Path, typer.Argument(help="Run folder, as printed by train.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder, as printed by train.", metavar="RUN")
+    ] = None,
 ) -> ExitCode:
-    """Test a trained run, or classify your own images with it (--support, --query).
-
-    A test scores the best checkpoint and the ensemble of the five best on the same tasks (see --models).
-    """
+    """The command `mamlctl eval`."""
+    if run is None:
+        raise SettingsError([("the argument 'run' is missing", hint_for_missing_run())])
     if problems := options.problems(settings):
         raise SettingsError(problems)
     config = EvalConfig(**{**variable_values(EvalConfig), **settings})

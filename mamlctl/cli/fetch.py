@@ -51,7 +51,7 @@ def fetch(
         ),
     ] = None,
 ) -> ExitCode:
-    """Download data sets or read local archives, verify and pack them; interrupted downloads resume."""
+    """The command `mamlctl fetch`."""
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
     begin_work()

@@ -37,6 +37,11 @@ FORMATS = ("json", "csv", "markdown", "latex")  # of the table
 DRY = ("dry_run", "print_commands", "slurm")  # instead of training and printing a table
 
 
+def executors() -> list[str]:
+    """The values of --executor, for completion in a shell."""
+    return list(get_args(ExecutorName))
+
+
 def table_settings(values: Mapping[str, Any]) -> EvalConfig:
     """The test settings for the runs of a table.
 
@@ -63,7 +68,10 @@ class GridOptions(GuardOptions, SettingsOptions):
     workers: Annotated[
         int | None, option(HARDWARE, "Cells to run at once (default: one per CUDA device, else 1).", min=1)
     ] = None
-    executor: Annotated[str, option(HARDWARE, "Where cells run: local or ray.")] = "local"
+    executor: Annotated[
+        str,
+        option(HARDWARE, "Where cells run: local or ray.", autocompletion=executors),
+    ] = "local"
     address: Annotated[
         str | None,
         option(HARDWARE, "With ray: cluster address, HOST:PORT, auto or local (default: auto)."),

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mamlctl.cli.help import show_everything
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.files import expanded
 from mamlctl.core.problems import variable
 from mamlctl.data.sets import folder_layout
+from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.facts import DataSet
 from mamlctl.data.sets.registry import DATA_SETS, NAMES
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.evaluation import EvalConfig
-from mamlctl.settings.rules import VALUE_TYPES
+from mamlctl.settings.presets import preset_summaries
+from mamlctl.settings.rules import NETS, VALUE_TYPES
 
 
 def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
     choices = {name: choices_of(data_set) for name, data_set in DATA_SETS.items()}
     return "; ".join(f"{', '.join(words)} ({name})" for name, words in choices.items() if len(words) > 1)
 
+
+def _data_set_summaries() -> dict[str, str]:
+    return {name: entry.summary for table in (DATA_SETS, FAMILIES) for name, entry in table.items()}
+
+
+# The lists of `mamlctl train --list`: names and what they mean.
+LISTS: Mapping[str, Callable[[], Mapping[str, str]]] = {
+    "presets": preset_summaries,
+    "algorithms": lambda: {name: entry.summary for name, entry in ALGORITHMS.items()},
+    "datasets": _data_set_summaries,
+    "nets": lambda: NETS,
+}
+
+# Setting -> the list of its names, which a shell completes.
+LIST_OF_SETTING = {"algo": "algorithms", "dataset": "datasets", "net": "nets"}
 
 # The choices of settings whose values are defined in tables above the schema.
 FROM_TABLES = {
@@ -50,7 +68,9 @@ def with_options(
             `evaluation`.
 
     Returns:
-        The decorator; the command that it returns has one keyword parameter per option.
+        The decorator; the command that it returns has one keyword parameter per option. Its attribute
+        `advanced` names the options that only --help-all shows: with test settings (`evaluation`) all
+        training settings, which are in the help of train, otherwise those that few people change.
     """
     option_hints = get_type_hints(options_type, include_extras=True)
     # In the help of every command, inherited options come last.
@@ -60,6 +80,8 @@ def with_options(
     options = [_parameter(item.name, item.default, option_hints[item.name]) for item in inherited_last]
     settings = [] if settings_type is None else _setting_parameters(settings_type)
     of_test = [item for item in _setting_parameters(EvalConfig) if item.name in evaluation]
+    shown = () if settings_type is None or evaluation else _common(settings_type)
+    advanced = frozenset(item.name for item in settings if item.name not in shown)
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., ExitCode]:
         hints = get_type_hints(function, include_extras=True)
@@ -71,6 +93,7 @@ def with_options(
         others += options
         # Help shows panels in the order of their first option, so the settings come first.
         bare = [parameter for parameter in others if _panel_of(parameter) is None]
+        bare += [HELP_ALL] if advanced else []
         parameters = [
             *bare,
             *settings,
@@ -80,7 +103,7 @@ def with_options(
 
         @functools.wraps(function)
         def command(**values: Any) -> ExitCode:
-            values = {name: _expanded(value) for name, value in values.items()}
+            values = {name: _expanded(value) for name, value in values.items() if name != HELP_ALL.name}
             for name, group in (("settings", settings), ("evaluation", of_test)):
                 if group:
                     flags = {item.name: values.pop(item.name) for item in group}
@@ -89,10 +112,16 @@ def with_options(
             return function(**values)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.advanced = advanced  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
 
     return decorate
+
+
+def _common(settings_type: type) -> set[str]:
+    """The settings that people change most."""
+    return {item.name for item in fields(settings_type) if item.metadata["common"]}
 
 
 def _setting_parameters(settings_type: type) -> list[inspect.Parameter]:
@@ -101,7 +130,12 @@ def _setting_parameters(settings_type: type) -> list[inspect.Parameter]:
     for item in fields(settings_type):
         value_type = VALUE_TYPES[settings_type][item.name]
         help_text = _help_of(item, value_type.choices)
-        option = typer.Option(help=help_text, rich_help_panel=item.metadata["panel"], show_default=False)
+        option = typer.Option(
+            help=help_text,
+            rich_help_panel=item.metadata["panel"],
+            show_default=False,
+            autocompletion=_completion(item.name, value_type.choices),
+        )
         parameters.append(_parameter(item.name, None, Annotated[value_type.kind | None, option]))
     return parameters
 
@@ -116,6 +150,29 @@ def _expanded(value: Any) -> Any:
 def _parameter(name: str, default: object, annotation: object) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _completion(name: str, choices: Sequence[object]) -> Callable[[], list[Any]] | None:
+    """A function that returns what a shell completes as the value of a setting, or None."""
+    if name in LIST_OF_SETTING:
+        return lambda: list(LISTS[LIST_OF_SETTING[name]]().items())
+    return (lambda: [str(choice) for choice in choices]) if choices else None
+
+
+HELP_ALL = _parameter(
+    "help_all",
+    False,
+    Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            help="Show this message with all options and exit.",
+            is_eager=True,
+            expose_value=False,
+            callback=show_everything,
+        ),
+    ],
+)
 
 
 def _help_of(item: Field[Any], choices: Sequence[object]) -> str:

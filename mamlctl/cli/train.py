@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mamlctl.cli.common_options import SettingsOptions, TimeLimit, begin_work, option, unused
-from mamlctl.cli.options import with_options
+from mamlctl.cli.options import LISTS, with_options
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
-from mamlctl.core.events import OnEvent
-from mamlctl.core.problems import flag
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.problems import flag, nearest
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
 from mamlctl.display.console import write_text
+from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
 from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
+from mamlctl.experiments.runs.search import latest_unfinished_run, means_latest
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved, merge
@@ -35,6 +37,16 @@ from mamlctl.settings.variables import RUNS, variable_layers
 def train(
     settings: dict[str, Any],
     options: SettingsOptions,
+    list_: Annotated[
+        str | None,
+        option(
+            None,
+            f"Print the names of a kind and what they mean, then exit: {', '.join(LISTS)}.",
+            "--list",
+            metavar="KIND",
+            autocompletion=lambda: list(LISTS),
+        ),
+    ] = None,
     print_config: Annotated[
         bool, option(None, "Print every setting and its origin, then exit.", "--print-config")
     ] = False,
@@ -42,14 +54,32 @@ def train(
         Path | None,
         option(OUTPUT, f"Run folder to create (default: a new one under runs/, or under {RUNS})."),
     ] = None,
-    resume: Annotated[Path | None, option(OUTPUT, "Resume this run with its saved settings.")] = None,
+    resume: Annotated[
+        Path | None,
+        option(
+            OUTPUT,
+            "Resume this run with its saved settings; latest: the newest unfinished one that is not in use.",
+        ),
+    ] = None,
     time_limit: TimeLimit = None,
     log: Annotated[
         str | None,
         option(OUTPUT, "Also write scalars, settings and pictures for this program: tensorboard."),
     ] = None,
 ) -> ExitCode:
-    """Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++."""
+    """The command `mamlctl train`."""
+    if list_ is not None:
+        given: dict[str, object] = {flag(name): True for name in settings}
+        given |= options.by_flag("preset", "config", "offline") | {"--set": options.set_, "--log": log}
+        given |= {
+            "--out": out,
+            "--resume": resume,
+            "--time-limit": time_limit,
+            "--print-config": print_config,
+        }
+        return _print_list(list_, given, options)
+    latest = resume is not None and means_latest(resume)
+    resume = latest_unfinished_run() if latest else resume
     if resume is None:
         layers = [*options.base_layers, ("--set", options.set_values()), ("flag", settings)]
         resolved = resolve_settings(layers)
@@ -70,6 +100,8 @@ def train(
         from mamlctl.experiments import train as training  # imports torch
 
         begin_work()
+        if latest:
+            display(Notice(f"resuming the latest unfinished run, {resume}"))
         if resume is None:
             run = partial(training.train, config, out=out)
         else:
@@ -82,6 +114,19 @@ def train(
 def _logged(log: str | None, display: OnEvent) -> AbstractContextManager[OnEvent]:
     """The display, with the log of --log if there is one."""
     return nullcontext(display) if log is None else TensorBoardLog(fill_defaults, display)
+
+
+def _print_list(name: str, given: Mapping[str, object], options: SettingsOptions) -> ExitCode:
+    """Print the names of a kind. Raises SettingsError for another kind, and for options without effect."""
+    if name not in LISTS:
+        hint = nearest(name, LISTS, otherwise=f"use one of {', '.join(LISTS)}")
+        raise SettingsError([(f"--list is '{name}', which is not a list", hint)])
+    if problems := unused(given, "with --list"):
+        raise SettingsError(problems)
+    summaries = LISTS[name]()
+    entries = [{"name": entry, "summary": text} for entry, text in summaries.items()]
+    options.write(summaries, {"format": 1, name: entries}, show_names)
+    return ExitCode.OK
 
 
 def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:

@@ -36,6 +36,8 @@ StopReason = Literal["", "time limit", "SIGINT", "SIGTERM", "SIGHUP"]
 RunStatus = Literal["running", "finished", "interrupted", "diverged", "failed"]
 # The status of a run in a table: as above, or "missing" if there is no run folder yet.
 CellStatus = Literal[RunStatus, "missing"]
+# The status of a run in `compare --list`: as above, or "damaged" if its settings cannot be read.
+ListedStatus = Literal[RunStatus, "damaged"]
 # The kind of a row in metrics.jsonl: it has the fields of TrainReport or those of ValidationDone.
 RowKind = Literal["report", "validation"]
 # The state of a cell in the display of a grid.

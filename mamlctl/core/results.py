@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mamlctl.core.events import ValidationDone
-from mamlctl.core.literals import BatchNormMode, Metric, Model, Split, StopReason
+from mamlctl.core.literals import BatchNormMode, ListedStatus, Metric, Model, Split, StopReason
 
 TIMED = 3  # meta-steps of each kind that an estimate measures
 
@@ -183,6 +183,45 @@ class VerifiedSet:
     packs: int
     damage: str | None
     folder: str  # the data root
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run in `compare --list`; what a damaged folder does not say is None."""
+
+    run: str  # its folder
+    status: ListedStatus
+    changed: str  # ISO time of the last change of its files
+    label: str | None = None  # its algorithm, and how its improvements differ from that
+    dataset: str | None = None
+    ways: int | None = None  # None for curves
+    shots: int | None = None
+    seed: int | None = None
+    step: int | None = None  # meta-steps done
+    total_steps: int | None = None
+    metric: Metric | None = None
+    best_val_score: float | None = None  # of the best epoch
+    best_val_ci95: float | None = None
+    reason: str = ""  # why it is not finished, or what is damaged
+
+
+@dataclass(frozen=True)
+class ListedTable:
+    """A folder of a table in `compare --list`, with the runs that it has so far."""
+
+    folder: str
+    changed: str  # ISO time of its last change
+    runs: int
+    finished: int  # of these runs
+
+
+@dataclass(frozen=True)
+class RunList:
+    """The runs and tables in the folder of runs, the newest ones first."""
+
+    folder: str
+    runs: tuple[ListedRun, ...]
+    tables: tuple[ListedTable, ...]
 
 
 def named(record: ValidationDone | TrainResult | EvalRow) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The data sets of `fetch`: a table of all, and one line per outcome."""
+"""Lists of names, and the data sets of `fetch`: a table of all, and one line per outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -39,6 +40,18 @@ def show_fetched(console: Console, entries: Sequence[FetchedSet]) -> None:
     for entry in entries:
         counts = f"{entry.classes:,} classes, {entry.images:,} images"
         say(console, f"{entry.name}: {counts}, digest {entry.digest:.12}, in {entry.folder}")
+
+
+def show_names(console: Console, summaries: Mapping[str, str]) -> None:
+    """Print names and what they mean; a terminal that is too narrow gets the meaning on lines of its own."""
+    width = max(map(len, summaries)) + 2
+    for name, text in summaries.items():
+        if console.is_terminal and width + len(text) > console.width:
+            say(console, (name, "bold"))
+            for line in textwrap.wrap(text, console.width - 4):
+                say(console, f"    {line}")
+        else:
+            say(console, (name.ljust(width), "bold"), text)
 
 
 def show_data_sets(console: Console, entries: Sequence[ListedSet]) -> None:

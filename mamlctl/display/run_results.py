@@ -1,14 +1,20 @@
-"""The results of `train` and `eval` on a terminal."""
+"""The results of `train` and `eval`, and the list of runs, on a terminal."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from datetime import datetime
 
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import EvalResult, TrainResult
+from mamlctl.core.results import EvalResult, ListedRun, ListedTable, RunList, TrainResult
 from mamlctl.display.console import say, say_table
+
+# The heads of the list of runs.
+RUN_HEADS = ["run", "algorithm", "data", "status", "step", "best", "when"]
+TABLE_HEADS = ["table", "runs", "finished", "when"]
 
 
 def show_train_result(console: Console, result: TrainResult) -> None:
@@ -64,6 +70,51 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     )
     for picture in result.pictures:
         say(console, f"picture  {picture}")
+
+
+def show_runs(console: Console, listed: RunList) -> None:
+    """Print a line per run and per table, what is damaged, or how to get a first run."""
+    if not (listed.runs or listed.tables):
+        say(console, f"no runs in {listed.folder}; train one with: ", ("mamlctl train --preset demo", "cyan"))
+        return
+    if listed.runs:
+        _say_records(console, RUN_HEADS, [*map(_run_cells, listed.runs)])
+    if listed.tables:
+        _say_records(console, TABLE_HEADS, [*map(_table_cells, listed.tables)])
+    for run in listed.runs:
+        if run.status == "damaged":
+            say(console, ("damaged  ", "bold red"), run.reason)
+
+
+def _say_records(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, or two lines per row if the terminal is too narrow for it."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    if not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width:
+        say_table(console, [heads, *rows], left=len(heads))
+        return
+    for name, *cells in rows:
+        say(console, (name, "bold"))
+        say(console, "  ", "  ".join(cell for cell in cells if cell != "-"))
+
+
+def _table_cells(table: ListedTable) -> list[str]:
+    """The cells of a table in the list of runs."""
+    return [table.folder, str(table.runs), str(table.finished), _when(table.changed)]
+
+
+def _run_cells(run: ListedRun) -> list[str]:
+    """The cells of a run in the list of runs; "-" for what is not known."""
+    data = "-" if run.dataset is None else formatting.task(run.dataset, run.ways or 1, run.shots or 0)
+    step = "-" if run.step is None else f"{run.step:,}/{run.total_steps:,}"
+    best = "-"
+    if run.metric is not None and run.best_val_score is not None:
+        best = formatting.score(run.metric, run.best_val_score, run.best_val_ci95, 1)
+    return [run.run, run.label or "-", data, run.status, step, best, _when(run.changed)]
+
+
+def _when(iso: str) -> str:
+    """The local time of an ISO time, to the minute."""
+    return f"{datetime.fromisoformat(iso):%Y-%m-%d %H:%M}"
 
 
 def _show_per_step(console: Console, result: EvalResult, score_name: str) -> None:

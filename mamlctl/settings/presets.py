@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from io import StringIO
@@ -39,6 +41,18 @@ def preset_names() -> list[str]:
     """The names of all presets, as `--preset` accepts them."""
     folder = presets_folder()
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def preset_summaries() -> dict[str, str]:
+    """The names of all presets, each with the first sentence of the comment at its head."""
+    return {name: _summary(presets_folder() / f"{name}.yaml") for name in preset_names()}
+
+
+def _summary(path: Path) -> str:
+    """The first sentence of the comment at the head of a file."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
 
 
 def load_preset(name: str) -> dict[str, Any]:

@@ -18,6 +18,13 @@ COMPANIONS = {
     name: improvement.name for improvement in IMPROVEMENTS.values() for name in improvement.companions
 }
 
+# The networks of --net.
+NETS: Mapping[str, str] = {
+    "conv4": "four blocks of a 3x3 convolution, batch norm, an activation and pooling, then a linear head",
+    "mlp": "linear layers with activations between them, without batch norm; the network of curves",
+    "resnet12": "four residual blocks of three 3x3 convolutions each, with batch norm, then a linear head",
+}
+
 # Setting -> the networks that use it.
 OF_NETS = {
     "filters": ("conv4", "resnet12"),

@@ -203,3 +203,12 @@ def test_the_error_for_a_wrong_flag_does_not_name_the_variable(monkeypatch):
     assert origin("device", "gpu") == "--device"
     with pytest.raises(SettingsError, match=r"^--data-root is .*test_variables\.py, which is a file"):
         data_root(__file__)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "compare", "ablate", "fetch"])
+def test_help_names_the_variables(cli, command):
+    everything = () if command == "fetch" else ("--help-all",)
+    out = " ".join(cli(command, *(everything or ("--help",)))[1].split())
+    assert "MAMLCTL_DATA_ROOT" in out
+    assert ("MAMLCTL_DEVICE" in out) == (command != "fetch")
+    assert ("MAMLCTL_RUNS" in out) == (command not in ("fetch", "eval"))

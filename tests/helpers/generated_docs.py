@@ -16,7 +16,7 @@ from helpers.pages import PAGES
 from helpers.shared import ROOT
 from mamlctl.cli.app import app
 from mamlctl.core.errors import ExitCode
-from mamlctl.settings.presets import preset_names, presets_folder
+from mamlctl.settings.presets import preset_summaries
 from mamlctl.settings.schema import FIELDS
 
 PACKAGE = ROOT / "mamlctl"
@@ -89,10 +89,8 @@ def exit_codes():
 def presets():
     """Every preset, with the first sentence of the comment at its head; those that share it are one row."""
     names = {}
-    for name in preset_names():
-        head = re.match(r"(?:#.*\n)+", (presets_folder() / f"{name}.yaml").read_text())
-        text = " ".join(line.lstrip("# ") for line in head[0].splitlines())
-        names.setdefault(re.split(r"(?<=\.) (?=[A-Z])", text)[0], []).append(f"`{name}`")
+    for name, text in preset_summaries().items():
+        names.setdefault(text, []).append(f"`{name}`")
     return table(["presets", "content"], [[", ".join(same), text] for text, same in names.items()])
 
 
