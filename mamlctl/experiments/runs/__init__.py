@@ -1,0 +1,1 @@
+"""The runs and tables in the folder of runs."""

@@ -1,0 +1,96 @@
+"""The list of runs and tables (`compare --list`)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mamlctl.core.errors import MamlctlError
+from mamlctl.core.files import is_locked
+from mamlctl.core.literals import ListedStatus
+from mamlctl.core.metrics_rows import rows_of
+from mamlctl.core.results import ListedRun, ListedTable, RunList
+from mamlctl.data.rules import metric_of
+from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.experiments.grid.grid import CELLS
+from mamlctl.experiments.grid.plans import label_of
+from mamlctl.experiments.runs.search import changed_at, is_table, newest_first
+from mamlctl.run_folder import CONFIG, RunFolder, RunState, open_run, run_state
+from mamlctl.settings.variables import runs_folder
+
+
+def list_runs() -> RunList:
+    """All runs and tables in the folder of runs; damaged ones are listed with what is wrong."""
+    folder = runs_folder()
+    runs, tables = [], []
+    for path in newest_first(folder):
+        if is_table(path):
+            tables.append(_listed_table(path))
+        else:
+            runs.append(_listed_run(path))
+    return RunList(str(folder), tuple(runs), tuple(tables))
+
+
+def _listed_table(path: Path) -> ListedTable:
+    cells = [cell for cell in (path / CELLS).glob("*") if (cell / CONFIG).is_file()]
+    finished = sum(run_state(cell).status == "finished" for cell in cells)
+    changed = max(map(changed_at, [path, *cells]))
+    return ListedTable(str(path), _iso(changed), len(cells), finished)
+
+
+def _listed_run(path: Path) -> ListedRun:
+    changed = _iso(changed_at(path))
+    try:
+        run, state = open_run(path), run_state(path)
+        status = _listed_status(path, state)
+        best = _best_validation(run)
+    except (MamlctlError, OSError) as error:
+        reason = error.message if isinstance(error, MamlctlError) else str(error)
+        return ListedRun(str(path), "damaged", changed, reason=reason)
+    config, last = run.config, run.last_metrics()[-1:]
+    on_curves = is_curve_family(config.dataset)
+    return ListedRun(
+        run=str(path),
+        status=status,
+        changed=changed,
+        label=label_of(config),
+        dataset=config.dataset,
+        ways=None if on_curves else config.ways,
+        shots=config.shots,
+        seed=config.seed,
+        step=max([state.step, *(int(row["step"]) for row in last)]),
+        total_steps=config.total_steps,
+        metric=metric_of(config.dataset),
+        best_val_score=best.get(f"val_{metric_of(config.dataset)}"),
+        best_val_ci95=best.get("val_ci95"),
+        reason=state.reason,
+    )
+
+
+def _listed_status(path: Path, state: RunState) -> ListedStatus:
+    """The status of a run, whose process may have been killed before it could write one.
+
+    Args:
+        path: the run folder.
+        state: its state.
+    """
+    if is_locked(path):
+        return "running"
+    if state.status is None or state.status == "running":
+        return "interrupted"
+    return state.status
+
+
+def _best_validation(run: RunFolder) -> dict[str, Any]:
+    """The row of the best validation; empty before the first one."""
+    metric = metric_of(run.config.dataset)
+    key, sign = f"val_{metric}", 1 if metric == "accuracy" else -1
+    # Few of the lines are validations, and reading the others as JSON would take most of the time.
+    rows = rows_of(run.metrics(containing='"val_tasks"'), "validation")
+    scored = [row for row in rows if row.get(key) is not None]
+    return max(scored, key=lambda row: sign * row[key], default={})
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
