@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,13 +21,17 @@ from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
-from mamlctl.display.displays import Display, open_display
-from mamlctl.report.guard import Limit
 from mamlctl.settings.fields import HARDWARE, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
 from mamlctl.settings.schema import TrainConfig
 from mamlctl.settings.variables import variable_layers
+
+if TYPE_CHECKING:
+    from mamlctl.display.displays import Display
+    from mamlctl.report.guard import Limit
+
+# The modules of the live view and of limits are imported on use: help and completion need neither.
 
 Result = TypeVar("Result")
 
@@ -75,6 +79,8 @@ class OutputOptions:
 
         It shows at once what the command does, `work`, since the import of torch takes seconds.
         """
+        from mamlctl.display.displays import open_display
+
         with open_display(stderr_console(), quiet=self.quiet) as display:
             if work and not self.json:
                 display(Waiting("loading torch", work))
@@ -119,6 +125,8 @@ class GuardOptions(OutputOptions):
 
         Raises SettingsError for a value out of range, and for the option of the other kind of data.
         """
+        from mamlctl.report.guard import Limit
+
         problems: list[Problem] = []
         metric = metric_of(dataset)
         if metric == "mse" and self.fail_under is not None:

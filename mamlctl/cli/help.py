@@ -11,13 +11,10 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from mamlctl.display.console import say
+from mamlctl.display.console import WIDEST, say, say_description
 
 INDENT = 2
 LEFT = 28  # columns before a description
-LEAST = 40  # columns of a description; on a narrower terminal it starts below its option
-NARROW_LEFT = 6
-WIDEST = 100  # longer lines are hard to read
 
 Row = tuple[str, str]  # an option with its value, or the name of a command, and the description
 
@@ -47,8 +44,8 @@ def show_help(
     for heading, rows in sections.items():
         say(console)
         say(console, (heading, "bold"))
-        for row in rows:
-            _say_row(console, row, width)
+        for name, text in rows:
+            say_description(console, (" " * INDENT + name, "cyan"), text, LEFT, width)
     _say_paragraphs(console, command.epilog, width)
 
 
@@ -88,20 +85,6 @@ def _description(option: Any) -> str:
     """The help of an option, and its default if the help does not say it."""
     has_default = option.show_default and option.default not in (None, False)
     return f"{option.help} Default: {option.default}." if has_default else str(option.help)
-
-
-def _say_row(console: Console, row: Row, width: int) -> None:
-    """Print an option and its description beside it, or below it if one of them is too wide."""
-    name, text = row
-    left = LEFT if width - LEFT >= LEAST else NARROW_LEFT
-    lines = textwrap.wrap(text, width - left, break_on_hyphens=False)
-    head = " " * INDENT + name
-    if len(head) + 1 < left:
-        say(console, (head.ljust(left), "cyan"), lines.pop(0))
-    else:
-        say(console, (head, "cyan"))
-    for line in lines:
-        say(console, " " * left + line)
 
 
 def _say_paragraphs(console: Console, text: str | None, width: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
@@ -14,6 +15,10 @@ from rich.text import Text
 from mamlctl.core import formatting
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import finite, naming
+
+WIDEST = 100  # columns of running text: longer lines are hard to read
+LEAST = 40  # columns of a description; on a narrower terminal it starts below its name
+NARROW_LEFT = 6  # columns before it there
 
 
 class _Stream:
@@ -94,6 +99,28 @@ def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min
             text.rjust(max(width, min_width)) for text, width in zip(row[left:], widths[left:], strict=True)
         ]
         say(console, ("  ".join(texts).rstrip(), "dim" if number == 0 else ""))
+
+
+def say_description(console: Console, name: tuple[str, str], text: str, left: int, width: int) -> None:
+    """Print a name and its description beside it, or below it if one of them is too wide.
+
+    Args:
+        console: where to print.
+        name: the name and its style.
+        text: the description.
+        left: columns before the description.
+        width: columns of the whole.
+    """
+    if width - left < LEAST:
+        left = NARROW_LEFT
+    lines = textwrap.wrap(text, width - left, break_on_hyphens=False)
+    word, style = name
+    if len(word) + 1 < left:
+        say(console, (word.ljust(left), style), lines.pop(0))
+    else:
+        say(console, name)
+    for line in lines:
+        say(console, " " * left + line)
 
 
 def write_json(stream: TextIO, document: Mapping[str, Any]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
 from mamlctl.core import formatting
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
-from mamlctl.display.console import say, say_table
+from mamlctl.display.console import WIDEST, say, say_description, say_table
 
 HEADS = ["name", "prepared", "download", "licence", "from", "description"]
 
@@ -43,15 +42,13 @@ def show_fetched(console: Console, entries: Sequence[FetchedSet]) -> None:
 
 
 def show_names(console: Console, summaries: Mapping[str, str]) -> None:
-    """Print names and what they mean; a terminal that is too narrow gets the meaning on lines of its own."""
-    width = max(map(len, summaries)) + 2
+    """Print names and what they mean, each on one line if the output is not a terminal."""
+    left = max(map(len, summaries)) + 2
     for name, text in summaries.items():
-        if console.is_terminal and width + len(text) > console.width:
-            say(console, (name, "bold"))
-            for line in textwrap.wrap(text, console.width - 4):
-                say(console, f"    {line}")
+        if console.is_terminal:
+            say_description(console, (name, "bold"), text, left, min(console.width, WIDEST))
         else:
-            say(console, (name.ljust(width), "bold"), text)
+            say(console, name.ljust(left), text)
 
 
 def show_data_sets(console: Console, entries: Sequence[ListedSet]) -> None:

@@ -83,7 +83,7 @@ def show_runs(console: Console, listed: RunList) -> None:
         _say_records(console, TABLE_HEADS, [*map(_table_cells, listed.tables)])
     for run in listed.runs:
         if run.status == "damaged":
-            say(console, ("damaged  ", "bold red"), run.reason)
+            say(console, (run.reason, "red"))
 
 
 def _say_records(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

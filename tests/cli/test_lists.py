@@ -2,22 +2,28 @@
 
 import json
 import os
+import re
 from contextlib import ExitStack
 from dataclasses import replace
+from io import StringIO
 from typing import get_args
 
 import pytest
+from rich.console import Console
 
 from mamlctl.cli.options import LISTS
 from mamlctl.core.files import one_writer
 from mamlctl.core.literals import NetName
 from mamlctl.core.results import TrainResult
 from mamlctl.data.sets.registry import NAMES
+from mamlctl.display.datasets import show_names
+from mamlctl.display.run_results import show_runs
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.nets import factory
 from mamlctl.experiments.grid.grid import resolve_rows
 from mamlctl.experiments.grid.grid_folder import open_grid, save_plan
 from mamlctl.experiments.grid.plans import grid_rows
+from mamlctl.experiments.runs.listing import list_runs
 from mamlctl.run_folder import RunState, new_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.presets import preset_names
@@ -173,7 +179,7 @@ def test_a_damaged_run_does_not_end_the_list(cli, work, file, content):
     code, out, _ = cli("compare", "--list")
     assert code == 0
     assert "runs/whole" in out
-    assert ("damaged  runs/broken/config.yaml" in out) == (file == "config.yaml")
+    assert ("\nruns/broken/config.yaml is damaged: " in out) == (file == "config.yaml")
 
 
 def test_a_folder_that_cannot_be_read_does_not_end_the_list(cli, work, monkeypatch):
@@ -294,6 +300,35 @@ def test_ablate_resumes_the_latest_unfinished_table(cli, work):
     assert code == 0
     assert "resuming the latest unfinished table, runs/table\n" in err
     assert out.count("runs/table/cells/") >= 2
+
+
+@pytest.fixture
+def terminal():
+    """A terminal of 80 columns without colours."""
+    return Console(file=StringIO(), force_terminal=True, width=80, color_system=None)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_the_names_fit_a_terminal_and_their_meanings_are_aligned(terminal, name):
+    summaries = LISTS[name]()
+    show_names(terminal, summaries)
+    lines = terminal.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()) == " ".join(f"{key} {text}" for key, text in summaries.items())
+    starts = {re.match(r"\S* +", line).end() for line in lines}
+    assert len(starts) == 1 and 80 - starts.pop() >= 40
+
+
+def test_a_run_takes_two_lines_of_a_narrow_terminal(terminal, work):
+    long = "omniglot-20w1s-maml++-s0-20261121-031500"
+    train(work / "runs" / long)
+    train(work / "runs/short", None, age=1)
+    show_runs(terminal, list_runs())
+    lines = terminal.file.getvalue().splitlines()
+    assert lines[0] == f"runs/{long}"
+    assert lines[1].startswith("  maml  glyphs 5-way 1-shot  finished  40/40  75.0 ± 12.5 %  2027-01-")
+    assert lines[2] == "runs/short"
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
 
 
 WRONG = [
