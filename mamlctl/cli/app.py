@@ -70,7 +70,7 @@ COMMANDS = {
     ),
     "eval": CommandEntry(
         "evaluate",
-        "Test a trained run, or classify your own images with it (--support, --query).",
+        "Test a trained run, or classify or predict your own data with it (--support, --query).",
         "A test scores the best checkpoint and the ensemble of the five best on the same tasks: --models.",
         examples=(
             "mamlctl eval runs/demo --split test --tasks 600",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
+from mamlctl.data.sets.registry import is_table
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
 from mamlctl.experiments.runs.search import hint_for_missing_run
@@ -44,13 +45,19 @@ class EvaluateOptions(GuardOptions):
     ] = None
     support: Annotated[
         Path | None,
-        option(OWN_IMAGES, "Folder with one subfolder of images for each of your classes.", metavar="DIR"),
+        option(
+            OWN_IMAGES,
+            "Folder with one subfolder of images for each of your classes; for a run on a table, the "
+            "examples of a new task.",
+            metavar="PATH",
+        ),
     ] = None
     query: Annotated[
         list[Path] | None,
         option(
             OWN_IMAGES,
-            "Image or folder to classify (repeatable); subfolders named after classes supply labels.",
+            "Image or folder to classify (repeatable); subfolders named after classes supply labels. For a "
+            "run on a table, the inputs to predict, with or without targets.",
             metavar="PATH",
         ),
     ] = None
@@ -84,9 +91,9 @@ class EvaluateOptions(GuardOptions):
             return problems
         of_tasks: dict[str, object] = {flag(name): True for name in TASK_SETTINGS if name in settings}
         of_tasks |= self.by_flag("fail_under", "fail_over")
-        problems = unused(of_tasks, "with --support, since your images are the only task")
+        problems = unused(of_tasks, "with --support, since your own data are the only task")
         if self.beside:
-            problems.append(("--beside is for curves, but --support contains images", "leave it out"))
+            problems.append(("--beside is for curves, but --support is one task", "leave it out"))
         if not (self.query or self.files):
             hint = "add --query or leave it out"
             problems += unused(self.by_flag("csv", "plot"), "without --query", hint)
@@ -114,7 +121,10 @@ def evaluate(
     support = options.support
     if support is None:
         return _test(run, config, limit, options)
-    _classify(run, support, config, options)
+    if is_table(trained.config.dataset):
+        _predict(run, support, config, options)
+    else:
+        _classify(run, support, config, options)
     return ExitCode.OK
 
 
@@ -141,6 +151,8 @@ def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateO
         "pictures": result.pictures,
         "notes": result.notes,
     }
+    if result.table is not None:
+        document["table"] = asdict(result.table)
     options.write(result, document, show_eval_result)
     code = STOP_EXIT_CODES[reason]
     if limit is not None and code == ExitCode.OK:
@@ -158,3 +170,21 @@ def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOpt
         request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
         result = classify_images(run, config, request, on_event=display)
     options.write(result, predictions.document(result), predictions.show_classify_result)
+
+
+def _predict(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:
+    """Predict the rows of the user's own table."""
+    from mamlctl.experiments.tables.predict import PredictionFiles, predict_table
+
+    queries = [*(options.query or []), *(options.files or [])]
+    problems = unused(options.by_flag("save_adapted"), "for a run on a table")
+    if len(queries) != 1:
+        problems.append(
+            (f"--query names {len(queries)} tables, but a run predicts one at a time", "name one")
+        )
+    if problems:
+        raise SettingsError(problems)
+    files = PredictionFiles(support, queries[0], options.csv, plot=options.plot)
+    with options.display() as display:
+        result = predict_table(run, config, files, on_event=display)
+    options.write(result, predictions.table_document(result), predictions.show_table_prediction)

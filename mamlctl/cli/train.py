@@ -18,7 +18,7 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import flag, nearest
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
+from mamlctl.data.sets.registry import absolute_data_set, is_own_data, kind_of
 from mamlctl.display.console import write_text
 from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
@@ -174,8 +174,9 @@ def _overrides(
 
     stored = asdict(open_run(run).config)
     changeable = RESUME_OVERRIDES
-    if "dataset" in settings and is_image_folder(settings["dataset"]) and is_image_folder(stored["dataset"]):
-        # The images may have moved; `resume` compares their content.
+    moved, before = settings.get("dataset", ""), stored["dataset"]
+    if is_own_data(moved) and is_own_data(before) and kind_of(moved) == kind_of(before):
+        # The data may have moved; `resume` compares their content.
         settings = {**settings, "dataset": absolute_data_set(settings["dataset"])}
         changeable += ("dataset",)
     problems = [

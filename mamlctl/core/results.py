@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -85,6 +87,28 @@ class EvalRow:
 
 
 @dataclass(frozen=True)
+class TargetError:
+    """The error of one target of a table, in its own unit."""
+
+    target: str
+    mse: float
+    ci95: float  # half width over tasks
+
+
+@dataclass(frozen=True)
+class TableScores:
+    """What an evaluation on a table measured besides its scores."""
+
+    tasks: int  # different ones; the intervals are over them
+    errors: Mapping[str, tuple[TargetError, ...]]  # by model
+
+    @property
+    def standardised(self) -> bool:
+        """Whether the scores are means over several targets, which are in units of their variances."""
+        return any(len(errors) > 1 for errors in self.errors.values())
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """The results of `eval` and the folder where they are stored."""
 
@@ -96,6 +120,7 @@ class EvalResult:
     rows: tuple[EvalRow, ...]
     pictures: tuple[str, ...] = ()  # files
     notes: tuple[str, ...] = ()  # caveats about the numbers
+    table: TableScores | None = None  # of a run on a table
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,36 @@ class ClassifyResult:
     def unreadable(self) -> int:
         """The number of query images that cannot be read."""
         return sum(image.predicted is None for image in self.images)
+
+
+@dataclass(frozen=True)
+class TablePrediction:
+    """The predictions for the rows of a query table, by a model that was adapted to a support table."""
+
+    run: str
+    algo: str
+    model: str  # "best, epoch 7" or "last"
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    support_rows: int
+    inner_steps: int
+    x: tuple[tuple[float, ...], ...]  # in the units of the table, as all values
+    predicted: tuple[tuple[float, ...], ...]
+    truth: tuple[tuple[float, ...], ...] | None  # None if the query table has no targets
+    seconds: float
+    pictures: tuple[str, ...] = ()
+    csv: str | None = None
+
+    @property
+    def mse(self) -> tuple[float, ...] | None:
+        """The mean squared error of each target over the rows; None without targets."""
+        if self.truth is None:
+            return None
+        rows = list(zip(self.predicted, self.truth, strict=True))
+        return tuple(
+            math.fsum((ours[n] - true[n]) ** 2 for ours, true in rows) / len(rows)
+            for n in range(len(self.targets))
+        )
 
 
 @dataclass(frozen=True)

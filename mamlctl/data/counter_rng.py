@@ -24,6 +24,9 @@ STREAMS = {
     "class split": 16,
     "glyph shapes": 17,
     "glyph drawings": 18,
+    "train passes": 19,
+    "val passes": 20,
+    "test passes": 21,
 }
 
 

@@ -15,14 +15,16 @@ from mamlctl.data.sets.folder_layout import class_level, fraction_problem, has_l
 from mamlctl.data.sets.registry import (
     absolute_data_set,
     find_data_set,
-    is_curve_family,
     is_image_folder,
+    is_regression,
+    is_table,
+    kind_of,
 )
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
-# The usual settings for curves (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
-CURVE_DEFAULTS: Mapping[str, Any] = {
+# The usual settings for regression (Finn et al. 2017, section 5.1: 10 points, 25 tasks, one step of 0.01).
+REGRESSION_DEFAULTS: Mapping[str, Any] = {
     "algo": "maml",
     "net": "mlp",
     "shots": 10,
@@ -38,9 +40,13 @@ FIGURE_TASKS = 100  # enough to draw a table's curves of adaptation, for a fract
 # Settings of a preset that apply to its own data set only, not to another that replaces it.
 OF_CLASSES = ("split_scheme", "split_fractions", "classes", "strict", "rotations", "augment")
 OF_PIXELS = ("ink", "resize", "normalize", "image_size", "channels")
-OF_ITS_IMAGES = (*OF_CLASSES, *OF_PIXELS)
+OF_COLUMNS = ("inputs", "targets")
+OF_ITS_DATA = (*OF_CLASSES, *OF_PIXELS, *OF_COLUMNS)
 
-# Settings that only images have, and the reason that an error for curves gives.
+# Settings that the user's tables have too.
+OF_OWN_DATA = ("split_seed", "split_fractions", "strict")
+
+# Settings that only images have, and the reason that an error for regression gives.
 OF_IMAGES: Mapping[str, str] = {
     **dict.fromkeys(("ways", "split_seed", "body_epochs", *OF_CLASSES), "has no classes"),
     **dict.fromkeys(OF_PIXELS, "has no images"),
@@ -50,28 +56,36 @@ OF_IMAGES: Mapping[str, str] = {
 
 def metric_of(dataset: str) -> Metric:
     """The metric by which runs on a data set are scored."""
-    return "mse" if is_curve_family(dataset) else "accuracy"
+    return kind_of(dataset).metric
+
+
+def without_meaning(dataset: str) -> dict[str, str]:
+    """The settings that have no meaning for a data set, and the reason that an error gives."""
+    settings = dict(OF_IMAGES) if is_regression(dataset) else {}
+    if is_table(dataset):
+        return {name: why for name, why in settings.items() if name not in OF_OWN_DATA}
+    return settings | dict.fromkeys(OF_COLUMNS, "has no columns")
 
 
 def data_set_defaults(name: str) -> Mapping[str, Any]:
     """The settings that `--dataset name` implies."""
-    if is_curve_family(name):
-        return CURVE_DEFAULTS
+    if is_regression(name):
+        return REGRESSION_DEFAULTS
     folder = Path(absolute_data_set(name))
     return {"classes": class_level(folder)} if is_image_folder(name) and folder.is_dir() else {}
 
 
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have only one value with this data set, and that value."""
-    if is_curve_family(config.dataset):
-        return {name: FIELDS[name].default for name in OF_IMAGES}
+    forced: dict[str, Any] = {name: FIELDS[name].default for name in without_meaning(config.dataset)}
+    if is_regression(config.dataset):
+        return forced
     try:
         data_set = find_data_set(config.dataset)
     except SettingsError:
         return {}
-    forced: dict[str, Any] = (
-        {} if data_set.own_files else {"split_fractions": None, "classes": "top", "strict": False}
-    )
+    if not data_set.own_files:
+        forced |= {"split_fractions": None, "classes": "top", "strict": False}
     if config.split_scheme not in data_set.split_schemes:
         forced["split_scheme"] = None
     if config.resize not in data_set.resizes:
@@ -98,21 +112,20 @@ def data_set_problems(
     if config.classes == "leaf" and has_lists(Path(absolute_data_set(config.dataset))):
         fact = f"--classes leaf has no effect: the classes of {config.dataset} are in its train.csv"
         problems.append((fact, "leave it out"))
-    if not is_curve_family(config.dataset):
-        return problems
-    for name, why in OF_IMAGES.items():
+    for name, why in without_meaning(config.dataset).items():
         if sources[name] in refused_from and getattr(config, name) is not False:
             problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
-    if config.net != "mlp":
-        fact = f"--net {config.net} needs images, but {config.dataset} has curves"
+    if is_regression(config.dataset) and config.net != "mlp":
+        fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config.dataset).predicate}"
         problems.append((fact, "use --net mlp"))
     return problems
 
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
     """Choices that the data set does not offer, or the unknown data set, as (fact, hint) pairs."""
-    if is_curve_family(config.dataset):
-        return []
+    if is_regression(config.dataset):
+        problem = fraction_problem(config.split_fractions) if config.split_fractions else None
+        return [problem] if problem else []
     try:
         data_set = find_data_set(config.dataset)
     except SettingsError as error:
@@ -144,13 +157,13 @@ def _is_grey(config: TrainConfig, data_set: DataSet) -> bool:
 def per_step_settings(settings: EvalConfig, dataset: str) -> EvalConfig:
     """The settings of a test with those of its scores per inner step in their only form.
 
-    The small networks for curves are always scored after every step.
+    The small networks for regression are always scored after every step.
 
     Args:
         settings: the settings of the test.
         dataset: the data set of the run.
     """
-    if is_curve_family(dataset):
+    if is_regression(dataset):
         return replace(settings, per_step=True, per_step_tasks=None)
     is_for_all = settings.curve_tasks in (0, settings.tasks)
     return replace(settings, per_step_tasks=None) if is_for_all else settings

@@ -1,13 +1,14 @@
-"""Predictions for the user's own images, as a table and as a JSON document."""
+"""Predictions for the user's own images and tables, as a table and as a JSON document."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import ClassifiedImage, ClassifyResult
+from mamlctl.core.results import ClassifiedImage, ClassifyResult, TablePrediction
 from mamlctl.core.statistics import wilson95
 from mamlctl.display.console import say, say_table
 
@@ -115,4 +116,59 @@ def _image_document(image: ClassifiedImage, classes: tuple[str, ...]) -> dict[st
         "probabilities": dict(zip(classes, image.probabilities, strict=False)),
         "label": image.label,
         "problem": image.problem,
+    }
+
+
+def show_table_prediction(console: Console, result: TablePrediction) -> None:
+    """Print how the run was adapted, one line per query row, the errors, and the files that were written."""
+    say(console, (f"{result.algo} ({result.model})", "bold"), f"  {result.run}")
+    rows, steps = (
+        formatting.plural(result.support_rows, "row"),
+        formatting.plural(result.inner_steps, "inner step"),
+    )
+    say(console, f"adapted to {result.support_rows} {rows} in {result.inner_steps} {steps}")
+    say(console)
+    known = result.truth is not None
+    heads = [*result.inputs, *(f"predicted {name}" for name in result.targets)]
+    heads += [f"true {name}" for name in result.targets] if known else []
+    lines = [
+        [f"{value:.6g}" for value in (*x, *predicted, *truth)]
+        for x, predicted, truth in zip(result.x, result.predicted, result.truth or result.x, strict=True)
+    ]
+    table = [[formatting.one_line(head) for head in heads], *(line[: len(heads)] for line in lines)]
+    say_table(console, table, left=0)
+    say(console)
+    for name, mse in zip(result.targets, result.mse or (), strict=False):
+        root = f"root {math.sqrt(mse):.4g}"
+        say(
+            console,
+            f"{formatting.one_line(name)}: mean squared error {mse:.4g} ({root}) over {len(result.x)} rows",
+        )
+    for line in (
+        *(f"picture  {file}" for file in result.pictures),
+        *([f"written to {result.csv}"] if result.csv else []),
+    ):
+        say(console, line)
+
+
+def table_document(result: TablePrediction) -> dict[str, Any]:
+    """The whole result, for `--json`; all values have the units of the table."""
+    rows = []
+    for place, (x, predicted) in enumerate(zip(result.x, result.predicted, strict=True)):
+        row = {"inputs": dict(zip(result.inputs, x, strict=True))}
+        row["predicted"] = dict(zip(result.targets, predicted, strict=True))
+        if result.truth is not None:
+            row["targets"] = dict(zip(result.targets, result.truth[place], strict=True))
+        rows.append(row)
+    return {
+        "format": 1,
+        "run": result.run,
+        "algo": result.algo,
+        "model": result.model,
+        "support_rows": result.support_rows,
+        "inner_steps": result.inner_steps,
+        "predictions": rows,
+        "mse": None if result.mse is None else dict(zip(result.targets, result.mse, strict=True)),
+        "pictures": result.pictures,
+        "csv": result.csv,
     }

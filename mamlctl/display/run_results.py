@@ -9,7 +9,7 @@ from datetime import datetime
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import EvalResult, ListedRun, ListedTable, RunList, TrainResult
+from mamlctl.core.results import EvalResult, ListedRun, ListedTable, RunList, TableScores, TrainResult
 from mamlctl.display.console import say, say_table
 
 # The heads of the list of runs.
@@ -52,9 +52,13 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     table = [["model", score_name, "tasks", "split", "bn", "inner steps"]]
     for row in result.rows:
         score = formatting.score(row.metric, row.score, row.ci95)
-        table.append([row.model, score, str(row.tasks), row.split, row.bn, str(row.inner_steps)])
+        tasks = row.tasks if result.table is None else result.table.tasks
+        table.append([row.model, score, str(tasks), row.split, row.bn, str(row.inner_steps)])
     say_table(console, table, left=2)
     say(console)
+    if result.table is not None and result.table.standardised:
+        _show_targets(console, result.table)
+        say(console)
     if first.per_step:
         _show_per_step(console, result, score_name)
         say(console)
@@ -70,6 +74,18 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     )
     for picture in result.pictures:
         say(console, f"picture  {picture}")
+
+
+def _show_targets(console: Console, table: TableScores) -> None:
+    """Print the error of each target in its own unit; the score above is their mean after standardisation."""
+    say(console, ("mean squared error of each target, in its own unit", "bold"))
+    models = list(table.errors)
+    rows = [["target", *models]]
+    for of_target in zip(*table.errors.values(), strict=True):
+        errors = [formatting.score("mse", error.mse, error.ci95) for error in of_target]
+        rows.append([formatting.one_line(of_target[0].target), *errors])
+    say_table(console, rows, left=1)
+    say(console, "the score is their mean, each divided by the variance of the target in training")
 
 
 def show_runs(console: Console, listed: RunList) -> None:

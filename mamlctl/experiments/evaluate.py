@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.literals import Model
-from mamlctl.core.results import EvalResult, EvalRow, named
+from mamlctl.core.results import EvalResult, EvalRow, TableScores, TargetError, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.label_permutations import LabelPermutations
+from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.devices import device_words
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, ModelScores, Scores, evaluate
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
@@ -52,12 +51,21 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     # Under the digest that the run knows, so that its evaluation is found again.
     tested = trained if trained in source.older_digests else source.digest
     protocol |= {"bn": model.bn, "dataset_digest": tested}
+    if source.table is not None:
+        columns = source.table.standardisation
+        protocol["table"] = {
+            "tasks": different_tasks(model.stream, settings.tasks),
+            "inputs": columns.inputs,
+            "targets": columns.targets,
+            "split_fractions": model.config.split_fractions,
+        }
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]
     folder = model.run.path / EVALUATIONS / f"{settings.split}-{digest}"
     # Created before the evaluation, so that no work is lost if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
     scores = _scores(model, settings, on_event)
-    rows, columns = _eval_rows(model, settings, scores)
+    rows, by_model = _eval_rows(model, settings, scores)
+    table = _table_scores(model, by_model)
     seconds = time.monotonic() - started
     summary = {
         "format": 1,
@@ -69,7 +77,9 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         "device": device_words(model.device),
         "seconds": seconds,
     }
-    write_evaluation(folder, summary, columns)
+    if table is not None:
+        summary["table"] = asdict(table)
+    write_evaluation(folder, summary, {name: scores.last_T for name, scores in by_model.items()})
     return EvalResult(
         run=str(model.run.path),
         dataset=model.config.dataset,
@@ -78,7 +88,22 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         seconds=seconds,
         rows=tuple(rows),
         notes=model.notes,
+        table=table,
     )
+
+
+def _table_scores(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> TableScores | None:
+    """The errors of each target in its own unit, for a run on a table."""
+    facts = model.source.table
+    if facts is None:
+        return None
+    errors: dict[str, tuple[TargetError, ...]] = {}
+    for name, scores in by_model.items():
+        assert scores.targets_TN is not None
+        pairs = zip(facts.standardisation.targets, scores.targets_TN.T, strict=True)
+        errors[name] = tuple(TargetError(target, *mean_ci95(errors_T)) for target, errors_T in pairs)
+    tasks = next(len(scores.last_T) for scores in by_model.values())
+    return TableScores(tasks, errors)
 
 
 def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
@@ -111,7 +136,7 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
 
 def _eval_rows(
     model: TrainedModel, settings: EvalConfig, scores: Scores
-) -> tuple[list[EvalRow], dict[str, NDArray[np.float64]]]:
+) -> tuple[list[EvalRow], dict[str, ModelScores]]:
     """A row for the best checkpoint, and one for the ensemble if there was a validation.
 
     Returns:
@@ -122,11 +147,11 @@ def _eval_rows(
     models = [("best" if epochs else "last", "best", scores.single[0], epochs[:1])]
     if epochs:
         models.append((f"ensemble-{len(model.states)}", "ensemble", scores.ensemble, epochs))
-    rows, columns = [], {}
+    rows, by_model = [], {}
     for name, kind, of_model, epochs_used in models:
         if settings.models not in ("all", kind):
             continue
-        columns[name] = of_model.last_T
+        by_model[name] = of_model
         score, ci95 = mean_ci95(of_model.last_T)
         curve = [mean_ci95(scores_T) for scores_T in of_model.curve_TI.T]
         row = EvalRow(
@@ -145,7 +170,8 @@ def _eval_rows(
             epochs=epochs_used,
             per_step=tuple(mean for mean, _ in curve),
             per_step_ci95=tuple(half for _, half in curve),
-            per_step_tasks=len(of_model.curve_TI),
+            # From a table, of draws as `tasks`, although these scores are means over the draws of each task.
+            per_step_tasks=settings.curve_tasks,
         )
         rows.append(row)
-    return rows, columns
+    return rows, by_model

@@ -15,8 +15,10 @@ from mamlctl.data.sets.folder_layout import mixed_folder_problem
 from mamlctl.data.sets.registry import (
     absolute_data_set,
     find_data_set,
-    is_curve_family,
     is_image_folder,
+    is_regression,
+    is_table,
+    kind_of,
 )
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import device_problems, open_device
@@ -76,7 +78,7 @@ def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: b
     folders = is_image_folder(settings.dataset) and is_image_folder(trained.dataset)
     # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
     # the user's own images do not define the value of ink, so the run's value is used.
-    keeps_ink = is_curve_family(settings.dataset) or find_data_set(settings.dataset).own_files
+    keeps_ink = is_regression(settings.dataset) or find_data_set(settings.dataset).own_files
     return replace(
         config,
         dataset=absolute_data_set(settings.dataset),
@@ -93,11 +95,14 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     """Why the run cannot be evaluated on the other data set, as (fact, hint) pairs."""
     if settings.dataset is None:
         return []
-    if is_curve_family(settings.dataset) != is_curve_family(trained.dataset):
-        kinds = ("curves", "images") if is_curve_family(settings.dataset) else ("images", "curves")
-        fact = f"{settings.dataset} has {kinds[0]}, but the run was trained on {kinds[1]}"
-        return [(fact, f"test it on {kinds[1]}")]
-    if is_curve_family(settings.dataset):
+    kind, trained_on = kind_of(settings.dataset), kind_of(trained.dataset)
+    if kind != trained_on:
+        fact = f"{settings.dataset} {kind.predicate}, but the run was trained on {trained_on.noun}"
+        return [(fact, f"test it on {trained_on.noun}")]
+    if is_table(settings.dataset):
+        fact = f"{settings.dataset} differs from the table that the run was trained on"
+        return [(fact, "give it to the run as new tasks, with --support and --query")]
+    if is_regression(settings.dataset):
         return []
     data_set = find_data_set(settings.dataset)
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
@@ -115,8 +120,8 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
-    on_curves = is_curve_family(trained.dataset)
-    if settings.per_step_tasks is not None and not (settings.per_step or on_curves):
+    regression, predicate = is_regression(trained.dataset), kind_of(trained.dataset).predicate
+    if settings.per_step_tasks is not None and not (settings.per_step or regression):
         problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
@@ -125,14 +130,14 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         for name, setting in fixed.items()
         if setting in entry.forced
     }
-    if on_curves:
+    if regression:
         unused["per_step_tasks"] = f"{trained.dataset}, which is always scored after every step, on all tasks"
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
         unused["ways"] = f"{trained.dataset}, whose tasks have no classes"
         if settings.disjoint:
-            problems.append((f"--disjoint is for images, but {trained.dataset} has curves", "leave it out"))
+            problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
         if settings.label_permutations != 1:
-            fact = f"--label-permutations reorders classes, but {trained.dataset} has curves"
+            fact = f"--label-permutations reorders classes, but {trained.dataset} {predicate}"
             problems.append((fact, "leave it out"))
     if entry.learns_rates(trained):
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"

@@ -14,7 +14,7 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.folder_layout import contain_only_folders
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_regression, kind_of
 from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
 from mamlctl.data.tasks.user_images import Reader, SupportImages, read_support
@@ -94,8 +94,9 @@ def adapt_classifier(
         MamlctlError: the run is damaged.
     """
     run = open_run(path)
-    if is_curve_family(run.config.dataset):
-        fact = f"--support contains images, but the run was trained on {run.config.dataset}, which has curves"
+    if is_regression(run.config.dataset):
+        trained = f"{run.config.dataset}, which {kind_of(run.config.dataset).predicate}"
+        fact = f"--support contains images, but the run was trained on {trained}"
         raise SettingsError([(fact, "use a run that was trained on images")])
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         # Papers report transductive accuracy, but the prediction for one image should not depend on others.

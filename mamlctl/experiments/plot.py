@@ -15,14 +15,14 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_regression, is_table
 from mamlctl.data.tasks.curve_tasks import CurveStream
-from mamlctl.data.tasks.episodes import Episodes, MiniBatches
+from mamlctl.data.tasks.episodes import MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
-from mamlctl.engine.evaluation.measured_loop import TaskSets
-from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
+from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.report.figures import run_figures
@@ -63,9 +63,9 @@ def draw(
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     on_event(Waiting("drawing figures"))
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
-    if is_curve_family(model.config.dataset):
-        others = list(beside)
-        if not others and ALGORITHMS[model.config.algo].start != "pre-trained":
+    if is_regression(model.config.dataset):
+        others, table = list(beside), is_table(model.config.dataset)
+        if not others and not table and ALGORITHMS[model.config.algo].start != "pre-trained":
             others = [folder / "pretrained"]
             if reason := _pretrain(model, others[0], offline, on_event):
                 return [], reason
@@ -73,11 +73,15 @@ def draw(
         dataset = model.config.dataset
         for other in opened:
             if other.source.digest != model.source.digest:
-                fact = f"{other.run.path} has curves of {other.config.dataset}, but this run of {dataset}"
+                what = "tasks" if table else "curves"
+                fact = f"{other.run.path} has {what} of {other.config.dataset}, but this run of {dataset}"
                 raise SettingsError([(fact, "use runs of the same data set")])
-        figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
+        if table:
+            figures = {"regression": table_figure([model, *opened], name)}
+        else:
+            figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
     elif beside:
-        raise SettingsError([("--beside is for curves, but this run has images", "leave it out")])
+        raise SettingsError([("--beside is for regression, but this run has images", "leave it out")])
     else:
         figures = {"tasks": run_figures.tasks(_task_pictures(model), name)}
     metrics = model.run.metrics()
@@ -125,7 +129,7 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     assert isinstance(stream, CurveStream)
     starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
     if not any(ALGORITHMS[model.config.algo].start == "random start" for model in models):
-        _, state = build(first.config, first.source.example_shape, first.device)
+        _, state = build(first.config, first.source.example_shape, first.device, targets=first.source.targets)
         scratch = replace(first, predict=adapted, states=[state], stream=stream)
         starts.append(("random start", scratch))
     return [[_panel(model, stream, task, title) for title, model in starts] for task in range(TASKS)]
@@ -146,7 +150,7 @@ def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> r
         query_x_TECHW=torch.from_numpy(x).to(support_x_TED).view(1, -1, 1),
         query_y_TE=torch.from_numpy(truth).to(support_x_TED).view(1, -1),
     )
-    outputs_ITEN = _outputs(model, on_curve, max(STEPS))
+    outputs_ITEN = model.outputs(on_curve, max(STEPS))
     curves = []
     for steps in STEPS:
         y = outputs_ITEN[steps, 0, :, 0].double().cpu().numpy()
@@ -157,19 +161,10 @@ def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> r
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
 
 
-def _outputs(
-    model: TrainedModel, episodes: Episodes, inner_steps: int, *, per_step: bool = True
-) -> torch.Tensor:
-    sets = TaskSets(model.derivatives, episodes)
-    state = model.states[0].frozen()
-    with torch.no_grad():
-        return model.predict(PredictRequest(sets, state, inner_steps, model.statistics, per_step))
-
-
 def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:
     """The first test tasks with the predictions after all inner steps."""
     episodes = model.stream.episodes(0, TASKS)
-    predicted_TE = _outputs(model, episodes, model.inner_steps, per_step=False)[-1].argmax(-1).cpu()
+    predicted_TE = model.outputs(episodes, model.inner_steps, per_step=False)[-1].argmax(-1).cpu()
     config = model.config
     # One query of each class in turn, so that the first queries cover all classes.
     order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()

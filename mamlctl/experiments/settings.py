@@ -8,13 +8,13 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.data.rules import (
-    OF_ITS_IMAGES,
+    OF_ITS_DATA,
     choice_problems,
     data_set_defaults,
     data_set_forced,
     data_set_problems,
 )
-from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_curve_family
+from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_regression, is_table
 from mamlctl.engine.algorithms.rules import (
     algorithm_defaults,
     algorithm_forced,
@@ -68,14 +68,14 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
         dataset: the data set that the layers choose.
         algo: the algorithm that they choose.
     """
-    layers = [(source, _drop_foreign(values, OF_ITS_IMAGES, "dataset", dataset)) for source, values in layers]
+    layers = [(source, _drop_foreign(values, OF_ITS_DATA, "dataset", dataset)) for source, values in layers]
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     weaker = [
         (source, _drop_foreign(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
         for source, values in layers[:naming]
     ]
     of_data_set = (f"data set {dataset}", data_set_defaults(dataset))
-    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, curves=is_curve_family(dataset)))
+    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, regression=is_regression(dataset)))
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
@@ -94,9 +94,10 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in every setting that is None. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
-    if is_curve_family(config.dataset):
-        # Curves have one output instead of ways, and none of these choices.
+    if is_regression(config.dataset):
+        # These tasks have outputs instead of ways, and none of these choices.
         choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
+        choices |= {"inputs": "x*", "targets": "y*"} if is_table(config.dataset) else {}
         return fill_schedules(replace(config, ways=1), choices)
     defaults = find_data_set(config.dataset).defaults
     if config.channels == 1:

@@ -20,6 +20,7 @@ from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
+from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
@@ -31,6 +32,7 @@ from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.tables.stored import store_facts
 from mamlctl.experiments.training_images import check_folder, store_digests, stored_split
 from mamlctl.run_folder import (
     CLASSES,
@@ -148,6 +150,8 @@ def resume(
             now = f"{config.dataset} has digest {source.digest:.12}"
             fact = f"{now}, but the run started with {run.dataset_digest:.12}"
             hint = "resume with the same images, --data-root and version of Pillow as before"
+            if source.table is not None:
+                hint = "resume with the rows and columns with which it started, or train a new run"
             raise DataError(fact, hint=hint)
         append_text(run.path / COMMANDS, command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
@@ -157,10 +161,14 @@ def resume(
 
 
 def _store_data_facts(run: RunFolder, source: TaskSource) -> None:
-    """Write which classes and images the run is trained on, unless the folder has these files."""
+    """Write which classes, images or table the run is trained on, unless the folder has these files.
+
+    Raises DataError if it has other facts about a table.
+    """
     if source.names and not (run.path / CLASSES).exists():
         write_json(run.path / CLASSES, source.names)
     store_digests(run, source)
+    store_facts(run, source.table)
 
 
 def _prepare(
@@ -190,7 +198,9 @@ def _prepare(
         on_event=on_event,
         stored=stored,
     )
-    net, state = build(completed, source.example_shape, device, classes=source.classes.get("train"))
+    net, state = build(
+        completed, source.example_shape, device, classes=source.classes.get("train"), targets=source.targets
+    )
     return _Prepared(completed, device, streams, source, net, state, stop, on_event)
 
 
@@ -218,9 +228,10 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
                 on_event(Notice(lost))
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is already finished"))
-        if source.names:
-            counts = " / ".join(f"{len(names)} {split}" for split, names in source.names.items())
-            on_event(Notice(f"classes: {counts}"))
+        for what, groups in (("classes", source.names), ("tasks", source.table and source.table.tasks)):
+            if groups:
+                counts = " / ".join(f"{len(names)} {split}" for split, names in groups.items())
+                on_event(Notice(f"{what}: {counts}"))
         on_event(_run_started(run, trainer))
         run.set_state(RunState("running", trainer.position.step))
         end = RunState("failed", reason="unexpected error; see the output")
@@ -250,7 +261,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         best_val_score=best_score,
         best_val_ci95=best_ci95,
         best_epoch=None if best_epoch is None else int(best_epoch),
-        val_tasks=config.val_tasks,
+        val_tasks=different_tasks(prepared.streams["val"], config.val_tasks),
         bn=bn_mode(net, config.bn),
         seconds=time.monotonic() - stop.started,
         chance=1 / config.ways if net.objective.metric == "accuracy" else None,
@@ -291,6 +302,6 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         guesses=net.outputs if net.objective is CLASSIFICATION else 0,
         device=device_words(trainer.device),
         bn=bn_mode(net, config.bn),
-        val_tasks=config.val_tasks,
+        val_tasks=different_tasks(trainer.streams["val"], config.val_tasks),
         body_epochs=config.body_epochs,
     )

@@ -9,23 +9,25 @@ from pathlib import Path
 
 import torch
 
-from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.sets.registry import (
     find_data_set,
-    is_curve_family,
+    is_regression,
 )
 from mamlctl.data.tasks.disjoint import DisjointTasks
-from mamlctl.data.tasks.episodes import MiniBatches, Placement, Tasks
+from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
+from mamlctl.data.tasks.table_tasks import table_stream
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.adapted_model import resize_head
-from mamlctl.engine.evaluation.prediction import Predict
+from mamlctl.engine.evaluation.measured_loop import TaskSets
+from mamlctl.engine.evaluation.prediction import Predict, PredictRequest
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import HEAD, bn_mode
@@ -36,6 +38,7 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
+from mamlctl.experiments.tables.stored import store_facts
 from mamlctl.experiments.training_images import check_folder, overlap_notes, stored_split
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
@@ -72,6 +75,12 @@ class TrainedModel:
         """The batch-norm mode; "none" without batch norm."""
         return bn_mode(self.derivatives.net, self.config.bn)
 
+    @torch.no_grad()
+    def outputs(self, episodes: Episodes, inner_steps: int, *, per_step: bool = True) -> torch.Tensor:
+        """Predict query sets by the best checkpoint -> outputs_ITEN; arguments as in `PredictRequest`."""
+        sets, state = TaskSets(self.derivatives, episodes), self.states[0].frozen()
+        return self.predict(PredictRequest(sets, state, inner_steps, self.statistics, per_step))
+
 
 def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent) -> TrainedModel:
     """Open a run for an evaluation.
@@ -106,15 +115,21 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     same = run.trained_on(source.digest, source.older_digests)  # or nothing is known
     own = keeps and same and run.dataset_digest is not None
     if own and config.dataset != run.config.dataset:
-        moved = f"{config.dataset} has the images of {run.config.dataset}"
+        moved = f"{config.dataset} has the data of {run.config.dataset}"
         on_event(Notice(f"{moved}: using the split of the run"))
         config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
+    if source.table is not None:
+        if not same:
+            fact = f"{config.dataset} has changed since {run.path} was trained on it"
+            raise DataError(fact, hint="restore the table, or use its new tasks with --support and --query")
+        store_facts(run, source.table)
     notes += _conversion_notes(run.config, config) + _task_notes(stream, settings)
     if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
-    states, epochs, damage = load_states(run, files, settings, source.example_shape, device, on_event)
+    shape = source.example_shape
+    states, epochs, damage = load_states(run, files, settings, shape, device, on_event)
     notes += damage
     if settings.models == "ensemble" and not epochs:
         why = (
@@ -126,7 +141,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     if settings.ways not in (None, run.config.ways):
         words = head_words(run.config, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
-    net, _ = build(config, source.example_shape, torch.device("meta"))
+    net, _ = build(config, shape, torch.device("meta"), targets=source.targets)
     with compilation(lambda: on_event(Waiting("compiling kernels"))):
         derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     return TrainedModel(
@@ -148,7 +163,7 @@ def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, .
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
-    if is_curve_family(config.dataset):
+    if is_regression(config.dataset):
         return (note,)
     data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW
@@ -160,9 +175,13 @@ def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, .
 
 
 def _task_notes(stream: Tasks, settings: EvalConfig) -> tuple[str, ...]:
-    """Notes about disjoint tasks and reordered labels, if the settings ask for them."""
+    """Notes about disjoint tasks, tasks of a table that are drawn again, and reordered labels."""
     tasks = stream.stream if isinstance(stream, MiniBatches) else stream
     notes = [tasks.words(settings.tasks)] if isinstance(tasks, DisjointTasks) else []
+    if (table := table_stream(stream)) is not None:
+        different = table.different(settings.tasks)
+        drawn = f"{settings.tasks} draws of rows from the {different} {settings.split} tasks of the table"
+        notes.append(f"{drawn}: scores are means over the draws of a task, intervals are over tasks")
     if (orders := settings.label_permutations) > 1:
         notes.append(f"the score of each task is its mean over {orders} orders of its labels")
     return tuple(notes)
@@ -233,8 +252,9 @@ def _load_state(
     """A checkpoint's state and epoch (None in `last.pt`); arguments and exceptions as in `load_states`."""
     content = checkpoints.load(file, owner=run.owner)
     bias = content["stored"].get("linear.bias")
-    classes = None if bias is None else bias.numel()
-    _, state = build(fill_defaults(run.config), example_shape, device, classes=classes)
+    outputs = None if bias is None else bias.numel()
+    config = fill_defaults(run.config)
+    _, state = build(config, example_shape, device, classes=outputs, targets=outputs or 1)
     checkpoints.restore(state.stored(), content["stored"], file)
     state = _with_rates(state, settings)
     if (ways := settings.ways) is not None and ALGORITHMS[run.config.algo].classifier == "head":
@@ -316,7 +336,7 @@ def checkpoint_files(
 
 def _ranked_epochs(run: RunFolder) -> list[Path]:
     """The undamaged checkpoints of epochs, one of each, best first."""
-    sign = 1 if is_curve_family(run.config.dataset) else -1
+    sign = 1 if is_regression(run.config.dataset) else -1
     found = dict[int, tuple[float, int, Path]]()
     for file in (*run.checkpoints.glob("epoch-*.pt"), run.checkpoints / BEST):
         # A copy of last.pt under this name has no score.

@@ -13,8 +13,9 @@ from mamlctl.core.errors import DataError, MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import replacing
 from mamlctl.data.sets.folder_layout import class_files
-from mamlctl.data.sets.registry import absolute_data_set, is_image_folder
+from mamlctl.data.sets.registry import absolute_data_set, is_image_folder, is_table
 from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.experiments.tables.stored import FACTS, is_same_table, stored_facts
 from mamlctl.run_folder import CLASSES, RunFolder
 from mamlctl.settings.evaluation import EvalConfig
 
@@ -54,18 +55,23 @@ def same_training_images(run: RunFolder, other: RunFolder) -> bool:
 
 
 def check_folder(run: RunFolder, command: str) -> None:
-    """Raise DataError if the run was trained on a folder that no longer exists; `command` needs it."""
+    """Raise DataError if the folder or table of the run no longer exists; `command` needs it."""
     folder = run.config.dataset
+    if is_table(folder) and not Path(folder).is_file():
+        hint = f"if it has moved to FILE, run {command} --dataset FILE"
+        raise DataError(f"{folder}, on which {run.path} was trained, is not a file", hint=hint)
     if is_image_folder(folder) and not Path(folder).is_dir():
         hint = f"if its images have moved to DIR, run {command} --dataset DIR"
         raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
 
 
 def stored_split(run: RunFolder) -> Mapping[str, Sequence[str]] | None:
-    """The classes with which a run on a folder started; None for other data, whose classes do not change.
+    """The classes or tasks with which a run on own data started; None for other data, which do not change.
 
     Raises MamlctlError if their file is damaged.
     """
+    if is_table(run.config.dataset) and (run.path / FACTS).exists():
+        return stored_facts(run).tasks
     if not is_image_folder(run.config.dataset) or not (run.path / CLASSES).exists():
         return None
     stored = run.classes()
@@ -76,12 +82,14 @@ def stored_split(run: RunFolder) -> Mapping[str, Sequence[str]] | None:
 
 
 def keeps_split(run: RunFolder, settings: EvalConfig) -> bool:
-    """Whether the data are the run's own, or those of a folder with all classes of the run's folder."""
+    """Whether the data are the run's own, which may have moved: a folder needs all classes of the run's."""
     own, dataset = run.config.dataset, settings.dataset
     if settings.classes not in (None, run.config.classes):
         return False
     if dataset is None or absolute_data_set(dataset) == own:
         return True
+    if is_table(dataset) and is_table(own):
+        return is_same_table(run, Path(absolute_data_set(dataset)))
     if not (is_image_folder(dataset) and is_image_folder(own)):
         return False
     try:

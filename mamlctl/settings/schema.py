@@ -53,7 +53,7 @@ class TrainConfig:
     dataset: str = setting(
         "omniglot",
         EPISODE,
-        "Data set: a name, or a folder with one subfolder of images per class.",
+        "Data set: a name, a folder with one subfolder of images per class, or a table (.csv, .npz).",
         common=True,
     )
     ways: int = setting(5, EPISODE, "Classes per task.", common=True, least=2)
@@ -64,7 +64,7 @@ class TrainConfig:
     )
     split_scheme: str | None = setting(None, EPISODE, "How classes are divided into train, val and test.")
     split_fractions: str | None = setting(
-        None, EPISODE, "Shares of a folder's classes for train, val and test (default: 64-16-20)."
+        None, EPISODE, "Shares of a folder's classes or a table's tasks per split (default: 64-16-20)."
     )
     classes: ClassLevel = setting(
         "top",
@@ -73,7 +73,16 @@ class TrainConfig:
         "contain only folders).",
     )
     strict: bool = setting(
-        False, EPISODE, "Refuse unreadable images and too small classes in a folder instead of skipping them."
+        False,
+        EPISODE,
+        "Refuse unreadable images and too small classes in a folder, or incomplete rows and too small tasks "
+        "in a table, instead of skipping them.",
+    )
+    inputs: str | None = setting(
+        None, EPISODE, "Input columns of a table: names or patterns, joined by commas (default: x*)."
+    )
+    targets: str | None = setting(
+        None, EPISODE, "Columns of a table to predict: names or patterns, joined by commas (default: y*)."
     )
     rotations: Rotations | None = setting(
         None,
@@ -290,7 +299,9 @@ class TrainConfig:
     train_seed: int | None = setting(
         None, HARDWARE, "Seed of the training tasks only (default: --seed).", least=0, below=SEEDS
     )
-    split_seed: int = setting(0, HARDWARE, "Seed of the class split.", least=0, below=SEEDS)
+    split_seed: int = setting(
+        0, HARDWARE, "Seed of the split of classes, or of a table's tasks.", least=0, below=SEEDS
+    )
     eval_seed: int = setting(0, HARDWARE, "Seed of the validation and test tasks.", least=0, below=SEEDS)
 
     report_every: int = setting(5, OUTPUT, "Meta-steps between reports.", least=1, decides=False)

@@ -8,7 +8,7 @@ import pytest
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets import cifar100, glyphs, omniglot
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_curve_family, is_image_folder
+from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_image_folder, is_regression
 
 
 def test_registry_imports_without_slow_modules():
@@ -47,4 +47,4 @@ def test_names_and_folders_are_distinguished(tmp_path, monkeypatch):
     assert absolute_data_set("pets") == str(tmp_path / "pets")
     (tmp_path / "omniglot").mkdir()
     assert not is_image_folder("omniglot") and absolute_data_set("omniglot") == "omniglot"
-    assert is_curve_family("sinusoid") and not is_curve_family("omniglot")
+    assert is_regression("sinusoid") and not is_regression("omniglot")

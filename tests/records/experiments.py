@@ -11,7 +11,7 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_regression
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published_row
 from mamlctl.report.table import Published
@@ -52,7 +52,7 @@ class Experiment:
     @property
     def modes(self) -> tuple[str | None, ...]:
         """The batch-norm modes to test; None for the network of curves, which has no batch norm."""
-        return (None,) if is_curve_family(self.config.dataset) else ("transductive", "running", "support")
+        return (None,) if is_regression(self.config.dataset) else ("transductive", "running", "support")
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from mamlctl.core.events import OnEvent
-from mamlctl.core.literals import Normalize, Rotations
+from mamlctl.core.literals import Metric, Normalize, Rotations
 from mamlctl.data.sets import folder_layout
 
 if TYPE_CHECKING:
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 
     from mamlctl.data.fetching.downloads import Archive
     from mamlctl.data.reading.packs import PackedImages
+
+
+@dataclass(frozen=True)
+class DataKind:
+    """What tasks are made of; the metric decides whether they are classification or regression."""
+
+    noun: str  # for messages: "trained on curves"
+    predicate: str  # for messages: "sinusoid has curves"
+    metric: Metric
+
+
+IMAGES = DataKind("images", "has images", "accuracy")
+CURVES = DataKind("curves", "has curves", "mse")
+TABLE = DataKind("a table", "is a table", "mse")
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]

@@ -17,7 +17,7 @@ from mamlctl.core.literals import RESIZES, ClassLevel
 from mamlctl.core.problems import nearest
 from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.facts import MINI, SIDE, TIERED, DataSet, ListedSet
+from mamlctl.data.sets.facts import CURVES, IMAGES, MINI, SIDE, TABLE, TIERED, DataKind, DataSet, ListedSet
 
 if TYPE_CHECKING:
     from mamlctl.data.reading.packs import PackedImages
@@ -118,23 +118,40 @@ DATA_SETS = {
 }
 
 NAMES = [*DATA_SETS, *FAMILIES]
+TABLE_ENDINGS = (".csv", ".npz")
 
 
-def is_curve_family(name: str) -> bool:
-    """Whether the tasks of a data set are curves instead of classes of images."""
-    return name in FAMILIES
+def kind_of(name: str) -> DataKind:
+    """What the tasks of a data set are made of; images if there is no such data set."""
+    if name in FAMILIES:
+        return CURVES
+    return TABLE if is_table(name) else IMAGES
+
+
+def is_regression(name: str) -> bool:
+    """Whether the tasks of a data set have values to predict instead of classes."""
+    return kind_of(name).metric == "mse"
+
+
+def is_table(name: str) -> bool:
+    """Whether `name` is the path of a table of regression tasks, by its ending."""
+    return name.lower().endswith(TABLE_ENDINGS) and not expanded(name).is_dir()
 
 
 def is_image_folder(name: str) -> bool:
     """Whether `name` is the path of a folder of images."""
-    return name not in NAMES and (
-        os.sep in name or "/" in name or name.startswith((".", "~")) or Path(name).is_dir()
-    )
+    is_path = os.sep in name or "/" in name or name.startswith((".", "~")) or Path(name).is_dir()
+    return is_path and name not in NAMES and not is_table(name)
+
+
+def is_own_data(name: str) -> bool:
+    """Whether `name` is the path of the user's own data, which may move to another place."""
+    return is_image_folder(name) or is_table(name)
 
 
 def absolute_data_set(name: str) -> str:
-    """Return the name of a data set, with the path of a folder made absolute."""
-    return os.path.abspath(expanded(name)) if is_image_folder(name) else name  # noqa: PTH100 - without following links
+    """Return the name of a data set, with the path of the user's own data made absolute."""
+    return os.path.abspath(expanded(name)) if is_own_data(name) else name  # noqa: PTH100 - without following links
 
 
 def find_data_set(
@@ -149,15 +166,21 @@ def find_data_set(
         least: for a folder: classes with fewer images are in no split.
 
     Raises:
-        SettingsError: there is no such data set, or it is a family of curves.
+        SettingsError: there is no such data set, or it is for regression.
     """
-    if is_curve_family(name):
+    if is_table(name):
+        raise SettingsError(
+            [(f"{name} is a table: there is nothing to fetch", f"run mamlctl train --dataset {name}")]
+        )
+    if name in FAMILIES:
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"run mamlctl train --dataset {name}")])
     if is_image_folder(name):
         return _of_folder(Path(absolute_data_set(name)), fractions or folder_layout.FRACTIONS, classes, least)
     if name not in DATA_SETS:
-        hint = nearest(name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder")
+        hint = nearest(
+            name, NAMES, otherwise=f"use one of {', '.join(NAMES)}, or the path of a folder or table"
+        )
         raise SettingsError([(f"unknown data set {name!r}", hint)])
     return DATA_SETS[name]
 

@@ -18,11 +18,13 @@ from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.folder_layout import FRACTIONS
-from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_curve_family, open_images
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_regression, is_table, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import MiniBatches, Placement, StreamSettings, Tasks
 from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_problems
+from mamlctl.data.tasks.open_table import open_table, table_streams
+from mamlctl.data.tasks.table_tasks import TableFacts
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -30,14 +32,20 @@ from mamlctl.settings.schema import TrainConfig
 class TaskSource:
     """The data from which the streams draw their tasks."""
 
-    digest: str  # of all images, or of a family of curves
-    example_shape: tuple[int, ...]  # C, H, W of images, D of curves
-    classes: Mapping[str, int]  # split -> number of classes, including turned ones; empty for curves
-    names: Mapping[str, Sequence[str]]  # split -> names of its classes; empty for curves
-    brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for curves
+    digest: str  # of all images, of a family of curves, or of a table
+    example_shape: tuple[int, ...]  # C, H, W of images, D of curves and tables
+    classes: Mapping[str, int]  # split -> number of classes, including turned ones; empty for regression
+    names: Mapping[str, Sequence[str]]  # split -> names of its classes; empty for regression
+    brightness: float | None = None  # mean of stored images, 0 black and 1 white; None for regression
     older_digests: tuple[str, ...] = ()  # of the same images
-    # Digests of the images of a split that was opened; None for curves.
+    # Digests of the images of a split that was opened; None for regression.
     image_digests: Callable[[Split], NDArray[np.uint64]] | None = None
+    table: TableFacts | None = None  # of a table
+
+    @property
+    def targets(self) -> int:
+        """The number of values to predict in regression."""
+        return 1 if self.table is None else len(self.table.standardisation.targets)
 
 
 def open_streams(
@@ -58,7 +66,7 @@ def open_streams(
         place: the device and type of the examples.
         offline: whether fetching is forbidden.
         on_event: receives notices and progress.
-        stored: for the user's own images: the class names of each split when the run started.
+        stored: for the user's own data: the classes or tasks of each split when the run started.
         disjoint: whether test tasks share no image, as far as a split allows.
 
     Returns:
@@ -69,9 +77,16 @@ def open_streams(
         DataError: the data are missing or damaged.
     """
     settings = {split: _stream_settings(config, split, place) for split in splits}
-    if is_curve_family(config.dataset):
+    streams: dict[str, Tasks]
+    if is_table(config.dataset):
+        opened = open_table(config, stored, on_event)
+        streams = dict(table_streams(config, opened, settings, on_event))
+        columns = opened.table.columns
+        facts = TableFacts(opened.standardisation, opened.tasks)
+        source = TaskSource(opened.table.digest, (len(columns.inputs),), {}, {}, table=facts)
+    elif config.dataset in FAMILIES:
         family = FAMILIES[config.dataset]
-        streams: dict[str, Tasks] = {split: CurveStream(family, settings[split]) for split in splits}
+        streams = {split: CurveStream(family, settings[split]) for split in splits}
         source = TaskSource(family.digest, (1,), {}, {})
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
@@ -109,7 +124,7 @@ def _stream_settings(config: TrainConfig, split: Split, place: Placement) -> Str
     if split == "train":
         seed = config.seed if config.train_seed is None else config.train_seed
         shots = config.shots if config.train_shots is None else config.train_shots
-    ways = 1 if is_curve_family(config.dataset) else config.ways
+    ways = 1 if is_regression(config.dataset) else config.ways
     return StreamSettings(split, seed, shots, config.queries, place, ways)
 
 

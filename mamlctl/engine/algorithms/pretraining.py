@@ -1,7 +1,7 @@
 """The baselines without meta-learning: pre-training on all training classes, and a random initialisation.
 
 Pre-training minimises the cross-entropy over all classes of the training split, mean over examples of
--log p(class | x); for curves it minimises the squared error. All examples of a meta-batch form one batch.
+-log p(class | x); for regression it minimises the squared error. All examples of a meta-batch form one batch.
 
 On a test task `transfer` fine-tunes the pre-trained weights with a new head of zeros (Chen et al. 2019,
 arXiv:1904.04232, section 3), and `nearest` predicts the class of the support example with the nearest
@@ -49,7 +49,7 @@ def pretraining(
     if episodes.class_TN is not None:
         # Labels are positions of classes in their task; replace them with classes of the split.
         y_TE = episodes.class_TN.gather(1, y_TE)
-    y_1M = y_TE.reshape(1, -1)
+    y_1M = y_TE.flatten(0, 1).unsqueeze(0)  # _1MN for several targets
     norm = state.norm_pass(0)
     prepared = select_derivatives(net, x_1MCHW, engine).prepare(x_1MCHW, y_1M)
     gradient = prepared.gradient(expanded(state.slow, 1), norm)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.data.rules import CURVE_DEFAULTS
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.rules import REGRESSION_DEFAULTS
+from mamlctl.data.sets.registry import is_regression, kind_of
 from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
@@ -26,9 +26,9 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
-    if entry.on_curves is None and is_curve_family(config.dataset):
-        fact = f"{algo} needs classes, but {config.dataset} has curves"
-        problems.append((fact, f"use {CURVE_DEFAULTS['algo']}"))
+    if entry.on_curves is None and is_regression(config.dataset):
+        fact = f"{algo} needs classes, but {config.dataset} {kind_of(config.dataset).predicate}"
+        problems.append((fact, f"use {REGRESSION_DEFAULTS['algo']}"))
     for name, value in entry.forced.items():
         if getattr(config, name) != value:
             fact = f"{flag(name)} is {getattr(config, name)}, but {algo} requires {value}"
@@ -63,11 +63,9 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
 
 def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
     """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
-    if config.engine != "compiled" or (
-        is_curve_family(config.dataset) and "engine" in (entry.on_curves or {})
-    ):
+    if config.engine != "compiled" or (is_regression(config.dataset) and "engine" in (entry.on_curves or {})):
         return None
-    needed = f"does not support --algo {config.algo}" if is_curve_family(config.dataset) else "is for curves"
+    needed = f"does not support --algo {config.algo}" if is_regression(config.dataset) else "is for curves"
     return f"--engine compiled {needed}", "use --engine adjoint"
 
 
@@ -85,12 +83,12 @@ def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
     return forced | ({"engine": FIELDS["engine"].default} if _compiled_problem(config, entry) else {})
 
 
-def algorithm_defaults(name: str, *, curves: bool) -> Mapping[str, Any]:
-    """Return the defaults that `--algo name` implies, on images or curves; empty for an unknown name."""
+def algorithm_defaults(name: str, *, regression: bool) -> Mapping[str, Any]:
+    """Return the defaults that `--algo name` implies, for images or regression; empty for an unknown name."""
     entry = ALGORITHMS.get(name)
     if entry is None:
         return {}
-    return {**entry.defaults, **((entry.on_curves or {}) if curves else {})}
+    return {**entry.defaults, **((entry.on_curves or {}) if regression else {})}
 
 
 def settings_of_algorithm(name: str) -> set[str]:

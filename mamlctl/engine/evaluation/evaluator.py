@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DivergedError, MamlctlError, is_out_of_memory
 from mamlctl.data.tasks.episodes import Episodes, Tasks
+from mamlctl.data.tasks.table_tasks import TableStream, table_stream
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.evaluation.measured_loop import TaskSets
@@ -21,10 +22,16 @@ from mamlctl.engine.nets.batch_norm import Statistics
 
 @dataclass(frozen=True)
 class ModelScores:
-    """The scores of one model or one ensemble."""
+    """The scores of one model or one ensemble.
+
+    From a table, tasks are drawn more than once: a score is then the mean over the draws of a task, in the
+    unit of the table if there is one target.
+    """
 
     last_T: NDArray[np.float64]  # of each task, after the last inner step
     curve_TI: NDArray[np.float64]  # of the first tasks, after 0, 1, ..., I inner steps; may have no tasks
+    # From a table: the squared error of each target after the last inner step, in its own unit.
+    targets_TN: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def evaluate(
     """
     states = [state.frozen() for state in states]
     parts: list[list[torch.Tensor]] = [[] for _ in (*states, "ensemble")]
+    errors: list[list[torch.Tensor]] = [[] for _ in parts]  # of the targets of a table
+    table = table_stream(stream)
     along = stream.shots if plan.statistics is Statistics.SUPPORT else 0
     examples = stream.ways * max(stream.shots, stream.queries + along)
     chunk = min(plan.tasks, tasks_per_pass(derivatives.net, examples, stream.device))
@@ -113,12 +122,38 @@ def evaluate(
         if stream.device.type == "cpu" or first + len(episodes.query_y_TE) >= plan.tasks:
             _check(all_finite, first + len(episodes.query_y_TE))
             all_finite.clear()
-        for scores, outputs_ITEN in zip(parts, (*per_model, torch.stack(per_model).mean(0)), strict=True):
+        outputs = (*per_model, torch.stack(per_model).mean(0))
+        for scores, of_targets, outputs_ITEN in zip(parts, errors, outputs, strict=True):
             scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+            if table is not None:
+                of_targets.append((outputs_ITEN[-1].double() - episodes.query_y_TE).square().mean(1))
         first += len(episodes.query_y_TE)
         on_progress(first)
-    *single, ensemble = (_joined(scores, plan.curve_tasks) for scores in parts)
+    joined = [_joined(scores, plan.curve_tasks) for scores in parts]
+    if table is not None:
+        pairs = zip(joined, errors, strict=True)
+        joined = [_by_task(table, scores, torch.cat(part).cpu().numpy()) for scores, part in pairs]
+    *single, ensemble = joined
     return Scores(single, ensemble)
+
+
+def _by_task(table: TableStream, scores: ModelScores, errors_TN: NDArray[np.float64]) -> ModelScores:
+    """The scores of each task of a table, averaged over its draws, in the units of the table."""
+
+    def mean_of_draws(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        _, place_T, draws = np.unique(
+            table.tasks_of(0, max(len(values), 1)), return_inverse=True, return_counts=True
+        )
+        columns = [np.bincount(place_T, column) / draws for column in values.reshape(len(values), -1).T]
+        return np.stack(columns, axis=1).reshape(len(draws), *values.shape[1:])
+
+    unit = table.standardisation.score_unit
+    curve_TI = scores.curve_TI
+    return ModelScores(
+        mean_of_draws(scores.last_T) * unit,
+        mean_of_draws(curve_TI) * unit if len(curve_TI) else curve_TI,
+        mean_of_draws(errors_TN) * table.standardisation.variances,
+    )
 
 
 def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int) -> None:

@@ -41,9 +41,12 @@ def accuracy(logits_TEN: Tensor, y_TE: Tensor) -> Tensor:
     return (logits_TEN.argmax(-1) == y_TE).to(logits_TEN.dtype).mean(1)
 
 
-def squared_error(outputs_TE1: Tensor, y_TE: Tensor) -> Tensor:
-    """Mean of (output - y)^2 over each task's examples -> loss_T (arXiv:1703.03400, equation 2, averaged)."""
-    return (outputs_TE1.squeeze(-1) - y_TE).square().mean(1)
+def squared_error(outputs_TEN: Tensor, y: Tensor) -> Tensor:
+    """Mean of (output - y)^2 over each task's examples and the N targets -> loss_T.
+
+    It is equation 2 of arXiv:1703.03400, averaged. The values are y_TEN, or y_TE of a single target.
+    """
+    return (outputs_TEN - y.view_as(outputs_TEN)).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,11 @@ REGRESSION = Objective("mse", squared_error, squared_error)
 
 
 class Net(Protocol):
-    """A network; its inputs are images x_TECHW, or points x_TED of curves."""
+    """A network; its inputs are images x_TECHW, or points x_TED of regression."""
 
     @property
     def outputs(self) -> int:
-        """The number of outputs N: classes, or 1 for curves."""
+        """The number of outputs N: classes, or the targets of regression (1 for curves)."""
 
     @property
     def objective(self) -> Objective:

@@ -21,23 +21,29 @@ from mamlctl.settings.schema import TrainConfig
 
 
 def build(
-    config: TrainConfig, example_shape: Sequence[int], device: torch.device, *, classes: int | None = None
+    config: TrainConfig,
+    example_shape: Sequence[int],
+    device: torch.device,
+    *,
+    classes: int | None = None,
+    targets: int = 1,
 ) -> tuple[Net, MetaState]:
     """Build the network and its initial state, which depend only on the settings and not on the device.
 
     Args:
         config: the settings.
-        example_shape: C, H, W of images, or D of curves.
+        example_shape: C, H, W of images, or D of points.
         device: where the state is placed.
         classes: the number of training classes, for algorithms that train one classifier of all of them.
+        targets: for regression: the number of values to predict.
 
     Raises:
         SettingsError: the images are too small for the network.
     """
     entry = ALGORITHMS[config.algo]
-    curves = len(example_shape) == 1
-    outputs = 1 if curves else config.ways
-    if entry.training_head == "classes" and classes is not None and not curves:
+    regression = len(example_shape) == 1
+    outputs = targets if regression else config.ways
+    if entry.training_head == "classes" and classes is not None and not regression:
         outputs = classes
     net = NETS[config.net](config, example_shape, outputs)
     dtype = tensor_dtype(config.precision)

@@ -274,7 +274,7 @@ class Trainer:
             metric=self.metric,
             val_score=score,
             val_ci95=ci95,
-            val_tasks=config.val_tasks,
+            val_tasks=len(scores.last_T),
             bn=bn_mode(self.net, config.bn),
             best_val_score=best_score,
             best_val_ci95=best_ci95,

@@ -69,7 +69,13 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     _, source = open_splits(splits=("train", "val"))
     open_splits(splits=(evaluate.split,), disjoint=evaluate.disjoint)
     for config in configs:
-        build(config, source.example_shape, torch.device("meta"), classes=source.classes.get("train"))
+        build(
+            config,
+            source.example_shape,
+            torch.device("meta"),
+            classes=source.classes.get("train"),
+            targets=source.targets,
+        )
     for cell in grid.cells:
         run = RunFolder(cell.folder, cell.config)
         if not run.trained_on(source.digest, source.older_digests):

@@ -147,7 +147,9 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
     )
     meta_step_s: dict[Phase, float] = {}
     for phase in _phases(config):
-        net, state = build(config, source.example_shape, device, classes=source.classes.get("train"))
+        net, state = build(
+            config, source.example_shape, device, classes=source.classes.get("train"), targets=source.targets
+        )
         runner = runner_of(MetaStep(config, net, state))
         epoch = next(epoch for epoch in range(config.epochs) if _phase(config, epoch) == phase)
         for _ in range(WARM_UP[device.type]):

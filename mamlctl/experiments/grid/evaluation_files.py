@@ -124,7 +124,8 @@ def _problem_of_scores(text: str, summary: Mapping[str, Any]) -> str:
     if summary.get("digest", digest := _digest(summary, text)) != digest:
         return f"it or {SUMMARY} has changed since the test"
     rows = list(csv.reader(StringIO(text)))
-    tasks = summary["protocol"].get("tasks")
+    protocol = summary["protocol"]
+    tasks = protocol.get("table", protocol).get("tasks")  # of a table, the different ones
     if [row[0] for row in rows[1:]] != [*map(str, range(len(rows) - 1))] or len(rows) - 1 != tasks:
         return f"it has {len(rows) - 1} lines of scores for {tasks!r:.40} tasks"
     models = [row["model"] for row in summary["results"]]

@@ -47,6 +47,8 @@ OF_TASKS = (
     "channels",
     "resize",
     "strict",
+    "inputs",
+    "targets",
 )
 
 

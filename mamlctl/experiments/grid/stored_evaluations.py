@@ -16,7 +16,7 @@ from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric, Model, Models
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of, per_step_settings
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_regression
 from mamlctl.experiments.grid.evaluation_files import per_step_tasks, read_scores, read_summary
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import (
@@ -61,13 +61,14 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
         name: value for name, value in protocol_settings(settings, evaluated).items() if name not in left_out
     }
     sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
-    if is_curve_family(run.config.dataset) and settings.ways is None:
+    if is_regression(run.config.dataset) and settings.ways is None:
         sizes["ways"] = 1
     answers = list[tuple[int, Path, dict[str, Any]]]()
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
         summary = read_summary(path)
         protocol = {key: value for key, value in summary["protocol"].items() if key not in left_out}
         digest = protocol.pop("dataset_digest", None)
+        protocol.pop("table", None)  # follows from the settings and the data
         # Evaluations of an earlier checkpoint or of other images do not count.
         same = protocol in (required, required | {"bn": "none"}) and run.trained_on(digest)
         same &= all(summary["protocol"].get(name) == value for name, value in sizes.items())

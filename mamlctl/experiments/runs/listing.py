@@ -12,7 +12,7 @@ from mamlctl.core.literals import ListedStatus
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import ListedRun, ListedTable, RunList
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import is_curve_family
+from mamlctl.data.sets.registry import is_regression
 from mamlctl.experiments.grid.grid import CELLS
 from mamlctl.experiments.grid.plans import label_of
 from mamlctl.experiments.runs.search import changed_at, is_table, newest_first
@@ -49,7 +49,7 @@ def _listed_run(path: Path) -> ListedRun:
         reason = error.message if isinstance(error, MamlctlError) else str(error)
         return ListedRun(str(path), "damaged", changed, reason=reason)
     config, last = run.config, run.last_metrics()[-1:]
-    on_curves = is_curve_family(config.dataset)
+    on_curves = is_regression(config.dataset)
     return ListedRun(
         run=str(path),
         status=status,

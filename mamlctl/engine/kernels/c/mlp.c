@@ -38,17 +38,19 @@ static void forward(const plan *n, const REAL *w, REAL *tape) {
     }
 }
 
-/* Mean of (output - y)^2; `weight` times its gradient goes into the tape. */
+/* Mean of (output - y)^2 over examples and outputs; `weight` times its gradient goes into the tape. */
 static double loss(const plan *n, const REAL *y, REAL weight, REAL *tape) {
     const layer *end = n->at + n->layers;
+    const int outputs = end->in, count = n->examples * outputs;
     double sum = 0;
     memset(tape + end->gz, 0, sizeof(REAL) * n->examples * end->in_row);
-    for (int e = 0; e < n->examples; e++) {
-        const REAL difference = tape[end->a + e * end->in_row] - y[e];
-        tape[end->gz + e * end->in_row] = 2 * weight * difference / n->examples;
+    for (int i = 0; i < count; i++) {
+        const long at = (long)(i / outputs) * end->in_row + i % outputs;
+        const REAL difference = tape[end->a + at] - y[i];
+        tape[end->gz + at] = 2 * weight * difference / count;
         sum += (double)difference * difference;
     }
-    return sum / n->examples;
+    return sum / count;
 }
 
 /* grad (+)= gz^T a for the weights of a layer, and the sum of gz for its bias unless `a` has the tangents. */
@@ -89,7 +91,8 @@ static void hessian_product(const plan *n, const REAL *w, const REAL *u, const R
         if (l + 1 < n->layers) through_activation(n, at + 1, tape + at[1].a, z_t);
     }
     const layer *end = n->at + n->layers;
-    for (long i = 0; i < (long)E * end->in_row; i++) tape_t[end->gz + i] = 2 * tape_t[end->a + i] / E;
+    const int count = E * end->in;
+    for (long i = 0; i < (long)E * end->in_row; i++) tape_t[end->gz + i] = 2 * tape_t[end->a + i] / count;
     for (int l = n->layers - 1; l >= 0; l--) {
         const layer *at = n->at + l;
         const REAL *gz = tape + at[1].gz, *gz_t = tape_t + at[1].gz;
@@ -233,7 +236,7 @@ void mlp_meta_gradient(const mlp *s, const REAL *const *slow, const REAL *const 
     layer support[s->layers + 1], query[s->layers + 1];
     const sizes z = sizes_of(s, support, query);
     const plan *n = &z.support;
-    const int I = s->steps, in = s->widths[0];
+    const int I = s->steps, in = s->widths[0], out = s->widths[s->layers];
     REAL *slow_image = memory, *rate_images = slow_image + n->image, *p_0 = rate_images + I * n->image;
     REAL *rate_grad = p_0 + s->tasks * n->natural, *of_threads = rate_grad + s->tasks * z.per_rates;
     load_image(n, slow, -1, slow_image);
@@ -241,8 +244,8 @@ void mlp_meta_gradient(const mlp *s, const REAL *const *slow, const REAL *const 
         load_image(n, rates, s->rate_per_weight ? -1 : rate_row(s, k), rate_images + k * n->image);
 #pragma omp parallel for num_threads(s->threads) schedule(static)
     for (int t = 0; t < s->tasks; t++) {
-        const REAL *own[] = {sets[0] + (long)t * s->support * in, sets[1] + (long)t * s->support,
-                             sets[2] + (long)t * s->query * in, sets[3] + (long)t * s->query};
+        const REAL *own[] = {sets[0] + (long)t * s->support * in, sets[1] + (long)t * s->support * out,
+                             sets[2] + (long)t * s->query * in, sets[3] + (long)t * s->query * out};
         double *of_task = losses + t * (2L * I + 1);
         task(&z, slow_image, rate_images, own, of_threads + omp_get_thread_num() * z.per_thread, p_0 + t * n->natural,
              rate_grad + t * z.per_rates, of_task, of_task + I);
@@ -307,11 +310,12 @@ static int all_finite(const adam *s, const REAL *const *grads, const double *mea
 int mlp_train(const mlp *s, const adam *optimizer, int count, const double *lr, const REAL *const *slow,
               const REAL *const *rates, const REAL *const *sets, REAL *const *grads, REAL *const *rate_grads,
               const REAL *const *ordered, double *means, double *losses, REAL *memory) {
-    const long support = (long)s->tasks * s->support, query = (long)s->tasks * s->query, in = s->widths[0];
+    const long support = (long)s->tasks * s->support, query = (long)s->tasks * s->query;
+    const int in = s->widths[0], out = s->widths[s->layers];
     const int width = 2 * s->steps + 2;
     for (long n = 0; n < count; n++, means += width) {
-        const REAL *now[] = {sets[0] + n * support * in, sets[1] + n * support, sets[2] + n * query * in,
-                             sets[3] + n * query};
+        const REAL *now[] = {sets[0] + n * support * in, sets[1] + n * support * out, sets[2] + n * query * in,
+                             sets[3] + n * query * out};
         mlp_meta_gradient(s, slow, rates, now, grads, rate_grads, means, losses, memory);
         if (!all_finite(optimizer, ordered, means, width)) return (int)n;
         adam_step(optimizer, lr[n], ordered);

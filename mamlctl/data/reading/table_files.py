@@ -1,0 +1,207 @@
+"""Columns of numbers in CSV and NPZ files, read strictly: every refusal names the row and the column.
+
+Shapes: M rows of the file, C columns of numbers (inputs, then targets), D inputs, N targets.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import zipfile
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamlctl.core.errors import DataError
+from mamlctl.core.formatting import one_line
+from mamlctl.data.reading.archives import open_regular
+
+TASK, SPLIT = "task", "split"
+MOST_BYTES = 2**29  # of a file, and of the arrays in it
+MOST_COLUMNS = 10_000
+LARGEST = 1e100  # a square of it is far below the largest float64
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+MISSING = ("", "na", "n/a", "nan", "null", "none")  # in lower case
+HINT = "write one row per example, with the columns task, split (optional), inputs and targets"
+ARRAYS = "store the arrays task, x, y and optionally split by numpy.savez, with one row per example"
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns are inputs and which are targets, by name."""
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Inputs, then targets."""
+        return self.inputs + self.targets
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The chosen columns of a file, row by row in its order."""
+
+    columns: Columns
+    values_MC: Floats  # NaN where a number is missing
+    places: Sequence[str]  # of each row, for messages
+    tasks: Sequence[str]  # empty without such a column
+    splits: Sequence[str]  # the same
+
+
+# The names of all columns -> the ones to read.
+Choose = Callable[[Sequence[str]], Columns]
+
+
+def read_cells(path: Path, choose: Choose) -> Cells:
+    """Read the columns that `choose` names, and the columns task and split.
+
+    Raises DataError if the file cannot be read, or is not a table of finite numbers; a number may be missing.
+    """
+    with open_regular(path, HINT) as file:
+        size = file.seek(0, 2)
+        if size > MOST_BYTES:
+            fact = f"{path} has {size:,} bytes, more than the limit of {MOST_BYTES:,}"
+            raise DataError(fact, hint="use float32 arrays in an .npz file, or fewer rows")
+        file.seek(0)
+        if path.suffix.lower() == ".npz":
+            return _read_npz(path, file, choose)
+        with TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            return _read_csv(path, text, choose)
+
+
+def _read_csv(path: Path, file: TextIOWrapper, choose: Choose) -> Cells:
+    number = 1
+    try:
+        reader = csv.reader(file)
+        names = [name.strip() for name in next(reader, [])]
+        _check_names(path, names)
+        columns = choose(names)
+        at = [names.index(name) for name in columns.numbers]
+        task_at, split_at = (names.index(name) if name in names else None for name in (TASK, SPLIT))
+        numbers, lines, tasks, splits = array("d"), array("q"), list[str](), list[str]()
+        for row in reader:
+            number = reader.line_num
+            if not row:
+                continue
+            if len(row) != len(names):
+                fact = f"{path}, line {number} has {len(row)} cells, but the header has {len(names)}"
+                raise DataError(fact, hint="separate cells by commas, and quote those that contain one")
+            for place in at:
+                numbers.append(_number(row[place], path, f"line {number}", names[place]))
+            lines.append(number)
+            for text_at, texts in ((task_at, tasks), (split_at, splits)):
+                if text_at is not None:
+                    texts.append(row[text_at].strip())
+    except (csv.Error, UnicodeDecodeError) as error:
+        fact = f"{path} cannot be read after line {number}: {error}"
+        raise DataError(fact, hint="save it as a CSV file in UTF-8") from error
+    values_MC = np.frombuffer(numbers, dtype=np.float64).reshape(len(lines), len(at))
+    return Cells(columns, values_MC, [f"line {line}" for line in lines], tasks, splits)
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    if len(names) > MOST_COLUMNS:
+        fact = f"{path} has {len(names):,} columns, more than the limit of {MOST_COLUMNS:,}"
+        raise DataError(fact, hint="leave out some of them")
+    if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        fact = f"{path}, line 1 has {names.count(repeated[0])} columns named {one_line(repeated[0])!r}"
+        raise DataError(fact, hint="keep one of them")
+
+
+def _number(text: str, path: Path, place: str, column: str) -> float:
+    """The number in a cell, NaN if it is missing."""
+    stripped = text.strip(" \t")
+    if not NUMBER.fullmatch(stripped):
+        if stripped.lower() in MISSING:
+            return math.nan
+        _refuse(path, place, column, f"has {one_line(text)!r:.40}, which is not a number")
+    value = float(stripped)
+    if abs(value) > LARGEST:
+        _refuse(path, place, column, f"has {stripped:.40}, which is beyond {LARGEST:g}")
+    return value
+
+
+def _refuse(path: Path, place: str, column: str, why: str) -> NoReturn:
+    hint = "write a finite number such as -1.5e-3, or leave the cell empty if it is missing"
+    raise DataError(f"{path}, {place}, column {one_line(column)!r} {why}", hint=hint)
+
+
+def _read_npz(path: Path, file: Any, choose: Choose) -> Cells:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if sum(info.file_size for info in names.values()) > MOST_BYTES:
+                raise DataError(f"{path} expands to more than {MOST_BYTES:,} bytes", hint="store fewer rows")
+            arrays = {name: _array(path, archive, info) for name, info in names.items()}
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error or type(error).__name__}", hint=ARRAYS) from error
+    if "x" not in arrays:
+        raise DataError(f"{path} has no array x", hint=ARRAYS)
+    parts = {name: _numbers(path, name, arrays[name]) for name in ("x", "y") if name in arrays}
+    rows = len(parts["x"])
+    if odd := [name for name, values in arrays.items() if not values.shape or len(values) != rows]:
+        raise DataError(
+            f"{path}: array {odd[0]} has shape {arrays[odd[0]].shape}, but x has {rows} rows", hint=ARRAYS
+        )
+    by_name = {
+        name if values.shape[1] == 1 else f"{name}{column + 1}": values[:, column]
+        for name, values in parts.items()
+        for column in range(values.shape[1])
+    }
+    columns = choose([*by_name, *(name for name in (TASK, SPLIT) if name in arrays)])
+    values_MC = np.stack([by_name[name] for name in columns.numbers], axis=1)
+    odd_MC = np.isinf(values_MC) | (np.abs(values_MC) > LARGEST)
+    if odd_MC.any():
+        row, column = np.argwhere(odd_MC)[0]
+        _refuse(
+            path, f"row {row}", columns.numbers[column], f"has {values_MC[row, column]:g}, which is too large"
+        )
+    tasks, splits = (_texts(path, name, arrays[name]) if name in arrays else [] for name in (TASK, SPLIT))
+    return Cells(columns, values_MC, [f"row {row}" for row in range(rows)], tasks, splits)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    """An array of an .npz file, without objects, of no other size than its bytes."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read:
+            raise DataError(
+                f"{path}: {info.filename} has format {version}, which numpy.savez does not write", hint=ARRAYS
+            )
+        shape, fortran, dtype = read[version](member)
+        if dtype.hasobject or dtype.kind not in "fiuUS":
+            raise DataError(
+                f"{path}: array {info.filename} has type {dtype}, which is not allowed", hint=ARRAYS
+            )
+        data = member.read(MOST_BYTES)
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise DataError(
+            f"{path}: {info.filename} has {len(data):,} bytes, which is not its shape {shape}", hint=ARRAYS
+        )
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _numbers(path: Path, name: str, values: NDArray[Any]) -> Floats:
+    if values.dtype.kind not in "fiu" or values.ndim not in (1, 2) or values.size == 0:
+        fact = f"{path}: array {name} has type {values.dtype} and shape {values.shape}"
+        raise DataError(fact, hint="store rows of numbers, with shape (rows,) or (rows, columns)")
+    return values.reshape(len(values), -1).astype(np.float64)
+
+
+def _texts(path: Path, name: str, values: NDArray[Any]) -> list[str]:
+    if values.dtype.kind not in "iuUS" or values.ndim != 1:
+        fact = f"{path}: array {name} has type {values.dtype} and shape {values.shape}"
+        raise DataError(fact, hint="store one text or whole number per row")
+    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values.tolist()]

@@ -1,0 +1,120 @@
+"""Open a table of regression tasks: what is left out, how its tasks are divided, and one stream per split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mamlctl.core.errors import DataError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.formatting import one_line, plural
+from mamlctl.core.literals import Split
+from mamlctl.data.reading.tables import TaskTable, read_table
+from mamlctl.data.sets.folder_layout import FRACTIONS
+from mamlctl.data.tasks.episodes import StreamSettings
+from mamlctl.data.tasks.table_tasks import Standardisation, TableStream, divided, standardisation_of
+from mamlctl.settings.schema import TrainConfig
+
+MOST_NAMED = 5  # rows or tasks in a message
+
+
+@dataclass(frozen=True)
+class OpenTable:
+    """A table with the split and the statistics of a run."""
+
+    table: TaskTable
+    tasks: Mapping[str, tuple[str, ...]]  # split -> the names of its tasks
+    standardisation: Standardisation
+
+
+def open_table(
+    config: TrainConfig, stored: Mapping[str, Sequence[str]] | None, on_event: OnEvent
+) -> OpenTable:
+    """Read a table and divide its tasks.
+
+    Args:
+        config: the complete settings.
+        stored: the tasks of each split when the run started; None to divide them now.
+        on_event: receives notices about what is left out.
+
+    Raises:
+        SettingsError: a setting has no effect on this table, or there are too few tasks.
+        DataError: the file cannot be read, a stored task is missing, or --strict refuses what it has.
+    """
+    assert config.inputs is not None and config.targets is not None  # filled in by `fill_defaults`
+    table = read_table(Path(config.dataset), config.inputs, config.targets)
+    if table.left_out:
+        count = len(table.left_out)
+        fact = f"{count} {plural(count, 'row')} of {config.dataset} with missing numbers"
+        _leave_out(config, fact, table.left_out, "fill in the numbers or remove the rows", on_event)
+    if table.splits and config.split_fractions is not None:
+        fact = f"--split-fractions has no effect: {config.dataset} has a column split"
+        raise SettingsError([(fact, "leave it out")])
+    if stored is None:
+        rows = max(config.shots, config.train_shots or 0) + config.queries
+        usable = _large_enough(config, table, table.tasks, rows, on_event)
+        tasks = divided(table, usable, config.split_fractions or FRACTIONS, config.split_seed)
+    else:
+        known = set(table.tasks)
+        if gone := [name for names in stored.values() for name in names if name not in known]:
+            fact = (
+                f"{config.dataset} no longer has task {one_line(gone[0])!r}, which is in the split of the run"
+            )
+            raise DataError(fact, hint="restore the table, or train a new run")
+        tasks = {split: tuple(names) for split, names in stored.items()}
+    _check_split(config, "train", tasks["train"])
+    return OpenTable(table, tasks, standardisation_of(table, tasks["train"]))
+
+
+def table_streams(
+    config: TrainConfig, opened: OpenTable, settings: Mapping[Split, StreamSettings], on_event: OnEvent
+) -> dict[str, TableStream]:
+    """A stream of tasks for each split, without tasks that have too few rows.
+
+    Args:
+        config: the complete settings.
+        opened: the table.
+        settings: the sizes of the tasks of each split.
+        on_event: receives notices.
+
+    Raises:
+        SettingsError: a split has no task that is large enough.
+        DataError: --strict refuses small tasks.
+    """
+    streams = dict[str, TableStream]()
+    for split, part in settings.items():
+        rows = part.shots + part.queries
+        names = _large_enough(config, opened.table, opened.tasks[split], rows, on_event)
+        _check_split(config, split, names)
+        streams[split] = TableStream(opened.table, names, opened.standardisation, part)
+    return streams
+
+
+def _large_enough(
+    config: TrainConfig, table: TaskTable, names: Sequence[str], rows: int, on_event: OnEvent
+) -> tuple[str, ...]:
+    """The tasks with enough rows; the others are named in a notice."""
+    count_of = dict(zip(table.tasks, table.counts.tolist(), strict=True))
+    small = [f"{one_line(name)} ({count_of[name]})" for name in names if count_of[name] < rows]
+    if small:
+        what = f"{len(small)} {plural(len(small), 'task')} with fewer than {rows} complete rows"
+        fact = f"{what} (--shots plus --queries)"
+        _leave_out(config, fact, small, "use fewer --shots or --queries, or add rows", on_event)
+    return tuple(name for name in names if count_of[name] >= rows)
+
+
+def _leave_out(config: TrainConfig, fact: str, named: Sequence[str], hint: str, on_event: OnEvent) -> None:
+    """Send a notice, or raise DataError with --strict."""
+    words = f"{fact}: {', '.join(named[:MOST_NAMED])}{', ...' if len(named) > MOST_NAMED else ''}"
+    if config.strict:
+        raise DataError(f"--strict refuses {words}", hint=f"{hint}, or leave out --strict")
+    on_event(Notice(f"left out: {words}"))
+
+
+def _check_split(config: TrainConfig, split: str, names: Sequence[str]) -> None:
+    if not names:
+        fractions = config.split_fractions or FRACTIONS
+        fact = f"{Path(config.dataset).name} has no task in '{split}' that is large enough"
+        hint = f"add tasks, use fewer --shots or --queries, or other --split-fractions than {fractions}"
+        raise SettingsError([(fact, hint)])

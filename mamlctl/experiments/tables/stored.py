@@ -1,0 +1,67 @@
+"""What a run stores about its table: the tasks of each split, and the statistics of the columns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mamlctl.core.errors import DataError, MamlctlError
+from mamlctl.core.files import read_object, write_json
+from mamlctl.core.literals import SPLITS
+from mamlctl.data.reading.tables import read_table
+from mamlctl.data.tasks.table_tasks import Standardisation, TableFacts
+from mamlctl.experiments.settings import fill_defaults
+from mamlctl.run_folder import RunFolder
+
+FACTS = "table.json"  # in a run folder
+
+
+def store_facts(run: RunFolder, facts: TableFacts | None) -> None:
+    """Write the facts about the table of a run, or compare them with those that it has.
+
+    Raises:
+        DataError: the statistics or the tasks differ from the stored ones.
+        MamlctlError: the file is damaged.
+    """
+    if facts is None:
+        return
+    if not (run.path / FACTS).exists():
+        document = _document(facts)
+        write_json(run.path / FACTS, document | {"digest": _digest(document)})
+    elif stored_facts(run) != facts:
+        fact = f"{run.path / FACTS} has other tasks or statistics than {run.config.dataset} has now"
+        raise DataError(fact, hint="restore the file and the table, or train a new run")
+
+
+def stored_facts(run: RunFolder) -> TableFacts:
+    """What `store_facts` wrote. Raises MamlctlError if it is missing or damaged."""
+    stored = read_object(run.path / FACTS)
+    digest = stored.pop("digest", None)
+    if digest != _digest(stored):
+        fact = f"{run.path / FACTS} is missing or damaged, so the statistics of the run's table are unknown"
+        raise MamlctlError(fact, hint="restore the file, or train a new run")
+    columns = {name: tuple(stored[name]) for name in ("inputs", "targets", "mean", "deviation")}
+    tasks = {split: tuple(stored["tasks"][split]) for split in SPLITS}
+    return TableFacts(Standardisation(**columns), tasks)
+
+
+def _document(facts: TableFacts) -> dict[str, Any]:
+    values = facts.standardisation
+    assert all(map(math.isfinite, values.mean + values.deviation))
+    columns = {name: list(getattr(values, name)) for name in ("inputs", "targets", "mean", "deviation")}
+    return {**columns, "tasks": {split: list(names) for split, names in facts.tasks.items()}}
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def is_same_table(run: RunFolder, path: Path) -> bool:
+    """Whether a file has the table on which a run was trained. Raises DataError if it is not a table."""
+    config = fill_defaults(run.config)
+    assert config.inputs is not None and config.targets is not None
+    return read_table(path, config.inputs, config.targets).digest == run.dataset_digest
