@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import typer
@@ -23,7 +21,7 @@ def show_help(
     console: Console,
     ctx: Any,
     left_out: Collection[str] = (),
-    commands: Mapping[str, str] = MappingProxyType({}),
+    commands: Mapping[str, str] | None = None,
 ) -> None:
     """Print the help of a command.
 
@@ -33,7 +31,7 @@ def show_help(
         console: where to print.
         ctx: the context of the command, whose class is private in Typer.
         left_out: the names of options to leave out.
-        commands: the summaries of subcommands.
+        commands: the summaries of subcommands, if there are any.
     """
     command, width = ctx.command, min(console.width, WIDEST)
     say(console, (command.get_usage(ctx), "bold"))
@@ -89,13 +87,8 @@ def _description(option: Any) -> str:
 
 def _say_paragraphs(console: Console, text: str | None, width: int) -> None:
     """Print each paragraph after an empty line."""
-    for paragraph in _paragraphs(text, width):
+    for paragraph in (text or "").split("\n\n"):
         say(console)
-        for line in paragraph:
-            say(console, line)
-
-
-def _paragraphs(text: str | None, width: int) -> Iterator[Sequence[str]]:
-    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
         # A path is not broken, so that it can be copied.
-        yield textwrap.wrap(paragraph, width, break_on_hyphens=False, break_long_words=False)
+        for line in textwrap.wrap(paragraph, width, break_on_hyphens=False, break_long_words=False):
+            say(console, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ def means_latest(path: Path) -> bool:
 def hint_for_missing_run() -> str:
     """What to do if a command needs a run: name one of the latest, or train a first one."""
     whole = (path for path in newest_first(runs_folder()) if not is_table(path) and _can_open(path))
-    latest = [str(path) for path in itertools.islice(whole, NAMED)]
+    latest = [shlex.quote(str(path)) for path in itertools.islice(whole, NAMED)]
     if not latest:
         return "train one with mamlctl train --preset demo, or see mamlctl eval --help"
     return f"name a run; the latest are {', '.join(latest)}"
@@ -76,8 +77,10 @@ def _can_resume(path: Path) -> bool:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The folders of runs and tables, by the last change of their files."""
-    return sorted(_folders(folder, DEPTH), key=lambda path: (changed_at(path), path.name), reverse=True)
+    """The folders of runs and tables, by the last change of their files; links to others are left out."""
+    by_depth = sorted(_folders(folder, DEPTH), key=lambda path: len(path.parts), reverse=True)
+    once = {path.resolve(): path for path in by_depth}
+    return sorted(once.values(), key=lambda path: (changed_at(path), path.name), reverse=True)
 
 
 def is_table(path: Path) -> bool:
