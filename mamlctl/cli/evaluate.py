@@ -71,7 +71,7 @@ class EvaluateOptions(GuardOptions):
     plot: Annotated[bool, option(OUTPUT, "Also draw figures in RUN/plots.", "--plot")] = False
     beside: Annotated[
         list[Path] | None,
-        option(OUTPUT, "With --plot, for curves: another run to draw next to this one (repeatable)."),
+        option(OUTPUT, "With --plot, for regression: another run to draw next to this one (repeatable)."),
     ] = None
 
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:

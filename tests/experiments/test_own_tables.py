@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.grid_cases import filled
 from helpers.own_tables import csv_text, linear_tasks, periodic_csv, periodic_tasks
 from helpers.shared import ignore
 from helpers.trainer_cases import comparable
@@ -20,7 +21,11 @@ from mamlctl.core.events import Notice
 from mamlctl.data.tasks.table_tasks import table_stream
 from mamlctl.engine.training import checkpoints
 from mamlctl.experiments.evaluate import evaluate_run
+from mamlctl.experiments.grid.ablate import check_data
 from mamlctl.experiments.grid.compare import compare
+from mamlctl.experiments.grid.grid import resolve_rows
+from mamlctl.experiments.grid.grid_folder import open_grid
+from mamlctl.experiments.grid.plans import grid_rows
 from mamlctl.experiments.plot import draw
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
@@ -272,8 +277,24 @@ def test_runs_are_compared_over_different_tasks(kept_run, table, tmp_path):
     other = trained(tmp_path / "transfer", table, algo="transfer")
     result = compare([kept_run, other], TESTED, offline=True, command="test", on_event=ignore)
     assert [row.label for row in result.rows] == ["maml", "transfer"]
-    assert result.rows[1].best.difference.tasks == 8
+    assert result.rows[1].best.difference.tasks == result.tasks == 8
     assert any("8 test tasks of the table" in note for note in result.notes)
+
+
+@pytest.mark.process
+def test_a_grid_on_a_table_is_trained_and_tested(table, tmp_path):
+    own = shutil.copy(table, tmp_path / "tasks.csv")
+    settings = SMALL | {"dataset": str(own)}
+    rows = resolve_rows(grid_rows(["algo=maml,scratch"]), [], settings, 0)
+    grid = open_grid(tmp_path / "grid", "grid", rows, (0, 1), EvalConfig(tasks=16), "mamlctl ablate")
+    check_data(grid, offline=True, on_event=ignore)
+    result = filled(grid)
+    assert not result.failed and result.left == 0 and result.table.tasks == 8
+    assert [row.label for row in result.table.rows] == ["maml", "scratch"]
+    assert result.table.rows[1].best.difference.seeds == 2
+    own.write_text(own.read_text().replace("curve05,", "curve05,1", 1))
+    with pytest.raises(DataError, match="was trained on"):
+        check_data(grid, offline=True, on_event=ignore)
 
 
 def cli(words, monkeypatch, capsys):

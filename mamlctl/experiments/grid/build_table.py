@@ -122,6 +122,8 @@ def tabulate(
         for place, runs in enumerate(filled)
     ]
     first = evaluate.over(fill_defaults(rows[0].config))
+    # A table of regression tasks has fewer different ones than are drawn.
+    different = [evaluation.tasks for runs in filled for evaluation in runs.evaluations.values()]
     return Table(
         title=f"{formatting.task(first.dataset, first.ways, first.shots)}, {name}",
         dataset=first.dataset,
@@ -130,7 +132,7 @@ def tabulate(
         queries=first.queries,
         metric=metric_of(first.dataset),
         split=evaluate.split,
-        tasks=evaluate.tasks,
+        tasks=min(different, default=evaluate.tasks),
         eval_seed=first.eval_seed,
         disjoint=evaluate.disjoint,
         label_permutations=evaluate.label_permutations,

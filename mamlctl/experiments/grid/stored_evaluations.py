@@ -47,6 +47,11 @@ class StoredEvaluation:
     notes: tuple[str, ...]
     seconds: float | None = None  # that it took; None if they are not stored
 
+    @property
+    def tasks(self) -> int:
+        """The number of different tasks."""
+        return next(len(scores) for scores in self.scores.values())
+
 
 def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | None:
     """The evaluation of the run's current checkpoint with these settings; None if there is none yet.
@@ -91,15 +96,16 @@ def _contains(summary: Mapping[str, Any], settings: EvalConfig) -> bool:
 def _load_evaluation(folder: Path, summary: Mapping[str, Any], models: Models) -> StoredEvaluation:
     scores = read_scores(folder, summary)
     results = [row for row in summary["results"] if models in ("all", row["kind"])]
+    of_models: dict[Model, NDArray[np.float64]] = {row["kind"]: scores[row["model"]] for row in results}
     return StoredEvaluation(
         summary["protocol"],
-        {row["kind"]: scores[row["model"]] for row in results},
+        of_models,
         # null stands for a number that was not finite.
         {
             row["kind"]: [math.nan if value is None else float(value) for value in row["per_step"]]
             for row in results
         },
-        per_step_tasks(summary),
+        min(per_step_tasks(summary), *map(len, of_models.values())),
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes") or ()),
         seconds if isinstance(seconds := summary.get("seconds"), float) and math.isfinite(seconds) else None,
