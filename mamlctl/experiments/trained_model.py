@@ -38,7 +38,7 @@ from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.tables.stored import store_facts
+from mamlctl.experiments.tables.stored import check_facts
 from mamlctl.experiments.training_images import check_folder, overlap_notes, stored_split
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
@@ -122,7 +122,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         if not same:
             fact = f"{config.dataset} has changed since {run.path} was trained on it"
             raise DataError(fact, hint="restore the table, or use its new tasks with --support and --query")
-        store_facts(run, source.table)
+        check_facts(run, source.table)
     notes += _conversion_notes(run.config, config) + _task_notes(stream, settings)
     if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)

@@ -15,7 +15,7 @@ from helpers.own_tables import csv_text, linear_tasks
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.data.reading import table_files
 from mamlctl.data.reading.tables import read_examples, read_table
-from mamlctl.data.tasks.table_tasks import TableStream, divided, standardisation_of
+from mamlctl.data.tasks.table_tasks import TableStream, divided, standardisation_of, without_repeats
 
 ROWS = [("a", 1, 2), ("b", 3, 4), ("a", 5, -6.5)]
 
@@ -263,11 +263,26 @@ def test_draws_have_rows_of_one_task_without_repeats(tmp_path):
     assert np.array_equal(values, scaled[rows_TE][..., 2:])
 
 
-def test_every_row_is_equally_likely(tmp_path):
-    drawn = stream(tmp_path, ["t6"], shots=1, queries=1)
-    counts = np.bincount(drawn.rows_of(0, 6000)[:, 0] - int(drawn.rows_of(0, 1000).min()), minlength=6)
-    # Chi-square with 5 degrees of freedom, 99.9 % quantile.
-    assert ((counts - 1000) ** 2 / 1000).sum() < 20.5
+def test_numbers_without_repeats_are_those_of_a_list_from_which_each_is_taken():
+    words = np.random.default_rng(0).integers(0, 2**64, (50, 7), dtype=np.uint64)
+    counts = np.arange(7, 57)
+    for row, word_E, count in zip(
+        without_repeats(words, counts).tolist(), words.tolist(), counts, strict=True
+    ):
+        left = list(range(count))
+        assert row == [left.pop(word % len(left)) for word in word_E]
+    assert np.array_equal(without_repeats(words[:, :3], counts), without_repeats(words, counts)[:, :3])
+
+
+def test_every_order_of_rows_is_equally_likely(tmp_path):
+    drawn = stream(tmp_path, ["t6"], shots=1, queries=2)
+    rows = drawn.rows_of(0, 12_000)
+    orders = rows - rows.min()
+    counts = np.bincount(orders @ np.array([36, 6, 1]), minlength=216)
+    possible = [a * 36 + b * 6 + c for a, b, c in itertools.permutations(range(6), 3)]
+    assert counts[possible].sum() == 12_000
+    # Chi-square of 120 orders with 119 degrees of freedom, 99.9 % quantile.
+    assert ((counts[possible] - 100) ** 2 / 100).sum() < 173.6
 
 
 def test_a_draw_is_the_same_in_every_batch_and_order(tmp_path):

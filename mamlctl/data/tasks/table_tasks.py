@@ -106,6 +106,21 @@ def divided(table: TaskTable, usable: Sequence[str], fractions: str, seed: int) 
     }
 
 
+def without_repeats(words_TE: NDArray[np.uint64], counts_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Turn random words into different numbers below the count of each row.
+
+    The words of small and large counts are equally many, unlike the keys of `k_smallest`. The j-th word of a
+    row chooses uniformly among the numbers that are left, up to a bias of the count divided by 2^64.
+    """
+    numbers_TE = np.empty(words_TE.shape, dtype=np.int64)
+    for j in range(words_TE.shape[1]):
+        place_T = (words_TE[:, j] % (counts_T - j).astype(np.uint64)).astype(np.int64)
+        # With taken numbers t_0 < t_1 < ..., number r of those that are left is r + #{i: t_i - i <= r}.
+        taken_TJ = np.sort(numbers_TE[:, :j], axis=1) - np.arange(j)
+        numbers_TE[:, j] = place_T + (taken_TJ <= place_T[:, None]).sum(1)
+    return numbers_TE
+
+
 @dataclass(frozen=True)
 class TableFacts:
     """What a run stores about the table on which it is trained."""
@@ -162,12 +177,9 @@ class TableStream:
     def rows_of(self, first: int, draws: int) -> NDArray[np.int64]:
         """The rows of the table in each draw, _TE: those of the support set, then those of the query set."""
         task_T = self.tasks_of(first, draws)
-        most = int(self._counts.max())
-        keys_TM = random_word_rows(self.seed, self.split, first, draws, most)
-        # Smaller tasks do not use their last keys: the largest key is never among the smallest.
-        keys_TM[np.arange(most) >= self._counts[task_T][:, None]] = np.iinfo(np.uint64).max
-        rows_TE: NDArray[np.int64] = self._starts[task_T][:, None]
-        return rows_TE + k_smallest(keys_TM, self.shots + self.queries)
+        words_TE = random_word_rows(self.seed, self.split, first, draws, self.shots + self.queries)
+        start_T1: NDArray[np.int64] = self._starts[task_T][:, None]
+        return start_T1 + without_repeats(words_TE, self._counts[task_T])
 
     def episodes(self, first: int, tasks: int) -> Episodes:
         """Return draws `first`, `first` + 1, ... without a host sync: x _TED, y _TEN, both standardised."""

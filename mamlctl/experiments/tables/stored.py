@@ -21,18 +21,24 @@ FACTS = "table.json"  # in a run folder
 
 
 def store_facts(run: RunFolder, facts: TableFacts | None) -> None:
-    """Write the facts about the table of a run, or compare them with those that it has.
+    """Write the facts about the table of a run unless the run has them, which are then compared.
 
-    Raises:
-        DataError: the statistics or the tasks differ from the stored ones.
-        MamlctlError: the file is damaged.
+    Raises DataError and MamlctlError as `check_facts` does.
     """
-    if facts is None:
-        return
-    if not (run.path / FACTS).exists():
+    if facts is not None and not (run.path / FACTS).exists():
         document = _document(facts)
         write_json(run.path / FACTS, document | {"digest": _digest(document)})
-    elif stored_facts(run) != facts:
+    check_facts(run, facts)
+
+
+def check_facts(run: RunFolder, facts: TableFacts | None) -> None:
+    """Compare the facts about a table with those that a run has stored.
+
+    Raises:
+        DataError: the statistics or the tasks differ.
+        MamlctlError: the file is damaged.
+    """
+    if facts is not None and (run.path / FACTS).exists() and stored_facts(run) != facts:
         fact = f"{run.path / FACTS} has other tasks or statistics than {run.config.dataset} has now"
         raise DataError(fact, hint="restore the file and the table, or train a new run")
 
