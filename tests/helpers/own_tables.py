@@ -1,4 +1,4 @@
-"""Tables of regression tasks: noisy periodic curves with a trend, and CSV files of any rows.
+"""Tables of regression tasks: noisy periodic curves with trends, and CSV files of any rows.
 
 `python -m helpers.own_tables FILE` writes the table of docs/regression.md.
 """
@@ -7,22 +7,19 @@ import sys
 
 import numpy as np
 
+PERIOD = 5.0
 NOISE = 0.5  # standard deviation, in the units of y
 
 
 def periodic_tasks(tasks=40, seed=7):
-    """Task -> rows (x, y): a sine wave of random period, phase and amplitude on a line, and normal noise."""
+    """Task -> rows (x, y): a sine wave of random phase and amplitude on a random line, and normal noise."""
     generator = np.random.default_rng(seed)
     drawn = {}
     for task in range(tasks):
         x = generator.uniform(0, 10, generator.integers(24, 33))
-        period, phase = generator.uniform(3.5, 6), generator.uniform(0, 2 * np.pi)
-        amplitude, level, slope = (
-            generator.uniform(2.5, 15),
-            generator.normal(20, 7.5),
-            generator.normal(0, 1.25),
-        )
-        y = level + slope * (x - 5) + amplitude * np.sin(2 * np.pi * x / period + phase)
+        level, slope = generator.normal(20, 5), generator.normal(0, 1)
+        amplitude, phase = generator.uniform(8, 12), generator.uniform(0, 2 * np.pi)
+        y = level + slope * (x - 5) + amplitude * np.sin(2 * np.pi * x / PERIOD + phase)
         y += generator.normal(0, NOISE, len(x))
         drawn[f"curve{task:02d}"] = np.stack([x, y], axis=1).round(4)
     return drawn
