@@ -24,7 +24,8 @@ from mamlctl.settings.variables import variable_values
 def fetch(
     options: OutputOptions,
     names: Annotated[
-        list[str] | None, typer.Argument(help="Data sets (--list shows all), e.g. omniglot.")
+        list[str] | None,
+        typer.Argument(help="Data sets (--list shows all), or samples: images to try eval with."),
     ] = None,
     list_: Annotated[
         bool, option(None, "List all data sets with their sources, and whether they are present.", "--list")

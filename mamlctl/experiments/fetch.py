@@ -8,6 +8,7 @@ from pathlib import Path
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
+from mamlctl.data import samples
 from mamlctl.data.fetching.responses import check_mirrors
 from mamlctl.data.reading.archives import check_source
 from mamlctl.data.reading.packs import data_root as folder_of
@@ -26,10 +27,10 @@ def fetch_all(
     offline: bool,
     on_event: OnEvent,
 ) -> list[FetchedSet]:
-    """Download or import data sets and pack them.
+    """Download or import data sets and pack them, and draw sample images.
 
     Args:
-        names: the data sets.
+        names: the data sets, and "samples".
         source: archives or folders to use instead of a download.
         mirrors: URLs to try first.
         data_root: the folder of prepared data sets; None for the default.
@@ -45,6 +46,9 @@ def fetch_all(
     root = folder_of(data_root)
     fetched = []
     for name in dict.fromkeys(names):
+        if name == samples.NAME:
+            fetched.append(samples.write_samples(force, on_event))
+            continue
         packed = fetch_or_open(
             find_data_set(name),
             root,
@@ -65,7 +69,10 @@ def _check(
     if not names:
         hint = "list them with mamlctl fetch --list"
         raise SettingsError([("fetch needs the name of a data set", hint)])
-    sets = [find_data_set(name) for name in names]
+    sets = [find_data_set(name) for name in names if name != samples.NAME]
+    if not sets and (source or mirrors):
+        option = "--from" if source else "--mirror"
+        raise SettingsError([(f"{option} has no effect with samples, which are drawn", "leave it out")])
     if source and len(sets) > 1:
         raise SettingsError([(f"--from is given for {len(sets)} data sets", "fetch them one at a time")])
     for switch, value in (("--from", source), ("--offline", offline)):

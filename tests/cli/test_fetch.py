@@ -299,3 +299,18 @@ def test_an_unwritable_lock_raises_an_error_with_a_hint(tmp_path):
     with pytest.raises(DataError, match="cannot write") as raised, locked(tmp_path / "file/x", "a", ignore):
         raise AssertionError("locked")
     assert "--data-root" in raised.value.hint
+
+
+def test_samples_are_written_beside_data_sets_and_take_no_source(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("samples", "glyphs", "--json")
+    entries = json.loads(out)["data_sets"]
+    assert (code, [entry["name"] for entry in entries]) == (0, ["samples", "glyphs"])
+    entry = {"name": "samples", "classes": 5, "images": 20, "digest": "", "folder": "samples"}
+    assert entries[0] | {"digest": ""} == entry
+    assert len([*tmp_path.glob("samples/*/*/*.png")]) == 20
+    assert "mamlctl eval omniglot-5w1s" in err
+    for words in (("--from", str(tmp_path)), ("--mirror", "https://example.org/")):
+        code, out, err = cli("samples", *words)
+        assert (code, out) == (2, "")
+        assert f"{words[0]} has no effect with samples, which are drawn" in err
