@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mamlctl"
 FLOORS = [
     ["core"],
     ["settings"],
-    ["data", "report", "run_folder"],
+    ["data", "report", "run_folder", "shipped_models"],
     ["engine", "display"],
     ["experiments"],
     ["cli"],

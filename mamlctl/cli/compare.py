@@ -29,6 +29,7 @@ from mamlctl.run_folder import CONFIG, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig
 from mamlctl.settings.variables import RUNS, variable_values
+from mamlctl.shipped_models import local_run
 
 # Training settings that are also settings of an evaluation.
 TEST_SETTINGS = FIELDS.keys() & {item.name for item in fields(EvalConfig)} - {"dataset", "classes"}
@@ -44,7 +45,7 @@ def compare(
     options: GridOptions,
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders or table folders; the first is the baseline."),
+        typer.Argument(help="Run folders, table folders or shipped models; the first is the baseline."),
     ] = None,
     algos: Annotated[
         str | None,
@@ -69,7 +70,7 @@ def compare(
     if runs:
         _refuse_training(settings, options, algos)
         values = {**variable_values(EvalConfig), **evaluation, **settings}
-        return _compare_runs(runs, table_settings(values), options)
+        return _compare_runs([*map(local_run, runs)], table_settings(values), options)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
     if "algo" in settings:

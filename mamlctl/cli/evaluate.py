@@ -24,6 +24,7 @@ from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.fields import EPISODE, OUTPUT, OWN_IMAGES
 from mamlctl.settings.variables import variable_values
+from mamlctl.shipped_models import local_run
 
 # Settings of the tasks that a test draws; they have no effect on the user's own images.
 TASK_SETTINGS = (
@@ -107,7 +108,10 @@ def evaluate(
     settings: dict[str, Any],
     options: EvaluateOptions,
     run: Annotated[
-        Path | None, typer.Argument(help="Run folder, as printed by train.", metavar="RUN")
+        Path | None,
+        typer.Argument(
+            help="Run folder, as printed by train, or a model that ships with mamlctl.", metavar="RUN"
+        ),
     ] = None,
 ) -> ExitCode:
     """The command `mamlctl eval`."""
@@ -116,6 +120,8 @@ def evaluate(
     if problems := options.problems(settings):
         raise SettingsError(problems)
     config = EvalConfig(**{**variable_values(EvalConfig), **settings})
+    run = local_run(run)
+    options = replace(options, beside=[*map(local_run, options.beside or [])])
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
     limit = options.limit(config.dataset or trained.config.dataset)
     support = options.support

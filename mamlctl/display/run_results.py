@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from rich.console import Console
@@ -39,7 +40,12 @@ def show_train_result(console: Console, result: TrainResult) -> None:
 
 
 def show_eval_result(console: Console, result: EvalResult) -> None:
-    """Print one row per model, and the scores after each inner step if they were measured."""
+    """Print one row per model, and the scores after each inner step if they were measured.
+
+    An ensemble of one is the best model, and has no row beside it.
+    """
+    shown = tuple(row for row in result.rows if row.kind == "best" or len(row.epochs) > 1)
+    result = replace(result, rows=shown or result.rows)
     first = result.rows[0]
     per_class = " per class" if first.ways > 1 else ""
     queries = f"{first.queries} {formatting.plural(first.queries, 'query')}{per_class}"

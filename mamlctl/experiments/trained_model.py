@@ -319,7 +319,9 @@ def checkpoint_files(
     if chosen is not None:
         file = run.checkpoint(chosen)
         return [file], (f"with checkpoint {file.name}",)
-    last = run.checkpoints / LAST
+    best, last = run.checkpoints / BEST, run.checkpoints / LAST
+    if [*run.checkpoints.glob("*.pt")] == [best]:
+        return [best], ()  # a model without what only training needs
     try:
         content = checkpoints.load(last, owner=run.owner)
         if "position" not in content:

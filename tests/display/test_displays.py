@@ -288,6 +288,15 @@ def test_an_evaluation_is_an_aligned_table_of_plain_text_in_a_pipe():
     assert "\x1b" not in written(console)
 
 
+def test_an_ensemble_of_one_has_no_row_beside_the_best_model():
+    best, ensemble = an_evaluation().rows
+    alone = replace(ensemble, model="ensemble-1", epochs=best.epochs)
+    for rows, expected in (((best, alone), "best"), ((alone,), "ensemble-1")):
+        show_eval_result(console := pipe(), replace(an_evaluation(), rows=rows))
+        starts = [line.split()[0] for line in written(console).splitlines() if "transductive" in line]
+        assert starts == [expected]
+
+
 def test_scores_per_step_name_their_tasks_and_may_be_absent():
     evaluation = an_evaluation()
     some, none = (

@@ -13,6 +13,7 @@ from mamlctl.core.files import is_locked, lock_holder
 from mamlctl.experiments.grid.grid import PLAN
 from mamlctl.run_folder import CONFIG, METRICS, STATUS, open_run
 from mamlctl.settings.variables import runs_folder
+from mamlctl.shipped_models import model_names
 
 DEPTH = 3  # levels of folders below the folder of runs in which runs and tables are searched
 DATED = (STATUS, METRICS, CONFIG, PLAN)  # the files of a run or a table whose last change counts
@@ -29,7 +30,8 @@ def hint_for_missing_run() -> str:
     whole = (path for path in newest_first(runs_folder()) if not is_table(path) and _can_open(path))
     latest = [shlex.quote(str(path)) for path in itertools.islice(whole, NAMED)]
     if not latest:
-        return "train one with mamlctl train --preset demo, or see mamlctl eval --help"
+        models = " or ".join(model_names())
+        return f"use a model that ships, {models}, or train one with mamlctl train --preset demo"
     return f"name a run; the latest are {', '.join(latest)}"
 
 

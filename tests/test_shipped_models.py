@@ -1,0 +1,115 @@
+"""The models that ship with the package: their files, their receipts, and their use by name."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.shared import ignore
+from PIL import Image
+from records.experiments import experiments
+from records.models import MODELS, RECEIPT
+from records.receipts import problems
+
+from mamlctl import shipped_models
+from mamlctl.cli.app import main
+from mamlctl.core.errors import MamlctlError
+from mamlctl.data.sets import glyphs
+from mamlctl.run_folder import open_run, run_state
+from mamlctl.shipped_models import BEST, FOLDER, local_run, model_names
+
+MEGABYTES = 3
+COPIES = Path("runs", "models")
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, tmp_path):
+    """A function that calls a command in an empty folder and returns the JSON that it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words), "--json"])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def test_the_models_are_those_of_the_record_and_small():
+    assert model_names() == sorted(MODELS)
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MEGABYTES * 10**6
+    for name, (experiment, seed) in MODELS.items():
+        receipt = json.loads((FOLDER / name / RECEIPT).read_text())
+        (chosen,) = experiments(only=experiment)
+        assert problems(receipt, chosen) == [], f"run python -m records.models: {name} is outdated"
+        run = open_run(FOLDER / name)
+        assert run.dataset_digest == receipt["data_digest"]
+        assert (run.config.seed, run_state(run.path).status) == (seed, "finished")
+        assert receipt["seed"] == seed
+        assert (run.config.ways, run.config.shots) == (chosen.config.ways, chosen.config.shots)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.realdata
+def test_a_model_has_the_accuracy_of_its_receipt(name, omniglot_root, cli):
+    document = cli("eval", name, "--tasks", 60, "--queries", 1, "--data-root", omniglot_root)
+    result = document["results"][0]
+    assert document["run"] == str(COPIES / name)
+    receipt = json.loads((FOLDER / name / RECEIPT).read_text())
+    expected = receipt["tests"][0]["results"][0]
+    assert (expected["kind"], expected["bn"], result["tasks"]) == ("best", "transductive", 60)
+    assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2.5 * result["ci95"])
+
+
+def test_a_model_classifies_images_without_any_data(cli, glyphs_root):
+    packed = glyphs.open_pack(glyphs_root, on_event=ignore)
+    for label in range(5):
+        for place, folder in enumerate(("learn", "ask")):
+            Path(folder, str(label)).mkdir(parents=True)
+            image = packed.images_MCHW[packed.starts[label] + place, 0]
+            Image.fromarray(image).save(Path(folder, str(label), "image.png"))
+    document = cli("eval", "omniglot-5w1s", "--support", "learn", "--query", "ask", "--offline")
+    assert len(document["predictions"]) == 5
+    assert sorted(path.name for path in Path().iterdir()) == ["ask", "learn", "runs"]
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A package with one model, as seen from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shipped_models, "FOLDER", tmp_path / "package")
+    model = tmp_path / "package" / "small"
+    (model / BEST).parent.mkdir(parents=True)
+    (model / BEST).write_bytes(b"weights")
+    (tmp_path / "package" / "other").mkdir()  # not a model
+    return tmp_path / "package"
+
+
+def test_a_name_stands_for_a_copy_under_runs(models):
+    assert model_names() == ["small"]
+    assert local_run(Path("other")) == Path("other")
+    assert local_run(Path("small")) == COPIES / "small"
+    (COPIES / "small" / "eval").mkdir()
+    assert local_run(Path("small")) == COPIES / "small"
+    assert sorted(path.name for path in (COPIES / "small").iterdir()) == ["checkpoints", "eval"]
+    assert [path.name for path in COPIES.iterdir()] == ["small"]
+
+
+def test_an_existing_path_wins_over_a_name(models):
+    Path("small").mkdir()
+    assert local_run(Path("small")) == Path("small")
+    assert not COPIES.exists()
+
+
+def test_a_copy_of_another_version_is_not_used(models):
+    local_run(Path("small"))
+    (models / "small" / BEST).write_bytes(b"better weights")
+    with pytest.raises(MamlctlError, match="is not this version of the model small") as caught:
+        local_run(Path("small"))
+    assert caught.value.hint == "rename or remove that folder"
+    shutil.rmtree(COPIES / "small")
+    assert (local_run(Path("small")) / BEST).read_bytes() == b"better weights"
