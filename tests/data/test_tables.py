@@ -159,6 +159,7 @@ def test_rows_with_missing_numbers_are_left_out_and_named(tmp_path):
             {"task": np.array([1, "a"], dtype=object), "x": np.ones(2), "y": np.ones(2)},
             "type object, which is not",
         ),
+        ({"task": np.array([b"a", b"\xff"]), "x": np.ones(2), "y": np.ones(2)}, "array task is not text"),
         ({"task": np.arange(0), "x": np.ones(0), "y": np.ones(0)}, "array x has type"),
     ],
 )
@@ -178,6 +179,31 @@ def test_npz_files_run_no_code_and_reserve_no_more_than_their_bytes(tmp_path):
     (tmp_path / "t.npz").write_bytes(b"PK\3\4 cut off")
     with pytest.raises(DataError, match="cannot be read"):
         read(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz", "compressed npz"])
+def test_any_damage_is_reported_as_an_error_of_the_file(kind, tmp_path):
+    rows, heads = linear_tasks(3, 4)
+    path = tmp_path / f"t.{kind[-3:]}"
+    if kind == "csv":
+        path.write_text(csv_text(rows, heads))
+    else:
+        columns = np.array([row[1:] for row in rows])
+        save = np.savez if kind == "npz" else np.savez_compressed
+        save(path, task=np.array([row[0] for row in rows]), x=columns[:, :2], y=columns[:, 2:])
+    whole, generator, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        data, at = bytearray(whole), generator.randrange(len(whole))
+        if generator.random() < 0.5:
+            data[at] = generator.randrange(256)
+        else:
+            del data[at : at + generator.randrange(1, 20)]
+        path.write_bytes(data)
+        try:
+            assert np.isfinite(read(path).values_MC).all()
+        except (DataError, SettingsError):
+            refused += 1
+    assert refused > 100
 
 
 def test_examples_of_a_new_task_need_inputs_but_no_task_names(tmp_path):

@@ -19,6 +19,7 @@ from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, ExitCode, MamlctlError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.data.tasks.table_tasks import table_stream
+from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.training import checkpoints
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.ablate import check_data
@@ -220,7 +221,7 @@ def test_strict_refuses_what_would_be_left_out(what, tmp_path):
 
 
 def test_tables_that_are_too_small_or_divided_twice_are_refused(table, tmp_path):
-    with pytest.raises(SettingsError, match="no task in 'train' that is large enough"):
+    with pytest.raises(SettingsError, match="no task in 'train' with 104 complete rows"):
         trained(tmp_path / "run", table, queries=100)
     with pytest.raises(SettingsError, match="no task in 'val'"):
         trained(tmp_path / "run", periodic_csv(tmp_path / "few.csv", tasks=1))
@@ -371,6 +372,30 @@ def test_several_targets_of_a_new_task_are_predicted(several, tmp_path):
     assert result.targets == ("y1", "y2") and len(result.mse) == 2
     errors = np.square(np.array(result.predicted) - np.array(result.truth)).mean(0)
     assert result.mse == pytest.approx(errors)
+
+
+@pytest.mark.parametrize("algo", [name for name, entry in ALGORITHMS.items() if entry.on_curves is not None])
+def test_every_algorithm_predicts_a_drawn_task_as_the_test_does(algo, several, tmp_path):
+    """The rows of a test draw, written to files, get the predictions that the test scores."""
+    settings = {"steps_per_epoch": 2, "epochs": 1, "report_every": 1}
+    settings = {} if algo == "scratch" else settings
+    settings |= {"reptile": {"train_shots": 4}, "maml++": {"inner_steps": 2}}.get(algo, {})
+    table = open_run(several).config.dataset
+    config = resolve_settings(
+        [("preset", SMALL | {"dataset": table}), ("flag", settings | {"algo": algo})]
+    ).config
+    train(config, out=tmp_path / "run", offline=True, time_limit_s=None, command="test", on_event=ignore)
+    model = load_trained_model(tmp_path / "run", TESTED, offline=True, on_event=ignore)
+    stream = table_stream(model.stream)
+    rows = stream.table.values_MC[stream.rows_of(5, 1)[0]].tolist()
+    for name, part in (("a.csv", rows[: stream.shots]), ("b.csv", rows[stream.shots :])):
+        (tmp_path / name).write_text(csv_text(part, ("x1", "x2", "y1", "y2")))
+    files = PredictionFiles(tmp_path / "a.csv", tmp_path / "b.csv")
+    result = predict_table(tmp_path / "run", EvalConfig(device="cpu"), files, on_event=ignore)
+    outputs_MN = model.outputs(model.stream.episodes(5, 1), model.inner_steps)[-1, 0].double().numpy()
+    if algo != "reptile":  # whose mini-batches are drawn for each task
+        assert np.allclose(result.predicted, stream.standardisation.targets_of(outputs_MN), rtol=1e-5)
+    assert np.isfinite(result.predicted).all() and len(result.predicted) == stream.queries
 
 
 @pytest.mark.parametrize(

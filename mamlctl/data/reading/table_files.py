@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import math
 import re
+import warnings
 import zipfile
+import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,6 +34,10 @@ NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 MISSING = ("", "na", "n/a", "nan", "null", "none")  # in lower case
 HINT = "write one row per example, with the columns task, split (optional), inputs and targets"
 ARRAYS = "store the arrays task, x, y and optionally split by numpy.savez, with one row per example"
+
+# What reading a damaged .npz file raises; numpy reads the header of an array as a Python literal.
+DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, ValueError, TypeError, OverflowError)
+DAMAGE += (SyntaxError, TokenError, EOFError, NotImplementedError, RuntimeError, OSError)
 
 Floats = NDArray[np.float64]
 
@@ -144,7 +151,7 @@ def _read_npz(path: Path, file: Any, choose: Choose) -> Cells:
             if sum(info.file_size for info in names.values()) > MOST_BYTES:
                 raise DataError(f"{path} expands to more than {MOST_BYTES:,} bytes", hint="store fewer rows")
             arrays = {name: _array(path, archive, info) for name, info in names.items()}
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} cannot be read: {error or type(error).__name__}", hint=ARRAYS) from error
     if "x" not in arrays:
         raise DataError(f"{path} has no array x", hint=ARRAYS)
@@ -180,7 +187,9 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
             raise DataError(
                 f"{path}: {info.filename} has format {version}, which numpy.savez does not write", hint=ARRAYS
             )
-        shape, fortran, dtype = read[version](member)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers that Python 2 has written
+            shape, fortran, dtype = read[version](member)
         if dtype.hasobject or dtype.kind not in "fiuUS":
             raise DataError(
                 f"{path}: array {info.filename} has type {dtype}, which is not allowed", hint=ARRAYS
@@ -204,4 +213,11 @@ def _texts(path: Path, name: str, values: NDArray[Any]) -> list[str]:
     if values.dtype.kind not in "iuUS" or values.ndim != 1:
         fact = f"{path}: array {name} has type {values.dtype} and shape {values.shape}"
         raise DataError(fact, hint="store one text or whole number per row")
-    return [value.decode("utf-8") if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    try:
+        texts = [
+            value.decode() if isinstance(value, bytes) else str(value).encode().decode()
+            for value in values.tolist()
+        ]
+    except ValueError as error:  # bytes that are not UTF-8, or half of a surrogate pair
+        raise DataError(f"{path}: array {name} is not text: {error}", hint=ARRAYS) from error
+    return [text.strip() for text in texts]

@@ -51,6 +51,7 @@ def open_table(
     if table.splits and config.split_fractions is not None:
         fact = f"--split-fractions has no effect: {config.dataset} has a column split"
         raise SettingsError([(fact, "leave it out")])
+    rows = 1
     if stored is None:
         rows = max(config.shots, config.train_shots or 0) + config.queries
         usable = _large_enough(config, table, table.tasks, rows, on_event)
@@ -63,7 +64,7 @@ def open_table(
             )
             raise DataError(fact, hint="restore the table, or train a new run")
         tasks = {split: tuple(names) for split, names in stored.items()}
-    _check_split(config, "train", tasks["train"])
+    _check_split(config, "train", tasks["train"], rows)
     return OpenTable(table, tasks, standardisation_of(table, tasks["train"]))
 
 
@@ -86,7 +87,7 @@ def table_streams(
     for split, part in settings.items():
         rows = part.shots + part.queries
         names = _large_enough(config, opened.table, opened.tasks[split], rows, on_event)
-        _check_split(config, split, names)
+        _check_split(config, split, names, rows)
         streams[split] = TableStream(opened.table, names, opened.standardisation, part)
     return streams
 
@@ -112,9 +113,10 @@ def _leave_out(config: TrainConfig, fact: str, named: Sequence[str], hint: str, 
     on_event(Notice(f"left out: {words}"))
 
 
-def _check_split(config: TrainConfig, split: str, names: Sequence[str]) -> None:
+def _check_split(config: TrainConfig, split: str, names: Sequence[str], rows: int) -> None:
     if not names:
         fractions = config.split_fractions or FRACTIONS
-        fact = f"{Path(config.dataset).name} has no task in '{split}' that is large enough"
+        enough = f"{rows} complete {plural(rows, 'row')} (--shots plus --queries)"
+        fact = f"{Path(config.dataset).name} has no task in '{split}' with {enough}"
         hint = f"add tasks, use fewer --shots or --queries, or other --split-fractions than {fractions}"
         raise SettingsError([(fact, hint)])
