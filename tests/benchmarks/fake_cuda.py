@@ -70,6 +70,7 @@ def fake_cuda(block: str = "triton") -> Iterator[torch.device]:
         patch("torch.cuda.is_current_stream_capturing", lambda: True),  # so nothing is timed on the device
         patch("torch._C._conv_determine_backend_memory_format", layout),
         patch("mamlctl.data.tasks.image_tasks.to_device_no_sync", no_wait),
+        patch("mamlctl.data.tasks.table_tasks.to_device_no_sync", no_wait),
         NoHostCopies(),
     ):
         plain = selection.TorchTape, selection.unprepared, TorchHead

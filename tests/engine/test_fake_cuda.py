@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from helpers.data_cases import image_stream, small_pack
+from helpers.data_cases import image_stream, small_pack, stream_settings
 from helpers.engine_cases import IMAGE, random_episodes, small_config
+from helpers.own_tables import periodic_csv
 
 if find_spec("triton") is None:
     pytest.skip("torch came without Triton", allow_module_level=True)
@@ -17,7 +18,9 @@ from benchmarks.flops import meta_step_flops
 from benchmarks.roofline import REASONS, budget_of
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
 
+from mamlctl.data.reading.tables import read_table
 from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.data.tasks.table_tasks import TableStream, standardisation_of
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.evaluation import evaluator
 from mamlctl.engine.evaluation.measured_loop import TaskSets
@@ -153,6 +156,17 @@ def test_gathering_tasks_never_waits_for_the_device(augment):
             small_pack([5] * 6), np.arange(6), rotations="classes", augment=augment, device=device, **settings
         )
         episodes = stream.episodes(0, 4)
+    for tensor in episodes.present().values():
+        assert tensor.device == device
+
+
+def test_drawing_rows_of_a_table_never_waits_for_the_device(tmp_path):
+    table = read_table(periodic_csv(tmp_path / "t.csv", tasks=4), "x", "y")
+    values = standardisation_of(table, table.tasks)
+    with fake_cuda() as device:
+        settings = stream_settings(split="train", shots=5, queries=3, device=device)
+        episodes = TableStream(table, table.tasks, values, settings).episodes(7, 6)
+    assert episodes.query_y_TE.shape == (6, 3, 1)
     for tensor in episodes.present().values():
         assert tensor.device == device
 
