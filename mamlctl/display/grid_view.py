@@ -38,7 +38,7 @@ SIGNS = {
 }
 BUSY = ("training", "testing")
 # A cell is shown as fully as the width allows, from a sentence to its sign alone.
-DETAILS = ("all", "step of total", "step", "percent", "sign")
+DETAILS = ("all", "validation", "score", "step", "percent", "sign")
 
 
 def grid_frame(grid: GridChanged, width: int, height: int) -> list[Text]:
@@ -107,19 +107,18 @@ def _cell_text(cell: CellState, detail: str, metric: Metric) -> tuple[str, str]:
 
 
 def _state_words(cell: CellState, detail: str, metric: Metric) -> str:
-    at = {
-        "step": f"step {cell.step:,}",
-        "percent": f"{100 * cell.step // max(cell.total_steps, 1)} %",
-    }.get(detail, f"step {cell.step:,} of {cell.total_steps:,}")
+    at = f"{100 * cell.step // max(cell.total_steps, 1)} %" if detail == "percent" else f"step {cell.step:,}"
+    at += f" of {cell.total_steps:,}" if detail == "all" else ""
     score = "" if cell.score is None else _score(metric, cell.score)
     match cell.state:
         case "training" if cell.step:
-            return f"{at}, val {score}" if detail == "all" and score else at
+            link = {"all": ", val ", "validation": ", val ", "score": " "}.get(detail) if score else None
+            return at if link is None else f"{at}{link}{score}"
         case "training":
             return "starting" if detail != "percent" else at
         case "done":
             return score
-        case "diverged" if detail in ("all", "step of total"):
+        case "diverged" if detail in ("all", "validation"):
             return f"diverged at step {cell.step:,}"
         case "waiting" if cell.step:
             return at

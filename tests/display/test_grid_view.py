@@ -98,7 +98,10 @@ def test_columns_do_not_move_while_cells_train():
 
 
 def test_numbers_have_units_also_where_little_room_is_left():
-    grid, number = grid_of(7, 5), r"step [\d,]+( of [\d,]+)?(, val [\d.]+ %)?|[\d.]+ %|diverged at step \d+"
+    grid, number = (
+        grid_of(7, 5),
+        r"step [\d,]+( of [\d,]+)?((, val)? [\d.]+ %)?|[\d.]+ %|diverged at step \d+",
+    )
     for width in range(40, 160, 4):
         for line in frame_text(grid, width, 30).splitlines()[2:9]:
             for text in re.split("[·»▶◆✓✗!]", line)[1:]:

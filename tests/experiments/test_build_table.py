@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_a_label_that_does_not_list_the_improvements_is_kept():
 
 def equal_runs(label, config):
     scores = {"best": np.array([0.4, 0.6])}
-    evaluation = StoredEvaluation({"bn": "transductive"}, scores, {}, 0, 0, ())
+    evaluation = StoredEvaluation({"bn": "transductive"}, scores, {}, 0, 0, (), Path())
     return _RowRuns(RowSpec(label, config, ()), (), {0: evaluation})
 
 

@@ -14,7 +14,7 @@ from mamlctl.experiments.grid.scheduler import Scheduler
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
 from mamlctl.experiments.grid.time_left import CellTime, finished_time, seconds_left, step_time
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, RunState, new_run
+from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, SUMMARY, RunState, new_run
 
 
 def cells(*states, total=100):
@@ -22,40 +22,35 @@ def cells(*states, total=100):
     return [CellState(row, seed, state, step, total) for seed, (row, state, step) in enumerate(states)]
 
 
-def left(states, times, workers=1, start_s=0.0):
-    return seconds_left(states, times, workers, start_s)
-
-
 def test_cells_cost_what_the_finished_cells_of_their_row_have_cost():
     states = cells(("a", "done", 100), ("b", "done", 100), ("a", "waiting", 0), ("b", "training", 40))
     times = {("a", 0): CellTime(1.0, 7.0), ("b", 1): CellTime(3.0, 5.0), ("b", 3): CellTime(99.0)}
-    assert left(states, times) == (100 * 1 + 7) + (60 * 3 + 5)
-    assert left(states, times, start_s=2.0) == (100 * 1 + 7 + 2) + (60 * 3 + 5 + 2)
+    assert seconds_left(states, times, 1) == (100 * 1 + 7) + (60 * 3 + 5)
 
 
 def test_without_a_finished_cell_of_its_row_a_cell_costs_what_it_reports_or_what_others_cost():
     states = cells(("a", "done", 100), ("b", "training", 50), ("b", "waiting", 0))
     times = {("a", 0): CellTime(1.0, 7.0), ("b", 1): CellTime(2.0)}
-    assert left(states, times) == (50 * 2 + 7) + (100 * 1 + 7)
+    assert seconds_left(states, times, 1) == (50 * 2 + 7) + (100 * 1 + 7)
     states = cells(("a", "training", 50), ("b", "waiting", 0))
-    assert left(states, {("a", 0): CellTime(2.0)}) == 50 * 2 + 100 * 2, "no test is known yet"
-    assert left(states, {}) is None
+    assert seconds_left(states, {("a", 0): CellTime(2.0)}, 1) == 50 * 2 + 100 * 2, "no test is known yet"
+    assert seconds_left(states, {}, 1) is None
 
 
 def test_workers_share_the_cells_but_not_a_single_one():
     states = cells(*[("a", "waiting", 0)] * 4, ("a", "done", 100))
     times = {("a", 4): CellTime(1.0, 0.0)}
-    assert left(states, times, workers=2) == 200
-    assert left(states, times, workers=8) == 100
+    assert seconds_left(states, times, workers=2) == 200
+    assert seconds_left(states, times, workers=8) == 100
 
 
 def test_nothing_is_left_of_cells_that_are_over():
-    assert left(cells(("a", "done", 100), ("a", "diverged", 3), ("a", "failed", 5)), {}) == 0
+    assert seconds_left(cells(("a", "done", 100), ("a", "diverged", 3), ("a", "failed", 5)), {}, 1) == 0
 
 
 def test_only_tests_are_left():
     states = cells(("a", "done", 100), ("a", "testing", 100), ("b", "waiting", 100))
-    assert left(states, {("a", 0): CellTime(1.0, 7.0)}) == 14
+    assert seconds_left(states, {("a", 0): CellTime(1.0, 7.0)}, 1) == 14
 
 
 @pytest.fixture
@@ -71,11 +66,15 @@ def run(tmp_path, glyphs_root):
         return run
 
 
+def a_test(run, seconds=3.0):
+    return StoredEvaluation({}, {"best": np.array([0.9])}, {}, 0, 1, (), run.path, seconds)
+
+
 def test_the_time_of_a_meta_step_is_the_median_without_the_warm_up(run):
     assert step_time(run, run.last_metrics()) == 2.0
     assert step_time(run, run.last_metrics()[:1]) == 0.25
     assert step_time(run, []) is None
-    assert finished_time(run, [], 3.0) is None
+    assert finished_time(run, [], a_test(run)) is None
 
 
 def test_a_finished_cell_has_cost_the_time_between_its_first_and_its_last_file(run):
@@ -83,12 +82,25 @@ def test_a_finished_cell_has_cost_the_time_between_its_first_and_its_last_file(r
     os.utime(run.path / CONFIG, (now, now))
     os.utime(run.path / STATUS, (now + 20, now + 20))
     metrics = run.last_metrics()
-    assert finished_time(run, metrics, 3.0) == CellTime(pytest.approx(5.0), 3.0)
+    assert finished_time(run, metrics, a_test(run)) == CellTime(pytest.approx(5.0), 3.0)
     os.utime(run.path / STATUS, (now, now))  # as in a copy
-    assert finished_time(run, metrics, None) == CellTime(2.0, 0.0)
+    assert finished_time(run, metrics, a_test(run, seconds=None)) == CellTime(2.0, 0.0)
     os.utime(run.path / STATUS, (now + 80_000, now + 80_000))
     (run.path / COMMANDS).write_text("mamlctl train\nmamlctl train --resume run\n")
-    assert finished_time(run, metrics, 3.0) == CellTime(2.0, 3.0), "it was interrupted for a day"
+    assert finished_time(run, metrics, a_test(run)) == CellTime(2.0, 3.0), "it was interrupted for a day"
+
+
+def test_a_finished_cell_has_started_two_processes(run):
+    (run.path / SUMMARY).write_text("{}")
+    ended = (run.path / STATUS).stat().st_mtime
+    for after, start in (
+        (3.0 + 4.0, 4.0),
+        (3.0 + 90.0, 0.0),
+        (-50.0, 0.0),
+    ):  # the test of another call has none
+        os.utime(run.path / SUMMARY, (ended + after, ended + after))
+        found = finished_time(run, run.last_metrics(), a_test(run))
+        assert found.test_s == pytest.approx(3.0 + 2 * start)
 
 
 class Idle:
@@ -113,10 +125,8 @@ def test_a_resumed_grid_shows_the_time_left_and_the_losses_at_once(tmp_path, gly
             run.append_metrics("report", {**row, "step": 1})
             run.append_metrics("report", row)
             run.set_state(RunState("finished", total) if cell is done else RunState("interrupted", 2))
-    scores = {"best": np.array([0.9])}
-    evaluation = StoredEvaluation({}, scores, {}, 0, 1, (), seconds=30.0)
     monkeypatch.setattr(
-        scheduler, "find_evaluation", lambda run, test: evaluation if run.path == done.folder else None
+        scheduler, "find_evaluation", lambda run, test: a_test(run, 30.0) if run.path == done.folder else None
     )
     events = []
     stop = StopRequests(ignore, time_limit_s=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -67,9 +66,7 @@ class Scheduler:
         self._waiting, self._offline = [cell.name for cell in pending], offline
         self._running: set[str] = set()
         self._elsewhere: set[str] = set()  # waiting cells that another process is training
-        self._began: dict[str, float] = {}  # when the first job of each untrained cell of this call started
         self._times: dict[tuple[str, int], CellTime] = {}  # what cells cost, by row and seed
-        self._starts_s: list[float] = []  # of finished jobs: the time in which they neither train nor test
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
         self._metric = metric_of(first.dataset)
@@ -111,8 +108,6 @@ class Scheduler:
             # Another process may have trained or tested the cell in the meantime.
             if is_pending(cell, self._grid):
                 self._running.add(name)
-                if self._states[name].step == 0:
-                    self._began.setdefault(name, time.monotonic())
                 self._executor.start(self._job(cell))
             else:
                 self._states[name] = self._cell_state(cell)
@@ -138,11 +133,6 @@ class Scheduler:
             return
         self.ended[end.name] = end
         self._states[end.name] = self._cell_state(self._cells[end.name])
-        cell = self._states[end.name]
-        known = self._times.get((cell.row, cell.seed))
-        if cell.state == "done" and known and known.test_s is not None and end.name in self._began:
-            took_s = time.monotonic() - self._began[end.name]
-            self._starts_s.append(max(took_s - known.step_s * cell.total_steps - known.test_s, 0.0))
         if end.failed:
             self._on_event(Notice(f"{end.name} failed: {end.reason}"))
 
@@ -150,8 +140,7 @@ class Scheduler:
         for name in (*self._running, *self._elsewhere):
             self._states[name] = self._cell_state(self._cells[name])
         states = tuple(self._states.values())
-        start_s = statistics.mean(self._starts_s) if self._starts_s else 0.0
-        left_s = seconds_left(states, self._times, self._executor.slots, start_s)
+        left_s = seconds_left(states, self._times, self._executor.slots)
         self._on_event(GridChanged(self._title, self._metric, self._executor.slots, states, left_s))
 
     def _cell_state(self, cell: GridCell) -> CellState:
@@ -172,7 +161,7 @@ class Scheduler:
             evaluation = None if running else _evaluation(cell, self._grid)
             if evaluation is not None:
                 state, score = "done", float(evaluation.scores["best"].mean())
-                known = finished_time(run, metrics, evaluation.seconds)
+                known = finished_time(run, metrics, evaluation)
         if state in ("training", "testing") and not running:
             state = "elsewhere" if cell.name in self._elsewhere else "waiting"
             if cell.name in self.failed:

@@ -45,6 +45,7 @@ class StoredEvaluation:
     per_step_tasks: int  # the number of tasks, the first ones, behind `per_step`
     ensemble_size: int
     notes: tuple[str, ...]
+    folder: Path
     seconds: float | None = None  # that it took; None if they are not stored
 
     @property
@@ -108,6 +109,7 @@ def _load_evaluation(folder: Path, summary: Mapping[str, Any], models: Models) -
         min(per_step_tasks(summary), *map(len, of_models.values())),
         max(len(row["epochs"]) for row in results),
         tuple(summary.get("notes") or ()),
+        folder,
         seconds if isinstance(seconds := summary.get("seconds"), float) and math.isfinite(seconds) else None,
     )
 

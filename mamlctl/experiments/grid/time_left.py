@@ -10,7 +10,10 @@ from typing import Any
 
 from mamlctl.core.events import OVER, CellState
 from mamlctl.core.metrics_rows import rows_of
-from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, RunFolder
+from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
+from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, SUMMARY, RunFolder
+
+LONGEST_START_S = 60.0  # a test that started later after its training belongs to another call
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class CellTime:
     """What a cell costs, in seconds."""
 
     step_s: float  # per meta-step; of a finished cell, with its validations
-    test_s: float | None = None  # None: it is not finished
+    test_s: float | None = None  # with the start of both processes; None: it is not finished
 
 
 def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None:
@@ -29,15 +32,17 @@ def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None
     return run.config.meta_batch_size / statistics.median(speeds) if speeds else None
 
 
-def finished_time(run: RunFolder, metrics: Sequence[dict[str, Any]], test_s: float | None) -> CellTime | None:
+def finished_time(
+    run: RunFolder, metrics: Sequence[dict[str, Any]], evaluation: StoredEvaluation
+) -> CellTime | None:
     """What a finished cell has cost; None if its reports are missing.
 
     Args:
         run: its run folder.
         metrics: the last rows of its metrics.jsonl.
-        test_s: the seconds of its test; None if they are unknown.
+        evaluation: its test.
     """
-    step_s = step_time(run, metrics)
+    step_s, test_s = step_time(run, metrics), evaluation.seconds or 0.0
     if step_s is None:
         return None
     with suppress(OSError):
@@ -46,11 +51,14 @@ def finished_time(run: RunFolder, metrics: Sequence[dict[str, Any]], test_s: flo
         # copied folder, all files may be of the same time.
         if len((run.path / COMMANDS).read_text(errors="replace").splitlines()) == 1:
             step_s = max(step_s, (ended - began) / run.config.total_steps)
-    return CellTime(step_s, test_s or 0.0)
+        # The training starts in the same way as the test.
+        start_s = (evaluation.folder / SUMMARY).stat().st_mtime - ended - test_s
+        test_s += 2 * start_s if 0 < start_s < LONGEST_START_S else 0.0
+    return CellTime(step_s, test_s)
 
 
 def seconds_left(
-    cells: Sequence[CellState], times: Mapping[tuple[str, int], CellTime], workers: int, start_s: float
+    cells: Sequence[CellState], times: Mapping[tuple[str, int], CellTime], workers: int
 ) -> float | None:
     """Estimate the time until all cells are finished; None if there is nothing to estimate it from.
 
@@ -61,7 +69,6 @@ def seconds_left(
         cells: all cells of the grid.
         times: what cells cost, by row and seed, of the cells for which it is known.
         workers: cells that run at once.
-        start_s: the time of a cell in which it neither trains nor is tested.
     """
     finished = [time for time in times.values() if time.test_s is not None]
     pending = []
@@ -76,5 +83,5 @@ def seconds_left(
         step_s = statistics.mean(time.step_s for time in known)
         tests = [time.test_s for time in of_row or finished if time.test_s is not None]
         test_s = statistics.mean(tests) if tests else 0.0
-        pending.append((cell.total_steps - cell.step) * step_s + test_s + start_s)
+        pending.append((cell.total_steps - cell.step) * step_s + test_s)
     return max([sum(pending) / workers, *pending])
