@@ -31,7 +31,7 @@ from mamlctl.experiments.plot import draw
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.tables.predict import PredictionFiles, predict_table
-from mamlctl.experiments.tables.stored import stored_facts
+from mamlctl.experiments.tables.stored import store_facts, stored_facts
 from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import load_trained_model
 from mamlctl.run_folder import open_run
@@ -154,11 +154,21 @@ def test_a_changed_table_is_refused_by_training_and_tests(table, tmp_path):
 
 
 def test_other_statistics_than_the_stored_ones_are_refused(run):
-    document = json.loads((run / "table.json").read_text())
+    facts, document = stored_facts(open_run(run)), json.loads((run / "table.json").read_text())
     document["mean"][0] += 1
     (run / "table.json").write_text(json.dumps(document))
     with pytest.raises(MamlctlError, match="is missing or damaged"):
         evaluated(run)
+    (run / "table.json").unlink()
+    values = facts.standardisation
+    other = replace(facts, standardisation=replace(values, mean=(values.mean[0] + 1, values.mean[1])))
+    store_facts(open_run(run), other)
+    for action in (evaluated, resumed):
+        with pytest.raises(DataError, match="has other tasks or statistics"):
+            action(run)
+    (run / "table.json").unlink()
+    resumed(run)
+    assert stored_facts(open_run(run)) == facts
 
 
 def test_a_moved_table_is_found_by_its_content(table, tmp_path):

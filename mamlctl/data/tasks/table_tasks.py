@@ -22,6 +22,9 @@ from mamlctl.data.reading.table_files import Floats
 from mamlctl.data.reading.tables import TaskTable
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, StreamSettings, Tasks, to_device_no_sync
 
+# Rows that are drawn at once, for many calls of `episodes`: most of a draw's time is its number of calls.
+DRAWN = 2**16
+
 
 @dataclass(frozen=True)
 class Standardisation:
@@ -161,6 +164,7 @@ class TableStream:
         self._counts, self._starts = table.counts[task_S], table.starts[task_S]
         scaled_MC = torch.from_numpy(standardisation.apply(table.values_MC)).to(settings.place.dtype)
         x_MD, y_MN = torch.tensor_split(scaled_MC, [len(standardisation.inputs)], dim=1)
+        self._first, self._ahead_TE = 0, np.empty((0, self.shots + self.queries), dtype=np.int64)
         self._x_MD, self._y_MN = x_MD.contiguous().to(self.device), y_MN.contiguous().to(self.device)
 
     def tasks_of(self, first: int, draws: int) -> NDArray[np.int64]:
@@ -176,6 +180,13 @@ class TableStream:
 
     def rows_of(self, first: int, draws: int) -> NDArray[np.int64]:
         """The rows of the table in each draw, _TE: those of the support set, then those of the query set."""
+        start = first - self._first
+        if start < 0 or start + draws > len(self._ahead_TE):
+            ahead = max(draws, DRAWN // (self.shots + self.queries))
+            self._first, self._ahead_TE, start = first, self._draw(first, ahead), 0
+        return self._ahead_TE[start : start + draws]
+
+    def _draw(self, first: int, draws: int) -> NDArray[np.int64]:
         task_T = self.tasks_of(first, draws)
         words_TE = random_word_rows(self.seed, self.split, first, draws, self.shots + self.queries)
         start_T1: NDArray[np.int64] = self._starts[task_T][:, None]
