@@ -21,10 +21,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Wait:
-    """What the command waits for, or has waited for, and since when."""
+    """What the command waits for, or has waited for."""
 
     what: str
     since: float
+    until: float | None = None  # None: it is not over
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LiveState:
     now: float
     started: float = 0.0
     doing: str = ""  # the work of the command
-    waits: tuple[Wait, ...] = ()  # until the work starts, oldest first; only the last one is not over
+    waits: tuple[Wait, ...] = ()  # until the work starts, oldest first
     run: events.RunStarted | None = None
     step: int = 0
     epoch: int = 0
@@ -66,14 +67,14 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
         case events.Notice():
             return state  # printed above the frame, not in it
         case events.Waiting():
-            waits = (*state.waits, Wait(event.what, now))
+            waits = (*_over(state.waits, now), Wait(event.what, now))
             return replace(state, now=now, doing=event.work or state.doing, waits=waits, work=())
         case events.GridChanged():
             return replace(state, now=now, grid=event, waits=(), work=())
         case events.Progress():
-            return replace(_with_progress(state, event, now), waits=())
+            return replace(_with_progress(state, event, now), waits=_over(state.waits, now))
         case events.RunStarted():
-            waits = (*state.waits, Wait("first meta-step", now))
+            waits = (*_over(state.waits, now), Wait("first meta-step", now))
             fresh = LiveState(now, now, state.doing, waits, event, event.first_step)
             return replace(fresh, epoch=event.first_step // event.steps_per_epoch)
         case events.MetaStepDone():
@@ -97,6 +98,11 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
                 work=(),
                 validation_s=took,
             )
+
+
+def _over(waits: tuple[Wait, ...], now: float) -> tuple[Wait, ...]:
+    """The waits, which are all over now."""
+    return tuple(replace(wait, until=now) if wait.until is None else wait for wait in waits)
 
 
 def _with_progress(state: LiveState, event: events.Progress, now: float) -> LiveState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -98,15 +97,13 @@ def _wait_lines(state: LiveState, width: int) -> list[Text]:
     """What the command has waited for and how long, and what it waits for now; no line without waits."""
     if not state.waits:
         return []
-    over = [
-        f"{wait.what} {following.since - wait.since:.1f} s · "
-        for wait, following in itertools.pairwise(state.waits)
-    ]
+    over = [f"{wait.what} {wait.until - wait.since:.1f} s" for wait in state.waits if wait.until is not None]
     # Whole seconds, since a number that changes with every frame would distract.
-    now = f"{state.waits[-1].what} {int(state.now - state.waits[-1].since)} s"
-    while over and len("".join(over)) + len(now) + 2 > width:
+    now = [f"{wait.what} {int(state.now - wait.since)} s" for wait in state.waits if wait.until is None]
+    while over and len(" · ".join([*over, *now])) + 2 > width:
         del over[0]
-    return [Text.assemble(" ", ("".join(over), DIM), (now, ACCENT))]
+    between = " · " if over and now else ""
+    return [Text.assemble(" ", (" · ".join(over) + between, DIM), (" · ".join(now), ACCENT))]
 
 
 def _spaced(sections: list[list[Text]], spare: int) -> list[Text]:
