@@ -75,7 +75,7 @@ def read_cells(path: Path, choose: Choose) -> Cells:
 
     Raises DataError if the file cannot be read, or is not a table of finite numbers; a number may be missing.
     """
-    with open_regular(path, HINT) as file:
+    with open_regular(path, "give the path of a .csv or .npz file that can be read") as file:
         size = file.seek(0, 2)
         if size > MOST_BYTES:
             fact = f"{path} has {size:,} bytes, more than the limit of {MOST_BYTES:,}"
