@@ -226,8 +226,8 @@ def test_an_empty_folder_of_runs_says_how_to_get_one(cli, work, makes):
     assert listed(cli) == {"format": 1, "folder": "runs", "runs": [], "tables": []}
     code, _, err = cli("eval")
     assert code == 2
-    hint = "hint:  use a model that ships, omniglot-20w1s or omniglot-5w1s, or train one with mamlctl train"
-    assert err.splitlines()[1] == f"{hint} --preset demo"
+    hint = "hint:  use omniglot-20w1s or omniglot-5w1s, train one with mamlctl train --preset demo"
+    assert err.splitlines()[1] == f"{hint}, or see mamlctl eval --help"
 
 
 def test_eval_without_a_run_names_the_latest_ones(cli, work):

@@ -31,7 +31,7 @@ def hint_for_missing_run() -> str:
     latest = [shlex.quote(str(path)) for path in itertools.islice(whole, NAMED)]
     if not latest:
         models = " or ".join(model_names())
-        return f"use a model that ships, {models}, or train one with mamlctl train --preset demo"
+        return f"use {models}, train one with mamlctl train --preset demo, or see mamlctl eval --help"
     return f"name a run; the latest are {', '.join(latest)}"
 
 
