@@ -113,7 +113,9 @@ def _limits(table: Table, others: Sequence[Row], measured: Sequence[Row]) -> Ite
     groups = {
         f"Equal to {table.baseline} on every task": [row for row in measured if _difference(row).is_equal],
         "One seed, so never certain here": [
-            row for row in measured if table.most_seeds > 1 and _difference(row).seeds == 1
+            row
+            for row in measured
+            if table.most_seeds > 1 and _difference(row).seeds == 1 and not _difference(row).is_equal
         ],
         f"No seed in common with {table.baseline}": [
             row for row in others if row.best and not row.best.difference and measured
@@ -146,7 +148,8 @@ def _comparison(table: Table, subject: str, row: Row) -> str:
         word = "better" if _is_better(table, row) else "worse"
         amount = f"{mean.lstrip('+-')} {side} {baseline} in mean squared error ({word})"
     p = p_text(row.best)
-    parts = [f"{subject} is {amount}", f"interval {low} to {high}", f"p {p}" if p else ""]
+    scope = " for new tasks only" if difference.seeds == 1 else ""
+    parts = [f"{subject} is {amount}", f"interval {low} to {high}{scope}", f"p {p}" if p else ""]
     return ", ".join([*filter(None, parts), _seeds(row, difference.seeds)])
 
 

@@ -93,7 +93,7 @@ SENTENCES = {
         judged(HIGHER, seeds=1),
         [
             "Certain difference for these trained models: row 1 is 6.40 points above maml, "
-            "interval +5.60 to +7.20, p <0.001, 1 seed.",
+            "interval +5.60 to +7.20 for new tasks only, p <0.001, 1 seed.",
             "One seed does not show how much newly trained models would differ.",
         ],
     ),
@@ -110,7 +110,7 @@ SENTENCES = {
         curves(),
         [
             "Certain difference for these trained models: transfer is 2.080 above maml in mean squared error "
-            "(worse), interval +1.880 to +2.280, p <0.001, 1 seed.",
+            "(worse), interval +1.880 to +2.280 for new tasks only, p <0.001, 1 seed.",
             "One seed does not show how much newly trained models would differ.",
         ],
     ),
@@ -165,6 +165,7 @@ def test_a_row_without_a_common_seed_or_with_one_seed_is_never_judged():
     assert sentences[0].startswith(
         "No certain difference from maml in 2 rows: the best of them, row 1, is 6.40 "
     )
+    assert sentences[0].endswith(", interval +5.60 to +7.20 for new tasks only, 1 of 3 seeds.")
     assert sentences[1:] == ["One seed, so never certain here: row 1.", "No seed in common with maml: row 2."]
     alone = verdict(replace(table, rows=(first, other)))
     assert alone == ["No comparison: no row was tested with the same seed as the baseline maml."]
