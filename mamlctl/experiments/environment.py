@@ -1,4 +1,4 @@
-"""The machine, the versions and the code with which a run is started."""
+"""The machine, the versions and the code with which a run is started, and the preparation of its kernels."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import mamlctl
+from mamlctl.core.events import OnEvent, Waiting
 from mamlctl.core.literals import Precision
 from mamlctl.core.metrics_rows import METRICS_VERSION
 from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.engine.devices import cpu_model, device_words, precision_of
+from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.settings.schema import TrainConfig
 
 NOT_CODE = [f":(exclude){path}" for path in ("mamlctl/records", "mamlctl/docs", "README.md")]
@@ -60,6 +64,15 @@ def code_and_machine(precision: Precision, device: torch.device) -> dict[str, An
         "precision": precision_of(precision, device),
         "platform": platform.platform(),
     }
+
+
+@contextmanager
+def kernels_announced(device: torch.device, on_event: OnEvent) -> Iterator[None]:
+    """Report it if kernels are prepared or compiled in the block, since this may take half a minute."""
+    if device.type == "cuda":
+        on_event(Waiting("preparing kernels"))  # Triton compiles those that are not in its cache
+    with compilation(lambda: on_event(Waiting("compiling kernels"))):
+        yield
 
 
 def _git_state() -> dict[str, Any] | None:

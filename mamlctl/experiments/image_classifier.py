@@ -28,11 +28,11 @@ from mamlctl.engine.evaluation.adapted_model import (
     resize_head,
 )
 from mamlctl.engine.inner_loop import InnerRule
-from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
+from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.trained_model import checkpoint_files, head_words, load_states
 from mamlctl.run_folder import RunFolder, open_run
@@ -120,7 +120,7 @@ def adapt_classifier(
     head = head_words(config, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
     net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
-    with compilation(lambda: on_event(Waiting("compiling kernels"))):
+    with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, state.example_tensor, config.engine)
     on_event(Waiting("adapting"))
     adapted = adapt_to_support_set(

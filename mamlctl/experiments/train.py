@@ -24,12 +24,11 @@ from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
-from mamlctl.experiments.environment import environment
+from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import store_facts
@@ -208,7 +207,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
     config, source, stop, on_event = prepared.config, prepared.source, prepared.stop, prepared.on_event
     net, state = prepared.net, prepared.state
     with stop:
-        with compilation(lambda: on_event(Waiting("compiling kernels"))):
+        with kernels_announced(prepared.device, on_event):
             trainer = Trainer(
                 config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
             )

@@ -29,13 +29,13 @@ from mamlctl.engine.evaluation.adapted_model import resize_head
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import Predict, PredictRequest
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.kernels.c_library import compilation
 from mamlctl.engine.nets.base import HEAD, bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.trainer import KEPT, epoch_file
+from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import check_facts
@@ -142,7 +142,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         words = head_words(run.config, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
     net, _ = build(config, shape, torch.device("meta"), targets=source.targets)
-    with compilation(lambda: on_event(Waiting("compiling kernels"))):
+    with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     return TrainedModel(
         run=run,
