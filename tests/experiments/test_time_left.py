@@ -44,6 +44,20 @@ def test_workers_share_the_cells_but_not_a_single_one():
     assert seconds_left(states, times, workers=8) == 100
 
 
+def test_cells_of_earlier_calls_count_as_slow_as_the_machine_is_now():
+    states = cells(
+        ("a", "done", 100), ("a", "done", 100), ("b", "done", 100), ("a", "waiting", 0), ("b", "waiting", 0)
+    )
+    times = {
+        ("a", 0): CellTime(1.0, 8.0, earlier=True),
+        ("a", 1): CellTime(3.0, 16.0),  # in this call: training takes 3 times as long, and testing twice
+        ("b", 2): CellTime(2.0, 10.0, earlier=True),
+    }
+    assert seconds_left(states, times, 1) == (100 * 3 + 16) + (100 * 6 + 20)
+    del times["a", 1]
+    assert seconds_left(states, times, 1) == (100 * 1 + 8) + (100 * 2 + 10), "the current speed is unknown"
+
+
 def test_nothing_is_left_of_cells_that_are_over():
     assert seconds_left(cells(("a", "done", 100), ("a", "diverged", 3), ("a", "failed", 5)), {}, 1) == 0
 

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mamlctl.core import formatting
@@ -167,6 +168,7 @@ class Scheduler:
             if cell.name in self.failed:
                 state = "failed"
         if known is not None:
+            known = replace(known, earlier=state == "done" and cell.name not in self.ended)
             self._times[cell.row.label, cell.seed] = known
         losses = _losses(metrics) if state == "training" else []
         history = tuple(row[-1] for row in losses)

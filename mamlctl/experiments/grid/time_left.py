@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mamlctl.core.events import OVER, CellState
@@ -22,6 +22,7 @@ class CellTime:
 
     step_s: float  # per meta-step; of a finished cell, with its validations
     test_s: float | None = None  # with the start of both processes; None: it is not finished
+    earlier: bool = False  # finished before this call
 
 
 def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None:
@@ -70,6 +71,7 @@ def seconds_left(
         times: what cells cost, by row and seed, of the cells for which it is known.
         workers: cells that run at once.
     """
+    times = _at_current_speed(times)
     finished = [time for time in times.values() if time.test_s is not None]
     pending = []
     for cell in cells:
@@ -85,3 +87,26 @@ def seconds_left(
         test_s = statistics.mean(tests) if tests else 0.0
         pending.append((cell.total_steps - cell.step) * step_s + test_s)
     return max([sum(pending) / workers, *pending])
+
+
+def _at_current_speed(times: Mapping[tuple[str, int], CellTime]) -> dict[tuple[str, int], CellTime]:
+    """The times, in which cells of earlier calls cost what they would cost now.
+
+    The number of workers and the load of the machine may have changed. By how much is known from the rows in
+    which cells have finished both in this call and before.
+    """
+    step_s, test_s = ({True: 0.0, False: 0.0} for _ in range(2))  # sums over these rows, by `earlier`
+    for row in {row for row, _ in times}:
+        of_row = [time for (name, _), time in times.items() if name == row and time.test_s is not None]
+        if len({time.earlier for time in of_row}) == 2:
+            for earlier in (True, False):
+                known = [time for time in of_row if time.earlier == earlier]
+                step_s[earlier] += statistics.mean(time.step_s for time in known)
+                test_s[earlier] += statistics.mean(time.test_s or 0.0 for time in known)
+    slower, slower_test = (now[False] / now[True] if now[True] > 0 else 1.0 for now in (step_s, test_s))
+    return {
+        key: replace(time, step_s=time.step_s * slower, test_s=(time.test_s or 0.0) * slower_test)
+        if time.earlier
+        else time
+        for key, time in times.items()
+    }
