@@ -21,7 +21,7 @@ COMPANIONS = {
 # The networks of --net.
 NETS: Mapping[str, str] = {
     "conv4": "four blocks of a 3x3 convolution, batch norm, an activation and pooling, then a linear head",
-    "mlp": "linear layers with activations between them, without batch norm; the network of curves",
+    "mlp": "linear layers with an activation each and, on images, batch norm; the network of curves",
     "resnet12": "four residual blocks of three 3x3 convolutions each, with batch norm, then a linear head",
 }
 
