@@ -33,6 +33,18 @@ def _unrolled(config: TrainConfig) -> Outer:
     return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
 
 
+def _equal_rows(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.equal_heads import EqualHead
+
+    return EqualHead(_unrolled(config), zeros=False)
+
+
+def _zero_head(config: TrainConfig) -> Outer:
+    from mamlctl.engine.algorithms.equal_heads import EqualHead
+
+    return EqualHead(_unrolled(config), zeros=True)
+
+
 def _anil(config: TrainConfig) -> Outer:
     from mamlctl.engine.algorithms.anil import anil
     from mamlctl.engine.algorithms.meta_gradient import unrolled
@@ -105,6 +117,7 @@ class Algorithm:
     inner_rates: Literal["tensor", "weight", "shared"] = "tensor"
     # Outputs of the network in training: the classes of a task, all training classes, or no head.
     training_head: Literal["ways", "classes", "none"] = "ways"
+    head_start: Literal["own rows", "equal rows", "zeros"] = "own rows"  # of the classes in the inner loop
     classifier: Classifier = "head"
     adapts_norm: bool = False  # whether the inner loop adapts batch norm's weights and biases
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
@@ -200,6 +213,23 @@ ALGORITHMS: dict[str, Algorithm] = {
         captured=True,
         defaults={"adapts": "body"},
         forced={"adapts": "body"},
+    ),
+    "unicorn-maml": Algorithm(
+        "Ye & Chao 2022 (arXiv:2106.16245): all classes start from one learnt row of the head",
+        _equal_rows,
+        head_start="equal rows",
+        on_curves=None,
+        unrolls=True,
+        captured=True,
+    ),
+    "maml-zero": Algorithm(
+        "Kao et al. 2022 (arXiv:2106.15367): the head is zero before each inner loop",
+        _zero_head,
+        head_start="zeros",
+        on_curves=COMPILED_CURVES,
+        unrolls=True,
+        may_adapt=("all", "head"),  # with a head of zeros the gradient of the body is 0
+        captured=True,
     ),
     "meta-sgd": Algorithm(
         "Li et al. 2017 (arXiv:1707.09835): learns one inner rate per weight, of either sign",

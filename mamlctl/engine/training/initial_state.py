@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Adapts
+from mamlctl.engine.algorithms.equal_heads import equal_rows
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
@@ -52,8 +53,10 @@ def build(
     if net.places == 0:
         size = "x".join(map(str, example_shape[1:]))
         raise SettingsError([(f"images of {size} are too small for --net {config.net}", "use --net mlp")])
-    if config.body_epochs:
+    if config.body_epochs or entry.head_start == "zeros":
         slow |= zero_head(slow, outputs)
+    elif entry.head_start == "equal rows":
+        slow |= equal_rows(slow)
     slow = {name: weight.to(device) for name, weight in slow.items()}
     if entry.training_head == "none":
         slow = body_of(slow)
