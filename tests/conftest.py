@@ -83,6 +83,12 @@ def shared_folder(tmp_path_factory, name, fill):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def config_folder(tmp_path_factory):
+    """A folder for the user's list of trusted code, in place of the real one."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(scope="session")
 def omniglot_zips():
     """The folder with the two real Omniglot archives."""

@@ -13,6 +13,8 @@ from mamlctl.cli.grid_options import PLAN, TEST_OPTIONS, GridOptions, table_sett
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.stored import trust_runs
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
 from mamlctl.experiments.runs.search import latest_unfinished_table, means_latest
 from mamlctl.run_folder import RESUME_OVERRIDES
@@ -125,6 +127,12 @@ def _resumed_grid(
     if problems := unused(fixed, "with --resume, which keeps the plan"):
         raise SettingsError(problems)
     grid = load_grid(folder)
+    code = [row.config.net for row in grid.rows if is_reference(row.config.net)]
+    if code and not options.trust_code:
+        fact = f"the plan in {folder} names code ({code[0]}), which was not run"
+        raise SettingsError([(fact, "add --trust-code")])
+    if code:
+        trust_runs(cell.folder for cell in grid.cells)
     first, seeds = grid.seeds[0], options.seeds
     changes = {**variable_values(TrainConfig), **settings}
     test = {**not_default(grid.evaluate), **evaluation}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +19,11 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Waiting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
+from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.stored import trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
-from mamlctl.settings.fields import HARDWARE, OUTPUT
+from mamlctl.settings.fields import HARDWARE, NETWORK, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
 from mamlctl.settings.schema import TrainConfig
@@ -108,7 +110,29 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class GuardOptions(OutputOptions):
+class CodeOptions(OutputOptions):
+    """The option with which the user trusts code that is not named on the command line."""
+
+    trust_code: Annotated[
+        bool,
+        option(
+            NETWORK,
+            "Trust the code in the runs, grid or settings file that are named, which can do all you can.",
+            "--trust-code",
+        ),
+    ] = False
+
+    def trust_code_of(self, runs: Sequence[Path]) -> None:
+        """With --trust-code, add the code of these runs to the user's list.
+
+        Raises SettingsError if it is damaged, or if no run has code.
+        """
+        if self.trust_code and not trust_runs(runs):
+            raise SettingsError([("--trust-code has no effect: no run contains code", "leave it out")])
+
+
+@dataclass(frozen=True)
+class GuardOptions(CodeOptions):
     """The options that make a result which is too bad a failure."""
 
     fail_under: Annotated[
@@ -148,7 +172,7 @@ class GuardOptions(OutputOptions):
 
 
 @dataclass(frozen=True)
-class SettingsOptions(OutputOptions):
+class SettingsOptions(CodeOptions):
     """Where training settings come from, other than their own flags."""
 
     preset: Annotated[
@@ -176,6 +200,24 @@ class SettingsOptions(OutputOptions):
         if self.config is not None:
             layers.append((str(self.config), load_file(self.config)))
         return layers
+
+    @property
+    def code_in_file(self) -> str:
+        """The reference to code that is the network of the settings file; "" if there is none."""
+        if self.config is None:
+            return ""
+        _, values = self.base_layers[-1]
+        net = str(values.get("net"))
+        return net if is_reference(net) else ""
+
+    def check_code_in_file(self, settings: Mapping[str, Any]) -> None:
+        """Raise SettingsError if the settings file names code that the user has not asked for.
+
+        `settings` are those from the command line.
+        """
+        if self.code_in_file and "net" not in settings and not self.trust_code:
+            fact = f"{self.config} names code ({self.code_in_file}), which was not run"
+            raise SettingsError([(fact, "add --trust-code, or name it with --net")])
 
     def set_values(self) -> dict[str, Any]:
         """The settings from --set. Raises SettingsError if one cannot be parsed."""

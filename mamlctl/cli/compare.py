@@ -108,6 +108,9 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
             raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     first = load_grid(runs[0]).rows[0] if (runs[0] / PLAN_FILE).is_file() else open_run(runs[0])
     limit = options.limit(first.config.dataset)
+    grids = [run for run in runs if (run / PLAN_FILE).is_file()]
+    cells = [cell.folder for grid in grids for cell in load_grid(grid).cells]
+    options.trust_code_of([*(run for run in runs if run not in grids), *cells])
     with options.display(f"comparing {len(runs)} {plural(len(runs), 'run')}") as display:
         from mamlctl.experiments.grid.compare import compare  # imports torch
         from mamlctl.report.report_folder import write_files

@@ -124,6 +124,7 @@ def evaluate(
     options = replace(options, beside=[*map(local_run, options.beside or [])])
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
     limit = options.limit(config.dataset or trained.config.dataset)
+    options.trust_code_of([run, *(options.beside or ())])
     support = options.support
     if support is None:
         return _test(run, config, limit, options)

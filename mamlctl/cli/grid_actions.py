@@ -17,6 +17,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent, Waiting
 from mamlctl.core.files import check_out
+from mamlctl.core.user_code.stored import trust_runs
 from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
@@ -57,6 +58,7 @@ def planned_grid(
     from mamlctl.experiments.grid.grid import check_rows, resolve_rows
     from mamlctl.experiments.grid.grid_folder import open_grid
 
+    options.check_code_in_file(settings)
     evaluate = table_settings(evaluation)
     seed = options.all_settings(settings).get("seed", TrainConfig.seed)
     resolved = resolve_rows(rows, options.base_layers, settings, seed)
@@ -64,6 +66,8 @@ def planned_grid(
     check_rows(resolved, seeds)
     first = resolved[0].config.seed
     grid = open_grid(options.out, name, resolved, range(first, first + seeds), evaluate, grid_command())
+    if options.trust_code:
+        trust_runs(cell.folder for cell in grid.cells)
     labels = {row.label for row in resolved}
     return replace(grid, left_out=tuple(row.label for row in rows if row.label not in labels))
 

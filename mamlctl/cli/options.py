@@ -48,6 +48,7 @@ LIST_OF_SETTING = {"algo": "algorithms", "dataset": "datasets", "net": "nets"}
 # The choices of settings whose values are defined in tables above the schema.
 FROM_TABLES = {
     "algo": f"One of {', '.join(ALGORITHMS)}.",
+    "net": f"Names: {', '.join(NETS)}.",
     "dataset": f"Names: {', '.join(NAMES)}.",
     "split_scheme": f"One of {_choices_by_data_set(lambda data_set: data_set.split_schemes)}; "
     f"{', '.join(folder_layout.SPLIT_SCHEMES)} (a folder).",

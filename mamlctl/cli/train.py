@@ -81,6 +81,10 @@ def train(
     latest = resume is not None and means_latest(resume)
     resume = latest_unfinished_run() if latest else resume
     if resume is None:
+        options.check_code_in_file(settings | options.set_values())
+        if options.trust_code and not options.code_in_file:
+            fact = "--trust-code has no effect: no settings file names code, and --net is trusted anyway"
+            raise SettingsError([(fact, "leave it out")])
         layers = [*options.base_layers, ("--set", options.set_values()), ("flag", settings)]
         resolved = resolve_settings(layers)
         if print_config:
@@ -91,6 +95,7 @@ def train(
     else:
         unread = options.by_flag("preset", "config") | {"--print-config": print_config}
         changes = _overrides(resume, _resume_settings(options, settings), out, unread)
+        options.trust_code_of([resume])
         work = f"resuming {resume}"
     time_limit_s = None if time_limit is None else parse_duration(time_limit)
     if log is not None:

@@ -20,7 +20,9 @@ Pooling = Literal["max", "stride"]
 Readout = Literal["flatten", "mean"]
 InnerOptimizer = Literal["sgd", "adam"]
 Adapts = Literal["all", "head", "body"]
-NetName = Literal["conv4", "mlp", "resnet12"]
+# The networks of mamlctl, and torchvision's classifiers that pass the check of modules.
+BUILT_IN_NETS = ("conv4", "mlp", "resnet12")
+TORCHVISION_NETS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121")
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "compiled", "plain"]
 ConvName = Literal["auto", "direct", "winograd"]

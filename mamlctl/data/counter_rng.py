@@ -21,6 +21,7 @@ STREAMS = {
     "train labels": 11,
     "val labels": 12,
     "test labels": 13,
+    "dropout": 14,
     "class split": 16,
     "glyph shapes": 17,
     "glyph drawings": 18,

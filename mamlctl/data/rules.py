@@ -10,6 +10,7 @@ from typing import Any
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Metric
 from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.core.user_code.references import is_reference
 from mamlctl.data.sets.facts import DataSet
 from mamlctl.data.sets.folder_layout import class_level, fraction_problem, has_lists, mixed_folder_problem
 from mamlctl.data.sets.registry import (
@@ -115,9 +116,9 @@ def data_set_problems(
     for name, why in without_meaning(config.dataset).items():
         if sources[name] in refused_from and getattr(config, name) is not False:
             problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
-    if is_regression(config.dataset) and config.net != "mlp":
+    if is_regression(config.dataset) and config.net != "mlp" and not is_reference(config.net):
         fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config.dataset).predicate}"
-        problems.append((fact, "use --net mlp"))
+        problems.append((fact, "use --net mlp, or net.py:make with your own function"))
     return problems
 
 

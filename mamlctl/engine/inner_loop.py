@@ -51,7 +51,11 @@ class MetaState:
         return next(iter(self.slow.values()))
 
     def norm_pass(
-        self, step: int, statistics: Statistics = Statistics.OWN, support_examples: int = 0
+        self,
+        step: int,
+        statistics: Statistics = Statistics.OWN,
+        support_examples: int = 0,
+        keys_T: Tensor | None = None,
     ) -> NormPass:
         """Set up batch norm for one forward pass.
 
@@ -59,8 +63,9 @@ class MetaState:
             step: the inner step, counted from 0.
             statistics: which mean and variance normalise the examples.
             support_examples: with Statistics.SUPPORT, how many leading examples are the support set.
+            keys_T: a random number of each task and set, for dropout; None for a pass without dropout.
         """
-        return NormPass(self.norm, self.running, step, statistics, support_examples)
+        return NormPass(self.norm, self.running, step, statistics, support_examples, keys_T)
 
     def rate(self, name: str, step: int) -> Tensor:
         """Return the inner learning rate of an adapted tensor; steps beyond the last row use the last row."""
@@ -134,6 +139,7 @@ def adapt(
     *,
     steps: int,
     first_order: bool,
+    keys_T: Tensor | None = None,
 ) -> Iterator[InnerPoint]:
     """Run the inner loop w_{k+1} = w_k - a_k g_k, differentiable by autograd (arXiv:1703.03400, section 2.2).
 
@@ -149,6 +155,7 @@ def adapt(
         steps: the number of inner steps; steps beyond the last learnt rate use the last one.
         first_order: treat each g_k as a constant, so that only the identity path from w_0 and the rates are
             differentiated (the first-order approximation of section 5.2 of the paper).
+        keys_T: as in `MetaState.norm_pass`.
 
     Yields:
         The fast weights before the first step and after each step: steps + 1 points.
@@ -156,7 +163,7 @@ def adapt(
     fast = start(state.slow, x_TECHW.shape[0])
     yield InnerPoint(0, fast, None, None)
     for step in range(steps):
-        norm = NormPass(state.norm, state.running, step)
+        norm = state.norm_pass(step, keys_T=keys_T)
         loss_T = net.objective.loss(net(fast, x_TECHW, norm), y_TE)
         # Tasks share no fast weights, so the gradient of the summed loss contains each task's own gradient.
         adapted = [fast[name] for name in state.rates]
@@ -166,7 +173,7 @@ def adapt(
 
 
 def query_logits(
-    net: Net, state: MetaState, point: InnerPoint, query_x_TECHW: Tensor
+    net: Net, state: MetaState, point: InnerPoint, query_x_TECHW: Tensor, keys_T: Tensor | None = None
 ) -> tuple[Tensor, NormPass]:
     """Pass the query set through the fast weights of `point`.
 
@@ -175,12 +182,13 @@ def query_logits(
         state: the norm rows.
         point: the fast weights after k inner steps.
         query_x_TECHW: query examples.
+        keys_T: as in `MetaState.norm_pass`.
 
     Returns:
         Class scores or values, logits_TEN, and the norm pass that computed them.
     """
     # The query set after k steps uses the norm row of step k - 1, the step that led to these weights.
-    norm = NormPass(state.norm, state.running, max(point.steps - 1, 0))
+    norm = state.norm_pass(max(point.steps - 1, 0), keys_T=keys_T)
     return net(point.fast, query_x_TECHW, norm), norm
 
 

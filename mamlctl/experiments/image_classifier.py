@@ -24,6 +24,7 @@ from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.adapted_model import (
     AdaptedModel,
     adapt_to_support_set,
+    head_words,
     plain_weights,
     resize_head,
 )
@@ -32,9 +33,10 @@ from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.run_module import module_of_run, plan_of
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
-from mamlctl.experiments.trained_model import checkpoint_files, head_words, load_states
+from mamlctl.experiments.trained_model import checkpoint_files, load_states
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -101,6 +103,7 @@ def adapt_classifier(
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         # Papers report transductive accuracy, but the prediction for one image should not depend on others.
         settings = replace(settings, bn=Statistics.SUPPORT.value)
+    module = module_of_run(run)
     config, device, _ = evaluation_setup(run, settings, on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
@@ -108,7 +111,7 @@ def adapt_classifier(
         others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]
         raise SettingsError([(fact, f"leave it out, or use a run with --algo {' or '.join(others)}")])
     (best, *_), _ = checkpoint_files(run, settings.checkpoint, on_event)
-    (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event)
+    (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event, module=module)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
     on_event(Waiting("reading support images"))
     support = read_support(support_path, read)
@@ -117,9 +120,9 @@ def adapt_classifier(
         on_event(Notice(f"the classes are {groups}, each with the images of all its folders"))
     _notice_support(run, support, on_event)
     ways = len(support.classes)
-    head = head_words(config, learnt, ways)
+    head = head_words(entry.classifier, config.ways, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
-    net, _ = build(replace(config, ways=ways), shape, torch.device("meta"))
+    net, _ = build(replace(config, ways=ways), shape, torch.device("meta"), plan=plan_of(module))
     with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, state.example_tensor, config.engine)
     on_event(Waiting("adapting"))

@@ -21,6 +21,7 @@ from mamlctl.data.tasks.episodes import MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.run_module import plan_of
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.train import resume, train
@@ -35,7 +36,7 @@ POINTS = 200  # of a drawn curve
 STEPS = (0, 1, 5, 10)  # inner steps after which curves are drawn, as in the figure of the MAML paper
 
 # Settings that a pre-trained start has in common with the run that it is compared with.
-SHARED: tuple[str, ...] = ("dataset", "shots", "queries", "net", "hidden", "activation", "inner_lr")
+SHARED: tuple[str, ...] = ("dataset", "shots", "queries", "net", "head", "hidden", "activation", "inner_lr")
 SHARED += ("meta_batch_size", "epochs", "steps_per_epoch", "val_tasks", "precision")
 SHARED += ("seed", "init_seed", "train_seed", "eval_seed")
 
@@ -112,12 +113,14 @@ def _pretrain(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent)
         )
         layer |= {"algo": next(pretraining), "report_every": 1000}
         result = train(
-            resolve_settings([("run", layer)]).config,
+            # The run's own file of its network may no longer exist: the module below is its copy.
+            resolve_settings([("run", layer)], checked=model.module is None).config,
             out=path,
             offline=offline,
             time_limit_s=None,
             command="",
             on_event=on_event,
+            module=model.module,
         )
     return result.reason
 
@@ -129,7 +132,8 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     assert isinstance(stream, CurveStream)
     starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
     if not any(ALGORITHMS[model.config.algo].start == "random start" for model in models):
-        _, state = build(first.config, first.source.example_shape, first.device, targets=first.source.targets)
+        shape, targets = first.source.example_shape, first.source.targets
+        _, state = build(first.config, shape, first.device, targets=targets, plan=plan_of(first.module))
         scratch = replace(first, predict=adapted, states=[state], stream=stream)
         starts.append(("random start", scratch))
     return [[_panel(model, stream, task, title) for title, model in starts] for task in range(TASKS)]

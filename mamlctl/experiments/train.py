@@ -18,7 +18,7 @@ from mamlctl.core.files import append_text, check_out, write_json
 from mamlctl.core.formatting import plural
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import TrainResult
-from mamlctl.data.tasks.episodes import Placement, Tasks
+from mamlctl.data.tasks.episodes import Keyed, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
@@ -27,6 +27,7 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.run_module import RunModule, module_of_run, new_module, plan_of, store_module
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
@@ -59,6 +60,7 @@ class _Prepared:
     source: TaskSource
     net: Net
     state: MetaState
+    module: RunModule | None
     stop: StopRequests
     on_event: OnEvent
 
@@ -71,6 +73,7 @@ def train(
     time_limit_s: float | None,
     command: str,
     on_event: OnEvent,
+    module: RunModule | None = None,
 ) -> TrainResult:
     """Train a new run.
 
@@ -81,6 +84,7 @@ def train(
         time_limit_s: seconds until the run saves and stops; None for no limit.
         command: the command line, for command.txt.
         on_event: receives progress, reports and notices.
+        module: of another run, in place of the one that --net names.
 
     Raises:
         SettingsError, DataError, MamlctlError: before the run folder is created.
@@ -88,10 +92,11 @@ def train(
     """
     check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
-    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event)
+    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event, module)
     path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
     with new_run(path, config, prepared.config, command=command, environment=facts) as run:
+        store_module(run.path, prepared.module)
         _store_data_facts(run, prepared.source)
         return _run(run, prepared, resume=False)
 
@@ -143,7 +148,10 @@ def resume(
         run.config = stored_settings("flag", {**asdict(run.config), **changed})
         # Checkpoints belong to the path with which the run started, so `run.config` keeps it.
         config = replace(run.config, dataset=overrides.get("dataset", run.config.dataset))
-        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, stored_split(run))
+        module, split = module_of_run(run), stored_split(run)
+        if module is not None:
+            on_event(Notice(module.notice))
+        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, module, split)
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"
@@ -176,12 +184,13 @@ def _prepare(
     offline: bool,
     stop: StopRequests,
     on_event: OnEvent,
+    module: RunModule | None = None,
     stored: Mapping[str, Sequence[str]] | None = None,
 ) -> _Prepared:
     """Open the device and the data, and build the network.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
-    `stored` is the split with which a resumed run started.
+    `module` is that of a resumed run, and `stored` the split with which it started.
     """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
@@ -197,10 +206,14 @@ def _prepare(
         on_event=on_event,
         stored=stored,
     )
+    module = module or new_module(completed, source.example_shape, on_event, targets=source.targets)
+    classes = source.classes.get("train")
     net, state = build(
-        completed, source.example_shape, device, classes=source.classes.get("train"), targets=source.targets
+        completed, source.example_shape, device, classes=classes, targets=source.targets, plan=plan_of(module)
     )
-    return _Prepared(completed, device, streams, source, net, state, stop, on_event)
+    if module is not None and module.plan.random:
+        streams = {**streams, "train": Keyed(streams["train"], completed.seed)}
+    return _Prepared(completed, device, streams, source, net, state, module, stop, on_event)
 
 
 def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:

@@ -25,15 +25,16 @@ from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
-from mamlctl.engine.evaluation.adapted_model import resize_head
+from mamlctl.engine.evaluation.adapted_model import head_words, resize_head
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import Predict, PredictRequest
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD, bn_mode
+from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
+from mamlctl.engine.training.run_module import RunModule, module_of_run, plan_of
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
@@ -58,6 +59,7 @@ class TrainedModel:
     predict: Predict
     states: Sequence[MetaState]  # best first
     epochs: Sequence[int]  # of the states; empty before the first validation
+    module: RunModule | None = None  # of a network that is not built in
     notes: tuple[str, ...] = ()  # caveats about the results
 
     @property
@@ -99,6 +101,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     run = open_run(path)
     if settings.dataset is None:
         check_folder(run, f"mamlctl eval {path}")
+    module = module_of_run(run)
     config, device, keeps = evaluation_setup(run, settings, on_event)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     on_event(Waiting.for_data(config.dataset))
@@ -129,7 +132,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         on_event(Notice(notes[-1]))
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     shape = source.example_shape
-    states, epochs, damage = load_states(run, files, settings, shape, device, on_event)
+    states, epochs, damage = load_states(run, files, settings, shape, device, on_event, module=module)
     notes += damage
     if settings.models == "ensemble" and not epochs:
         why = (
@@ -139,9 +142,9 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         )
         raise SettingsError([(f"--models is ensemble, but {why}", "use --models best")])
     if settings.ways not in (None, run.config.ways):
-        words = head_words(run.config, states[0], config.ways)
+        words = head_words(ALGORITHMS[config.algo].classifier, run.config.ways, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
-    net, _ = build(config, shape, torch.device("meta"), targets=source.targets)
+    net, _ = build(config, shape, torch.device("meta"), targets=source.targets, plan=plan_of(module))
     with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     return TrainedModel(
@@ -154,6 +157,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         predict=ALGORITHMS[config.algo].predict(config),
         states=states,
         epochs=epochs,
+        module=module,
         notes=notes,
     )
 
@@ -194,6 +198,8 @@ def load_states(
     example_shape: Sequence[int],
     device: torch.device,
     on_event: OnEvent,
+    *,
+    module: RunModule | None = None,
 ) -> tuple[list[MetaState], list[int], tuple[str, ...]]:
     """Load checkpoints, with the inner learning rates of the settings if they replace the run's.
 
@@ -205,6 +211,7 @@ def load_states(
         example_shape: C, H, W of an image, or the size of a point.
         device: where the tensors go.
         on_event: receives notices.
+        module: of a network that is not built in.
 
     Returns:
         The states, their epochs (none for a state that was not validated), and notes about damage.
@@ -221,7 +228,7 @@ def load_states(
             break
         if file in files or (not loaded and file.exists()):
             try:
-                loaded[file] = _load_state(run, file, settings, example_shape, device)
+                loaded[file] = _load_state(run, file, settings, example_shape, device, module)
             except SettingsError:
                 raise
             except MamlctlError as error:
@@ -247,48 +254,27 @@ def _damage_words(errors: Sequence[MamlctlError]) -> str:
 
 
 def _load_state(
-    run: RunFolder, file: Path, settings: EvalConfig, example_shape: Sequence[int], device: torch.device
+    run: RunFolder,
+    file: Path,
+    settings: EvalConfig,
+    example_shape: Sequence[int],
+    device: torch.device,
+    module: RunModule | None,
 ) -> tuple[MetaState, int | None]:
     """A checkpoint's state and epoch (None in `last.pt`); arguments and exceptions as in `load_states`."""
     content = checkpoints.load(file, owner=run.owner)
     bias = content["stored"].get("linear.bias")
     outputs = None if bias is None else bias.numel()
     config = fill_defaults(run.config)
-    _, state = build(config, example_shape, device, classes=outputs, targets=outputs or 1)
+    _, state = build(
+        config, example_shape, device, classes=outputs, targets=outputs or 1, plan=plan_of(module)
+    )
     checkpoints.restore(state.stored(), content["stored"], file)
     state = _with_rates(state, settings)
     if (ways := settings.ways) is not None and ALGORITHMS[run.config.algo].classifier == "head":
-        head_words(run.config, state, ways)  # raises an error if its head cannot be resized
+        head_words("head", run.config.ways, state, ways)  # raises an error if its head cannot be resized
         state = resize_head(state, ways, "head")
     return state, content.get("epoch")
-
-
-def head_words(config: TrainConfig, learnt: MetaState, ways: int) -> str:
-    """How `ways` classes are predicted.
-
-    Args:
-        config: the settings of the run.
-        learnt: a state of the run.
-        ways: the number of classes.
-
-    Raises:
-        SettingsError: the run's head cannot be resized to them.
-    """
-    match ALGORITHMS[config.algo].classifier:
-        case "prototypes":
-            return "prototypes: the mean features of each class"
-        case "neighbours":
-            return "the nearest support image by features"
-        case "zeros":
-            return "a new head of zeros"
-    if ways == config.ways:
-        return "the learnt head"
-    adapted = not learnt.rates.keys().isdisjoint(HEAD)
-    if ways > config.ways and not adapted:
-        fact = f"there are {ways} classes, but the run has a head for {config.ways}, which is not adapted"
-        raise SettingsError([(fact, f"use {config.ways} classes or fewer, or a run with --ways {ways}")])
-    rows = f"its first {ways} rows" if ways < config.ways else f"its rows in turn for {ways}"
-    return f"the learnt head of {config.ways} classes, {rows}"
 
 
 def _with_rates(state: MetaState, settings: EvalConfig) -> MetaState:

@@ -9,7 +9,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from mamlctl.core.formatting import parse_seconds
+from mamlctl.core.literals import BUILT_IN_NETS, TORCHVISION_NETS
 from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.core.user_code.references import is_reference
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
@@ -23,7 +25,7 @@ NETS: Mapping[str, str] = {
     "conv4": "four blocks of a 3x3 convolution, batch norm, an activation and pooling, then a linear head",
     "mlp": "linear layers with an activation each and, on images, batch norm; the network of curves",
     "resnet12": "four residual blocks of three 3x3 convolutions each, with batch norm, then a linear head",
-}
+} | dict.fromkeys(TORCHVISION_NETS, "a classifier of torchvision, with random weights")
 
 # Setting -> the networks that use it.
 OF_NETS = {
@@ -92,6 +94,8 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
         if config.net not in nets:
             fact = f"{flag(name)} has no effect with --net {config.net}"
             settings[name] = FIELDS[name].default, (fact, "leave it out")
+    if config.net in BUILT_IN_NETS:
+        settings["head"] = None, (f"--head has no effect with --net {config.net}", "leave it out")
     if config.adapts == "body":
         fact = "--body-epochs has no effect with --adapts body: they train a body for a head that adapts"
         settings["body_epochs"] = 0, (fact, "leave it out")
@@ -120,6 +124,7 @@ def check(config: TrainConfig) -> list[Problem]:
         parse_seconds(config.checkpoint_every)
     except ValueError as error:
         problems.append((f"--checkpoint-every {error}", "write 90s, 9m or 1h30m"))
+    problems += _net_problems(config)
     if config.net == "mlp" and config.precision == "bf16":
         problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
     if config.conv == "winograd" and config.precision in ("bf16", "tf32"):
@@ -163,6 +168,19 @@ def check(config: TrainConfig) -> list[Problem]:
             (f"--da-epochs {config.da_epochs} is more than --epochs {config.epochs}", "use --first-order")
         )
     return problems
+
+
+def _net_problems(config: TrainConfig) -> list[Problem]:
+    """An unknown network, or an arithmetic that only some networks have."""
+    if config.net not in NETS and not is_reference(config.net):
+        otherwise = f"use one of {', '.join(NETS)}, or net.py:make with your own function"
+        if config.net.endswith(".py"):
+            return [(f"--net is {config.net}, without a function", f"write {config.net}:make, with its name")]
+        return [(f"unknown network '{config.net}'", nearest(config.net, NETS, otherwise=otherwise))]
+    if config.precision == "bf16" and config.net not in BUILT_IN_NETS:
+        fact = f"--precision bf16 is not available with --net {config.net}: only our convolutions support it"
+        return [(fact, "use float32, or tf32 on a CUDA device")]
+    return []
 
 
 def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:

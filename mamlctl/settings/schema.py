@@ -21,7 +21,6 @@ from mamlctl.core.literals import (
     ConvName,
     EngineName,
     InnerOptimizer,
-    NetName,
     Normalize,
     Obstacle,
     Pooling,
@@ -111,7 +110,8 @@ class TrainConfig:
     )
     resize: str | None = setting(None, EPISODE, "Filter used to shrink the original images.")
 
-    net: NetName = setting("conv4", NETWORK, "Network architecture.", common=True)
+    net: str = setting("conv4", NETWORK, "Network: a name, or net.py:make for your own one.", common=True)
+    head: str | None = setting(None, NETWORK, "Head of your own network (default: its last linear layer).")
     filters: int = setting(
         64, NETWORK, "Filters per convolution; with resnet12, filters of its first block.", least=1
     )

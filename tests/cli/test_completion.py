@@ -8,7 +8,7 @@ import pytest
 from helpers.shared import ROOT
 
 from mamlctl.cli.app import COMMANDS
-from mamlctl.core.literals import BatchNorm
+from mamlctl.core.literals import TORCHVISION_NETS, BatchNorm
 from mamlctl.data.sets.registry import NAMES
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.experiments.grid.plans import PLANS
@@ -33,9 +33,10 @@ def completed(cli, monkeypatch):
 
 VALUES = {
     "train --algo ": [*ALGORITHMS],
-    "train --algo ma": ["maml", "maml++"],
+    "train --algo ma": ["maml", "maml++", "maml-zero"],
     "ablate --algo al": ["alpha-maml"],
-    "train --net ": ["conv4", "mlp", "resnet12"],
+    "train --net ": ["conv4", "mlp", "resnet12", *TORCHVISION_NETS],
+    "train --net re": ["resnet12", "resnet18", "resnet34", "resnet50"],
     "train --dataset ": NAMES,
     "compare --dataset mini": ["mini-imagenet"],
     "eval runs/a --dataset omni": ["omniglot"],

@@ -6,14 +6,13 @@ import re
 from contextlib import ExitStack
 from dataclasses import replace
 from io import StringIO
-from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from mamlctl.cli.options import LISTS
 from mamlctl.core.files import one_writer
-from mamlctl.core.literals import NetName
+from mamlctl.core.literals import BUILT_IN_NETS, TORCHVISION_NETS
 from mamlctl.core.results import TrainResult
 from mamlctl.data.sets.registry import NAMES
 from mamlctl.display.datasets import show_names
@@ -88,7 +87,7 @@ def test_each_list_has_every_name_and_a_meaning(cli, name):
         "presets": preset_names(),
         "algorithms": ALGORITHMS,
         "datasets": NAMES,
-        "nets": get_args(NetName),
+        "nets": (*BUILT_IN_NETS, *TORCHVISION_NETS),
     }
     code, out, err = cli("train", "--list", name)
     assert (code, err) == (0, "")
@@ -99,7 +98,8 @@ def test_each_list_has_every_name_and_a_meaning(cli, name):
 
 
 def test_the_list_of_networks_is_that_of_the_factory():
-    assert list(NETS) == list(factory.NETS) == list(get_args(NetName))
+    assert list(factory.NETS) == list(BUILT_IN_NETS)
+    assert list(NETS) == [*BUILT_IN_NETS, *TORCHVISION_NETS]
 
 
 def test_runs_are_listed_with_their_status_the_newest_first(cli, work, in_use):

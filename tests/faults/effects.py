@@ -24,6 +24,7 @@ from mamlctl.settings.schema import TrainConfig
 NO_EFFECT = {
     "precision": "auto and tf32 are float32 on a CPU",
     "engine": "both compute the same meta-gradient, up to rounding",
+    "head": "every network that is built in has a single possible head",
     "strict": "it refuses a folder that has unreadable images or small classes; this one has none",
 }
 TASKS = ["--tasks=30"]
@@ -58,6 +59,7 @@ VALUES = {
     "split_scheme": ["fractions"],
     "split_fractions": ["50-25-25"],
     "resize": ["nearest", "box", "bicubic"],
+    "net": ["resnet12"],
     "hidden": ["8-8", "16"],
     "clip_value": ["0.0001"],
     "clip_norm": ["0.0001"],

@@ -13,6 +13,7 @@ import hypothesis
 from hypothesis import strategies
 
 from faults.commands import LENGTH, Undisturbed, call
+from mamlctl.core.literals import BUILT_IN_NETS
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.rules import VALUE_TYPES
@@ -31,6 +32,8 @@ WORDS = {
     "split_scheme": ["own", "vinyals", "folders", ""],
     "split_fractions": ["60-20-20", "98-1-1", "50-50", "x"],
     "resize": ["none", "box", ""],
+    "net": [*BUILT_IN_NETS, "conv5", "net.py:make"],
+    "head": ["fc", ""],
     "hidden": ["8-8", "4", "0", "a-b", ""],
     "device": ["cpu", "auto", "cuda:7", "gpu"],
     "task_chunk": ["auto", "1", "3", "0", "all"],

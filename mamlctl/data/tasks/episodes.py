@@ -30,11 +30,22 @@ class Episodes:
     query_y_TE: Tensor
     class_TN: Tensor | None = None  # which class of the split each label means; None for curves
     batches_TIB: Tensor | None = None  # support examples of every inner step; None: each step uses all
+    keys_T: Tensor | None = None  # an even random number of each task, for dropout; None: no dropout
 
     @property
     def sets(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Support examples and labels, query examples and labels."""
         return self.support_x_TECHW, self.support_y_TE, self.query_x_TECHW, self.query_y_TE
+
+    @property
+    def support_keys_T(self) -> Tensor | None:
+        """The random number of each task's support set."""
+        return self.keys_T
+
+    @property
+    def query_keys_T(self) -> Tensor | None:
+        """The random number of each task's query set."""
+        return None if self.keys_T is None else self.keys_T + 1
 
     def present(self) -> dict[str, Tensor]:
         """The tensors that are not None, by field."""
@@ -113,6 +124,21 @@ class MiniBatches:
         ]
         episodes = self.stream.episodes(first, tasks)
         return replace(episodes, batches_TIB=torch.from_numpy(np.stack(batches)).to(self.device))
+
+
+class Keyed:
+    """A stream whose tasks also have a random number, a function of the seed and the number of the task."""
+
+    def __init__(self, stream: Tasks, seed: int) -> None:
+        self.stream, self.key_seed = stream, seed
+        self.split, self.seed, self.device = stream.split, stream.seed, stream.device
+        self.ways, self.shots, self.queries = stream.ways, stream.shots, stream.queries
+
+    def episodes(self, first: int, tasks: int) -> Episodes:
+        """Return the stream's tasks with their random numbers."""
+        words = [random_words(self.key_seed, "dropout", first + task, 1) for task in range(tasks)]
+        keys_T = torch.from_numpy((np.concatenate(words) >> np.uint64(2)).astype(np.int64) * 2)
+        return replace(self.stream.episodes(first, tasks), keys_T=keys_T)
 
 
 def mini_batches(

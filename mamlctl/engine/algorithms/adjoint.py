@@ -121,7 +121,7 @@ class AdjointPass(InnerLoop):
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
         """Take inner step `step`; `keep` its passes for the way back."""
-        before, norm = self.fast, self.state.norm_pass(step)
+        before, norm = self.fast, self.support_pass(step)
         gradient = self.support_gradient(norm, keep=keep and not self.first_order)
         self.measurements.add_support(gradient.loss_T, norm)
         gradient_P = before.ordered(gradient.fast)
@@ -147,7 +147,7 @@ class AdjointPass(InnerLoop):
         self.fast = point.weights
         support, gradient_P = point.gradient, point.gradient_P
         if support is None or gradient_P is None:
-            support = self.support_gradient(self.state.norm_pass(step), keep=True)
+            support = self.support_gradient(self.support_pass(step), keep=True)
             gradient_P = self.fast.ordered(support.fast)
         if self.rates_RL is not None:
             # dL/da_k = -<p_{k+1}, g_k>: summed over tasks, and over a tensor with LSLR but not with Meta-SGD.

@@ -70,11 +70,11 @@ class BodyFeatures:
         derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
         with torch.no_grad():
             slow = expanded(body_of(state.slow), len(episodes.support_y_TE))
-            for x_TECHW, y_TE in (
-                (episodes.support_x_TECHW, episodes.support_y_TE),
-                (episodes.query_x_TECHW, episodes.query_y_TE),
+            for x_TECHW, y_TE, keys_T in (
+                (episodes.support_x_TECHW, episodes.support_y_TE, episodes.support_keys_T),
+                (episodes.query_x_TECHW, episodes.query_y_TE, episodes.query_keys_T),
             ):
-                norm = state.norm_pass(0)
+                norm = state.norm_pass(0, keys_T=keys_T)
                 f_TEF, tape = derivatives.prepare(x_TECHW, y_TE).features_and_tape(slow, norm)
                 self.features.append(f_TEF.requires_grad_())
                 self._tapes.append(tape)

@@ -77,9 +77,11 @@ def as_one_task(episodes: Episodes, ways: int) -> Episodes:
     def joined(x_TE: Tensor) -> Tensor:
         return x_TE.flatten(0, 1).unsqueeze(0)
 
+    keys_T = episodes.keys_T
     return Episodes(
         joined(episodes.support_x_TECHW),
         joined(episodes.support_y_TE + first_T1),
         joined(episodes.query_x_TECHW),
         joined(episodes.query_y_TE + first_T1),
+        keys_T=None if keys_T is None else keys_T[:1],
     )

@@ -61,7 +61,7 @@ def imaml(
     derivatives = select_derivatives(net, episodes.support_x_TECHW, engine)
     loop = InnerLoop(TaskSets(derivatives, episodes), state, InnerRule(proximal))
     loop.run(request.inner_steps, measure_all=request.measure_all)
-    support = loop.support_gradient(state.norm_pass(0), keep=True)
+    support = loop.support_gradient(loop.support_pass(0), keep=True)
     query = loop.query_gradient(request.inner_steps)
     # v has no component along tensors that are not adapted.
     zeros = {name: torch.zeros_like(part) for name, part in query.fast.items() if name not in state.rates}

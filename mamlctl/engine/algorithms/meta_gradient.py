@@ -137,7 +137,15 @@ def unroll(
     # The query loss before the first step never enters the meta-loss.
     weights: tuple[float | Tensor, ...] = (0.0, *request.msl_weights)
     support = episodes.support_x_TECHW, episodes.support_y_TE
-    for point in adapt(net, state, *support, steps=request.inner_steps, first_order=request.first_order):
+    loop = adapt(
+        net,
+        state,
+        *support,
+        steps=request.inner_steps,
+        first_order=request.first_order,
+        keys_T=episodes.support_keys_T,
+    )
+    for point in loop:
         if point.support_loss_T is not None and point.norm is not None:
             measurements.add_support(point.support_loss_T, point.norm)
         weight = weights[point.steps]
@@ -145,7 +153,7 @@ def unroll(
         if not (counted or request.measure_all):
             continue
         with torch.set_grad_enabled(counted):
-            outputs_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW)
+            outputs_TEN, norm = query_logits(net, state, point, episodes.query_x_TECHW, episodes.query_keys_T)
             loss = measurements.add_query(point.steps, outputs_TEN, episodes.query_y_TE).mean()
         if counted:
             meta_loss = meta_loss + weight * loss

@@ -50,7 +50,8 @@ def pretraining(
         # Labels are positions of classes in their task; replace them with classes of the split.
         y_TE = episodes.class_TN.gather(1, y_TE)
     y_1M = y_TE.flatten(0, 1).unsqueeze(0)  # _1MN for several targets
-    norm = state.norm_pass(0)
+    keys_T = episodes.support_keys_T
+    norm = state.norm_pass(0, keys_T=None if keys_T is None else keys_T[:1])
     prepared = select_derivatives(net, x_1MCHW, engine).prepare(x_1MCHW, y_1M)
     gradient = prepared.gradient(expanded(state.slow, 1), norm)
     grads = {name: grad[0] for name, grad in gradient.fast.items()}

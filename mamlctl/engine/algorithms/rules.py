@@ -63,8 +63,11 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
 
 def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
     """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
-    if config.engine != "compiled" or (is_regression(config.dataset) and "engine" in (entry.on_curves or {})):
+    compiled = is_regression(config.dataset) and "engine" in (entry.on_curves or {})
+    if config.engine != "compiled" or (compiled and config.net == "mlp"):
         return None
+    if compiled:
+        return f"--engine compiled does not support --net {config.net}", "use --engine adjoint"
     needed = f"does not support --algo {config.algo}" if is_regression(config.dataset) else "is for curves"
     return f"--engine compiled {needed}", "use --engine adjoint"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Classifier
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.derivatives.interface import Derivatives
@@ -16,6 +17,7 @@ from mamlctl.engine.evaluation.prediction import nearest_distances, prototypes, 
 from mamlctl.engine.inner_loop import InnerRule, MetaState
 from mamlctl.engine.nets.base import HEAD, body_of
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
+from mamlctl.engine.nets.module_net import ModuleNet
 
 
 class MeasuringPass(NormPass):
@@ -151,14 +153,46 @@ def resize_head(state: MetaState, ways: int, classifier: Classifier) -> MetaStat
     return replace(state, slow=slow, rates=rates, moments=moments)
 
 
+def head_words(classifier: Classifier, trained_ways: int, learnt: MetaState, ways: int) -> str:
+    """How `ways` classes are predicted.
+
+    Args:
+        classifier: how the algorithm of the run distinguishes classes.
+        trained_ways: the classes per task in its training.
+        learnt: a state of the run.
+        ways: the number of classes.
+
+    Raises:
+        SettingsError: the run's head cannot be resized to them.
+    """
+    match classifier:
+        case "prototypes":
+            return "prototypes: the mean features of each class"
+        case "neighbours":
+            return "the nearest support image by features"
+        case "zeros":
+            return "a new head of zeros"
+    if ways == trained_ways:
+        return "the learnt head"
+    adapted = not learnt.rates.keys().isdisjoint(HEAD)
+    if ways > trained_ways and not adapted:
+        fact = f"there are {ways} classes, but the run has a head for {trained_ways}, which is not adapted"
+        raise SettingsError([(fact, f"use {trained_ways} classes or fewer, or a run with --ways {ways}")])
+    rows = f"its first {ways} rows" if ways < trained_ways else f"its rows in turn for {ways}"
+    return f"the learnt head of {trained_ways} classes, {rows}"
+
+
 def plain_weights(model: AdaptedModel) -> Params:
-    """Return a float32 state dictionary for torch.nn layers of the same names.
+    """Return a float32 state dictionary for torch.nn layers of the same names, or for the user's module.
 
     Batch norm's running statistics are the fixed ones, or those of the support set if there are none.
     """
-    statistics = {
+    whole = model.weights | model.norm | (model.fixed or model.support)
+    plain = {name: values[0].float().cpu().clone() for name, values in whole.items()}
+    net = model.derivatives.net
+    if isinstance(net, ModuleNet):
+        return net.template.state_dict(plain)
+    return {
         name.replace(".mean", ".running_mean").replace(".var", ".running_var"): values
-        for name, values in (model.fixed or model.support).items()
+        for name, values in plain.items()
     }
-    whole = model.weights | model.norm | statistics
-    return {name: values[0].float().cpu().clone() for name, values in whole.items()}

@@ -65,6 +65,15 @@ class InnerLoop:
         self.fast = expanded(state.slow, len(episodes.support_y_TE))
         self.measurements = Measurements(sets.derivatives.net.objective)
 
+    def support_pass(self, step: int) -> NormPass:
+        """Set up batch norm of the support set's pass in inner step `step`."""
+        return self.state.norm_pass(step, keys_T=self.episodes.support_keys_T)
+
+    def query_pass(self, steps: int) -> NormPass:
+        """Set up batch norm of the query set's pass after `steps` inner steps."""
+        # The query set after k steps uses the norm row of step k - 1, the step that led to these weights.
+        return self.state.norm_pass(max(steps - 1, 0), keys_T=self.episodes.query_keys_T)
+
     def support_gradient(self, norm: NormPass, *, keep: bool = False) -> Gradient:
         """Compute the gradient of the support loss, on this step's mini-batch if the tasks have them."""
         batch = mini_batch(self.episodes, norm.step)
@@ -73,7 +82,7 @@ class InnerLoop:
 
     def inner_step(self, step: int, *, keep: bool = False) -> Gradient:
         """Take inner step `step`, counted from 0, and return the gradient; `keep` it for products."""
-        norm = self.state.norm_pass(step)
+        norm = self.support_pass(step)
         gradient = self.support_gradient(norm, keep=keep)
         self.measurements.add_support(gradient.loss_T, norm)
         self.fast = self.update(self.fast, gradient.fast, step)
@@ -88,13 +97,12 @@ class InnerLoop:
 
     def record_query_loss(self, steps: int) -> None:
         """Measure the query set after `steps` inner steps; this pass does not update running statistics."""
-        # The query set after k steps uses the norm row of step k - 1, the step that led to these weights.
-        outputs_TEN = self.sets.query.logits(self.fast, self.state.norm_pass(max(steps - 1, 0)))
+        outputs_TEN = self.sets.query.logits(self.fast, self.query_pass(steps))
         self.measurements.add_query(steps, outputs_TEN, self.episodes.query_y_TE)
 
     def query_gradient(self, steps: int) -> Gradient:
         """Measure the query set with its gradient; this is a training pass and updates running statistics."""
-        norm = self.state.norm_pass(max(steps - 1, 0))
+        norm = self.query_pass(steps)
         gradient = self.sets.query.gradient(self.fast, norm)
         self.measurements.norm_passes.append(norm)
         known = gradient.loss_T, gradient.score_T

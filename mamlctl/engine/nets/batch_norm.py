@@ -43,15 +43,17 @@ class NormPass:
     step: int  # inner step, counted from 0; steps beyond the last row use the last row
     statistics: Statistics = Statistics.OWN
     support_examples: int = 0  # with Statistics.SUPPORT: how many leading examples are the support set
+    keys_T: Tensor | None = None  # a random number of each task, for dropout; None: no dropout
     seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> mean_TC, unbiased var_TC
 
-    def __call__(self, name: str, x_ETCHW: Tensor, fast: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, name: str, x_ETCHW: Tensor, fast: Mapping[str, Tensor], eps: float = EPS) -> Tensor:
         """Normalise, scale and shift one layer's input.
 
         Args:
             name: the layer, such as "norm1".
             x_ETCHW: its input.
             fast: the fast weights; they contain gamma and beta if the inner loop adapts them.
+            eps: added to the variance.
 
         Returns:
             The output, _ETCHW.
@@ -67,7 +69,7 @@ class NormPass:
             # As in torch: normalise by the biased variance, accumulate the unbiased one.
             var_TC = unbiased(var.detach()[0, :, :, 0, 0], count)
             self.saw(name, mean.detach()[0, :, :, 0, 0], var_TC, count)
-        return (x_ETCHW - mean) * (gamma * (var + EPS).rsqrt()) + beta
+        return (x_ETCHW - mean) * (gamma * (var + eps).rsqrt()) + beta
 
     def affine(self, name: str, fast: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return gamma and beta of a layer: _TC if the inner loop adapts them, else this step's row _C."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
 
 from mamlctl.engine.devices import COMPUTE
 from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, Net
 from mamlctl.engine.nets.conv4 import Conv4
 from mamlctl.engine.nets.mlp import HIDDEN, Mlp
+from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.nets.resnet12 import ResNet12
 from mamlctl.settings.schema import TrainConfig
 
@@ -42,3 +46,44 @@ NETS: dict[str, Callable[[TrainConfig, Sequence[int], int], Net]] = {
     "mlp": _mlp,
     "resnet12": _resnet12,
 }
+
+
+def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, plan: ModulePlan | None = None) -> Net:
+    """Build the network of the settings.
+
+    Args:
+        config: the settings.
+        shape: C, H, W of images, or D of points.
+        outputs: the number of outputs.
+        plan: of the module, if --net does not name a built-in network.
+    """
+    if config.net in NETS:
+        return NETS[config.net](config, shape, outputs)
+    assert plan is not None, f"--net {config.net} needs the plan of its module"
+    objective = REGRESSION if len(shape) == 1 else CLASSIFICATION
+    return ModuleNet(plan, tuple(shape), outputs, objective, config.head)
+
+
+def torchvision_net(name: str, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """Build one of torchvision's classifiers with random weights; grey images become three equal channels.
+
+    Args:
+        name: torchvision's name.
+        shape: C, H, W of the images.
+        outputs: the number of classes.
+    """
+    from torchvision.models import get_model  # imported here, since it takes half a second
+
+    net: nn.Module = get_model(name, weights=None, num_classes=outputs)
+    if shape[0] == 1:
+        net.register_forward_pre_hook(_in_colour)
+    return net
+
+
+def torchvision_plan(name: str) -> ModulePlan:
+    """The plan of one of torchvision's classifiers, before it is checked."""
+    return ModulePlan(partial(torchvision_net, name))
+
+
+def _in_colour(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].expand(-1, 3, -1, -1)

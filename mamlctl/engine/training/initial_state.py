@@ -17,7 +17,8 @@ from mamlctl.engine.evaluation.prediction import zero_head
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
-from mamlctl.engine.nets.factory import NETS
+from mamlctl.engine.nets.factory import make_net
+from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -28,6 +29,7 @@ def build(
     *,
     classes: int | None = None,
     targets: int = 1,
+    plan: ModulePlan | None = None,
 ) -> tuple[Net, MetaState]:
     """Build the network and its initial state, which depend only on the settings and not on the device.
 
@@ -37,6 +39,7 @@ def build(
         device: where the state is placed.
         classes: the number of training classes, for algorithms that train one classifier of all of them.
         targets: for regression: the number of values to predict.
+        plan: of the module, if --net does not name a built-in network.
 
     Raises:
         SettingsError: the images are too small for the network.
@@ -46,7 +49,7 @@ def build(
     outputs = targets if regression else config.ways
     if entry.training_head == "classes" and classes is not None and not regression:
         outputs = classes
-    net = NETS[config.net](config, example_shape, outputs)
+    net = make_net(config, example_shape, outputs, plan)
     dtype = tensor_dtype(config.precision)
     seed = config.seed if config.init_seed is None else config.init_seed
     slow = net.init(torch.Generator().manual_seed(seed), dtype)
@@ -63,6 +66,9 @@ def build(
     like = torch.empty((), dtype=dtype, device=device)
     steps = config.inner_steps
     norm = init_params(net.norm_layers, steps if config.bnwb else 1, like)
+    running = init_running(net.norm_layers, steps if config.bnrs else 1, like)
+    if isinstance(net, ModuleNet):
+        net.start_of_norms(seed, norm, running)
     if entry.adapts_norm:
         slow, norm = slow | {name: rows_RC[0] for name, rows_RC in norm.items()}, {}
     adapted = adapted_names(slow, config.adapts)
@@ -73,7 +79,7 @@ def build(
         slow=slow,
         norm=norm,
         rates={name: like.new_full(size, config.inner_lr) for name, size in sizes.items()},
-        running=init_running(net.norm_layers, steps if config.bnrs else 1, like),
+        running=running,
         rates_learnt=entry.learns_rates(config),
     )
     if config.inner_optimizer == "adam":

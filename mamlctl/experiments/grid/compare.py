@@ -10,6 +10,7 @@ from typing import Any
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.user_code.stored import code_digest
 from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
@@ -37,7 +38,8 @@ class _Run:
     @property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """Equal for runs that differ only in their seed."""
-        return self.label, identity_settings(self.folder.config)
+        code = {"code": digest} if (digest := code_digest(self.folder.path)) else {}
+        return self.label, identity_settings(self.folder.config) | code
 
 
 def compare(
@@ -156,5 +158,5 @@ def _row_specs(runs: Sequence[_Run]) -> list[RowSpec]:
 def _distinction(run: _Run, rivals: Sequence[_Run]) -> str:
     """The settings in which runs with the same label differ; the run's folder if they are equal."""
     _, ours = run.identity
-    keys = [key for key in ours if any(rival.identity[1][key] != ours[key] for rival in rivals)]
+    keys = [key for key in ours if any(rival.identity[1].get(key) != ours[key] for rival in rivals)]
     return ", ".join(f"{key}={ours[key]}" for key in keys) or str(run.folder.path)

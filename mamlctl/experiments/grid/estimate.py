@@ -16,7 +16,7 @@ import torch
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
 from mamlctl.data.rules import per_step_settings
-from mamlctl.data.tasks.episodes import Placement, Tasks
+from mamlctl.data.tasks.episodes import Keyed, Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_words, open_device, tensor_dtype
@@ -26,6 +26,7 @@ from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training.cuda_graphs import Captured, runner_of
 from mamlctl.engine.training.initial_state import build, evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep
+from mamlctl.engine.training.run_module import Checked, new_module, plan_of
 from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
 from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
@@ -88,6 +89,7 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
     if device.type == "cpu":
         torch.set_num_threads(min(threads_each(workers), threads))
     costs: dict[str, Cost] = {}
+    known: Checked = {}
     rows = []
     try:
         for done, row in enumerate(grid.rows):
@@ -96,7 +98,7 @@ def estimate(grid: Grid, workers: int, *, offline: bool, on_event: OnEvent) -> E
             # Runs with the same key have meta-steps of the same cost.
             key = repr(asdict(as_unimproved(config)) | dict.fromkeys(FREE_SETTINGS))
             if key not in costs:
-                costs[key] = _measure(config, offline, on_event)
+                costs[key] = _measure(config, offline, on_event, known)
             rows.append(_row_estimate(row.label, config, grid.test, costs[key]))
     finally:
         torch.set_num_threads(threads)
@@ -135,7 +137,7 @@ def _phase(config: TrainConfig, epoch: int) -> Phase:
     return Phase(config.trains_body_only(epoch), first_order_at(config, epoch), any(weights[:-1]))
 
 
-def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
+def _measure(config: TrainConfig, offline: bool, on_event: OnEvent, known: Checked) -> Cost:
     """The median time of a meta-step in each phase, and the better of two times for a validation task."""
     device = open_device(config.device, config.precision)
     streams, source = open_streams(
@@ -145,10 +147,14 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent) -> Cost:
         offline=offline,
         on_event=on_event,
     )
+    module = new_module(config, source.example_shape, on_event, targets=source.targets, known=known)
+    if module is not None and module.plan.random:
+        streams = {**streams, "train": Keyed(streams["train"], config.seed)}
+    shape, classes = source.example_shape, source.classes.get("train")
     meta_step_s: dict[Phase, float] = {}
     for phase in _phases(config):
         net, state = build(
-            config, source.example_shape, device, classes=source.classes.get("train"), targets=source.targets
+            config, shape, device, classes=classes, targets=source.targets, plan=plan_of(module)
         )
         runner = runner_of(MetaStep(config, net, state))
         epoch = next(epoch for epoch in range(config.epochs) if _phase(config, epoch) == phase)

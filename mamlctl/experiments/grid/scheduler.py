@@ -15,6 +15,8 @@ from mamlctl.core.events import CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellProgress, StopReason
 from mamlctl.core.metrics_rows import rows_of
+from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.stored import is_trusted
 from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -115,16 +117,18 @@ class Scheduler:
 
     def _job(self, cell: GridCell) -> Job:
         """The job that completes a pending cell."""
-        offline = ("--offline",) if self._offline else ()
+        call = ("--offline",) if self._offline else ()
         overrides: tuple[str, ...] = ()
         if (cell.folder / CONFIG).is_file():
             overrides = settings_arguments(changes(open_run(cell.folder).config, cell.config))
+        # The node of a cluster does not have this user's list of trusted code.
+        trust = ("--trust-code",) if is_reference(cell.config.net) and is_trusted(cell.folder) else ()
         return Job(
             cell.name,
             cell.folder,
-            train=(*train_arguments(cell.config), *offline),
-            evaluate=(*cell_test(cell, self._grid.test), "--quiet", *offline),
-            overrides=(*overrides, *offline),
+            train=(*train_arguments(cell.config), *call),
+            evaluate=(*cell_test(cell, self._grid.test), "--quiet", *call, *trust),
+            overrides=(*overrides, *call, *trust),
         )
 
     def _record_end(self, end: Ended) -> None:

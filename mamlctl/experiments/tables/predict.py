@@ -28,6 +28,7 @@ from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
+from mamlctl.engine.training.run_module import module_of_run, plan_of
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.tables.plots import Outputs, fits_of, in_units
 from mamlctl.experiments.tables.stored import stored_facts
@@ -126,8 +127,9 @@ def _adapting(
     """The function that adapts the best checkpoint and predicts, and the name of that checkpoint."""
     shape, settings = (len(values.inputs),), replace(settings, models="best")
     files, _ = checkpoint_files(run, settings.checkpoint, on_event)
-    states, epochs, _ = load_states(run, files, settings, shape, device, on_event)
-    net, _ = build(config, shape, torch.device("meta"), targets=len(values.targets))
+    module = module_of_run(run)
+    states, epochs, _ = load_states(run, files, settings, shape, device, on_event, module=module)
+    net, _ = build(config, shape, torch.device("meta"), targets=len(values.targets), plan=plan_of(module))
     derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     predict, state = ALGORITHMS[config.algo].predict(config), states[0].frozen()
 

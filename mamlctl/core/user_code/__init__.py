@@ -1,0 +1,1 @@
+"""The user's own Python code: found, imported, stored in run folders, and trusted."""

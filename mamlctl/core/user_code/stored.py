@@ -1,0 +1,226 @@
+"""The user's code in run folders, and the user's list of trusted code.
+
+A run that was trained with the user's code has a copy in its folder code/: a subfolder per use with the files
+that were imported, and code.json, which names the entry and the digest of each file. Evaluating or resuming
+the run imports the copy, from memory, after all of it was read and compared with code.json.
+
+A run folder may come from anybody. So its code runs only if its digest is in the user's own list, which is
+outside of run folders. The digest covers the entry, the name of the function, and the names and contents of
+all files. For an installed module it covers that module's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.files import append_text, read_object, replacing, write_json
+from mamlctl.core.user_code.importing import UserCode, import_code
+from mamlctl.core.user_code.references import SUFFIX, Located, Reference, module_file
+
+CODE = "code"  # in a run folder
+NETWORK = "net"  # in that folder
+DESCRIPTION = "code.json"
+FORMAT = 1
+TRUSTED = "trusted-code.txt"
+MOST_FILES, MOST_BYTES = 1000, 10_000_000
+
+
+@dataclass(frozen=True)
+class StoredCode:
+    """Code that a run folder contains, or one that is about to be stored."""
+
+    entry: str  # the name of a file, or the dotted name of a module
+    name: str  # of the function in it
+    installed: bool
+    files: Mapping[str, bytes]  # by path relative to the folder; for an installed module, its own file
+
+    @property
+    def digest(self) -> str:
+        """The digest of all this."""
+        content = [FORMAT, self.entry, self.name, self.installed, sorted(_digests(self.files).items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{self.entry}:{self.name}"
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def as_stored(code: UserCode) -> StoredCode:
+    """The code with the files that it has imported by now.
+
+    Raises SettingsError if it has imported a local file that cannot be copied.
+    """
+    if code.modules is None:
+        return StoredCode(code.entry, code.name, True, _installed(code.entry))
+    if (other := code.modules.unrecorded()) is not None:
+        fact = f"{code.entry} imports {other}, which cannot be copied into the run folder"
+        hint = f"import Python files by their path below {code.root}, without a changed sys.path"
+        raise SettingsError([(fact, hint)])
+    return StoredCode(code.entry, code.name, False, dict(code.modules.read))
+
+
+def _installed(module: str) -> dict[str, bytes]:
+    """The file of an installed module, by its name in its package."""
+    file = module_file(module)
+    return {} if file is None else {f"{module.replace('.', '/')}{SUFFIX}": file.read_bytes()}
+
+
+def write_code(folder: Path, code: StoredCode) -> None:
+    """Write the code into a subfolder of code/."""
+    if not code.installed:
+        for name, content in code.files.items():
+            with replacing(folder / name) as file:
+                file.write(content)
+    document = {
+        "format": FORMAT,
+        "entry": code.entry,
+        "name": code.name,
+        "installed": code.installed,
+        "files": _digests(code.files),
+        "digest": code.digest,
+    }
+    write_json(folder / DESCRIPTION, document)
+
+
+def read_code(folder: Path) -> StoredCode:
+    """Read the code of a run without running it.
+
+    Raises SettingsError if files are missing, changed or not in code.json.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        raise _damaged(folder, f"has no {DESCRIPTION}")
+    document = read_object(folder / DESCRIPTION)
+    entry, name, digests = (document.get(key) for key in ("entry", "name", "files"))
+    installed = document.get("installed")
+    if document.get("format") != FORMAT or not isinstance(entry, str) or not isinstance(name, str):
+        raise _damaged(folder, f"has a {DESCRIPTION} that this version cannot read")
+    if not isinstance(digests, dict) or not isinstance(installed, bool) or not name.isidentifier():
+        raise _damaged(folder, f"has a {DESCRIPTION} that this version cannot read")
+    if len(digests) > MOST_FILES or not all(map(_is_plain, digests)):
+        raise _damaged(folder, f"names files in {DESCRIPTION} that no run has")
+    listed = set() if installed else set(digests)
+    if not installed and entry.endswith(SUFFIX) and entry not in listed:
+        raise _damaged(folder, f"does not list its entry in {DESCRIPTION}")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path)}
+    if extra := found - listed - {DESCRIPTION}:
+        raise _damaged(folder, f"contains {min(extra)}, which is not in {DESCRIPTION}")
+    if missing := listed - found:
+        raise _damaged(folder, f"does not contain {min(missing)}")
+    if installed and module_file(entry) is None:
+        raise _damaged(folder, f"names {entry}, which is not the module of a Python file here")
+    files = _installed(entry) if installed else {file: _content(folder, file) for file in sorted(listed)}
+    code = StoredCode(entry, name, installed, files)
+    if installed and _digests(files) != digests:
+        fact = f"{folder.parents[1]} was trained with another version of the module {entry}"
+        raise SettingsError([(fact, "install that version of it")])
+    if changed := [file for file, digest in _digests(files).items() if digests.get(file) != digest]:
+        raise _damaged(folder, f"contains {changed[0]}, which has changed")
+    if document.get("digest") != code.digest:
+        raise _damaged(folder, f"does not have the digest in {DESCRIPTION}")
+    return code
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name in code.json is the relative path of a Python file."""
+    path = PurePosixPath(name)
+    return path.suffix == SUFFIX and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _content(folder: Path, name: str) -> bytes:
+    path = folder / name
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise _damaged(folder, f"contains {name}, which is not an ordinary file of a run")
+    return path.read_bytes()
+
+
+def _damaged(folder: Path, why: str) -> SettingsError:
+    return SettingsError([(f"{folder} {why}: none of its code was run", "restore that folder")])
+
+
+def load_code(folder: Path) -> tuple[UserCode, StoredCode]:
+    """Import the code of a run, if the user trusts it; return it ready to be called, and as it is stored.
+
+    Raises SettingsError if the user does not trust it, or if it is damaged; nothing of it is run then.
+    """
+    folder = folder.absolute()
+    code = read_code(folder)
+    if code.digest not in trusted_digests():
+        fact = f"{folder} has code ({code}) that you do not trust yet: none of it was run"
+        raise SettingsError([(fact, "read that folder, then add --trust-code")])
+    reference = Reference(code.entry, code.name)
+    if code.installed:
+        file = module_file(code.entry)
+        assert file is not None  # its digest was compared
+        return import_code(Located(reference, file, None)), code
+    return import_code(Located(reference, folder / code.entry, folder), code.files), code
+
+
+def trust_file() -> Path:
+    """The user's list of trusted code."""
+    base = os.environ.get("XDG_CONFIG_HOME")  # platformdirs reads it on Linux only
+    folder = Path(base) / "mamlctl" if base else platformdirs.user_config_path("mamlctl")
+    return folder / TRUSTED
+
+
+def trusted_digests() -> set[str]:
+    """The digests of the code that the user trusts."""
+    try:
+        lines = trust_file().read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+
+
+def code_digest(run: Path) -> str:
+    """The first digits of the digest of a run's code, as its code.json gives them; "" without code."""
+    return str(read_object(run / CODE / NETWORK / DESCRIPTION).get("digest") or "")[:12]
+
+
+def is_trusted(run: Path) -> bool:
+    """Whether a run folder has no code yet, or only code that the user trusts."""
+    folder = run / CODE / NETWORK
+    try:
+        return not folder.is_dir() or read_code(folder).digest in trusted_digests()
+    except SettingsError:
+        return False
+
+
+def trust_runs(runs: Iterable[Path]) -> int:
+    """Add the code of run folders to the user's list, and return how many have code.
+
+    Raises SettingsError if it is damaged.
+    """
+    folders = [run / CODE / NETWORK for run in runs]
+    codes = [read_code(folder) for folder in folders if folder.is_dir()]
+    for code in codes:
+        trust(code)
+    return len(codes)
+
+
+def trust(code: StoredCode) -> None:
+    """Add code to the user's list. Raises MamlctlError if it cannot be written."""
+    if code.digest in trusted_digests():
+        return
+    path = trust_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_text(path, f"{code.digest}  {date.today().isoformat()}  {code}\n")
+    except OSError as error:
+        fact = f"the list of trusted code {path} cannot be written: {error.strerror}"
+        raise MamlctlError(fact, hint="make it writable, or set XDG_CONFIG_HOME to another folder") from error

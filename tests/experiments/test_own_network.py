@@ -1,0 +1,372 @@
+"""Runs with the user's own network are resumed, tested, compared and saved from the copy of its code."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers.pages import DOCS, code_blocks
+from helpers.shared import ignore
+from PIL import Image
+
+from mamlctl.cli.app import main
+from mamlctl.core.user_code.stored import StoredCode, read_code, trust_file, write_code
+from mamlctl.data.sets import glyphs
+from mamlctl.engine.training import checkpoints
+from mamlctl.run_folder import open_run
+
+NET = """
+import torch
+from layers import Body
+
+
+class Net(torch.nn.Module):
+    def __init__(self, shape, outputs):
+        super().__init__()
+        self.body = Body(shape[0])
+        self.fc = torch.nn.Linear(4 * 7 * 7, outputs)
+
+    def forward(self, x):
+        return self.fc(self.body(x).flatten(1))
+
+
+def make(shape, outputs):
+    return Net(shape, outputs)
+"""
+LAYERS = """
+from torch import nn
+
+
+class Body(nn.Sequential):
+    def __init__(self, channels):
+        super().__init__(nn.Conv2d(channels, 4, 3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(DROP))
+"""
+SMALL = """
+--dataset glyphs --ways 3 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3 --val-tasks 4
+--device cpu --quiet
+"""
+
+
+def write_net(folder, drop=0.0):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(NET)
+    (folder / "layers.py").write_text(
+        LAYERS.replace("nn.Dropout(DROP)", f"nn.Dropout({drop})" if drop else "nn.Identity()")
+    )
+    return folder / "net.py"
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch, glyphs_root):
+    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
+
+    def call(*words):
+        words = [str(word) for word in words]
+        if words[0] in {"train", "eval"} and "--support" not in words:
+            words += ["--data-root", str(glyphs_root)]
+        monkeypatch.setattr(sys, "argv", ["mamlctl", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current folder, and an empty list of trusted code."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(here, cli):
+    """A function that trains a run in `here` and then removes the original files."""
+
+    def run(*words, name="run", drop=0.0):
+        write_net(here / "code", drop)
+        code, _, err = cli("train", *SMALL.split(), "--net", "code/net.py:make", "--out", name, *words)
+        assert code == 0, err
+        shutil.rmtree(here / "code")
+        return here / name
+
+    return run
+
+
+def is_refused(answer, words):
+    """Whether a command ended with exit code 2 and an error of two lines that contains the words."""
+    code, out, err = answer
+    lines = [line for line in err.splitlines() if line.startswith(("error: ", "hint:  "))]
+    return code == 2 and not out and len(lines) == 2 and err.splitlines()[-2:] == lines and words in err
+
+
+def stored_tensors(run):
+    content = checkpoints.load(run / "checkpoints" / "last.pt", owner=open_run(run).owner)
+    return (
+        content["stored"] | content["optimizer"]["first"]
+        if "first" in content["optimizer"]
+        else content["stored"]
+    )
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_a_resumed_run_is_bitwise_that_without_an_interruption(drop, here, cli):
+    write_net(here / "code", drop)
+    words = ("train", *SMALL.split(), "--net", "code/net.py:make", "--algo", "maml++")
+    assert cli(*words, "--out", "whole")[0] == 0
+    assert cli(*words, "--out", "parts", "--time-limit", "0.001s")[0] == 0
+    assert open_run(here / "parts").state().step < 6
+    shutil.rmtree(here / "code")
+    for _ in range(10):
+        assert cli("train", "--resume", "parts", "--time-limit", "0.001s", "--quiet")[0] == 0
+    one, other = (stored_tensors(here / name) for name in ("whole", "parts"))
+    assert open_run(here / "parts").state().status == "finished"
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    plan = json.loads((here / "parts" / "net.json").read_text())
+    assert plan["random"] == (drop > 0) and plan["one_pass"] == (drop == 0)
+
+
+def test_the_copy_of_the_code_is_used_after_the_original_is_gone(trained, cli, here, monkeypatch):
+    run = trained()
+    code = read_code(run / "code" / "net")
+    assert code.files == {
+        "net.py": NET.encode(),
+        "layers.py": LAYERS.replace("nn.Dropout(DROP)", "nn.Identity()").encode(),
+    }
+    write_net(here / "code")
+    (here / "code" / "layers.py").write_text("raise SystemExit('the original was used')\n")
+    assert cli("eval", run, "--tasks", "4", "--quiet")[0] == 0
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(here / "of another user"))
+    assert is_refused(cli("eval", run, "--tasks", "4"), "that you do not trust yet: none of it was run")
+    assert is_refused(cli("train", "--resume", run), "do not trust")
+    assert not trust_file().exists()
+    assert cli("eval", run, "--tasks", "4", "--trust-code", "--quiet")[0] == 0
+    assert cli("eval", run, "--tasks", "4", "--quiet")[0] == 0
+
+
+EVIL = "from pathlib import Path\nPath('ran').touch()\n"
+
+
+def forge_code(run):
+    """Other code, described consistently."""
+    folder = run / "code" / "net"
+    code = read_code(folder)
+    files = dict(code.files) | {"layers.py": EVIL.encode() + code.files["layers.py"]}
+    write_code(folder, StoredCode(code.entry, code.name, code.installed, files))
+
+
+def forge_net(run, net):
+    """Another --net in config.yaml."""
+    path = run / "config.yaml"
+    path.write_text(re.sub("^net: .*$", f"net: '{net}'", path.read_text(), flags=re.MULTILINE))
+
+
+def forge_all(run, net, code):
+    """Another --net in config.yaml, and code that is described consistently."""
+    forge_net(run, net)
+    shutil.rmtree(run / "code")
+    write_code(run / "code" / "net", code)
+
+
+HOSTILE = {
+    "the code": forge_code,
+    "config.yaml names a function": lambda run: (shutil.rmtree(run / "code"), forge_net(run, "os:system")),
+    "config.yaml names a file": lambda run: (
+        (run / "evil.py").write_text(EVIL + NET),
+        shutil.rmtree(run / "code"),
+        forge_net(run, f"{run}/evil.py:make"),
+    ),
+    "an installed module": lambda run: forge_all(
+        run, "subprocess:call", StoredCode("subprocess", "call", True, {"subprocess.py": b""})
+    ),
+    "a file beside": lambda run: (run / "code" / "net" / "torch.py").write_text(EVIL),
+    "net.json": lambda run: (run / "net.json").write_text('{"format": 1, "one_pass": "os:system"}'),
+}
+
+
+@pytest.mark.parametrize("how", list(HOSTILE))
+def test_no_command_runs_the_code_of_a_hostile_run_folder(how, trained, cli, here):
+    run, other = trained(), trained(name="other")
+    HOSTILE[how](run)
+    (here / "learn" / "a").mkdir(parents=True)
+    for words in (
+        ("eval", run, "--tasks", "4"),
+        ("eval", run, "--tasks", "4", "--plot"),
+        ("eval", run, "--support", here / "learn", "--save-adapted", here / "mine.pt"),
+        ("train", "--resume", run),
+        ("compare", other, run, "--tasks", "4", "--data-root", "data"),
+    ):
+        code, _, err = cli(*words)
+        assert code == 2 and "error: " in err, (words, err)
+    assert not (here / "ran").exists() and "torch.py" not in sys.modules
+
+
+def test_code_that_only_a_file_of_settings_names_is_not_run(trained, cli, here):
+    run = trained()
+    write_net(here / "code")
+    (here / "code" / "net.py").write_text(EVIL + NET)
+    words = ("train", "--config", run / "config.yaml", "--out", "other", "--quiet")
+    assert is_refused(cli(*words), "names code")
+    assert not (here / "ran").exists()
+    assert cli(*words, "--trust-code")[0] == 0 and (here / "ran").exists()
+
+
+def test_own_images_are_classified_and_the_module_is_saved(trained, cli, here, glyphs_root):
+    run = trained(drop=0.3)
+    packed = glyphs.open_pack(glyphs_root, on_event=ignore)
+    for label, name in enumerate(("ant", "bee", "cow")):
+        for shot in range(2):
+            folder = here / ("learn" if shot else "ask") / name
+            folder.mkdir(parents=True)
+            Image.fromarray(packed.images_MCHW[packed.starts[label] + shot, 0]).save(folder / "x.png")
+    code, out, err = cli(
+        "eval", run, "--support", "learn", "--query", "ask", "--save-adapted", "mine.pt", "--json"
+    )
+    assert code == 0, err
+    saved = torch.load(here / "mine.pt", weights_only=True)
+    names: dict = {}
+    exec(LAYERS.replace("nn.Dropout(DROP)", "nn.Dropout(0.3)"), names)
+    exec(NET.replace("from layers import Body", ""), names)
+    module = names["make"]((1, 28, 28), 3)
+    module.load_state_dict(saved["weights"])
+    x = np.stack([np.array(Image.open(file)) for file in sorted((here / "ask").rglob("*.png"))])
+    with torch.no_grad():
+        scores = module.eval()(1 - torch.from_numpy(x).unsqueeze(1) / 255)
+    expected = [list(image["probabilities"].values()) for image in json.loads(out)["predictions"]]
+    assert np.allclose(scores.softmax(1), expected, atol=2e-5)
+
+
+def test_the_code_in_the_docs_works(here, cli, glyphs_root, monkeypatch):
+    """The page's own file and commands, with fewer meta-steps; `mine.pt` predicts as `mamlctl eval` does."""
+    page = (DOCS / "your-own.md").read_text()
+    file, use = code_blocks(page, "python")
+    (here / "net.py").write_text(file)
+    packed = glyphs.open_pack(glyphs_root, on_event=ignore)
+    for label in range(5):
+        (here / "learn" / str(label)).mkdir(parents=True)
+        image = Image.fromarray(packed.images_MCHW[packed.starts[label], 0])
+        image.save(here / "learn" / str(label) / "x.png")
+    lines = "".join(code_blocks(page)).replace("\\\n", "").splitlines()
+    commands = [line.split()[1:] for line in lines if line.startswith("mamlctl") and "runs/rows" in line]
+    assert [words[0] for words in commands] == ["train", "eval", "eval"]
+    fewer = {"train": ["--steps-per-epoch", "2", "--val-tasks", "4"], "eval": ["--query", "learn", "--json"]}
+    for words in commands:
+        more = ["--tasks", "4"] if "--tasks" in words else fewer[words[0]]
+        code, out, err = cli(*words, *more)
+        assert code == 0, err
+    assert "Rows with 12 tensors, head 'head': all tasks in one pass" in page
+    monkeypatch.syspath_prepend(here)
+    names: dict = {}
+    exec(use, names)
+    del sys.modules["net"]
+    x = np.stack([np.array(Image.open(file)) for file in sorted((here / "learn").rglob("*.png"))])
+    with torch.no_grad():
+        scores = names["module"](1 - torch.from_numpy(x).unsqueeze(1) / 255)
+    expected = [list(image["probabilities"].values()) for image in json.loads(out)["predictions"]]
+    assert np.allclose(scores.softmax(1), expected, atol=2e-5)
+
+
+def test_a_network_of_curves(here, cli):
+    (here / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(shape, outputs):\n"
+        "    return nn.Sequential(nn.Linear(*shape, 9), nn.Tanh(), nn.Linear(9, outputs))\n"
+    )
+    words = "--dataset sinusoid --epochs 1 --steps-per-epoch 3 --val-tasks 4 --device cpu"
+    code, _, err = cli("train", *words.split(), "--net", "net.py:make", "--out", "run")
+    assert code == 0 and "Sequential with 4 tensors, head '2': all tasks in one pass" in err
+    assert open_run(here / "run").config.engine == "adjoint"
+    assert cli("eval", "run", "--tasks", "4", "--quiet")[0] == 0
+
+
+def test_a_network_of_a_table_with_two_targets(here, cli):
+    """Trained, tested, and adapted to a new task after its file is gone."""
+    (here / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(shape, outputs):\n"
+        "    return nn.Sequential(nn.Linear(*shape, 9), nn.Tanh(), nn.Linear(9, outputs))\n"
+    )
+    draw, rows = np.random.default_rng(0), ["task,x1,x2,y1,y2"]
+    for task in range(12):
+        rows += [f"t{task}," + ",".join(map(str, draw.normal(size=4))) for _ in range(8)]
+    (here / "tasks.csv").write_text("\n".join(rows))
+    words = "--dataset tasks.csv --shots 3 --queries 3 --epochs 1 --steps-per-epoch 3 --val-tasks 4 --quiet"
+    code, _, err = cli("train", *words.split(), "--net", "net.py:make", "--device", "cpu", "--out", "run")
+    assert code == 0, err
+    (here / "net.py").unlink()
+    assert cli("eval", "run", "--tasks", "4", "--quiet")[0] == 0
+    (here / "a.csv").write_text("\n".join(row.partition(",")[2] for row in rows[:7]))
+    code, _, err = cli("eval", "run", "--support", "a.csv", "--query", "a.csv", "--json")
+    assert code == 0, err
+    trust_file().unlink()
+    assert is_refused(cli("eval", "run", "--support", "a.csv", "--query", "a.csv"), "do not trust")
+
+
+@pytest.mark.render
+def test_the_figure_of_curves_uses_the_copy_of_the_code(here, cli):
+    test_a_network_of_curves(here, cli)
+    (here / "net.py").unlink()
+    assert cli("eval", "run", "--tasks", "4", "--plot", "--quiet")[0] == 0
+    assert read_code(here / "run/plots/pretrained/code/net") == read_code(here / "run/code/net")
+
+
+PROBLEMS = {
+    ("--net", "conv5"): "did you mean 'conv4'?",
+    ("--net", "resnet17"): "did you mean 'resnet18'?",
+    ("--net", "net.py:mak"): "did you mean 'make'?",
+    ("--net", "nett.py:make"): "did you mean 'net.py'?",
+    ("--net", "net.py:make", "--filters", "8"): "--filters has no effect with --net",
+    ("--net", "net.py:make", "--precision", "bf16"): "only our convolutions support it",
+    ("--net", "net.py:make", "--head", "body"): "'body' is a Body, not a linear layer",
+    ("--net", "conv4", "--head", "fc"): "--head has no effect with --net conv4",
+    ("--net", "conv4", "--trust-code"): "--trust-code has no effect",
+    ("--net", "fails.py:make"): "fails.py, line 2, in make: KeyError: 3",
+}
+
+
+@pytest.mark.parametrize("words", list(PROBLEMS), ids=" ".join)
+def test_wrong_networks_are_refused(words, here, cli):
+    write_net(here)
+    (here / "fails.py").write_text("def make(shape, outputs):\n    return {}[outputs]\n")
+    assert is_refused(cli("train", *SMALL.split(), "--out", "run", *words), PROBLEMS[words])
+    assert not (here / "run").exists()
+
+
+def test_runs_of_other_code_have_rows_of_their_own(here, cli):
+    for name, drop in (("one", 0.0), ("two", 0.2)):
+        write_net(here / "code", drop)
+        assert cli("train", *SMALL.split(), "--net", "code/net.py:make", "--out", name, "--seed", "3")[0] == 0
+    code, out, err = cli("compare", "one", "two", "--tasks", "4", "--csv", "--quiet")
+    assert code == 0, err
+    assert out.count("code=") == 2
+
+
+@pytest.mark.process
+def test_the_cells_of_a_grid_use_the_file_of_the_parent(here, cli, glyphs_root):
+    net = write_net(here / "code", 0.2)
+    words = [
+        "--net",
+        "code/net.py:make",
+        "--seeds",
+        "1",
+        "--tasks",
+        "4",
+        "--data-root",
+        glyphs_root,
+        "--out",
+        "grid",
+    ]
+    words = ["compare", "--algos", "maml,anil", *SMALL.split(), *words]
+    code, _, err = cli(*words)
+    assert code == 0, err
+    digests = {read_code(path).digest for path in (here / "grid" / "cells").glob("*/code/net")}
+    assert len(digests) == 1 and digests.pop() in trust_file().read_text()
+    assert is_refused(cli("ablate", "--resume", "grid", "--seeds", "2"), "the plan in grid names code")
+    net.write_text(net.read_text() + "\n# changed\n")
+    assert is_refused(cli(*words, "--seeds", "2"), "was trained with another version of net.py:make")
