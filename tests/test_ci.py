@@ -1,15 +1,22 @@
 """The workflow of this repository, and the one of docs/ci.md: their targets exist and their scripts work."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
+from dataclasses import replace
 
 import pytest
 import yaml
 from helpers.pages import DOCS, code_blocks
 from helpers.shared import ROOT
+from helpers.table_cases import EVAL_ROW
+
+from mamlctl.core.results import named
 
 PAGE = (DOCS / "ci.md").read_text()
 
@@ -58,6 +65,15 @@ def test_the_documented_workflow_uses_the_documented_targets(tmp_path):
     assert set(named) == targets(makefile)
     for target in named:
         assert "--fail-under" in make(makefile, target, tmp_path)
+
+
+def test_the_documented_script_reads_the_result(tmp_path):
+    """On the document of `eval --json`, whose entries `named` makes."""
+    (line,) = re.findall(r"^python (-c .+)$", PAGE, re.MULTILINE)
+    document = {"results": [named(EVAL_ROW), named(replace(EVAL_ROW, score=0.95, kind="ensemble"))]}
+    (tmp_path / "result.json").write_text(json.dumps(document))
+    command = [sys.executable, *shlex.split(line)]
+    assert subprocess.check_output(command, cwd=tmp_path, text=True) == "0.8927 0.0111\n"
 
 
 @pytest.mark.parametrize(

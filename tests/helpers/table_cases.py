@@ -7,12 +7,32 @@ from dataclasses import replace
 
 import numpy as np
 
+from mamlctl.core.results import EvalRow
 from mamlctl.core.statistics import Difference
 from mamlctl.report.published import published
 from mamlctl.report.rendered_table import render_table
 from mamlctl.report.table import Cell, Row, Score, Table
 
 ONE_ON = ("maml", *(f"maml + {part}" for part in ("msl", "da", "bnrs", "bnwb", "bnrs + bnwb", "lslr", "ca")))
+# The best model of the demo, as `eval` returns it.
+EVAL_ROW = EvalRow(
+    model="best",
+    kind="best",
+    metric="accuracy",
+    score=0.8927,
+    ci95=0.0111,
+    tasks=300,
+    split="test",
+    ways=5,
+    shots=1,
+    queries=3,
+    inner_steps=5,
+    bn="transductive",
+    epochs=(4,),
+    per_step=(),
+    per_step_ci95=(),
+    per_step_tasks=0,
+)
 LETTERS = ("msl", "da", "bnrs", "bnwb", "lslr", "ca")
 HOSTILE = '<b>&_%$#~^{}\\ | "x" --lr'
 TENSORS = [f"conv{n}.{kind}" for n in (1, 2, 3, 4) for kind in ("weight", "bias")]

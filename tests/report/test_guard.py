@@ -4,37 +4,19 @@ import math
 from dataclasses import replace
 
 import pytest
-from helpers.table_cases import curves, one_on
+from helpers.table_cases import EVAL_ROW, curves, one_on
 
 from mamlctl.core.errors import ExitCode, MamlctlError
-from mamlctl.core.results import EvalResult, EvalRow
+from mamlctl.core.results import EvalResult
 from mamlctl.report.guard import Limit, check_evaluation, check_table
 from mamlctl.run_folder import RunState
 
 FINISHED = RunState("finished", 100)
-BEST = EvalRow(
-    model="best",
-    kind="best",
-    metric="accuracy",
-    score=0.8927,
-    ci95=0.0111,
-    tasks=300,
-    split="test",
-    ways=5,
-    shots=1,
-    queries=3,
-    inner_steps=5,
-    bn="transductive",
-    epochs=(4,),
-    per_step=(),
-    per_step_ci95=(),
-    per_step_tasks=0,
-)
 
 
 def evaluation(score, metric="accuracy"):
     """An evaluation whose best model has this score, and whose ensemble has another one."""
-    best = replace(BEST, metric=metric, score=score)
+    best = replace(EVAL_ROW, metric=metric, score=score)
     rows = (best, replace(best, model="ensemble-4", kind="ensemble", score=1 - score))
     return EvalResult("runs/demo", "glyphs", "maml++", "runs/demo/eval/test-1", 2.0, rows)
 
