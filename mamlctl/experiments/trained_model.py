@@ -118,7 +118,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     same = run.trained_on(source.digest, source.older_digests)  # or nothing is known
     own = keeps and same and run.dataset_digest is not None
     if own and config.dataset != run.config.dataset:
-        moved = f"{config.dataset} has the data of {run.config.dataset}"
+        moved = f"{config.dataset} has the {'rows' if source.table else 'images'} of {run.config.dataset}"
         on_event(Notice(f"{moved}: using the split of the run"))
         config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
     if source.table is not None:
