@@ -61,6 +61,7 @@ check: lint types test ## run everything: lint, types, tests
 lint: $(VENV)/installed-dev ## check format, style, spelling and wording
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 mamlctl # without an encoding, Windows reads text differently
 	$(BIN)/codespell
 	$(BIN)/python -m pytest -q --noconftest -o addopts= tests/test_plain_english.py
 

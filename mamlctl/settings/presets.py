@@ -50,7 +50,8 @@ def preset_summaries() -> dict[str, str]:
 
 def _summary(path: Path) -> str:
     """The first sentence of the comment at the head of a file."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     text = " ".join(line.lstrip("# ") for line in lines)
     return re.split(r"(?<=\.) (?=[A-Z])", text)[0]
 
