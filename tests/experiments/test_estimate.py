@@ -29,7 +29,7 @@ def test_the_total_is_the_sum_of_its_parts(tmp_path, glyphs_root, monkeypatch):
     """Times are invented, so that the sum is known."""
     calls = []
 
-    def measured(config, offline, on_event):
+    def measured(config, offline, on_event, known):
         calls.append(config.inner_steps)
         task_s = 0.01 * config.inner_steps
         return module.Cost(dict.fromkeys(module._phases(config), 0.5), task_s, 3 * task_s)
