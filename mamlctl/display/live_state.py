@@ -67,7 +67,9 @@ def advance(state: LiveState, event: Event, now: float) -> LiveState:
         case events.Notice():
             return state  # printed above the frame, not in it
         case events.Waiting():
-            waits = (*_over(state.waits, now), Wait(event.what, now))
+            # `compare` loads the data of each run, of which the last time is enough.
+            others = [wait for wait in _over(state.waits, now) if wait.what != event.what]
+            waits = (*others, Wait(event.what, now))
             return replace(state, now=now, doing=event.work or state.doing, waits=waits, work=())
         case events.GridChanged():
             return replace(state, now=now, grid=event, waits=(), work=())

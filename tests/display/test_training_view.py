@@ -167,6 +167,9 @@ def test_before_the_first_report_the_view_says_what_is_waited_for():
     between = advance(state_after(Waiting("loading torch", "testing x")), Progress("reading", 1, 9), 5.5)
     between = advance(between, Waiting("compiling kernels"), 7.5)
     assert frame(between, 80, 23) == [" testing x", " loading torch 4.5 s · compiling kernels 0 s"]
+    for second in (8.0, 8.5, 9.0):
+        between = advance(between, Waiting("loading x"), second)
+    assert frame(between, 80, 23)[1] == " loading torch 4.5 s · compiling kernels 0.5 s · loading x 0 s"
     state = advance(state, MetaStepDone(1, 0), 21.0)
     assert "first meta-step" not in "\n".join(frame(state, 120, 39))
     assert "first meta-step" not in "\n".join(frame(advance(state, a_report(1), 22.0), 120, 39))
