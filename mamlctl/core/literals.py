@@ -22,7 +22,15 @@ InnerOptimizer = Literal["sgd", "adam"]
 Adapts = Literal["all", "head", "body"]
 # The networks of mamlctl, and torchvision's classifiers that pass the check of modules.
 BUILT_IN_NETS = ("conv4", "mlp", "resnet12")
-TORCHVISION_NETS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121")
+TORCHVISION_NETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "efficientnet_b0",
+    "mobilenet_v2",
+    "regnet_y_400mf",
+    "shufflenet_v2_x0_5",
+)
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "compiled", "plain"]
 ConvName = Literal["auto", "direct", "winograd"]

@@ -36,7 +36,7 @@ VALUES = {
     "train --algo ma": ["maml", "maml++", "maml-zero"],
     "ablate --algo al": ["alpha-maml"],
     "train --net ": ["conv4", "mlp", "resnet12", *TORCHVISION_NETS],
-    "train --net re": ["resnet12", "resnet18", "resnet34", "resnet50"],
+    "train --net res": ["resnet12", "resnet18", "resnet34", "resnet50"],
     "train --dataset ": NAMES,
     "compare --dataset mini": ["mini-imagenet"],
     "eval runs/a --dataset omni": ["omniglot"],

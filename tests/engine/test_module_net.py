@@ -9,6 +9,7 @@ from helpers.engine_cases import small_config
 from helpers.module_cases import FILTERS, Attention, Dropped, Encoder, Recurrent, conv4, module_net
 from torch import nn
 
+from mamlctl.core.literals import TORCHVISION_NETS
 from mamlctl.data.tasks.episodes import Keyed
 from mamlctl.engine.algorithms.adjoint import adjoint
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, unrolled
@@ -17,7 +18,9 @@ from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.evaluation.adapted_model import adapt_to_support_set, plain_weights
 from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.batch_norm import NormPass, Statistics
+from mamlctl.engine.nets.factory import torchvision_net, torchvision_plan
 from mamlctl.engine.nets.module_net import ModulePlan
+from mamlctl.engine.nets.module_template import _head_of
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.engine.training.module_check import checked, learner
@@ -186,10 +189,13 @@ def test_an_adapted_module_is_saved_as_its_own_state_dictionary():
     assert torch.allclose(module.eval()(one.query_x_TECHW[0].float()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", TORCHVISION_NETS)
+def test_all_names_of_torchvision_have_a_linear_head(name):
+    assert _head_of(torchvision_net(name, (1, 28, 28), 3), None) in ("fc", "classifier.1")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_of_torchvision_take_grey_and_coloured_images(channels):
-    from mamlctl.engine.nets.factory import torchvision_plan
-
     config = small_config(net="resnet18", meta_batch_size=1, shots=1, queries=1, inner_steps=1)
     net, state = build(config, (channels, 16, 16), CPU, plan=torchvision_plan("resnet18"))
     assert state.slow["linear.weight"].shape == (3, 512) and "layer1.0.conv1.weight" in state.slow
