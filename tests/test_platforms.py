@@ -13,9 +13,10 @@ from helpers.shared import ROOT
 from mamlctl.core.files import read_at
 from mamlctl.engine.devices import device_problems
 
-# Removes what Windows lacks from a Python process, before anything else is imported.
+# Removes what Windows lacks from a Python process, before anything else is imported. Only asyncio is imported
+# before, because Linux has a version of it that needs `os.sysconf`.
 SITE_CUSTOMIZE = """
-import os, signal, sys, warnings
+import asyncio, os, signal, sys, warnings
 
 warnings.filterwarnings("ignore", "only soft file lock is available")  # filelock has others on Windows
 for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty"):
