@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,8 +79,7 @@ def check_evaluation(result: EvalResult, ending: Ending, limit: Limit) -> None:
         MamlctlError: the score does not reach the limit, or the training diverged or failed.
     """
     (best,) = (row for row in result.rows if row.kind == "best")
-    problem = _failure(ending) or limit.shortfall(best.score)
-    _refuse([f"{result.run} {problem}"] if problem else [], limit)
+    _refuse({result.run: (_failure(ending), limit.shortfall(best.score))}, limit)
 
 
 def check_table(table: Table, limit: Limit) -> None:
@@ -93,20 +92,25 @@ def check_table(table: Table, limit: Limit) -> None:
     Raises:
         MamlctlError: a row does not reach the limit, or one of its runs diverged, failed or is not tested.
     """
-    problems = [(row.label, _row_problem(row, limit)) for row in table.rows]
-    _refuse([f"{label} {problem}" for label, problem in problems if problem], limit, len(table.rows))
+    _refuse(
+        {
+            row.label: (_row_failure(row), limit.shortfall(row.best.mean) if row.best else "")
+            for row in table.rows
+        },
+        limit,
+    )
 
 
-def _row_problem(row: Row, limit: Limit) -> str:
-    """Why a row does not pass; "" if it does."""
+def _row_failure(row: Row) -> str:
+    """Why a row does not pass, whatever its score; "" if the score decides."""
     for cell in row.cells:
         if failure := _failure(cell, f" with seed {cell.seed}"):
             return failure
     tested = len(row.best.per_seed) if row.best else 0
-    if row.best is None or tested < len(row.cells):
+    if tested < len(row.cells):
         seeds = plural(len(row.cells), "seed")
         return f"is tested for {tested} of {len(row.cells)} {seeds}"
-    return limit.shortfall(row.best.mean)
+    return ""
 
 
 def _failure(ending: Ending, seed: str = "") -> str:
@@ -116,13 +120,19 @@ def _failure(ending: Ending, seed: str = "") -> str:
     return f"failed{seed}: {ending.reason}" if ending.status == "failed" else ""
 
 
-def _refuse(problems: Sequence[str], limit: Limit, rows: int = 1) -> None:
-    """Raise the error of the rows that do not pass, of all `rows`, if there are any."""
+def _refuse(rows: Mapping[str, tuple[str, str]], limit: Limit) -> None:
+    """Raise the error of the rows that failed, or else have a score with a shortfall; each is "" if not."""
+    problems = [
+        f"{label} {failure or shortfall}"
+        for label, (failure, shortfall) in rows.items()
+        if failure or shortfall
+    ]
     if not problems:
         return
-    change = "lower" if limit.metric == "accuracy" else "raise"
-    hint = f"train longer or with other settings, or {change} {limit.flag}"
+    hint = "train longer or with other settings"
+    if any(shortfall and not failure for failure, shortfall in rows.values()):
+        hint += f", or {'lower' if limit.metric == 'accuracy' else 'raise'} {limit.flag}"
     if len(problems) == 1:
         raise MamlctlError(f"{problems[0]}, but the limit is {limit}", hint=hint)
     lines = "\n".join(f"  {one_line(problem)}" for problem in problems)
-    raise MamlctlError(f"{len(problems)} of {rows} rows do not reach {limit}\n{lines}", hint=hint)
+    raise MamlctlError(f"{len(problems)} of {len(rows)} rows do not reach {limit}\n{lines}", hint=hint)

@@ -71,7 +71,9 @@ def test_a_score_beyond_the_limit_is_refused_with_two_numbers_that_differ(metric
     ],
 )
 def test_a_run_that_diverged_or_failed_is_refused_whatever_its_score(state, fact):
-    assert refusal(check_evaluation, evaluation(0.99), state, Limit("accuracy", 50)).message.startswith(fact)
+    error = refusal(check_evaluation, evaluation(0.99), state, Limit("accuracy", 50))
+    assert error.message.startswith(fact)
+    assert error.hint == "train longer or with other settings", "a lower limit does not help"
 
 
 @pytest.mark.parametrize("status", ["finished", "interrupted", "running", None])
