@@ -153,16 +153,22 @@ def _damaged(folder: Path, why: str) -> SettingsError:
     return SettingsError([(f"{folder} {why}: none of its code was run", "restore that folder")])
 
 
-def load_code(folder: Path) -> tuple[UserCode, StoredCode]:
-    """Import the code of a run, if the user trusts it; return it ready to be called, and as it is stored.
-
-    Raises SettingsError if the user does not trust it, or if it is damaged; nothing of it is run then.
-    """
-    folder = folder.absolute()
+def trusted_code(folder: Path) -> StoredCode:
+    """Read the code of a run without running it. Raises SettingsError if damaged, or not trusted yet."""
     code = read_code(folder)
     if code.digest not in trusted_digests():
         fact = f"{folder} has code ({code}) that you do not trust yet: none of it was run"
         raise SettingsError([(fact, "read that folder, then add --trust-code")])
+    return code
+
+
+def load_code(folder: Path) -> tuple[UserCode, StoredCode]:
+    """Import the code of a run, if the user trusts it; return it ready to be called, and as it is stored.
+
+    Raises SettingsError as `trusted_code` does; nothing of the code is run then.
+    """
+    folder = folder.absolute()
+    code = trusted_code(folder)
     reference = Reference(code.entry, code.name)
     if code.installed:
         file = module_file(code.entry)

@@ -10,7 +10,8 @@ from typing import Any
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.user_code.stored import code_digest
+from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.stored import CODE, NETWORK, code_digest, trusted_code
 from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
@@ -63,8 +64,12 @@ def compare(
     if problems := _incomparable(runs, evaluate):
         raise SettingsError(problems)
     rows = _row_specs(runs)
-    for run in runs:
-        _test(run.folder, evaluate, offline, on_event)
+    untested = [run.folder for run in runs if not _is_tested(run.folder, evaluate)]
+    for folder in untested:  # before the first test, which may take long
+        if is_reference(folder.config.net):
+            trusted_code(folder.path / CODE / NETWORK)
+    for folder in untested:
+        _test(folder, evaluate, offline, on_event)
     on_event(Waiting("making the table"))
     table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
     notes = [
@@ -76,11 +81,15 @@ def compare(
     return replace(table, notes=(*notes, *table.notes))
 
 
+def _is_tested(run: RunFolder, evaluate: EvalConfig) -> bool:
+    """Whether a run has been tested, or cannot be tested because it has diverged."""
+    settings = per_step_settings(evaluate, run.config.dataset)
+    return run.state().status == "diverged" or find_evaluation(run, settings) is not None
+
+
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
-    """Test a run unless it has been tested or has diverged. Raises DataError if its images have changed."""
+    """Test a run. Raises DataError if its images have changed."""
     evaluate = per_step_settings(evaluate, run.config.dataset)
-    if run.state().status == "diverged" or find_evaluation(run, evaluate) is not None:
-        return
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
     if find_evaluation(run, evaluate) is None:
