@@ -17,6 +17,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent, Waiting
 from mamlctl.core.files import check_out
+from mamlctl.core.user_code.references import is_reference
 from mamlctl.core.user_code.stored import trust_runs
 from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
@@ -124,7 +125,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         options.write(time, estimate_document(time), show_estimate)
         return ExitCode.OK
     options.write_table(result.table)
-    code = _report_ending(result, stderr_console())
+    code = _report_ending(result, grid, stderr_console())
     if limit is not None and result.reason in ("", "time limit"):
         check_table(result.table, limit)
     return code
@@ -144,7 +145,7 @@ def _ray_executor(options: GridOptions, on_event: OnEvent) -> AbstractContextMan
     )
 
 
-def _report_ending(result: GridResult, console: Console) -> ExitCode:
+def _report_ending(result: GridResult, grid: Grid, console: Console) -> ExitCode:
     """Print where the report is, what failed and what is left; return the exit code."""
     if result.files:
         say(console, f"report  {result.files[-1]}")
@@ -153,7 +154,8 @@ def _report_ending(result: GridResult, console: Console) -> ExitCode:
         where = f" (see {log})" if (result.folder / log).is_file() else ""
         say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
-        resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}"
+        trust = " --trust-code" if any(is_reference(row.config.net) for row in grid.rows) else ""
+        resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}{trust}"
         say(
             console,
             f"{result.left} {formatting.plural(result.left, 'cell')} left; resume with: ",

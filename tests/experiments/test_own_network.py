@@ -122,10 +122,9 @@ def test_a_resumed_run_is_bitwise_that_without_an_interruption(drop, here, cli):
     assert cli(*words, "--out", "parts", "--time-limit", "0.001s")[0] == 0
     assert open_run(here / "parts").state().step < 6
     shutil.rmtree(here / "code")
-    for _ in range(10):
+    while open_run(here / "parts").state().status != "finished":
         assert cli("train", "--resume", "parts", "--time-limit", "0.001s", "--quiet")[0] == 0
     one, other = (stored_tensors(here / name) for name in ("whole", "parts"))
-    assert open_run(here / "parts").state().status == "finished"
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
     plan = json.loads((here / "parts" / "net.json").read_text())
@@ -190,9 +189,27 @@ HOSTILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory, glyphs_root):
+    """A folder with two runs of an own network, and the list of the user who trained them."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        for name in ("run", "other"):
+            words = ["--net", f"{write_net(folder / 'code')}:make", "--out", str(folder / name)]
+            words = ["mamlctl", "train", *SMALL.split(), *words, "--data-root", str(glyphs_root)]
+            patch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as left:
+                main()
+            assert not left.value.code
+    shutil.rmtree(folder / "code")
+    return folder
+
+
 @pytest.mark.parametrize("how", list(HOSTILE))
-def test_no_command_runs_the_code_of_a_hostile_run_folder(how, trained, cli, here):
-    run, other = trained(), trained(name="other")
+def test_no_command_runs_the_code_of_a_hostile_run_folder(how, two_runs, cli, here):
+    shutil.copytree(two_runs, here, dirs_exist_ok=True)
+    run, other = here / "run", here / "other"
     HOSTILE[how](run)
     (here / "learn" / "a").mkdir(parents=True)
     for words in (
@@ -369,5 +386,7 @@ def test_the_cells_of_a_grid_use_the_file_of_the_parent(here, cli, glyphs_root):
     digests = {read_code(path).digest for path in (here / "grid" / "cells").glob("*/code/net")}
     assert len(digests) == 1 and digests.pop() in trust_file().read_text()
     assert is_refused(cli("ablate", "--resume", "grid", "--seeds", "2"), "the plan in grid names code")
+    limited = ("--seeds", "2", "--trust-code", "--time-limit", "0.001s")
+    assert "--trust-code" in cli("ablate", "--resume", "grid", *limited)[2]
     net.write_text(net.read_text() + "\n# changed\n")
     assert is_refused(cli(*words, "--seeds", "2"), "was trained with another version of net.py:make")
