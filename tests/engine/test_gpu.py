@@ -3,12 +3,15 @@
 import pytest
 import torch
 from helpers.engine_cases import IMAGE, random_episodes, small_config
+from helpers.module_cases import Encoder, Recurrent, conv4, module_net
 
+from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.devices import memory_bytes, open_device
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
+from mamlctl.engine.training.module_check import checked
 from mamlctl.engine.training.progress import Period
 
 pytestmark = [
@@ -27,6 +30,19 @@ def on(device, config, meta_steps=2):
         measured = step.measure(moved, 0, measure_all=True)
         step.apply(measured, 0)
     return state, measured
+
+
+@pytest.mark.parametrize("make", [conv4, Encoder, Recurrent])
+def test_a_module_has_the_same_gradient_on_both_devices(make):
+    """Also an LSTM, whose cuDNN kernels have no second derivative, and fused attention."""
+    config, grads = small_config(algo="maml++", da=False, net="own.py:make"), []
+    plan, _ = checked(module_net(make, IMAGE, config.ways))
+    for device in (torch.device("cpu"), open_device("cuda", "float64")):
+        net, state = build(config, IMAGE, device, plan=plan)
+        moved = [tensor.to(device) for tensor in random_episodes(config).sets]
+        grads.append(MetaStep(config, net, state).measure(Episodes(*moved), 0, measure_all=True).grads)
+    for name, grad in grads[0].items():
+        assert torch.allclose(grads[1][name].cpu(), grad, rtol=1e-7, atol=1e-10), name
 
 
 @pytest.mark.parametrize("first_order", [False, True])

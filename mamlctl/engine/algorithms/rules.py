@@ -46,7 +46,8 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
             problems.append((f"{algo} needs {flag(name)}", "leave it out to use the default"))
     if config.adapts not in entry.may_adapt:
-        why = ": its head starts at zero, so the body gets no gradient" if entry.classifier == "zeros" else ""
+        from_zero = "zeros" in (entry.classifier, entry.head_start)
+        why = ": its head starts at zero, so the body gets no gradient" if from_zero else ""
         fact = f"--adapts {config.adapts} does nothing with {algo}{why}"
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
