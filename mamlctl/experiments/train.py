@@ -25,7 +25,7 @@ from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
-from mamlctl.engine.training.checkpoints import LAST, PREVIOUS
+from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.run_module import RunModule, module_of_run, new_module, plan_of, store_module
 from mamlctl.engine.training.trainer import Trainer
@@ -229,8 +229,10 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         if resume and not any((run.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
             # A folder whose transfer from a Ray node was cut off has no status: the metrics come before the
             # checkpoint, and the status comes last.
-            if (run.path / STATUS).exists() and run.metrics():
-                fact = f"{run.path} has reports, but neither {LAST} nor {PREVIOUS} in its checkpoints folder"
+            # A model that ships has a best checkpoint, but no metrics.
+            found = "reports" if run.metrics() else BEST if (run.checkpoints / BEST).exists() else ""
+            if found and (run.path / STATUS).exists():
+                fact = f"{run.path} has {found}, but neither {LAST} nor {PREVIOUS} in its checkpoints folder"
                 raise MamlctlError(fact, hint="restore one of them, or train a new run with another --out")
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
             run.rewind_metrics(0, 0)

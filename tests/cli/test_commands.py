@@ -750,6 +750,16 @@ def test_a_run_that_lost_its_last_checkpoints_is_not_started_again(cli, copy, st
     assert (copy / "metrics.jsonl").read_text() == before
 
 
+def test_a_model_without_what_only_training_needs_is_not_trained_again(cli, copy):
+    for file in ("metrics.jsonl", "checkpoints/last.pt", "checkpoints/previous.pt"):
+        (copy / file).unlink()
+    before = (copy / "checkpoints" / "best.pt").read_bytes()
+    code, _, err = cli("train", "--resume", copy)
+    assert code == 1
+    assert_two_lines(err, "has best.pt, but neither last.pt nor previous.pt", "restore one of them")
+    assert (copy / "checkpoints" / "best.pt").read_bytes() == before
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(cli, copy, trained):
     shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.jsonl").unlink()
