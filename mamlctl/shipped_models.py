@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.problems import nearest
 from mamlctl.settings.variables import runs_folder
 
 FOLDER = Path(__file__).parent / "models"
@@ -29,29 +31,46 @@ def local_run(path: Path) -> Path:
     An existing path wins over a name. A path that is neither is returned as it is.
 
     Raises:
-        MamlctlError: the folder of runs has another version of the model.
+        MamlctlError: the name is almost that of a model, or the folder of runs has another version of it.
     """
     name = str(path)
-    if path.exists() or name not in model_names():
+    if path.exists():
+        return path
+    if name not in model_names():
+        if len(path.parts) == 1 and (meant := nearest(name, model_names(), otherwise="")):
+            raise MamlctlError(f"there is no run folder or model {name}", hint=meant)
         return path
     source, copy = FOLDER / name, runs_folder() / "models" / name
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
     if not copy.exists():
-        _copy(source, copy)
-    if not (copy / BEST).is_file() or not filecmp.cmp(source / BEST, copy / BEST, shallow=False):
+        _copy(source, files, copy)
+    _, different, missing = filecmp.cmpfiles(source, copy, files, shallow=False)
+    if different or missing:
         raise MamlctlError(
             f"{copy} is not this version of the model {name}", hint="rename or remove that folder"
         )
     return copy
 
 
-def _copy(source: Path, copy: Path) -> None:
-    """Copy a folder in one step, so that no reader sees a part of it."""
+def refuse_model(path: Path) -> None:
+    """Raise SettingsError for the name of a model, where a run is needed that can be trained further."""
+    if str(path) in model_names() and not path.exists():
+        fact = f"{path} is a model that ships with mamlctl, which cannot be trained further"
+        raise SettingsError([(fact, "train a new run, or use the model with mamlctl eval")])
+
+
+def _copy(source: Path, files: Sequence[Path], copy: Path) -> None:
+    """Copy the files of a folder in one step, so that no reader sees a part of them."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = Path(mkdtemp(prefix=f".{copy.name}-", dir=copy.parent))
     try:
-        whole = shutil.copytree(source, part / copy.name)
-        whole.rename(copy)
-    except FileExistsError:
-        pass  # another process was faster
+        for file in files:  # without the modes, since the package may be read-only
+            target = part / copy.name / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target)
+        (part / copy.name).rename(copy)
+    except OSError:
+        if not copy.is_dir():  # another process was faster
+            raise
     finally:
         shutil.rmtree(part)

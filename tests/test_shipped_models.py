@@ -14,10 +14,10 @@ from records.receipts import problems
 
 from mamlctl import shipped_models
 from mamlctl.cli.app import main
-from mamlctl.core.errors import MamlctlError
+from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.data.sets import glyphs
 from mamlctl.run_folder import open_run, run_state
-from mamlctl.shipped_models import BEST, FOLDER, local_run, model_names
+from mamlctl.shipped_models import BEST, FOLDER, local_run, model_names, refuse_model
 
 MEGABYTES = 3
 COPIES = Path("runs", "models")
@@ -105,11 +105,49 @@ def test_an_existing_path_wins_over_a_name(models):
     assert not COPIES.exists()
 
 
-def test_a_copy_of_another_version_is_not_used(models):
+@pytest.mark.parametrize("file", [BEST, Path("config.yaml")])
+def test_a_copy_of_another_version_is_not_used(models, file):
+    (models / "small" / "config.yaml").write_text("ways: 5")
     local_run(Path("small"))
-    (models / "small" / BEST).write_bytes(b"better weights")
+    (models / "small" / file).write_bytes(b"better weights")
     with pytest.raises(MamlctlError, match="is not this version of the model small") as caught:
         local_run(Path("small"))
     assert caught.value.hint == "rename or remove that folder"
     shutil.rmtree(COPIES / "small")
-    assert (local_run(Path("small")) / BEST).read_bytes() == b"better weights"
+    assert (local_run(Path("small")) / file).read_bytes() == b"better weights"
+    (COPIES / "small" / file).unlink()
+    with pytest.raises(MamlctlError, match="is not this version of the model small"):
+        local_run(Path("small"))
+
+
+def test_a_model_of_a_read_only_package_has_a_copy_that_can_be_written(models):
+    for path in (models / "small", *(models / "small").rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    copy = local_run(Path("small"))
+    assert all(path.stat().st_mode & 0o200 for path in (copy, *copy.rglob("*")))
+    for path in (models / "small", models / "small" / "checkpoints"):
+        path.chmod(0o755)
+
+
+def test_two_processes_can_copy_a_model_at_once(models, monkeypatch):
+    def overtaken(source, target):
+        target.write_bytes(source.read_bytes())
+        (COPIES / "small" / "checkpoints").mkdir(parents=True)
+        (COPIES / "small" / BEST).write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(shutil, "copyfile", overtaken)
+    assert local_run(Path("small")) == COPIES / "small"
+    assert [path.name for path in COPIES.iterdir()] == ["small"]
+
+
+def test_a_misspelt_name_gets_a_hint_and_a_path_does_not(models):
+    with pytest.raises(MamlctlError, match="there is no run folder or model small2") as caught:
+        local_run(Path("small2"))
+    assert caught.value.hint == "did you mean 'small'?"
+    assert local_run(Path("runs/small2")) == Path("runs/small2")
+
+
+def test_the_name_of_a_model_is_refused_for_training(models):
+    refuse_model(Path("other"))
+    with pytest.raises(SettingsError, match="small is a model that ships with mamlctl"):
+        refuse_model(Path("small"))

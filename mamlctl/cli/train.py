@@ -31,6 +31,7 @@ from mamlctl.settings.merge import Resolved, merge
 from mamlctl.settings.presets import to_yaml
 from mamlctl.settings.schema import TrainConfig
 from mamlctl.settings.variables import RUNS, variable_layers
+from mamlctl.shipped_models import refuse_model
 
 
 @with_options(SettingsOptions, TrainConfig)
@@ -173,10 +174,12 @@ def _overrides(
         without_effect: options that --resume ignores, by flag.
 
     Raises:
-        SettingsError: a setting would change the run, `out` is another folder, or an option has no effect.
+        SettingsError: a setting would change the run, `out` is another folder, an option has no effect, or
+            the run is a model that ships.
     """
     from mamlctl.run_folder import RESUME_OVERRIDES, open_run
 
+    refuse_model(run)
     stored = asdict(open_run(run).config)
     changeable = RESUME_OVERRIDES
     moved, before = settings.get("dataset", ""), stored["dataset"]
