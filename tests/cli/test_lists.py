@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from io import StringIO
@@ -240,6 +241,9 @@ def test_eval_without_a_run_names_the_latest_ones(cli, work):
         "error: the argument 'run' is missing",
         "hint:  name a run; the latest are runs/run1, runs/run2, runs/run3",
     ]
+    for number in (2, 3, 4):
+        shutil.rmtree(work / f"runs/run{number}")
+    assert cli("eval")[2].splitlines()[1] == "hint:  name a run; the latest is runs/run1"
 
 
 def test_resume_latest_takes_the_newest_unfinished_run_that_is_whole_and_not_in_use(

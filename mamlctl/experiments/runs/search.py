@@ -32,7 +32,7 @@ def hint_for_missing_run() -> str:
     if not latest:
         models = " or ".join(model_names())
         return f"use {models}, train one with mamlctl train --preset demo, or see mamlctl eval --help"
-    return f"name a run; the latest are {', '.join(latest)}"
+    return f"name a run; the latest {'is' if len(latest) == 1 else 'are'} {', '.join(latest)}"
 
 
 def latest_unfinished_run() -> Path:
