@@ -45,7 +45,9 @@ def compare(
     options: GridOptions,
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders, table folders or shipped models; the first is the baseline."),
+        typer.Argument(
+            help="Run folders, table folders or models that ship; the first is the baseline.", metavar="RUNS"
+        ),
     ] = None,
     algos: Annotated[
         str | None,

@@ -25,7 +25,9 @@ def fetch(
     options: OutputOptions,
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Data sets (--list shows all), or samples: images to try eval with."),
+        typer.Argument(
+            help="Data sets (--list shows all), or samples: images to try eval with.", metavar="NAMES"
+        ),
     ] = None,
     list_: Annotated[
         bool, option(None, "List all data sets with their sources, and whether they are present.", "--list")
@@ -53,6 +55,7 @@ def fetch(
     ] = None,
 ) -> ExitCode:
     """The command `mamlctl fetch`."""
+    from mamlctl.data import samples
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
     begin_work()
@@ -83,6 +86,8 @@ def fetch(
             on_event=display,
         )
     options.write(fetched, _document(fetched), show_fetched)
+    if samples.NAME in (names or []):
+        options.say(samples.NEXT)
     return ExitCode.OK
 
 

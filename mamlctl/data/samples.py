@@ -7,12 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.errors import DataError
+from mamlctl.core.events import OnEvent
 from mamlctl.core.files import replacing
 from mamlctl.core.results import FetchedSet
 from mamlctl.data.sets import glyphs
 
 NAME = "samples"
+NEXT = f"try mamlctl eval omniglot-5w1s --support {NAME}/support --query {NAME}/query"
 CLASSES = 5  # as in the tasks of omniglot-5w1s
 QUERIES = 3  # per class, next to one support image
 SIDE = 4 * glyphs.SIDE  # pixels, so that a person can see the characters
@@ -21,11 +23,11 @@ SIDE = 4 * glyphs.SIDE  # pixels, so that a person can see the characters
 def write_samples(force: bool, on_event: OnEvent) -> FetchedSet:
     """Write `samples/support` and `samples/query` in the current folder, with a subfolder per class.
 
-    Args:
-        force: also replace the files that exist.
-        on_event: receives a notice with the command to try next.
+    `force` also replaces the files that exist. Raises DataError if the folder has only other files.
     """
-    folder, files = Path(NAME), []
+    folder, files = Path(NAME), list[Path]()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "support").is_dir():
+        raise DataError(f"{NAME}/ has other files", hint="call mamlctl fetch samples in another folder")
     packed = glyphs.draw(on_event, CLASSES)
     for label, name in enumerate(packed.names):
         for number in range(1 + QUERIES):
@@ -37,5 +39,4 @@ def write_samples(force: bool, on_event: OnEvent) -> FetchedSet:
                     image.save(target, "png")
             files.append(file)
     digest = hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
-    on_event(Notice(f"try mamlctl eval omniglot-5w1s --support {NAME}/support --query {NAME}/query"))
     return FetchedSet(NAME, CLASSES, len(files), digest, str(folder))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mamlctl.core.errors import DataError
 from mamlctl.data.reading.image_files import read_image
-from mamlctl.data.samples import CLASSES, NAME, QUERIES, SIDE, write_samples
+from mamlctl.data.samples import CLASSES, NAME, NEXT, QUERIES, SIDE, write_samples
 from mamlctl.data.sets import glyphs
 from mamlctl.data.tasks.user_images import Reader, find_queries, read_support
 
@@ -27,7 +28,7 @@ def test_the_folders_are_a_support_set_and_labelled_queries(events):
     assert (len(queries), repeated) == (CLASSES * QUERIES, 0)
     assert {query.label for query in queries} == set(support.classes)
     assert (fetched.classes, fetched.images, fetched.folder) == (CLASSES, CLASSES * (1 + QUERIES), NAME)
-    assert events[-1].text.endswith("eval omniglot-5w1s --support samples/support --query samples/query")
+    assert NEXT.endswith("eval omniglot-5w1s --support samples/support --query samples/query")
 
 
 def test_each_image_is_one_drawing_of_its_glyph_in_a_size_that_a_person_can_see(events):
@@ -53,3 +54,12 @@ def test_files_that_exist_are_replaced_only_with_force(events):
     assert changed.read_bytes() == b"mine"
     assert write_samples(True, events.append).digest == digest
     assert changed.with_name("other.png").read_bytes() == b"also mine"
+
+
+def test_a_folder_of_other_files_is_left_alone(events):
+    mine = Path(NAME, "mine", "1.png")
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(DataError, match="samples/ has other files"):
+        write_samples(False, events.append)
+    assert [*Path(NAME).rglob("*")] == [mine.parent, mine]
