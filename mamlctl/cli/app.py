@@ -74,13 +74,13 @@ COMMANDS = {
         "A test scores the best checkpoint and the ensemble of the five best on the same tasks: --models.",
         examples=(
             "mamlctl eval runs/demo --split test --tasks 600",
-            "mamlctl eval runs/demo --support mine/learn --query mine/ask",
+            "mamlctl eval omniglot-5w1s --support mine/learn --query mine/ask",
         ),
     ),
     "fetch": CommandEntry(
         "fetch",
         "Download data sets or read local archives, verify and pack them; interrupted downloads resume.",
-        examples=("mamlctl fetch omniglot --from downloads/",),
+        examples=("mamlctl fetch samples", "mamlctl fetch omniglot --from downloads/"),
     ),
     "compare": CommandEntry(
         "compare",
