@@ -17,6 +17,7 @@ from mamlctl.core.problems import nearest
 from mamlctl.settings.variables import runs_folder
 
 FOLDER = Path(__file__).parent / "models"
+COPIES = "models"  # the folder of copies in the folder of runs
 BEST = Path("checkpoints", "best.pt")
 
 
@@ -40,7 +41,7 @@ def local_run(path: Path) -> Path:
         if len(path.parts) == 1 and (meant := nearest(name, model_names(), otherwise="")):
             raise MamlctlError(f"there is no run folder or model {name}", hint=meant)
         return path
-    source, copy = FOLDER / name, runs_folder() / "models" / name
+    source, copy = FOLDER / name, runs_folder() / COPIES / name
     files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
     if not copy.exists():
         _copy(source, files, copy)

@@ -77,8 +77,11 @@ class EvaluateOptions(GuardOptions):
 
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
         """Problems for options and settings that have no effect, as (fact, hint) pairs."""
-        if settings.get("models") == "ensemble" and (self.fail_under or self.fail_over):
-            fact = "--fail-under and --fail-over judge the best model, which --models ensemble leaves out"
+        limits = [
+            name for name, value in self.by_flag("fail_under", "fail_over").items() if value is not None
+        ]
+        if settings.get("models") == "ensemble" and limits:
+            fact = f"{limits[0]} judges the best model, which --models ensemble leaves out"
             return [(fact, "use --models best or all")]
         if self.support is None:
             image_options = self.by_flag("query", "csv", "save_adapted")

@@ -59,6 +59,8 @@ def fetch(
     from mamlctl.experiments.fetch import fetch_all, list_all, refuse_damage, verify_all
 
     begin_work()
+    if data_root and set(names or []) == {samples.NAME}:
+        raise SettingsError([("--data-root has no effect with samples alone", "leave it out")])
     data_root = data_root or variable_values(TrainConfig).get("data_root")
     if list_ or verify:
         fetching = {"--from": source, "--mirror": mirror, "--force": force, "--offline": options.offline}

@@ -18,9 +18,9 @@ RUNS = variable("runs")  # the folder of runs; unlike the others, no setting of 
 
 
 def variable_values(settings_type: type[TrainConfig] | type[EvalConfig]) -> dict[str, str]:
-    """The settings that have a value in an environment variable; an empty variable counts as not set."""
+    """The settings that have a value in an environment variable; a blank variable counts as not set."""
     names = [item.name for item in fields(settings_type) if item.metadata["variable"]]
-    return {name: value for name in names if (value := os.environ.get(variable(name)))}
+    return {name: value for name in names if (value := os.environ.get(variable(name), "")).strip()}
 
 
 def variable_layers(settings_type: type[TrainConfig] | type[EvalConfig]) -> list[Layer]:
@@ -41,8 +41,10 @@ def origin(name: str, value: str) -> str:
 
 def runs_folder() -> Path:
     """The folder with the run folders that have no --out. Raises SettingsError if MAMLCTL_RUNS is a file."""
-    chosen = os.environ.get(RUNS)
-    folder = expanded(chosen or "runs")
-    if chosen and folder.exists() and not folder.is_dir():
+    chosen = os.environ.get(RUNS, "")
+    if not chosen.strip():
+        return Path("runs")
+    folder = expanded(chosen)
+    if folder.exists() and not folder.is_dir():
         raise SettingsError([(f"{RUNS} is {chosen}, which is a file, not a folder", "name a folder")])
     return folder

@@ -301,7 +301,7 @@ def test_an_unwritable_lock_raises_an_error_with_a_hint(tmp_path):
     assert "--data-root" in raised.value.hint
 
 
-def test_samples_are_written_beside_data_sets_and_take_no_source(cli, tmp_path, monkeypatch):
+def test_samples_are_written_beside_data_sets(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = cli("samples", "glyphs", "--json")
     entries = json.loads(out)["data_sets"]
@@ -310,7 +310,14 @@ def test_samples_are_written_beside_data_sets_and_take_no_source(cli, tmp_path, 
     assert entries[0] | {"digest": ""} == entry
     assert len([*tmp_path.glob("samples/*/*/*.png")]) == 20
     assert err.splitlines()[-1].startswith("try mamlctl eval omniglot-5w1s")
-    for words in (("--from", str(tmp_path)), ("--mirror", "https://example.org/")):
-        code, out, err = cli("samples", *words)
-        assert (code, out) == (2, "")
-        assert f"{words[0]} has no effect with samples, which are drawn" in err
+
+
+@pytest.mark.parametrize("option", ["--from", "--mirror", "--data-root"])
+def test_samples_alone_take_no_option_of_data_sets(option, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mamlctl", "fetch", "samples", option, str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, err = capsys.readouterr()
+    assert (left.value.code, out, [*tmp_path.iterdir()]) == (2, "", [])
+    assert f"{option} has no effect with samples" in err

@@ -235,6 +235,8 @@ def test_eval_without_a_run_names_the_latest_ones(cli, work):
     for age in range(5):
         train(work / f"runs/run{age}", age=age)
     (work / "runs/run0/config.yaml").write_text("{")
+    for name in ("runs/models/omniglot-5w1s", "runs/models/.omniglot-20w1s-x/omniglot-20w1s"):
+        train(work / name)  # a copy of a model, and a remnant of one
     code, out, err = cli("eval", "--tasks", "5")
     assert (code, out) == (2, "")
     assert err.splitlines() == [

@@ -66,9 +66,10 @@ def test_each_layer_overrides_every_weaker_one(cli, words, tmp_path, name, weake
     assert source.strip() == sources.get(stronger, stronger)
 
 
-def test_an_empty_variable_counts_as_not_set(cli, monkeypatch):
-    monkeypatch.setenv("MAMLCTL_DEVICE", "")
-    monkeypatch.setenv("MAMLCTL_RUNS", "")
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_variable_counts_as_not_set(cli, monkeypatch, blank):
+    monkeypatch.setenv("MAMLCTL_DEVICE", blank)
+    monkeypatch.setenv("MAMLCTL_RUNS", blank)
     assert variable_values(TrainConfig) == {}
     assert str(runs_folder()) == "runs"
     out = cli("train", "--dataset", "glyphs", "--print-config")[1]

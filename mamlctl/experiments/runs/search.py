@@ -13,7 +13,7 @@ from mamlctl.core.files import is_locked, lock_holder
 from mamlctl.experiments.grid.grid import PLAN
 from mamlctl.run_folder import CONFIG, METRICS, STATUS, open_run
 from mamlctl.settings.variables import runs_folder
-from mamlctl.shipped_models import model_names
+from mamlctl.shipped_models import COPIES, model_names
 
 DEPTH = 3  # levels of folders below the folder of runs in which runs and tables are searched
 DATED = (STATUS, METRICS, CONFIG, PLAN)  # the files of a run or a table whose last change counts
@@ -27,7 +27,11 @@ def means_latest(path: Path) -> bool:
 
 def hint_for_missing_run() -> str:
     """What to do if a command needs a run: name one of the latest, or train a first one."""
-    whole = (path for path in newest_first(runs_folder()) if not is_table(path) and _can_open(path))
+    folder = runs_folder()
+    copies = {folder / COPIES / name for name in model_names()}
+    whole = (
+        path for path in newest_first(folder) if not is_table(path) and path not in copies and _can_open(path)
+    )
     latest = [shlex.quote(str(path)) for path in itertools.islice(whole, NAMED)]
     if not latest:
         models = " or ".join(model_names())
@@ -103,7 +107,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
     """The folders of runs and tables below a folder; what cannot be read is skipped."""
     children = list[Path]()
     with suppress(OSError):
-        children = [path for path in folder.iterdir() if path.is_dir()]
+        children = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in children:
         with suppress(OSError):
             if (path / CONFIG).is_file() or is_table(path):
