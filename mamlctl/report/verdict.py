@@ -75,6 +75,10 @@ def _nothing_certain(table: Table, different: Sequence[Row], measured: int) -> s
     if measured == 1:
         return f"No certain difference: {_comparison(table, best.label, best)}"
     subject = f"the best of them, {best.label},"
+    if len(different) < measured and not _is_better(table, best):  # then the equal rows are better
+        rest = len(different)
+        group = f"best of the {rest} rows that do" if rest > 1 else "one row that does"
+        subject = f"the {group} not equal it, {best.label},"
     return (
         f"No certain difference from {table.baseline} in {measured} rows: {_comparison(table, subject, best)}"
     )

@@ -106,6 +106,22 @@ SENTENCES = {
             "Equal to maml on every task: row 1.",
         ],
     ),
+    "equal and lower runs": (
+        judged(None, (-0.02, 0.03, 0.1), (-0.01, 0.03, 0.3)),
+        [
+            "No certain difference from maml in 3 rows: the best of the 2 rows that do not equal it, row 3, "
+            "is 1.00 points below maml, interval -4.00 to +2.00, p 0.600, 3 seeds.",
+            "Equal to maml on every task: row 1.",
+        ],
+    ),
+    "one lower run, and an equal one": (
+        judged(None, (-0.01, 0.03, 0.3)),
+        [
+            "No certain difference from maml in 2 rows: the one row that does not equal it, row 2, "
+            "is 1.00 points below maml, interval -4.00 to +2.00, p 0.600, 3 seeds.",
+            "Equal to maml on every task: row 1.",
+        ],
+    ),
     "errors": (
         curves(),
         [
