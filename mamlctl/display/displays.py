@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
-from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, Group, RenderResult
 from rich.control import Control
 from rich.live import Live
+from rich.text import Text
 
 from mamlctl.core import events, formatting
 from mamlctl.core.events import Event
@@ -19,6 +20,7 @@ from mamlctl.display.live_state import LiveState, advance
 from mamlctl.display.training_view import render
 
 REFRESH_PER_SECOND = 8  # looks smooth; one frame takes 3 to 4 ms of one core
+ECHO = 2  # columns of the '^C' of a terminal; if they begin a new line, a part of the frame remains above
 PROGRESS_EVERY_S = 5.0  # often enough to show that work continues, without filling a log
 
 Clock = Callable[[], float]
@@ -94,9 +96,18 @@ class LiveDisplay(Display):
             yield Control.clear()
         self._size = options.size
         # One line less than the screen, because the cursor moves below the last frame at the end.
-        yield render(replace(self.state, now=self._clock()), options.size.width, options.size.height - 1)
-        if self.state.waits and self.state.run is None:
+        width, height = options.size.width, options.size.height - 1
+        frame = render(replace(self.state, now=self._clock()), width, height)
+        yield frame
+        imports = self.state.waits and self.state.run is None
+        if imports or (len(frame.renderables) < height and _length(frame) > width - ECHO):
             yield ""  # the cursor waits below, where a shell prints its prompt if Ctrl-C ends the imports
+
+
+def _length(frame: Group) -> int:
+    """Terminal columns of the last line of a frame."""
+    line = frame.renderables[-1] if frame.renderables else None
+    return line.cell_len if isinstance(line, Text) else 0
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.text import Text
 
 from mamlctl.core import formatting
@@ -39,7 +39,7 @@ UNCHANGED = (150, 150, 150)
 HEAT = (215, 120, 30)
 
 
-def render(state: LiveState, width: int, height: int) -> RenderableType:
+def render(state: LiveState, width: int, height: int) -> Group:
     """One frame, which fits the terminal.
 
     Args:

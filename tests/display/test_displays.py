@@ -14,7 +14,7 @@ from helpers.display_cases import RUN, VALIDATION, a_report, frame, state_after
 from rich.console import Console
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.events import MetaStepDone, Notice, Progress, Waiting
+from mamlctl.core.events import CellState, GridChanged, MetaStepDone, Notice, Progress, Waiting
 from mamlctl.core.results import EvalResult, EvalRow, TrainResult
 from mamlctl.display.console import say_table, show_error, stderr_console, write_json
 from mamlctl.display.displays import LiveDisplay, PlainDisplay, SilentDisplay, open_display
@@ -140,6 +140,18 @@ def test_a_resize_clears_the_screen():
         console.size = (80, 24)  # type: ignore[assignment]
     assert before == 0
     assert written(console).count("\x1b[2J") == 1
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_cursor_waits_where_the_echo_of_ctrl_c_begins_no_line(width):
+    bar = Progress("validating", 200, 600)  # a line of the whole width
+    grid = GridChanged("omniglot", "accuracy", 1, (CellState("maml", 0, "testing", 9, 9),), 7.0)
+    for event in (bar, grid):
+        console = terminal(width)
+        with LiveDisplay(console) as display:
+            display(event)
+            last = plain(written(console)).split("\n")[-1]
+        assert len(last) <= width - len("^C"), last
 
 
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch):
