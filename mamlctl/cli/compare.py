@@ -120,7 +120,10 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
         begin_work()
         if out is not None:
             evaluate = with_figure(evaluate)
-        table = compare(runs, evaluate, offline=options.offline, command=grid_command(), on_event=display)
+        command, offline = grid_command(), options.offline
+        table = compare(
+            runs, evaluate, offline=offline, command=command, on_event=display, folder=options.out
+        )
     files = [] if out is None else write_files(table, out)
     options.write_table(table)
     if files:

@@ -14,6 +14,7 @@ from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.compare import compare
 from mamlctl.report.export import document
 from mamlctl.report.rendered_table import render_table
+from mamlctl.report.report_folder import write_files
 from mamlctl.settings.evaluation import EvalConfig
 
 pytestmark = pytest.mark.process
@@ -33,8 +34,9 @@ def copied(grid, tmp_path):
     return tmp_path / "g"
 
 
-def called(paths, evaluate=TESTED, on_event=ignore):
-    return compare(paths, evaluate, offline=True, command="mamlctl compare", on_event=on_event)
+def called(paths, evaluate=TESTED, on_event=ignore, folder=None):
+    command = "mamlctl compare"
+    return compare(paths, evaluate, offline=True, command=command, on_event=on_event, folder=folder)
 
 
 def test_run_folders_and_their_grid_give_the_same_table(grid):
@@ -64,6 +66,19 @@ def test_the_report_has_curves_of_adaptation_and_a_plain_table_needs_none(copied
     again = called([copied], test, events.append)
     assert not any("testing" in getattr(event, "text", "") for event in events)
     assert again.rows[0].best == plain.rows[0].best
+
+
+def test_runs_are_named_relative_to_the_folder_of_the_table(copied, tmp_path, monkeypatch):
+    """So that the links of a report lead to them, wherever the command was called."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"g/cells/{algo}-s{seed}" for algo in ("maml", "protonet") for seed in (0, 1)]
+    here = called([copied])
+    assert [cell.run for row in here.rows for cell in row.cells] == names
+    there = called([copied], folder=tmp_path / "tables" / "new")
+    assert [cell.run for row in there.rows for cell in row.cells] == [f"../../{name}" for name in names]
+    assert there.environment == here.environment != {}
+    page = write_files(there, tmp_path / "tables" / "new")[-1]
+    assert all((page.parent / cell.run).is_dir() for row in there.rows for cell in row.cells)
 
 
 def test_a_table_of_single_checkpoints_has_no_column_for_ensembles(copied):

@@ -271,7 +271,7 @@ def _environment(rows: Sequence[_RowRuns], root: Path) -> dict[str, Any]:
     """The environment of the first run that has one, without what says nothing about the others."""
     for row in rows:
         for cell in row.cells:
-            path = root / cell.run
+            path = Path(os.path.normpath(root / cell.run))  # the folder `root` may not exist yet
             stored = RunFolder(path, row.spec.config).environment() if (path / CONFIG).is_file() else {}
             if stored:
                 return {key: value for key, value in stored.items() if key not in OF_ONE_RUN}

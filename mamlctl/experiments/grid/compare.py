@@ -44,7 +44,13 @@ class _Run:
 
 
 def compare(
-    paths: Sequence[Path], evaluate: EvalConfig, *, offline: bool, command: str, on_event: OnEvent
+    paths: Sequence[Path],
+    evaluate: EvalConfig,
+    *,
+    offline: bool,
+    command: str,
+    on_event: OnEvent,
+    folder: Path | None = None,
 ) -> Table:
     """Test the runs that have not been tested on these tasks, and make the table.
 
@@ -55,6 +61,8 @@ def compare(
         offline: never download.
         command: the command line, for the table.
         on_event: receives progress and notices.
+        folder: where the table is written, to which its names of run folders are relative; None: the
+            current folder.
 
     Raises:
         SettingsError: the runs cannot be compared.
@@ -65,13 +73,14 @@ def compare(
         raise SettingsError(problems)
     rows = _row_specs(runs)
     untested = [run.folder for run in runs if not _is_tested(run.folder, evaluate)]
-    for folder in untested:  # before the first test, which may take long
-        if is_reference(folder.config.net):
-            trusted_code(folder.path / CODE / NETWORK)
-    for folder in untested:
-        _test(folder, evaluate, offline, on_event)
+    for run in untested:  # before the first test, which may take long
+        if is_reference(run.config.net):
+            trusted_code(run.path / CODE / NETWORK)
+    for run in untested:
+        _test(run, evaluate, offline, on_event)
     on_event(Waiting("making the table"))
-    table = tabulate("compared", rows, evaluate, root=Path.cwd(), commands=[command], unfinished=True)
+    root = folder or Path.cwd()
+    table = tabulate("compared", rows, evaluate, root=root, commands=[command], unfinished=True)
     notes = [
         f"{run.path.name} stopped at meta-step {steps_done(run.state(), run.metrics())} "
         f"of {run.config.total_steps}"
