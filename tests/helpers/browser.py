@@ -22,7 +22,8 @@ class Browser:
     """A context with an open browser, driven by messages of the DevTools protocol over two pipes."""
 
     def __enter__(self):
-        self.profile = tempfile.TemporaryDirectory()
+        # Processes of the browser may still write into the folder when it is removed.
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (to_browser, self.to_fd), (self.from_fd, from_browser) = os.pipe(), os.pipe()
         # The browser reads from descriptor 3 and writes to 4; numbers from 10 on are surely not these.
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
