@@ -43,7 +43,7 @@ class MamlctlError(Exception):
         self.hint = hint
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, according to an exception of Python, numpy, torch or the operating system."""
     text = str(error).lower()
     phrases = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")

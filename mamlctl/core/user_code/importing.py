@@ -205,14 +205,9 @@ def errors_of_user_code(root: Path | None) -> Iterator[None]:
         yield
     except RAISED as error:
         by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code >= SIGNAL
-        if isinstance(error, MamlctlError) or by_signal or is_out_of_memory_error(error):
+        if isinstance(error, MamlctlError) or by_signal or is_out_of_memory(error):
             raise
         raise SettingsError([(_described(error, root), "correct the code that is named here")]) from error
-
-
-def is_out_of_memory_error(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    return isinstance(error, Exception) and is_out_of_memory(error)
 
 
 def _described(error: BaseException, root: Path | None) -> str:
