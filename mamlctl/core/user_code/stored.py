@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import platformdirs
@@ -43,18 +44,19 @@ class StoredCode:
     installed: bool
     files: Mapping[str, bytes]  # by path relative to the folder; for an installed module, its own file
 
-    @property
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """The digest of each file."""
+        return {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+
+    @cached_property
     def digest(self) -> str:
         """The digest of all this."""
-        content = [FORMAT, self.entry, self.name, self.installed, sorted(_digests(self.files).items())]
+        content = [FORMAT, self.entry, self.name, self.installed, sorted(self.digests.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __str__(self) -> str:
         return f"{self.entry}:{self.name}"
-
-
-def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def as_stored(code: UserCode) -> StoredCode:
@@ -88,7 +90,7 @@ def write_code(folder: Path, code: StoredCode) -> None:
         "entry": code.entry,
         "name": code.name,
         "installed": code.installed,
-        "files": _digests(code.files),
+        "files": code.digests,
         "digest": code.digest,
     }
     write_json(folder / DESCRIPTION, document)
@@ -122,10 +124,10 @@ def read_code(folder: Path) -> StoredCode:
         raise _damaged(folder, f"names {entry}, which is not the module of a Python file here")
     files = _installed(entry) if installed else {file: _content(folder, file) for file in sorted(listed)}
     code = StoredCode(entry, name, installed, files)
-    if installed and _digests(files) != digests:
+    if installed and code.digests != digests:
         fact = f"{folder.parents[1]} was trained with another version of the module {entry}"
         raise SettingsError([(fact, "install that version of it")])
-    if changed := [file for file, digest in _digests(files).items() if digests.get(file) != digest]:
+    if changed := [file for file, digest in code.digests.items() if digests.get(file) != digest]:
         raise _damaged(folder, f"contains {changed[0]}, which has changed")
     if document.get("digest") != code.digest:
         raise _damaged(folder, f"does not have the digest in {DESCRIPTION}")
