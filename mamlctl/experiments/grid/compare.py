@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class _Run:
     folder: RunFolder
     label: str
 
-    @property
+    @cached_property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """Equal for runs that differ only in their seed."""
         code = {"code": digest} if (digest := code_digest(self.folder.path)) else {}
