@@ -47,6 +47,6 @@ class EqualHead:
         return replace(result, grads=grads)
 
     def _head_gradient(self, grad_N: Tensor) -> Tensor:
-        return (
-            torch.zeros_like(grad_N) if self.zeros else grad_N.sum(0, keepdim=True).expand_as(grad_N).clone()
-        )
+        if self.zeros:
+            return torch.zeros_like(grad_N)
+        return grad_N.sum(0, keepdim=True).expand_as(grad_N).clone()

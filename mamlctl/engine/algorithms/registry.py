@@ -33,16 +33,10 @@ def _unrolled(config: TrainConfig) -> Outer:
     return unrolled if config.engine == "plain" or config.net == "mlp" else adjoint
 
 
-def _equal_rows(config: TrainConfig) -> Outer:
+def _equal_head(config: TrainConfig) -> Outer:
     from mamlctl.engine.algorithms.equal_heads import EqualHead
 
-    return EqualHead(_unrolled(config), zeros=False)
-
-
-def _zero_head(config: TrainConfig) -> Outer:
-    from mamlctl.engine.algorithms.equal_heads import EqualHead
-
-    return EqualHead(_unrolled(config), zeros=True)
+    return EqualHead(_unrolled(config), zeros=ALGORITHMS[config.algo].head_start == "zeros")
 
 
 def _anil(config: TrainConfig) -> Outer:
@@ -216,7 +210,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "unicorn-maml": Algorithm(
         "Ye & Chao 2022 (arXiv:2106.16245): all classes start from one learnt row of the head",
-        _equal_rows,
+        _equal_head,
         head_start="equal rows",
         on_curves=None,
         unrolls=True,
@@ -224,7 +218,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "maml-zero": Algorithm(
         "Kao et al. 2022 (arXiv:2106.15367): the head is zero before each inner loop",
-        _zero_head,
+        _equal_head,
         head_start="zeros",
         on_curves=COMPILED_CURVES,
         unrolls=True,
