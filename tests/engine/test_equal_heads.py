@@ -26,6 +26,16 @@ def learner(algo, **settings):
     return config, net, state, random_episodes(config)
 
 
+def trained(algo):
+    """After three meta-steps on the same tasks."""
+    config, net, state, episodes = learner(algo, meta_lr=0.01)
+    step = MetaStep(config, net, state)
+    optimizer = ALGORITHMS[algo].optimizer(state.learnable(), config)
+    for _ in range(3):
+        optimizer.step(step.measure(episodes, 0, measure_all=False).grads)
+    return step, episodes
+
+
 @pytest.mark.parametrize("first_order", [False, True])
 def test_unicorn_is_the_gradient_of_one_row_that_all_classes_share(first_order):
     """The slow loop with the head as an expanded leaf: autograd sums over the rows."""
@@ -62,27 +72,19 @@ def test_zeroing_is_maml_from_a_head_of_zeros_that_stays_zero():
 @pytest.mark.parametrize("algo", [*EQUAL, "maml"])
 def test_label_permutations_have_no_spread(algo):
     """Each task's accuracy is that of its other label orders, exactly; with `maml` it is not."""
-    config, net, state, episodes = learner(algo, meta_lr=0.01)
-    step = MetaStep(config, net, state)
-    optimizer = ALGORITHMS[algo].optimizer(state.learnable(), config)
-    for _ in range(3):
-        optimizer.step(step.measure(episodes, 0, measure_all=False).grads)
+    step, _ = trained(algo)
     common = {"split": "test", "name": "patterns", "ways": 3, "shots": 1, "queries": 3, "rotations": "none"}
     stream = image_stream(patterns(), np.arange(8), dtype=torch.float64, ink=1, **common)
     tasks, orders = 12, 3
-    plan = EvaluationPlan(tasks * orders, config.inner_steps, Statistics.OWN)
-    scores = evaluate(fastest(net), [state], LabelPermutations(stream, orders), plan).single[0]
+    plan = EvaluationPlan(tasks * orders, step.config.inner_steps, Statistics.OWN)
+    scores = evaluate(fastest(step.net), [step.state], LabelPermutations(stream, orders), plan).single[0]
     spread = np.ptp(scores.last_T.reshape(tasks, orders), axis=1)
     assert (spread == 0).all() == (algo in EQUAL)
 
 
 @pytest.mark.parametrize("algo", [*EQUAL, "maml"])
 def test_the_order_of_the_labels_has_no_effect_after_training(algo):
-    config, net, state, episodes = learner(algo, meta_lr=0.01)
-    step = MetaStep(config, net, state)
-    optimizer = ALGORITHMS[algo].optimizer(state.learnable(), config)
-    for _ in range(3):
-        optimizer.step(step.measure(episodes, 0, measure_all=False).grads)
+    step, episodes = trained(algo)
     order = torch.tensor([2, 0, 1])
     relabelled = Episodes(
         episodes.support_x_TECHW,
@@ -97,5 +99,5 @@ def test_the_order_of_the_labels_has_no_effect_after_training(algo):
     assert same == (algo in EQUAL)
     if algo == "unicorn-maml":
         for name in HEAD:
-            rows = state.slow[name]
+            rows = step.state.slow[name]
             assert torch.equal(rows, rows[:1].expand_as(rows)) and bool(rows.any())
