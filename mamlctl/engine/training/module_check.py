@@ -190,9 +190,8 @@ def _differentiate_twice(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) ->
     grads = torch.autograd.grad(outputs, inputs, directions, create_graph=True, materialize_grads=True)
     if differentiable := [grad for grad in grads if grad.requires_grad]:
         total = torch.stack([grad.square().sum() for grad in differentiable]).sum()
-        torch.autograd.backward(
-            total
-        )  # not for chosen inputs, which would skip the node that raises the error
+        # Not for chosen inputs, which would skip the node that raises the error.
+        torch.autograd.backward(total)
 
 
 def _fails_alone(layer: nn.Module, inputs: tuple[object, ...]) -> bool:
@@ -241,7 +240,7 @@ def _outputs(net: ModuleNet) -> Tensor:
 
 
 def _meta_gradient(net: ModuleNet) -> list[Tensor]:
-    """The second-order meta-gradient of two inner steps."""
+    """The second-order meta-gradient of STEPS inner steps."""
     state, episodes = learner(net)
     for tensor in state.learnable().values():
         tensor.requires_grad_()
