@@ -10,7 +10,7 @@ R rows of per-step norm parameters (I or 1), L parameter tensors, D input size, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -60,6 +60,11 @@ class Objective:
 
 CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
 REGRESSION = Objective("mse", squared_error, squared_error)
+
+
+def objective_of(example_shape: Sequence[int]) -> Objective:
+    """Classification of images C, H, W, or regression from points of D values."""
+    return REGRESSION if len(example_shape) == 1 else CLASSIFICATION
 
 
 class Net(Protocol):

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from mamlctl.engine.devices import COMPUTE
-from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, Net
+from mamlctl.engine.nets.base import Net, objective_of
 from mamlctl.engine.nets.conv4 import Conv4
 from mamlctl.engine.nets.mlp import HIDDEN, Mlp
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
@@ -31,7 +31,7 @@ def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
 
 
 def _mlp(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
-    objective = REGRESSION if len(shape) == 1 else CLASSIFICATION
+    objective = objective_of(shape)
     widths = (config.hidden or HIDDEN[objective.metric]).split("-")
     return Mlp(tuple(shape), outputs, tuple(map(int, widths)), objective, config.activation or "relu")
 
@@ -60,8 +60,7 @@ def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, plan: Modu
     if config.net in NETS:
         return NETS[config.net](config, shape, outputs)
     assert plan is not None, f"--net {config.net} needs the plan of its module"
-    objective = REGRESSION if len(shape) == 1 else CLASSIFICATION
-    return ModuleNet(plan, tuple(shape), outputs, objective, config.head)
+    return ModuleNet(plan, tuple(shape), outputs, objective_of(shape), config.head)
 
 
 def torchvision_net(name: str, shape: tuple[int, ...], outputs: int) -> nn.Module:

@@ -23,7 +23,7 @@ from mamlctl.core.user_code.stored import (
     trust,
     write_code,
 )
-from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION
+from mamlctl.engine.nets.base import objective_of
 from mamlctl.engine.nets.factory import torchvision_plan
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.training.module_check import checked
@@ -94,13 +94,12 @@ def new_module(
 
 def _checked_module(net: str, head: str | None, shape: tuple[int, ...], outputs: int) -> RunModule:
     """Import and check a module."""
-    objective = REGRESSION if len(shape) == 1 else CLASSIFICATION
     if is_reference(net):
         code = import_code(locate(net, "--net"))
         plan = ModulePlan(code)
     else:
         code, plan = None, torchvision_plan(net)
-    unchecked = ModuleNet(plan, shape, outputs, objective, head)
+    unchecked = ModuleNet(plan, shape, outputs, objective_of(shape), head)
     plan, why = checked(unchecked)
     module, size = unchecked.template.module, len(unchecked.template.paths)
     name = f"{type(module).__name__} with {size} {plural(size, 'tensor')}, head '{unchecked.template.head}'"
