@@ -18,7 +18,7 @@ from mamlctl.core.files import append_text, check_out, write_json
 from mamlctl.core.formatting import plural
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import TrainResult
-from mamlctl.data.tasks.episodes import Keyed, Placement, Tasks
+from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
@@ -27,7 +27,14 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import RunModule, module_of_run, new_module, plan_of, store_module
+from mamlctl.engine.training.run_module import (
+    RunModule,
+    module_of_run,
+    new_module,
+    plan_of,
+    store_module,
+    training_tasks,
+)
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
@@ -211,8 +218,7 @@ def _prepare(
     net, state = build(
         completed, source.example_shape, device, classes=classes, targets=source.targets, plan=plan_of(module)
     )
-    if module is not None and module.plan.random:
-        streams = {**streams, "train": Keyed(streams["train"], completed.seed)}
+    streams["train"] = training_tasks(streams["train"], module, completed.seed)
     return _Prepared(completed, device, streams, source, net, state, module, stop, on_event)
 
 

@@ -23,6 +23,7 @@ from mamlctl.core.user_code.stored import (
     trust,
     write_code,
 )
+from mamlctl.data.tasks.episodes import Keyed, Tasks
 from mamlctl.engine.nets.base import objective_of
 from mamlctl.engine.nets.factory import torchvision_plan
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
@@ -140,6 +141,17 @@ def module_of_run(run: RunFolder) -> RunModule | None:
 def plan_of(module: RunModule | None) -> ModulePlan | None:
     """The plan of a module, for `build`."""
     return None if module is None else module.plan
+
+
+def training_tasks(stream: Tasks, module: RunModule | None, seed: int) -> Tasks:
+    """The tasks of meta-training, with their random numbers if the module draws any.
+
+    Args:
+        stream: the tasks.
+        module: None for a built-in network.
+        seed: of the run.
+    """
+    return Keyed(stream, seed) if module is not None and module.plan.random else stream
 
 
 def check_cell(run: RunFolder, module: RunModule | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from mamlctl.core.events import OnEvent, Progress
 from mamlctl.core.results import TIMED, Estimate, RowEstimate
 from mamlctl.data.rules import per_step_settings
-from mamlctl.data.tasks.episodes import Keyed, Placement, Tasks
+from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import device_words, open_device, tensor_dtype
@@ -26,7 +26,7 @@ from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training.cuda_graphs import Captured, runner_of
 from mamlctl.engine.training.initial_state import build, evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep
-from mamlctl.engine.training.run_module import Checked, new_module, plan_of
+from mamlctl.engine.training.run_module import Checked, new_module, plan_of, training_tasks
 from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
 from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
@@ -148,8 +148,7 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent, known: Check
         on_event=on_event,
     )
     module = new_module(config, source.example_shape, on_event, targets=source.targets, known=known)
-    if module is not None and module.plan.random:
-        streams = {**streams, "train": Keyed(streams["train"], config.seed)}
+    streams["train"] = training_tasks(streams["train"], module, config.seed)
     shape, classes = source.example_shape, source.classes.get("train")
     meta_step_s: dict[Phase, float] = {}
     for phase in _phases(config):
