@@ -141,9 +141,7 @@ def _by_task(table: TableStream, scores: ModelScores, errors_TN: NDArray[np.floa
     """The scores of each task of a table, averaged over its draws, in the units of the table."""
 
     def mean_of_draws(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        _, place_T, draws = np.unique(
-            table.tasks_of(0, max(len(values), 1)), return_inverse=True, return_counts=True
-        )
+        _, place_T, draws = np.unique(table.tasks_of(0, len(values)), return_inverse=True, return_counts=True)
         columns = [np.bincount(place_T, column) / draws for column in values.reshape(len(values), -1).T]
         return np.stack(columns, axis=1).reshape(len(draws), *values.shape[1:])
 
