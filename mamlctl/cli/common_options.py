@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -73,7 +73,13 @@ class OutputOptions:
 
     def by_flag(self, *names: str) -> dict[str, object]:
         """The values of the named options, by flag."""
-        return {flag(name): getattr(self, name) for name in names}
+        return {flag(name.rstrip("_")): getattr(self, name) for name in names}
+
+    def changed(self) -> dict[str, object]:
+        """The options that differ from their defaults, other than those of the output, by flag."""
+        default = type(self)(json=self.json, quiet=self.quiet)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return self.by_flag(*(name for name, value in values.items() if value != getattr(default, name)))
 
     @contextmanager
     def display(self, work: str = "") -> Iterator[Display]:

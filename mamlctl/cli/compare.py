@@ -64,11 +64,11 @@ def compare(
 ) -> ExitCode:
     """The command `mamlctl compare`."""
     options.check()
-    settings = options.with_sets(settings)
     if list_:
         given: dict[str, object] = {str(path): True for path in runs or []}
         given |= {"--algos": algos} | {flag(name): True for name in settings | evaluation}
-        return _list_runs(given, options)
+        return _list_runs(given | options.changed(), options)
+    settings = options.with_sets(settings)
     if runs:
         _refuse_training(settings, options, algos)
         values = {**variable_values(EvalConfig), **evaluation, **settings}
@@ -82,11 +82,7 @@ def compare(
 
 def _list_runs(given: Mapping[str, object], options: GridOptions) -> ExitCode:
     """Print the list of runs. Raises SettingsError for an option that has no effect on it."""
-    default = GridOptions(json=options.json, quiet=options.quiet)
-    changed = [
-        item.name for item in fields(options) if getattr(options, item.name) != getattr(default, item.name)
-    ]
-    if problems := unused({**given, **options.by_flag(*changed)}, "with --list"):
+    if problems := unused(given, "with --list"):
         raise SettingsError(problems)
     listed = list_runs()
     options.write(listed, {"format": 1, **asdict(listed)}, show_runs)

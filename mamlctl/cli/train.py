@@ -71,12 +71,12 @@ def train(
     """The command `mamlctl train`."""
     if list_ is not None:
         given: dict[str, object] = {flag(name): True for name in settings}
-        given |= options.by_flag("preset", "config", "offline") | {"--set": options.set_, "--log": log}
-        given |= {
+        given |= options.changed() | {
             "--out": out,
             "--resume": resume,
             "--time-limit": time_limit,
             "--print-config": print_config,
+            "--log": log,
         }
         return _print_list(list_, given, options)
     latest = resume is not None and means_latest(resume)

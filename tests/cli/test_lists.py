@@ -341,6 +341,8 @@ WRONG = [
     ("train --list xyzzy", "which is not a list", "use one of presets, algorithms, datasets, nets"),
     ("train --list nets --ways 5", "--ways has no effect with --list", "leave it out"),
     ("train --list nets --resume latest", "--resume has no effect with --list", "leave it out"),
+    ("train --list nets --trust-code", "--trust-code has no effect with --list", "leave it out"),
+    ("compare --list --set ways=5", "error: --set has no effect with --list", "leave it out"),
     ("compare --list --algos maml", "--algos has no effect with --list", "leave it out"),
     ("compare --list --tasks 5", "--tasks has no effect with --list", "leave it out"),
     ("compare --list --csv", "--csv has no effect with --list", "leave it out"),
