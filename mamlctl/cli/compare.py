@@ -21,6 +21,7 @@ from mamlctl.data.rules import with_figure
 from mamlctl.display.console import say, stderr_console
 from mamlctl.display.run_results import show_runs
 from mamlctl.experiments.grid.grid import PLAN as PLAN_FILE
+from mamlctl.experiments.grid.grid import is_grid
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import algorithm_rows
 from mamlctl.experiments.runs.listing import list_runs
@@ -104,10 +105,10 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
         check_out(out)
         if any((out / name).exists() for name in (PLAN_FILE, CONFIG)):
             raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
-    first = load_grid(runs[0]).rows[0] if (runs[0] / PLAN_FILE).is_file() else open_run(runs[0])
+    grids = {run: load_grid(run) for run in runs if is_grid(run)}
+    first = grids[runs[0]].rows[0] if runs[0] in grids else open_run(runs[0])
     limit = options.limit(first.config.dataset)
-    grids = [run for run in runs if (run / PLAN_FILE).is_file()]
-    cells = [cell.folder for grid in grids for cell in load_grid(grid).cells]
+    cells = [cell.folder for grid in grids.values() for cell in grid.cells]
     options.trust_code_of([*(run for run in runs if run not in grids), *cells])
     with options.display(f"comparing {len(runs)} {plural(len(runs), 'run')}") as display:
         from mamlctl.experiments.grid.compare import compare  # imports torch

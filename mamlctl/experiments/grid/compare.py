@@ -16,7 +16,7 @@ from mamlctl.core.user_code.stored import CODE, NETWORK, code_digest, trusted_co
 from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
-from mamlctl.experiments.grid.grid import PLAN
+from mamlctl.experiments.grid.grid import is_grid
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import OF_TASKS, label_of
 from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_done
@@ -109,7 +109,7 @@ def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent
 
 def _runs(path: Path) -> list[_Run]:
     """The run in a folder, or all ended runs of a grid. Raises MamlctlError if there are none."""
-    if not (path / PLAN).is_file():
+    if not is_grid(path):
         return [_Run(open_run(path), "")]
     ended = [cell for cell in load_grid(path).cells if run_state(cell.folder).ended]
     if not ended:

@@ -79,6 +79,11 @@ class Grid:
         ]
 
 
+def is_grid(folder: Path) -> bool:
+    """Whether a folder is that of a grid, not of a run."""
+    return (folder / PLAN).is_file()
+
+
 def resolve_rows(
     rows: Sequence[PlannedRow],
     layers: Sequence[Layer],

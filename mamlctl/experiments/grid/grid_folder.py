@@ -25,6 +25,7 @@ from mamlctl.experiments.grid.grid import (
     GridCell,
     GridRow,
     common_settings,
+    is_grid,
     not_default,
 )
 from mamlctl.experiments.settings import fill_defaults
@@ -71,9 +72,9 @@ def open_grid(
     """
     older = [_with_older_engine(row) for row in rows]
     path = (folder or _default_folder(plan, rows)).absolute()
-    if folder is None and not path.exists() and (_default_folder(plan, older) / PLAN).is_file():
+    if folder is None and not path.exists() and is_grid(_default_folder(plan, older)):
         path = _default_folder(plan, older).absolute()
-    stored = load_grid(path) if (path / PLAN).is_file() else None
+    stored = load_grid(path) if is_grid(path) else None
     if stored and [row.config.engine for row in stored.rows] == [row.config.engine for row in older]:
         rows = older
     grid = Grid(path, plan, tuple(rows), tuple(seeds), evaluate, command)

@@ -13,9 +13,9 @@ from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import ListedRun, ListedTable, RunList
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_regression
-from mamlctl.experiments.grid.grid import CELLS
+from mamlctl.experiments.grid.grid import CELLS, is_grid
 from mamlctl.experiments.grid.plans import label_of
-from mamlctl.experiments.runs.search import changed_at, is_table, newest_first
+from mamlctl.experiments.runs.search import changed_at, newest_first
 from mamlctl.run_folder import CONFIG, RunFolder, RunState, open_run, run_state
 from mamlctl.settings.variables import runs_folder
 
@@ -25,7 +25,7 @@ def list_runs() -> RunList:
     folder = runs_folder()
     runs, tables = [], []
     for path in newest_first(folder):
-        if is_table(path):
+        if is_grid(path):
             tables.append(_listed_table(path))
         else:
             runs.append(_listed_run(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked, lock_holder
-from mamlctl.experiments.grid.grid import PLAN
+from mamlctl.experiments.grid.grid import PLAN, is_grid
 from mamlctl.run_folder import CONFIG, METRICS, STATUS, open_run
 from mamlctl.settings.variables import runs_folder
 from mamlctl.shipped_models import COPIES, model_names
@@ -30,7 +30,7 @@ def hint_for_missing_run() -> str:
     folder = runs_folder()
     copies = {folder / COPIES / name for name in model_names()}
     whole = (
-        path for path in newest_first(folder) if not is_table(path) and path not in copies and _can_open(path)
+        path for path in newest_first(folder) if not is_grid(path) and path not in copies and _can_open(path)
     )
     latest = [shlex.quote(str(path)) for path in itertools.islice(whole, NAMED)]
     if not latest:
@@ -41,7 +41,7 @@ def hint_for_missing_run() -> str:
 
 def latest_unfinished_run() -> Path:
     """The newest run in the folder of runs that can be resumed. Raises MamlctlError if there is none."""
-    return _latest("run", lambda path: not is_table(path) and _can_resume(path))
+    return _latest("run", lambda path: not is_grid(path) and _can_resume(path))
 
 
 def latest_unfinished_table() -> Path:
@@ -50,7 +50,7 @@ def latest_unfinished_table() -> Path:
     from mamlctl.experiments.grid.scheduler import pending_cells  # needs numpy
 
     def is_unfinished(path: Path) -> bool:
-        return is_table(path) and bool(pending_cells(load_grid(path)))
+        return is_grid(path) and bool(pending_cells(load_grid(path)))
 
     return _latest("table", is_unfinished)
 
@@ -89,11 +89,6 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(once.values(), key=lambda path: (changed_at(path), path.name), reverse=True)
 
 
-def is_table(path: Path) -> bool:
-    """Whether the folder is that of a table, not of a run."""
-    return (path / PLAN).is_file()
-
-
 def changed_at(path: Path) -> float:
     """The time of the last change of a run or a table, in seconds since the epoch."""
     times = [0.0]
@@ -110,7 +105,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
         children = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in children:
         with suppress(OSError):
-            if (path / CONFIG).is_file() or is_table(path):
+            if (path / CONFIG).is_file() or is_grid(path):
                 yield path
             elif depth > 1:
                 yield from _folders(path, depth - 1)
