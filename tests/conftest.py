@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 
 import pytest
 from filelock import FileLock
@@ -118,3 +119,17 @@ def glyphs_root(tmp_path_factory):
         glyphs.open_pack(root, on_event=ignore)
 
     return shared_folder(tmp_path_factory, "glyphs-root", draw)
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
+    from mamlctl.cli.app import main
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return (int(left.value.code or 0), *capsys.readouterr())
+
+    return call

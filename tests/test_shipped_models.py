@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from records.models import MODELS, RECEIPT
 from records.receipts import problems
 
 from mamlctl import shipped_models
-from mamlctl.cli.app import main
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.data.sets import glyphs
 from mamlctl.run_folder import open_run, run_state
@@ -24,16 +22,14 @@ COPIES = Path("runs", "models")
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, tmp_path):
+def document_of(cli, monkeypatch, tmp_path):
     """A function that calls a command in an empty folder and returns the JSON that it prints."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words), "--json"])
-        with pytest.raises(SystemExit) as left:
-            main()
-        assert not left.value.code
-        return json.loads(capsys.readouterr().out)
+        code, out, _ = cli(*words, "--json")
+        assert code == 0
+        return json.loads(out)
 
     return call
 
@@ -55,8 +51,8 @@ def test_the_models_are_those_of_the_record_and_small():
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.realdata
-def test_a_model_has_the_accuracy_of_its_receipt(name, omniglot_root, cli):
-    document = cli("eval", name, "--tasks", 60, "--queries", 1, "--data-root", omniglot_root)
+def test_a_model_has_the_accuracy_of_its_receipt(name, omniglot_root, document_of):
+    document = document_of("eval", name, "--tasks", 60, "--queries", 1, "--data-root", omniglot_root)
     result = document["results"][0]
     assert document["run"] == str(COPIES / name)
     receipt = json.loads((FOLDER / name / RECEIPT).read_text())
@@ -65,14 +61,14 @@ def test_a_model_has_the_accuracy_of_its_receipt(name, omniglot_root, cli):
     assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2.5 * result["ci95"])
 
 
-def test_a_model_classifies_images_without_any_data(cli, glyphs_root):
+def test_a_model_classifies_images_without_any_data(document_of, glyphs_root):
     packed = glyphs.open_pack(glyphs_root, on_event=ignore)
     for label in range(5):
         for place, folder in enumerate(("learn", "ask")):
             Path(folder, str(label)).mkdir(parents=True)
             image = packed.images_MCHW[packed.starts[label] + place, 0]
             Image.fromarray(image).save(Path(folder, str(label), "image.png"))
-    document = cli("eval", "omniglot-5w1s", "--support", "learn", "--query", "ask", "--offline")
+    document = document_of("eval", "omniglot-5w1s", "--support", "learn", "--query", "ask", "--offline")
     assert len(document["predictions"]) == 5
     assert sorted(path.name for path in Path().iterdir()) == ["ask", "learn", "runs"]
 

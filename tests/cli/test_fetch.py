@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -13,7 +12,6 @@ import pytest
 from helpers.shared import ignore
 from rich.console import Console
 
-from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError
 from mamlctl.core.events import Notice, Progress
 from mamlctl.data.fetching import locks
@@ -35,16 +33,9 @@ def root(tmp_path, glyphs_root):
 
 
 @pytest.fixture
-def cli(capsys, monkeypatch, root):
+def fetch(cli, root):
     """A function that runs `fetch` and returns exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mamlctl", "fetch", *words, "--data-root", str(root)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return call
+    return lambda *words: cli("fetch", *words, "--data-root", root)
 
 
 def pack_of(root):
@@ -63,8 +54,8 @@ def damage(root):
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
-def test_list_prints_every_fact_about_every_data_set(cli, root):
-    code, out, err = cli("--list")
+def test_list_prints_every_fact_about_every_data_set(fetch, root):
+    code, out, err = fetch("--list")
     assert (code, err) == (0, "")
     heads, *rows, last = out.splitlines()
     assert heads.split() == ["name", "prepared", "download", "licence", "from", "description"]
@@ -75,8 +66,8 @@ def test_list_prints_every_fact_about_every_data_set(cli, root):
     assert last == f"prepared data sets are in {root}"
 
 
-def test_list_as_json(cli, root):
-    code, out, _ = cli("--list", "--json", "glyphs", "omniglot")
+def test_list_as_json(fetch, root):
+    code, out, _ = fetch("--list", "--json", "glyphs", "omniglot")
     glyphs_entry, omniglot_entry = json.loads(out)["data_sets"]
     assert code == 0
     assert (omniglot_entry["here"], omniglot_entry["verified"]) == (False, None)
@@ -93,32 +84,32 @@ def test_list_prints_blocks_on_a_narrow_terminal(root):
         assert ("  licence      MIT (mamlctl)" in lines) == blocks
 
 
-def test_verify_finds_no_damage_and_records_the_time(cli, root):
+def test_verify_finds_no_damage_and_records_the_time(fetch, root):
     path = pack_of(root)
     long_ago = (datetime.now() - timedelta(days=99)).timestamp()
     for file in (path, path.with_suffix(".json")):
         os.utime(file, (long_ago, long_ago))
     assert verified_at(path) < datetime.now().astimezone() - timedelta(days=98)
-    code, out, _ = cli("--verify")
+    code, out, _ = fetch("--verify")
     assert (code, out) == (0, f"glyphs: intact, 1 pack in {root}\n")
     assert verified_at(path) > datetime.now().astimezone() - timedelta(days=1)
 
 
-def test_verify_detects_one_changed_pixel_of_a_large_pack(cli, root, monkeypatch):
+def test_verify_detects_one_changed_pixel_of_a_large_pack(fetch, root, monkeypatch):
     monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)  # every pack counts as large
     monkeypatch.setattr(packs, "SAMPLED", 0)
     damage(root)
     load_pack(pack_of(root), "glyphs")  # checks only the shape
-    code, out, err = cli("--verify")
+    code, out, err = fetch("--verify")
     assert (code, out) == (3, f"glyphs: DAMAGED, 1 pack in {root}\n")
     error, hint = err.splitlines()
     assert error.startswith(f"error: {pack_of(root)} is damaged")
     assert hint == "hint:  run mamlctl fetch glyphs --force"
-    code, out, _ = cli("--verify", "--json")
+    code, out, _ = fetch("--verify", "--json")
     assert code == 3
     assert str(pack_of(root)) in json.loads(out)["data_sets"][0]["damage"]
-    assert cli("glyphs", "--force")[0] == 0
-    assert cli("--verify")[0] == 0
+    assert fetch("glyphs", "--force")[0] == 0
+    assert fetch("--verify")[0] == 0
 
 
 def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
@@ -139,7 +130,7 @@ def test_sample_of_a_large_pack_is_checked_at_each_start(root, monkeypatch):
             assert starts < 100 * count, "always the same sample"
 
 
-def test_force_replaces_a_damaged_pack_of_another_shape(cli, root):
+def test_force_replaces_a_damaged_pack_of_another_shape(fetch, root):
     def small():
         shape = {"resize": "none", "side": 14, "channels": 1}
         return open_images(find_data_set("glyphs"), root, **shape, on_event=ignore)
@@ -150,7 +141,7 @@ def test_force_replaces_a_damaged_pack_of_another_shape(cli, root):
     with pytest.raises(DataError, match="is damaged") as raised:
         small()
     assert raised.value.hint == "run mamlctl fetch glyphs --force"
-    assert cli("glyphs", "--force")[0] == 0
+    assert fetch("glyphs", "--force")[0] == 0
     assert small().digest == whole.digest
 
 
@@ -163,13 +154,13 @@ def test_damage_to_the_header_of_a_pack_is_reported(root, place, byte):
         load_pack(path, "glyphs")
 
 
-def test_verify_adds_the_checksums_of_blocks_to_an_older_pack(cli, root, monkeypatch):
+def test_verify_adds_the_checksums_of_blocks_to_an_older_pack(fetch, root, monkeypatch):
     sidecar = pack_of(root).with_suffix(".json")
     document = json.loads(sidecar.read_text())
     sidecar.write_text(json.dumps({name: document[name] for name in document if name != "crc32"}))
     monkeypatch.setattr(packs, "DIGEST_CHECKED_BELOW", 0)
     assert load_pack(pack_of(root), "glyphs").digest == document["digest"]
-    assert cli("--verify")[0] == 0
+    assert fetch("--verify")[0] == 0
     assert json.loads(sidecar.read_text()) == document
     document["crc32"].pop()
     sidecar.write_text(json.dumps(document))
@@ -301,9 +292,9 @@ def test_an_unwritable_lock_raises_an_error_with_a_hint(tmp_path):
     assert "--data-root" in raised.value.hint
 
 
-def test_samples_are_written_beside_data_sets(cli, tmp_path, monkeypatch):
+def test_samples_are_written_beside_data_sets(fetch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = cli("samples", "glyphs", "--json")
+    code, out, err = fetch("samples", "glyphs", "--json")
     entries = json.loads(out)["data_sets"]
     assert (code, [entry["name"] for entry in entries]) == (0, ["samples", "glyphs"])
     entry = {"name": "samples", "classes": 5, "images": 20, "digest": "", "folder": "samples"}
@@ -313,11 +304,8 @@ def test_samples_are_written_beside_data_sets(cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["--from", "--mirror", "--data-root"])
-def test_samples_alone_take_no_option_of_data_sets(option, capsys, tmp_path, monkeypatch):
+def test_samples_alone_take_no_option_of_data_sets(option, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mamlctl", "fetch", "samples", option, str(tmp_path)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    out, err = capsys.readouterr()
-    assert (left.value.code, out, [*tmp_path.iterdir()]) == (2, "", [])
+    code, out, err = cli("fetch", "samples", option, tmp_path)
+    assert (code, out, [*tmp_path.iterdir()]) == (2, "", [])
     assert f"{option} has no effect with samples" in err

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -13,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from mamlctl.cli.app import main
 from mamlctl.core.events import MetaStepDone, Progress
 from mamlctl.display.logs.tensorboard import TensorBoardLog, scalars
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -189,14 +187,11 @@ def test_numbers_that_are_not_finite_and_missing_ones():
     ],
 )
 def test_a_log_that_cannot_be_written_is_refused_before_any_work(
-    name, installed, code, lines, tmp_path, monkeypatch, capsys
+    name, installed, code, lines, tmp_path, monkeypatch, cli
 ):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: find(module) if installed else None)
-    words = ["mamlctl", "train", "--dataset", "glyphs", "--log", name, "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == code
-    assert capsys.readouterr().err.splitlines() == [f"error: {lines[0]}", f"hint:  {lines[1]}"]
+    left, _, err = cli("train", "--dataset", "glyphs", "--log", name, "--out", tmp_path / "run")
+    assert left == code
+    assert err.splitlines() == [f"error: {lines[0]}", f"hint:  {lines[1]}"]
     assert not (tmp_path / "run").exists()

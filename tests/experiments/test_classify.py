@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from helpers.pages import DOCS, code_blocks
 from helpers.shared import ignore
 from PIL import Image
 
-from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.core.results import ClassifiedImage
@@ -358,20 +356,6 @@ def test_the_interval_solves_the_equation_of_wilson():
         z, p = 1.959964, right / total
         roots = sorted(np.roots([1 + z * z / total, -(2 * p + z * z / total), p * p]))
         assert (low, high) == pytest.approx(tuple(roots), abs=1e-9)
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """A function that runs the command line in this process and returns exit code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 def test_the_command_writes_a_table_a_document_a_csv_and_pictures(cli, trained, packed, tmp_path):

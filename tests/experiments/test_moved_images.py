@@ -11,7 +11,6 @@ import torch
 from helpers.shared import ignore
 from PIL import Image
 
-from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, Progress
 from mamlctl.experiments import training_images
@@ -248,16 +247,13 @@ def test_a_resumed_run_keeps_its_split(tmp_path):
     assert open_run(run).classes() == stored
 
 
-def test_resume_accepts_a_folder_but_no_other_data_set(place, monkeypatch, capsys):
-    words = ["mamlctl", "train", "--resume", str(place / "run"), "--dataset"]
+def test_resume_accepts_a_folder_but_no_other_data_set(place, monkeypatch, cli):
     (place / "p").rename(place / "q")
     monkeypatch.chdir(place)
-    for name, code in (("q", 0), ("glyphs", 2)):
-        monkeypatch.setattr("sys.argv", [*words, name])
-        with pytest.raises(SystemExit) as raised:
-            main()
-        assert raised.value.code == code
-    assert f"--dataset is glyphs, but the run to resume has {place / 'p'}" in capsys.readouterr().err
+    for name, expected in (("q", 0), ("glyphs", 2)):
+        code, _, err = cli("train", "--resume", place / "run", "--dataset", name)
+        assert code == expected
+    assert f"--dataset is glyphs, but the run to resume has {place / 'p'}" in err
 
 
 def test_older_runs_keep_their_top_folders_as_classes(tmp_path):

@@ -4,7 +4,6 @@ import csv
 import json
 import random
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from helpers.own_tables import csv_text, linear_tasks, periodic_csv, periodic_ta
 from helpers.shared import ignore
 from helpers.trainer_cases import comparable
 
-from mamlctl.cli.app import main
 from mamlctl.core.errors import DataError, ExitCode, MamlctlError, SettingsError
 from mamlctl.core.events import Notice
 from mamlctl.data.tasks.table_tasks import table_stream
@@ -308,13 +306,6 @@ def test_a_grid_on_a_table_is_trained_and_tested(table, tmp_path):
         check_data(grid, offline=True, on_event=ignore)
 
 
-def cli(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mamlctl", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0), capsys.readouterr()
-
-
 @pytest.fixture
 def new_task(tmp_path):
     rows = periodic_tasks(1, seed=99)["curve00"].tolist()
@@ -358,18 +349,16 @@ def test_predictions_for_a_new_task_are_those_of_plain_gradient_steps(new_task, 
     assert np.array_equal(np.array(written[1:], float)[:, 2], predicted)
 
 
-def test_predictions_without_known_targets_have_no_error(run, new_task, monkeypatch, capsys):
+def test_predictions_without_known_targets_have_no_error(run, new_task, cli):
     support, query = new_task / "a.csv", new_task / "c.csv"
     words = ["eval", run, "--support", support, "--query", query, "--device", "cpu"]
-    code, (out, _) = cli([*words, "--json"], monkeypatch, capsys)
+    code, out, _ = cli(*words, "--json")
     document = json.loads(out)
     assert code == ExitCode.OK and document["mse"] is None and len(document["predictions"]) == 7
-    with_truth = cli([*words[:-3], new_task / "b.csv", "--device", "cpu", "--json"], monkeypatch, capsys)[
-        1
-    ].out
+    with_truth = cli(*words[:-3], new_task / "b.csv", "--device", "cpu", "--json")[1]
     rows = json.loads(with_truth)["predictions"]
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in document["predictions"]]
-    code, (out, _) = cli([*words, "--plot"], monkeypatch, capsys)
+    code, out, _ = cli(*words, "--plot")
     assert code == ExitCode.OK and "predicted y" in out and "true" not in out
     assert (run / "plots" / "own-task.svg").is_file()
 
@@ -429,9 +418,9 @@ def test_every_algorithm_predicts_a_drawn_task_as_the_test_does(algo, several, t
         ),
     ],
 )
-def test_wrong_requests_are_refused_in_two_lines(more, fact, code, run, new_task, monkeypatch, capsys):
+def test_wrong_requests_are_refused_in_two_lines(more, fact, code, run, new_task, cli, monkeypatch):
     monkeypatch.chdir(new_task)
-    ended, (_, err) = cli(["eval", run, "--device", "cpu", *more], monkeypatch, capsys)
+    ended, _, err = cli("eval", run, "--device", "cpu", *more)
     assert ended == code and fact in err and "Traceback" not in err
 
 

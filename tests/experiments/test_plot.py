@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from helpers.shared import ignore
 from PIL import Image
 
-from mamlctl.cli.app import main
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.experiments.evaluate import evaluate_run
@@ -83,15 +81,12 @@ def test_a_run_on_curves_gets_figures_and_a_start_that_is_pre_trained_once(curve
     assert (start.path / "status.json").stat().st_mtime_ns == before
 
 
-def test_a_stopped_pre_training_still_prints_the_evaluation(curves, tmp_path, monkeypatch, capsys):
+def test_a_stopped_pre_training_still_prints_the_evaluation(curves, tmp_path, monkeypatch, cli):
     run = shutil.copytree(curves, tmp_path / "run", ignore=shutil.ignore_patterns("plots"))
     monkeypatch.setattr("mamlctl.experiments.plot.train", lambda *_, **__: SimpleNamespace(reason="SIGTERM"))
-    words = ["mamlctl", "eval", str(run), "--tasks", "4", "--plot", "--json", "--quiet"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as end:
-        main()
-    document = json.loads(capsys.readouterr().out)
-    assert end.value.code == ExitCode.TERMINATED
+    code, out, _ = cli("eval", run, "--tasks", 4, "--plot", "--json", "--quiet")
+    document = json.loads(out)
+    assert code == ExitCode.TERMINATED
     assert document["results"] and document["pictures"] == []
 
 
