@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from mamlctl.core.literals import Adapts, BatchNorm, ClassLevel, Models, Split
 from mamlctl.settings.fields import EPISODE, HARDWARE, INNER, LARGEST, NETWORK, SEEDS, setting
@@ -87,14 +87,7 @@ class EvalConfig:
         "or the support set's (default: the run's).",
         common=True,
     )
-    device: str = setting(
-        "auto",
-        HARDWARE,
-        "Device: cpu, cuda, cuda:N, or auto (CUDA if there is one).",
-        decides=False,
-        common=True,
-        variable=True,
-    )
+    device: str = field(default=TrainConfig.device, metadata=FIELDS["device"].metadata)
     data_root: str | None = setting(
         None, HARDWARE, "Folder of prepared data sets (default: the run's).", decides=False, variable=True
     )
