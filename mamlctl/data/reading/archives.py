@@ -235,7 +235,7 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Mem
             with one_at_a_time:
                 file = archive.open(files[name])
             try:
-                return b"".join(iter(partial(file.read, _zip_chunk(files[name])), b""))
+                return zip_content(file, files[name])
             finally:
                 with one_at_a_time:
                     file.close()
@@ -243,10 +243,11 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Mem
     return Members(path, tuple(files), read)
 
 
-def _zip_chunk(member: zipfile.ZipInfo) -> int:
-    """Bytes to read at once."""
+def zip_content(file: IO[bytes], member: zipfile.ZipInfo) -> bytes:
+    """The rest of an open member of a zip, at most as many bytes as the zip declares."""
     limits_output = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    return ZIP_CHUNK if limits_output else ZIP_CHUNK_UNLIMITED
+    chunk = ZIP_CHUNK if limits_output else ZIP_CHUNK_UNLIMITED
+    return b"".join(iter(partial(file.read, chunk), b""))
 
 
 def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:

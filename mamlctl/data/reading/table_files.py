@@ -10,7 +10,6 @@ import math
 import re
 import warnings
 import zipfile
-import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import one_line
-from mamlctl.data.reading.archives import open_regular
+from mamlctl.data.reading.archives import DAMAGE, open_regular, zip_content
 
 TASK, SPLIT = "task", "split"
 MOST_BYTES = 2**29  # of a file, and of the arrays in it
@@ -36,8 +35,7 @@ HINT = "write one row per example, with the columns task, split (optional), inpu
 ARRAYS = "store the arrays task, x, y and optionally split by numpy.savez, with one row per example"
 
 # What reading a damaged .npz file raises; numpy reads the header of an array as a Python literal.
-DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, ValueError, TypeError, OverflowError)
-DAMAGE += (SyntaxError, TokenError, EOFError, NotImplementedError, RuntimeError, OSError)
+NPZ_DAMAGE = (*DAMAGE, OSError, RuntimeError, SyntaxError, TokenError, TypeError)
 
 Floats = NDArray[np.float64]
 
@@ -151,7 +149,7 @@ def _read_npz(path: Path, file: Any, choose: Choose) -> Cells:
             if sum(info.file_size for info in names.values()) > MOST_BYTES:
                 raise DataError(f"{path} expands to more than {MOST_BYTES:,} bytes", hint="store fewer rows")
             arrays = {name: _array(path, archive, info) for name, info in names.items()}
-    except DAMAGE as error:
+    except NPZ_DAMAGE as error:
         raise DataError(f"{path} cannot be read: {error or type(error).__name__}", hint=ARRAYS) from error
     if "x" not in arrays:
         raise DataError(f"{path} has no array x", hint=ARRAYS)
@@ -194,7 +192,7 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
             raise DataError(
                 f"{path}: array {info.filename} has type {dtype}, which is not allowed", hint=ARRAYS
             )
-        data = member.read(MOST_BYTES)
+        data = zip_content(member, info)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise DataError(
             f"{path}: {info.filename} has {len(data):,} bytes, which is not its shape {shape}", hint=ARRAYS
