@@ -13,7 +13,7 @@ import numpy as np
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
-from mamlctl.core.files import replacing
+from mamlctl.core.files import write_text
 from mamlctl.core.formatting import csv_cell
 from mamlctl.core.results import ClassifiedImage, ClassifyResult
 from mamlctl.data.tasks.user_images import Query, find_queries
@@ -164,6 +164,4 @@ def _write_csv(path: Path, images: Sequence[ClassifiedImage]) -> None:
         probability = "" if image.probability is None else f"{image.probability:.6f}"
         cells = (image.file, image.predicted, probability, image.label, image.problem)
         writer.writerow(map(csv_cell, cells))
-    with replacing(path) as file:
-        # A file name may not be valid UTF-8; its bytes are kept.
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+    write_text(path, text.getvalue())

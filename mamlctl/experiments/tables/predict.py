@@ -14,7 +14,7 @@ import torch
 
 from mamlctl.core.errors import DataError, DivergedError, SettingsError
 from mamlctl.core.events import OnEvent
-from mamlctl.core.files import replacing
+from mamlctl.core.files import write_text
 from mamlctl.core.formatting import csv_cell
 from mamlctl.core.results import TablePrediction
 from mamlctl.data.reading.table_files import Columns, Floats
@@ -196,5 +196,4 @@ def _write_csv(
     ]
     writer.writerow(map(csv_cell, names))
     writer.writerows(np.concatenate([x_MD, *known, predicted_MN], axis=1).tolist())
-    with replacing(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
+    write_text(path, text.getvalue())
