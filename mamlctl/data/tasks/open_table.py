@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mamlctl.core.errors import DataError, SettingsError
@@ -13,25 +12,16 @@ from mamlctl.core.literals import Split
 from mamlctl.data.reading.tables import TaskTable, read_table
 from mamlctl.data.sets.folder_layout import FRACTIONS
 from mamlctl.data.tasks.episodes import StreamSettings
-from mamlctl.data.tasks.table_tasks import Standardisation, TableStream, divided, standardisation_of
+from mamlctl.data.tasks.table_tasks import TableFacts, TableStream, divided, standardisation_of
 from mamlctl.settings.schema import TrainConfig
 
 MOST_NAMED = 5  # rows or tasks in a message
 
 
-@dataclass(frozen=True)
-class OpenTable:
-    """A table with the split and the statistics of a run."""
-
-    table: TaskTable
-    tasks: Mapping[str, tuple[str, ...]]  # split -> the names of its tasks
-    standardisation: Standardisation
-
-
 def open_table(
     config: TrainConfig, stored: Mapping[str, Sequence[str]] | None, on_event: OnEvent
-) -> OpenTable:
-    """Read a table and divide its tasks.
+) -> tuple[TaskTable, TableFacts]:
+    """Read a table and divide its tasks -> the table, and what a run stores about it.
 
     Args:
         config: the complete settings.
@@ -65,17 +55,22 @@ def open_table(
             raise DataError(fact, hint="restore the table, or train a new run")
         tasks = {split: tuple(names) for split, names in stored.items()}
     _check_split(config, "train", tasks["train"], rows)
-    return OpenTable(table, tasks, standardisation_of(table, tasks["train"]))
+    return table, TableFacts(standardisation_of(table, tasks["train"]), tasks)
 
 
 def table_streams(
-    config: TrainConfig, opened: OpenTable, settings: Mapping[Split, StreamSettings], on_event: OnEvent
+    config: TrainConfig,
+    table: TaskTable,
+    facts: TableFacts,
+    settings: Mapping[Split, StreamSettings],
+    on_event: OnEvent,
 ) -> dict[str, TableStream]:
     """A stream of tasks for each split, without tasks that have too few rows.
 
     Args:
         config: the complete settings.
-        opened: the table.
+        table: the table.
+        facts: the tasks of each split, and the statistics of the columns.
         settings: the sizes of the tasks of each split.
         on_event: receives notices.
 
@@ -86,9 +81,9 @@ def table_streams(
     streams = dict[str, TableStream]()
     for split, part in settings.items():
         rows = part.shots + part.queries
-        names = _large_enough(config, opened.table, opened.tasks[split], rows, on_event)
+        names = _large_enough(config, table, facts.tasks[split], rows, on_event)
         _check_split(config, split, names, rows)
-        streams[split] = TableStream(opened.table, names, opened.standardisation, part)
+        streams[split] = TableStream(table, names, facts.standardisation, part)
     return streams
 
 

@@ -79,11 +79,9 @@ def open_streams(
     settings = {split: _stream_settings(config, split, place) for split in splits}
     streams: dict[str, Tasks]
     if is_table(config.dataset):
-        opened = open_table(config, stored, on_event)
-        streams = dict(table_streams(config, opened, settings, on_event))
-        columns = opened.table.columns
-        facts = TableFacts(opened.standardisation, opened.tasks)
-        source = TaskSource(opened.table.digest, (len(columns.inputs),), {}, {}, table=facts)
+        table, facts = open_table(config, stored, on_event)
+        streams = dict(table_streams(config, table, facts, settings, on_event))
+        source = TaskSource(table.digest, (len(table.columns.inputs),), {}, {}, table=facts)
     elif config.dataset in FAMILIES:
         family = FAMILIES[config.dataset]
         streams = {split: CurveStream(family, settings[split]) for split in splits}
