@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.run_module import module_of_run, plan_of
 from mamlctl.experiments.evaluation_settings import evaluation_setup
-from mamlctl.experiments.tables.plots import Outputs, fits_of, in_units
+from mamlctl.experiments.tables.plots import fits_of, in_units
 from mamlctl.experiments.tables.stored import stored_facts
 from mamlctl.experiments.trained_model import checkpoint_files, load_states
 from mamlctl.report.figures import fit_figures
@@ -40,6 +40,8 @@ from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
 
 CHUNK = 2**16  # rows that are predicted at once
+# A task, and whether to predict after every inner step -> outputs_ITEN of its queries.
+Predictor = Callable[[Episodes, bool], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def predict_table(
     if files.plot:
         unknown_y = np.full((len(query_x), len(columns.targets)), np.nan)
         episodes = _with_queries(support, values, query_x, unknown_y if query_y is None else query_y)
-        row = fits_of(outputs_of, episodes, values, files.query.name)
+        row = fits_of(lambda sets: outputs_of(sets, True), episodes, values, files.query.name)
         title = f"{config.algo}, {run.path.name}"
         figure = fit_figures.fits([row], (columns.inputs[0], columns.targets), title)
         pictures = tuple(map(str, save(figure, run.path / "plots" / "own-task")))
@@ -123,7 +125,7 @@ def _adapting(
     values: Standardisation,
     device: torch.device,
     on_event: OnEvent,
-) -> tuple[Outputs, str]:
+) -> tuple[Predictor, str]:
     """The function that adapts the best checkpoint and predicts, and the name of that checkpoint."""
     shape, settings = (len(values.inputs),), replace(settings, models="best")
     files, _ = checkpoint_files(run, settings.checkpoint, on_event)
@@ -134,9 +136,9 @@ def _adapting(
     predict, state = ALGORITHMS[config.algo].predict(config), states[0].frozen()
 
     @torch.no_grad()
-    def outputs_of(episodes: Episodes) -> torch.Tensor:
+    def outputs_of(episodes: Episodes, per_step: bool) -> torch.Tensor:
         sets, steps = TaskSets(derivatives, episodes), config.evaluation_inner_steps
-        return predict(PredictRequest(sets, state, steps, Statistics(config.bn)))
+        return predict(PredictRequest(sets, state, steps, Statistics(config.bn), per_step))
 
     return outputs_of, f"best, epoch {epochs[0]}" if epochs else "last"
 
@@ -163,13 +165,13 @@ def _with_queries(support: Episodes, values: Standardisation, x_MD: Floats, y_MN
     return replace(support, query_x_TECHW=scaled[..., :width].contiguous(), query_y_TE=scaled[..., width:])
 
 
-def _predictions(outputs_of: Outputs, support: Episodes, values: Standardisation, x_MD: Floats) -> Floats:
+def _predictions(outputs_of: Predictor, support: Episodes, values: Standardisation, x_MD: Floats) -> Floats:
     """The predictions for all queries, in chunks, so that memory does not grow with their number."""
     parts = []
     for first in range(0, len(x_MD), CHUNK):
         chunk_MD = x_MD[first : first + CHUNK]
         unknown_MN = np.zeros((len(chunk_MD), len(values.targets)))
-        outputs_ITEN = outputs_of(_with_queries(support, values, chunk_MD, unknown_MN))
+        outputs_ITEN = outputs_of(_with_queries(support, values, chunk_MD, unknown_MN), False)
         parts.append(in_units(values, outputs_ITEN[-1]))
     predicted_MN = np.concatenate(parts)
     if not np.isfinite(predicted_MN).all():
