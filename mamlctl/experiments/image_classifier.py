@@ -15,8 +15,8 @@ from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.folder_layout import contain_only_folders
 from mamlctl.data.sets.registry import is_regression, kind_of
-from mamlctl.data.tasks.episodes import Episodes, mini_batches
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
+from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.user_images import Reader, SupportImages, read_support
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -126,10 +126,11 @@ def adapt_classifier(
     with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, state.example_tensor, config.engine)
     on_event(Waiting("adapting"))
+    x_ECHW, y_E = _network_input(config, support.x_ECHW, device), torch.from_numpy(support.y_E).to(device)
     adapted = adapt_to_support_set(
         derivatives,
         state,
-        _episode(config, support, device),
+        own_task(config, x_ECHW, y_E),
         inner_steps=config.evaluation_inner_steps,
         statistics=Statistics(config.bn),
         classifier=entry.classifier,
@@ -159,17 +160,6 @@ def _notice_support(run: RunFolder, support: SupportImages, on_event: OnEvent) -
         fact = f"mean brightness {brightness:.2f}, but {run.config.dataset} has {trained:.2f}"
         hint = f"the run was trained on images {trained_on}, so invert yours"
         on_event(Notice(f"support images have {fact}: {hint}"))
-
-
-def _episode(config: TrainConfig, support: SupportImages, device: torch.device) -> Episodes:
-    """The support set as a task without queries."""
-    x_ECHW = _network_input(config, support.x_ECHW, device)
-    y_E = torch.from_numpy(support.y_E).to(device)
-    steps, size, batches_TIB = config.evaluation_inner_steps, config.eval_inner_batch, None
-    if size is not None and size < len(y_E):
-        batches = mini_batches(config.eval_seed, "own batches", 0, len(y_E), steps, size)
-        batches_TIB = torch.from_numpy(batches).to(device).unsqueeze(0)
-    return Episodes(x_ECHW.unsqueeze(0), y_E.unsqueeze(0), x_ECHW[None, :0], y_E[None, :0], None, batches_TIB)
 
 
 def _network_input(config: TrainConfig, x_MCHW: NDArray[np.uint8], device: torch.device) -> torch.Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
@@ -21,7 +23,7 @@ from mamlctl.data.sets.folder_layout import FRACTIONS
 from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_regression, is_table, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
-from mamlctl.data.tasks.episodes import MiniBatches, Placement, StreamSettings, Tasks
+from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, StreamSettings, Tasks, mini_batches
 from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_problems
 from mamlctl.data.tasks.open_table import open_table, table_streams
 from mamlctl.data.tasks.table_tasks import TableFacts
@@ -132,6 +134,22 @@ def _in_batches(config: TrainConfig, stream: Tasks) -> Tasks:
     size = config.inner_batch if training else config.eval_inner_batch
     steps = config.inner_steps if training else config.evaluation_inner_steps
     return stream if size is None or size >= stream.ways * stream.shots else MiniBatches(stream, steps, size)
+
+
+def own_task(config: TrainConfig, x_E: Tensor, y_E: Tensor) -> Episodes:
+    """The user's own support set as a task without queries, with mini-batches if those are smaller.
+
+    Args:
+        config: the complete settings.
+        x_E: its examples.
+        y_E: their labels, or the targets _EN.
+    """
+    steps, size, batches_TIB = config.evaluation_inner_steps, config.eval_inner_batch, None
+    if size is not None and size < len(y_E):
+        batches = mini_batches(config.eval_seed, "own batches", 0, len(y_E), steps, size)
+        batches_TIB = torch.from_numpy(batches).to(y_E.device).unsqueeze(0)
+    x_TE, y_TE = x_E.unsqueeze(0), y_E.unsqueeze(0)
+    return Episodes(x_TE, y_TE, x_TE[:, :0], y_TE[:, :0], None, batches_TIB)
 
 
 def _open_pack(config: TrainConfig, *, offline: bool, on_event: OnEvent) -> PackedImages:

@@ -19,7 +19,8 @@ from mamlctl.core.formatting import csv_cell
 from mamlctl.core.results import TablePrediction
 from mamlctl.data.reading.table_files import Columns, Floats
 from mamlctl.data.reading.tables import read_examples
-from mamlctl.data.tasks.episodes import Episodes, mini_batches
+from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.table_tasks import Standardisation
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -150,13 +151,7 @@ def _episode(
     dtype = tensor_dtype(config.precision)
     scaled = torch.from_numpy(values.apply(np.concatenate(support, axis=1))).to(device, dtype)
     parts = torch.tensor_split(scaled, [len(values.inputs)], dim=1)
-    x_TED, y_TEN = (part.contiguous().unsqueeze(0) for part in parts)
-    rows, steps, size = x_TED.shape[1], config.evaluation_inner_steps, config.eval_inner_batch
-    batches_TIB = None
-    if size is not None and size < rows:
-        batches = mini_batches(config.eval_seed, "own batches", 0, rows, steps, size)
-        batches_TIB = torch.from_numpy(batches).to(device).unsqueeze(0)
-    return Episodes(x_TED, y_TEN, x_TED[:, :0], y_TEN[:, :0], None, batches_TIB)
+    return own_task(config, *(part.contiguous() for part in parts))
 
 
 def _with_queries(support: Episodes, values: Standardisation, x_MD: Floats, y_MN: Floats) -> Episodes:
