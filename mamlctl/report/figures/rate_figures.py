@@ -52,6 +52,8 @@ def heat_map(ax: Axes, rates_LI: Floats, initial: float, limit: float) -> QuadMe
     from matplotlib import colormaps
 
     scale = colormaps["PuOr"].with_extremes(bad=(0, 0, 0, 0))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     # The edges close the seams that viewers would show between cells.
     return ax.pcolormesh(
         changes(rates_LI, initial), cmap=scale, vmin=-limit, vmax=limit, edgecolors="face", linewidth=0.2

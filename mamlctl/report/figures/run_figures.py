@@ -311,8 +311,6 @@ def _heat_map(figure: Figure, rates: Mapping[str, Numbers], initial: float) -> N
     rate_figures.write_rates(ax, mesh, rates_LI, digits=digits, size=size)
     rate_figures.label_cells(ax, list(rates), steps)
     ax.set_xlabel("inner step")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     rate_figures.draw_key(figure, mesh, [ax], [initial], limit)
 
 

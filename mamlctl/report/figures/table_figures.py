@@ -331,8 +331,6 @@ def rates(table: Table, rows: Sequence[Row], title: str) -> Figure:
             if steps <= NUMBERED or across == 1:
                 rate_figures.write_rates(ax, mesh, rates_LI, digits=digits, size=7)
             ax.set_title(_panel_title(row, across), fontsize=8)
-            ax.tick_params(length=0)
-            ax.spines[:].set_visible(False)
         rate_figures.label_cells(axes[0, 0], names, steps)
         _label_lowest(axes, len(rows), "inner step")
         rate_figures.draw_key(figure, mesh, list(axes.flat), initial, limit)
