@@ -20,7 +20,7 @@ from mamlctl.report.figures.style import save
 from mamlctl.report.figures.svg import inline
 from mamlctl.report.figures.table_figures import pictures
 from mamlctl.report.rendered_table import head_parts, meanings, render_table, warnings
-from mamlctl.report.table import Cell, Published, Row, Table
+from mamlctl.report.table import Cell, Published, Table
 from mamlctl.report.verdict import verdict
 from mamlctl.settings.schema import FIELDS
 
@@ -65,7 +65,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None, *, files: 
         published=list(_published_numbers(table)),
         changed_settings=changed,
         usual_settings=usual,
-        row_settings=[[row.label, text] for row, text in _row_settings(table)],
+        row_settings=list(_row_settings(table)),
         machine=_settings_rows(table.environment),
         runs=[(row, [_run_texts(cell) for cell in row.cells]) for row in table.rows],
         plural=formatting.plural,
@@ -138,7 +138,8 @@ def _setting_text(value: Any) -> str:
 def _settings_by_default(settings: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
     """The settings that differ from their defaults, with these; then the others."""
     changed, usual = [], []
-    for (key, text), value in zip(_settings_rows(settings), settings.values(), strict=True):
+    for key, value in settings.items():
+        text = _setting_text(value)
         if key in FIELDS and value == FIELDS[key].default:
             usual.append([key, text])
         else:
@@ -146,18 +147,17 @@ def _settings_by_default(settings: Mapping[str, Any]) -> tuple[list[list[str]], 
     return changed, usual
 
 
-def _row_settings(table: Table) -> Iterator[tuple[Row, str]]:
+def _row_settings(table: Table) -> Iterator[list[str]]:
     """Each row with the settings that differ from the baseline's; the baseline with all that rows vary."""
-    baseline = next(row for row in table.rows if row.label == table.baseline).settings
+    baseline = table.baseline_row
     for row in table.rows:
-        is_baseline = row.label == table.baseline
-        different = {
-            key: value
+        known = {} if row is baseline else baseline.settings
+        texts = [
+            f"{key} {_setting_text(value)}"
             for key, value in row.settings.items()
-            if is_baseline or key not in baseline or value != baseline[key]
-        }
-        texts = [f"{key} {text}" for key, text in _settings_rows(different)]
-        yield row, ", ".join(texts) or f"as {table.baseline}"
+            if key not in known or value != known[key]
+        ]
+        yield [row.label, ", ".join(texts) or f"as {table.baseline}"]
 
 
 def _published_numbers(table: Table) -> Iterator[list[str]]:

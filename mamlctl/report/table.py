@@ -135,6 +135,11 @@ class Table:
     notes: tuple[str, ...] = field(default=())  # caveats about the numbers
 
     @property
+    def baseline_row(self) -> Row:
+        """The row that the others are compared with."""
+        return next(row for row in self.rows if row.label == self.baseline)
+
+    @property
     def most_seeds(self) -> int:
         """The number of seeds of the row that was tested with the most."""
         return max((len(row.best.per_seed) for row in self.rows if row.best), default=0)

@@ -22,7 +22,7 @@ def verdict(table: Table) -> list[str]:
     the table, is below 0.05 and its 95 % interval excludes 0. Rows are compared with the baseline only, so
     no sentence ranks two other rows.
     """
-    baseline = next(row for row in table.rows if row.label == table.baseline)
+    baseline = table.baseline_row
     others = [row for row in table.rows if row is not baseline]
     measured = [row for row in others if baseline.best and row.best and row.best.difference]
     different = [row for row in measured if not _difference(row).is_equal]

@@ -90,8 +90,8 @@ def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
     """
     with _panels(table, rows, title, "meta-step") as (figure, axes):
         for row, ax in zip(rows, axes, strict=False):
-            base = _baseline(table, row)
-            if base:
+            base = table.baseline_row
+            if base is not row:
                 _curve(ax, base, style.CALM, f"{table.baseline}: mean, range over seeds")
             _curve(ax, row, style.BLUE, "this row: mean, range over seeds")
             for cell in row.cells:
@@ -133,15 +133,14 @@ def adaptation(table: Table, rows: Sequence[Row], title: str) -> Figure:
         title: of the figure.
     """
     with _panels(table, rows, title, "inner steps taken") as (figure, axes):
-        shown = [row for row in (*rows, *table.rows) if row.best and row in (*rows, _baseline(table))]
+        base = table.baseline_row
         for row, ax in zip(rows, axes, strict=False):
-            base = _baseline(table, row)
-            if base and base.best and base.best.per_step:
+            if base is not row and base.best and base.best.per_step:
                 _adaptation_line(ax, base.best, style.CALM, table.baseline)
             assert row.best is not None  # pictures() passes only rows with a score
             _adaptation_line(ax, row.best, style.BLUE, "this row")
             ax.locator_params(axis="x", integer=True, nbins=5)
-        _cut(figure, axes[0], [row.best.per_step for row in shown if row.best and row.best.per_step])
+        _cut(figure, axes[0], [row.best.per_step for row in (*rows, base) if row.best and row.best.per_step])
         _legend(figure, axes)
     return figure
 
@@ -160,12 +159,6 @@ def _cut(figure: Figure, ax: Axes, curves: Sequence[Sequence[float]]) -> None:
         low, high = (ax.yaxis.get_major_formatter()(value) for value in (min(before), max(before)))
         note = f"before adaptation, not shown: {low if low == high else f'{low} to {high}'}"
         figure.text(0.99, 0.01, note, ha="right", color=style.DIM, fontsize=style.SMALL)
-
-
-def _baseline(table: Table, panel: Row | None = None) -> Row | None:
-    """The baseline's row; None if that is the row of the panel."""
-    row = next((row for row in table.rows if row.label == table.baseline), None)
-    return None if row is panel else row
 
 
 @contextmanager
