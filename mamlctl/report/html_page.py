@@ -66,7 +66,7 @@ def write_report(table: Table, folder: Path, sort: str | None = None, *, files: 
         changed_settings=changed,
         usual_settings=usual,
         row_settings=list(_row_settings(table)),
-        machine=_settings_rows(table.environment),
+        machine=[[key, _property_text(value)] for key, value in table.environment.items()],
         runs=[(row, [_run_texts(cell) for cell in row.cells]) for row in table.rows],
         plural=formatting.plural,
         minus=formatting.minus_signs,
@@ -127,12 +127,17 @@ def _share(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def _settings_rows(settings: Mapping[str, Any]) -> list[list[str]]:
-    return [[key, _setting_text(value)] for key, value in settings.items()]
-
-
 def _setting_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _property_text(value: Any) -> str:
+    """A property of the machine in words; one with parts, such as the commit, is a list of them."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_property_text(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_property_text, value)) or "none"
+    return "none" if value is None else _setting_text(value)
 
 
 def _settings_by_default(settings: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:

@@ -185,6 +185,14 @@ def test_settings_show_what_differs_from_the_defaults_and_fold_the_rest(reports)
     assert "<td>first_order true, da true</td>" in rows
 
 
+def test_properties_of_the_machine_are_words(tmp_path):
+    git = {"commit": "85eb56b", "dirty": False}
+    table = replace(one_on(), environment={"git": git, "cuda": None, "dataset_older_digests": [], "cores": 2})
+    text = write_report(table, tmp_path).read_text().split("<h2>Machine</h2>")[1].split("</table>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", text)
+    assert cells == ["commit 85eb56b, dirty false", "none", "none", "2"]
+
+
 def test_no_two_columns_of_a_table_have_one_name(reports):
     for page in reports.values():
         for head in re.findall(r"<thead>(.*?)</thead>", page.read_text(), flags=re.DOTALL):
