@@ -193,6 +193,12 @@ def test_properties_of_the_machine_are_words(tmp_path):
     assert cells == ["commit 85eb56b, dirty false", "none", "none", "2"]
 
 
+@pytest.mark.parametrize(("name", "higher"), [("one-on", "higher accuracy"), ("mse", "higher error")])
+def test_the_caption_of_the_differences_names_what_is_higher(reports, name, higher):
+    text = reports[name].read_text()
+    assert f"A row to the right of zero has a {higher} than the baseline." in text
+
+
 def test_no_two_columns_of_a_table_have_one_name(reports):
     for page in reports.values():
         for head in re.findall(r"<thead>(.*?)</thead>", page.read_text(), flags=re.DOTALL):

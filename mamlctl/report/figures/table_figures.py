@@ -36,8 +36,8 @@ REACH = 3.0  # outer intervals are cut off at this many times the range of the i
 CAPTIONS = {  # below each kind of figure
     "training": "Line: mean over the finished seeds; band: from their lowest to their highest score. "
     "The baseline is grey in every panel.",
-    "differences": "A row to the right of zero has a higher score than the baseline. Thick: interval for new "
-    "tasks and these trained models; thin: for new seeds as well, which needs at least two seeds. "
+    "differences": "A row to the right of zero has a higher {score} than the baseline. Thick: interval for "
+    "new tasks and these trained models; thin: for new seeds as well, which needs at least two seeds. "
     "Arrow: the interval continues beyond the figure.",
     "adaptation": "Scores of the single best checkpoints, mean over seeds; the baseline is grey.",
     "rates": "Learnt inner learning rates (LSLR) at the end of training. Colours show the change from the "
@@ -74,10 +74,11 @@ def _parts(
     table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Draw
 ) -> Iterator[Picture]:
     count = math.ceil(len(rows) / most)
+    caption = CAPTIONS[name].format(score="accuracy" if table.metric == "accuracy" else "error")
     for part in range(count):
         number, note = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
         figure = draw(table, rows[part * most : (part + 1) * most], title + note)
-        yield Picture(name + number, title + note, CAPTIONS[name], figure)
+        yield Picture(name + number, title + note, caption, figure)
 
 
 def training(table: Table, rows: Sequence[Row], title: str) -> Figure:
