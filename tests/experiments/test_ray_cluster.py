@@ -22,8 +22,8 @@ import mamlctl
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import one_writer
 from mamlctl.engine.training import checkpoints
-from mamlctl.experiments.executors import ray_cluster
-from mamlctl.experiments.executors.jobs import Job
+from mamlctl.experiments.executors import ray_cluster, ray_worker
+from mamlctl.experiments.executors.jobs import KILLED, ChildProcess, Job
 from mamlctl.experiments.executors.ray_cluster import open_cluster, room
 from mamlctl.experiments.executors.ray_worker import Files, WorkerSlot, pack, stamps, unpack
 from mamlctl.run_folder import RunFolder, open_run, run_state
@@ -282,6 +282,27 @@ def test_a_new_slot_removes_only_slots_of_killed_workers(tmp_path, glyphs_root):
     for slot in (held, new):
         slot.leave()
         assert not slot._slot.exists()
+
+
+class WindowsProcess(subprocess.Popen):
+    """A process to which Ctrl-C cannot be sent."""
+
+    def send_signal(self, number):
+        if number == signal.SIGINT:
+            raise ValueError(f"Unsupported signal: {number}")
+        super().send_signal(number)
+
+
+def test_a_slot_on_windows_ends_a_command_that_ctrl_c_does_not_reach(tmp_path, glyphs_root, monkeypatch):
+    monkeypatch.setattr("mamlctl.experiments.executors.jobs.HANG_UP", ())
+    monkeypatch.setattr(ray_worker, "SAVE_S", 0.0)
+    slot = WorkerSlot(job_of(tmp_path / "run", glyphs_root), 1, mamlctl.__version__)
+    with WindowsProcess([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        slot._child = object.__new__(ChildProcess)
+        slot._child.process = process
+        slot.stop(signal.SIGINT)
+        assert process.wait(30) == KILLED
+    slot.leave()
 
 
 def test_room_counts_the_jobs_that_fit_on_each_node():

@@ -140,10 +140,9 @@ class WorkerSlot:
         """Pass a signal on to the running command and start no other; does not wait."""
         with self._starting:
             self._stopped_by = number
-            process = None if self._child is None else self._child.process
-            if process is not None and process.poll() is None:
-                process.send_signal(number)
-                kill = threading.Timer(SAVE_S, process.kill)
+            if self._child is not None and self._child.process.poll() is None:
+                self._child.stop(number)
+                kill = threading.Timer(SAVE_S, self._child.process.kill)
                 kill.daemon = True
                 kill.start()
 
