@@ -101,6 +101,12 @@ def say_table(console: Console, rows: Sequence[Sequence[str]], *, left: int, min
         say(console, ("  ".join(texts).rstrip(), "dim" if number == 0 else ""))
 
 
+def table_fits(console: Console, rows: Sequence[Sequence[str]]) -> bool:
+    """Whether no line of a table is wider than the terminal; always true without one."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width
+
+
 def say_description(console: Console, name: tuple[str, str], text: str, left: int, width: int) -> None:
     """Print a name and its description beside it, or below it if one of them is too wide.
 

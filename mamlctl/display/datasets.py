@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mamlctl.core import formatting
 from mamlctl.core.results import FetchedSet, ListedSet, VerifiedSet
-from mamlctl.display.console import WIDEST, say, say_description, say_table
+from mamlctl.display.console import WIDEST, say, say_description, say_table, table_fits
 
 HEADS = ["name", "prepared", "download", "licence", "from", "description"]
 
@@ -57,8 +57,7 @@ def show_data_sets(console: Console, entries: Sequence[ListedSet]) -> None:
         [entry.name, _state(entry), _size(entry), entry.licence, entry.origin, entry.what]
         for entry in entries
     ]
-    widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
-    if not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width:
+    if table_fits(console, [HEADS, *rows]):
         say_table(console, [HEADS, *rows], left=len(HEADS))
     else:
         for row in rows:

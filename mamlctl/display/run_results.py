@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mamlctl.core import formatting
 from mamlctl.core.results import EvalResult, ListedRun, ListedTable, RunList, TableScores, TrainResult
-from mamlctl.display.console import say, say_table
+from mamlctl.display.console import say, say_table, table_fits
 
 # The heads of the list of runs.
 RUN_HEADS = ["run", "algorithm", "data", "status", "step", "best", "when"]
@@ -110,8 +110,7 @@ def show_runs(console: Console, listed: RunList) -> None:
 
 def _say_records(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, or two lines per row if the terminal is too narrow for it."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    if not console.is_terminal or sum(widths) + 2 * len(widths) <= console.width:
+    if table_fits(console, [heads, *rows]):
         say_table(console, [heads, *rows], left=len(heads))
         return
     for name, *cells in rows:
