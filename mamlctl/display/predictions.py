@@ -128,15 +128,13 @@ def show_table_prediction(console: Console, result: TablePrediction) -> None:
     )
     say(console, f"adapted to {result.support_rows} {rows} in {result.inner_steps} {steps}")
     say(console)
-    known = result.truth is not None
     heads = [*result.inputs, *(f"predicted {name}" for name in result.targets)]
-    heads += [f"true {name}" for name in result.targets] if known else []
-    lines = [
-        [f"{value:.6g}" for value in (*x, *predicted, *truth)]
-        for x, predicted, truth in zip(result.x, result.predicted, result.truth or result.x, strict=True)
-    ]
-    table = [[formatting.one_line(head) for head in heads], *(line[: len(heads)] for line in lines)]
-    say_table(console, table, left=0)
+    parts = [result.x, result.predicted]
+    if result.truth is not None:
+        heads += [f"true {name}" for name in result.targets]
+        parts.append(result.truth)
+    lines = [[f"{value:.6g}" for part in row for value in part] for row in zip(*parts, strict=True)]
+    say_table(console, [heads, *lines], left=0)
     say(console)
     for name, mse in zip(result.targets, result.mse or (), strict=False):
         root = f"root {math.sqrt(mse):.4g}"
@@ -144,11 +142,10 @@ def show_table_prediction(console: Console, result: TablePrediction) -> None:
             console,
             f"{formatting.one_line(name)}: mean squared error {mse:.4g} ({root}) over {len(result.x)} rows",
         )
-    for line in (
-        *(f"picture  {file}" for file in result.pictures),
-        *([f"written to {result.csv}"] if result.csv else []),
-    ):
-        say(console, line)
+    for file in result.pictures:
+        say(console, f"picture  {file}")
+    if result.csv:
+        say(console, f"written to {result.csv}")
 
 
 def table_document(result: TablePrediction) -> dict[str, Any]:
