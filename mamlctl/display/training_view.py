@@ -182,7 +182,7 @@ def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width:
             ("", ORDERS[report.first_order]),
         ],
         [
-            ("tasks/s", f"{report.tasks_per_second:.1f}"),
+            ("tasks/s", f"{report.tasks_per_second:,.1f}"),
             ("meta-step", formatting.duration(per_step)),
             ("memory", formatting.size(report.memory_bytes) if report.memory_bytes else "–"),
             ("elapsed", formatting.clock(state.now - state.started)),

@@ -68,6 +68,12 @@ def test_a_frame_shows_everything_about_a_training(width: int, height: int):
     assert "second order" in "\n".join(frame(state_after(RUN, a_report(first_order=False)), width, height))
 
 
+def test_a_high_speed_has_thousands_separators():
+    assert "tasks/s 12,345.6 " in "\n".join(
+        frame(state_after(RUN, a_report(tasks_per_second=12345.6)), 80, 24)
+    )
+
+
 def test_rates_are_left_out_if_lines_are_few_or_rates_are_fixed():
     state = state_after(RUN, a_report(), VALIDATION)
     assert "linear.bias" in "\n".join(frame(state, 80, 40))
