@@ -49,7 +49,6 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     the tensor and the inner step: `query_losses/0`, `rates/conv1.weight/1`. Fields with a single number come
     after the kind of the row: `report/meta_lr`, `validation/val_accuracy`.
     """
-    group = "validation" if "val_tasks" in row else "report"
     for key, value in row.items():
         if key in FIRST_ENTRY:
             for inner_step, part in enumerate(value, FIRST_ENTRY[key]):
@@ -59,7 +58,7 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 for inner_step, rate in enumerate(rates, 1):
                     yield f"{key}/{tensor}/{inner_step}", rate
         elif isinstance(value, int | float) and key not in POSITION:
-            yield f"{group}/{key}", float(value)
+            yield f"{row['kind']}/{key}", float(value)
 
 
 class TensorBoardLog:
@@ -97,9 +96,9 @@ class TensorBoardLog:
             case RunStarted():
                 self._start(event)
             case TrainReport():
-                self._write_row(vars(event))
+                self._write_row({"kind": "report", **vars(event)})
             case ValidationDone():
-                self._write_row(named(event))
+                self._write_row({"kind": "validation", **named(event)})
 
     def _start(self, started: RunStarted) -> None:
         """Open a new file, and write the settings and what earlier files lack."""
