@@ -218,7 +218,7 @@ def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
 
 def run_program(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     """Run `main` in a process that has nothing else to do, and end it without dismantling torch."""
-    gc.disable()  # until `OutputOptions.display`: imports leave no garbage, and took a tenth longer with it
+    gc.disable()  # until `begin_work`: imports leave no garbage, and took a tenth longer with it
     try:
         main(on_error)
     except SystemExit as end:

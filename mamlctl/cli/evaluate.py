@@ -184,8 +184,6 @@ def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOpt
 
 def _predict(run: Path, support: Path, config: EvalConfig, options: EvaluateOptions) -> None:
     """Predict the rows of the user's own table."""
-    from mamlctl.experiments.tables.predict import PredictionFiles, predict_table
-
     queries = [*(options.query or []), *(options.files or [])]
     problems = unused(options.by_flag("save_adapted"), "for a run on a table")
     if len(queries) != 1:
@@ -194,7 +192,10 @@ def _predict(run: Path, support: Path, config: EvalConfig, options: EvaluateOpti
         )
     if problems:
         raise SettingsError(problems)
-    files = PredictionFiles(support, queries[0], options.csv, plot=options.plot)
-    with options.display() as display:
+    with options.display(f"adapting {run} to {support}") as display:
+        from mamlctl.experiments.tables.predict import PredictionFiles, predict_table  # imports torch
+
+        begin_work()
+        files = PredictionFiles(support, queries[0], options.csv, plot=options.plot)
         result = predict_table(run, config, files, on_event=display)
     options.write(result, predictions.table_document(result), predictions.show_table_prediction)

@@ -56,6 +56,7 @@ FIRST_LINES = {
     "train --resume RUN": "resuming RUN",
     "eval RUN --tasks 7": "testing RUN on 7 tasks",
     "eval RUN --support mine --save-adapted file": "adapting RUN to mine",
+    "eval TABLE --support mine --query asked": "adapting TABLE to mine",
     "compare RUN": "comparing 1 run",
     "ablate --dataset glyphs --seeds 2 --out OUT": "9 rows, 18 cells, in OUT",
 }
@@ -63,13 +64,18 @@ FIRST_LINES = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """A run on images, next to one on a table."""
     path = tmp_path_factory.mktemp("start") / "run"
-    with new_run(path, TrainConfig(), TrainConfig(), command="mamlctl train", environment={}):
-        return path
+    for name, config in (("run", TrainConfig()), ("table", TrainConfig(dataset="tasks.csv", net="mlp"))):
+        with new_run(path.with_name(name), config, config, command="mamlctl train", environment={}):
+            pass
+    return path
 
 
 def words(line, run):
-    return line.replace("RUN", str(run)).replace("OUT", str(run.with_name("grid")))
+    for word, name in (("RUN", "run"), ("TABLE", "table"), ("OUT", "grid")):
+        line = line.replace(word, str(run.with_name(name)))
+    return line
 
 
 def shown(line, terminal, **variables):
