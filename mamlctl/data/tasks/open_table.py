@@ -15,7 +15,7 @@ from mamlctl.data.tasks.episodes import StreamSettings
 from mamlctl.data.tasks.table_tasks import TableFacts, TableStream, divided, standardisation_of
 from mamlctl.settings.schema import TrainConfig
 
-MOST_NAMED = 5  # rows or tasks in a message
+MOST_NAMED = 5  # rows, tasks or classes in a message
 
 
 def open_table(
@@ -37,7 +37,7 @@ def open_table(
     if table.left_out:
         count = len(table.left_out)
         fact = f"{count} {plural(count, 'row')} of {config.dataset} with missing numbers"
-        _leave_out(config, fact, table.left_out, "fill in the numbers or remove the rows", on_event)
+        leave_out(config, fact, table.left_out, "fill in the numbers or remove the rows", on_event)
     if table.splits and config.split_fractions is not None:
         fact = f"--split-fractions has no effect: {config.dataset} has a column split"
         raise SettingsError([(fact, "leave it out")])
@@ -96,12 +96,23 @@ def _large_enough(
     if small:
         what = f"{len(small)} {plural(len(small), 'task')} with fewer than {rows} complete rows"
         fact = f"{what} (--shots plus --queries)"
-        _leave_out(config, fact, small, "use fewer --shots or --queries, or add rows", on_event)
+        leave_out(config, fact, small, "use fewer --shots or --queries, add rows", on_event)
     return tuple(name for name in names if count_of[name] >= rows)
 
 
-def _leave_out(config: TrainConfig, fact: str, named: Sequence[str], hint: str, on_event: OnEvent) -> None:
-    """Send a notice, or raise DataError with --strict."""
+def leave_out(config: TrainConfig, fact: str, named: Sequence[str], hint: str, on_event: OnEvent) -> None:
+    """Send a notice of what is left out of the user's own data.
+
+    Args:
+        config: the complete settings.
+        fact: what is left out, and why.
+        named: the names of all that is left out.
+        hint: what to do besides leaving out --strict.
+        on_event: receives the notice.
+
+    Raises:
+        DataError: --strict refuses it.
+    """
     words = f"{fact}: {', '.join(named[:MOST_NAMED])}{', ...' if len(named) > MOST_NAMED else ''}"
     if config.strict:
         raise DataError(f"--strict refuses {words}", hint=f"{hint}, or leave out --strict")

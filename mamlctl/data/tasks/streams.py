@@ -25,7 +25,7 @@ from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, StreamSettings, Tasks, mini_batches
 from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_problems
-from mamlctl.data.tasks.open_table import open_table, table_streams
+from mamlctl.data.tasks.open_table import leave_out, open_table, table_streams
 from mamlctl.data.tasks.table_tasks import TableFacts
 from mamlctl.settings.schema import TrainConfig
 
@@ -214,13 +214,10 @@ def _small_classes(
     small = [number for number in classes.tolist() if packed.counts[number] < needed]
     if len(small) in (0, len(classes)):
         return []
-    named = ", ".join(f"{packed.names[number]} ({packed.counts[number]})" for number in small[:5])
-    classes_left_out = f"{len(small)} {plural(len(small), 'class')}"
-    fact = f"{classes_left_out} with fewer than {needed} images (--shots plus --queries): {named}"
-    if config.strict:
-        hint = "use fewer --shots or --queries, add images, or leave out --strict"
-        raise DataError(f"--strict refuses {fact}", hint=hint)
-    on_event(Notice(f"left out: {fact}{', ...' if len(small) > 5 else ''}"))
+    named = [f"{packed.names[number]} ({packed.counts[number]})" for number in small]
+    what = f"{len(small)} {plural(len(small), 'class')} with fewer than {needed} images"
+    fact = f"{what} (--shots plus --queries)"
+    leave_out(config, fact, named, "use fewer --shots or --queries, add images", on_event)
     return small
 
 
