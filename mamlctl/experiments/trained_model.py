@@ -13,10 +13,7 @@ from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BatchNormMode
-from mamlctl.data.sets.registry import (
-    find_data_set,
-    is_regression,
-)
+from mamlctl.data.sets.registry import find_data_set, is_regression
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
