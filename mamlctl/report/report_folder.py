@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mamlctl.core.files import finite, write_text
+from mamlctl.core.files import finite, read_text, write_text
 from mamlctl.report.export import document, to_csv, to_latex, to_markdown
 from mamlctl.report.html_page import write_report
 from mamlctl.report.table import Table
@@ -29,7 +29,7 @@ def write_files(table: Table, folder: Path) -> list[Path]:
     }
     files = [*(folder / name for name in texts), folder / REPORT]
     is_complete = (folder / "plots").is_dir() and all(path.is_file() for path in files)
-    if is_complete and files[0].read_text() == texts["table.json"]:
+    if is_complete and read_text(files[0]) == texts["table.json"]:
         return files
     write_report(table, folder, files=list(texts))
     for name, text in reversed(texts.items()):  # table.json last: it shows that the others are complete

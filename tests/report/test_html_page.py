@@ -215,6 +215,13 @@ def test_equal_runs_are_named_and_not_measured(tmp_path):
     assert page.rows[4][page.rows[0].index("difference")].strip() == "equal to maml"
 
 
+def test_files_of_a_table_are_written_again_if_its_document_is_damaged(tmp_path):
+    table = TABLES["mse"]()
+    whole = write_files(table, tmp_path)[0].read_bytes()
+    (tmp_path / "table.json").write_bytes(whole[:-9] + b"\xff")
+    assert write_files(table, tmp_path)[0].read_bytes() == whole
+
+
 def test_file_names_are_links(tmp_path):
     table = one_on()
     odd = replace(table.rows[0].cells[0], run="../javascript:alert(1) é/a b")
