@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mamlctl.core.literals import RowKind
@@ -26,6 +26,11 @@ LISTS = {"query_losses", "query_accuracies", "msl_weights", "val_per_step"}
 def rows_of(metrics: Iterable[dict[str, Any]], kind: RowKind) -> list[dict[str, Any]]:
     """The rows of one kind."""
     return [row for row in metrics if row["kind"] == kind]
+
+
+def steps_done(stored: int, metrics: Sequence[Mapping[str, Any]]) -> int:
+    """The number of meta-steps done; `stored`, in status.json, is behind the rows if the run was killed."""
+    return max([stored, *(int(row["step"]) for row in metrics[-1:])])
 
 
 def is_damaged(row: Mapping[str, Any]) -> bool:

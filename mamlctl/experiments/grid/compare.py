@@ -10,6 +10,7 @@ from typing import Any
 
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
+from mamlctl.core.metrics_rows import steps_done
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.user_code.references import is_reference
 from mamlctl.core.user_code.stored import CODE, NETWORK, code_digest, trusted_code
@@ -19,7 +20,7 @@ from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.grid import is_grid
 from mamlctl.experiments.grid.grid_folder import load_grid
 from mamlctl.experiments.grid.plans import OF_TASKS, label_of
-from mamlctl.experiments.grid.stored_evaluations import find_evaluation, steps_done
+from mamlctl.experiments.grid.stored_evaluations import find_evaluation
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.training_images import same_training_images
 from mamlctl.report.table import Table
@@ -83,7 +84,7 @@ def compare(
     root = folder or Path.cwd()
     table = tabulate("compared", rows, evaluate, root=root, commands=[command], unfinished=True)
     notes = [
-        f"{run.path.name} stopped at meta-step {steps_done(run.state(), run.metrics())} "
+        f"{run.path.name} stopped at meta-step {steps_done(run.state().step, run.metrics())} "
         f"of {run.config.total_steps}"
         for run in (run.folder for run in runs)
         if not run.state().ended

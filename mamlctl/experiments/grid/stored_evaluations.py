@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellStatus, Metric, Model, Models
-from mamlctl.core.metrics_rows import rows_of
+from mamlctl.core.metrics_rows import rows_of, steps_done
 from mamlctl.data.rules import metric_of, per_step_settings
 from mamlctl.data.sets.registry import is_regression
 from mamlctl.experiments.grid.evaluation_files import per_step_tasks, read_scores, read_summary
@@ -24,7 +24,6 @@ from mamlctl.run_folder import (
     OF_RUN,
     SUMMARY,
     RunFolder,
-    RunState,
     protocol_settings,
 )
 from mamlctl.settings.evaluation import EvalConfig
@@ -144,7 +143,7 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         run=place,
         status=status,
         reason=failed if status == "failed" else state.reason,
-        steps=steps_done(state, metrics),
+        steps=steps_done(state.step, metrics),
         steps_to_99=_steps_to_99(validation, metric) if state.status == "finished" else None,
         step_s=statistics.median(step_seconds) if step_seconds else None,
         validation=validation,
@@ -153,11 +152,6 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         device=str(run.environment().get("device") or ""),
         diverged_at=state.diverged_at,
     )
-
-
-def steps_done(state: RunState, metrics: Sequence[Mapping[str, Any]]) -> int:
-    """The number of meta-steps done; status.json is behind metrics.jsonl if the run was killed."""
-    return max([state.step, *(int(row["step"]) for row in metrics[-1:])])
 
 
 def _steps_to_99(validation: Sequence[tuple[int, float]], metric: Metric) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import ListedStatus
-from mamlctl.core.metrics_rows import rows_of
+from mamlctl.core.metrics_rows import rows_of, steps_done
 from mamlctl.core.results import ListedRun, ListedTable, RunList
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import is_regression
@@ -48,7 +48,7 @@ def _listed_run(path: Path) -> ListedRun:
     except (MamlctlError, OSError) as error:
         reason = error.message if isinstance(error, MamlctlError) else str(error)
         return ListedRun(str(path), "damaged", changed, reason=reason)
-    config, last = run.config, run.last_metrics()[-1:]
+    config = run.config
     on_curves = is_regression(config.dataset)
     return ListedRun(
         run=str(path),
@@ -59,7 +59,7 @@ def _listed_run(path: Path) -> ListedRun:
         ways=None if on_curves else config.ways,
         shots=config.shots,
         seed=config.seed,
-        step=max([state.step, *(int(row["step"]) for row in last)]),
+        step=steps_done(state.step, run.last_metrics()),
         total_steps=config.total_steps,
         metric=metric_of(config.dataset),
         best_val_score=best.get(f"val_{metric_of(config.dataset)}"),
