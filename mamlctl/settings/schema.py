@@ -1,7 +1,8 @@
 """The schema of the training settings: one flat dataclass.
 
-A field's name is also its flag, its key in presets and in `config.yaml`, and its table column. Defaults are
-written only here; the rules that fields must satisfy are in `rules.py`.
+The settings of data are inherited from `data_settings.py`. A field's name is also its flag, its key in
+presets and in `config.yaml`, and its table column. Defaults are written only in these two files; the rules
+that fields must satisfy are in `rules.py`.
 """
 
 # ruff: noqa: RUF009 - every default here is a field of a frozen dataclass
@@ -10,26 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 from mamlctl.core.literals import (
     Activation,
     Adapts,
-    Augment,
     BatchNorm,
-    ClassLevel,
     ConvName,
     EngineName,
     InnerOptimizer,
-    Normalize,
     Obstacle,
     Pooling,
     Precision,
     Readout,
-    Rotations,
 )
+from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.fields import (
-    EPISODE,
     HARDWARE,
     INNER,
     LARGEST,
@@ -46,69 +42,8 @@ from mamlctl.settings.fields import (
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DataSettings):
     """All settings of a training run. `None`: derived by `fill_schedules` or from the data set."""
-
-    dataset: str = setting(
-        "omniglot",
-        EPISODE,
-        "Data set: a name, a folder with one subfolder of images per class, or a table (.csv, .npz).",
-        common=True,
-    )
-    ways: int = setting(5, EPISODE, "Classes per task.", common=True, least=2)
-    shots: int = setting(1, EPISODE, "Support examples per class.", common=True, least=1)
-    queries: int = setting(1, EPISODE, "Query examples per class.", common=True, least=1)
-    train_shots: int | None = setting(
-        None, EPISODE, "Support examples per class in training, if different from --shots.", least=1
-    )
-    split_scheme: str | None = setting(None, EPISODE, "How classes are divided into train, val and test.")
-    split_fractions: str | None = setting(
-        None, EPISODE, "Shares of a folder's classes or a table's tasks per split (default: 64-16-20)."
-    )
-    classes: ClassLevel = setting(
-        "top",
-        EPISODE,
-        "Classes of a folder: its top folders, or the innermost ones (leaf; also chosen if all top folders "
-        "contain only folders).",
-    )
-    strict: bool = setting(
-        False,
-        EPISODE,
-        "Refuse unreadable images and too small classes in a folder, or incomplete rows and too small tasks "
-        "in a table, instead of skipping them.",
-    )
-    inputs: str | None = setting(
-        None, EPISODE, "Input columns of a table: names or patterns, joined by commas (default: x*)."
-    )
-    targets: str | None = setting(
-        None, EPISODE, "Columns of a table to predict: names or patterns, joined by commas (default: y*)."
-    )
-    rotations: Rotations | None = setting(
-        None,
-        EPISODE,
-        "Quarter turns of training classes: a random one per task, each as a new class, or none.",
-    )
-    augment: Augment | None = setting(
-        None,
-        EPISODE,
-        "Random changes to training images: mirroring, shifts by up to an eighth, both, or none.",
-    )
-    ink: Literal[0, 1] | None = setting(
-        None, EPISODE, "Pixel value of ink; paper has the other value (default: 1 for characters, else 0)."
-    )
-    normalize: Normalize | None = setting(
-        None,
-        EPISODE,
-        "Shift and scale colours by ImageNet's mean and standard deviation "
-        "(default: imagenet for colour data sets, none for a folder).",
-    )
-    image_size: int | None = setting(
-        None, EPISODE, "Image side in pixels (default: the data set's; 84 for a folder).", least=4, below=1025
-    )
-    channels: Literal[1, 3] | None = setting(
-        None, EPISODE, "Image channels, grey or colour (default: the data set's; 3 for a folder)."
-    )
-    resize: str | None = setting(None, EPISODE, "Filter used to shrink the original images.")
 
     net: str = setting("conv4", NETWORK, "Network: a name, or net.py:make for your own one.", common=True)
     head: str | None = setting(None, NETWORK, "Head of your own network (default: its last linear layer).")
