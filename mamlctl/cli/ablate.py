@@ -13,8 +13,7 @@ from mamlctl.cli.grid_options import PLAN, TEST_OPTIONS, GridOptions, table_sett
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.user_code.references import is_reference
-from mamlctl.core.user_code.stored import trust_runs
+from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.experiments.grid.plans import ORDER, PLANS, PlannedRow, grid_rows, improvement_rows
 from mamlctl.experiments.runs.search import latest_unfinished_table, means_latest
 from mamlctl.run_folder import RESUME_OVERRIDES
@@ -127,7 +126,7 @@ def _resumed_grid(
     if problems := unused(fixed, "with --resume, which keeps the plan"):
         raise SettingsError(problems)
     grid = load_grid(folder)
-    code = [row.config.net for row in grid.rows if is_reference(row.config.net)]
+    code = [reference for row in grid.rows for reference in named_code(vars(row.config)).values()]
     if code and not options.trust_code:
         fact = f"the plan in {folder} names code ({code[0]}), which was not run"
         raise SettingsError([(fact, "add --trust-code")])

@@ -19,8 +19,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Waiting
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
-from mamlctl.core.user_code.references import is_reference
-from mamlctl.core.user_code.stored import trust_runs
+from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
 from mamlctl.settings.fields import HARDWARE, NETWORK, OUTPUT
@@ -208,22 +207,19 @@ class SettingsOptions(CodeOptions):
         return layers
 
     @property
-    def code_in_file(self) -> str:
-        """The reference to code that is the network of the settings file; "" if there is none."""
-        if self.config is None:
-            return ""
-        _, values = self.base_layers[-1]
-        net = str(values.get("net"))
-        return net if is_reference(net) else ""
+    def code_in_file(self) -> dict[str, str]:
+        """The settings for which the settings file names code -> the references."""
+        return {} if self.config is None else named_code(self.base_layers[-1][1])
 
     def check_code_in_file(self, settings: Mapping[str, Any]) -> None:
         """Raise SettingsError if the settings file names code that the user has not asked for.
 
         `settings` are those from the command line.
         """
-        if self.code_in_file and "net" not in settings and not self.trust_code:
-            fact = f"{self.config} names code ({self.code_in_file}), which was not run"
-            raise SettingsError([(fact, "add --trust-code, or name it with --net")])
+        for name, reference in self.code_in_file.items():
+            if name not in settings and not self.trust_code:
+                fact = f"{self.config} names code ({reference}), which was not run"
+                raise SettingsError([(fact, f"add --trust-code, or name it with {flag(name)}")])
 
     def set_values(self) -> dict[str, Any]:
         """The settings from --set. Raises SettingsError if one cannot be parsed."""

@@ -17,8 +17,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode
 from mamlctl.core.events import OnEvent, Waiting
 from mamlctl.core.files import check_out
-from mamlctl.core.user_code.references import is_reference
-from mamlctl.core.user_code.stored import trust_runs
+from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.display.console import say, stderr_console, write_text
 from mamlctl.display.estimate import estimate_document, show_estimate
 from mamlctl.experiments.grid.plans import PlannedRow
@@ -154,7 +153,7 @@ def _report_ending(result: GridResult, grid: Grid, console: Console) -> ExitCode
         where = f" (see {log})" if (result.folder / log).is_file() else ""
         say(console, ("failed  ", "bold red"), f"{name}: {reason}{where}")
     if result.left:
-        trust = " --trust-code" if any(is_reference(row.config.net) for row in grid.rows) else ""
+        trust = " --trust-code" if any(named_code(vars(row.config)) for row in grid.rows) else ""
         resume = f"mamlctl ablate --resume {shlex.quote(str(result.folder))}{trust}"
         say(
             console,

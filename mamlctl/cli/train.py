@@ -84,7 +84,7 @@ def train(
     if resume is None:
         options.check_code_in_file(settings | options.set_values())
         if options.trust_code and not options.code_in_file:
-            fact = "--trust-code has no effect: no settings file names code, and --net is trusted anyway"
+            fact = "--trust-code has no effect: no settings file names code, and that of options is trusted"
             raise SettingsError([(fact, "leave it out")])
         layers = [*options.base_layers, ("--set", options.set_values()), ("flag", settings)]
         resolved = resolve_settings(layers)

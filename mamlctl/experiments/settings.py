@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.user_code.references import absolute, is_reference, locate
+from mamlctl.core.problems import flag
+from mamlctl.core.user_code.kinds import named_code
+from mamlctl.core.user_code.references import absolute, locate
 from mamlctl.data.rules import (
     OF_ITS_DATA,
     choice_problems,
@@ -54,13 +56,13 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
         problems += data_set_problems(config, resolved.sources, COMMAND_LINE)
     if problems:
         raise SettingsError(problems)
-    net = config.net
-    if is_reference(net):
-        net = absolute(net)
-        if checked:
-            locate(net, "--net")  # raises an error if it does not exist
     # Absolute, so that the run finds its data from wherever it is resumed, and child processes their code.
-    return replace(resolved, config=replace(config, dataset=absolute_data_set(config.dataset), net=net))
+    places: dict[str, Any] = {"dataset": absolute_data_set(config.dataset)}
+    for name, reference in named_code(vars(config)).items():
+        places[name] = absolute(reference)
+        if checked:
+            locate(places[name], flag(name))  # raises an error if it does not exist
+    return replace(resolved, config=replace(config, **places))
 
 
 def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Layer]:

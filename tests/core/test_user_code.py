@@ -15,7 +15,7 @@ from mamlctl.core.user_code.stored import (
     DESCRIPTION,
     StoredCode,
     as_stored,
-    load_code,
+    load_codes,
     read_code,
     trust,
     trust_file,
@@ -56,6 +56,11 @@ def write(folder, name="net", **files):
 
 def loaded(reference):
     return import_code(locate(reference, "--net"))
+
+
+def load_code(folder):
+    (code,) = load_codes([folder])
+    return code
 
 
 def stored(folder, reference, *, trusted=True):

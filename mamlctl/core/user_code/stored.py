@@ -1,8 +1,8 @@
-"""The user's code in run folders, and the user's list of trusted code.
+"""Copies of the user's code in folders, and the user's list of trusted code.
 
-A run that was trained with the user's code has a copy in its folder code/: a subfolder per use with the files
-that were imported, and code.json, which names the entry and the digest of each file. Evaluating or resuming
-the run imports the copy, from memory, after all of it was read and compared with code.json.
+A copy consists of the files that were imported, and of code.json, which names the entry and the digest of
+each file. `kinds.py` says where a run folder has them. Evaluating or resuming the run imports the copy, from
+memory, after all of it was read and compared with code.json.
 
 A run folder may come from anybody. So its code runs only if its digest is in the user's own list, which is
 outside of run folders. The digest covers the entry, the name of the function, and the names and contents of
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -27,8 +27,6 @@ from mamlctl.core.files import append_text, read_object, replacing, write_json
 from mamlctl.core.user_code.importing import UserCode, import_code
 from mamlctl.core.user_code.references import SUFFIX, Located, Reference, module_file
 
-CODE = "code"  # in a run folder
-NETWORK = "net"  # in that folder
 DESCRIPTION = "code.json"
 FORMAT = 1
 TRUSTED = "trusted-code.txt"
@@ -80,7 +78,7 @@ def _installed(module: str) -> dict[str, bytes]:
 
 
 def write_code(folder: Path, code: StoredCode) -> None:
-    """Write the code into a subfolder of code/."""
+    """Write the code into its folder."""
     if not code.installed:
         for name, content in code.files.items():
             with replacing(folder / name) as file:
@@ -155,28 +153,38 @@ def _damaged(folder: Path, why: str) -> SettingsError:
     return SettingsError([(f"{folder} {why}: none of its code was run", "restore that folder")])
 
 
-def trusted_code(folder: Path) -> StoredCode:
-    """Read the code of a run without running it. Raises SettingsError if damaged, or not trusted yet."""
-    code = read_code(folder)
-    if code.digest not in trusted_digests():
-        fact = f"{folder} has code ({code}) that you do not trust yet: none of it was run"
-        raise SettingsError([(fact, "read that folder, then add --trust-code")])
-    return code
+def trusted_codes(folders: Sequence[Path]) -> list[StoredCode]:
+    """Read code of a run without running it. Raises SettingsError if any is damaged, or not trusted yet."""
+    codes, trusted = [read_code(folder) for folder in folders], trusted_digests()
+    untrusted = [
+        f"{folder} has code ({code})"
+        for folder, code in zip(folders, codes, strict=True)
+        if code.digest not in trusted
+    ]
+    if untrusted:
+        fact = f"{' and '.join(untrusted)} that you do not trust yet: none of it was run"
+        which = "that folder" if len(untrusted) == 1 else "those folders"
+        raise SettingsError([(fact, f"read {which}, then add --trust-code")])
+    return codes
 
 
-def load_code(folder: Path) -> tuple[UserCode, StoredCode]:
-    """Import the code of a run, if the user trusts it; return it ready to be called, and as it is stored.
+def load_codes(folders: Sequence[Path]) -> list[tuple[UserCode, StoredCode]]:
+    """Import code of a run, if the user trusts all of it -> each ready to be called, and as it is stored.
 
-    Raises SettingsError as `trusted_code` does; nothing of the code is run then.
+    Raises SettingsError as `trusted_codes` does; nothing of any code is run then.
     """
-    folder = folder.absolute()
-    code = trusted_code(folder)
+    folders = [folder.absolute() for folder in folders]
+    codes = trusted_codes(folders)
+    return [(_imported(folder, code), code) for folder, code in zip(folders, codes, strict=True)]
+
+
+def _imported(folder: Path, code: StoredCode) -> UserCode:
     reference = Reference(code.entry, code.name)
     if code.installed:
         file = module_file(code.entry)
         assert file is not None  # its digest was compared
-        return import_code(Located(reference, file, None)), code
-    return import_code(Located(reference, folder / code.entry, folder), code.files), code
+        return import_code(Located(reference, file, None))
+    return import_code(Located(reference, folder / code.entry, folder), code.files)
 
 
 def trust_file() -> Path:
@@ -193,32 +201,6 @@ def trusted_digests() -> set[str]:
     except OSError:
         return set()
     return {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
-
-
-def code_digest(run: Path) -> str:
-    """The first digits of the digest of a run's code, as its code.json gives them; "" without code."""
-    return str(read_object(run / CODE / NETWORK / DESCRIPTION).get("digest") or "")[:12]
-
-
-def is_trusted(run: Path) -> bool:
-    """Whether a run folder has no code yet, or only code that the user trusts."""
-    folder = run / CODE / NETWORK
-    try:
-        return not folder.is_dir() or read_code(folder).digest in trusted_digests()
-    except SettingsError:
-        return False
-
-
-def trust_runs(runs: Iterable[Path]) -> int:
-    """Add the code of run folders to the user's list, and return how many have code.
-
-    Raises SettingsError if it is damaged.
-    """
-    folders = [run / CODE / NETWORK for run in runs]
-    codes = [read_code(folder) for folder in folders if folder.is_dir()]
-    for code in codes:
-        trust(code)
-    return len(codes)
 
 
 def trust(code: StoredCode) -> None:

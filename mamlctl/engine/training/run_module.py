@@ -12,17 +12,9 @@ from mamlctl.core.files import read_object, write_json
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BUILT_IN_NETS
 from mamlctl.core.user_code.importing import import_code
+from mamlctl.core.user_code.kinds import check_same_code, load_run_code, write_run_code
 from mamlctl.core.user_code.references import is_reference, locate
-from mamlctl.core.user_code.stored import (
-    CODE,
-    NETWORK,
-    StoredCode,
-    as_stored,
-    load_code,
-    read_code,
-    trust,
-    write_code,
-)
+from mamlctl.core.user_code.stored import StoredCode, as_stored, trust
 from mamlctl.data.tasks.episodes import Keyed, Tasks
 from mamlctl.engine.nets.base import objective_of
 from mamlctl.engine.nets.factory import torchvision_plan
@@ -43,6 +35,11 @@ class RunModule:
     why: str  # tasks are computed one by one; "" if they are computed in one pass
     code: StoredCode | None  # None for a network of torchvision
     name: str  # for notices
+
+    @property
+    def codes(self) -> dict[str, StoredCode]:
+        """The code by the setting that names it."""
+        return {} if self.code is None else {"net": self.code}
 
     @property
     def notice(self) -> str:
@@ -111,8 +108,7 @@ def store_module(folder: Path, module: RunModule | None) -> None:
     """Write the module's code and how it is computed into a new run folder."""
     if module is None:
         return
-    if module.code is not None:
-        write_code(folder / CODE / NETWORK, module.code)
+    write_run_code(folder, module.codes)
     plan = {"one_pass": module.plan.one_pass, "random": module.plan.random, "why": module.why}
     write_json(folder / PLAN, {"format": FORMAT, **plan})
 
@@ -130,7 +126,7 @@ def module_of_run(run: RunFolder) -> RunModule | None:
         fact = f"{run.path / PLAN} is missing or damaged"
         raise SettingsError([(fact, "restore it, or train a new run")])
     if is_reference(run.config.net):
-        imported, code = load_code(run.path / CODE / NETWORK)
+        imported, code = load_run_code(run.path, ["net"])["net"]
         plan = ModulePlan(imported)
     else:
         code, plan = None, torchvision_plan(run.config.net)
@@ -156,9 +152,5 @@ def training_tasks(stream: Tasks, module: RunModule | None, seed: int) -> Tasks:
 
 def check_cell(run: RunFolder, module: RunModule | None) -> None:
     """Raise SettingsError if a run of a grid was trained with other code than the one that is there now."""
-    folder = run.path / CODE / NETWORK
-    if module is None or module.code is None or not folder.is_dir():
-        return
-    if read_code(folder).digest != module.code.digest:
-        fact = f"{run.path} was trained with another version of {module.code}"
-        raise SettingsError([(fact, "choose another --out, or restore the file")])
+    if module is not None:
+        check_same_code(run.path, module.codes)

@@ -12,8 +12,7 @@ from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.metrics_rows import steps_done
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.user_code.references import is_reference
-from mamlctl.core.user_code.stored import CODE, NETWORK, code_digest, trusted_code
+from mamlctl.core.user_code.kinds import check_trusted, code_digests, named_code
 from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
@@ -41,7 +40,7 @@ class _Run:
     @cached_property
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """Equal for runs that differ only in their seed."""
-        code = {"code": digest} if (digest := code_digest(self.folder.path)) else {}
+        code = {f"{name} code": digest for name, digest in code_digests(self.folder.path).items()}
         return self.label, identity_settings(self.folder.config) | code
 
 
@@ -76,8 +75,7 @@ def compare(
     rows = _row_specs(runs)
     untested = [run.folder for run in runs if not _is_tested(run.folder, evaluate)]
     for run in untested:  # before the first test, which may take long
-        if is_reference(run.config.net):
-            trusted_code(run.path / CODE / NETWORK)
+        check_trusted(run.path, named_code(vars(run.config)))
     for run in untested:
         _test(run, evaluate, offline, on_event)
     on_event(Waiting("making the table"))

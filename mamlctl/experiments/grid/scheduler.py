@@ -15,8 +15,7 @@ from mamlctl.core.events import CellState, GridChanged, Notice, OnEvent
 from mamlctl.core.files import is_locked
 from mamlctl.core.literals import CellProgress, StopReason
 from mamlctl.core.metrics_rows import rows_of
-from mamlctl.core.user_code.references import is_reference
-from mamlctl.core.user_code.stored import is_trusted
+from mamlctl.core.user_code.kinds import is_trusted, named_code
 from mamlctl.data.rules import metric_of
 from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
@@ -122,7 +121,7 @@ class Scheduler:
         if (cell.folder / CONFIG).is_file():
             overrides = settings_arguments(changes(open_run(cell.folder).config, cell.config))
         # The node of a cluster does not have this user's list of trusted code.
-        trust = ("--trust-code",) if is_reference(cell.config.net) and is_trusted(cell.folder) else ()
+        trust = ("--trust-code",) if named_code(vars(cell.config)) and is_trusted(cell.folder) else ()
         return Job(
             cell.name,
             cell.folder,
