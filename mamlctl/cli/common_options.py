@@ -22,6 +22,7 @@ from mamlctl.core.process import raise_on_signals
 from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
+from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.fields import HARDWARE, NETWORK, OUTPUT
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
@@ -149,7 +150,7 @@ class GuardOptions(CodeOptions):
         option(OUTPUT, "For curves: exit with code 1 if the error of a best model is above this, e.g. 0.5."),
     ] = None
 
-    def limit(self, dataset: str) -> Limit | None:
+    def limit(self, config: DataSettings) -> Limit | None:
         """The limit for results on a data set; None without one.
 
         Raises SettingsError for a value out of range, and for the option of the other kind of data.
@@ -157,7 +158,7 @@ class GuardOptions(CodeOptions):
         from mamlctl.report.guard import Limit
 
         problems: list[Problem] = []
-        metric = metric_of(dataset)
+        dataset, metric = config.dataset, metric_of(config)
         if metric == "mse" and self.fail_under is not None:
             fact = f"--fail-under has no effect on {dataset}, whose score is a mean squared error"
             problems.append((fact, "use --fail-over"))

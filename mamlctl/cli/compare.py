@@ -107,7 +107,7 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
             raise SettingsError([(f"--out {out} already contains a table or a run", "choose another --out")])
     grids = {run: load_grid(run) for run in runs if is_grid(run)}
     first = grids[runs[0]].rows[0] if runs[0] in grids else open_run(runs[0])
-    limit = options.limit(first.config.dataset)
+    limit = options.limit(first.config)
     cells = [cell.folder for grid in grids.values() for cell in grid.cells]
     options.trust_code_of([*(run for run in runs if run not in grids), *cells])
     with options.display(f"comparing {len(runs)} {plural(len(runs), 'run')}") as display:

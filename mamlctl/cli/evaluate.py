@@ -126,7 +126,7 @@ def evaluate(
     run = local_run(run)
     options = replace(options, beside=[*map(local_run, options.beside or [])])
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
-    limit = options.limit(config.dataset or trained.config.dataset)
+    limit = options.limit(replace(trained.config, dataset=config.dataset or trained.config.dataset))
     options.trust_code_of([run, *(options.beside or ())])
     support = options.support
     if support is None:

@@ -97,7 +97,7 @@ def run_grid(grid: Grid, options: GridOptions) -> ExitCode:
         text = slurm_script(grid.folder.name, lines) if options.slurm else "\n".join(lines)
         write_text(sys.stdout, text + "\n")
         return ExitCode.OK
-    limit = options.limit(grid.rows[0].config.dataset)
+    limit = options.limit(grid.rows[0].config)
     if not options.dry_run:
         check_out(grid.folder)
     cells, local, offline = len(grid.cells), options.executor == "local", options.offline

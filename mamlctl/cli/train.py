@@ -18,7 +18,7 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import flag, nearest
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import absolute_data_set, is_own_data, kind_of
+from mamlctl.data.sets.registry import absolute_data_set, is_own_data, is_table
 from mamlctl.display.console import write_text
 from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
@@ -183,7 +183,7 @@ def _overrides(
     stored = asdict(open_run(run).config)
     changeable = RESUME_OVERRIDES
     moved, before = settings.get("dataset", ""), stored["dataset"]
-    if is_own_data(moved) and is_own_data(before) and kind_of(moved) == kind_of(before):
+    if is_own_data(moved) and is_own_data(before) and is_table(moved) == is_table(before):
         # The data may have moved; `resume` compares their content.
         settings = {**settings, "dataset": absolute_data_set(settings["dataset"])}
         changeable += ("dataset",)

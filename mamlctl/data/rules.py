@@ -21,6 +21,7 @@ from mamlctl.data.sets.registry import (
     is_table,
     kind_of,
 )
+from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, TrainConfig, improvements_without_meaning
 
@@ -55,31 +56,31 @@ OF_IMAGES: Mapping[str, str] = {
 }
 
 
-def metric_of(dataset: str) -> Metric:
+def metric_of(config: DataSettings) -> Metric:
     """The metric by which runs on a data set are scored."""
-    return kind_of(dataset).metric
+    return kind_of(config).metric
 
 
-def without_meaning(dataset: str) -> dict[str, str]:
+def without_meaning(config: DataSettings) -> dict[str, str]:
     """The settings that have no meaning for a data set, and the reason that an error gives."""
-    settings = dict(OF_IMAGES) if is_regression(dataset) else {}
-    if is_table(dataset):
+    settings = dict(OF_IMAGES) if is_regression(config) else {}
+    if is_table(config.dataset):
         return {name: why for name, why in settings.items() if name not in OF_OWN_DATA}
     return settings | dict.fromkeys(OF_COLUMNS, "has no columns")
 
 
-def data_set_defaults(name: str) -> Mapping[str, Any]:
-    """The settings that `--dataset name` implies."""
-    if is_regression(name):
+def data_set_defaults(config: DataSettings) -> Mapping[str, Any]:
+    """The settings that a data set implies."""
+    if is_regression(config):
         return REGRESSION_DEFAULTS
-    folder = Path(absolute_data_set(name))
-    return {"classes": class_level(folder)} if is_image_folder(name) and folder.is_dir() else {}
+    folder = Path(absolute_data_set(config.dataset))
+    return {"classes": class_level(folder)} if is_image_folder(config.dataset) and folder.is_dir() else {}
 
 
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have only one value with this data set, and that value."""
-    forced: dict[str, Any] = {name: FIELDS[name].default for name in without_meaning(config.dataset)}
-    if is_regression(config.dataset):
+    forced: dict[str, Any] = {name: FIELDS[name].default for name in without_meaning(config)}
+    if is_regression(config):
         return forced
     try:
         data_set = find_data_set(config.dataset)
@@ -113,18 +114,18 @@ def data_set_problems(
     if config.classes == "leaf" and has_lists(Path(absolute_data_set(config.dataset))):
         fact = f"--classes leaf has no effect: the classes of {config.dataset} are in its train.csv"
         problems.append((fact, "leave it out"))
-    for name, why in without_meaning(config.dataset).items():
+    for name, why in without_meaning(config).items():
         if sources[name] in refused_from and getattr(config, name) is not False:
             problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
-    if is_regression(config.dataset) and config.net != "mlp" and not is_reference(config.net):
-        fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config.dataset).predicate}"
+    if is_regression(config) and config.net != "mlp" and not is_reference(config.net):
+        fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp, or net.py:make with your own function"))
     return problems
 
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
     """Choices that the data set does not offer, or the unknown data set, as (fact, hint) pairs."""
-    if is_regression(config.dataset):
+    if is_regression(config):
         problem = fraction_problem(config.split_fractions) if config.split_fractions else None
         return [problem] if problem else []
     try:
@@ -155,16 +156,16 @@ def _is_grey(config: TrainConfig, data_set: DataSet) -> bool:
     return (config.channels or data_set.image_shape_CHW[0]) == 1
 
 
-def per_step_settings(settings: EvalConfig, dataset: str) -> EvalConfig:
+def per_step_settings(settings: EvalConfig, config: DataSettings) -> EvalConfig:
     """The settings of a test with those of its scores per inner step in their only form.
 
     The small networks for regression are always scored after every step.
 
     Args:
         settings: the settings of the test.
-        dataset: the data set of the run.
+        config: the settings of the run.
     """
-    if is_regression(dataset):
+    if is_regression(config):
         return replace(settings, per_step=True, per_step_tasks=None)
     is_for_all = settings.curve_tasks in (0, settings.tasks)
     return replace(settings, per_step_tasks=None) if is_for_all else settings

@@ -43,7 +43,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         on_event(Notice(reason))
     # Each file has one spelling, so that it is not evaluated twice.
     settings = replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
-    settings = per_step_settings(settings, model.config.dataset)
+    settings = per_step_settings(settings, model.config)
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)

@@ -75,16 +75,16 @@ def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: b
     """
     config = settings.over(trained)
     assert settings.dataset is not None
+    other = replace(config, dataset=absolute_data_set(settings.dataset))
     folders = is_image_folder(settings.dataset) and is_image_folder(trained.dataset)
     # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
     # the user's own images do not define the value of ink, so the run's value is used.
-    keeps_ink = is_regression(settings.dataset) or find_data_set(settings.dataset).own_files
+    keeps_ink = is_regression(other) or find_data_set(settings.dataset).own_files
     return replace(
-        config,
-        dataset=absolute_data_set(settings.dataset),
+        other,
         split_scheme=None,
         split_fractions=None,
-        classes=settings.classes or data_set_defaults(settings.dataset).get("classes", "top"),
+        classes=settings.classes or data_set_defaults(other).get("classes", "top"),
         resize=config.resize if folders and keep_filter else None,
         rotations=None,
         ink=config.ink if keeps_ink else None,
@@ -95,14 +95,15 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     """Why the run cannot be evaluated on the other data set, as (fact, hint) pairs."""
     if settings.dataset is None:
         return []
-    kind, trained_on = kind_of(settings.dataset), kind_of(trained.dataset)
+    other = replace(trained, dataset=settings.dataset)
+    kind, trained_on = kind_of(other), kind_of(trained)
     if kind != trained_on:
         fact = f"{settings.dataset} {kind.predicate}, but the run was trained on {trained_on.noun}"
         return [(fact, f"test it on {trained_on.noun}")]
     if is_table(settings.dataset):
         fact = f"{settings.dataset} differs from the table that the run was trained on"
         return [(fact, "give it to the run as new tasks, with --support and --query")]
-    if is_regression(settings.dataset):
+    if is_regression(other):
         return []
     data_set = find_data_set(settings.dataset)
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
@@ -120,7 +121,7 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
-    regression, predicate = is_regression(trained.dataset), kind_of(trained.dataset).predicate
+    regression, predicate = is_regression(trained), kind_of(trained).predicate
     if settings.per_step_tasks is not None and not (settings.per_step or regression):
         problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}

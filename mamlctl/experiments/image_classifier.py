@@ -96,8 +96,8 @@ def adapt_classifier(
         MamlctlError: the run is damaged.
     """
     run = open_run(path)
-    if is_regression(run.config.dataset):
-        trained = f"{run.config.dataset}, which {kind_of(run.config.dataset).predicate}"
+    if is_regression(run.config):
+        trained = f"{run.config.dataset}, which {kind_of(run.config).predicate}"
         fact = f"--support contains images, but the run was trained on {trained}"
         raise SettingsError([(fact, "use a run that was trained on images")])
     if settings.bn is None and run.config.bn == Statistics.OWN.value:

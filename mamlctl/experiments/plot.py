@@ -64,7 +64,7 @@ def draw(
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     on_event(Waiting("drawing figures"))
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
-    if is_regression(model.config.dataset):
+    if is_regression(model.config):
         others, table = list(beside), is_table(model.config.dataset)
         if not others and not table and ALGORITHMS[model.config.algo].start != "pre-trained":
             others = [folder / "pretrained"]
@@ -88,7 +88,7 @@ def draw(
     metrics = model.run.metrics()
     if reports := rows_of(metrics, "report"):
         validations = rows_of(metrics, "validation")
-        figures["training"] = run_figures.training(reports, validations, metric_of(model.config.dataset))
+        figures["training"] = run_figures.training(reports, validations, metric_of(model.config))
     state = model.states[0]
     if state.rates_learnt:
         rates = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}

@@ -41,10 +41,10 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
     """
     # The layers choose the data set and the algorithm, whose defaults then go below them.
     named, _ = merge(TrainConfig, layers)
-    dataset, algo = named.config.dataset, named.config.algo
+    chosen = named.config
     if named.sources["algo"] == "default":
-        algo = data_set_defaults(dataset).get("algo", algo)
-    resolved, problems = merge(TrainConfig, with_defaults(layers, dataset, algo))
+        chosen = replace(chosen, algo=data_set_defaults(chosen).get("algo", chosen.algo))
+    resolved, problems = merge(TrainConfig, with_defaults(layers, chosen))
 
     # Values that the algorithm or the data set fixes override presets and files; flags are kept and checked.
     forced = algorithm_forced(resolved.config) | data_set_forced(resolved.config)
@@ -65,7 +65,7 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
     return replace(resolved, config=replace(config, **places))
 
 
-def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Layer]:
+def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:
     """The layers with the defaults of the data set and the algorithm.
 
     The algorithm's defaults go directly below the layer that names the algorithm, so they override a preset
@@ -73,17 +73,17 @@ def with_defaults(layers: Sequence[Layer], dataset: str, algo: str) -> list[Laye
 
     Args:
         layers: the sources of settings and their values, weakest first.
-        dataset: the data set that the layers choose.
-        algo: the algorithm that they choose.
+        chosen: settings with the data set and the algorithm that the layers choose.
     """
+    dataset, algo = chosen.dataset, chosen.algo
     layers = [(source, _drop_foreign(values, OF_ITS_DATA, "dataset", dataset)) for source, values in layers]
     naming = max((place for place, (_, values) in enumerate(layers) if "algo" in values), default=0)
     weaker = [
         (source, _drop_foreign(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
         for source, values in layers[:naming]
     ]
-    of_data_set = (f"data set {dataset}", data_set_defaults(dataset))
-    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, regression=is_regression(dataset)))
+    of_data_set = (f"data set {dataset}", data_set_defaults(chosen))
+    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, regression=is_regression(chosen)))
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
@@ -102,7 +102,7 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in every setting that is None. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
-    if is_regression(config.dataset):
+    if is_regression(config):
         # These tasks have outputs instead of ways, and none of these choices.
         choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         choices |= {"inputs": "x*", "targets": "y*"} if is_table(config.dataset) else {}

@@ -164,7 +164,7 @@ def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, .
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
-    if is_regression(config.dataset):
+    if is_regression(config):
         return (note,)
     data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW
@@ -321,7 +321,7 @@ def checkpoint_files(
 
 def _ranked_epochs(run: RunFolder) -> list[Path]:
     """The undamaged checkpoints of epochs, one of each, best first."""
-    sign = 1 if is_regression(run.config.dataset) else -1
+    sign = 1 if is_regression(run.config) else -1
     found = dict[int, tuple[float, int, Path]]()
     for file in (*run.checkpoints.glob("epoch-*.pt"), run.checkpoints / BEST):
         # A copy of last.pt under this name has no score.

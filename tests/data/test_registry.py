@@ -9,6 +9,7 @@ from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets import cifar100, glyphs, omniglot
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.registry import DATA_SETS, absolute_data_set, is_image_folder, is_regression
+from mamlctl.settings.schema import TrainConfig
 
 
 def test_registry_imports_without_slow_modules():
@@ -47,4 +48,5 @@ def test_names_and_folders_are_distinguished(tmp_path, monkeypatch):
     assert absolute_data_set("pets") == str(tmp_path / "pets")
     (tmp_path / "omniglot").mkdir()
     assert not is_image_folder("omniglot") and absolute_data_set("omniglot") == "omniglot"
-    assert is_regression("sinusoid") and not is_regression("omniglot")
+    assert is_regression(TrainConfig(dataset="sinusoid"))
+    assert not is_regression(TrainConfig(dataset="omniglot"))

@@ -52,7 +52,7 @@ class Experiment:
     @property
     def modes(self) -> tuple[str | None, ...]:
         """The batch-norm modes to test; None for the network of curves, which has no batch norm."""
-        return (None,) if is_regression(self.config.dataset) else ("transductive", "running", "support")
+        return (None,) if is_regression(self.config) else ("transductive", "running", "support")
 
 
 def read_experiment(path: Path) -> Experiment:

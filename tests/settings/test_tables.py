@@ -167,8 +167,5 @@ def test_an_evaluation_replaces_the_settings_that_have_the_same_name():
 
 
 def test_curves_are_scored_by_squared_error():
-    assert (metric_of("sinusoid"), metric_of("omniglot"), metric_of("./mine")) == (
-        "mse",
-        "accuracy",
-        "accuracy",
-    )
+    metrics = [metric_of(TrainConfig(dataset=dataset)) for dataset in ("sinusoid", "omniglot", "./mine")]
+    assert metrics == ["mse", "accuracy", "accuracy"]

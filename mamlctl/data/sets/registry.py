@@ -18,6 +18,7 @@ from mamlctl.core.problems import nearest
 from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.facts import CURVES, IMAGES, MINI, SIDE, TABLE, TIERED, DataKind, DataSet, ListedSet
+from mamlctl.settings.data_settings import DataSettings
 
 if TYPE_CHECKING:
     from mamlctl.data.reading.packs import PackedImages
@@ -121,16 +122,16 @@ NAMES = [*DATA_SETS, *FAMILIES]
 TABLE_ENDINGS = (".csv", ".npz")
 
 
-def kind_of(name: str) -> DataKind:
+def kind_of(config: DataSettings) -> DataKind:
     """What the tasks of a data set are made of; images if there is no such data set."""
-    if name in FAMILIES:
+    if config.dataset in FAMILIES:
         return CURVES
-    return TABLE if is_table(name) else IMAGES
+    return TABLE if is_table(config.dataset) else IMAGES
 
 
-def is_regression(name: str) -> bool:
+def is_regression(config: DataSettings) -> bool:
     """Whether the tasks of a data set have values to predict instead of classes."""
-    return kind_of(name).metric == "mse"
+    return kind_of(config).metric == "mse"
 
 
 def is_table(name: str) -> bool:

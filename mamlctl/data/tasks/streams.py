@@ -124,7 +124,7 @@ def _stream_settings(config: TrainConfig, split: Split, place: Placement) -> Str
     if split == "train":
         seed = config.seed if config.train_seed is None else config.train_seed
         shots = config.shots if config.train_shots is None else config.train_shots
-    ways = 1 if is_regression(config.dataset) else config.ways
+    ways = 1 if is_regression(config) else config.ways
     return StreamSettings(split, seed, shots, config.queries, place, ways)
 
 

@@ -26,8 +26,8 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = ALGORITHMS[config.algo], list[Problem]()
-    if entry.on_curves is None and is_regression(config.dataset):
-        fact = f"{algo} needs classes, but {config.dataset} {kind_of(config.dataset).predicate}"
+    if entry.on_curves is None and is_regression(config):
+        fact = f"{algo} needs classes, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, f"use {REGRESSION_DEFAULTS['algo']}"))
     for name, value in entry.forced.items():
         if getattr(config, name) != value:
@@ -64,12 +64,12 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
 
 def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
     """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
-    compiled = is_regression(config.dataset) and "engine" in (entry.on_curves or {})
+    compiled = is_regression(config) and "engine" in (entry.on_curves or {})
     if config.engine != "compiled" or (compiled and config.net == "mlp"):
         return None
     if compiled:
         return f"--engine compiled does not support --net {config.net}", "use --engine adjoint"
-    needed = f"does not support --algo {config.algo}" if is_regression(config.dataset) else "is for curves"
+    needed = f"does not support --algo {config.algo}" if is_regression(config) else "is for curves"
     return f"--engine compiled {needed}", "use --engine adjoint"
 
 

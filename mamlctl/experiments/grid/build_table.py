@@ -130,7 +130,7 @@ def tabulate(
         ways=first.ways,
         shots=first.shots,
         queries=first.queries,
-        metric=metric_of(first.dataset),
+        metric=metric_of(first),
         split=evaluate.split,
         tasks=min(different, default=evaluate.tasks),
         eval_seed=first.eval_seed,
@@ -224,7 +224,7 @@ def _table_row(
     config = fill_defaults(runs.spec.config)
     evaluations = list(runs.evaluations.values())
     evaluated = evaluate.over(config)
-    bn: BatchNormMode = "none" if is_regression(config.dataset) else evaluated.bn
+    bn: BatchNormMode = "none" if is_regression(config) else evaluated.bn
     if evaluations:
         bn = evaluations[0].protocol["bn"]
     settings = identity_settings(runs.spec.config)

@@ -22,7 +22,7 @@ from mamlctl.settings.schema import TrainConfig
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     """The shortest arguments of `mamlctl train` that result in these settings."""
     leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
-    if is_regression(config.dataset):
+    if is_regression(config):
         del leading["ways"]
     if is_image_folder(config.dataset):  # always named, so that files added later do not change the classes
         leading["classes"] = config.classes
@@ -53,7 +53,7 @@ def cell_lines(grid: Grid) -> list[str]:
 
 def cell_test(cell: GridCell, evaluate: EvalConfig) -> tuple[str, ...]:
     """The arguments of `mamlctl eval` for the grid's test of a cell, on the device of its training."""
-    test = per_step_settings(evaluate, cell.config.dataset)
+    test = per_step_settings(evaluate, cell.config)
     test = replace(test, device=cell.config.device, data_root=cell.config.data_root)
     values = {item.name: (getattr(test, item.name), item.default) for item in fields(test)}
     return settings_arguments(

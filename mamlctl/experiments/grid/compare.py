@@ -92,13 +92,13 @@ def compare(
 
 def _is_tested(run: RunFolder, evaluate: EvalConfig) -> bool:
     """Whether a run has been tested, or cannot be tested because it has diverged."""
-    settings = per_step_settings(evaluate, run.config.dataset)
+    settings = per_step_settings(evaluate, run.config)
     return run.state().status == "diverged" or find_evaluation(run, settings) is not None
 
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run. Raises DataError if its images have changed."""
-    evaluate = per_step_settings(evaluate, run.config.dataset)
+    evaluate = per_step_settings(evaluate, run.config)
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
     if find_evaluation(run, evaluate) is None:

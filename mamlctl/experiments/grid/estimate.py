@@ -117,7 +117,7 @@ def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: C
     epochs = _phases(config)
     steps_s = sum(cost.meta_step_s[phase] * epochs[phase] for phase in epochs) * config.steps_per_epoch
     validation_s = cost.task_s * config.val_tasks * config.epochs
-    evaluate = per_step_settings(evaluate, config.dataset)
+    evaluate = per_step_settings(evaluate, config)
     curves = evaluate.curve_tasks
     models = 1 if evaluate.models == "best" else min(config.epochs, KEPT)
     task_s = cost.task_s * (evaluate.tasks - curves) + cost.curve_task_s * curves

@@ -71,7 +71,7 @@ class Scheduler:
         self._times: dict[tuple[str, int], CellTime] = {}  # what cells cost, by row and seed
         first = fill_defaults(grid.rows[0].config)
         self._title = f"{formatting.task(first.dataset, first.ways, first.shots)}, {grid.plan}"
-        self._metric = metric_of(first.dataset)
+        self._metric = metric_of(first)
         self._cells = {cell.name: cell for cell in grid.cells}
         self._states = {name: self._cell_state(cell) for name, cell in self._cells.items()}
 

@@ -60,13 +60,13 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
     fewest of those is returned. Raises MamlctlError if one is damaged.
     """
     settings = replace(settings, checkpoint=run.checkpoint_name(settings.checkpoint))
-    settings = per_step_settings(settings, run.config.dataset)
+    settings = per_step_settings(settings, run.config)
     evaluated, left_out = settings.over(run.config), (*OF_RUN, *OF_CONTENT)
     required = {
         name: value for name, value in protocol_settings(settings, evaluated).items() if name not in left_out
     }
     sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
-    if is_regression(run.config.dataset) and settings.ways is None:
+    if is_regression(run.config) and settings.ways is None:
         sizes["ways"] = 1
     answers = list[tuple[int, Path, dict[str, Any]]]()
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
@@ -127,7 +127,7 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
         return Cell(seed, place, "failed" if failed else "missing", failed, 0, None, None, (), {}, command)
     state, metrics = run.state(), run.metrics()
     reports = rows_of(metrics, "report")
-    metric = metric_of(run.config.dataset)
+    metric = metric_of(run.config)
     scores = [(int(row["step"]), row.get(f"val_{metric}")) for row in rows_of(metrics, "validation")]
     # null stands for a number that was not finite.
     validation = tuple((step, math.nan if score is None else float(score)) for step, score in scores)

@@ -49,7 +49,7 @@ def _listed_run(path: Path) -> ListedRun:
         reason = error.message if isinstance(error, MamlctlError) else str(error)
         return ListedRun(str(path), "damaged", changed, reason=reason)
     config = run.config
-    on_curves = is_regression(config.dataset)
+    on_curves = is_regression(config)
     return ListedRun(
         run=str(path),
         status=status,
@@ -61,8 +61,8 @@ def _listed_run(path: Path) -> ListedRun:
         seed=config.seed,
         step=steps_done(state.step, run.last_metrics()),
         total_steps=config.total_steps,
-        metric=metric_of(config.dataset),
-        best_val_score=best.get(f"val_{metric_of(config.dataset)}"),
+        metric=metric_of(config),
+        best_val_score=best.get(f"val_{metric_of(config)}"),
         best_val_ci95=best.get("val_ci95"),
         reason=state.reason,
     )
@@ -84,7 +84,7 @@ def _listed_status(path: Path, state: RunState) -> ListedStatus:
 
 def _best_validation(run: RunFolder) -> dict[str, Any]:
     """The row of the best validation; empty before the first one."""
-    metric = metric_of(run.config.dataset)
+    metric = metric_of(run.config)
     key, sign = f"val_{metric}", 1 if metric == "accuracy" else -1
     # Few of the lines are validations, and reading the others as JSON would take most of the time.
     rows = rows_of(run.metrics(containing='"val_tasks"'), "validation")
