@@ -33,7 +33,7 @@ from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import module_of_run, plan_of
+from mamlctl.engine.training.run_code import code_of_run
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.trained_model import checkpoint_files, load_states
@@ -103,7 +103,7 @@ def adapt_classifier(
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         # Papers report transductive accuracy, but the prediction for one image should not depend on others.
         settings = replace(settings, bn=Statistics.SUPPORT.value)
-    module = module_of_run(run)
+    code = code_of_run(run)
     config, device, _ = evaluation_setup(run, settings, on_event)
     entry, shape = ALGORITHMS[config.algo], _example_shape(config)
     if to_save and entry.classifier == "neighbours":
@@ -111,7 +111,7 @@ def adapt_classifier(
         others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]
         raise SettingsError([(fact, f"leave it out, or use a run with --algo {' or '.join(others)}")])
     (best, *_), _ = checkpoint_files(run, settings.checkpoint, on_event)
-    (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event, module=module)
+    (learnt,), epochs, _ = load_states(run, [best], settings, shape, device, on_event, code=code)
     read = Reader(shape[-1], shape[0], config.resize if config.resize in FILTERS else "bilinear")
     on_event(Waiting("reading support images"))
     support = read_support(support_path, read)
@@ -122,7 +122,7 @@ def adapt_classifier(
     ways = len(support.classes)
     head = head_words(entry.classifier, config.ways, learnt, ways)
     state = resize_head(learnt, ways, entry.classifier)
-    net, _ = build(replace(config, ways=ways), shape, torch.device("meta"), plan=plan_of(module))
+    net, _ = build(replace(config, ways=ways), shape, torch.device("meta"), parts=code.parts)
     with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, state.example_tensor, config.engine)
     on_event(Waiting("adapting"))

@@ -21,7 +21,6 @@ from mamlctl.data.tasks.episodes import MiniBatches
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import plan_of
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.train import resume, train
@@ -113,14 +112,14 @@ def _pretrain(model: TrainedModel, path: Path, offline: bool, on_event: OnEvent)
         )
         layer |= {"algo": next(pretraining), "report_every": 1000}
         result = train(
-            # The run's own file of its network may no longer exist: the module below is its copy.
-            resolve_settings([("run", layer)], checked=model.module is None).config,
+            # The run's own files of code may no longer exist: the code below is their copy.
+            resolve_settings([("run", layer)], checked=not model.code.stored).config,
             out=path,
             offline=offline,
             time_limit_s=None,
             command="",
             on_event=on_event,
-            module=model.module,
+            code=model.code,
         )
     return result.reason
 
@@ -133,7 +132,7 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
     if not any(ALGORITHMS[model.config.algo].start == "random start" for model in models):
         shape, targets = first.source.example_shape, first.source.targets
-        _, state = build(first.config, shape, first.device, targets=targets, plan=plan_of(first.module))
+        _, state = build(first.config, shape, first.device, targets=targets, parts=first.code.parts)
         scratch = replace(first, predict=adapted, states=[state], stream=stream)
         starts.append(("random start", scratch))
     return [[_panel(model, stream, task, title) for title, model in starts] for task in range(TASKS)]

@@ -27,14 +27,7 @@ from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import (
-    RunModule,
-    module_of_run,
-    new_module,
-    plan_of,
-    store_module,
-    training_tasks,
-)
+from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, store_code, training_tasks
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
@@ -67,7 +60,7 @@ class _Prepared:
     source: TaskSource
     net: Net
     state: MetaState
-    module: RunModule | None
+    code: RunCode
     stop: StopRequests
     on_event: OnEvent
 
@@ -80,7 +73,7 @@ def train(
     time_limit_s: float | None,
     command: str,
     on_event: OnEvent,
-    module: RunModule | None = None,
+    code: RunCode | None = None,
 ) -> TrainResult:
     """Train a new run.
 
@@ -91,7 +84,7 @@ def train(
         time_limit_s: seconds until the run saves and stops; None for no limit.
         command: the command line, for command.txt.
         on_event: receives progress, reports and notices.
-        module: of another run, in place of the one that --net names.
+        code: of another run, in place of the one that the settings name.
 
     Raises:
         SettingsError, DataError, MamlctlError: before the run folder is created.
@@ -99,11 +92,11 @@ def train(
     """
     check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
-    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event, module)
+    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event, code)
     path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
     with new_run(path, config, prepared.config, command=command, environment=facts) as run:
-        store_module(run.path, prepared.module)
+        store_code(run.path, prepared.code)
         _store_data_facts(run, prepared.source)
         return _run(run, prepared, resume=False)
 
@@ -155,10 +148,10 @@ def resume(
         run.config = stored_settings("flag", {**asdict(run.config), **changed})
         # Checkpoints belong to the path with which the run started, so `run.config` keeps it.
         config = replace(run.config, dataset=overrides.get("dataset", run.config.dataset))
-        module, split = module_of_run(run), stored_split(run)
-        if module is not None:
-            on_event(Notice(module.notice))
-        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, module, split)
+        code, split = code_of_run(run), stored_split(run)
+        for notice in code.notices:
+            on_event(Notice(notice))
+        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, code, split)
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"
@@ -191,13 +184,13 @@ def _prepare(
     offline: bool,
     stop: StopRequests,
     on_event: OnEvent,
-    module: RunModule | None = None,
+    code: RunCode | None = None,
     stored: Mapping[str, Sequence[str]] | None = None,
 ) -> _Prepared:
     """Open the device and the data, and build the network.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
-    `module` is that of a resumed run, and `stored` the split with which it started.
+    `code` is that of a resumed run, and `stored` the split with which it started.
     """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
@@ -213,13 +206,14 @@ def _prepare(
         on_event=on_event,
         stored=stored,
     )
-    module = module or new_module(completed, source.example_shape, on_event, targets=source.targets)
+    if code is None:
+        code = new_code(completed, source, on_event)
     classes = source.classes.get("train")
     net, state = build(
-        completed, source.example_shape, device, classes=classes, targets=source.targets, plan=plan_of(module)
+        completed, source.example_shape, device, classes=classes, targets=source.targets, parts=code.parts
     )
-    streams["train"] = training_tasks(streams["train"], module, completed.seed)
-    return _Prepared(completed, device, streams, source, net, state, module, stop, on_event)
+    streams["train"] = training_tasks(streams["train"], code, completed.seed)
+    return _Prepared(completed, device, streams, source, net, state, code, stop, on_event)
 
 
 def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:

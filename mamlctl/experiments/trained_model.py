@@ -31,7 +31,7 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
-from mamlctl.engine.training.run_module import RunModule, module_of_run, plan_of
+from mamlctl.engine.training.run_code import RunCode, code_of_run
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
@@ -56,7 +56,7 @@ class TrainedModel:
     predict: Predict
     states: Sequence[MetaState]  # best first
     epochs: Sequence[int]  # of the states; empty before the first validation
-    module: RunModule | None = None  # of a network that is not built in
+    code: RunCode  # what is not built in
     notes: tuple[str, ...] = ()  # caveats about the results
 
     @property
@@ -98,7 +98,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     run = open_run(path)
     if settings.dataset is None:
         check_folder(run, f"mamlctl eval {path}")
-    module = module_of_run(run)
+    code = code_of_run(run)
     config, device, keeps = evaluation_setup(run, settings, on_event)
     files, notes = checkpoint_files(run, settings.checkpoint, on_event)
     on_event(Waiting.for_data(config.dataset))
@@ -129,7 +129,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         on_event(Notice(notes[-1]))
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     shape = source.example_shape
-    states, epochs, damage = load_states(run, files, settings, shape, device, on_event, module=module)
+    states, epochs, damage = load_states(run, files, settings, shape, device, on_event, code=code)
     notes += damage
     if settings.models == "ensemble" and not epochs:
         why = (
@@ -141,7 +141,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     if settings.ways not in (None, run.config.ways):
         words = head_words(ALGORITHMS[config.algo].classifier, run.config.ways, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
-    net, _ = build(config, shape, torch.device("meta"), targets=source.targets, plan=plan_of(module))
+    net, _ = build(config, shape, torch.device("meta"), targets=source.targets, parts=code.parts)
     with kernels_announced(device, on_event):
         derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     return TrainedModel(
@@ -154,7 +154,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         predict=ALGORITHMS[config.algo].predict(config),
         states=states,
         epochs=epochs,
-        module=module,
+        code=code,
         notes=notes,
     )
 
@@ -196,7 +196,7 @@ def load_states(
     device: torch.device,
     on_event: OnEvent,
     *,
-    module: RunModule | None = None,
+    code: RunCode,
 ) -> tuple[list[MetaState], list[int], tuple[str, ...]]:
     """Load checkpoints, with the inner learning rates of the settings if they replace the run's.
 
@@ -208,7 +208,7 @@ def load_states(
         example_shape: C, H, W of an image, or the size of a point.
         device: where the tensors go.
         on_event: receives notices.
-        module: of a network that is not built in.
+        code: what the run has that is not built in.
 
     Returns:
         The states, their epochs (none for a state that was not validated), and notes about damage.
@@ -225,7 +225,7 @@ def load_states(
             break
         if file in files or (not loaded and file.exists()):
             try:
-                loaded[file] = _load_state(run, file, settings, example_shape, device, module)
+                loaded[file] = _load_state(run, file, settings, example_shape, device, code)
             except SettingsError:
                 raise
             except MamlctlError as error:
@@ -256,16 +256,14 @@ def _load_state(
     settings: EvalConfig,
     example_shape: Sequence[int],
     device: torch.device,
-    module: RunModule | None,
+    code: RunCode,
 ) -> tuple[MetaState, int | None]:
     """A checkpoint's state and epoch (None in `last.pt`); arguments and exceptions as in `load_states`."""
     content = checkpoints.load(file, owner=run.owner)
     bias = content["stored"].get("linear.bias")
     outputs = None if bias is None else bias.numel()
     config = fill_defaults(run.config)
-    _, state = build(
-        config, example_shape, device, classes=outputs, targets=outputs or 1, plan=plan_of(module)
-    )
+    _, state = build(config, example_shape, device, classes=outputs, targets=outputs or 1, parts=code.parts)
     checkpoints.restore(state.stored(), content["stored"], file)
     state = _with_rates(state, settings)
     if (ways := settings.ways) is not None and ALGORITHMS[run.config.algo].classifier == "head":

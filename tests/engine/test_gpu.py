@@ -8,6 +8,7 @@ from helpers.module_cases import Encoder, Recurrent, conv4, module_net
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.devices import memory_bytes, open_device
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
+from mamlctl.engine.nets.factory import Parts
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
@@ -38,7 +39,7 @@ def test_a_module_has_the_same_gradient_on_both_devices(make):
     config, grads = small_config(algo="maml++", da=False, net="own.py:make"), []
     plan, _ = checked(module_net(make, IMAGE, config.ways))
     for device in (torch.device("cpu"), open_device("cuda", "float64")):
-        net, state = build(config, IMAGE, device, plan=plan)
+        net, state = build(config, IMAGE, device, parts=Parts(plan))
         moved = [tensor.to(device) for tensor in random_episodes(config).sets]
         grads.append(MetaStep(config, net, state).measure(Episodes(*moved), 0, measure_all=True).grads)
     for name, grad in grads[0].items():

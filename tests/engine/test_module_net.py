@@ -18,7 +18,7 @@ from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.evaluation.adapted_model import adapt_to_support_set, plain_weights
 from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.batch_norm import NormPass, Statistics
-from mamlctl.engine.nets.factory import torchvision_net, torchvision_plan
+from mamlctl.engine.nets.factory import Parts, torchvision_net, torchvision_plan
 from mamlctl.engine.nets.module_net import ModulePlan
 from mamlctl.engine.nets.module_template import _head_of
 from mamlctl.engine.training.initial_state import build
@@ -157,7 +157,7 @@ def test_names_initial_norms_buffers_and_shared_weights_of_a_module_are_kept():
     net = module_net(Odd, shape, 3)
     plan, _ = checked(net)
     config = small_config(algo="maml++", net="odd.py:Odd")
-    net, state = build(config, shape, CPU, plan=plan)
+    net, state = build(config, shape, CPU, parts=Parts(plan))
     torch.manual_seed(config.seed)
     module = Odd(shape, 3).double().train()
     assert torch.equal(state.norm["module.rate.weight"], module.rate.weight.expand(3, -1))
@@ -171,7 +171,7 @@ def test_names_initial_norms_buffers_and_shared_weights_of_a_module_are_kept():
 
 def test_an_adapted_module_is_saved_as_its_own_state_dictionary():
     shape = (1, 4, 5)
-    net, state = build(small_config(net="odd.py:Odd"), shape, CPU, plan=ModulePlan(Odd))
+    net, state = build(small_config(net="odd.py:Odd"), shape, CPU, parts=Parts(ModulePlan(Odd)))
     _, episodes = learner(net)
     one = episodes.split(1)[0]
     model = adapt_to_support_set(
@@ -197,12 +197,12 @@ def test_all_names_of_torchvision_have_a_linear_head(name):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_networks_of_torchvision_take_grey_and_coloured_images(channels):
     config = small_config(net="resnet18", meta_batch_size=1, shots=1, queries=1, inner_steps=1)
-    net, state = build(config, (channels, 16, 16), CPU, plan=torchvision_plan("resnet18"))
+    net, state = build(config, (channels, 16, 16), CPU, parts=Parts(torchvision_plan("resnet18")))
     assert state.slow["linear.weight"].shape == (3, 512) and "layer1.0.conv1.weight" in state.slow
     x = torch.rand(1, 4, channels, 16, 16, dtype=torch.float64)
     fast = {name: weight.unsqueeze(0) for name, weight in state.slow.items()}
     outputs = net(fast, x, state.norm_pass(0))
     if channels == 1:
-        in_colour, _ = build(config, (3, 16, 16), CPU, plan=torchvision_plan("resnet18"))
+        in_colour, _ = build(config, (3, 16, 16), CPU, parts=Parts(torchvision_plan("resnet18")))
         assert torch.equal(outputs, in_colour(fast, x.expand(-1, -1, 3, -1, -1), state.norm_pass(0)))
     assert net.largest == 64 * 8 * 8

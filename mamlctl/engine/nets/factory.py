@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from mamlctl.engine.nets.mlp import HIDDEN, Mlp
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.nets.resnet12 import ResNet12
 from mamlctl.settings.schema import TrainConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a network that are not built in."""
+
+    module: ModulePlan | None = None  # of --net; None for a built-in network
+
+
+BUILT_IN = Parts()
 
 
 def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
@@ -48,19 +59,19 @@ NETS: dict[str, Callable[[TrainConfig, Sequence[int], int], Net]] = {
 }
 
 
-def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, plan: ModulePlan | None = None) -> Net:
+def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, parts: Parts = BUILT_IN) -> Net:
     """Build the network of the settings.
 
     Args:
         config: the settings.
         shape: C, H, W of images, or D of points.
         outputs: the number of outputs.
-        plan: of the module, if --net does not name a built-in network.
+        parts: those that the settings name and that are not built in.
     """
     if config.net in NETS:
         return NETS[config.net](config, shape, outputs)
-    assert plan is not None, f"--net {config.net} needs the plan of its module"
-    return ModuleNet(plan, tuple(shape), outputs, objective_of(shape), config.head)
+    assert parts.module is not None, f"--net {config.net} needs the plan of its module"
+    return ModuleNet(parts.module, tuple(shape), outputs, objective_of(shape), config.head)
 
 
 def torchvision_net(name: str, shape: tuple[int, ...], outputs: int) -> nn.Module:

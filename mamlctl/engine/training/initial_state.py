@@ -17,8 +17,8 @@ from mamlctl.engine.evaluation.prediction import zero_head
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
-from mamlctl.engine.nets.factory import make_net
-from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
+from mamlctl.engine.nets.factory import BUILT_IN, Parts, make_net
+from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -29,7 +29,7 @@ def build(
     *,
     classes: int | None = None,
     targets: int = 1,
-    plan: ModulePlan | None = None,
+    parts: Parts = BUILT_IN,
 ) -> tuple[Net, MetaState]:
     """Build the network and its initial state, which depend only on the settings and not on the device.
 
@@ -39,7 +39,7 @@ def build(
         device: where the state is placed.
         classes: the number of training classes, for algorithms that train one classifier of all of them.
         targets: for regression: the number of values to predict.
-        plan: of the module, if --net does not name a built-in network.
+        parts: those of the network that the settings name and that are not built in.
 
     Raises:
         SettingsError: the images are too small for the network.
@@ -49,7 +49,7 @@ def build(
     outputs = targets if regression else config.ways
     if entry.training_head == "classes" and classes is not None and not regression:
         outputs = classes
-    net = make_net(config, example_shape, outputs, plan)
+    net = make_net(config, example_shape, outputs, parts)
     dtype = tensor_dtype(config.precision)
     seed = config.seed if config.init_seed is None else config.init_seed
     slow = net.init(torch.Generator().manual_seed(seed), dtype)

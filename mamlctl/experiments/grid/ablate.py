@@ -14,10 +14,11 @@ import torch
 from mamlctl.core.errors import DataError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
+from mamlctl.core.user_code.kinds import check_same_code
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import Checked, check_cell, new_module, plan_of
+from mamlctl.engine.training.run_code import Checked, new_code
 from mamlctl.experiments.evaluation_settings import evaluation_problems
 from mamlctl.experiments.executors.jobs import Executor
 from mamlctl.experiments.executors.local import LocalExecutor, visible_cuda_devices
@@ -69,16 +70,14 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     on_event(Waiting.for_data(configs[0].dataset))
     _, source = open_splits(splits=("train", "val"))
     open_splits(splits=(evaluate.split,), disjoint=evaluate.disjoint)
-    shape, classes, modules = source.example_shape, source.classes.get("train"), {}
+    shape, classes, codes = source.example_shape, source.classes.get("train"), {}
     known: Checked = {}
     for row, config in zip(grid.rows, configs, strict=True):
-        modules[row.label] = module = new_module(config, shape, on_event, targets=source.targets, known=known)
-        build(
-            config, shape, torch.device("meta"), classes=classes, targets=source.targets, plan=plan_of(module)
-        )
+        codes[row.label] = code = new_code(config, source, on_event, known=known)
+        build(config, shape, torch.device("meta"), classes=classes, targets=source.targets, parts=code.parts)
     for cell in grid.cells:
         run = RunFolder(cell.folder, cell.config)
-        check_cell(run, modules[cell.row.label])
+        check_same_code(run.path, codes[cell.row.label].stored)
         if not run.trained_on(source.digest, source.older_digests):
             current = f"{configs[0].dataset} has digest {source.digest:.12}"
             message = f"{current}, but {cell.folder} was trained on {run.dataset_digest:.12}"

@@ -26,7 +26,7 @@ from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training.cuda_graphs import Captured, runner_of
 from mamlctl.engine.training.initial_state import build, evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep
-from mamlctl.engine.training.run_module import Checked, new_module, plan_of, training_tasks
+from mamlctl.engine.training.run_code import Checked, new_code, training_tasks
 from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
 from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
@@ -147,14 +147,12 @@ def _measure(config: TrainConfig, offline: bool, on_event: OnEvent, known: Check
         offline=offline,
         on_event=on_event,
     )
-    module = new_module(config, source.example_shape, on_event, targets=source.targets, known=known)
-    streams["train"] = training_tasks(streams["train"], module, config.seed)
+    code = new_code(config, source, on_event, known=known)
+    streams["train"] = training_tasks(streams["train"], code, config.seed)
     shape, classes = source.example_shape, source.classes.get("train")
     meta_step_s: dict[Phase, float] = {}
     for phase in _phases(config):
-        net, state = build(
-            config, shape, device, classes=classes, targets=source.targets, plan=plan_of(module)
-        )
+        net, state = build(config, shape, device, classes=classes, targets=source.targets, parts=code.parts)
         runner = runner_of(MetaStep(config, net, state))
         epoch = next(epoch for epoch in range(config.epochs) if _phase(config, epoch) == phase)
         for _ in range(WARM_UP[device.type]):

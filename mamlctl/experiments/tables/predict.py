@@ -29,7 +29,7 @@ from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.run_module import module_of_run, plan_of
+from mamlctl.engine.training.run_code import code_of_run
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.tables.plots import fits_of, in_units
 from mamlctl.experiments.tables.stored import stored_facts
@@ -130,9 +130,9 @@ def _adapting(
     """The function that adapts the best checkpoint and predicts, and the name of that checkpoint."""
     shape, settings = (len(values.inputs),), replace(settings, models="best")
     files, _ = checkpoint_files(run, settings.checkpoint, on_event)
-    module = module_of_run(run)
-    states, epochs, _ = load_states(run, files, settings, shape, device, on_event, module=module)
-    net, _ = build(config, shape, torch.device("meta"), targets=len(values.targets), plan=plan_of(module))
+    code = code_of_run(run)
+    states, epochs, _ = load_states(run, files, settings, shape, device, on_event, code=code)
+    net, _ = build(config, shape, torch.device("meta"), targets=len(values.targets), parts=code.parts)
     derivatives = select_derivatives(net, states[0].example_tensor, config.engine)
     predict, state = ALGORITHMS[config.algo].predict(config), states[0].frozen()
 

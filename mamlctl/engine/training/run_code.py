@@ -1,0 +1,179 @@
+"""What a run has that is not built in: found, checked, stored in the run folder, and loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
+from mamlctl.core.files import read_object, write_json
+from mamlctl.core.formatting import plural
+from mamlctl.core.literals import BUILT_IN_NETS
+from mamlctl.core.user_code.importing import UserCode, import_code
+from mamlctl.core.user_code.kinds import load_run_code, named_code, write_run_code
+from mamlctl.core.user_code.references import is_reference, locate
+from mamlctl.core.user_code.stored import StoredCode, as_stored, trust
+from mamlctl.data.tasks.episodes import Keyed, Tasks
+from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.engine.nets.base import objective_of
+from mamlctl.engine.nets.factory import Parts, torchvision_plan
+from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
+from mamlctl.engine.training.module_check import checked
+from mamlctl.run_folder import RunFolder
+from mamlctl.settings.schema import TrainConfig
+
+PLAN = "net.json"  # how the module of a run is computed
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunModule:
+    """How the module of a run is made and computed, and the code that makes it."""
+
+    plan: ModulePlan
+    why: str  # tasks are computed one by one; "" if they are computed in one pass
+    code: StoredCode | None  # None for a network of torchvision
+    name: str  # for notices
+
+    @property
+    def notice(self) -> str:
+        """How tasks are computed."""
+        how = "all tasks in one pass" if self.plan.one_pass else f"one task at a time, because {self.why}"
+        return f"{self.name}: {how}"
+
+
+@dataclass(frozen=True)
+class RunCode:
+    """What a run has that is not built in."""
+
+    module: RunModule | None = None  # of --net
+
+    @property
+    def parts(self) -> Parts:
+        """The parts of the network, for `build`."""
+        return Parts(module=None if self.module is None else self.module.plan)
+
+    @property
+    def stored(self) -> dict[str, StoredCode]:
+        """The user's code, by the setting that names it."""
+        codes = {"net": None if self.module is None else self.module.code}
+        return {name: code for name, code in codes.items() if code is not None}
+
+    @property
+    def notices(self) -> list[str]:
+        """How it is computed."""
+        return [] if self.module is None else [self.module.notice]
+
+
+# The code that a process has checked: the settings and shapes on which a check depends -> the result.
+Checked = dict[tuple[Hashable, ...], RunModule]
+
+
+def new_code(
+    config: TrainConfig, source: TaskSource, on_event: OnEvent, *, known: Checked | None = None
+) -> RunCode:
+    """What a new run has that is not built in, checked; the user trusts code by training with it.
+
+    Args:
+        config: the settings, with all derived values.
+        source: the data.
+        on_event: receives notices.
+        known: of other rows of the same grid, which are not checked again; new ones are added.
+
+    Raises:
+        SettingsError: the code fails, or it cannot be used.
+    """
+    known = {} if known is None else known
+    before = len(known)
+    code = RunCode(_new_module(config, source, known))
+    if len(known) > before:
+        for notice in code.notices:
+            on_event(Notice(notice))
+        for stored in code.stored.values():
+            _trust_new(stored, on_event)
+    return code
+
+
+def _trust_new(code: StoredCode, on_event: OnEvent) -> None:
+    try:
+        trust(code)
+    except MamlctlError as error:
+        on_event(Notice(f"{error.message}: eval and --resume will need --trust-code"))
+
+
+def _new_module(config: TrainConfig, source: TaskSource, known: Checked) -> RunModule | None:
+    """The module of --net; None for a built-in network. Raises SettingsError if it cannot be used."""
+    if config.net in BUILT_IN_NETS:
+        return None
+    shape = tuple(source.example_shape)
+    key = config.net, config.head, shape, source.targets if len(shape) == 1 else config.ways
+    if key not in known:
+        known[key] = _checked_module(*key)
+    return known[key]
+
+
+def _checked_module(net: str, head: str | None, shape: tuple[int, ...], outputs: int) -> RunModule:
+    """Import and check a module."""
+    if is_reference(net):
+        code = import_code(locate(net, "--net"))
+        plan = ModulePlan(code)
+    else:
+        code, plan = None, torchvision_plan(net)
+    unchecked = ModuleNet(plan, shape, outputs, objective_of(shape), head)
+    plan, why = checked(unchecked)
+    module, size = unchecked.template.module, len(unchecked.template.paths)
+    name = f"{type(module).__name__} with {size} {plural(size, 'tensor')}, head '{unchecked.template.head}'"
+    return RunModule(plan, why, None if code is None else as_stored(code), name)
+
+
+def store_code(folder: Path, code: RunCode) -> None:
+    """Write the user's code, and how a module is computed, into a new run folder."""
+    write_run_code(folder, code.stored)
+    if (module := code.module) is not None:
+        plan = {"one_pass": module.plan.one_pass, "random": module.plan.random, "why": module.why}
+        write_json(folder / PLAN, {"format": FORMAT, **plan})
+
+
+def code_of_run(run: RunFolder) -> RunCode:
+    """What an existing run has that is not built in, made by the code in its folder.
+
+    Raises SettingsError if the user does not trust that code, or if it is missing, changed or damaged.
+    """
+    loaded = load_run_code(run.path, named_code(vars(run.config)))
+    return RunCode(_module_of_run(run, loaded.get("net")))
+
+
+def _module_of_run(run: RunFolder, loaded: tuple[UserCode, StoredCode] | None) -> RunModule | None:
+    """The module of an existing run; None for a built-in network.
+
+    Args:
+        run: the run.
+        loaded: the code that --net names; None if it names no code.
+
+    Raises:
+        SettingsError: the file with its plan is missing or damaged.
+    """
+    if run.config.net in BUILT_IN_NETS:
+        return None
+    stored = read_object(run.path / PLAN)
+    one_pass, random = stored.get("one_pass"), stored.get("random")
+    if stored.get("format") != FORMAT or not isinstance(one_pass, bool) or not isinstance(random, bool):
+        fact = f"{run.path / PLAN} is missing or damaged"
+        raise SettingsError([(fact, "restore it, or train a new run")])
+    imported, code = loaded or (None, None)
+    plan = torchvision_plan(run.config.net) if imported is None else ModulePlan(imported)
+    why = str(stored.get("why") or "")
+    return RunModule(replace(plan, one_pass=one_pass, random=random), why, code, run.config.net)
+
+
+def training_tasks(stream: Tasks, code: RunCode, seed: int) -> Tasks:
+    """The tasks of meta-training, with their random numbers if a module draws any.
+
+    Args:
+        stream: the tasks.
+        code: what the run has that is not built in.
+        seed: of the run.
+    """
+    return Keyed(stream, seed) if code.module is not None and code.module.plan.random else stream
