@@ -178,6 +178,37 @@ def test_errors_of_the_code_name_file_line_and_exception(here):
         assert words in raised.value.message, text
 
 
+def test_errors_in_a_library_below_the_folder_name_the_line_that_called_it(here, monkeypatch):
+    """As in a project with a virtual environment in its own folder."""
+    library = here / "one/.venv/lib/site-packages/library.py"
+    write(here / "one", **{str(library.relative_to(here / "one")): "def fail(): return [][0]\n"})
+    monkeypatch.syspath_prepend(library.parent)
+    (here / "one/net.py").write_text("import library\ndef make(a, b):\n    return library.fail()\n")
+    with pytest.raises(SettingsError, match=r"one/net.py, line 3, in make: IndexError"):
+        loaded("one/net.py:make")(1, 2)
+    del sys.modules["library"]
+
+
+def test_what_the_code_prints_goes_to_stderr(here, capsys):
+    write(here / "one", **{"net.py": "print('imported')\ndef make(a, b): print('called')\n"})
+    loaded("one/net.py:make")(1, 2)
+    assert capsys.readouterr() == ("", "imported\ncalled\n")
+
+
+def test_code_that_runs_later_may_import_its_own_modules(here):
+    text = (
+        "def make(a, b):\n    def later():\n        import late\n        return late.NAME\n    return later\n"
+    )
+    write(here / "one", **{"net.py": text})
+    before = set(sys.modules)
+    code = loaded("one/net.py:make")
+    later = code(1, 2)
+    for _ in range(2):
+        with code.running():
+            assert later() == "net late.py"
+    assert set(sys.modules) == before and set(as_stored(code).files) == {"net.py", "late.py"}
+
+
 def test_signals_pass_through_the_code(here):
     write(here / "one", **{"net.py": "import sys\nsys.exit(143)\nmake = 1\n"})
     with pytest.raises(SystemExit):

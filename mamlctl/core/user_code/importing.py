@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -26,6 +27,7 @@ from mamlctl.core.user_code.references import SUFFIX, Located
 # The name of an entry file's module, which no other module has.
 ENTRY = "mamlctl_user_code"
 SIGNAL = 128  # exit codes from here on are those of signals, which end the process
+PACKAGE = Path(__file__).parents[2]  # mamlctl
 RAISED = (Exception, SystemExit)  # whatever the user's code raises, except for Ctrl-C
 
 
@@ -89,8 +91,8 @@ class LocalModules(MetaPathFinder, Loader):
     @contextmanager
     def importing(self) -> Iterator[None]:
         """Make the folder's modules importable in the block."""
-        own = {*self._modules, *self._names_of_contents()}
-        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name in own}
+        own = self._modules.keys() | self._names_of_contents
+        hidden = {name: sys.modules.pop(name) for name in own if name in sys.modules}
         sys.modules.update(self._modules)
         sys.meta_path.insert(0, self)
         try:
@@ -107,21 +109,16 @@ class LocalModules(MetaPathFinder, Loader):
         """A file below the folder that was imported in another way; None if there is none."""
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
-            if name not in self._others and isinstance(file, str) and self._is_local(Path(file)):
+            if name not in self._others and isinstance(file, str) and _is_local(Path(file), self.root):
                 return Path(file)
         return None
 
+    @cached_property
     def _names_of_contents(self) -> set[str]:
         """The dotted names of the given files, and of their packages."""
         files = [PurePosixPath(relative).with_suffix("") for relative in self.contents or ()]
         parts = [[part for part in file.parts if part != "__init__"] for file in files]
         return {".".join(names[: end + 1]) for names in parts for end in range(len(names))}
-
-    def _is_local(self, file: Path) -> bool:
-        parts = file.relative_to(self.root).parts if file.is_relative_to(self.root) else ()
-        inside = parts and not {"site-packages", "dist-packages"} & set(parts)
-        others = (sys.prefix, sys.base_prefix, Path(__file__).parents[3])  # mamlctl's checkout
-        return bool(inside) and not any(file.is_relative_to(other) for other in others)
 
     def _found(self, name: str, relative: str, package: str | None) -> ModuleSpec | None:
         self._names.add(name)
@@ -140,10 +137,18 @@ class LocalModules(MetaPathFinder, Loader):
         if self.contents is not None:
             return any(relative.startswith(f"{base}/") for relative in self.contents)
         folder = self.root / base
-        if not folder.is_dir() or not any(folder.rglob(f"*{SUFFIX}")):
+        if not folder.is_dir():
             return False
         regular = PathFinder.find_spec(name) if "." not in name else None
-        return regular is None or regular.loader is None
+        return (regular is None or regular.loader is None) and any(folder.rglob(f"*{SUFFIX}"))
+
+
+def _is_local(file: Path, root: Path) -> bool:
+    """Whether a file below a folder is the user's own, not that of a library or of mamlctl in the folder."""
+    if not file.is_relative_to(root) or {"site-packages", "dist-packages"} & {*file.relative_to(root).parts}:
+        return False
+    libraries = (Path(sys.prefix), Path(sys.base_prefix), PACKAGE)
+    return not any(root in library.parents and file.is_relative_to(library) for library in libraries)
 
 
 @dataclass(frozen=True)
@@ -158,11 +163,15 @@ class UserCode:
 
     def __call__(self, *arguments: object) -> Any:
         """Call the function. Raises SettingsError if it fails."""
-        with errors_of_user_code(self.root):
-            if self.modules is None:
-                return self.function(*arguments)
-            with self.modules.importing():
-                return self.function(*arguments)
+        with self.running():
+            return self.function(*arguments)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the code run in the block, and import its own modules. Raises SettingsError if it fails."""
+        modules = nullcontext() if self.modules is None else self.modules.importing()
+        with errors_of_user_code(self.root), modules:
+            yield
 
 
 def import_code(located: Located, contents: Mapping[str, bytes] | None = None) -> UserCode:
@@ -199,10 +208,11 @@ def errors_of_user_code(root: Path | None) -> Iterator[None]:
     """Raise a SettingsError with file, line and exception for whatever the user's code raises in the block.
 
     `root` is the folder of the code; None for code of a library. Errors of mamlctl, a lack of memory and
-    signals are not changed.
+    signals are not changed. What the code prints goes to stderr, since stdout has the results.
     """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except RAISED as error:
         by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code >= SIGNAL
         if isinstance(error, MamlctlError) or by_signal or is_out_of_memory(error):
@@ -217,7 +227,7 @@ def _described(error: BaseException, root: Path | None) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     frames = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
-    local = [at for at in frames if root is not None and Path(at[0].co_filename).is_relative_to(root)]
+    local = [at for at in frames if root is not None and _is_local(Path(at[0].co_filename), root)]
     if not local and root is not None:
         return text
     code, line = (local or frames)[-1]

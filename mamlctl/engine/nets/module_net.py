@@ -66,10 +66,10 @@ class ModuleNet:
 
     def made(self, seed: int) -> Template:
         """Make a new module, with the random numbers of a seed."""
-        with _seeded(seed):
-            module = self.plan.make(self.input_shape, self.outputs)
         make = self.plan.make
-        return Template(module, self.head, make.root if isinstance(make, UserCode) else None)
+        with _seeded(seed):
+            module = make(self.input_shape, self.outputs)
+        return Template(module, self.head, make.running if isinstance(make, UserCode) else None)
 
     @property
     def norm_layers(self) -> dict[str, int]:

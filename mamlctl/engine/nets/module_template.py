@@ -6,10 +6,10 @@ Its batch-norm layers are replaced by ours (batch_norm.py): torch's have wrong s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # layer -> mean_1C, var_1C, as in NormPass.seen
+Guard = Callable[[], AbstractContextManager[None]]  # makes the block in which the user's code runs
 
 # First words of the names that mamlctl gives to tensors; a path that begins with one is prefixed by "module".
 RESERVED = {"linear", "rate", "running", "moment", "module"}
@@ -51,20 +52,20 @@ class Norm(nn.Module):
 class Template:
     """A module whose parameters are replaced in each call."""
 
-    def __init__(self, module: object, head: str | None, root: Path | None) -> None:
+    def __init__(self, module: object, head: str | None, guard: Guard | None) -> None:
         """Take over a module; its batch-norm layers are replaced.
 
         Args:
             module: the module, which belongs to this object from now on.
             head: the path of its head; None for the last linear layer.
-            root: the folder of the user's code, whose files are named in errors; None for a library.
+            guard: of the user's code; None for a library.
 
         Raises:
             SettingsError: it has no such head, or has a layer that cannot be used.
         """
         # In evaluation mode without gradients, attention would be computed by other kernels than in training.
         torch.backends.mha.set_fastpath_enabled(False)
-        self.root = root
+        self.guard = guard or partial(errors_of_user_code, None)
         if not isinstance(module, nn.Module):
             raise unusable(f"its function returned a {type(module).__name__}, not a torch.nn.Module")
         _check_layers(module)
@@ -150,7 +151,7 @@ class Template:
         }
         try:
             plain, mode = self._plain_operations(x.device), self._mode(seed, x.device)
-            with errors_of_user_code(self.root), _default_dtype(x.dtype), plain, mode:
+            with self.guard(), _default_dtype(x.dtype), plain, mode:
                 outputs = functional_call(self.module, (weights, buffers), (x,))
         finally:
             kept, self._features = self._features, None
