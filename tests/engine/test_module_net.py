@@ -169,6 +169,59 @@ def test_names_initial_norms_buffers_and_shared_weights_of_a_module_are_kept():
     assert torch.allclose(net(fast, x, state.norm_pass(0))[0], module(x[0]), rtol=1e-12)
 
 
+class SharedNorm(nn.Module):
+    """One batch-norm layer with two names, for rows that are folded into the examples."""
+
+    def __init__(self, shape, outputs):
+        super().__init__()
+        self.inner, self.fc = nn.Linear(shape[2], 6), nn.Linear(6, outputs)
+        self.norm = nn.BatchNorm1d(6)
+        self.same = self.norm
+
+    def forward(self, x):
+        rows = self.inner(x.flatten(1, 2))
+        folded = self.norm(rows.flatten(0, 1)).tanh()
+        return self.fc(self.same(folded).view(rows.shape).mean(1))
+
+
+def test_a_batch_norm_layer_with_two_names_is_one_layer():
+    shape = (1, 4, 5)
+    net = module_net(SharedNorm, shape, 3)
+    assert net.norm_layers == {"norm": 6} and checked(net)[0].one_pass
+    state, episodes = learner(net)
+    x = episodes.support_x_TECHW
+    module = net.made(0).module
+    reference = SharedNorm(shape, 3).double().train()
+    own = net.template.state_dict(
+        state.slow
+        | {
+            f"norm.{name}": rows[0]
+            for name, rows in (
+                ("weight", state.norm["norm.weight"]),
+                ("bias", state.norm["norm.bias"]),
+                ("mean", state.running["norm.mean"]),
+                ("var", state.running["norm.var"]),
+            )
+        }
+    )
+    reference.load_state_dict(own)
+    assert module.norm is module.same
+    fast = {name: weight.expand(2, *weight.shape) for name, weight in state.slow.items()}
+    for out, x_E in zip(net(fast, x, state.norm_pass(0)), x, strict=True):
+        assert torch.allclose(out, reference(x_E), rtol=1e-12)
+
+
+def test_folded_examples_are_normalised_by_all_rows_of_the_support_set():
+    net = module_net(SharedNorm, (1, 4, 5), 3)
+    state, episodes = learner(net)
+    x = torch.cat([episodes.support_x_TECHW, episodes.query_x_TECHW], dim=1)
+    fast = {name: weight.expand(2, *weight.shape) for name, weight in state.slow.items()}
+    support = x.shape[1] // 2
+    own = net(fast, x[:, :support], state.norm_pass(0))
+    norm = NormPass(state.norm, state.running, 0, statistics=Statistics.SUPPORT, support_examples=support)
+    assert torch.allclose(net(fast, x, norm)[:, :support], own, rtol=1e-12)
+
+
 def test_an_adapted_module_is_saved_as_its_own_state_dictionary():
     shape = (1, 4, 5)
     net, state = build(small_config(net="odd.py:Odd"), shape, CPU, parts=Parts(ModulePlan(Odd)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.user_code.importing import errors_of_user_code
@@ -24,6 +25,8 @@ from mamlctl.engine.nets.batch_norm import NormPass, Params
 Moments = dict[str, tuple[Tensor, Tensor]]  # layer -> mean_1C, var_1C, as in NormPass.seen
 Guard = Callable[[], AbstractContextManager[None]]  # makes the block in which the user's code runs
 
+FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # of batch norm that can be replaced
+
 # First words of the names that mamlctl gives to tensors; a path that begins with one is prefixed by "module".
 RESERVED = {"linear", "rate", "running", "moment", "module"}
 
@@ -31,18 +34,22 @@ RESERVED = {"linear", "rate", "running", "moment", "module"}
 class Norm(nn.Module):
     """Takes the place of a batch-norm layer; `Template.run` sets the pass that it belongs to."""
 
-    def __init__(self, name: str, layer: nn.modules.batchnorm._BatchNorm) -> None:
+    def __init__(self, name: str, layer: _BatchNorm) -> None:
         super().__init__()
         self.name, self.channels, self.eps = name, layer.num_features, layer.eps
         self.norm: NormPass | None = None
         self.fast: Params = {}
+        self.examples = 0  # of the pass
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x_EC..., the examples of one task."""
+        """Normalise x_EC..., the examples of one task, or several rows of each as in `x.flatten(0, 1)`."""
         assert self.norm is not None
         before = self.norm.seen.get(self.name)
+        rows = max(x.shape[0] // self.examples, 1)
+        support = rows * self.norm.support_examples
+        norm = self.norm if rows == 1 else replace(self.norm, support_examples=support)
         x_E1CHW = x.reshape(x.shape[0], 1, self.channels, -1, 1)
-        out = self.norm(self.name, x_E1CHW, self.fast, self.eps).reshape(x.shape)
+        out = norm(self.name, x_E1CHW, self.fast, self.eps).reshape(x.shape)
         if before is not None:  # a layer that is used twice has the mean statistics of both uses
             seen = self.norm.seen[self.name]
             self.norm.seen[self.name] = (before[0] + seen[0]) / 2, (before[1] + seen[1]) / 2
@@ -89,17 +96,20 @@ class Template:
         by_parameter = {id(weight): self.internal(path) for path, weight in module.named_parameters()}
         for path, tensor in module.state_dict(keep_vars=True).items():
             self.own[path] = by_parameter.get(id(tensor), tensor.detach().clone())
-        for path, part in list(module.named_modules()):
-            if not isinstance(part, nn.modules.batchnorm._BatchNorm):
+        replaced: dict[nn.Module, Norm] = {}
+        # A layer may have several names.
+        for path, part in list(module.named_modules(remove_duplicate=False)):
+            if not isinstance(part, _BatchNorm):
                 continue
-            name = self.internal(path)
+            norm = replaced.setdefault(part, Norm(self.internal(path), part))
+            name = norm.name
+            self.norms[name] = norm
             self.norm_start |= {f"{name}.weight": part.weight.detach(), f"{name}.bias": part.bias.detach()}
             if part.running_mean is not None and part.running_var is not None:
                 self.running |= {f"{name}.mean": part.running_mean, f"{name}.var": part.running_var}
                 self.own |= {f"{path}.running_mean": f"{name}.mean", f"{path}.running_var": f"{name}.var"}
-            self.norms[name] = Norm(name, part)
             parent, _, last = path.rpartition(".")
-            setattr(module.get_submodule(parent), last, self.norms[name])
+            setattr(module.get_submodule(parent), last, norm)
 
     def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (self._features,) = inputs
@@ -143,7 +153,7 @@ class Template:
         own = replace(norm, seen={})
         adapted = {name: weight.unsqueeze(0) for name, weight in fast.items() if name not in self.paths}
         for layer in self.norms.values():
-            layer.norm, layer.fast = own, adapted
+            layer.norm, layer.fast, layer.examples = own, adapted, max(len(x), 1)
         weights = {path: fast[name] for name, path in self.paths.items() if name in fast}
         buffers = {
             name: part.to(x.device, x.dtype if part.is_floating_point() else None)
@@ -197,8 +207,10 @@ def _check_layers(module: nn.Module) -> None:
         kind = f"'{name}' ({type(part).__name__})"
         if any(map(nn.parameter.is_lazy, part.parameters(recurse=False))):
             raise unusable(f"{kind} does not know its size yet: use a layer with a given size")
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and not part.affine:
+        if isinstance(part, _BatchNorm) and not part.affine:
             raise unusable(f"{kind} has no weights: use affine=True")
+        if isinstance(part, _BatchNorm) and type(part).forward not in FORWARDS:
+            raise unusable(f"{kind} is batch norm with a forward of its own, which would be replaced")
         if isinstance(part, nn.modules.instancenorm._InstanceNorm) and part.track_running_stats:
             raise unusable(f"{kind} keeps running statistics: use track_running_stats=False")
 
@@ -218,6 +230,8 @@ def _head_of(module: nn.Module, head: str | None) -> str:
     if not isinstance(part, nn.Linear):
         kind = "no layer" if part is None else f"a {type(part).__name__}"
         raise unusable(f"'{chosen}' is {kind}, not a linear layer", f"use --head {' or '.join(linear[-3:])}")
+    if part._parameters.get("weight") is None:  # as with spectral norm or weight norm
+        raise unusable(f"its head '{chosen}' computes its weights: use a plain nn.Linear")
     if part.bias is None:
         raise unusable(f"its head '{chosen}' has no bias: use bias=True")
     return chosen
