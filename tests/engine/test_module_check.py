@@ -154,6 +154,63 @@ def frozen(shape, outputs):
     return net
 
 
+class TrainingCounter(Counter):
+    def forward(self, x):
+        return super().forward(x) if self.training else x
+
+
+class TrainingBuffer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += self.training
+        return x
+
+
+def dropped(layer):
+    """A function that makes the base with dropout and another layer in front of its head."""
+
+    def make(shape, outputs):
+        net = Base(shape, outputs)
+        net.body = nn.Sequential(nn.Linear(20, 6), nn.Dropout(0.5), layer())
+        return net
+
+    return make
+
+
+class OwnNorm(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+KEPT = Base(SHAPE, 3)
+
+
+def spectral(shape, outputs):
+    net = Base(shape, outputs)
+    net.fc = nn.utils.parametrizations.spectral_norm(net.fc)
+    return net
+
+
+class Backwards(torch.autograd.Function):
+    """The identity, whose backward pass has a mistake."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[{}]
+
+
+class FailsBackwards(Base):
+    def forward(self, x):
+        return super().forward(Backwards.apply(x) + Backwards.apply(self.body.bias).sum())
+
+
 CALLS = itertools.count()
 
 
@@ -184,6 +241,12 @@ REFUSED = {
     "its head 'fc' shares its weights": TiedHead,
     "its parameter 'body.weight' has requires_grad=False": frozen,
     "'body.bias' gets other initial weights": differs,
+    "'body.weight' is the same tensor when the module is made again": lambda shape, outputs: KEPT,
+    "'body.2' (TrainingCounter) gives other outputs when it is called again": dropped(TrainingCounter),
+    "'body.2' (TrainingBuffer) changes its buffers": dropped(TrainingBuffer),
+    "'body.1' (OwnNorm) is batch norm with a forward of its own": with_layer(OwnNorm(6)),
+    "its head 'fc' computes its weights": spectral,
+    "in backward: IndexError": FailsBackwards,
 }
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.core.errors import SettingsError, is_out_of_memory
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, unrolled
 from mamlctl.engine.inner_loop import MetaState, expanded
@@ -39,22 +39,27 @@ def checked(net: ModuleNet) -> tuple[ModulePlan, str]:
     Raises:
         SettingsError: the module cannot be used; the message names the layer.
     """
-    first, second = (net.made(SEED).parameters(torch.float64) for _ in range(2))
-    if other := [name for name, weight in first.items() if not torch.equal(weight, second[name])]:
-        hint = "draw initial weights with torch, which mamlctl seeds"
-        raise unusable(f"'{other[0]}' gets other initial weights when the module is made again", hint)
+    _check_initial_weights(net)
     state, episodes = learner(net)
     task = _OneTask(net, state, episodes.support_x_TECHW[0])
     if name := task.draws(None):
         hint = "use a layer that draws only in training mode, such as nn.Dropout"
         raise unusable(f"{name} draws random numbers in evaluation too", hint)
+    task.check_state(None)
     task.check_outputs()
-    task.check_second_derivatives(episodes.support_y_TE[:1])
     loop = replace(net, plan=replace(net.plan, one_pass=False))
-    expected = _meta_gradient(loop)
+    with net.template.guard():  # since backward passes may call the user's code too
+        task.check_second_derivatives(episodes.support_y_TE[:1])
+        try:
+            expected = _meta_gradient(loop)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise unusable(f"its second-order meta-gradient fails: {_first_line(error)}") from error
     if not all(bool(grad.isfinite().all()) for grad in expected):
         raise unusable("its second-order meta-gradient is not finite on random examples")
     if name := task.draws(SEED):
+        task.check_state(SEED)
         return replace(loop.plan, random=True), f"{name} draws random numbers"
     one_pass = replace(net.plan, one_pass=True)
     try:
@@ -68,6 +73,20 @@ def checked(net: ModuleNet) -> tuple[ModulePlan, str]:
     if any(float((a - b).norm()) > SAME * scale for a, b in zip(found, expected, strict=True)):
         return loop.plan, "its meta-gradient under vmap differs"
     return one_pass, ""
+
+
+def _check_initial_weights(net: ModuleNet) -> None:
+    """Raise SettingsError unless each call makes a new module, whose weights torch's seed decides."""
+    first, second = (net.made(SEED) for _ in range(2))
+    known = {id(weight) for weight in first.module.parameters()}
+    if kept := [path for path, weight in second.module.named_parameters() if id(weight) in known]:
+        hint = "make all layers in the function"
+        raise unusable(f"'{kept[0]}' is the same tensor when the module is made again", hint)
+    weights = second.parameters(torch.float64)
+    pairs = first.parameters(torch.float64).items()
+    if other := [name for name, weight in pairs if not torch.equal(weight, weights[name])]:
+        hint = "draw initial weights with torch, which mamlctl seeds"
+        raise unusable(f"'{other[0]}' gets other initial weights when the module is made again", hint)
 
 
 def _first_line(error: Exception) -> str:
@@ -124,19 +143,16 @@ class _OneTask:
         kind = type(self.template.module.get_submodule(name)).__name__
         return f"'{name}' ({kind})" if name else f"the module itself ({kind})"
 
-    def check_outputs(self) -> None:
-        """Raise SettingsError unless one pass returns the outputs of the head and changes nothing."""
-        template, shape = self.template, (EXAMPLES, self.net.outputs)
+    def check_state(self, seed: int | None) -> None:
+        """Raise SettingsError unless a pass changes nothing; `seed` as in `draws`."""
+        template = self.template
         # In the dtype of the examples, so that a pass gets these tensors and not copies of them.
         kept, like = template.buffers, self.x_ECHW
         template.buffers = {
             name: part.to(like.dtype if part.is_floating_point() else part.dtype, copy=True)
             for name, part in kept.items()
         }
-        first, second = self.recorded(), self.recorded()
-        outputs_EN, features_EF, seen = self.run()
-        if outputs_EN.shape != shape:
-            raise unusable(f"its outputs have the shape {tuple(outputs_EN.shape)}, not {shape}")
+        first, second = self.recorded(seed), self.recorded(seed)
         passed, template.buffers = template.buffers, kept
         for name, part in passed.items():
             if not torch.equal(part, kept[name].to(part.dtype)):
@@ -146,6 +162,13 @@ class _OneTask:
             again = second[name]
             if _same(inputs, again[0]) and not _same(output, again[1]):
                 raise unusable(f"{self.words(name)} {CHANGES}")
+
+    def check_outputs(self) -> None:
+        """Raise SettingsError unless one pass returns the outputs of the head."""
+        template, shape = self.template, (EXAMPLES, self.net.outputs)
+        outputs_EN, features_EF, seen = self.run()
+        if outputs_EN.shape != shape:
+            raise unusable(f"its outputs have the shape {tuple(outputs_EN.shape)}, not {shape}")
         weight, bias = (self.weights[name] for name in HEAD)
         of_head = features_EF @ weight.T + bias
         if of_head.shape != shape or not torch.allclose(of_head, outputs_EN, rtol=1e-9, atol=1e-9):
