@@ -4,11 +4,13 @@ import json
 import py_compile
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.user_code import stored as stored_code
 from mamlctl.core.user_code.importing import import_code
 from mamlctl.core.user_code.references import absolute, is_reference, locate, module_file
 from mamlctl.core.user_code.stored import (
@@ -290,6 +292,16 @@ FORGED = {
         shutil.rmtree(folder),
         write_code(folder, StoredCode("os", "system", True, {})),
     ),
+    "a module that is not in the copy": lambda folder: (
+        shutil.rmtree(folder),
+        write_code(folder, StoredCode("os", "system", False, {})),
+        trust(StoredCode("os", "system", False, {})),
+    ),
+    "a name with a line break": lambda folder: (
+        shutil.rmtree(folder),
+        write_code(folder, StoredCode("a\nb.py", "make", False, {"a\nb.py": EVIL.encode()})),
+        trust(StoredCode("a\nb.py", "make", False, {"a\nb.py": EVIL.encode()})),
+    ),
     "other digests": lambda folder: rewrite(folder, files={}),
     "a digest that is trusted": lambda folder: (add(folder, "net.py"), rewrite(folder, digest=TRUSTED[0])),
     "no description": lambda folder: (folder / DESCRIPTION).unlink(),
@@ -338,7 +350,26 @@ def test_the_list_of_trusted_code_is_a_text_file_of_the_user(here):
     trust_file().write_text("# mine\n\n")
     with pytest.raises(SettingsError, match="do not trust"):
         load_code(here / "run")
+    trust_file().write_text("# mine")
+    trust(saved)
+    assert load_codes([here / "run"])
     trust_file().unlink()
     trust_file().mkdir()
-    with pytest.raises(MamlctlError, match="cannot be written"):
+    for call in (partial(trust, saved), partial(load_codes, [here / "run"])):
+        with pytest.raises(MamlctlError, match="cannot be read: Is a directory"):
+            call()
+    trust_file().rmdir()
+    trust_file().parent.rmdir()
+    trust_file().parent.write_text("")
+    with pytest.raises(MamlctlError, match="cannot be read: Not a directory"):
         trust(saved)
+
+
+@pytest.mark.parametrize("content", ["NAME = 1\n" + "#" * 10_000_000, "NAME = 1\n"])
+def test_files_that_could_not_be_read_again_are_refused_before_training(content, here, monkeypatch):
+    write(here / "one", **{"helper.py": content})
+    if len(content) < 100:
+        monkeypatch.setattr(stored_code, "MOST_FILES", 1)
+    code = loaded("one/net.py:make")
+    with pytest.raises(SettingsError, match="cannot be copied into the run folder"):
+        as_stored(code)

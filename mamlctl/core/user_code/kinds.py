@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import read_object
 from mamlctl.core.user_code.importing import UserCode
 from mamlctl.core.user_code.references import is_reference
@@ -78,7 +78,7 @@ def is_trusted(run: Path) -> bool:
     """Whether a run folder has no code yet, or only code that the user trusts."""
     try:
         return {code.digest for code in _codes(run)} <= trusted_digests()
-    except SettingsError:
+    except MamlctlError:
         return False
 
 

@@ -68,7 +68,14 @@ def as_stored(code: UserCode) -> StoredCode:
         fact = f"{code.entry} imports {other}, which cannot be copied into the run folder"
         hint = f"import Python files by their path below {code.root}, without a changed sys.path"
         raise SettingsError([(fact, hint)])
-    return StoredCode(code.entry, code.name, False, dict(code.modules.read))
+    files = dict(code.modules.read)
+    odd = [name for name, content in files.items() if not _is_plain(name) or len(content) > MOST_BYTES]
+    if odd or len(files) > MOST_FILES:
+        what = f"{code.root / odd[0]}, which" if odd else f"{len(files):,} files, which"
+        fact = f"{code.entry} imports {what} cannot be copied into the run folder"
+        hint = f"import at most {MOST_FILES:,} files of at most {MOST_BYTES:,} bytes, with plain names"
+        raise SettingsError([(fact, hint)])
+    return StoredCode(code.entry, code.name, False, files)
 
 
 def _installed(module: str) -> dict[str, bytes]:
@@ -111,7 +118,7 @@ def read_code(folder: Path) -> StoredCode:
     if len(digests) > MOST_FILES or not all(map(_is_plain, digests)):
         raise _damaged(folder, f"names files in {DESCRIPTION} that no run has")
     listed = set() if installed else set(digests)
-    if not installed and entry.endswith(SUFFIX) and entry not in listed:
+    if not _is_entry(entry, installed, listed):
         raise _damaged(folder, f"does not list its entry in {DESCRIPTION}")
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path)}
     if extra := found - listed - {DESCRIPTION}:
@@ -132,10 +139,20 @@ def read_code(folder: Path) -> StoredCode:
     return code
 
 
+def _is_entry(entry: str, installed: bool, listed: set[str]) -> bool:
+    """Whether an entry is one of the listed files, or a module that consists of one or is installed."""
+    if entry.endswith(SUFFIX) and not installed:
+        return entry in listed
+    base = entry.replace(".", "/")
+    own = {f"{base}{SUFFIX}", f"{base}/__init__{SUFFIX}"} & listed
+    return all(map(str.isidentifier, entry.split("."))) and (installed or bool(own))
+
+
 def _is_plain(name: str) -> bool:
-    """Whether a name in code.json is the relative path of a Python file."""
+    """Whether a name is the relative path of a Python file, without characters that hide what it is."""
     path = PurePosixPath(name)
-    return path.suffix == SUFFIX and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    relative = not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    return path.suffix == SUFFIX and relative and name.isprintable()
 
 
 def _is_folder(path: Path) -> bool:
@@ -195,22 +212,31 @@ def trust_file() -> Path:
 
 
 def trusted_digests() -> set[str]:
-    """The digests of the code that the user trusts."""
+    """The digests of the code that the user trusts. Raises MamlctlError if the list cannot be read."""
     try:
         lines = trust_file().read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    except FileNotFoundError:
         return set()
+    except OSError as error:
+        raise _unusable_list("read", error) from error
     return {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
 
 
 def trust(code: StoredCode) -> None:
-    """Add code to the user's list. Raises MamlctlError if it cannot be written."""
+    """Add code to the user's list. Raises MamlctlError if it cannot be read or written."""
     if code.digest in trusted_digests():
         return
     path = trust_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        append_text(path, f"{code.digest}  {date.today().isoformat()}  {code}\n")
+        # The last line of a list that an editor has written may not have ended.
+        unended = path.exists() and not path.read_bytes().endswith(b"\n")
+        line = f"{code.digest}  {date.today().isoformat()}  {code}\n"
+        append_text(path, f"\n{line}" if unended else line)
     except OSError as error:
-        fact = f"the list of trusted code {path} cannot be written: {error.strerror}"
-        raise MamlctlError(fact, hint="make it writable, or set XDG_CONFIG_HOME to another folder") from error
+        raise _unusable_list("written", error) from error
+
+
+def _unusable_list(what: str, error: OSError) -> MamlctlError:
+    fact = f"the list of trusted code {trust_file()} cannot be {what}: {error.strerror}"
+    return MamlctlError(fact, hint="make it readable and writable, or set XDG_CONFIG_HOME to another folder")
