@@ -231,12 +231,19 @@ def test_strict_refuses_what_would_be_left_out(what, tmp_path):
 def test_tables_that_are_too_small_or_divided_twice_are_refused(table, tmp_path):
     with pytest.raises(SettingsError, match="no task in 'train' with 104 complete rows"):
         trained(tmp_path / "run", table, queries=100)
-    with pytest.raises(SettingsError, match="no task in 'val'"):
+    with pytest.raises(SettingsError, match="no task in 'val'") as raised:
         trained(tmp_path / "run", periodic_csv(tmp_path / "few.csv", tasks=1))
+    assert "other --split-fractions than 64-16-20" in raised.value.hint
     lines = [(f"t{n}", split, x, x) for n, split in enumerate(("train", "val", "test")) for x in range(12)]
     (tmp_path / "s.csv").write_text(csv_text(lines, ("task", "split", "x", "y")))
     with pytest.raises(SettingsError, match="has a column split"):
         trained(tmp_path / "run", tmp_path / "s.csv", split_fractions="50-25-25")
+    (tmp_path / "v.csv").write_text(
+        csv_text([line for line in lines if line[1] != "val"], ("task", "split", "x", "y"))
+    )
+    with pytest.raises(SettingsError, match="no task in 'val'") as raised:
+        trained(tmp_path / "run", tmp_path / "v.csv")
+    assert raised.value.hint.startswith("add tasks with val in the column split, or")
     path = trained(tmp_path / "run", tmp_path / "s.csv")
     assert stored_facts(open_run(path)).tasks == {"train": ("t0",), "val": ("t1",), "test": ("t2",)}
 

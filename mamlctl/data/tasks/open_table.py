@@ -54,7 +54,7 @@ def open_table(
             )
             raise DataError(fact, hint="restore the table, or train a new run")
         tasks = {split: tuple(names) for split, names in stored.items()}
-    _check_split(config, "train", tasks["train"], rows)
+    _check_split(config, table, "train", tasks["train"], rows)
     return table, TableFacts(standardisation_of(table, tasks["train"]), tasks)
 
 
@@ -82,7 +82,7 @@ def table_streams(
     for split, part in settings.items():
         rows = part.shots + part.queries
         names = _large_enough(config, table, facts.tasks[split], rows, on_event)
-        _check_split(config, split, names, rows)
+        _check_split(config, table, split, names, rows)
         streams[split] = TableStream(table, names, facts.standardisation, part)
     return streams
 
@@ -119,10 +119,12 @@ def leave_out(config: TrainConfig, fact: str, named: Sequence[str], hint: str, o
     on_event(Notice(f"left out: {words}"))
 
 
-def _check_split(config: TrainConfig, split: str, names: Sequence[str], rows: int) -> None:
+def _check_split(config: TrainConfig, table: TaskTable, split: str, names: Sequence[str], rows: int) -> None:
     if not names:
-        fractions = config.split_fractions or FRACTIONS
         enough = f"{rows} complete {plural(rows, 'row')} (--shots plus --queries)"
         fact = f"{Path(config.dataset).name} has no task in '{split}' with {enough}"
-        hint = f"add tasks, use fewer --shots or --queries, or other --split-fractions than {fractions}"
+        hint = "add tasks, use fewer --shots or --queries, or other --split-fractions than "
+        hint += config.split_fractions or FRACTIONS
+        if table.splits:
+            hint = f"add tasks with {split} in the column split, or use fewer --shots or --queries"
         raise SettingsError([(fact, hint)])
