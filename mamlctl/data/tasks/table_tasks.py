@@ -79,8 +79,9 @@ def standardisation_of(table: TaskTable, training: Sequence[str]) -> Standardisa
     values_MC = table.values_MC[of_training_M]
     means, deviations = [], []
     for column in values_MC.T:
-        mean = math.fsum(column) / len(column)
-        variance = math.fsum((value - mean) ** 2 for value in column.tolist()) / len(column)
+        mean = math.fsum(column.tolist()) / len(column)
+        # As a product: the function for powers is not rounded equally on every machine.
+        variance = math.fsum(((column - mean) * (column - mean)).tolist()) / len(column)
         constant = bool((column == column[0]).all())
         means.append(float(column[0]) if constant else mean)
         deviations.append(1.0 if constant or variance == 0 else math.sqrt(variance))
