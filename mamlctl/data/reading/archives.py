@@ -17,12 +17,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, BinaryIO
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.files import read_at
+from mamlctl.data.reading.zip_members import open_member, rest_of_member
 
 CHECK_FROM = "give --from a folder or archives that can be read"
 DOWNLOAD_AGAIN = "download the archive again"
@@ -62,12 +62,6 @@ DAMAGE = (
     OverflowError,
     RecursionError,
 )
-
-# Bytes of a zip's member that are read at once. zipfile decompresses as much as is requested, also beyond the
-# size that the zip declares.
-ZIP_CHUNK = 64 * 1024
-# zipfile cannot limit what bzip2 and LZMA expand, only what it feeds them: at least 4 KiB.
-ZIP_CHUNK_UNLIMITED = 4096
 
 
 @dataclass(frozen=True)
@@ -233,21 +227,14 @@ def _zip_members(path: Path, archive: zipfile.ZipFile, member_bytes: int) -> Mem
     def read(name: str) -> bytes:
         with _damage_as_data_error(path, f"is damaged at {name}"):
             with one_at_a_time:
-                file = archive.open(files[name])
+                file = open_member(archive, files[name])
             try:
-                return zip_content(file, files[name])
+                return rest_of_member(file, files[name])
             finally:
                 with one_at_a_time:
                     file.close()
 
     return Members(path, tuple(files), read)
-
-
-def zip_content(file: IO[bytes], member: zipfile.ZipInfo) -> bytes:
-    """The rest of an open member of a zip, at most as many bytes as the zip declares."""
-    limits_output = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    chunk = ZIP_CHUNK if limits_output else ZIP_CHUNK_UNLIMITED
-    return b"".join(iter(partial(file.read, chunk), b""))
 
 
 def _tar_members(path: Path, file: IO[bytes], member_bytes: int) -> Members:

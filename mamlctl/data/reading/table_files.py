@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from mamlctl.core.errors import DataError
 from mamlctl.core.formatting import one_line
-from mamlctl.data.reading.archives import DAMAGE, open_regular, zip_content
+from mamlctl.data.reading.archives import DAMAGE, open_regular
+from mamlctl.data.reading.zip_members import open_member, rest_of_member
 
 TASK, SPLIT = "task", "split"
 MOST_BYTES = 2**29  # of a file, and of the arrays in it
@@ -178,7 +179,7 @@ def _read_npz(path: Path, file: Any, choose: Choose) -> Cells:
 
 def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     """An array of an .npz file, without objects, of no other size than its bytes."""
-    with archive.open(info) as member:
+    with open_member(archive, info) as member:
         version = np.lib.format.read_magic(member)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in read:
@@ -192,7 +193,7 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArr
             raise DataError(
                 f"{path}: array {info.filename} has type {dtype}, which is not allowed", hint=ARRAYS
             )
-        data = zip_content(member, info)
+        data = rest_of_member(member, info)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise DataError(
             f"{path}: {info.filename} has {len(data):,} bytes, which is not its shape {shape}", hint=ARRAYS
