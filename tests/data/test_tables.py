@@ -2,8 +2,10 @@
 
 import io
 import itertools
+import os
 import random
 import statistics
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -74,6 +76,16 @@ def test_columns_are_chosen_by_name_and_pattern_with_numbers_in_order(tmp_path):
     assert table.values_MC.tolist() == [[30, 1, 2, 5, 10]]
 
 
+def test_an_unchanged_file_is_read_once(tmp_path):
+    path = written(tmp_path, ROWS)
+    assert read(path) is not read(path)  # it is so new that a change might not be noticed
+    os.utime(path, (1e9, 1e9))
+    table = read(path)
+    assert read(path) is table and read(path, "y", "x") is not table
+    written(tmp_path, [("a", 7, 8)])
+    assert read(path).values_MC.tolist() == [[7, 8]]
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "fact"),
     [
@@ -109,6 +121,7 @@ def test_columns_that_do_not_exist_are_refused(tmp_path, inputs, targets, fact):
         ("task,split,x,y\na,val,1,2\na,test,1,2\n", "line 3: task 'a' is in test, but above in val"),
         ('task,x,y\na,"1,2\n', "line 2 has 2 cells"),
         ("task;x;y\na;1;2\n", "has no column"),
+        ("task\tx\ty\na\t1\t2\n", "line 1 has no column apart from 'task?x?y'"),
     ],
 )
 def test_damaged_csv_files_are_refused_with_row_and_column(tmp_path, text, fact):
@@ -130,7 +143,7 @@ def test_files_that_are_not_utf8_or_too_large_are_refused(tmp_path, monkeypatch)
 
 
 def test_a_byte_order_mark_blank_lines_and_spaces_are_accepted(tmp_path):
-    (tmp_path / "t.csv").write_bytes("\ufefftask , x,y\r\n\r\na , 1 ,+.5e1\r\n\r\n".encode())
+    (tmp_path / "t.csv").write_bytes("\ufefftask , x,y\r\n\r\na , 1 ,+.5e1\r\n\r\n,,\r\n".encode())
     table = read(tmp_path / "t.csv")
     assert table.tasks == ("a",) and table.values_MC.tolist() == [[1, 5]]
 
@@ -149,7 +162,10 @@ def test_rows_with_missing_numbers_are_left_out_and_named(tmp_path):
     ("arrays", "fact"),
     [
         ({"x": np.ones(2), "y": np.ones(2)}, "has no column task"),
-        ({"task": np.arange(2), "y": np.ones(2)}, "has no array x"),
+        (
+            {"task": np.arange(2), "x": np.ones((2, 3)), "x2": np.ones(2), "y": np.ones(2)},
+            "2 columns named 'x2'",
+        ),
         ({"task": np.arange(3), "x": np.ones(2), "y": np.ones(2)}, "array task has shape (3,)"),
         ({"task": np.arange(2.0), "x": np.ones(2), "y": np.ones(2)}, "array task has type float64"),
         ({"task": np.arange(2), "x": np.ones((2, 1, 1)), "y": np.ones(2)}, "array x has type"),
@@ -167,6 +183,48 @@ def test_damaged_npz_files_are_refused(tmp_path, arrays, fact):
     with pytest.raises(DataError) as caught:
         read(stored(tmp_path / "t.npz", **arrays))
     assert fact in caught.value.message
+
+
+def test_arrays_are_columns_with_the_names_of_the_settings(tmp_path):
+    arrays = {
+        "load": np.arange(3.0),
+        "at": np.arange(6.0).reshape(3, 2),
+        "y": np.ones(3),
+        "task": np.arange(3),
+    }
+    others = {"note": np.array("text"), "objects": np.array([{}], dtype=object), "long": np.ones(5)}
+    path = stored(tmp_path / "t.npz", **arrays, **others)
+    table = read(path, "at*", "load")
+    assert table.columns.inputs == ("at1", "at2") and table.columns.targets == ("load",)
+    assert table.values_MC.tolist() == [[0, 1, 0], [2, 3, 1], [4, 5, 2]]
+    assert read_examples(path, table.columns)[1].tolist() == [[0], [1], [2]]
+    with pytest.raises(SettingsError, match=r"has no column 'x\*'; it has load, at1, at2, y, note, objects"):
+        read(path)
+    with pytest.raises(DataError, match=r"array objects\.npy has type object, which is not allowed"):
+        read(path, "objects", "y")
+
+
+def test_a_member_of_an_npz_file_expands_to_no_more_than_its_declared_size(tmp_path):
+    """100 MiB of zeros have 113 bytes in bzip2."""
+    path, size = tmp_path / "t.npz", 100 * 2**20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        with archive.open("x.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(
+                member, {"shape": (9,), "fortran_order": False, "descr": "<f8"}
+            )
+            for _ in range(100):
+                member.write(bytes(2**20))
+        archive.writestr("task.npy", b"")
+    whole = path.read_bytes()
+    assert whole.count((size + 128).to_bytes(4, "little")) == 2
+    path.write_bytes(whole.replace((size + 128).to_bytes(4, "little"), (128 + 72).to_bytes(4, "little")))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="cannot be read"):
+            read(path, "x", "x")
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_npz_files_run_no_code_and_reserve_no_more_than_their_bytes(tmp_path):

@@ -6,9 +6,12 @@ Shapes: M rows of the table, C columns of numbers (inputs, then targets), D inpu
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from mamlctl.core.formatting import one_line
 from mamlctl.core.literals import SPLITS
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.reading.table_files import HINT, SPLIT, TASK, Cells, Columns, Floats, read_cells
+
+SETTLED_NS = 2_000_000_000  # a second change of a file within this time may leave its time as it is
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class TaskTable:
 def read_table(path: Path, inputs: str, targets: str) -> TaskTable:
     """Read the table of all tasks; rows with missing numbers are left out.
 
+    The last table is kept, and not read again while its file is the same.
+
     Args:
         path: a .csv or .npz file.
         inputs: names or patterns of the input columns, joined by commas.
@@ -59,15 +66,28 @@ def read_table(path: Path, inputs: str, targets: str) -> TaskTable:
         DataError: the file cannot be read, or is not such a table.
         SettingsError: it has no columns with these names.
     """
+    return _read_table(path, inputs, targets, _stamp(path))
+
+
+def _stamp(path: Path) -> object:
+    """Facts that differ after a change of a file; unique for a file that may have changed just now."""
+    with suppress(OSError):
+        facts = path.stat()
+        if time.time_ns() - facts.st_mtime_ns > SETTLED_NS:
+            return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return object()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_table(path: Path, inputs: str, targets: str, stamp: object) -> TaskTable:
     cells = read_cells(path, lambda names: _chosen(path, names, inputs, targets))
     if not len(cells.tasks):
         raise DataError(
-            f"{path} has no rows" if not len(cells.places) else f"{path} has no column task", hint=HINT
+            f"{path} has no rows" if not len(cells.values_MC) else f"{path} has no column task", hint=HINT
         )
-    if unnamed := [place for place, task in zip(cells.places, cells.tasks, strict=True) if not task]:
-        raise DataError(
-            f"{path}, {unnamed[0]} has no name in column {TASK}", hint="name the task of every row"
-        )
+    if "" in cells.tasks:
+        place = cells.place(cells.tasks.index(""))
+        raise DataError(f"{path}, {place} has no name in column {TASK}", hint="name the task of every row")
     tasks = sorted(set(cells.tasks))
     number = {task: place for place, task in enumerate(tasks)}
     task_M = np.fromiter((number[task] for task in cells.tasks), np.int64, len(cells.tasks))
@@ -94,18 +114,19 @@ def _incomplete(cells: Cells, row: int) -> str:
     """Where a number is missing."""
     lacking = np.flatnonzero(np.isnan(cells.values_MC[row]))
     names = ", ".join(cells.columns.numbers[column] for column in lacking)
-    return f"{cells.places[row]} (task {one_line(cells.tasks[row])}, no {one_line(names)})"
+    return f"{cells.place(row)} (task {one_line(cells.tasks[row])}, no {one_line(names)})"
 
 
 def _splits_of(path: Path, cells: Cells, tasks: Sequence[str]) -> dict[str, str]:
     """The split of each task. Raises DataError for an unknown split, or a task in two of them."""
     splits: dict[str, str] = {}
-    for place, task, split in zip(cells.places, cells.tasks, cells.splits, strict=True):
+    for row, (task, split) in enumerate(zip(cells.tasks, cells.splits, strict=True)):
         if split not in SPLITS:
-            fact = f"{path}, {place}, column {SPLIT!r} has {one_line(split)!r:.40}"
+            fact = f"{path}, {cells.place(row)}, column {SPLIT!r} has {one_line(split)!r:.40}"
             raise DataError(fact, hint=f"write {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
         if splits.setdefault(task, split) != split:
-            fact = f"{path}, {place}: task {one_line(task)!r} is in {split}, but above in {splits[task]}"
+            where = f"{path}, {cells.place(row)}"
+            fact = f"{where}: task {one_line(task)!r} is in {split}, but above in {splits[task]}"
             raise DataError(fact, hint="put all rows of a task into one split")
     return splits
 
@@ -162,11 +183,11 @@ def read_examples(path: Path, columns: Columns) -> tuple[Floats, Floats | None]:
         return Columns(columns.inputs, targets)
 
     cells = read_cells(path, choose)
-    if not len(cells.places):
+    if not len(cells.values_MC):
         raise DataError(f"{path} has no rows", hint="write one row per example")
     if len(missing := np.argwhere(np.isnan(cells.values_MC))):
         row, column = missing[0]
-        fact = f"{path}, {cells.places[row]}, column {one_line(cells.columns.numbers[column])!r} is empty"
+        fact = f"{path}, {cells.place(row)}, column {one_line(cells.columns.numbers[column])!r} is empty"
         raise DataError(fact, hint="add the number, or remove the row")
     width = len(columns.inputs)
     return cells.values_MC[:, :width], cells.values_MC[:, width:] if cells.columns.targets else None
