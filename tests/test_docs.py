@@ -118,6 +118,13 @@ def test_links_point_at_files_and_headings(page):
             assert anchor in anchors(linked.read_text()), f"{page.name} links to {path}#{anchor}"
 
 
+@each_page
+def test_every_row_is_in_a_table_with_a_head(page):
+    """A blank line inside a table would turn its other rows into text."""
+    for table in re.findall(r"(?<=\n\n)\|.*(?:\n.*\S.*)*", outside_code(TEXTS[page])):
+        assert re.fullmatch(r"[|: -]+", table.splitlines()[1]), table
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
 def test_pages_begin_with_their_use_and_wrap_their_lines(page):
     text = TEXTS[page]
