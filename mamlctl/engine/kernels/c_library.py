@@ -57,7 +57,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         return None
     sources = sorted(SOURCES.glob("*.[ch]"))
     compiler = shlex.split(os.environ.get("CC", ""))
-    texts = [source.read_text() for source in sources]
+    texts = [source.read_text(encoding="utf-8") for source in sources]
     ingredients = [*texts, *OPTIONS, *TUNING, *compiler, platform.machine(), processor()]
     name = f"{TYPES[dtype].lower()}-{_digest(chr(0).join(ingredients).encode())}"
     folder = platformdirs.user_cache_path("mamlctl") / "native"
