@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.files import expanded
 from mamlctl.core.problems import nearest
 from mamlctl.settings.variables import runs_folder
 
@@ -53,11 +54,31 @@ def local_run(path: Path) -> Path:
     return copy
 
 
+def weights_place(text: str) -> Path:
+    """The file, run folder or model that --init names; an existing path wins over a name.
+
+    Raises SettingsError if there is none.
+    """
+    path = expanded(text)
+    if text.strip() and path.exists():
+        return path.absolute()
+    if text in model_names():
+        return FOLDER / text
+    names = [*model_names(), *(file.name for file in path.parent.glob("*"))]
+    hint = nearest(path.name, names, otherwise="check the path")
+    raise SettingsError([(f"--init: there is no file, run folder or model '{text}'", hint)])
+
+
+def is_model(text: str) -> bool:
+    """Whether a text is the name of a model, and not that of an existing path."""
+    return text in model_names() and not Path(text).exists()
+
+
 def refuse_model(path: Path) -> None:
     """Raise SettingsError for the name of a model, where a run is needed that can be trained further."""
-    if str(path) in model_names() and not path.exists():
-        fact = f"{path} is a model that ships with mamlctl, which cannot be trained further"
-        raise SettingsError([(fact, "train a new run, or use the model with mamlctl eval")])
+    if is_model(str(path)):
+        fact = f"{path} is a model that ships with mamlctl, which cannot be resumed"
+        raise SettingsError([(fact, f"start a new run from it, with --init {path}")])
 
 
 def _copy(source: Path, files: Sequence[Path], copy: Path) -> None:

@@ -24,7 +24,10 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.nets.base import HEAD, Net, Objective
 from mamlctl.engine.nets.batch_norm import NormPass, Params, Statistics
 
-RATE = "rate."  # prefix of the inner rates among the names of learnable and stored tensors
+# Prefixes among the names of learnable and stored tensors.
+RATE = "rate."  # inner rates
+RUNNING = "running."  # running batch-norm statistics
+MOMENT = "moment."  # state of Reptile's inner Adam
 
 
 @dataclass
@@ -39,11 +42,13 @@ class MetaState:
     running: Params = field(default_factory=dict)  # running batch-norm statistics, _RC; no gradient
     rates_learnt: bool = False
     moments: Params = field(default_factory=dict)  # state of Reptile's inner Adam; no gradient
+    frozen_names: frozenset[str] = frozenset()  # stored tensors that meta-steps leave as they are (--freeze)
 
     def learnable(self) -> dict[str, Tensor]:
         """Return every tensor that the outer optimiser updates, in one flat dictionary."""
         rates = {f"{RATE}{name}": rate for name, rate in self.rates.items()} if self.rates_learnt else {}
-        return self.slow | self.norm | rates
+        whole = self.slow | self.norm | rates
+        return {name: tensor for name, tensor in whole.items() if name not in self.frozen_names}
 
     @property
     def example_tensor(self) -> Tensor:
@@ -107,8 +112,8 @@ class MetaState:
         """Return every tensor that a checkpoint contains, detached but not copied."""
         state = self.frozen()
         rates = {f"{RATE}{name}": rate for name, rate in state.rates.items()}
-        running = {f"running.{name}": tensor for name, tensor in state.running.items()}
-        moments = {f"moment.{name}": tensor for name, tensor in state.moments.items()}
+        running = {f"{RUNNING}{name}": tensor for name, tensor in state.running.items()}
+        moments = {f"{MOMENT}{name}": tensor for name, tensor in state.moments.items()}
         return state.slow | state.norm | rates | running | moments
 
 

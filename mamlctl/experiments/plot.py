@@ -129,8 +129,11 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     first = models[0]
     stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
     assert isinstance(stream, CurveStream)
-    starts = [(f"{ALGORITHMS[model.config.algo].start} ({model.config.algo})", model) for model in models]
-    if not any(ALGORITHMS[model.config.algo].start == "random start" for model in models):
+    origins = [ALGORITHMS[model.config.algo].start_of(model.config) for model in models]
+    starts = [
+        (f"{origin} ({model.config.algo})", model) for origin, model in zip(origins, models, strict=True)
+    ]
+    if "random start" not in origins:
         shape, targets = first.source.example_shape, first.source.targets
         _, state = build(first.config, shape, first.device, targets=targets, parts=first.code.parts)
         scratch = replace(first, predict=adapted, states=[state], stream=stream)

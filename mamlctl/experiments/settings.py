@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.files import expanded
 from mamlctl.core.problems import flag
 from mamlctl.core.user_code.kinds import named_code
 from mamlctl.core.user_code.references import absolute, locate
@@ -27,6 +28,7 @@ from mamlctl.engine.algorithms.rules import (
 from mamlctl.settings.merge import COMMAND_LINE, Layer, Resolved, drop_ineffective, fill_schedules, merge
 from mamlctl.settings.rules import check
 from mamlctl.settings.schema import TrainConfig
+from mamlctl.shipped_models import is_model, weights_place
 
 
 def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolved[TrainConfig]:
@@ -62,6 +64,8 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
         places[name] = absolute(reference)
         if checked:
             locate(places[name], flag(name))  # raises an error if it does not exist
+    if config.init is not None and not is_model(config.init):
+        places["init"] = str(weights_place(config.init) if checked else expanded(config.init).absolute())
     return replace(resolved, config=replace(config, **places))
 
 

@@ -31,6 +31,7 @@ from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, sto
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
+from mamlctl.experiments.runs.starts import apply_start, start_again
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import store_facts
 from mamlctl.experiments.training_images import check_folder, store_digests, stored_split
@@ -93,10 +94,13 @@ def train(
     check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     prepared = _prepare(config, config.cuda_graph, offline, stop, on_event, code)
+    started = apply_start(prepared.config, prepared.net, prepared.state, on_event)
     path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
     with new_run(path, config, prepared.config, command=command, environment=facts) as run:
         store_code(run.path, prepared.code)
+        if started is not None:
+            started.store(run.path)
         _store_data_facts(run, prepared.source)
         return _run(run, prepared, resume=False)
 
@@ -235,6 +239,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
                 fact = f"{run.path} has {found}, but neither {LAST} nor {PREVIOUS} in its checkpoints folder"
                 raise MamlctlError(fact, hint="restore one of them, or train a new run with another --out")
             on_event(Notice(f"{run.path} has no checkpoint yet: starting from the beginning"))
+            start_again(run, config, net, state, on_event)
             run.rewind_metrics(0, 0)
         elif resume:
             trainer.resume()

@@ -32,6 +32,7 @@ from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.run_code import RunCode, code_of_run
+from mamlctl.engine.training.starting_weights import stored_start
 from mamlctl.engine.training.trainer import KEPT, epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
@@ -127,6 +128,8 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
     if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
         on_event(Notice(notes[-1]))
+    if caveat := stored_start(path).get("caveat"):
+        notes += (caveat,)
     notes += overlap_notes(run, settings, source, own=own, on_event=on_event)
     shape = source.example_shape
     states, epochs, damage = load_states(run, files, settings, shape, device, on_event, code=code)

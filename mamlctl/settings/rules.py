@@ -96,6 +96,8 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
             settings[name] = FIELDS[name].default, (fact, "leave it out")
     if config.net in BUILT_IN_NETS:
         settings["head"] = None, (f"--head has no effect with --net {config.net}", "leave it out")
+    if config.init is None:
+        settings["init_skip"] = None, ("--init-skip has no effect without --init", "leave it out")
     if config.adapts == "body":
         fact = "--body-epochs has no effect with --adapts body: they train a body for a head that adapts"
         settings["body_epochs"] = 0, (fact, "leave it out")

@@ -47,6 +47,14 @@ class TrainConfig(DataSettings):
 
     net: str = setting("conv4", NETWORK, "Network: a name, or net.py:make for your own one.", common=True)
     head: str | None = setting(None, NETWORK, "Head of your own network (default: its last linear layer).")
+    init: str | None = setting(
+        None,
+        NETWORK,
+        "Start from these weights: a .pt, .pth or .safetensors file, a run, or the name of a model.",
+    )
+    init_skip: str | None = setting(
+        None, NETWORK, "With --init: tensors that it leaves as drawn, e.g. head or head,layer4.*."
+    )
     filters: int = setting(
         64, NETWORK, "Filters per convolution; with resnet12, filters of its first block.", least=1
     )
@@ -115,6 +123,9 @@ class TrainConfig(DataSettings):
     )
     cg_steps: int | None = setting(
         None, OUTER, "With imaml: conjugate-gradient steps per meta-step.", least=1
+    )
+    freeze: str | None = setting(
+        None, OUTER, "Tensors that meta-training leaves as they are, e.g. body or layer1.*,bn1."
     )
     meta_batch_size: int = setting(8, OUTER, "Tasks per meta-step.", common=True, least=1, below=MOST_TASKS)
     epochs: int = setting(

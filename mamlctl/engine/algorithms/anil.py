@@ -45,9 +45,10 @@ def anil(
         learnt = {name: learnable[name] for name in learnable if name in HEAD or name.startswith(RATE)}
         head = HeadNet(net.outputs, net.objective)
         measurements, meta_loss = unroll(head, state.head_alone(), body.as_episodes(), request)
-        grads = torch.autograd.grad(meta_loss, [*learnt.values(), *body.features], materialize_grads=True)
+        features = body.features if len(learnt) < len(learnable) else []  # the whole body is frozen
+        grads = torch.autograd.grad(meta_loss, [*learnt.values(), *features], materialize_grads=True)
     measurements.norm_passes = body.norm_passes  # the head has no batch norm
-    by_body = body.back_through(state, grads[len(learnt) :])
+    by_body = body.back_through(state, grads[len(learnt) :]) if features else {}
     return MetaStepResult.of(measurements, by_body | dict(zip(learnt, grads, strict=False)), meta_loss)
 
 

@@ -128,7 +128,9 @@ class _Call:
         settings, memory, losses_TI = _prepared(shape)
         functions = library(shape.dtype)
         assert functions is not None
-        grads = {name: torch.empty_like(tensor) for name, tensor in state.learnable().items()}
+        # C computes the gradients of frozen tensors too.
+        learnt = state.slow | state.learnable()
+        grads = {name: torch.empty_like(tensor) for name, tensor in learnt.items()}
         sets = tuple(tensor.contiguous() for tensor in episodes.sets)
         arguments = (
             ctypes.byref(settings),

@@ -43,7 +43,8 @@ class EqualHead:
         and Adam does not depend on the scale.
         """
         result = self.outer(net, state, episodes, request)
-        grads = result.grads | {name: self._head_gradient(result.grads[name]) for name in HEAD}
+        learnt = [name for name in HEAD if name in result.grads]
+        grads = result.grads | {name: self._head_gradient(result.grads[name]) for name in learnt}
         return replace(result, grads=grads)
 
     def _head_gradient(self, grad_N: Tensor) -> Tensor:

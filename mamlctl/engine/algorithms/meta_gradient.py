@@ -44,7 +44,7 @@ class MetaStepRequest:
 class MetaStepResult:
     """The meta-gradient and measurements of one meta-step, on the device; no weight has changed yet."""
 
-    grads: dict[str, Tensor]  # names and shapes of MetaState.learnable()
+    grads: dict[str, Tensor]  # names and shapes of MetaState.learnable(); maybe of frozen tensors too
     meta_loss: Tensor  # scalar
     support_losses_I: Tensor  # before inner step 1, 2, ..., I; means over tasks
     query_losses: dict[int, Tensor]  # inner steps taken -> mean over tasks

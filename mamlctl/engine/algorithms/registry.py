@@ -130,6 +130,11 @@ class Algorithm:
         """Whether the inner learning rates are learnt."""
         return config.lslr or self.inner_rates != "tensor"
 
+    def start_of(self, config: TrainConfig) -> str:
+        """The origin of a run's weights before they adapt, for people."""
+        given = self.start == "random start" and config.init is not None
+        return "given start" if given else self.start
+
     def predict(self, config: TrainConfig) -> Predict:
         """Return the function that adapts to the support sets of tasks and predicts their query sets."""
         from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned
@@ -308,6 +313,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         unsupported=NO_LOOP
         | _refusals(
             "nothing is trained",
+            "freeze",
             *improvements_without_meaning("own meta learning rate"),
             "meta_lr",
             "meta_lr_final",

@@ -159,19 +159,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         # torch tries its old format for any other file.
         raise damaged(path, "cannot be read (it is not a zip archive)")
-    with zipfile.ZipFile(path) as archive:
-        entries, size = archive.infolist(), path.stat().st_size
-        plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not plain or sum(entry.file_size for entry in entries) > size:
-            raise damaged(path, "is not a checkpoint of mamlctl: its records are compressed or overlap")
-        for entry in entries:
-            if entry.filename.endswith("data.pkl"):
-                if entry.file_size > LARGEST_PICKLE:
-                    excess = f"{entry.file_size:,} bytes, more than the limit of {LARGEST_PICKLE:,}"
-                    raise ValueError(f"its pickle has {excess}")
-                _check_pickle(archive.read(entry))
-            if entry.filename.endswith(".storage_alignment") and int(archive.read(entry)[:20]) <= 0:
-                raise ValueError("its tensors have no alignment")  # torch would divide by it, and crash
+    for pickled in check_archive(path):
+        _check_pickle(pickled)
+    size = path.stat().st_size
     # On this device tensors have a shape but no memory, so a forged shape cannot allocate any.
     outline = torch.load(path, map_location="meta", weights_only=True)
     if not isinstance(outline, dict) or not {"format", "owner", "digest", "content"} <= outline.keys():
@@ -191,6 +181,28 @@ def _read(path: Path) -> dict[str, Any]:
     if stored["digest"] != _digest(stored["content"]):
         raise damaged(path, "has changed since it was written: its digest differs")
     return stored
+
+
+def check_archive(path: Path) -> list[bytes]:
+    """Check the zip archive of torch.save, and return its pickles.
+
+    Raises ValueError if torch would crash, or use more memory than a few times the size of the file.
+    """
+    pickles = []
+    with zipfile.ZipFile(path) as archive:
+        entries, size = archive.infolist(), path.stat().st_size
+        plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not plain or sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its records are compressed or overlap")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > LARGEST_PICKLE:
+                    excess = f"{entry.file_size:,} bytes, more than the limit of {LARGEST_PICKLE:,}"
+                    raise ValueError(f"its pickle has {excess}")
+                pickles.append(archive.read(entry))
+            if entry.filename.endswith(".storage_alignment") and int(archive.read(entry)[:20]) <= 0:
+                raise ValueError("its tensors have no alignment")  # torch would divide by it, and crash
+    return pickles
 
 
 def _check_pickle(pickled: bytes) -> None:

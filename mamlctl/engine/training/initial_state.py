@@ -19,6 +19,7 @@ from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_ou
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
 from mamlctl.engine.nets.factory import BUILT_IN, Parts, make_net
 from mamlctl.engine.nets.module_net import ModuleNet
+from mamlctl.engine.training.tensor_names import frozen_names
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -42,7 +43,7 @@ def build(
         parts: those of the network that the settings name and that are not built in.
 
     Raises:
-        SettingsError: the images are too small for the network.
+        SettingsError: the images are too small for the network, or a pattern of --freeze matches nothing.
     """
     entry = ALGORITHMS[config.algo]
     regression = len(example_shape) == 1
@@ -85,6 +86,7 @@ def build(
     if config.inner_optimizer == "adam":
         state.moments = {name: torch.zeros_like(weight) for name, weight in slow.items()}
         state.moments["steps"] = like.new_zeros(())
+    state.frozen_names = frozen_names(config, net, state)
     return net, state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, comp
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.derivatives.selection import tasks_per_pass
-from mamlctl.engine.inner_loop import RATE, MetaState
+from mamlctl.engine.inner_loop import RATE, RUNNING, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import accumulate
 from mamlctl.engine.nets.mlp import Mlp
@@ -44,6 +45,8 @@ class MetaStep:
         self.outer = entry.outer(config)
         self.body_start = partial(body_start, engine=config.engine)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}
+        frozen = state.frozen_names
+        self.running = {name: rows for name, rows in state.running.items() if RUNNING + name not in frozen}
         self.device = state.example_tensor.device
         self.optimizer = entry.optimizer(self.learnable, config)
         chunk = config.task_chunk
@@ -115,7 +118,7 @@ class MetaStep:
         outer = self.body_start if request.body_only else self.outer
         chunk = tasks if self.chunk is None or request.body_only else self.chunk
         split = [episodes] if chunk >= tasks else episodes.split(chunk)
-        parts = [outer(self.net, self.state, part, request) for part in split]
+        parts = [self._of_learnable(outer(self.net, self.state, part, request)) for part in split]
         measured = joined(parts, [len(part.query_y_TE) for part in split])
         self._clip(measured.grads)
         return measured
@@ -164,9 +167,15 @@ class MetaStep:
     def move(self, measured: MetaStepResult) -> None:
         """Do the same as `apply`, with the optimiser's current learning rate."""
         self.optimizer.step(measured.grads)
-        accumulate(self.state.running, measured.norm_passes)
+        accumulate(self.running, measured.norm_passes)
         for name, moment in measured.moments.items():
             self.state.moments[name].copy_(moment)
+
+    def _of_learnable(self, result: MetaStepResult) -> MetaStepResult:
+        """The result without the gradients of frozen tensors, which do not count for --clip-norm either."""
+        if not self.state.frozen_names:
+            return result
+        return replace(result, grads={name: result.grads[name] for name in self.learnable})
 
     def _clip(self, grads: dict[str, Tensor]) -> None:
         if self.config.clip_value is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mamlctl.core.errors import DataError, SettingsError
-from mamlctl.core.events import Notice, OnEvent, Waiting
+from mamlctl.core.events import Event, Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.core.user_code.kinds import check_same_code
 from mamlctl.data.tasks.episodes import Placement
@@ -27,6 +27,7 @@ from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.grid_folder import lock_grid, save_plan
 from mamlctl.experiments.grid.scheduler import Scheduler, pending_cells
 from mamlctl.experiments.interrupts import StopRequests
+from mamlctl.experiments.runs.starts import check_starts
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.report_folder import write_files
 from mamlctl.report.table import Table
@@ -72,9 +73,16 @@ def check_data(grid: Grid, *, offline: bool, on_event: OnEvent) -> None:
     open_splits(splits=(evaluate.split,), disjoint=evaluate.disjoint)
     shape, classes, codes = source.example_shape, source.classes.get("train"), {}
     known: Checked = {}
+    notices = list[Event]()
     for row, config in zip(grid.rows, configs, strict=True):
         codes[row.label] = code = new_code(config, source, on_event, known=known)
-        build(config, shape, torch.device("meta"), classes=classes, targets=source.targets, parts=code.parts)
+        net, state = build(
+            config, shape, torch.device("meta"), classes=classes, targets=source.targets, parts=code.parts
+        )
+        cells = [RunFolder(cell.folder, cell.config) for cell in grid.cells if cell.row == row]
+        check_starts(cells, config, net, state, notices.append)
+    for notice in dict.fromkeys(notices):
+        on_event(notice)
     for cell in grid.cells:
         run = RunFolder(cell.folder, cell.config)
         check_same_code(run.path, codes[cell.row.label].stored)

@@ -14,6 +14,7 @@ from mamlctl.core.metrics_rows import steps_done
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.user_code.kinds import check_trusted, code_digests, named_code
 from mamlctl.data.rules import per_step_settings
+from mamlctl.engine.training.starting_weights import stored_start
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
 from mamlctl.experiments.grid.grid import is_grid
@@ -41,7 +42,8 @@ class _Run:
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """Equal for runs that differ only in their seed."""
         code = {f"{name} code": digest for name, digest in code_digests(self.folder.path).items()}
-        return self.label, identity_settings(self.folder.config) | code
+        init = {"init_digest": digest} if (digest := stored_start(self.folder.path).get("digest")) else {}
+        return self.label, identity_settings(self.folder.config) | code | init
 
 
 def compare(

@@ -44,6 +44,8 @@ TASKS = 16  # timed validation tasks
 # and which rate it uses. Rows that differ only in these are timed once.
 FREE_SETTINGS = (
     "seed",
+    "init",
+    "init_skip",
     "init_seed",
     "train_seed",
     "inner_lr",

@@ -71,7 +71,7 @@ def _fits(model: TrainedModel, columns: Standardisation, task: int) -> list[Fit]
     stream = table_stream(model.stream)
     assert stream is not None
     name = stream.names[int(stream.tasks_of(task, 1)[0])]
-    start = ALGORITHMS[model.config.algo].start
+    start = ALGORITHMS[model.config.algo].start_of(model.config)
     episodes = model.stream.episodes(task, 1)
     return fits_of(lambda sets: model.outputs(sets, model.inner_steps), episodes, columns, f"{name}: {start}")
 

@@ -1,0 +1,203 @@
+"""The start of a network from given weights (--init): each tensor has to be found, by name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.files import read_object, write_json
+from mamlctl.core.formatting import plural
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.inner_loop import MOMENT, RATE, RUNNING, MetaState
+from mamlctl.engine.nets.base import Net
+from mamlctl.engine.training.tensor_names import COUNTER, TensorNames, listed, names_of
+from mamlctl.engine.training.weight_files import Weights
+from mamlctl.settings.schema import TrainConfig
+
+INIT = "init.json"  # in a run folder
+FORMAT = 1  # of it
+# The kinds of differences between a file and a network, in the order of the message.
+MISSING, LEFT_OVER, OTHER_SHAPE, UNUSABLE = "missing", "left over", "of another shape", "not usable"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights are from with which a network started, and which of its tensors they are."""
+
+    source: str  # for people
+    file: str
+    digest: str  # SHA-256 of the file
+    unwrapped: tuple[str, ...]  # what was around the tensors and their names, for people
+    read: Mapping[str, Sequence[int]]  # name in files -> shape
+    not_read: tuple[str, ...]  # the other tensors of the network
+    caveat: str  # what a reader of results has to know about the weights
+
+    @property
+    def notice(self) -> str:
+        """What was read."""
+        count, total = len(self.read), len(self.read) + len(self.not_read)
+        text = f"start: {count} of {total} {plural(total, 'tensor')} from {self.source}"
+        if self.unwrapped:
+            text += f" ({' and '.join(self.unwrapped)} unwrapped)"
+        return text + (f", as drawn: {listed(self.not_read)}" if self.not_read else "")
+
+    def store(self, run: Path) -> None:
+        """Write all of it into a run folder."""
+        write_json(run / INIT, {"format": FORMAT, **asdict(self)})
+
+
+def stored_start(run: Path) -> dict[str, str]:
+    """The source, the file, the digest and the caveat of a run's start; empty without one."""
+    stored = read_object(run / INIT)
+    return {
+        name: value
+        for name in ("source", "file", "digest", "caveat")
+        if isinstance(value := stored.get(name), str)
+    }
+
+
+@torch.no_grad()
+def start_from(
+    weights: Weights, config: TrainConfig, net: Net, state: MetaState, *, source: str, caveat: str = ""
+) -> Start:
+    """Copy weights into the tensors of a new network.
+
+    Batch-norm weights and statistics of a file go to the rows of all inner steps. Those of a checkpoint keep
+    their rows, of which the last is repeated.
+
+    Args:
+        weights: the weights.
+        config: the settings.
+        net: the network.
+        state: its tensors, which are changed in place.
+        source: where the weights are from, for people.
+        caveat: what a reader of results has to know about them.
+
+    Raises:
+        SettingsError: they are not those of the network; the message has a table of the differences.
+    """
+    names, own = names_of(net, state), state.stored()
+    tensors, prefixes = _by_names_in_files(weights, names)
+    skipped = names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip else set()
+    # The head of zeros is part of some algorithms, and others have no head.
+    if config.body_epochs or ALGORITHMS[config.algo].head_start == "zeros" or _has_no_head(names, own):
+        skipped |= set(names.head)
+    targets = {name: own[stored] for name, stored in names.stored.items() if name not in skipped}
+    # Batch norm's tensors are compared row by row; a file has a single one.
+    norm = {f"{layer}.{kind}" for layer in net.norm_layers for kind in ("weight", "bias")}
+    rows = {n for n, stored in names.stored.items() if stored in norm or stored.startswith(RUNNING)}
+    for name in rows & targets.keys():
+        targets[name] = targets[name].view(-1, targets[name].shape[-1])
+    for name in rows & tensors.keys():
+        part = tensors[name]
+        if part.layout is torch.strided and (part.dim() == 1 or not weights.of_checkpoint):
+            tensors[name] = part.unsqueeze(0)
+    buffers = {} if weights.of_checkpoint else names.buffers
+    wanted = targets | {name: part for name, part in buffers.items() if name not in skipped}
+    common = [name for name in wanted if name in tensors]
+    shapes, found = (
+        {name: tuple(part.shape[name in rows :]) for name, part in of.items()} for of in (wanted, tensors)
+    )
+    wrong = {
+        MISSING: [name for name in wanted if name not in tensors],
+        LEFT_OVER: [name for name in tensors if name not in wanted and name not in skipped],
+        OTHER_SHAPE: [
+            f"{name} ({_size(found[name])} in place of {_size(shapes[name])})"
+            for name in common
+            if found[name] != shapes[name]
+        ],
+    }
+    if not any(wrong.values()):
+        wrong[UNUSABLE] = _unusable({name: tensors[name] for name in common}, names)
+    if any(wrong.values()):
+        raise _misfit(config, names, wrong, len(common) - len(wrong[OTHER_SHAPE]), source)
+    _check_equal_rows(config, [tensors[name] for name in names.head if name in targets], source)
+    for name, target in targets.items():
+        value = tensors[name]
+        target.copy_(value[torch.arange(len(target)).clamp(max=len(value) - 1)] if name in rows else value)
+    not_read = tuple(name for name, stored in names.stored.items() if name in skipped and stored in own)
+    unwrapped = (*weights.unwrapped, *prefixes)
+    read = {name: shapes[name] for name in targets}
+    return Start(source, str(weights.file), weights.digest, unwrapped, read, not_read, caveat)
+
+
+def _by_names_in_files(weights: Weights, names: TensorNames) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by their names in files, and the prefixes that all of these had.
+
+    The inner rates of a checkpoint and the moments of its inner optimiser are no weights, and are left out.
+    """
+    if weights.of_checkpoint:
+        stored = {n: part for n, part in weights.tensors.items() if not n.startswith((RATE, MOMENT))}
+        own = {name: stored[of] for name, of in names.stored.items() if of in stored}
+        return own | {name: stored[name] for name in stored.keys() - {*names.stored.values()}}, []
+    tensors = {n: part for n, part in weights.tensors.items() if n.rpartition(".")[2] != COUNTER}
+    stripped, prefixes = tensors, list[str]()
+    while not stripped.keys() & names.stored.keys():
+        parts = {name.partition(".")[::2] for name in stripped}
+        if len({first for first, _ in parts}) != 1 or "" in {rest for _, rest in parts}:
+            return tensors, []  # the names have nothing in common
+        prefixes.append(f"the prefix '{next(iter(parts))[0]}.'")
+        stripped = {name.partition(".")[2]: part for name, part in stripped.items()}
+    return stripped, prefixes
+
+
+def _has_no_head(names: TensorNames, own: Mapping[str, Tensor]) -> bool:
+    return not any(names.stored[name] in own for name in names.head)
+
+
+def _unusable(tensors: Mapping[str, Tensor], names: TensorNames) -> list[str]:
+    """The tensors whose values cannot be used, each with the reason; all shapes are those of the network."""
+    reasons = []
+    first_of = dict[str, str]()  # name in checkpoints -> the first name in files
+    for name, tensor in tensors.items():
+        shared = first_of.setdefault(names.stored.get(name, name), name)
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            reasons.append(f"{name} (not a dense tensor)")
+        elif name in names.buffers:
+            # A run makes its module again, and does not store buffers.
+            if not torch.equal(tensor, names.buffers[name].to(tensor.dtype)):
+                reasons.append(f"{name} (a buffer, which the module of --net makes with other values)")
+        elif not tensor.is_floating_point():
+            reasons.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+        elif not bool(tensor.isfinite().all()):
+            reasons.append(f"{name} (NaN or infinite values)")
+        elif not torch.equal(tensor, tensors[shared]):
+            reasons.append(f"{name} (differs from {shared}, with which the module shares it)")
+    return reasons
+
+
+def _misfit(
+    config: TrainConfig, names: TensorNames, wrong: Mapping[str, Sequence[str]], matched: int, source: str
+) -> SettingsError:
+    """The error for weights that are not those of the network, with a table of the differences."""
+    lines = [f"--init: {source} does not have the tensors of --net {config.net}", _row("matched", matched)]
+    lines += [_row(kind, len(found), listed(found)) for kind, found in wrong.items() if found]
+    odd = {entry.partition(" ")[0] for found in wrong.values() for entry in found}
+    if odd <= {*names.head}:
+        hint = "add --init-skip head, to start with a head as drawn"
+    elif matched:
+        hint = "use the weights of the same network, or leave tensors out with --init-skip"
+    else:
+        hint = f"use the weights of the same network, whose tensors are {listed([*names.stored])}"
+    return SettingsError([("\n".join(lines), hint)])
+
+
+def _row(kind: str, count: int, shown: str = "") -> str:
+    return f"  {kind:<16} {count:>5}  {shown}".rstrip()
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a number"
+
+
+def _check_equal_rows(config: TrainConfig, head: Sequence[Tensor], source: str) -> None:
+    """Raise SettingsError if an algorithm with equal rows in the head would start with others."""
+    equal = all(torch.equal(part, part[:1].expand_as(part)) for part in head)
+    if ALGORITHMS[config.algo].head_start == "equal rows" and not equal:
+        fact = f"--algo {config.algo} starts all classes from one row, but {source} has different rows"
+        raise SettingsError([(fact, "add --init-skip head")])
