@@ -182,13 +182,14 @@ def head_words(classifier: Classifier, trained_ways: int, learnt: MetaState, way
     return f"the learnt head of {trained_ways} classes, {rows}"
 
 
-def plain_weights(model: AdaptedModel) -> Params:
+def plain_weights(model: AdaptedModel, head: Mapping[str, Tensor] | None = None) -> Params:
     """Return a float32 state dictionary for torch.nn layers of the same names, or for the user's module.
 
-    Batch norm's running statistics are the fixed ones, or those of the support set if there are none.
+    Batch norm's running statistics are the fixed ones, or those of the support set if there are none. A model
+    without a head needs one in `head`, without the axis of tasks.
     """
     whole = model.weights | model.norm | (model.fixed or model.support)
-    plain = {name: values[0].float().cpu().clone() for name, values in whole.items()}
+    plain = {name: values[0].float().cpu().clone() for name, values in whole.items()} | dict(head or {})
     net = model.derivatives.net
     if isinstance(net, ModuleNet):
         return net.template.state_dict(plain)

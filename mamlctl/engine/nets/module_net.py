@@ -64,12 +64,20 @@ class ModuleNet:
         """The module. Raises SettingsError if it cannot be used."""
         return self.made(0)
 
-    def made(self, seed: int) -> Template:
-        """Make a new module, with the random numbers of a seed."""
-        make = self.plan.make
+    def original(self, seed: int) -> nn.Module:
+        """Make a new module as it is, with the random numbers of a seed."""
         with _seeded(seed):
-            module = make(self.input_shape, self.outputs)
-        return Template(module, self.head, make.running if isinstance(make, UserCode) else None)
+            return self.plan.make(self.input_shape, self.outputs)
+
+    @property
+    def code(self) -> UserCode | None:
+        """The user's code that makes the module; None for a library."""
+        return self.plan.make if isinstance(self.plan.make, UserCode) else None
+
+    def made(self, seed: int) -> Template:
+        """Make a new module, with the random numbers of a seed, and take it over."""
+        code = self.code
+        return Template(self.original(seed), self.head, None if code is None else code.running)
 
     @property
     def norm_layers(self) -> dict[str, int]:
