@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import glob
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from mamlctl.settings.merge import Layer
 from mamlctl.settings.presets import load_file, load_preset, parse_sets, preset_names
 from mamlctl.settings.schema import TrainConfig
 from mamlctl.settings.variables import variable_layers
+from mamlctl.shipped_models import model_names
 
 if TYPE_CHECKING:
     from mamlctl.display.displays import Display
@@ -51,6 +53,15 @@ def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
 
 
 TimeLimit = Annotated[str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")]
+
+
+def started_models(incomplete: str) -> list[str]:
+    """What a shell completes where a command takes runs or models: models for the start of a name.
+
+    A shell completes the names of folders only if it gets nothing else, so those that also match are added.
+    """
+    models = [name for name in model_names() if incomplete and name.startswith(incomplete)]
+    return models and [*models, *map(str, sorted(Path().glob(f"{glob.escape(incomplete)}*")))]
 
 
 def begin_work() -> None:

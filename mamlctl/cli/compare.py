@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import begin_work, option, unused
+from mamlctl.cli.common_options import begin_work, option, started_models, unused
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
@@ -47,7 +47,9 @@ def compare(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Run folders, table folders or models that ship; the first is the baseline.", metavar="RUNS"
+            help="Run folders, table folders or models that ship; the first is the baseline.",
+            metavar="RUNS",
+            autocompletion=started_models,
         ),
     ] = None,
     algos: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import GuardOptions, begin_work, option, unused
+from mamlctl.cli.common_options import GuardOptions, begin_work, option, started_models, unused
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
@@ -113,7 +113,9 @@ def evaluate(
     run: Annotated[
         Path | None,
         typer.Argument(
-            help="Run folder, as printed by train, or a model that ships with mamlctl.", metavar="RUN"
+            help="Run folder, as printed by train, or a model that ships with mamlctl.",
+            metavar="RUN",
+            autocompletion=started_models,
         ),
     ] = None,
 ) -> ExitCode:

@@ -48,6 +48,8 @@ VALUES = {
     "ablate --plan ": [*PLANS],
     "ablate --plan one": ["one-on", "one-off"],
     "ablate --executor ": ["local", "ray"],
+    "eval omniglot-5": ["omniglot-5w1s"],
+    "compare runs/a omniglot-20": ["omniglot-20w1s"],
     "eval runs/a --models ": ["best", "ensemble", "all"],
     "": [*COMMANDS],
     "ab": ["ablate"],
@@ -61,11 +63,25 @@ def test_the_names_and_choices_of_an_option_complete(completed, line):
 
 
 @pytest.mark.parametrize(
-    "line", ["train --dataset ./", "train --dataset photos", "train --resume ", "eval ", "train --ways "]
+    "line",
+    [
+        "train --dataset ./",
+        "train --dataset photos",
+        "train --resume ",
+        "eval ",
+        "eval runs/",
+        "train --ways ",
+    ],
 )
 def test_folders_files_and_numbers_are_left_to_the_shell(completed, line):
     """Bash then completes the names of files (complete -o default)."""
     assert completed(f"mamlctl {line}") == []
+
+
+def test_folders_that_also_match_are_completed_with_models(completed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "omniglot-20-mine").mkdir()
+    assert completed("mamlctl eval omniglot-20") == ["omniglot-20w1s", "omniglot-20-mine"]
 
 
 def test_every_option_with_a_choice_completes_its_choices(completed):
