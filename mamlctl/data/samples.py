@@ -23,9 +23,13 @@ SIDE = 4 * glyphs.SIDE  # pixels, so that a person can see the characters
 def write_samples(force: bool, on_event: OnEvent) -> FetchedSet:
     """Write `samples/support` and `samples/query` in the current folder, with a subfolder per class.
 
-    `force` also replaces the files that exist. Raises DataError if the folder has only other files.
+    `force` also replaces the files that exist. Raises DataError if something else is there.
     """
     folder, files = Path(NAME), list[Path]()
+    for place in (folder, folder / "support", folder / "query"):
+        if (place.exists() or place.is_symlink()) and not place.is_dir():
+            hint = "rename it, or call mamlctl fetch samples in another folder"
+            raise DataError(f"{place} is not a folder", hint=hint)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "support").is_dir():
         raise DataError(f"{NAME}/ has other files", hint="call mamlctl fetch samples in another folder")
     packed = glyphs.draw(on_event, CLASSES)

@@ -63,3 +63,14 @@ def test_a_folder_of_other_files_is_left_alone(events):
     with pytest.raises(DataError, match="samples/ has other files"):
         write_samples(False, events.append)
     assert [*Path(NAME).rglob("*")] == [mine.parent, mine]
+
+
+@pytest.mark.parametrize("place", [NAME, f"{NAME}/query"])
+def test_a_file_in_place_of_a_folder_is_left_alone(place, events):
+    file = Path(place)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(DataError, match=f"{place} is not a folder") as raised:
+        write_samples(False, events.append)
+    assert raised.value.hint == "rename it, or call mamlctl fetch samples in another folder"
+    assert file.read_text() == "mine"
