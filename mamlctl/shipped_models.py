@@ -20,6 +20,7 @@ from mamlctl.settings.variables import runs_folder
 FOLDER = Path(__file__).parent / "models"
 COPIES = "models"  # the folder of copies in the folder of runs
 BEST = Path("checkpoints", "best.pt")
+LAST = BEST.with_name("last.pt")  # which only runs have
 
 
 def model_names() -> list[str]:
@@ -75,10 +76,12 @@ def is_model(text: str) -> bool:
 
 
 def refuse_model(path: Path) -> None:
-    """Raise SettingsError for the name of a model, where a run is needed that can be trained further."""
-    if is_model(str(path)):
+    """Raise SettingsError for a model or its copy, where a run is needed that can be trained further."""
+    copies = {(runs_folder() / COPIES / name).resolve(): name for name in model_names()}
+    name = str(path) if is_model(str(path)) else copies.get(path.resolve())
+    if name is not None and not (path / LAST).exists():
         fact = f"{path} is a model that ships with mamlctl, which cannot be resumed"
-        raise SettingsError([(fact, f"start a new run from it, with --init {path}")])
+        raise SettingsError([(fact, f"start a new run from it, with --init {name}")])
 
 
 def _copy(source: Path, files: Sequence[Path], copy: Path) -> None:

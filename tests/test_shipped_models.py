@@ -147,3 +147,8 @@ def test_the_name_of_a_model_is_refused_for_training(models):
     refuse_model(Path("other"))
     with pytest.raises(SettingsError, match="small is a model that ships with mamlctl"):
         refuse_model(Path("small"))
+    copy = local_run(Path("small"))
+    with pytest.raises(SettingsError, match="runs/models/small is a model that ships with mamlctl"):
+        refuse_model(copy)
+    (copy / BEST.with_name("last.pt")).touch()  # a run of this name
+    refuse_model(copy)
