@@ -10,6 +10,9 @@ from typing import Any, Literal
 from mamlctl.core.events import ValidationDone
 from mamlctl.core.literals import BatchNormMode, ListedStatus, Metric, Model, Split, StopReason
 
+# The number of best checkpoints to keep: the size of the ensemble in the published MAML++ code
+# (experiment_builder.py, top_n_models=5).
+KEPT = 5
 TIMED = 3  # meta-steps of each kind that an estimate measures
 
 

@@ -13,6 +13,7 @@ from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import BatchNormMode
+from mamlctl.core.results import KEPT
 from mamlctl.data.sets.registry import find_data_set, is_regression
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, Tasks
@@ -33,7 +34,7 @@ from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
 from mamlctl.engine.training.run_code import RunCode, code_of_run
 from mamlctl.engine.training.starting_weights import stored_start
-from mamlctl.engine.training.trainer import KEPT, epoch_file
+from mamlctl.engine.training.trainer import epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults

@@ -11,12 +11,12 @@ from helpers.trainer_cases import CPU, comparable, config_of, make_run, trainer_
 
 from mamlctl.core.errors import DivergedError, MamlctlError
 from mamlctl.core.events import MetaStepDone, TrainReport, ValidationDone
+from mamlctl.core.results import KEPT
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, evaluate
 from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.initial_state import build
-from mamlctl.engine.training.trainer import KEPT
 from mamlctl.run_folder import open_run
 
 

@@ -12,9 +12,10 @@ from mamlctl.core.events import CellState, GridChanged
 from mamlctl.experiments.grid import scheduler
 from mamlctl.experiments.grid.scheduler import Scheduler
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
-from mamlctl.experiments.grid.time_left import CellTime, finished_time, seconds_left, step_time
+from mamlctl.experiments.grid.time_left import CellTime, finished_time, running_time, seconds_left, step_time
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, SUMMARY, RunState, new_run
+from mamlctl.settings.evaluation import EvalConfig
 
 
 def cells(*states, total=100):
@@ -35,6 +36,22 @@ def test_without_a_finished_cell_of_its_row_a_cell_costs_what_it_reports_or_what
     states = cells(("a", "training", 50), ("b", "waiting", 0))
     assert seconds_left(states, {("a", 0): CellTime(2.0)}, 1) == 50 * 2 + 100 * 2, "no test is known yet"
     assert seconds_left(states, {}, 1) is None
+
+
+def test_before_any_cell_has_finished_tests_cost_what_running_cells_expect():
+    states = cells(("a", "training", 50), ("b", "waiting", 0))
+    times = {("a", 0): CellTime(2.0, expected_test_s=30.0)}
+    assert seconds_left(states, times, 1) == (50 * 2 + 30) + (100 * 2 + 30)
+
+
+def test_a_test_task_is_expected_to_cost_a_training_task_for_each_model(run):
+    test = EvalConfig(tasks=50, label_permutations=2)
+    metrics = run.last_metrics()
+    assert running_time(run, metrics, test) == CellTime(2.0, expected_test_s=1.0 * 50 * 2)
+    run.config = replace(run.config, epochs=9)
+    assert running_time(run, metrics, test).expected_test_s == 1.0 * 50 * 2 * 5
+    assert running_time(run, metrics, replace(test, models="best")).expected_test_s == 1.0 * 50 * 2
+    assert running_time(run, [], test) is None
 
 
 def test_workers_share_the_cells_but_not_a_single_one():

@@ -11,7 +11,7 @@ from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.literals import RowKind, StopReason
-from mamlctl.core.results import named
+from mamlctl.core.results import KEPT, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
@@ -27,10 +27,6 @@ from mamlctl.engine.training.initial_state import evaluation_net, evaluation_pla
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
 from mamlctl.engine.training.progress import Period, Position
 from mamlctl.settings.schema import TrainConfig
-
-# The number of best checkpoints to keep: the size of the ensemble in the published MAML++ code
-# (experiment_builder.py, top_n_models=5).
-KEPT = 5
 
 MOST_TASKS = 2**12  # that are drawn for one call of `take_many`
 LONGEST_S = 0.05  # of such a call, in which training cannot stop

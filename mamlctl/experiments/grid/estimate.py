@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mamlctl.core.events import OnEvent, Progress
-from mamlctl.core.results import TIMED, Estimate, RowEstimate
+from mamlctl.core.results import KEPT, TIMED, Estimate, RowEstimate
 from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
@@ -28,7 +28,6 @@ from mamlctl.engine.training.initial_state import build, evaluation_net, evaluat
 from mamlctl.engine.training.meta_step import MetaStep
 from mamlctl.engine.training.run_code import Checked, new_code, training_tasks
 from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
-from mamlctl.engine.training.trainer import KEPT
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved

@@ -21,7 +21,7 @@ from mamlctl.experiments.executors.jobs import Ended, Executor, Job
 from mamlctl.experiments.grid.command_lines import cell_test, settings_arguments, train_arguments
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation, find_evaluation
-from mamlctl.experiments.grid.time_left import CellTime, finished_time, seconds_left, step_time
+from mamlctl.experiments.grid.time_left import CellTime, finished_time, running_time, seconds_left
 from mamlctl.experiments.interrupts import StopRequests
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.run_folder import CONFIG, RESUME_OVERRIDES, RunFolder, open_run, run_state
@@ -152,8 +152,7 @@ class Scheduler:
         run = RunFolder(cell.folder, cell.config)
         metrics = run.last_metrics()
         step = int(metrics[-1]["step"]) if metrics else 0
-        step_s = step_time(run, metrics)
-        known = None if step_s is None else CellTime(step_s)
+        known = running_time(run, metrics, self._grid.test)
         validations = rows_of(metrics, "validation")
         score = validations[-1].get(f"val_{self._metric}") if validations else None
         running = cell.name in self._running

@@ -10,8 +10,10 @@ from typing import Any
 
 from mamlctl.core.events import OVER, CellState
 from mamlctl.core.metrics_rows import rows_of
+from mamlctl.core.results import KEPT
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
 from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, SUMMARY, RunFolder
+from mamlctl.settings.evaluation import EvalConfig
 
 LONGEST_START_S = 60.0  # a test that started later after its training belongs to another call
 
@@ -23,6 +25,25 @@ class CellTime:
     step_s: float  # per meta-step; of a finished cell, with its validations
     test_s: float | None = None  # with the start of both processes; None: it is not finished
     earlier: bool = False  # finished before this call
+    expected_test_s: float = 0.0  # of a test, while no cell is finished
+
+
+def running_time(run: RunFolder, metrics: Sequence[dict[str, Any]], test: EvalConfig) -> CellTime | None:
+    """What a cell that is not finished costs; None without reports.
+
+    Args:
+        run: its run folder.
+        metrics: the last rows of its metrics.jsonl.
+        test: the settings of its test.
+    """
+    step_s = step_time(run, metrics)
+    if step_s is None:
+        return None
+    models = 1 if test.models == "best" else min(run.config.epochs, KEPT)
+    # A test task is taken to cost what a training task costs; measured, it costs 0.2 to 3 times as much on
+    # images: there is no meta-gradient, but there may be more inner steps and queries.
+    tasks = test.tasks * test.label_permutations * models
+    return CellTime(step_s, expected_test_s=step_s / run.config.meta_batch_size * tasks)
 
 
 def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None:
@@ -84,7 +105,8 @@ def seconds_left(
             return None
         step_s = statistics.mean(time.step_s for time in known)
         tests = [time.test_s for time in of_row or finished if time.test_s is not None]
-        test_s = statistics.mean(tests) if tests else 0.0
+        expected = [time.expected_test_s for time in known]
+        test_s = statistics.mean(tests or expected)
         pending.append((cell.total_steps - cell.step) * step_s + test_s)
     return max([sum(pending) / workers, *pending])
 
