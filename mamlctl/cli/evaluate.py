@@ -18,6 +18,7 @@ from mamlctl.core.results import named
 from mamlctl.data.sets.registry import is_table
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
+from mamlctl.experiments.export.target import export_problems
 from mamlctl.experiments.runs.search import hint_for_missing_run
 from mamlctl.report.guard import Limit, check_evaluation
 from mamlctl.run_folder import open_run
@@ -69,6 +70,14 @@ class EvaluateOptions(GuardOptions):
         Path | None,
         option(OWN_IMAGES, "Write the adapted weights to a file, for plain torch layers.", metavar="FILE"),
     ] = None
+    export: Annotated[
+        Path | None,
+        option(
+            OWN_IMAGES,
+            "Export the adapted model to a new file: FILE.onnx for ONNX, FILE.pt2 for torch.export.",
+            metavar="FILE",
+        ),
+    ] = None
     plot: Annotated[bool, option(OUTPUT, "Also draw figures in RUN/plots.", "--plot")] = False
     beside: Annotated[
         list[Path] | None,
@@ -84,7 +93,7 @@ class EvaluateOptions(GuardOptions):
             fact = f"{limits[0]} judges the best model, which --models ensemble leaves out"
             return [(fact, "use --models best or all")]
         if self.support is None:
-            image_options = self.by_flag("query", "csv", "save_adapted")
+            image_options = self.by_flag("query", "csv", "save_adapted", "export")
             problems = unused(image_options, "without --support", "add --support DIR or leave it out")
             if self.files and not problems:
                 problems.append(
@@ -101,8 +110,11 @@ class EvaluateOptions(GuardOptions):
         if not (self.query or self.files):
             hint = "add --query or leave it out"
             problems += unused(self.by_flag("csv", "plot"), "without --query", hint)
-            if self.save_adapted is None:
-                problems.append(("--support has no effect alone", "add --query, or --save-adapted FILE"))
+            if self.save_adapted is None and self.export is None:
+                hint = "add --query, or --save-adapted FILE or --export FILE"
+                problems.append(("--support has no effect alone", hint))
+        if self.export is not None:
+            problems += export_problems(self.export)
         return problems
 
 
@@ -179,7 +191,8 @@ def _classify(run: Path, support: Path, config: EvalConfig, options: EvaluateOpt
 
         begin_work()
         queries = [*(options.query or []), *(options.files or [])]
-        request = ClassifyRequest(support, queries, options.plot, options.csv, options.save_adapted)
+        files = {"csv": options.csv, "save_adapted": options.save_adapted, "export": options.export}
+        request = ClassifyRequest(support, queries, options.plot, **files)
         result = classify_images(run, config, request, on_event=display)
     options.write(result, predictions.document(result), predictions.show_classify_result)
 
@@ -188,7 +201,7 @@ def _predict(run: Path, support: Path, config: EvalConfig, options: EvaluateOpti
     """Predict the rows of the user's own table."""
     queries = [*(options.query or []), *(options.files or [])]
     problems = unused(options.by_flag("save_adapted"), "for a run on a table")
-    if len(queries) != 1:
+    if len(queries) > 1 or not (queries or options.export):
         problems.append(
             (f"--query names {len(queries)} tables, but a run predicts one at a time", "name one")
         )
@@ -198,6 +211,7 @@ def _predict(run: Path, support: Path, config: EvalConfig, options: EvaluateOpti
         from mamlctl.experiments.tables.predict import PredictionFiles, predict_table  # imports torch
 
         begin_work()
-        files = PredictionFiles(support, queries[0], options.csv, plot=options.plot)
+        query = queries[0] if queries else None
+        files = PredictionFiles(support, query, options.csv, plot=options.plot, export=options.export)
         result = predict_table(run, config, files, on_event=display)
     options.write(result, predictions.table_document(result), predictions.show_table_prediction)

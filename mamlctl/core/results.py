@@ -143,6 +143,16 @@ class ClassifiedImage:
 
 
 @dataclass(frozen=True)
+class ExportedModel:
+    """A file of `--export`, and how its predictions were checked."""
+
+    file: str
+    checked: int  # examples whose predictions were compared with those of `eval`
+    # The largest difference: of probabilities, or of targets in their standard deviations in training.
+    difference: float
+
+
+@dataclass(frozen=True)
 class ClassifyResult:
     """The user's own images with their predicted classes, and the output files."""
 
@@ -160,6 +170,7 @@ class ClassifyResult:
     pictures: tuple[str, ...] = ()
     csv: str | None = None
     saved: str | None = None
+    exported: ExportedModel | None = None
 
     @property
     def labelled(self) -> int:
@@ -194,6 +205,7 @@ class TablePrediction:
     seconds: float
     pictures: tuple[str, ...] = ()
     csv: str | None = None
+    exported: ExportedModel | None = None
 
     @property
     def mse(self) -> tuple[float, ...] | None:

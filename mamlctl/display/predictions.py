@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
 from mamlctl.core import formatting
-from mamlctl.core.results import ClassifiedImage, ClassifyResult, TablePrediction
+from mamlctl.core.results import ClassifiedImage, ClassifyResult, ExportedModel, TablePrediction
 from mamlctl.core.statistics import wilson95
 from mamlctl.display.console import say, say_table
 
@@ -33,9 +34,19 @@ def show_classify_result(console: Console, result: ClassifyResult) -> None:
         problems.append(f"left out: {len(problems)} of {len(result.images)} query images (unreadable)")
     pictures = [f"picture  {file}" for file in result.pictures]
     written = [f"written to {file}" for file in (result.csv, result.saved) if file]
+    written += _export_lines(result.exported, "probabilities")
     for line in (*problems, _accuracy_line(result), BN_NOTES.get(result.bn, ""), *pictures, *written):
         if line:
             say(console, line)
+
+
+def _export_lines(exported: ExportedModel | None, what: str) -> list[str]:
+    """The exported file, and how its predictions were checked."""
+    if exported is None:
+        return []
+    examples = f"{exported.checked} {formatting.plural(exported.checked, 'example')}"
+    check = f"{what} within {exported.difference:.1g} of those of eval ({examples})"
+    return [f"exported to {exported.file}: {check}"]
 
 
 def _head_line(result: ClassifyResult) -> str:
@@ -105,6 +116,7 @@ def document(result: ClassifyResult) -> dict[str, Any]:
         "pictures": result.pictures,
         "csv": result.csv,
         "saved": result.saved,
+        "exported": None if result.exported is None else asdict(result.exported),
     }
 
 
@@ -127,15 +139,8 @@ def show_table_prediction(console: Console, result: TablePrediction) -> None:
         formatting.plural(result.inner_steps, "inner step"),
     )
     say(console, f"adapted to {result.support_rows} {rows} in {result.inner_steps} {steps}")
-    say(console)
-    heads = [*result.inputs, *(f"predicted {name}" for name in result.targets)]
-    parts = [result.x, result.predicted]
-    if result.truth is not None:
-        heads += [f"true {name}" for name in result.targets]
-        parts.append(result.truth)
-    lines = [[f"{value:.6g}" for part in row for value in part] for row in zip(*parts, strict=True)]
-    say_table(console, [heads, *lines], left=0)
-    say(console)
+    if result.x:
+        _show_rows(console, result)
     for name, mse in zip(result.targets, result.mse or (), strict=False):
         root = f"root {math.sqrt(mse):.4g}"
         say(
@@ -146,6 +151,20 @@ def show_table_prediction(console: Console, result: TablePrediction) -> None:
         say(console, f"picture  {file}")
     if result.csv:
         say(console, f"written to {result.csv}")
+    for line in _export_lines(result.exported, "targets, in standard deviations,"):
+        say(console, line)
+
+
+def _show_rows(console: Console, result: TablePrediction) -> None:
+    say(console)
+    heads = [*result.inputs, *(f"predicted {name}" for name in result.targets)]
+    parts = [result.x, result.predicted]
+    if result.truth is not None:
+        heads += [f"true {name}" for name in result.targets]
+        parts.append(result.truth)
+    lines = [[f"{value:.6g}" for part in row for value in part] for row in zip(*parts, strict=True)]
+    say_table(console, [heads, *lines], left=0)
+    say(console)
 
 
 def table_document(result: TablePrediction) -> dict[str, Any]:
@@ -168,4 +187,5 @@ def table_document(result: TablePrediction) -> dict[str, Any]:
         "mse": None if result.mse is None else dict(zip(result.targets, result.mse, strict=True)),
         "pictures": result.pictures,
         "csv": result.csv,
+        "exported": None if result.exported is None else asdict(result.exported),
     }

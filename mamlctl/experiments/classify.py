@@ -37,6 +37,7 @@ class ClassifyRequest:
     plot: bool = False
     csv: Path | None = None
     save_adapted: Path | None = None
+    export: Path | None = None
 
 
 @dataclass
@@ -79,6 +80,12 @@ def classify_images(
         _write_csv(request.csv, predictions.images)
     if request.save_adapted is not None:
         save_adapted(request.save_adapted, model, on_event)
+    exported = None
+    if request.export is not None:
+        from mamlctl.experiments.export.models import export_classifier  # imports torch.export
+
+        queries_CHW = [picture.image_CHW for picture in predictions.shown]
+        exported = export_classifier(request.export, model, queries_CHW, on_event)
     return ClassifyResult(
         run=str(path),
         algo=model.config.algo,
@@ -94,6 +101,7 @@ def classify_images(
         pictures=pictures,
         csv=None if request.csv is None else str(request.csv),
         saved=None if request.save_adapted is None else str(request.save_adapted),
+        exported=exported,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,13 +69,17 @@ class ImageClassifier:
         """Inner steps on the support set."""
         return self.config.evaluation_inner_steps
 
-    def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The probability of every class (_MN). Raises DivergedError if one is not finite."""
+    def scores(self, x_MCHW: NDArray[np.uint8]) -> torch.Tensor:
+        """The score of every class (_MN). Raises DivergedError if one is not finite."""
         scores_MN = self.adapted.scores(_network_input(self.config, x_MCHW, self.device))
         if not bool(scores_MN.isfinite().all()):
             hint = "use fewer --inner-steps, a lower --inner-lr, or another run"
             raise DivergedError("the adapted model's predictions are not finite", hint=hint)
-        probability_MN: NDArray[np.float64] = scores_MN.double().softmax(1).cpu().numpy()
+        return scores_MN
+
+    def probabilities(self, x_MCHW: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The probability of every class (_MN). Raises DivergedError as `scores` does."""
+        probability_MN: NDArray[np.float64] = self.scores(x_MCHW).double().softmax(1).cpu().numpy()
         return probability_MN
 
 
@@ -184,11 +189,22 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
     """
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
-    config, read = model.config, model.read
-    colours = config.normalize == "imagenet"
+    config = model.config
     names = ("algo", "net", "filters", "hidden", "pooling", "readout", "activation")
     content = {
         "format": FORMAT,
+        **preparation(model),
+        "settings": {name: getattr(config, name) for name in names},
+        "weights": plain_weights(model.adapted),
+    }
+    save_tensors(path, content)
+
+
+def preparation(model: ImageClassifier) -> dict[str, Any]:
+    """The classes, and how an image becomes the network's input, for files that are used without mamlctl."""
+    config, read = model.config, model.read
+    colours = config.normalize == "imagenet"
+    return {
         "classes": list(model.support.classes),
         "channels": read.channels,
         "side": read.side,
@@ -197,7 +213,4 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
         "ink": config.ink,
         "mean": list(IMAGENET_MEAN) if colours else [0.0],
         "deviation": list(IMAGENET_DEVIATION) if colours else [1.0],
-        "settings": {name: getattr(config, name) for name in names},
-        "weights": plain_weights(model.adapted),
     }
-    save_tensors(path, content)

@@ -1,0 +1,1 @@
+"""Export of adapted models for ONNX and for torch.export, checked against the predictions of `eval`."""
