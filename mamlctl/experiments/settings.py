@@ -59,14 +59,24 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
     if problems:
         raise SettingsError(problems)
     # Absolute, so that the run finds its data from wherever it is resumed, and child processes their code.
-    places: dict[str, Any] = {"dataset": absolute_data_set(config.dataset)}
-    for name, reference in named_code(vars(config)).items():
-        places[name] = absolute(reference)
-        if checked:
-            locate(places[name], flag(name))  # raises an error if it does not exist
-    if config.init is not None and not is_model(config.init):
-        places["init"] = str(weights_place(config.init) if checked else expanded(config.init).absolute())
-    return replace(resolved, config=replace(config, **places))
+    config = replace(config, **absolute_places(vars(config)))
+    if checked:  # raise an error for what does not exist
+        for name, reference in named_code(vars(config)).items():
+            locate(reference, flag(name))
+        if config.init is not None:
+            weights_place(config.init)
+    return replace(resolved, config=config)
+
+
+def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are paths, or name code in files, with absolute paths."""
+    places = {name: absolute(reference) for name, reference in named_code(settings).items()}
+    if "dataset" in settings:
+        places["dataset"] = absolute_data_set(str(settings["dataset"]))
+    init = str(settings.get("init") or "")
+    if init and not is_model(init):
+        places["init"] = str(expanded(init).absolute())
+    return places
 
 
 def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:

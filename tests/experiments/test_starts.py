@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.grid_cases import filled, tiny_grid
+from helpers.pages import DOCS, code_blocks
 from safetensors.torch import save_file
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.engine.nets.factory import torchvision_net
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.starting_weights import INIT
 from mamlctl.engine.training.weight_files import file_digest
@@ -219,8 +221,9 @@ def test_the_file_is_not_needed_after_the_first_checkpoint(train, here, cli, gly
 
 def test_what_cannot_be_used_is_refused_before_a_run_folder_is_made(train, refused, here):
     words = ("train", *SMALL.split(), "--out", "run")
-    assert "there is no file, run folder or model 'omniglot-5w'" in refused(*words, "--init", "omniglot-5w")
+    assert "did you mean 'omniglot-5w1s'?" in refused(*words, "--init", "omniglot-5w")
     assert "is not a run folder" in refused(*words, "--init", ".")
+    assert "there is no file" in refused(*words, "--init=")
     assert "--init-skip has no effect without --init" in refused(*words, "--init-skip", "head")
     (here / "w.pt").write_text("nothing")
     assert "cannot be read" in refused(*words, "--init", "w.pt")
@@ -271,3 +274,35 @@ def test_runs_from_two_versions_of_a_file_do_not_share_a_row(train, here):
     rows = compare._row_specs([compare._Run(open_run(here / f"run{number}"), "") for number in range(3)])
     assert [len(row.runs) for row in rows] == [1, 2]
     assert all("init_digest=" in row.label for row in rows)
+
+
+def test_a_grid_over_starts_has_a_row_for_each(train, here, glyphs_root):
+    train("--algo", "maml", "--seed", "7", out="other")
+    grid = tiny_grid(here / "grid", glyphs_root, "init=null,other", "freeze=body,conv1", seeds=(0,))
+    rows = {row.label: row.config for row in grid.rows}
+    assert [config.init for config in rows.values()] == [None, None, str(here / "other"), str(here / "other")]
+    check_data(grid, offline=True, on_event=[].append)
+
+
+@pytest.mark.process  # since torchvision's network takes many seconds per command
+def test_the_lines_of_the_docs_start_from_the_backbone(cli, here, glyphs_root):
+    """One of the page's commands on glyphs, with one meta-step."""
+    torch.manual_seed(0)
+    module = torchvision_net("resnet18", (3, 28, 28), 1000)
+    torch.save(module.state_dict(), here / "resnet18.pth")
+    lines = "\n".join(code_blocks((DOCS / "your-own.md").read_text())).splitlines()
+    commands = [line.split()[1:] for line in lines if line.startswith("mamlctl") and "--init" in line]
+    by_algorithm = {words[words.index("--algo") + 1]: words for words in commands}
+    assert list(by_algorithm) == ["transfer", "protonet", "anil", "maml++"]
+    fewer = f"--ways 2 --queries 1 --meta-batch-size 2 --device cpu --data-root {glyphs_root}".split()
+    expected = module.state_dict()
+    words = [word.replace("cifar-fs", "glyphs") for word in by_algorithm["anil"]]
+    code, _, err = cli("train", *words[1:], *fewer, "--time-limit", "0.001s", "--out", "run")
+    assert code == 0, err
+    assert "100 of 102 tensors from" in " ".join(err.split())
+    first, last = tensors("run"), tensors("run", "last.pt")
+    for name in ("conv1.weight", "layer4.1.conv2.weight", "layer2.0.downsample.0.weight"):
+        assert torch.equal(first[name], expected[name]) and torch.equal(last[name], expected[name])
+    for name in ("mean", "var"):
+        rows = first[f"running.layer1.0.bn1.{name}"]
+        assert torch.equal(rows, expected[f"layer1.0.bn1.running_{name}"].expand_as(rows))

@@ -39,13 +39,14 @@ def anil(
     Returns:
         As in `meta_gradient.Outer`.
     """
-    body = BodyFeatures(net, state, episodes, engine)
+    learnable = state.learnable()
+    learnt = {name: learnable[name] for name in learnable if name in HEAD or name.startswith(RATE)}
+    frozen = len(learnt) == len(learnable)  # the whole body
+    body = BodyFeatures(net, state, episodes, engine, frozen=frozen)
     with torch.enable_grad():
-        learnable = state.learnable()
-        learnt = {name: learnable[name] for name in learnable if name in HEAD or name.startswith(RATE)}
         head = HeadNet(net.outputs, net.objective)
         measurements, meta_loss = unroll(head, state.head_alone(), body.as_episodes(), request)
-        features = body.features if len(learnt) < len(learnable) else []  # the whole body is frozen
+        features = [] if frozen else body.features
         grads = torch.autograd.grad(meta_loss, [*learnt.values(), *features], materialize_grads=True)
     measurements.norm_passes = body.norm_passes  # the head has no batch norm
     by_body = body.back_through(state, grads[len(learnt) :]) if features else {}
@@ -55,7 +56,9 @@ def anil(
 class BodyFeatures:
     """The features of both sets of each task, and the backward pass from their gradients."""
 
-    def __init__(self, net: Net, state: MetaState, episodes: Episodes, engine: EngineName) -> None:
+    def __init__(
+        self, net: Net, state: MetaState, episodes: Episodes, engine: EngineName, *, frozen: bool = False
+    ) -> None:
         """Compute the features with the slow weights.
 
         Args:
@@ -63,6 +66,7 @@ class BodyFeatures:
             state: the slow weights and norm rows of the body.
             episodes: T tasks.
             engine: how to differentiate the body.
+            frozen: keep nothing for the backward pass.
         """
         self.episodes = episodes
         self.features: list[Tensor] = []  # f_TEF of the support set and of the query set
@@ -76,10 +80,14 @@ class BodyFeatures:
                 (episodes.query_x_TECHW, episodes.query_y_TE, episodes.query_keys_T),
             ):
                 norm = state.norm_pass(0, keys_T=keys_T)
-                f_TEF, tape = derivatives.prepare(x_TECHW, y_TE).features_and_tape(slow, norm)
+                self.norm_passes.append(norm)
+                prepared = derivatives.prepare(x_TECHW, y_TE)
+                if frozen:
+                    self.features.append(prepared.features(slow, norm))
+                    continue
+                f_TEF, tape = prepared.features_and_tape(slow, norm)
                 self.features.append(f_TEF.requires_grad_())
                 self._tapes.append(tape)
-                self.norm_passes.append(norm)
 
     def as_episodes(self) -> Episodes:
         """Return the tasks with features in place of images."""

@@ -134,7 +134,8 @@ def _by_names_in_files(weights: Weights, names: TensorNames) -> tuple[dict[str, 
     if weights.of_checkpoint:
         stored = {n: part for n, part in weights.tensors.items() if not n.startswith((RATE, MOMENT))}
         own = {name: stored[of] for name, of in names.stored.items() if of in stored}
-        return own | {name: stored[name] for name in stored.keys() - {*names.stored.values()}}, []
+        known = {*names.stored.values()}
+        return own | {name: part for name, part in stored.items() if name not in known}, []
     tensors = {n: part for n, part in weights.tensors.items() if n.rpartition(".")[2] != COUNTER}
     stripped, prefixes = tensors, list[str]()
     while not stripped.keys() & names.stored.keys():
@@ -176,7 +177,7 @@ def _misfit(
 ) -> SettingsError:
     """The error for weights that are not those of the network, with a table of the differences."""
     lines = [f"--init: {source} does not have the tensors of --net {config.net}", _row("matched", matched)]
-    lines += [_row(kind, len(found), listed(found)) for kind, found in wrong.items() if found]
+    lines += [_row(kind, len(found), listed(found, most=3)) for kind, found in wrong.items() if found]
     odd = {entry.partition(" ")[0] for found in wrong.values() for entry in found}
     if odd <= {*names.head}:
         hint = "add --init-skip head, to start with a head as drawn"

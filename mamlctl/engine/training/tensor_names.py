@@ -17,7 +17,6 @@ from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.settings.schema import TrainConfig
 
 COUNTER = "num_batches_tracked"  # of torch's batch-norm layers; mamlctl has no use for it
-SHOWN = 6  # names in a message
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def frozen_names(config: TrainConfig, net: Net, state: MetaState) -> frozenset[s
     return frozen
 
 
-def listed(names: Collection[str]) -> str:
+def listed(names: Collection[str], most: int = 6) -> str:
     """The first few of the names, and the number of the others."""
-    first = ", ".join([*names][:SHOWN])
-    return first if len(names) <= SHOWN else f"{first} and {len(names) - SHOWN} more"
+    first = ", ".join([*names][:most])
+    return first if len(names) <= most else f"{first} and {len(names) - most} more"

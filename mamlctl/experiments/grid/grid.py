@@ -12,7 +12,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.rules import with_figure
 from mamlctl.experiments.grid.plans import OF_TASKS, PlannedRow, as_unimproved
-from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.settings import absolute_places, resolve_settings
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.merge import Layer
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig
@@ -151,7 +151,8 @@ def check_devices(rows: Sequence[GridRow]) -> None:
 
 def _effective_row(row: PlannedRow, config: TrainConfig) -> tuple[GridRow, list[Problem]]:
     """The row without improvements that have no meaning, and problems for other values without effect."""
-    lost = [name for name, value in row.values.items() if getattr(config, name) != value]
+    values = {**row.values, **absolute_places(row.values)}
+    lost = [name for name, value in values.items() if getattr(config, name) != value]
     if row.of_improvements:
         row = replace(row, added=tuple(name for name in row.added if name not in lost))
         lost = [name for name in lost if name not in IMPROVEMENTS]

@@ -48,7 +48,8 @@ def apply_start(config: TrainConfig, net: Net, state: MetaState, on_event: OnEve
     else:
         weights, caveat = read_weights(place), _caveat(config, source)
     if place.is_dir() and not is_model(config.init):
-        source += f" ({weights.file.name})"
+        other = open_run(place).config.net
+        source += f" ({weights.file.name}{f' of --net {other}' if other != config.net else ''})"
     started = start_from(weights, config, net, state, source=source, caveat=caveat)
     for text in (started.notice, caveat):
         if text:
