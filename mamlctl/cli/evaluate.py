@@ -177,6 +177,8 @@ def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateO
     }
     if result.table is not None:
         document["table"] = asdict(result.table)
+    if result.loss is not None:
+        document["loss"] = asdict(result.loss)
     options.write(result, document, show_eval_result)
     code = STOP_EXIT_CODES[reason]
     if limit is not None and code == ExitCode.OK:

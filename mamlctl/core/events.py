@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,15 @@ class RunStarted:
     bn: BatchNormMode
     val_tasks: int
     body_epochs: int  # the first epochs, in which the classes of a meta-batch are one problem
+    loss: str = ""  # the name of a loss that is not the default
 
     def guesses_in(self, epoch: int) -> int:
         """The classes to guess among in the reports of an epoch, counted from 0; 0 for curves."""
         return self.guesses * (self.meta_batch_size if epoch < self.body_epochs else 1)
+
+    def chance_loss(self, epoch: int) -> float | None:
+        """The cross-entropy of guessing in the reports of an epoch; None for regression and other losses."""
+        return math.log(self.guesses_in(epoch)) if self.guesses and not self.loss else None
 
 
 @dataclass(frozen=True)

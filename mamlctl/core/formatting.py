@@ -22,6 +22,13 @@ PROSE_CONTROLS = {code: sign for code, sign in CONTROLS.items() if chr(code) not
 # What a spreadsheet takes for the start of a formula, also in full width.
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")
 
+LOSS_NAMES = {
+    "cross_entropy": "cross-entropy",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "huber": "Huber loss",
+}
+
 
 def csv_cell(value: Any) -> Any:
     """A value for a CSV file: text that a spreadsheet would run as a formula gets a leading apostrophe."""
@@ -109,6 +116,12 @@ def task(dataset: str, ways: int, shots: int) -> str:
 def loss(value: float) -> str:
     """A loss with four decimals, in at most nine characters even if it explodes."""
     return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"
+
+
+def loss_name(loss: str) -> str:
+    """A loss of --loss in words; the user's own one by its file, without folders, and its function."""
+    place, colon, name = loss.rpartition(":")
+    return f"{Path(place).name}:{name}" if colon else LOSS_NAMES[loss]
 
 
 def clock(seconds: float | None) -> str:

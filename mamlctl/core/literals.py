@@ -31,6 +31,9 @@ TORCHVISION_NETS = (
     "regnet_y_400mf",
     "shufflenet_v2_x0_5",
 )
+# The built-in losses -> the metric of the data that they are for.
+LOSSES: dict[str, Metric] = {"cross_entropy": "accuracy", "mse": "mse", "mae": "mse", "huber": "mse"}
+DEFAULT_LOSSES: dict[Metric, str] = {"accuracy": "cross_entropy", "mse": "mse"}
 Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 EngineName = Literal["adjoint", "compiled", "plain"]
 ConvName = Literal["auto", "direct", "winograd"]

@@ -112,6 +112,14 @@ class TableScores:
 
 
 @dataclass(frozen=True)
+class LossMeans:
+    """The mean loss over the test tasks, for a loss that is not the default."""
+
+    loss: str  # its name
+    means: Mapping[str, tuple[float, float]]  # model -> mean, half width of the 95 % interval over tasks
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """The results of `eval` and the folder where they are stored."""
 
@@ -124,6 +132,7 @@ class EvalResult:
     pictures: tuple[str, ...] = ()  # files
     notes: tuple[str, ...] = ()  # caveats about the numbers
     table: TableScores | None = None  # of a run on a table
+    loss: LossMeans | None = None  # of a run with a loss that is not the default
 
 
 @dataclass(frozen=True)

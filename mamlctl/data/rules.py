@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.literals import Metric
+from mamlctl.core.literals import LOSSES, Metric
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.core.user_code.references import is_reference
 from mamlctl.data.sets.facts import DataSet
@@ -120,6 +120,11 @@ def data_set_problems(
     if is_regression(config) and config.net != "mlp" and not is_reference(config.net):
         fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp, or net.py:make with your own function"))
+    fitting = [loss for loss, metric in LOSSES.items() if metric == metric_of(config)]
+    if config.loss in LOSSES and config.loss not in fitting:
+        needed = "classes" if is_regression(config) else "values to predict"
+        fact = f"--loss {config.loss} needs {needed}, but {config.dataset} {kind_of(config).predicate}"
+        problems.append((fact, f"use {', '.join(fitting)} or loss.py:fn with your own function"))
     return problems
 
 

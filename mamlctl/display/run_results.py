@@ -55,12 +55,15 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
         say(console, note)
     say(console)
     score_name = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
-    table = [["model", score_name, "tasks", "split", "bn", "inner steps"]]
+    losses = {} if result.loss is None else result.loss.means
+    head = [] if result.loss is None else [result.loss.loss]
+    table = [["model", score_name, *head, "tasks", "split", "bn", "inner steps"]]
     for row in result.rows:
         score = formatting.score(row.metric, row.score, row.ci95)
         tasks = row.tasks if result.table is None else result.table.tasks
-        table.append([row.model, score, str(tasks), row.split, row.bn, str(row.inner_steps)])
-    say_table(console, table, left=2)
+        loss = [formatting.score("mse", *losses[row.model])] if losses else []
+        table.append([row.model, score, *loss, str(tasks), row.split, row.bn, str(row.inner_steps)])
+    say_table(console, table, left=2 + len(head))
     say(console)
     if result.table is not None and result.table.standardised:
         _show_targets(console, result.table)

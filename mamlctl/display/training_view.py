@@ -82,7 +82,7 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
     room -= len(steps)
     history = []
     if is_tall:
-        chance = math.log(run.guesses_in(report.epoch)) if run.guesses else None
+        chance = run.chance_loss(report.epoch)
         lines = min(max(room // 2 if report.rates else room - GAPS, CHART[0]), CHART[1])
         total = run.epochs * run.steps_per_epoch
         history = [line.copy() for line in loss_chart(state.losses, chance, total, width, lines)]
@@ -227,10 +227,12 @@ class ChartWidths:
 
 
 def _chart_title(run: RunStarted, report: TrainReport, width: int) -> Text:
-    chance = "mean squared error"
+    note = run.loss or formatting.loss_name("mse")
     if guesses := run.guesses_in(report.epoch):
-        chance = f"┊ chance: {formatting.loss(math.log(guesses))}, {formatting.percent(1 / guesses)}"
-    return widgets.rule("Per-step losses", chance, width)
+        loss = run.chance_loss(report.epoch)
+        of_loss = f"{run.loss} · ┊ chance: " if loss is None else f"┊ chance: {formatting.loss(loss)}, "
+        note = f"{of_loss}{formatting.percent(1 / guesses)}"
+    return widgets.rule("Per-step losses", note, width)
 
 
 def _chart(
@@ -247,11 +249,11 @@ def _chart(
 def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, step: int) -> Text:
     report = reports[-1]
     loss = report.query_losses[step]
-    # The scale always includes the loss of guessing, so that it does not change while the bars shrink. For
-    # regression, it ends at the largest loss in the history.
+    # The scale always includes the loss of guessing, so that it does not change while the bars shrink. Where
+    # that is unknown, as in regression, it ends at the largest loss in the history.
     guesses = run.guesses_in(report.epoch)
-    chance = math.log(guesses) if guesses else 0.0
-    shown = report.query_losses if guesses else [loss for past in reports for loss in past.query_losses]
+    chance = run.chance_loss(report.epoch) or 0.0
+    shown = report.query_losses if chance else [loss for past in reports for loss in past.query_losses]
     scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
     colour = widgets.step_colour(step, len(report.query_losses))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from mamlctl.core import formatting
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.literals import Model
-from mamlctl.core.results import EvalResult, EvalRow, TableScores, TargetError, named
+from mamlctl.core.results import EvalResult, EvalRow, LossMeans, TableScores, TargetError, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.label_permutations import LabelPermutations
@@ -79,6 +80,9 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     }
     if table is not None:
         summary["table"] = asdict(table)
+    loss = _loss_means(model, by_model)
+    if loss is not None:
+        summary["loss"] = asdict(loss)
     write_evaluation(folder, summary, {name: scores.last_T for name, scores in by_model.items()})
     return EvalResult(
         run=str(model.run.path),
@@ -89,7 +93,15 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         rows=tuple(rows),
         notes=model.notes,
         table=table,
+        loss=loss,
     )
+
+
+def _loss_means(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> LossMeans | None:
+    """The mean loss of each model; None for the default loss."""
+    losses = {name: scores.loss_T for name, scores in by_model.items()}
+    means = {name: mean_ci95(loss_T) for name, loss_T in losses.items() if loss_T is not None}
+    return LossMeans(formatting.loss_name(str(model.config.loss)), means) if means else None
 
 
 def _table_scores(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> TableScores | None:
@@ -128,6 +140,7 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
         ModelScores(
             part.last_T.reshape(settings.tasks, orders).mean(1),
             part.curve_TI.reshape(len(part.curve_TI) // orders, orders, part.curve_TI.shape[1]).mean(1),
+            loss_T=None if part.loss_T is None else part.loss_T.reshape(settings.tasks, orders).mean(1),
         )
         for part in (*scores.single, scores.ensemble)
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.files import expanded
+from mamlctl.core.literals import DEFAULT_LOSSES
 from mamlctl.core.problems import flag
 from mamlctl.core.user_code.kinds import named_code
 from mamlctl.core.user_code.references import absolute, locate
@@ -17,6 +18,7 @@ from mamlctl.data.rules import (
     data_set_defaults,
     data_set_forced,
     data_set_problems,
+    metric_of,
 )
 from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_regression, is_table
 from mamlctl.engine.algorithms.rules import (
@@ -116,12 +118,13 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in every setting that is None. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
+    loss = {"loss": DEFAULT_LOSSES[metric_of(config)]}
     if is_regression(config):
         # These tasks have outputs instead of ways, and none of these choices.
         choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         choices |= {"inputs": "x*", "targets": "y*"} if is_table(config.dataset) else {}
-        return fill_schedules(replace(config, ways=1), choices)
+        return fill_schedules(replace(config, ways=1), choices | loss)
     defaults = find_data_set(config.dataset).defaults
     if config.channels == 1:
         defaults["normalize"] = "none"
-    return fill_schedules(config, defaults)
+    return fill_schedules(config, defaults | loss)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mamlctl.core import formatting
 from mamlctl.core.errors import DataError, DivergedError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, RunStarted, Waiting
 from mamlctl.core.files import append_text, check_out, write_json
@@ -21,10 +22,11 @@ from mamlctl.core.results import TrainResult
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.data.tasks.table_tasks import different_tasks
+from mamlctl.engine.algorithms.rules import slower_because_of_loss
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
+from mamlctl.engine.nets.base import Net, bn_mode
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, store_code, training_tasks
@@ -211,7 +213,7 @@ def _prepare(
         stored=stored,
     )
     if code is None:
-        code = new_code(completed, source, on_event)
+        code = new_code(completed, source, on_event, like=torch.empty((), device=device, dtype=dtype))
     classes = source.classes.get("train")
     net, state = build(
         completed, source.example_shape, device, classes=classes, targets=source.targets, parts=code.parts
@@ -228,7 +230,8 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             trainer = Trainer(
                 config, net, state, prepared.streams, run, on_event=on_event, stop_reason=stop.reason
             )
-        if slower := slower_than_it_could_be(net, state.example_tensor, config.engine):
+        slower = slower_than_it_could_be(net, state.example_tensor, config.engine)
+        if slower := slower or slower_because_of_loss(config):
             on_event(Notice(slower))
         if resume and not any((run.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
             # A folder whose transfer from a Ray node was cut off has no status: the metrics come before the
@@ -283,7 +286,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
         val_tasks=different_tasks(prepared.streams["val"], config.val_tasks),
         bn=bn_mode(net, config.bn),
         seconds=time.monotonic() - stop.started,
-        chance=1 / config.ways if net.objective.metric == "accuracy" else None,
+        chance=1 / config.ways if net.objective.has_classes else None,
     )
 
 
@@ -318,9 +321,10 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         first_step=trainer.position.step,
         parameters=sum(tensor.numel() for tensor in trainer.meta_step.learnable.values()),
         metric=net.objective.metric,
-        guesses=net.outputs if net.objective is CLASSIFICATION else 0,
+        guesses=net.outputs if net.objective.has_classes else 0,
         device=device_words(trainer.device),
         bn=bn_mode(net, config.bn),
         val_tasks=different_tasks(trainer.streams["val"], config.val_tasks),
         body_epochs=config.body_epochs,
+        loss="" if net.objective.has_default_loss else formatting.loss_name(str(config.loss)),
     )

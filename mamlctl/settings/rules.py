@@ -9,9 +9,9 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from mamlctl.core.formatting import parse_seconds
-from mamlctl.core.literals import BUILT_IN_NETS, TORCHVISION_NETS
+from mamlctl.core.literals import BUILT_IN_NETS, LOSSES, TORCHVISION_NETS
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.references import SUFFIX, is_reference
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
@@ -126,7 +126,7 @@ def check(config: TrainConfig) -> list[Problem]:
         parse_seconds(config.checkpoint_every)
     except ValueError as error:
         problems.append((f"--checkpoint-every {error}", "write 90s, 9m or 1h30m"))
-    problems += _net_problems(config)
+    problems += _net_problems(config) + _loss_problems(config)
     if config.net == "mlp" and config.precision == "bf16":
         problems.append(("--precision bf16 has no effect without convolutions", "use float32"))
     if config.conv == "winograd" and config.precision in ("bf16", "tf32"):
@@ -176,13 +176,24 @@ def _net_problems(config: TrainConfig) -> list[Problem]:
     """An unknown network, or an arithmetic that only some networks have."""
     if config.net not in NETS and not is_reference(config.net):
         otherwise = f"use one of {', '.join(NETS)}, or net.py:make with your own function"
-        if config.net.endswith(".py"):
+        if config.net.endswith(SUFFIX):
             return [(f"--net is {config.net}, without a function", f"write {config.net}:make, with its name")]
         return [(f"unknown network '{config.net}'", nearest(config.net, NETS, otherwise=otherwise))]
     if config.precision == "bf16" and config.net not in BUILT_IN_NETS:
         fact = f"--precision bf16 is not available with --net {config.net}: only our convolutions support it"
         return [(fact, "use float32, or tf32 on a CUDA device")]
     return []
+
+
+def _loss_problems(config: TrainConfig) -> list[Problem]:
+    """An unknown loss."""
+    loss = config.loss
+    if loss is None or loss in LOSSES or is_reference(loss):
+        return []
+    if loss.endswith(SUFFIX):
+        return [(f"--loss is {loss}, without a function", f"write {loss}:fn, with its name")]
+    otherwise = f"use one of {', '.join(LOSSES)}, or loss.py:fn with your own function"
+    return [(f"unknown loss '{loss}'", nearest(loss, LOSSES, otherwise=otherwise))]
 
 
 def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:

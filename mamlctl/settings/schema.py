@@ -55,6 +55,12 @@ class TrainConfig(DataSettings):
     init_skip: str | None = setting(
         None, NETWORK, "With --init: tensors that it leaves as drawn, e.g. head or head,layer4.*."
     )
+    loss: str | None = setting(
+        None,
+        NETWORK,
+        "Loss of both loops: cross_entropy, mse, mae, huber, or loss.py:fn for your own one "
+        "(default: cross_entropy for images, mse for regression).",
+    )
     filters: int = setting(
         64, NETWORK, "Filters per convolution; with resnet12, filters of its first block.", least=1
     )

@@ -1,13 +1,13 @@
 """Runs with the user's own network are resumed, tested, compared and saved from the copy of its code."""
 
 import json
-import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers.own_code import EVIL, forge_code, forge_setting, is_refused, stored_tensors
 from helpers.pages import DOCS, code_blocks
 from helpers.shared import ignore
 from PIL import Image
@@ -15,7 +15,6 @@ from PIL import Image
 from mamlctl.cli.app import main
 from mamlctl.core.user_code.stored import StoredCode, read_code, trust_file, write_code
 from mamlctl.data.sets import glyphs
-from mamlctl.engine.training import checkpoints
 from mamlctl.run_folder import open_run
 
 NET = """
@@ -43,6 +42,10 @@ from torch import nn
 class Body(nn.Sequential):
     def __init__(self, channels):
         super().__init__(nn.Conv2d(channels, 4, 3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(DROP))
+"""
+LOSS = """
+def loss(outputs, targets):
+    return outputs.logsumexp(1) - outputs.gather(1, targets[:, None])[:, 0]
 """
 SMALL = """
 --dataset glyphs --ways 3 --inner-steps 2 --meta-batch-size 2 --epochs 2 --steps-per-epoch 3 --val-tasks 4
@@ -93,22 +96,6 @@ def trained(here, cli):
     return run
 
 
-def is_refused(answer, words):
-    """Whether a command ended with exit code 2 and an error of two lines that contains the words."""
-    code, out, err = answer
-    lines = [line for line in err.splitlines() if line.startswith(("error: ", "hint:  "))]
-    return code == 2 and not out and len(lines) == 2 and err.splitlines()[-2:] == lines and words in err
-
-
-def stored_tensors(run):
-    content = checkpoints.load(run / "checkpoints" / "last.pt", owner=open_run(run).owner)
-    return (
-        content["stored"] | content["optimizer"]["first"]
-        if "first" in content["optimizer"]
-        else content["stored"]
-    )
-
-
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_a_resumed_run_is_bitwise_that_without_an_interruption(drop, here, cli):
     write_net(here / "code", drop)
@@ -144,54 +131,58 @@ def test_the_copy_of_the_code_is_used_after_the_original_is_gone(trained, cli, h
     assert cli("eval", run, "--tasks", "4", "--quiet")[0] == 0
 
 
-EVIL = "from pathlib import Path\nPath('ran').touch()\n"
-
-
-def forge_code(run):
-    """Other code, described consistently."""
-    folder = run / "code" / "net"
-    code = read_code(folder)
-    files = dict(code.files) | {"layers.py": EVIL.encode() + code.files["layers.py"]}
-    write_code(folder, StoredCode(code.entry, code.name, code.installed, files))
-
-
-def forge_net(run, net):
-    """Another --net in config.yaml."""
-    path = run / "config.yaml"
-    path.write_text(re.sub("^net: .*$", f"net: '{net}'", path.read_text(), flags=re.MULTILINE))
-
-
 def forge_all(run, net, code):
     """Another --net in config.yaml, and code that is described consistently."""
-    forge_net(run, net)
-    shutil.rmtree(run / "code")
+    forge_setting(run, "net", net)
+    shutil.rmtree(run / "code" / "net")
     write_code(run / "code" / "net", code)
 
 
 HOSTILE = {
-    "the code": forge_code,
-    "config.yaml names a function": lambda run: (shutil.rmtree(run / "code"), forge_net(run, "os:system")),
+    "the code": lambda run: forge_code(run, "net", "layers.py"),
+    "the loss": lambda run: forge_code(run, "loss", "loss.py"),
+    "config.yaml names a function": lambda run: (
+        shutil.rmtree(run / "code"),
+        forge_setting(run, "net", "os:system"),
+    ),
+    "config.yaml names a function as the loss": lambda run: (
+        shutil.rmtree(run / "code" / "loss"),
+        forge_setting(run, "loss", "os:system"),
+    ),
     "config.yaml names a file": lambda run: (
         (run / "evil.py").write_text(EVIL + NET),
         shutil.rmtree(run / "code"),
-        forge_net(run, f"{run}/evil.py:make"),
+        forge_setting(run, "net", f"{run}/evil.py:make"),
+    ),
+    "config.yaml names a file as the loss": lambda run: (
+        (run / "evil.py").write_text(EVIL + LOSS),
+        shutil.rmtree(run / "code" / "loss"),
+        forge_setting(run, "loss", f"{run}/evil.py:loss"),
     ),
     "an installed module": lambda run: forge_all(
         run, "subprocess:call", StoredCode("subprocess", "call", True, {"subprocess.py": b""})
     ),
+    "the loss is the network": lambda run: (
+        shutil.rmtree(run / "code" / "loss"),
+        shutil.copytree(run / "code" / "net", run / "code" / "loss"),
+        (run / "code" / "loss" / "net.py").write_text(EVIL + NET),
+    ),
     "a file beside": lambda run: (run / "code" / "net" / "torch.py").write_text(EVIL),
+    "a file beside the loss": lambda run: (run / "code" / "loss" / "torch.py").write_text(EVIL),
     "net.json": lambda run: (run / "net.json").write_text('{"format": 1, "one_pass": "os:system"}'),
 }
 
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory, glyphs_root):
-    """A folder with two runs of an own network, and the list of the user who trained them."""
+    """A folder with two runs of an own network and loss, and the list of the user who trained them."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
         for name in ("run", "other"):
             words = ["--net", f"{write_net(folder / 'code')}:make", "--out", str(folder / name)]
+            (folder / "code" / "loss.py").write_text(LOSS)
+            words += ["--loss", f"{folder / 'code' / 'loss.py'}:loss"]
             words = ["mamlctl", "train", *SMALL.split(), *words, "--data-root", str(glyphs_root)]
             patch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as left:
@@ -258,7 +249,7 @@ def test_own_images_are_classified_and_the_module_is_saved(trained, cli, here, g
 def test_the_code_in_the_docs_works(here, cli, glyphs_root, monkeypatch):
     """The page's own file and commands, with fewer meta-steps; `mine.pt` predicts as `mamlctl eval` does."""
     page = (DOCS / "your-own.md").read_text()
-    file, use = code_blocks(page, "python")
+    file, use = (block for block in code_blocks(page, "python") if "net" in block.split("\n\n")[0])
     (here / "net.py").write_text(file)
     packed = glyphs.open_pack(glyphs_root, on_event=ignore)
     for label in range(5):

@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
+from inspect import unwrap
 from pathlib import Path, PurePosixPath
 from traceback import walk_tb
 from types import ModuleType
@@ -161,6 +162,15 @@ class UserCode:
     modules: LocalModules | None  # None for an installed module
     root: Path  # the folder of its files, for messages
 
+    @property
+    def place(self) -> str:
+        """The file, the line and the name of the function, for messages; without a line for other objects."""
+        # A torch module has its code in `forward`.
+        code = getattr(unwrap(getattr(self.function, "forward", self.function)), "__code__", None)
+        if code is None:
+            return f"{self.entry}:{self.name}"
+        return f"{code.co_filename}, line {code.co_firstlineno}, in {self.name}"
+
     def __call__(self, *arguments: object) -> Any:
         """Call the function. Raises SettingsError if it fails."""
         with self.running():
@@ -170,7 +180,7 @@ class UserCode:
     def running(self) -> Iterator[None]:
         """Let the code run in the block, and import its own modules. Raises SettingsError if it fails."""
         modules = nullcontext() if self.modules is None else self.modules.importing()
-        with errors_of_user_code(self.root), modules:
+        with errors_of_user_code(self.root, self.place), modules:
             yield
 
 
@@ -204,11 +214,15 @@ def import_code(located: Located, contents: Mapping[str, bytes] | None = None) -
 
 
 @contextmanager
-def errors_of_user_code(root: Path | None) -> Iterator[None]:
+def errors_of_user_code(root: Path | None, called: str = "") -> Iterator[None]:
     """Raise a SettingsError with file, line and exception for whatever the user's code raises in the block.
 
-    `root` is the folder of the code; None for code of a library. Errors of mamlctl, a lack of memory and
-    signals are not changed. What the code prints goes to stderr, since stdout has the results.
+    Errors of mamlctl, a lack of memory and signals are not changed. What the code prints goes to stderr,
+    since stdout has the results.
+
+    Args:
+        root: the folder of the code; None for code of a library.
+        called: what was called, for an exception that did not pass through that folder.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -217,11 +231,12 @@ def errors_of_user_code(root: Path | None) -> Iterator[None]:
         by_signal = isinstance(error, SystemExit) and isinstance(error.code, int) and error.code >= SIGNAL
         if isinstance(error, MamlctlError) or by_signal or is_out_of_memory(error):
             raise
-        raise SettingsError([(_described(error, root), "correct the code that is named here")]) from error
+        fact = _described(error, root, called)
+        raise SettingsError([(fact, "correct the code that is named here")]) from error
 
 
-def _described(error: BaseException, root: Path | None) -> str:
-    """The place in the user's files from which an exception came, and the exception."""
+def _described(error: BaseException, root: Path | None, called: str) -> str:
+    """The place in the user's files from which an exception came, and the exception; arguments as above."""
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
@@ -229,7 +244,7 @@ def _described(error: BaseException, root: Path | None) -> str:
     frames = [(frame.f_code, line) for frame, line in walk_tb(error.__traceback__)]
     local = [at for at in frames if root is not None and _is_local(Path(at[0].co_filename), root)]
     if not local and root is not None:
-        return text
+        return f"{called}: {text}" if called else text
     code, line = (local or frames)[-1]
     function = "" if code.co_name == "<module>" else f", in {code.co_name}"
     return f"{code.co_filename}, line {line}{function}: {text}"

@@ -26,7 +26,7 @@ from mamlctl.core.user_code.stored import (
 
 CODE = "code"  # in a run folder
 # The setting that may name code -> the subfolder of code/ with its copy.
-KINDS: Mapping[str, str] = {"net": "net"}
+KINDS: Mapping[str, str] = {"net": "net", "loss": "loss"}
 
 
 def named_code(settings: Mapping[str, Any]) -> dict[str, str]:

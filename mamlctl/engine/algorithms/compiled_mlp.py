@@ -92,7 +92,7 @@ def available(net: Net, like: Tensor) -> bool:
         net: the network.
         like: a tensor of the device and dtype to use.
     """
-    of_curves = isinstance(net, Mlp) and net.objective is REGRESSION
+    of_curves = isinstance(net, Mlp) and net.objective == REGRESSION
     return of_curves and like.device.type == "cpu" and library(like.dtype) is not None
 
 

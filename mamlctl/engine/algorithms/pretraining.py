@@ -27,7 +27,7 @@ from mamlctl.engine.evaluation.prediction import (
     zero_head,
 )
 from mamlctl.engine.inner_loop import Measurements, MetaState, expanded
-from mamlctl.engine.nets.base import CLASSIFICATION, Net
+from mamlctl.engine.nets.base import Net
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def no_training(net: Net, state: MetaState, episodes: Episodes, request: MetaSte
 def fine_tuned(request: PredictRequest) -> Tensor:
     """Predict as `adapted`, for classes from a new head of zeros: the pre-trained head has other classes."""
     net, slow = request.derivatives.net, request.state.slow
-    if net.objective is CLASSIFICATION:
+    if net.objective.has_classes:
         slow = slow | zero_head(slow, net.outputs)
     return adapted(replace(request, state=replace(request.state, slow=slow)))
 

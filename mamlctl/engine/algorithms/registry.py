@@ -117,6 +117,7 @@ class Algorithm:
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
     unrolls: bool = False  # whether the inner loop is differentiated, in first or second order
+    implicit: bool = False  # whether the end of the inner loop is, which takes Hessian-vector products
     start: Literal["meta-learnt", "pre-trained", "random start"] = "meta-learnt"  # origin of its weights
     may_adapt: tuple[Adapts, ...] = ("all", "head", "body")  # possible values of --adapts
     captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
@@ -262,6 +263,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         # Measured on Omniglot 5-way 1-shot: proximal 1 with inner_lr 0.1 diverges after 200 meta-steps.
         # proximal 2 with inner_lr 0.05 gets worse after 600 meta-steps (84.4 %, then 70.0 % after 1,000), and
         # with inner_lr 0.02 it does not (83.5 %).
+        implicit=True,
         defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
         exclusive_settings=("proximal", "cg_steps"),
         unsupported=_refusals("the implicit gradient uses only the final weights", *OF_UNROLLED),
@@ -327,7 +329,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         on_curves=None,
         defaults=NO_STEPS,
         forced=NO_STEPS,
-        unsupported=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
+        unsupported=NO_LOOP
+        | _refusals("nothing is adapted", "inner_lr", "adapts")
+        | _refusals("it is defined by the cross-entropy of negative distances", "loss"),
     ),
     "nearest": Algorithm(
         "the nearest support example in the features of a classifier pre-trained on all training classes",
@@ -338,6 +342,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         whole_batches=True,
         defaults=NO_STEPS,
         forced=NO_STEPS,
-        unsupported=NO_LOOP | _refusals("nothing is adapted", "inner_lr", "adapts"),
+        unsupported=NO_LOOP
+        | _refusals("nothing is adapted", "inner_lr", "adapts")
+        | _refusals("it compares features of a classifier, whose loss is the cross-entropy", "loss"),
     ),
 }

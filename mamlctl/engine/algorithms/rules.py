@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
@@ -65,12 +66,33 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
 def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
     """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
     compiled = is_regression(config) and "engine" in (entry.on_curves or {})
-    if config.engine != "compiled" or (compiled and config.net == "mlp"):
+    if config.engine != "compiled":
+        return None
+    if compiled and config.loss not in (None, "mse"):
+        fact = f"--engine compiled computes the mean squared error only, but --loss is {config.loss}"
+        return fact, "use --engine adjoint"
+    if compiled and config.net == "mlp":
         return None
     if compiled:
         return f"--engine compiled does not support --net {config.net}", "use --engine adjoint"
     needed = f"does not support --algo {config.algo}" if is_regression(config) else "is for curves"
     return f"--engine compiled {needed}", "use --engine adjoint"
+
+
+def slower_because_of_loss(config: TrainConfig) -> str | None:
+    """Why meta-gradients are not computed in C, if the loss is the only reason; None otherwise."""
+    entry, in_c = ALGORITHMS[config.algo], replace(config, engine="compiled")
+    if config.engine == "compiled" or _compiled_problem(replace(in_c, loss=None), entry):
+        return None
+    if _compiled_problem(in_c, entry) is None:
+        return None
+    return f"--loss {config.loss} uses torch operations, since the faster code in C is for mse only"
+
+
+def needs_second_derivatives(config: TrainConfig) -> bool:
+    """Whether the meta-gradient contains second derivatives of the loss."""
+    entry = ALGORITHMS[config.algo]
+    return entry.implicit or (entry.unrolls and not config.first_order)
 
 
 def _unset(entry: Algorithm, name: str) -> Any:

@@ -53,9 +53,13 @@ class AutogradTape:
 
     def product(self, direction: Mapping[str, Tensor]) -> tuple[Params, Params]:
         """Differentiate <grad_w L, direction>: with respect to w this is H u, as H is symmetric."""
-        along = [direction[name] for name in self.by_fast]
+        # A gradient without a graph is constant, such as that of a bias with a linear loss.
+        outputs = {name: grad for name, grad in self.by_fast.items() if grad.requires_grad}
+        if not outputs:
+            return self.leaves.named([torch.zeros_like(leaf) for leaf in self.leaves.all])
+        along = [direction[name] for name in outputs]
         products = torch.autograd.grad(
-            list(self.by_fast.values()), self.leaves.all, along, materialize_grads=True, retain_graph=True
+            list(outputs.values()), self.leaves.all, along, materialize_grads=True, retain_graph=True
         )
         return self.leaves.named(products)
 

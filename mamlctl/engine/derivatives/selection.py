@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mamlctl.engine.devices import times_slower
 from mamlctl.engine.kernels import c_block, c_library
 from mamlctl.engine.kernels.block import BlockSettings, MakeBlock, Planes, TorchTape
 from mamlctl.engine.kernels.convolutions import Direct
-from mamlctl.engine.kernels.head import MakeHead, TorchHead
+from mamlctl.engine.kernels.head import LossHead, MakeHead, TorchHead
 from mamlctl.engine.kernels.winograd import Winograd
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.conv4 import Conv4
@@ -40,12 +41,17 @@ def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -
         return Autograd(net)
     if like.device.type == "cuda":
         block, prepare, head = _cuda_blocks(like.device, like.dtype, net.compute)
-        return Conv4Derivatives(net, block, prepare, make_head=head)
+        return Conv4Derivatives(net, block, prepare, make_head=_head_for(net, head))
     if all(c_library.library(dtype) is not None for dtype in {net.compute or like.dtype, like.dtype}):
         winograd = net.conv == "winograd" or (net.conv == "auto" and like.dtype == torch.float32)
         make_conv = Winograd if winograd and net.compute in (None, like.dtype) else Direct
-        return Conv4Derivatives(net, c_block.native_block, c_block.prepare, make_conv)
-    return Conv4Derivatives(net)
+        return Conv4Derivatives(net, c_block.native_block, c_block.prepare, make_conv, _head_for(net))
+    return Conv4Derivatives(net, make_head=_head_for(net))
+
+
+def _head_for(net: Net, fastest: MakeHead = TorchHead) -> MakeHead:
+    """Return the head with the loss of a network; `fastest` is for the cross-entropy only."""
+    return fastest if net.objective.has_default_loss else partial(LossHead, loss=net.objective.loss)
 
 
 @functools.cache

@@ -32,6 +32,8 @@ class ModelScores:
     curve_TI: NDArray[np.float64]  # of the first tasks, after 0, 1, ..., I inner steps; may have no tasks
     # From a table: the squared error of each target after the last inner step, in its own unit.
     targets_TN: NDArray[np.float64] | None = None
+    # With a loss that is not the default: that of each task, like `last_T` but without a unit.
+    loss_T: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def evaluate(
     states = [state.frozen() for state in states]
     parts: list[list[torch.Tensor]] = [[] for _ in (*states, "ensemble")]
     errors: list[list[torch.Tensor]] = [[] for _ in parts]  # of the targets of a table
+    losses: list[list[torch.Tensor]] = [[] for _ in parts]  # if the loss is not the default
     table = table_stream(stream)
     along = stream.shots if plan.statistics is Statistics.SUPPORT else 0
     examples = stream.ways * max(stream.shots, stream.queries + along)
@@ -123,13 +126,14 @@ def evaluate(
             _check(all_finite, first + len(episodes.query_y_TE))
             all_finite.clear()
         outputs = (*per_model, torch.stack(per_model).mean(0))
-        for scores, of_targets, outputs_ITEN in zip(parts, errors, outputs, strict=True):
+        for scores, of_targets, loss_T, outputs_ITEN in zip(parts, errors, losses, outputs, strict=True):
             scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+            loss_T += _own_loss_T(derivatives, outputs_ITEN, episodes)
             if table is not None:
                 of_targets.append((outputs_ITEN[-1].double() - episodes.query_y_TE).square().mean(1))
         first += len(episodes.query_y_TE)
         on_progress(first)
-    joined = [_joined(scores, plan.curve_tasks) for scores in parts]
+    joined = [_joined(*of_model, plan.curve_tasks) for of_model in zip(parts, losses, strict=True)]
     if table is not None:
         pairs = zip(joined, errors, strict=True)
         joined = [_by_task(table, scores, torch.cat(part).cpu().numpy()) for scores, part in pairs]
@@ -151,6 +155,7 @@ def _by_task(table: TableStream, scores: ModelScores, errors_TN: NDArray[np.floa
         mean_of_draws(scores.last_T) * unit,
         mean_of_draws(curve_TI) * unit if len(curve_TI) else curve_TI,
         mean_of_draws(errors_TN) * table.standardisation.variances,
+        None if scores.loss_T is None else mean_of_draws(scores.loss_T),
     )
 
 
@@ -165,7 +170,7 @@ def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int) -> None:
             )
 
 
-def _joined(parts: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:
+def _joined(parts: Sequence[torch.Tensor], losses: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:
     """Join the scores of chunks of tasks; those of the first `curve_tasks` tasks have all inner steps."""
     last_T = torch.cat([scores_TI[:, -1] for scores_TI in parts]).cpu().numpy()
     curve, done = [], 0
@@ -174,7 +179,8 @@ def _joined(parts: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:
             curve.append(scores_TI)
         done += len(scores_TI)
     curve_TI = torch.cat(curve).cpu().numpy() if curve else np.empty((0, 0))
-    return ModelScores(last_T, curve_TI)
+    loss_T = torch.cat([*losses]).cpu().numpy() if losses else None
+    return ModelScores(last_T, curve_TI, loss_T=loss_T)
 
 
 def _scores_TI(derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: Episodes) -> torch.Tensor:
@@ -183,3 +189,13 @@ def _scores_TI(derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: E
     return torch.stack(
         [objective.score(outputs_TEN.double(), episodes.query_y_TE) for outputs_TEN in outputs_ITEN], dim=1
     )
+
+
+def _own_loss_T(
+    derivatives: Derivatives, outputs_ITEN: torch.Tensor, episodes: Episodes
+) -> list[torch.Tensor]:
+    """The loss of each task after the last inner step, in float64; nothing for the default loss."""
+    objective = derivatives.net.objective
+    if objective.has_default_loss:
+        return []
+    return [objective.loss(outputs_ITEN[-1].double(), episodes.query_y_TE)]

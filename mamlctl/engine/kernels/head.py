@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamlctl.engine.nets.base import Loss
+
 MakeHead = Callable[[Tensor, Tensor, Tensor, Tensor], "TorchHead"]  # the arguments of `TorchHead`
 
 
@@ -72,14 +74,26 @@ class TorchHead:
         """The logarithms of the class probabilities."""
         return F.log_softmax(self.logits_TEN, -1)
 
-    def gradient(self, *, keep: bool) -> HeadGradient:
-        """Compute the gradients; `keep` what `tangent` needs."""
+    def by_logits(self, *, keep: bool) -> Tensor:
+        """Compute dL/dlogits -> g_TEN; `keep` what its tangent needs."""
         right_TE1 = self.y_TE.unsqueeze(-1)
         p_TEN = self.log_p_TEN.exp()
         g_TEN = p_TEN.scatter_add_(-1, right_TE1, torch.full_like(right_TE1, -1, dtype=p_TEN.dtype))
-        g_TEN = g_TEN / self.y_TE.shape[1]
         if keep:
-            self.g_TEN, self.p_TEN = g_TEN, torch.softmax(self.logits_TEN, -1)
+            self.p_TEN = torch.softmax(self.logits_TEN, -1)
+        return g_TEN / self.y_TE.shape[1]
+
+    def by_logits_tangent(self, logits_t_TEN: Tensor) -> Tensor:
+        """Compute the tangent of dL/dlogits along one of the logits, after `by_logits` with `keep`."""
+        p_TEN = self.p_TEN
+        mean = (p_TEN * logits_t_TEN).sum(-1, keepdim=True)
+        return p_TEN * (logits_t_TEN - mean) / p_TEN.shape[1]
+
+    def gradient(self, *, keep: bool) -> HeadGradient:
+        """Compute the gradients; `keep` what `tangent` needs."""
+        g_TEN = self.by_logits(keep=keep)
+        if keep:
+            self.g_TEN = g_TEN
         ga = as_map(g_TEN @ self.weight_TNF, self.a)
         return HeadGradient(ga, g_TEN.transpose(1, 2) @ self.f_TEF, g_TEN.sum(1))
 
@@ -91,17 +105,60 @@ class TorchHead:
             weight_t_TNF: that of the weights.
             bias_t_TN: that of the biases.
         """
-        g_TEN, p_TEN = self.g_TEN, self.p_TEN
+        g_TEN = self.g_TEN
         f_t_TEF = features_of(a_t, len(self.weight_TNF)).to(g_TEN.dtype)
         logits_t_TEN = torch.baddbmm(
             bias_t_TN.unsqueeze(1), f_t_TEF, self.weight_TNF.transpose(1, 2)
         ).baddbmm_(self.f_TEF, weight_t_TNF.transpose(1, 2))
-        mean = (p_TEN * logits_t_TEN).sum(-1, keepdim=True)
-        g_t_TEN = p_TEN * (logits_t_TEN - mean) / p_TEN.shape[1]
+        g_t_TEN = self.by_logits_tangent(logits_t_TEN)
         weight_TNF = g_t_TEN.transpose(1, 2) @ self.f_TEF
         weight_TNF.baddbmm_(g_TEN.transpose(1, 2), f_t_TEF)
         ga_t = as_map(torch.baddbmm(g_t_TEN @ self.weight_TNF, g_TEN, weight_t_TNF), self.a)
         return HeadGradient(ga_t, weight_TNF, g_t_TEN.sum(1))
+
+
+class LossHead(TorchHead):
+    """The head with any loss, whose derivatives by the logits come from torch.autograd."""
+
+    def __init__(self, a: Tensor, weight_TNF: Tensor, bias_TN: Tensor, y_TE: Tensor, *, loss: Loss) -> None:
+        """Compute nothing yet; arguments as in `TorchHead`, and the loss."""
+        super().__init__(a, weight_TNF, bias_TN, y_TE)
+        self._loss = loss
+
+    @cached_property
+    def _leaf_TEN(self) -> Tensor:
+        """The logits, at which the graph of the loss ends."""
+        return self.logits_TEN.detach().requires_grad_()
+
+    @cached_property
+    def _graph_T(self) -> Tensor:
+        """The loss of each task, with its graph."""
+        with torch.enable_grad():
+            return self._loss(self._leaf_TEN, self.y_TE)
+
+    @cached_property
+    def loss_T(self) -> Tensor:
+        return self._graph_T.detach()
+
+    def by_logits(self, *, keep: bool) -> Tensor:
+        with torch.enable_grad():
+            # Tasks share no logits, so the gradient of the summed loss contains each task's own one.
+            (graph_TEN,) = torch.autograd.grad(
+                self._graph_T.sum(), self._leaf_TEN, create_graph=keep, retain_graph=keep
+            )
+        if keep:
+            self._by_logits_TEN = graph_TEN
+        return graph_TEN.detach()
+
+    def by_logits_tangent(self, logits_t_TEN: Tensor) -> Tensor:
+        graph_TEN = self._by_logits_TEN
+        if not graph_TEN.requires_grad:  # the loss is linear
+            return torch.zeros_like(logits_t_TEN)
+        # The Hessian is symmetric, so its product with the direction is a gradient.
+        (product,) = torch.autograd.grad(
+            graph_TEN, self._leaf_TEN, logits_t_TEN, retain_graph=True, materialize_grads=True
+        )
+        return product
 
 
 def features_of(a: Tensor, tasks: int) -> Tensor:

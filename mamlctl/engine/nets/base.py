@@ -49,13 +49,26 @@ def squared_error(outputs_TEN: Tensor, y: Tensor) -> Tensor:
     return (outputs_TEN - y.view_as(outputs_TEN)).square().flatten(1).mean(1)
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss that trains a network and the score that evaluates it, both per task."""
 
     metric: Metric  # name of the score: accuracy (0..1, higher is better) or mse (lower is better)
-    loss: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
+    loss: Loss
     score: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> score_T
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether examples have classes, not values."""
+        return self.metric == "accuracy"
+
+    @property
+    def has_default_loss(self) -> bool:
+        """Whether the loss is that of CLASSIFICATION or REGRESSION, which has faster derivatives."""
+        return self in (CLASSIFICATION, REGRESSION)
 
 
 CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
@@ -63,7 +76,7 @@ REGRESSION = Objective("mse", squared_error, squared_error)
 
 
 def objective_of(example_shape: Sequence[int]) -> Objective:
-    """Classification of images C, H, W, or regression from points of D values."""
+    """Classification of images C, H, W, or regression from points of D values, with the default loss."""
     return REGRESSION if len(example_shape) == 1 else CLASSIFICATION
 
 

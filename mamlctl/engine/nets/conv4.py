@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.core.literals import Activation, ConvName, Pooling, Readout
-from mamlctl.engine.nets.base import CLASSIFICATION, SLOPES, head, max_pool, task_conv, xavier_uniform
+from mamlctl.engine.nets.base import (
+    CLASSIFICATION,
+    SLOPES,
+    Objective,
+    head,
+    max_pool,
+    task_conv,
+    xavier_uniform,
+)
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 
@@ -32,9 +40,9 @@ class Conv4:
     readout: Readout = "flatten"  # or "mean" over the pixels of the last map
     activation: Activation = "leaky_relu"
     conv: ConvName = "direct"  # method of the hand-written derivatives on a CPU
+    objective: Objective = CLASSIFICATION
 
     blocks = 4
-    objective = CLASSIFICATION
 
     @property
     def norm_layers(self) -> dict[str, int]:

@@ -9,8 +9,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from mamlctl.engine.devices import COMPUTE
-from mamlctl.engine.nets.base import Net, objective_of
+from mamlctl.engine.nets.base import Net, Objective
 from mamlctl.engine.nets.conv4 import Conv4
+from mamlctl.engine.nets.losses import OwnLoss, objective_with
 from mamlctl.engine.nets.mlp import HIDDEN, Mlp
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.nets.resnet12 import ResNet12
@@ -21,13 +22,14 @@ from mamlctl.settings.schema import TrainConfig
 class Parts:
     """The parts of a network that are not built in."""
 
-    module: ModulePlan | None = None  # of --net; None for a built-in network
+    module: ModulePlan | None = None  # of --net
+    loss: OwnLoss | None = None  # of --loss
 
 
 BUILT_IN = Parts()
 
 
-def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
+def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int, objective: Objective) -> Net:
     channels, height, width = shape
     return Conv4(
         (channels, height, width),
@@ -38,21 +40,22 @@ def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
         config.readout or "flatten",
         config.activation or "leaky_relu",
         config.conv,
+        objective,
     )
 
 
-def _mlp(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
-    objective = objective_of(shape)
+def _mlp(config: TrainConfig, shape: Sequence[int], outputs: int, objective: Objective) -> Net:
     widths = (config.hidden or HIDDEN[objective.metric]).split("-")
     return Mlp(tuple(shape), outputs, tuple(map(int, widths)), objective, config.activation or "relu")
 
 
-def _resnet12(config: TrainConfig, shape: Sequence[int], outputs: int) -> Net:
+def _resnet12(config: TrainConfig, shape: Sequence[int], outputs: int, objective: Objective) -> Net:
     channels, height, width = shape
-    return ResNet12((channels, height, width), outputs, config.filters, COMPUTE.get(config.precision))
+    compute = COMPUTE.get(config.precision)
+    return ResNet12((channels, height, width), outputs, config.filters, compute, objective)
 
 
-NETS: dict[str, Callable[[TrainConfig, Sequence[int], int], Net]] = {
+NETS: dict[str, Callable[[TrainConfig, Sequence[int], int, Objective], Net]] = {
     "conv4": _conv4,
     "mlp": _mlp,
     "resnet12": _resnet12,
@@ -68,10 +71,11 @@ def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, parts: Par
         outputs: the number of outputs.
         parts: those that the settings name and that are not built in.
     """
+    objective = objective_with(shape, config.loss, parts.loss)
     if config.net in NETS:
-        return NETS[config.net](config, shape, outputs)
+        return NETS[config.net](config, shape, outputs, objective)
     assert parts.module is not None, f"--net {config.net} needs the plan of its module"
-    return ModuleNet(parts.module, tuple(shape), outputs, objective_of(shape), config.head)
+    return ModuleNet(parts.module, tuple(shape), outputs, objective, config.head)
 
 
 def torchvision_net(name: str, shape: tuple[int, ...], outputs: int) -> nn.Module:

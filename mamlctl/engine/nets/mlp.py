@@ -38,7 +38,7 @@ class Mlp:
     @property
     def normed(self) -> bool:
         """Whether the network has batch norm."""
-        return self.objective is not REGRESSION
+        return self.objective.has_classes
 
     @property
     def norm_layers(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.engine.nets.base import CLASSIFICATION, head, max_pool, task_conv
+from mamlctl.engine.nets.base import CLASSIFICATION, Objective, head, max_pool, task_conv
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.1  # negative slope in the published code of Lee et al. 2019 (MetaOptNet)
@@ -30,8 +30,7 @@ class ResNet12:
     outputs: int
     filters: int  # width of the first block; 64 as published
     compute: torch.dtype | None = None
-
-    objective = CLASSIFICATION
+    objective: Objective = CLASSIFICATION
 
     def _convolutions(self) -> Iterator[tuple[str, int, int, int]]:
         """Yield name, input channels, output channels and kernel size of every convolution."""

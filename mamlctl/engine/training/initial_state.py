@@ -15,7 +15,7 @@ from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
 from mamlctl.engine.evaluation.prediction import zero_head
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import CLASSIFICATION, HEAD, Net, body_of, with_outputs
+from mamlctl.engine.nets.base import HEAD, Net, body_of, with_outputs
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
 from mamlctl.engine.nets.factory import BUILT_IN, Parts, make_net
 from mamlctl.engine.nets.module_net import ModuleNet
@@ -92,7 +92,7 @@ def build(
 
 def evaluation_net(config: TrainConfig, net: Net) -> Net:
     """Return the network with one output per class of a task; in training it may have all classes."""
-    return with_outputs(net, config.ways) if net.objective is CLASSIFICATION else net
+    return with_outputs(net, config.ways) if net.objective.has_classes else net
 
 
 def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:

@@ -17,7 +17,7 @@ from mamlctl.core.errors import SettingsError, is_out_of_memory
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, unrolled
 from mamlctl.engine.inner_loop import MetaState, expanded
-from mamlctl.engine.nets.base import CLASSIFICATION, HEAD
+from mamlctl.engine.nets.base import HEAD
 from mamlctl.engine.nets.batch_norm import NormPass, init_params, init_running
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.nets.module_template import unusable
@@ -247,7 +247,7 @@ def learner(net: ModuleNet) -> tuple[MetaState, Episodes]:
 
     def examples() -> tuple[Tensor, Tensor]:
         x = torch.randn(TASKS, EXAMPLES, *net.input_shape, generator=generator, dtype=torch.float64)
-        if net.objective is CLASSIFICATION:
+        if net.objective.has_classes:
             return x, torch.arange(EXAMPLES).remainder(net.outputs).expand(TASKS, -1)
         return x, torch.randn(TASKS, EXAMPLES, net.outputs, generator=generator, dtype=torch.float64)
 

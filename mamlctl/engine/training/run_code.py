@@ -6,6 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import read_object, write_json
@@ -17,8 +20,13 @@ from mamlctl.core.user_code.references import is_reference, locate
 from mamlctl.core.user_code.stored import StoredCode, as_stored, trust
 from mamlctl.data.tasks.episodes import Keyed, Tasks
 from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.rules import needs_second_derivatives
+from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.nets.base import objective_of
 from mamlctl.engine.nets.factory import Parts, torchvision_plan
+from mamlctl.engine.nets.loss_check import check_loss
+from mamlctl.engine.nets.losses import OwnLoss
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.training.module_check import checked
 from mamlctl.run_folder import RunFolder
@@ -45,20 +53,31 @@ class RunModule:
 
 
 @dataclass(frozen=True)
+class RunLoss:
+    """The user's loss, and the code that computes it."""
+
+    loss: OwnLoss
+    code: StoredCode
+
+
+@dataclass(frozen=True)
 class RunCode:
     """What a run has that is not built in."""
 
     module: RunModule | None = None  # of --net
+    loss: RunLoss | None = None  # of --loss
 
     @property
     def parts(self) -> Parts:
         """The parts of the network, for `build`."""
-        return Parts(module=None if self.module is None else self.module.plan)
+        module, loss = self.module, self.loss
+        return Parts(None if module is None else module.plan, None if loss is None else loss.loss)
 
     @property
     def stored(self) -> dict[str, StoredCode]:
         """The user's code, by the setting that names it."""
-        codes = {"net": None if self.module is None else self.module.code}
+        used = {"net": self.module, "loss": self.loss}
+        codes = {name: None if part is None else part.code for name, part in used.items()}
         return {name: code for name, code in codes.items() if code is not None}
 
     @property
@@ -68,11 +87,16 @@ class RunCode:
 
 
 # The code that a process has checked: the settings and shapes on which a check depends -> the result.
-Checked = dict[tuple[Hashable, ...], RunModule]
+Checked = dict[tuple[Hashable, ...], RunModule | RunLoss]
 
 
 def new_code(
-    config: TrainConfig, source: TaskSource, on_event: OnEvent, *, known: Checked | None = None
+    config: TrainConfig,
+    source: TaskSource,
+    on_event: OnEvent,
+    *,
+    like: Tensor | None = None,
+    known: Checked | None = None,
 ) -> RunCode:
     """What a new run has that is not built in, checked; the user trusts code by training with it.
 
@@ -80,6 +104,7 @@ def new_code(
         config: the settings, with all derived values.
         source: the data.
         on_event: receives notices.
+        like: a tensor of the device and dtype of the run; None for a CPU.
         known: of other rows of the same grid, which are not checked again; new ones are added.
 
     Raises:
@@ -87,7 +112,8 @@ def new_code(
     """
     known = {} if known is None else known
     before = len(known)
-    code = RunCode(_new_module(config, source, known))
+    like = torch.empty((), dtype=tensor_dtype(config.precision)) if like is None else like
+    code = RunCode(_new_module(config, source, known), _new_loss(config, source, like, known))
     if len(known) > before:
         for notice in code.notices:
             on_event(Notice(notice))
@@ -111,7 +137,31 @@ def _new_module(config: TrainConfig, source: TaskSource, known: Checked) -> RunM
     key = config.net, config.head, shape, source.targets if len(shape) == 1 else config.ways
     if key not in known:
         known[key] = _checked_module(*key)
-    return known[key]
+    module = known[key]
+    assert isinstance(module, RunModule)
+    return module
+
+
+def _new_loss(config: TrainConfig, source: TaskSource, like: Tensor, known: Checked) -> RunLoss | None:
+    """The loss of --loss; None for a built-in one. Raises SettingsError if it cannot be used."""
+    if config.loss is None or not is_reference(config.loss):
+        return None
+    entry, has_classes = ALGORITHMS[config.algo], len(source.example_shape) > 1
+    outputs = {config.ways if has_classes else source.targets}
+    if entry.training_head == "classes" and has_classes:
+        outputs.add(source.classes["train"])
+    if config.body_epochs:
+        outputs.add(config.ways * config.meta_batch_size)
+    second_order = needs_second_derivatives(config)
+    key = config.loss, *sorted(outputs), like.device, like.dtype, second_order
+    if key not in known:
+        code = import_code(locate(config.loss, "--loss"))
+        loss = OwnLoss(code)
+        check_loss(loss, sorted(outputs), like, has_classes=has_classes, second_order=second_order)
+        known[key] = RunLoss(loss, as_stored(code))
+    checked_loss = known[key]
+    assert isinstance(checked_loss, RunLoss)
+    return checked_loss
 
 
 def _checked_module(net: str, head: str | None, shape: tuple[int, ...], outputs: int) -> RunModule:
@@ -142,7 +192,11 @@ def code_of_run(run: RunFolder) -> RunCode:
     Raises SettingsError if the user does not trust that code, or if it is missing, changed or damaged.
     """
     loaded = load_run_code(run.path, named_code(vars(run.config)))
-    return RunCode(_module_of_run(run, loaded.get("net")))
+    loss = None
+    if "loss" in loaded:
+        imported, stored = loaded["loss"]
+        loss = RunLoss(OwnLoss(imported), stored)
+    return RunCode(_module_of_run(run, loaded.get("net")), loss)
 
 
 def _module_of_run(run: RunFolder, loaded: tuple[UserCode, StoredCode] | None) -> RunModule | None:

@@ -20,7 +20,7 @@ from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import CLASSIFICATION, Net, bn_mode
+from mamlctl.engine.nets.base import Net, bn_mode
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
@@ -220,7 +220,7 @@ class Trainer:
         body_only = self.config.trains_body_only(epoch)
         steps = 0 if body_only else self.config.inner_steps
         losses, scores = means[: steps + 1], means[size : size + steps + 1]
-        accuracies = tuple(scores) if self.net.objective is CLASSIFICATION else ()
+        accuracies = tuple(scores) if self.net.objective.has_classes else ()
         weights, first_order, _ = self.meta_step.schedule(epoch)
         learnt = self.state.rates.items() if self.state.rates_learnt else ()
         report = TrainReport(
