@@ -27,7 +27,7 @@ ENGINE = [
     ["devices", "optimizers"],
     ["nets"],
     ["kernels", "inner_loop"],
-    ["derivatives"],
+    ["derivatives", "reinforcement"],
     ["evaluation"],
     ["algorithms"],
     ["training"],

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Waiting
+from mamlctl.core.literals import HIGHER_IS_BETTER
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
 from mamlctl.core.user_code.kinds import named_code, trust_runs
@@ -154,7 +155,10 @@ class GuardOptions(CodeOptions):
 
     fail_under: Annotated[
         float | None,
-        option(OUTPUT, "Exit with code 1 if the accuracy of a best model is below this percentage, e.g. 95."),
+        option(
+            OUTPUT,
+            "Exit with code 1 if the accuracy (in percent, e.g. 95) or return of a best model is below this.",
+        ),
     ] = None
     fail_over: Annotated[
         float | None,
@@ -173,10 +177,12 @@ class GuardOptions(CodeOptions):
         if metric == "mse" and self.fail_under is not None:
             fact = f"--fail-under has no effect on {dataset}, whose score is a mean squared error"
             problems.append((fact, "use --fail-over"))
-        if metric == "accuracy" and self.fail_over is not None:
-            fact = f"--fail-over has no effect on {dataset}, whose score is an accuracy"
+        if metric in HIGHER_IS_BETTER and self.fail_over is not None:
+            what = "an accuracy" if metric == "accuracy" else "a mean return"
+            fact = f"--fail-over has no effect on {dataset}, whose score is {what}"
             problems.append((fact, "use --fail-under"))
-        if self.fail_under is not None and not 1 <= self.fail_under <= 100:
+        percent = metric != "return"
+        if percent and self.fail_under is not None and not 1 <= self.fail_under <= 100:
             fact = f"--fail-under is {self.fail_under:g}, which is not a percentage from 1 to 100"
             problems.append((fact, "use a percentage, e.g. 95"))
         if self.fail_over is not None and not 0 < self.fail_over < math.inf:
@@ -184,7 +190,7 @@ class GuardOptions(CodeOptions):
             problems.append((fact, "use a mean squared error, e.g. 0.5"))
         if problems:
             raise SettingsError(problems)
-        value = self.fail_under if metric == "accuracy" else self.fail_over
+        value = self.fail_under if metric in HIGHER_IS_BETTER else self.fail_over
         return None if value is None else Limit(metric, value)
 
 

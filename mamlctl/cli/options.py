@@ -19,6 +19,7 @@ from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.facts import DataSet
 from mamlctl.data.sets.registry import DATA_SETS, NAMES
+from mamlctl.data.worlds import WORLDS
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.presets import preset_summaries
@@ -31,7 +32,7 @@ def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
 
 
 def _data_set_summaries() -> dict[str, str]:
-    return {name: entry.summary for table in (DATA_SETS, FAMILIES) for name, entry in table.items()}
+    return {name: entry.summary for table in (DATA_SETS, FAMILIES, WORLDS) for name, entry in table.items()}
 
 
 # The lists of `mamlctl train --list`: names and what they mean.

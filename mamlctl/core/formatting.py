@@ -113,6 +113,11 @@ def task(dataset: str, ways: int, shots: int) -> str:
     return f"{dataset} {ways}-way {shots}-shot" if ways > 1 else f"{dataset} {shots}-shot"
 
 
+def reported(metric: Metric, loss: float) -> float:
+    """A loss of a training report as people read it: of policies the mean return, which is minus the loss."""
+    return -loss if metric == "return" else loss
+
+
 def loss(value: float) -> str:
     """A loss with four decimals, in at most nine characters even if it explodes."""
     return f"{value:.4f}" if abs(value) < 1000 or not math.isfinite(value) else f"{value:.2e}"

@@ -1,10 +1,17 @@
 """The closed sets of strings in settings, files and records."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
-Metric = Literal["accuracy", "mse"]
+Metric = Literal["accuracy", "mse", "return"]
+HIGHER_IS_BETTER: tuple[Metric, ...] = ("accuracy", "return")
+METRIC_NAMES: Mapping[Metric, str] = {
+    "accuracy": "accuracy",
+    "mse": "mean squared error",
+    "return": "mean return",
+}
 BatchNorm = Literal["transductive", "running", "support"]
 # Batch norm in results: the setting, or "none" if the network has no batch norm.
 BatchNormMode = Literal[BatchNorm, "none"]
@@ -19,6 +26,7 @@ Activation = Literal["leaky_relu", "relu"]
 Pooling = Literal["max", "stride"]
 Readout = Literal["flatten", "mean"]
 InnerOptimizer = Literal["sgd", "adam"]
+OuterStep = Literal["trpo", "pg"]  # of policies
 Adapts = Literal["all", "head", "body"]
 # The networks of mamlctl, and torchvision's classifiers that pass the check of modules.
 BUILT_IN_NETS = ("conv4", "mlp", "resnet12")

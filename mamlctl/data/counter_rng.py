@@ -28,6 +28,7 @@ STREAMS = {
     "train passes": 19,
     "val passes": 20,
     "test passes": 21,
+    "action noise": 22,
 }
 
 
@@ -70,19 +71,41 @@ def random_word_rows(seed: int, stream: str, first: int, rows: int, count: int) 
         rows: how many blocks.
         count: words per block.
     """
-    counters = -(-count // WORDS)
+    block = np.arange(first, first + rows, dtype=np.uint64)
+    return _philox(np.array([[seed], [STREAMS[stream]]], np.uint64), block, count)
+
+
+def random_words_of_keys(
+    keys_T: NDArray[np.uint64], stream: str, number: int, count: int
+) -> NDArray[np.uint64]:
+    """Return the first `count` words of block `number`, one row per key: `random_words` with it as the seed.
+
+    Args:
+        keys_T: the keys, for example random numbers of tasks.
+        stream: a key of `STREAMS`.
+        number: the block, for example the number of an inner step.
+        count: words per key.
+    """
+    keys = np.stack([keys_T.astype(np.uint64), np.full(len(keys_T), STREAMS[stream], np.uint64)])
+    return _philox(keys, np.full(len(keys_T), number, np.uint64), count)
+
+
+def _philox(keys: NDArray[np.uint64], block_R: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """The words of some blocks, _RW; both words of the key are the same for all blocks, or one per block."""
+    rows, counters = len(block_R), -(-count // WORDS)
     # numpy increases the counter before its first use.
     within = np.arange(1, counters + 1, dtype=np.uint64)
-    block = np.arange(first, first + rows, dtype=np.uint64)
-    words = [np.tile(within, rows), np.repeat(block, counters)]
+    words = [np.tile(within, rows), np.repeat(block_R, counters)]
     words += [np.zeros_like(words[0]), np.zeros_like(words[0])]
-    keys = [seed, STREAMS[stream]]
-    for _ in range(ROUNDS):
+    spread = [np.repeat(key, counters) if len(key) == rows > 1 else key for key in keys]
+    for number in range(ROUNDS):
         (high_0, low_0), (high_1, low_1) = (
             _long_product(words[place], factor) for place, factor in zip((0, 2), MULTIPLIERS, strict=True)
         )
-        words = [high_1 ^ words[1] ^ np.uint64(keys[0]), low_1, high_0 ^ words[3] ^ np.uint64(keys[1]), low_0]
-        keys = [(key + step) % 2**64 for key, step in zip(keys, KEY_STEPS, strict=True)]
+        first, second = (
+            key + np.uint64(number * step % 2**64) for key, step in zip(spread, KEY_STEPS, strict=True)
+        )
+        words = [high_1 ^ words[1] ^ first, low_1, high_0 ^ words[3] ^ second, low_0]
     return np.stack(words, -1).reshape(rows, -1)[:, :count]
 
 

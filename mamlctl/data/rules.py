@@ -16,6 +16,8 @@ from mamlctl.data.sets.folder_layout import class_level, fraction_problem, has_l
 from mamlctl.data.sets.registry import (
     absolute_data_set,
     find_data_set,
+    has_classes,
+    has_rewards,
     is_image_folder,
     is_regression,
     is_table,
@@ -37,13 +39,35 @@ REGRESSION_DEFAULTS: Mapping[str, Any] = {
     "eval_inner_steps": 10,
 }
 
+# The usual settings for policies (Finn et al. 2017, appendix A.2): 20 trajectories before each inner step.
+POLICY_DEFAULTS: Mapping[str, Any] = {
+    "algo": "maml",
+    "net": "mlp",
+    "shots": 20,
+    "queries": 20,
+    "meta_batch_size": 20,
+    "inner_lr": 0.1,
+    "inner_steps": 1,
+    "eval_inner_steps": 3,
+    "epochs": 10,
+    "steps_per_epoch": 10,
+    "val_tasks": 40,
+    "report_every": 1,
+    "outer": "trpo",
+    "discount": 0.99,
+    "gae": 1.0,
+}
+
+MAX_KL = 0.01  # the default of --max-kl with --outer trpo, as in the published code (maml_trpo_point.py)
+
 FIGURE_TASKS = 100  # enough to draw a table's curves of adaptation, for a fraction of the test's time
 
 # Settings of a preset that apply to its own data set only, not to another that replaces it.
 OF_CLASSES = ("split_scheme", "split_fractions", "classes", "strict", "rotations", "augment")
 OF_PIXELS = ("ink", "resize", "normalize", "image_size", "channels")
 OF_COLUMNS = ("inputs", "targets")
-OF_ITS_DATA = (*OF_CLASSES, *OF_PIXELS, *OF_COLUMNS)
+OF_REWARDS = ("outer", "max_kl", "discount", "gae")
+OF_ITS_DATA = (*OF_CLASSES, *OF_PIXELS, *OF_COLUMNS, *OF_REWARDS)
 
 # Settings that the user's tables have too.
 OF_OWN_DATA = ("split_seed", "split_fractions", "strict")
@@ -63,7 +87,11 @@ def metric_of(config: DataSettings) -> Metric:
 
 def without_meaning(config: DataSettings) -> dict[str, str]:
     """The settings that have no meaning for a data set, and the reason that an error gives."""
-    settings = dict(OF_IMAGES) if is_regression(config) else {}
+    settings = {} if has_classes(config) else dict(OF_IMAGES)
+    if has_rewards(config):
+        settings["loss"] = "has rewards instead of a loss"
+    else:
+        settings |= dict.fromkeys(OF_REWARDS, "has no rewards")
     if is_table(config.dataset):
         return {name: why for name, why in settings.items() if name not in OF_OWN_DATA}
     return settings | dict.fromkeys(OF_COLUMNS, "has no columns")
@@ -73,6 +101,8 @@ def data_set_defaults(config: DataSettings) -> Mapping[str, Any]:
     """The settings that a data set implies."""
     if is_regression(config):
         return REGRESSION_DEFAULTS
+    if has_rewards(config):
+        return POLICY_DEFAULTS
     folder = Path(absolute_data_set(config.dataset))
     return {"classes": class_level(folder)} if is_image_folder(config.dataset) and folder.is_dir() else {}
 
@@ -80,7 +110,7 @@ def data_set_defaults(config: DataSettings) -> Mapping[str, Any]:
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have only one value with this data set, and that value."""
     forced: dict[str, Any] = {name: FIELDS[name].default for name in without_meaning(config)}
-    if is_regression(config):
+    if not has_classes(config):
         return forced
     try:
         data_set = find_data_set(config.dataset)
@@ -117,6 +147,9 @@ def data_set_problems(
     for name, why in without_meaning(config).items():
         if sources[name] in refused_from and getattr(config, name) is not False:
             problems.append((f"{flag(name)} has no meaning: {config.dataset} {why}", "leave it out"))
+    if has_rewards(config) and config.net != "mlp":
+        fact = f"--net {config.net} is not a policy, but {config.dataset} {kind_of(config).predicate}"
+        problems.append((fact, "use --net mlp"))
     if is_regression(config) and config.net != "mlp" and not is_reference(config.net):
         fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp, or net.py:make with your own function"))
@@ -130,7 +163,7 @@ def data_set_problems(
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
     """Choices that the data set does not offer, or the unknown data set, as (fact, hint) pairs."""
-    if is_regression(config):
+    if not has_classes(config):
         problem = fraction_problem(config.split_fractions) if config.split_fractions else None
         return [problem] if problem else []
     try:
@@ -170,8 +203,11 @@ def per_step_settings(settings: EvalConfig, config: DataSettings) -> EvalConfig:
         settings: the settings of the test.
         config: the settings of the run.
     """
-    if is_regression(config):
-        return replace(settings, per_step=True, per_step_tasks=None)
+    if not has_classes(config):
+        settings = replace(settings, per_step=True, per_step_tasks=None)
+        # The mean of the returns of several policies is not the return of a policy.
+        one = has_rewards(config) and settings.models == "all"
+        return replace(settings, models="best") if one else settings
     is_for_all = settings.curve_tasks in (0, settings.tasks)
     return replace(settings, per_step_tasks=None) if is_for_all else settings
 

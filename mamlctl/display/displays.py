@@ -190,12 +190,14 @@ def _run_line(run: events.RunStarted) -> str:
 def _report_line(report: events.TrainReport, run: events.RunStarted | None) -> str:
     steps = f"/{run.epochs * run.steps_per_epoch}" if run else ""
     epochs = f"/{run.epochs}" if run else ""
-    losses = ">".join(f"{value:.3f}" for value in report.query_losses)
+    metric = run.metric if run else "mse"
+    returns = metric == "return"
+    losses = ">".join(f"{formatting.reported(metric, value):.3f}" for value in report.query_losses)
     parts = [
         f"step {report.step}{steps}",
         f"epoch {report.epoch + 1}{epochs}",
-        "" if report.support_loss is None else f"support {report.support_loss:.3f}",
-        f"query {losses}",
+        "" if returns or report.support_loss is None else f"support {report.support_loss:.3f}",
+        f"{'return' if returns else 'query'} {losses}",
         "" if report.query_accuracy is None else f"acc {formatting.percent(report.query_accuracy)}",
         f"lr {report.meta_lr:#.3g}",
         "" if report.first_order is None else f"order {1 if report.first_order else 2}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
@@ -23,6 +23,7 @@ RUNNING_LABEL = 40
 LOSS = 8
 VALIDATION = 12
 HISTORY = 8
+LONGEST_SCORES: Mapping[Metric, float] = {"accuracy": 1.0, "mse": 10.0, "return": -100.0}
 ACCENT = "cyan"
 SHORTEST_BAR = 10  # terminal columns
 
@@ -87,7 +88,7 @@ def _fits(grid: GridChanged, detail: str, cells: int, width: int) -> bool:
 def _column(grid: GridChanged, detail: str) -> int:
     """The width of the longest text that any cell may ever have, so that columns do not move."""
     total = max(cell.total_steps for cell in grid.cells)
-    score = 1.0 if grid.metric == "accuracy" else 10.0
+    score = LONGEST_SCORES[grid.metric]
     longest = [CellState("", 0, state, total, total, score) for state in SIGNS]
     return GAP + max(len(_cell_text(cell, detail, grid.metric)[0]) for cell in longest)
 
@@ -186,14 +187,17 @@ def _running_lines(grid: GridChanged, width: int, room: int) -> list[Text]:
     heads = "".join(f"step {step}".rjust(LOSS) for step in steps)
     heads += "validation".rjust(VALIDATION) if validation else ""
     heads += f"  history of step {count - 1}" if recent > 16 else "  history" if recent else ""
+    what = "mean return" if grid.metric == "return" else "query loss"
     lines = [
-        widgets.rule("Running cells", "query loss after each inner step", width),
+        widgets.rule("Running cells", f"{what} after each inner step", width),
         Text(f" {'':{label}}{heads}", DIM),
     ]
     for cell in shown:
         line = Text(f" {formatting.elide_middle(_cell_name(cell), label):<{label}}")
         for step in steps:
-            text = _short_loss(cell.query_losses[step]) if step < len(cell.query_losses) else ""
+            text = ""
+            if step < len(cell.query_losses):
+                text = _short_loss(formatting.reported(grid.metric, cell.query_losses[step]))
             line.append(text.rjust(LOSS), widgets.step_colour(step, count))
         if validation:
             score = "–" if cell.score is None else formatting.score(grid.metric, cell.score, None, 1)

@@ -10,6 +10,7 @@ from datetime import datetime
 from rich.console import Console
 
 from mamlctl.core import formatting
+from mamlctl.core.literals import METRIC_NAMES
 from mamlctl.core.results import EvalResult, ListedRun, ListedTable, RunList, TableScores, TrainResult
 from mamlctl.display.console import say, say_table, table_fits
 
@@ -54,7 +55,7 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     for note in result.notes:
         say(console, note)
     say(console)
-    score_name = {"accuracy": "accuracy", "mse": "mean squared error"}[first.metric]
+    score_name = METRIC_NAMES[first.metric]
     losses = {} if result.loss is None else result.loss.means
     head = [] if result.loss is None else [result.loss.loss]
     table = [["model", score_name, *head, "tasks", "split", "bn", "inner steps"]]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mamlctl.core import formatting
 from mamlctl.core.events import RunStarted, TrainReport
+from mamlctl.core.literals import METRIC_NAMES
 from mamlctl.display import widgets
 from mamlctl.display.grid_view import grid_frame
 from mamlctl.display.live_state import HISTORY, LiveState, Work
@@ -227,22 +228,22 @@ class ChartWidths:
 
 
 def _chart_title(run: RunStarted, report: TrainReport, width: int) -> Text:
-    note = run.loss or formatting.loss_name("mse")
+    returns = run.metric == "return"
+    note = METRIC_NAMES["return"] if returns else run.loss or formatting.loss_name("mse")
     if guesses := run.guesses_in(report.epoch):
         loss = run.chance_loss(report.epoch)
         of_loss = f"{run.loss} · ┊ chance: " if loss is None else f"┊ chance: {formatting.loss(loss)}, "
         note = f"{of_loss}{formatting.percent(1 / guesses)}"
-    return widgets.rule("Per-step losses", note, width)
+    return widgets.rule("Per-step returns" if returns else "Per-step losses", note, width)
 
 
 def _chart(
     reports: Sequence[TrainReport], run: RunStarted, widths: ChartWidths, steps: Sequence[int]
 ) -> list[Text]:
     accuracy = f"{'accuracy':<{widths.accuracy + 8}}  " if run.guesses else ""
-    heads = (
-        f" {'step':>4}  {'weight':<6}  {'query loss':<{widths.loss + 10}}  "
-        f"{accuracy}{'loss history'[: widths.recent]}"
-    )
+    returns = run.metric == "return"
+    name, history = ("return", "cost history") if returns else ("query loss", "loss history")
+    heads = f" {'step':>4}  {'weight':<6}  {name:<{widths.loss + 10}}  {accuracy}{history[: widths.recent]}"
     return [Text(heads, DIM), *(_chart_row(reports, run, widths, step) for step in steps)]
 
 
@@ -257,7 +258,8 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWid
     scale = max([chance, *filter(math.isfinite, shown)]) or 1.0
     colour = widgets.step_colour(step, len(report.query_losses))
     line = Text.assemble(" ", f"{step:>4}", "  ", *_weight(report, step), "  ")
-    line.append(f"{formatting.loss(loss):>9} ", "bold" if math.isfinite(loss) else BAD)
+    number = formatting.loss(formatting.reported(run.metric, loss))
+    line.append(f"{number:>9} ", "bold" if math.isfinite(loss) else BAD)
     line.append_text(widgets.bar(loss / scale, widths.loss, chance / scale if chance else None, colour))
     if guesses:
         accuracy = report.query_accuracies[step]

@@ -123,3 +123,13 @@ class Sgd:
 
     def stored(self) -> dict[str, dict[str, Tensor]]:
         return {}
+
+
+class WholeSteps(Sgd):
+    """w = w - g, for meta-gradients that are whole steps, as those inside a trust region."""
+
+    def __init__(self, learnable: Mapping[str, Tensor]) -> None:
+        super().__init__(learnable, 1.0)
+
+    def set_lr(self, lr: float) -> None:
+        """Ignore the meta learning rate: the trust region decides the size of a step."""

@@ -22,7 +22,7 @@ from mamlctl.engine.evaluation.evaluator import EvaluationPlan, ModelScores, Sco
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
 from mamlctl.experiments.grid.evaluation_files import write_evaluation
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
-from mamlctl.run_folder import EVALUATIONS, OF_RUN, protocol_settings
+from mamlctl.run_folder import EVALUATIONS, OF_RUN, open_run, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig
 
 
@@ -39,12 +39,12 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         SettingsError, DataError, MamlctlError: as `load_trained_model` does.
     """
     started = time.monotonic()
+    settings = per_step_settings(settings, open_run(path).config)
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     if reason := compiled_at_every_start():
         on_event(Notice(reason))
     # Each file has one spelling, so that it is not evaluated twice.
     settings = replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
-    settings = per_step_settings(settings, model.config)
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)

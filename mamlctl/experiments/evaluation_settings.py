@@ -15,12 +15,13 @@ from mamlctl.data.sets.folder_layout import mixed_folder_problem
 from mamlctl.data.sets.registry import (
     absolute_data_set,
     find_data_set,
+    has_classes,
+    has_rewards,
     is_image_folder,
-    is_regression,
     is_table,
     kind_of,
 )
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.devices import device_problems, open_device
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.training_images import keeps_split, stored_digests
@@ -79,7 +80,7 @@ def _on_other_data(trained: TrainConfig, settings: EvalConfig, *, keep_filter: b
     folders = is_image_folder(settings.dataset) and is_image_folder(trained.dataset)
     # Settings of the data set are those of the other one; the input of the network stays the same. Curves and
     # the user's own images do not define the value of ink, so the run's value is used.
-    keeps_ink = is_regression(other) or find_data_set(settings.dataset).own_files
+    keeps_ink = not has_classes(other) or find_data_set(settings.dataset).own_files
     return replace(
         other,
         split_scheme=None,
@@ -103,7 +104,7 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     if is_table(settings.dataset):
         fact = f"{settings.dataset} differs from the table that the run was trained on"
         return [(fact, "give it to the run as new tasks, with --support and --query")]
-    if is_regression(other):
+    if not has_classes(other):
         return []
     data_set = find_data_set(settings.dataset)
     if data_set.open_shaped is None and data_set.image_shape_CHW[0] == 3 and trained.channels == 1:
@@ -117,11 +118,11 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
 
 def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Problem]:
     """Settings that the run's algorithm or data set does not support, as (fact, hint) pairs."""
-    entry, problems = ALGORITHMS[trained.algo], list[Problem]()
+    entry, problems = algorithm_of(trained), list[Problem]()
     if settings.allow_overlap and (settings.dataset is None or settings.split == "train"):
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
-    regression, predicate = is_regression(trained), kind_of(trained).predicate
+    regression, predicate = not has_classes(trained), kind_of(trained).predicate
     if settings.per_step_tasks is not None and not (settings.per_step or regression):
         problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
@@ -140,6 +141,9 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         if settings.label_permutations != 1:
             fact = f"--label-permutations reorders classes, but {trained.dataset} {predicate}"
             problems.append((fact, "leave it out"))
+    if has_rewards(trained) and settings.models == "ensemble":
+        fact = "--models is ensemble, but the mean of the returns of policies is not that of a policy"
+        problems.append((fact, "use --models best"))
     if entry.learns_rates(trained):
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:

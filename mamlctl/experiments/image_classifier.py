@@ -15,11 +15,11 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.folder_layout import contain_only_folders
-from mamlctl.data.sets.registry import is_regression, kind_of
+from mamlctl.data.sets.registry import has_classes, kind_of
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
 from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.user_images import Reader, SupportImages, read_support
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import ALGORITHMS, algorithm_of
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.adapted_model import (
@@ -101,7 +101,7 @@ def adapt_classifier(
         MamlctlError: the run is damaged.
     """
     run = open_run(path)
-    if is_regression(run.config):
+    if not has_classes(run.config):
         trained = f"{run.config.dataset}, which {kind_of(run.config).predicate}"
         fact = f"--support contains images, but the run was trained on {trained}"
         raise SettingsError([(fact, "use a run that was trained on images")])
@@ -110,7 +110,7 @@ def adapt_classifier(
         settings = replace(settings, bn=Statistics.SUPPORT.value)
     code = code_of_run(run)
     config, device, _ = evaluation_setup(run, settings, on_event)
-    entry, shape = ALGORITHMS[config.algo], _example_shape(config)
+    entry, shape = algorithm_of(config), _example_shape(config)
     if to_save and entry.classifier == "neighbours":
         fact = f"--save-adapted writes layers, but --algo {config.algo} compares with the support images"
         others = [name for name, other in ALGORITHMS.items() if other.classifier == "prototypes"]

@@ -15,22 +15,26 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import is_regression, is_table
+from mamlctl.data.sets.registry import has_rewards, is_regression, is_table
 from mamlctl.data.tasks.curve_tasks import CurveStream
-from mamlctl.data.tasks.episodes import MiniBatches
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.data.tasks.episodes import Episodes, MiniBatches
+from mamlctl.data.worlds import WORLDS
+from mamlctl.engine.algorithms import policies
+from mamlctl.engine.algorithms.policy_search import as_policy, walk
+from mamlctl.engine.algorithms.registry import ALGORITHMS, algorithm_of
 from mamlctl.engine.evaluation.prediction import adapted
 from mamlctl.engine.training.initial_state import build
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
-from mamlctl.report.figures import run_figures
+from mamlctl.report.figures import path_figures, run_figures
 from mamlctl.report.figures.style import save
 from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 
 TASKS = 3  # per figure
+PATHS = 4  # trajectories per task and number of inner steps
 POINTS = 200  # of a drawn curve
 STEPS = (0, 1, 5, 10)  # inner steps after which curves are drawn, as in the figure of the MAML paper
 
@@ -63,9 +67,17 @@ def draw(
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
     on_event(Waiting("drawing figures"))
     folder, name = path / "plots", f"{model.config.algo}, {path.name}"
-    if is_regression(model.config):
+    if has_rewards(model.config):
+        opened = [load_trained_model(other, settings, offline=offline, on_event=on_event) for other in beside]
+        for other in opened:
+            if not has_rewards(other.config):
+                fact = f"{other.run.path} was not trained on {model.config.dataset}"
+                raise SettingsError([(fact, "use runs with policies")])
+        world = WORLDS[model.config.dataset]
+        figures = {"navigation": path_figures.paths(_path_rows([model, *opened]), world.half_side, name)}
+    elif is_regression(model.config):
         others, table = list(beside), is_table(model.config.dataset)
-        if not others and not table and ALGORITHMS[model.config.algo].start != "pre-trained":
+        if not others and not table and algorithm_of(model.config).start != "pre-trained":
             others = [folder / "pretrained"]
             if reason := _pretrain(model, others[0], offline, on_event):
                 return [], reason
@@ -129,7 +141,7 @@ def _panels(models: Sequence[TrainedModel]) -> list[list[run_figures.Panel]]:
     first = models[0]
     stream = first.stream.stream if isinstance(first.stream, MiniBatches) else first.stream
     assert isinstance(stream, CurveStream)
-    origins = [ALGORITHMS[model.config.algo].start_of(model.config) for model in models]
+    origins = [algorithm_of(model.config).start_of(model.config) for model in models]
     starts = [
         (f"{origin} ({model.config.algo})", model) for origin, model in zip(origins, models, strict=True)
     ]
@@ -165,6 +177,39 @@ def _panel(model: TrainedModel, stream: CurveStream, task: int, title: str) -> r
         part[0].flatten().double().cpu().numpy() for part in (support_x_TED, episodes.support_y_TE)
     )
     return run_figures.Panel(title, x, truth, support_x, support_y, curves)
+
+
+def _path_rows(models: Sequence[TrainedModel]) -> list[list[path_figures.PathPanel]]:
+    """A row per task of the first run, with a panel for each run."""
+    episodes = models[0].stream.episodes(0, TASKS)
+    by_model = [_path_panels(model, episodes) for model in models]
+    return [list(row) for row in zip(*by_model, strict=True)]
+
+
+def _path_panels(model: TrainedModel, episodes: Episodes) -> list[path_figures.PathPanel]:
+    """The paths of a run's policy in some tasks, before adaptation, after one step and after all steps."""
+    steps = model.inner_steps
+    points = walk(
+        policies.sampling(model.config, sees_goal=algorithm_of(model.config).sees_goal),
+        as_policy(model.derivatives.net),
+        model.states[0].frozen(),
+        episodes,
+        steps,
+        policies.inner_rule(model.config),
+    )
+    title = f"{algorithm_of(model.config).start_of(model.config)} ({model.config.algo})"
+    panels = []
+    for task, goal in enumerate(episodes.query_y_TE.tolist()):
+        paths, returns = {}, {}
+        for taken in sorted({0, min(1, steps), steps}):
+            sampled = points[taken].experience.measured
+            # Without what a state has besides the position, which is the goal that an oracle sees.
+            position_EHD = sampled.state_TEHD[task, :PATHS, :, :2].cpu().numpy()
+            lengths_E = sampled.alive_TEH[task, :PATHS].sum(-1).int().tolist()
+            paths[taken] = [path[:length] for path, length in zip(position_EHD, lengths_E, strict=True)]
+            returns[taken] = float(sampled.return_TE[task].mean())
+        panels.append(path_figures.PathPanel(title, (goal[0], goal[1]), paths, returns))
+    return panels
 
 
 def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:

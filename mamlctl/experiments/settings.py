@@ -13,6 +13,7 @@ from mamlctl.core.problems import flag
 from mamlctl.core.user_code.kinds import named_code
 from mamlctl.core.user_code.references import absolute, locate
 from mamlctl.data.rules import (
+    MAX_KL,
     OF_ITS_DATA,
     choice_problems,
     data_set_defaults,
@@ -20,7 +21,7 @@ from mamlctl.data.rules import (
     data_set_problems,
     metric_of,
 )
-from mamlctl.data.sets.registry import absolute_data_set, find_data_set, is_regression, is_table
+from mamlctl.data.sets.registry import absolute_data_set, find_data_set, has_classes, has_rewards, is_table
 from mamlctl.engine.algorithms.rules import (
     algorithm_defaults,
     algorithm_forced,
@@ -99,7 +100,7 @@ def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:
         for source, values in layers[:naming]
     ]
     of_data_set = (f"data set {dataset}", data_set_defaults(chosen))
-    of_algorithm = (f"algorithm {algo}", algorithm_defaults(algo, regression=is_regression(chosen)))
+    of_algorithm = (f"algorithm {algo}", algorithm_defaults(chosen))
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
 
@@ -118,10 +119,12 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     """Fill in every setting that is None. Raises SettingsError for a choice that the data set lacks."""
     if problems := choice_problems(config):
         raise SettingsError(problems)
-    loss = {"loss": DEFAULT_LOSSES[metric_of(config)]}
-    if is_regression(config):
+    loss = {} if has_rewards(config) else {"loss": DEFAULT_LOSSES[metric_of(config)]}
+    if not has_classes(config):
         # These tasks have outputs instead of ways, and none of these choices.
-        choices = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
+        choices: dict[str, Any] = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
+        if config.outer == "trpo":
+            choices["max_kl"] = MAX_KL
         choices |= {"inputs": "x*", "targets": "y*"} if is_table(config.dataset) else {}
         return fill_schedules(replace(config, ways=1), choices | loss)
     defaults = find_data_set(config.dataset).defaults

@@ -12,14 +12,15 @@ import torch
 from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
-from mamlctl.core.literals import BatchNormMode
+from mamlctl.core.literals import HIGHER_IS_BETTER, BatchNormMode
 from mamlctl.core.results import KEPT
-from mamlctl.data.sets.registry import find_data_set, is_regression
+from mamlctl.data.rules import metric_of
+from mamlctl.data.sets.registry import find_data_set, has_classes
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, Tasks
 from mamlctl.data.tasks.streams import TaskSource, open_streams
 from mamlctl.data.tasks.table_tasks import table_stream
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
@@ -143,7 +144,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         )
         raise SettingsError([(f"--models is ensemble, but {why}", "use --models best")])
     if settings.ways not in (None, run.config.ways):
-        words = head_words(ALGORITHMS[config.algo].classifier, run.config.ways, states[0], config.ways)
+        words = head_words(algorithm_of(config).classifier, run.config.ways, states[0], config.ways)
         notes += (f"trained with {run.config.ways} classes per task, tested with {config.ways}: {words}",)
     net, _ = build(config, shape, torch.device("meta"), targets=source.targets, parts=code.parts)
     with kernels_announced(device, on_event):
@@ -155,7 +156,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         stream=stream,
         device=device,
         derivatives=derivatives,
-        predict=ALGORITHMS[config.algo].predict(config),
+        predict=algorithm_of(config).predict(config),
         states=states,
         epochs=epochs,
         code=code,
@@ -168,7 +169,7 @@ def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, .
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
-    if is_regression(config):
+    if not has_classes(config):
         return (note,)
     data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW
@@ -270,7 +271,7 @@ def _load_state(
     _, state = build(config, example_shape, device, classes=outputs, targets=outputs or 1, parts=code.parts)
     checkpoints.restore(state.stored(), content["stored"], file)
     state = _with_rates(state, settings)
-    if (ways := settings.ways) is not None and ALGORITHMS[run.config.algo].classifier == "head":
+    if (ways := settings.ways) is not None and algorithm_of(run.config).classifier == "head":
         head_words("head", run.config.ways, state, ways)  # raises an error if its head cannot be resized
         state = resize_head(state, ways, "head")
     return state, content.get("epoch")
@@ -323,7 +324,7 @@ def checkpoint_files(
 
 def _ranked_epochs(run: RunFolder) -> list[Path]:
     """The undamaged checkpoints of epochs, one of each, best first."""
-    sign = 1 if is_regression(run.config) else -1
+    sign = -1 if metric_of(run.config) in HIGHER_IS_BETTER else 1
     found = dict[int, tuple[float, int, Path]]()
     for file in (*run.checkpoints.glob("epoch-*.pt"), run.checkpoints / BEST):
         # A copy of last.pt under this name has no score.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mamlctl.core import formatting
-from mamlctl.core.literals import Metric
+from mamlctl.core.literals import HIGHER_IS_BETTER, Metric
 from mamlctl.report.table import SIGNIFICANT, Row, Score, Table
 
 RECALLED = "†"  # marks a published number that is quoted from memory
@@ -43,7 +43,7 @@ def letter(place: int) -> str:
 
 
 def unit(table: Table) -> str:
-    return " %" if table.metric == "accuracy" else " mse"
+    return " %" if table.metric == "accuracy" else f" {table.metric}"
 
 
 def resolve(part: str | Callable[[About], str], about: About) -> str:
@@ -63,7 +63,7 @@ def where_rows_differ(value: Callable[[Row], object]) -> Callable[[Table, Row], 
 
 
 def best_legend(table: Table) -> str:
-    note = "" if table.metric == "accuracy" else "; lower is better"
+    note = "" if table.metric in HIGHER_IS_BETTER else "; lower is better"
     return f"±: 95 % interval of the mean over seeds, for new tasks and these trained models{note}."
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mamlctl.core import formatting
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.literals import Model
+from mamlctl.core.literals import HIGHER_IS_BETTER, Model
 from mamlctl.core.problems import nearest
 from mamlctl.report import column_texts as texts
 from mamlctl.report.column_texts import RECALLED
@@ -79,7 +79,7 @@ def sorted_table(table: Table, sort: str | None) -> Table:
     if sort is None:
         return table
     column = next(column for column in COLUMNS if column.key == sort)
-    is_descending = column.sort == "best" and table.metric == "accuracy"
+    is_descending = column.sort == "best" and table.metric in HIGHER_IS_BETTER
 
     def place(row: Row) -> tuple[bool, Value]:
         value = column.value(row)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.formatting import one_line, plural
-from mamlctl.core.literals import Metric
+from mamlctl.core.literals import HIGHER_IS_BETTER, Metric
 from mamlctl.core.results import EvalResult
 from mamlctl.report.table import Row, Table
 
@@ -23,22 +23,22 @@ class Limit:
     """The worst score that passes."""
 
     metric: Metric
-    value: float  # an accuracy in percent, or a mean squared error
+    value: float  # an accuracy in percent, a mean squared error or a mean return
 
     @property
     def flag(self) -> str:
         """The option that sets the limit."""
-        return "--fail-under" if self.metric == "accuracy" else "--fail-over"
+        return "--fail-under" if self.metric in HIGHER_IS_BETTER else "--fail-over"
 
     def __str__(self) -> str:
         return f"{self.flag} {self.value:.12g}{self._unit}"
 
     def shortfall(self, score: float) -> str:
-        """What is wrong with a score of 0..1 or a mean squared error; "" if it passes."""
+        """What is wrong with a score, an accuracy being 0..1; "" if it passes."""
         if not math.isfinite(score):
             return "has a score that is not finite"
         scaled = 100 * score if self.metric == "accuracy" else score
-        missing = self.value - scaled if self.metric == "accuracy" else scaled - self.value
+        missing = self.value - scaled if self.metric in HIGHER_IS_BETTER else scaled - self.value
         if missing <= ROUNDING:
             return ""
         digits = 2 if self.metric == "accuracy" else 3
@@ -131,7 +131,7 @@ def _refuse(rows: Mapping[str, tuple[str, str]], limit: Limit) -> None:
         return
     hint = "train longer or with other settings"
     if any(shortfall and not failure for failure, shortfall in rows.values()):
-        hint += f", or {'lower' if limit.metric == 'accuracy' else 'raise'} {limit.flag}"
+        hint += f", or {'lower' if limit.metric in HIGHER_IS_BETTER else 'raise'} {limit.flag}"
     if len(problems) == 1:
         raise MamlctlError(f"{problems[0]}, but the limit is {limit}", hint=hint)
     lines = "\n".join(f"  {one_line(problem)}" for problem in problems)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mamlctl.core import formatting
+from mamlctl.core.literals import HIGHER_IS_BETTER, METRIC_NAMES
 from mamlctl.report.column_texts import p_text, score_text, unit
 from mamlctl.report.table import Row, Score, Table
 
@@ -26,7 +27,7 @@ def verdict(table: Table) -> list[str]:
     others = [row for row in table.rows if row is not baseline]
     measured = [row for row in others if baseline.best and row.best and row.best.difference]
     different = [row for row in measured if not _difference(row).is_equal]
-    different.sort(key=lambda row: _difference(row).mean, reverse=table.metric == "accuracy")
+    different.sort(key=lambda row: _difference(row).mean, reverse=table.metric in HIGHER_IS_BETTER)
     certain = [row for row in different if _is_certain(row.best)]
     if not measured:
         sentences = [_no_comparison(table, baseline, others)]
@@ -56,7 +57,7 @@ def _is_certain(score: Score | None) -> bool:
 
 def _is_better(table: Table, row: Row) -> bool:
     mean = _difference(row).mean
-    return mean > 0 if table.metric == "accuracy" else mean < 0
+    return mean > 0 if table.metric in HIGHER_IS_BETTER else mean < 0
 
 
 def _no_comparison(table: Table, baseline: Row, others: Sequence[Row]) -> str:
@@ -150,7 +151,7 @@ def _comparison(table: Table, subject: str, row: Row) -> str:
     amount = f"{mean.lstrip('+-')} points {side} {baseline}"
     if table.metric != "accuracy":
         word = "better" if _is_better(table, row) else "worse"
-        amount = f"{mean.lstrip('+-')} {side} {baseline} in mean squared error ({word})"
+        amount = f"{mean.lstrip('+-')} {side} {baseline} in {METRIC_NAMES[table.metric]} ({word})"
     p = p_text(row.best)
     scope = " for new tasks only" if difference.seeds == 1 else ""
     parts = [f"{subject} is {amount}", f"interval {low} to {high}{scope}", f"p {p}" if p else ""]

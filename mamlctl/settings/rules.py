@@ -37,6 +37,9 @@ OF_NETS = {
     "activation": ("conv4", "mlp"),
 }
 
+# Settings of gradient steps, which a step inside a trust region is not.
+OF_GRADIENT_STEPS = ("meta_lr", "meta_lr_final", "ca", "adam_beta1", "adam_beta2", "clip_value", "clip_norm")
+
 # The name of each type in messages.
 NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
@@ -101,6 +104,13 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
     if config.adapts == "body":
         fact = "--body-epochs has no effect with --adapts body: they train a body for a head that adapts"
         settings["body_epochs"] = 0, (fact, "leave it out")
+    if config.outer == "trpo":
+        for name in OF_GRADIENT_STEPS:
+            fact = f"{flag(name)} has no effect with --outer trpo, which decides the size of a step itself"
+            settings[name] = FIELDS[name].default, (fact, "leave it out, or use --outer pg")
+    elif config.outer == "pg":
+        fact = "--max-kl has no effect with --outer pg"
+        settings["max_kl"] = None, (fact, "leave it out, or use --outer trpo")
     if config.ca:
         fact = "--meta-lr-final and --ca both schedule the meta learning rate"
         settings["meta_lr_final"] = None, (fact, "remove one")
@@ -122,6 +132,9 @@ def check(config: TrainConfig) -> list[Problem]:
                 "write widths like 256-128-64-64",
             )
         )
+    for name in ("discount", "gae"):
+        if (value := getattr(config, name)) is not None and value > 1:
+            problems.append((f"{flag(name)} is {value:g}, but the maximum is 1", "use 1 or less"))
     try:
         parse_seconds(config.checkpoint_every)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """The schema of the training settings: one flat dataclass.
 
-The settings of data are inherited from `data_settings.py`. A field's name is also its flag, its key in
-presets and in `config.yaml`, and its table column. Defaults are written only in these two files; the rules
-that fields must satisfy are in `rules.py`.
+The settings of data and of policies are inherited from `data_settings.py` and `policy_settings.py`. A field's
+name is also its flag, its key in presets and in `config.yaml`, and its table column. Defaults are written
+only in these files; the rules that fields must satisfy are in `rules.py`.
 """
 
 # ruff: noqa: RUF009 - every default here is a field of a frozen dataclass
@@ -24,7 +24,6 @@ from mamlctl.core.literals import (
     Precision,
     Readout,
 )
-from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.fields import (
     HARDWARE,
     INNER,
@@ -39,10 +38,11 @@ from mamlctl.settings.fields import (
     improvement,
     setting,
 )
+from mamlctl.settings.policy_settings import PolicySettings
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataSettings):
+class TrainConfig(PolicySettings):
     """All settings of a training run. `None`: derived by `fill_schedules` or from the data set."""
 
     net: str = setting("conv4", NETWORK, "Network: a name, or net.py:make for your own one.", common=True)

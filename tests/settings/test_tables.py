@@ -29,8 +29,9 @@ from mamlctl.experiments.grid.plans import improvement_rows
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.settings.schema import IMPROVEMENTS
 
-for algo in ALGORITHMS:
-    fill_defaults(resolve_settings([("flag", {"algo": algo})]).config)
+for algo, entry in ALGORITHMS.items():
+    settings = {"algo": algo} | ({"dataset": "navigation"} if entry.needs_rewards else {})
+    fill_defaults(resolve_settings([("flag", settings)]).config)
 for dataset in DATA_SETS:
     fill_defaults(resolve_settings([("flag", {"dataset": dataset})]).config)
 rows = resolve_rows(improvement_rows("one-on", "maml"), [], {}, 0)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataKind:
-    """What tasks are made of; the metric decides whether they are classification or regression."""
+    """What tasks are made of; the metric decides whether they are classification, regression or control."""
 
     noun: str  # for messages: "trained on curves"
     predicate: str  # for messages: "sinusoid has curves"
@@ -31,6 +31,7 @@ class DataKind:
 IMAGES = DataKind("images", "has images", "accuracy")
 CURVES = DataKind("curves", "has curves", "mse")
 TABLE = DataKind("a table", "is a table", "mse")
+REWARDS = DataKind("rewards", "has rewards", "return")
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]

@@ -17,7 +17,19 @@ from mamlctl.core.literals import RESIZES, ClassLevel
 from mamlctl.core.problems import nearest
 from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
-from mamlctl.data.sets.facts import CURVES, IMAGES, MINI, SIDE, TABLE, TIERED, DataKind, DataSet, ListedSet
+from mamlctl.data.sets.facts import (
+    CURVES,
+    IMAGES,
+    MINI,
+    REWARDS,
+    SIDE,
+    TABLE,
+    TIERED,
+    DataKind,
+    DataSet,
+    ListedSet,
+)
+from mamlctl.data.worlds import WORLDS
 from mamlctl.settings.data_settings import DataSettings
 
 if TYPE_CHECKING:
@@ -118,7 +130,7 @@ DATA_SETS = {
     "fc100": _cifar("fc100", "CIFAR-100, split by superclass (Oreshkin et al. 2018)", "oreshkin"),
 }
 
-NAMES = [*DATA_SETS, *FAMILIES]
+NAMES = [*DATA_SETS, *FAMILIES, *WORLDS]
 TABLE_ENDINGS = (".csv", ".npz")
 
 
@@ -126,12 +138,24 @@ def kind_of(config: DataSettings) -> DataKind:
     """What the tasks of a data set are made of; images if there is no such data set."""
     if config.dataset in FAMILIES:
         return CURVES
+    if config.dataset in WORLDS:
+        return REWARDS
     return TABLE if is_table(config.dataset) else IMAGES
 
 
+def has_classes(config: DataSettings) -> bool:
+    """Whether the tasks of a data set have classes of images."""
+    return kind_of(config).metric == "accuracy"
+
+
 def is_regression(config: DataSettings) -> bool:
-    """Whether the tasks of a data set have values to predict instead of classes."""
+    """Whether the tasks of a data set have values to predict."""
     return kind_of(config).metric == "mse"
+
+
+def has_rewards(config: DataSettings) -> bool:
+    """Whether the tasks of a data set are worlds with rewards, for reinforcement learning."""
+    return kind_of(config).metric == "return"
 
 
 def is_table(name: str) -> bool:
@@ -167,13 +191,13 @@ def find_data_set(
         least: for a folder: classes with fewer images are in no split.
 
     Raises:
-        SettingsError: there is no such data set, or it is for regression.
+        SettingsError: there is no such data set, or it has no images.
     """
     if is_table(name):
         raise SettingsError(
             [(f"{name} is a table: there is nothing to fetch", f"run mamlctl train --dataset {name}")]
         )
-    if name in FAMILIES:
+    if name in FAMILIES or name in WORLDS:
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"run mamlctl train --dataset {name}")])
     if is_image_folder(name):

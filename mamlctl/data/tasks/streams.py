@@ -20,13 +20,15 @@ from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets import image_folder
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.folder_layout import FRACTIONS
-from mamlctl.data.sets.registry import fetch_or_open, find_data_set, is_regression, is_table, open_images
+from mamlctl.data.sets.registry import fetch_or_open, find_data_set, has_classes, is_table, open_images
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.disjoint import DisjointTasks
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches, Placement, StreamSettings, Tasks, mini_batches
 from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_problems
+from mamlctl.data.tasks.navigation import NavigationStream
 from mamlctl.data.tasks.open_table import leave_out, open_table, table_streams
 from mamlctl.data.tasks.table_tasks import TableFacts
+from mamlctl.data.worlds import WORLDS
 from mamlctl.settings.schema import TrainConfig
 
 
@@ -43,11 +45,12 @@ class TaskSource:
     # Digests of the images of a split that was opened; None for regression.
     image_digests: Callable[[Split], NDArray[np.uint64]] | None = None
     table: TableFacts | None = None  # of a table
+    outputs: int = 1  # the numbers of an action
 
     @property
     def targets(self) -> int:
-        """The number of values to predict in regression."""
-        return 1 if self.table is None else len(self.table.standardisation.targets)
+        """The number of values to predict in regression, or of those of an action."""
+        return self.outputs if self.table is None else len(self.table.standardisation.targets)
 
 
 def open_streams(
@@ -88,6 +91,10 @@ def open_streams(
         family = FAMILIES[config.dataset]
         streams = {split: CurveStream(family, settings[split]) for split in splits}
         source = TaskSource(family.digest, (1,), {}, {})
+    elif config.dataset in WORLDS:
+        world = WORLDS[config.dataset]
+        streams = {split: NavigationStream(world, settings[split]) for split in splits}
+        source = TaskSource(world.digest, (world.dimensions,), {}, {}, outputs=world.dimensions)
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         needed = max(part.shots + part.queries for part in settings.values())
@@ -124,7 +131,7 @@ def _stream_settings(config: TrainConfig, split: Split, place: Placement) -> Str
     if split == "train":
         seed = config.seed if config.train_seed is None else config.train_seed
         shots = config.shots if config.train_shots is None else config.train_shots
-    ways = 1 if is_regression(config) else config.ways
+    ways = config.ways if has_classes(config) else 1
     return StreamSettings(split, seed, shots, config.queries, place, ways)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from mamlctl.core.literals import Adapts, Classifier
+from mamlctl.data.sets.registry import has_rewards
+from mamlctl.engine.algorithms import policies
+from mamlctl.engine.algorithms.algorithm import Algorithm, refusals
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mamlctl.engine.algorithms.meta_gradient import Outer
-    from mamlctl.engine.evaluation.prediction import Predict
     from mamlctl.engine.optimizers import Optimizer
 
 # The functions below import torch code when they are called, so that `mamlctl --help` and the checks of
@@ -78,14 +79,6 @@ def _protonet(config: TrainConfig) -> Outer:
     return partial(protonet, engine=config.engine)
 
 
-def _adam(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
-    from mamlctl.engine.algorithms.compiled_mlp import adam
-    from mamlctl.engine.optimizers import Adam
-
-    kind = adam if config.engine == "compiled" else Adam
-    return kind(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
-
-
 def _sgd(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
     from mamlctl.engine.optimizers import Sgd
 
@@ -100,65 +93,9 @@ def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
     return Hypergradient(learnable, config.meta_lr, betas, config.hyper_lr)
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """The definition of an algorithm: what it learns and adapts, how, and which settings it has."""
-
-    summary: str  # paper and main idea
-    outer: Callable[[TrainConfig], Outer]  # the meta-gradient
-    optimizer: Callable[[Mapping[str, Tensor], TrainConfig], Optimizer] = _adam
-    # One inner rate for each tensor, for each weight, or one that all tensors share.
-    inner_rates: Literal["tensor", "weight", "shared"] = "tensor"
-    # Outputs of the network in training: the classes of a task, all training classes, or no head.
-    training_head: Literal["ways", "classes", "none"] = "ways"
-    head_start: Literal["own rows", "equal rows", "zeros"] = "own rows"  # of the classes in the inner loop
-    classifier: Classifier = "head"
-    adapts_norm: bool = False  # whether the inner loop adapts batch norm's weights and biases
-    whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
-    on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
-    unrolls: bool = False  # whether the inner loop is differentiated, in first or second order
-    implicit: bool = False  # whether the end of the inner loop is, which takes Hessian-vector products
-    start: Literal["meta-learnt", "pre-trained", "random start"] = "meta-learnt"  # origin of its weights
-    may_adapt: tuple[Adapts, ...] = ("all", "head", "body")  # possible values of --adapts
-    captured: bool = False  # whether its meta-steps can be replayed as CUDA graphs
-    improves: str | None = None  # the algorithm that equals this one without the six improvements
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from the schema's
-    forced: Mapping[str, Any] = field(default_factory=dict)  # settings that must have this value
-    exclusive_settings: tuple[str, ...] = ()  # settings that only this and a few other algorithms have
-    unsupported: Mapping[str, str] = field(default_factory=dict)  # setting -> why it has no effect
-
-    def learns_rates(self, config: TrainConfig) -> bool:
-        """Whether the inner learning rates are learnt."""
-        return config.lslr or self.inner_rates != "tensor"
-
-    def start_of(self, config: TrainConfig) -> str:
-        """The origin of a run's weights before they adapt, for people."""
-        given = self.start == "random start" and config.init is not None
-        return "given start" if given else self.start
-
-    def predict(self, config: TrainConfig) -> Predict:
-        """Return the function that adapts to the support sets of tasks and predicts their query sets."""
-        from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned
-        from mamlctl.engine.algorithms.protonet import by_prototypes
-        from mamlctl.engine.evaluation.prediction import adapted
-        from mamlctl.engine.inner_loop import InnerRule
-
-        predictions: dict[Classifier, Predict] = {
-            "head": partial(adapted, rule=InnerRule(config.proximal, config.inner_optimizer)),
-            "zeros": fine_tuned,
-            "prototypes": by_prototypes,
-            "neighbours": by_neighbours,
-        }
-        return predictions[self.classifier]
-
-
-def _refusals(why: str, *names: str) -> dict[str, str]:
-    return dict.fromkeys(names, why)
-
-
 # Settings that have an effect only if the inner loop is differentiated.
 OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order", "body_epochs")
-NO_LOOP = _refusals("there is no inner loop in training", *OF_UNROLLED)
+NO_LOOP = refusals("there is no inner loop in training", *OF_UNROLLED)
 NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
@@ -172,6 +109,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "maml": Algorithm(
         "Finn, Abbeel & Levine 2017 (arXiv:1703.03400), second order",
         _unrolled,
+        on_rewards=policies.MAML,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
@@ -179,6 +117,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "fomaml": Algorithm(
         "first-order MAML",
         _unrolled,
+        on_rewards=policies.FOMAML,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
@@ -188,6 +127,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "maml++": Algorithm(
         "Antoniou, Edwards & Storkey 2019 (arXiv:1810.09502): MAML with all six improvements",
         _unrolled,
+        on_rewards=policies.MAML_PLUS_PLUS,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
@@ -197,10 +137,11 @@ ALGORITHMS: dict[str, Algorithm] = {
     "anil": Algorithm(
         "Raghu et al. 2020 (arXiv:1909.09157): the inner loop adapts the head only",
         _anil,
+        on_rewards=policies.ADAPTS_HEAD,
         unrolls=True,
         defaults={"adapts": "head"},
         forced={"adapts": "head"},
-        unsupported=_refusals(
+        unsupported=refusals(
             "the body runs once per task, not once per inner step",
             *improvements_without_meaning("one pass of the body"),
         ),
@@ -208,6 +149,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "boil": Algorithm(
         "Oh et al. 2021 (arXiv:2008.08882): the inner loop adapts the body only",
         _unrolled,
+        on_rewards=policies.ADAPTS_BODY,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
@@ -217,6 +159,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "unicorn-maml": Algorithm(
         "Ye & Chao 2022 (arXiv:2106.16245): all classes start from one learnt row of the head",
         _equal_head,
+        on_rewards=policies.CLASSES,
         head_start="equal rows",
         on_curves=None,
         unrolls=True,
@@ -225,6 +168,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "maml-zero": Algorithm(
         "Kao et al. 2022 (arXiv:2106.15367): the head is zero before each inner loop",
         _equal_head,
+        on_rewards=policies.CLASSES,
         head_start="zeros",
         on_curves=COMPILED_CURVES,
         unrolls=True,
@@ -234,24 +178,26 @@ ALGORITHMS: dict[str, Algorithm] = {
     "meta-sgd": Algorithm(
         "Li et al. 2017 (arXiv:1707.09835): learns one inner rate per weight, of either sign",
         _unrolled,
+        on_rewards=policies.META_SGD,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         captured=True,
         inner_rates="weight",
-        unsupported=_refusals(
+        unsupported=refusals(
             "it learns a rate per weight already", *improvements_without_meaning("own inner rates")
         ),
     ),
     "alpha-maml": Algorithm(
         "Behl et al. 2019 (arXiv:1905.07435): learns the inner and the meta learning rate by hypergradients",
         _unrolled,
+        on_rewards=policies.NO_GRADIENT,
         on_curves=COMPILED_CURVES,
         unrolls=True,
         optimizer=_hypergradient,
         inner_rates="shared",
         defaults={"hyper_lr": 0.02},
         exclusive_settings=("hyper_lr",),
-        unsupported=_refusals(
+        unsupported=refusals(
             "both learning rates are learnt by hypergradients",
             *improvements_without_meaning("own inner rates", "own meta learning rate"),
             "meta_lr_final",
@@ -260,17 +206,19 @@ ALGORITHMS: dict[str, Algorithm] = {
     "imaml": Algorithm(
         "Rajeswaran et al. 2019 (arXiv:1909.04630): the implicit gradient at the end of the inner loop",
         _imaml,
+        on_rewards=policies.NO_MINIMUM,
         # Measured on Omniglot 5-way 1-shot: proximal 1 with inner_lr 0.1 diverges after 200 meta-steps.
         # proximal 2 with inner_lr 0.05 gets worse after 600 meta-steps (84.4 %, then 70.0 % after 1,000), and
         # with inner_lr 0.02 it does not (83.5 %).
         implicit=True,
         defaults={"proximal": 2.0, "cg_steps": 5, "inner_steps": 16, "inner_lr": 0.02},
         exclusive_settings=("proximal", "cg_steps"),
-        unsupported=_refusals("the implicit gradient uses only the final weights", *OF_UNROLLED),
+        unsupported=refusals("the implicit gradient uses only the final weights", *OF_UNROLLED),
     ),
     "reptile": Algorithm(
         "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): interpolates towards the adapted weights",
         _reptile,
+        on_rewards=policies.REPTILE,
         optimizer=_sgd,
         adapts_norm=True,
         defaults={
@@ -285,12 +233,13 @@ ALGORITHMS: dict[str, Algorithm] = {
             "meta_batch_size": 5,
         },
         exclusive_settings=("inner_optimizer", "inner_batch", "eval_inner_batch"),
-        unsupported=_refusals("its meta-gradient does not depend on the query loss", *OF_UNROLLED)
-        | _refusals("its outer step is an interpolation, not Adam", "adam_beta1", "adam_beta2"),
+        unsupported=refusals("its meta-gradient does not depend on the query loss", *OF_UNROLLED)
+        | refusals("its outer step is an interpolation, not Adam", "adam_beta1", "adam_beta2"),
     ),
     "transfer": Algorithm(
         "one classifier pre-trained on all training classes, fine-tuned on each test task",
         _pretraining,
+        on_rewards=policies.TRANSFER,
         classifier="zeros",
         training_head="classes",
         adapts_norm=True,
@@ -305,6 +254,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "scratch": Algorithm(
         "a random initialisation, fine-tuned on each test task",
         _no_training,
+        on_rewards=policies.SCRATCH,
         classifier="zeros",
         adapts_norm=True,
         start="random start",
@@ -313,7 +263,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
         forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
         unsupported=NO_LOOP
-        | _refusals(
+        | refusals(
             "nothing is trained",
             "freeze",
             *improvements_without_meaning("own meta learning rate"),
@@ -324,18 +274,20 @@ ALGORITHMS: dict[str, Algorithm] = {
     "protonet": Algorithm(
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in a learnt feature space",
         _protonet,
+        on_rewards=policies.CLASSES,
         classifier="prototypes",
         training_head="none",
         on_curves=None,
         defaults=NO_STEPS,
         forced=NO_STEPS,
         unsupported=NO_LOOP
-        | _refusals("nothing is adapted", "inner_lr", "adapts")
-        | _refusals("it is defined by the cross-entropy of negative distances", "loss"),
+        | refusals("nothing is adapted", "inner_lr", "adapts")
+        | refusals("it is defined by the cross-entropy of negative distances", "loss"),
     ),
     "nearest": Algorithm(
         "the nearest support example in the features of a classifier pre-trained on all training classes",
         _pretraining,
+        on_rewards=policies.CLASSES,
         classifier="neighbours",
         training_head="classes",
         on_curves=None,
@@ -343,7 +295,22 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=NO_STEPS,
         forced=NO_STEPS,
         unsupported=NO_LOOP
-        | _refusals("nothing is adapted", "inner_lr", "adapts")
-        | _refusals("it compares features of a classifier, whose loss is the cross-entropy", "loss"),
+        | refusals("nothing is adapted", "inner_lr", "adapts")
+        | refusals("it compares features of a classifier, whose loss is the cross-entropy", "loss"),
     ),
+    "oracle": replace(policies.ORACLE, on_rewards=policies.ORACLE),
 }
+
+
+def algorithm_of(config: TrainConfig) -> Algorithm:
+    """The definition of the algorithm for the data of these settings; KeyError for an unknown name."""
+    return definition(config.algo, rewards=has_rewards(config))
+
+
+def definition(name: str, *, rewards: bool) -> Algorithm:
+    """The definition of an algorithm: of policies for data with rewards, if it learns them.
+
+    KeyError for an unknown name.
+    """
+    entry = ALGORITHMS[name]
+    return entry.on_rewards if rewards and isinstance(entry.on_rewards, Algorithm) else entry

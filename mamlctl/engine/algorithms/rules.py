@@ -8,8 +8,9 @@ from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
 from mamlctl.data.rules import REGRESSION_DEFAULTS
-from mamlctl.data.sets.registry import is_regression, kind_of
-from mamlctl.engine.algorithms.registry import ALGORITHMS, Algorithm
+from mamlctl.data.sets.registry import has_rewards, is_regression, kind_of
+from mamlctl.engine.algorithms.algorithm import Algorithm
+from mamlctl.engine.algorithms.registry import ALGORITHMS, algorithm_of, definition
 from mamlctl.settings.schema import FIELDS, TrainConfig
 
 # Settings that have an effect only with the algorithms that list them.
@@ -26,7 +27,13 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     if config.algo not in ALGORITHMS:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
-    entry, problems = ALGORITHMS[config.algo], list[Problem]()
+    entry, problems = algorithm_of(config), list[Problem]()
+    if isinstance(why := ALGORITHMS[config.algo].on_rewards, str) and has_rewards(config):
+        fact = f"{algo} {why}, but {config.dataset} {kind_of(config).predicate}"
+        return [(fact, "use maml")]
+    if entry.needs_rewards and not has_rewards(config):
+        fact = f"{algo} needs rewards, but {config.dataset} {kind_of(config).predicate}"
+        return [(fact, "use --dataset navigation, or another --algo")]
     if entry.on_curves is None and is_regression(config):
         fact = f"{algo} needs classes, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, f"use {REGRESSION_DEFAULTS['algo']}"))
@@ -57,7 +64,7 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         problems.append(problem)
     if config.cuda_graph and not entry.captured:
         problems.append((f"--cuda-graph is not available with {algo}", "leave it out"))
-    if config.task_chunk != "auto" and entry.whole_batches:
+    if config.task_chunk != "auto" and entry.whole_batches and "task_chunk" not in entry.unsupported:
         why = "a meta-batch is one batch with shared batch-norm statistics"
         problems.append((f"--task-chunk has no effect with {algo}: {why}", "leave it out"))
     return problems
@@ -101,23 +108,25 @@ def _unset(entry: Algorithm, name: str) -> Any:
 
 def algorithm_forced(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that can have only one value with this algorithm, and the value."""
-    entry = ALGORITHMS.get(config.algo)
-    if entry is None:
+    if config.algo not in ALGORITHMS:
         return {}
+    entry = algorithm_of(config)
     unused = (OWNED - set(entry.exclusive_settings)) | entry.unsupported.keys()
     forced = {name: _unset(entry, name) for name in unused} | dict(entry.forced)
     return forced | ({"engine": FIELDS["engine"].default} if _compiled_problem(config, entry) else {})
 
 
-def algorithm_defaults(name: str, *, regression: bool) -> Mapping[str, Any]:
-    """Return the defaults that `--algo name` implies, for images or regression; empty for an unknown name."""
-    entry = ALGORITHMS.get(name)
-    if entry is None:
+def algorithm_defaults(config: TrainConfig) -> Mapping[str, Any]:
+    """Return the defaults that --algo implies with the data set; empty for an unknown name."""
+    if config.algo not in ALGORITHMS:
         return {}
-    return {**entry.defaults, **((entry.on_curves or {}) if regression else {})}
+    entry = algorithm_of(config)
+    return {**entry.defaults, **((entry.on_curves or {}) if is_regression(config) else {})}
 
 
 def settings_of_algorithm(name: str) -> set[str]:
     """Return the names of the settings that define an algorithm; empty for an unknown one."""
-    entry = ALGORITHMS.get(name)
-    return set() if entry is None else {*entry.defaults, *entry.forced, *entry.exclusive_settings}
+    if name not in ALGORITHMS:
+        return set()
+    entries = [definition(name, rewards=rewards) for rewards in (False, True)]
+    return {part for entry in entries for part in (*entry.defaults, *entry.forced, *entry.exclusive_settings)}

@@ -56,7 +56,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> loss_T
 class Objective:
     """The loss that trains a network and the score that evaluates it, both per task."""
 
-    metric: Metric  # name of the score: accuracy (0..1, higher is better) or mse (lower is better)
+    metric: Metric  # name of the score: accuracy (0..1, higher is better), mse (lower is better) or return
     loss: Loss
     score: Callable[[Tensor, Tensor], Tensor]  # outputs_TEN, y_TE -> score_T
 
@@ -67,8 +67,8 @@ class Objective:
 
     @property
     def has_default_loss(self) -> bool:
-        """Whether the loss is that of CLASSIFICATION or REGRESSION, which has faster derivatives."""
-        return self in (CLASSIFICATION, REGRESSION)
+        """Whether the loss is that of CLASSIFICATION or REGRESSION, or of policies, which have no other."""
+        return self in (CLASSIFICATION, REGRESSION) or self.metric == "return"
 
 
 CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)

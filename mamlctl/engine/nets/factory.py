@@ -8,11 +8,12 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from mamlctl.data.sets.registry import has_rewards
 from mamlctl.engine.devices import COMPUTE
-from mamlctl.engine.nets.base import Net, Objective
+from mamlctl.engine.nets.base import REGRESSION, Net, Objective
 from mamlctl.engine.nets.conv4 import Conv4
 from mamlctl.engine.nets.losses import OwnLoss, objective_with
-from mamlctl.engine.nets.mlp import HIDDEN, Mlp
+from mamlctl.engine.nets.mlp import HIDDEN, GaussianPolicy, Mlp
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
 from mamlctl.engine.nets.resnet12 import ResNet12
 from mamlctl.settings.schema import TrainConfig
@@ -71,6 +72,9 @@ def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, parts: Par
         outputs: the number of outputs.
         parts: those that the settings name and that are not built in.
     """
+    if has_rewards(config):
+        widths = tuple(map(int, (config.hidden or HIDDEN["return"]).split("-")))
+        return GaussianPolicy(Mlp(tuple(shape), outputs, widths, REGRESSION, config.activation or "relu"))
     objective = objective_with(shape, config.loss, parts.loss)
     if config.net in NETS:
         return NETS[config.net](config, shape, outputs, objective)

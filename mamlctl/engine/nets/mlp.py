@@ -1,4 +1,4 @@
-"""The fully connected networks of the MAML paper: one for Omniglot images, one for curves."""
+"""The fully connected networks of the MAML paper: for Omniglot images, for curves, and for policies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.core.literals import Activation
-from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, SLOPES, Objective, head, xavier_uniform
+from mamlctl.core.literals import Activation, Metric
+from mamlctl.engine.nets.base import SLOPES, Objective, head, xavier_uniform
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
-# Layer widths of the published networks (arXiv:1703.03400, sections 5.1 and 5.2).
-HIDDEN = {CLASSIFICATION.metric: "256-128-64-64", REGRESSION.metric: "40-40"}
+# Layer widths of the published networks (arXiv:1703.03400, sections 5.1 to 5.3).
+HIDDEN: Mapping[Metric, str] = {"accuracy": "256-128-64-64", "mse": "40-40", "return": "100-100"}
+
+# The logarithm of the standard deviation of each number of an action, among the weights of a policy.
+DEVIATION = "deviation.log"
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,61 @@ class Mlp:
 def _uniform(shape: tuple[int, ...], inputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return ((2 * uniform - 1) / math.sqrt(inputs)).to(dtype)
+
+
+def mean_return(outputs_TE1: Tensor, y: Tensor) -> Tensor:
+    """Mean over the trajectories of each task -> return_T; the goals `y` are not used."""
+    return outputs_TE1.flatten(1).mean(1)
+
+
+def minus_mean_return(outputs_TE1: Tensor, y: Tensor) -> Tensor:
+    """Minus `mean_return`, the loss that reports show."""
+    return -mean_return(outputs_TE1, y)
+
+
+# The outputs of a task are the returns of its trajectories.
+POLICY = Objective("return", minus_mean_return, mean_return)
+
+
+@dataclass(frozen=True)
+class GaussianPolicy:
+    """pi(a | s) = N(a; mu(s), diag(sigma^2)), where `mean` computes mu and sigma does not depend on s.
+
+    Finn et al. 2017 (arXiv:1703.03400), section 5.3: two hidden layers of 100 ReLUs; the inner loop adapts
+    sigma too.
+    """
+
+    mean: Mlp
+
+    objective = POLICY
+
+    @property
+    def outputs(self) -> int:
+        """A, the numbers of an action."""
+        return self.mean.outputs
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        return self.mean.compute
+
+    @property
+    def norm_layers(self) -> dict[str, int]:
+        return self.mean.norm_layers
+
+    @property
+    def largest(self) -> int:
+        return self.mean.largest
+
+    @property
+    def places(self) -> int:
+        return self.mean.places
+
+    def init(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
+        """Draw the weights of the mean; the deviations start at 1, as in the published code."""
+        return self.mean.init(generator, dtype) | {DEVIATION: torch.zeros(self.outputs, dtype=dtype)}
+
+    def features(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        return self.mean.features(fast, x, norm)
+
+    def __call__(self, fast: Mapping[str, Tensor], x: Tensor, norm: NormPass) -> Tensor:
+        return self.mean(fast, x, norm)

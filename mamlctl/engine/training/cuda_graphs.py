@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -138,7 +138,7 @@ def runner_of(step: MetaStep, on_failure: Callable[[str], None] = lambda why: No
     `on_failure` is called with the reason if a capture fails.
     """
     config = step.config
-    allowed = config.cuda_graph is not False and ALGORITHMS[config.algo].captured
+    allowed = config.cuda_graph is not False and algorithm_of(config).captured
     # A loop over tasks draws random numbers on the CPU, or was chosen because vmap does not work.
     allowed &= not isinstance(step.net, ModuleNet) or step.net.plan.one_pass
     return Captured(step, on_failure=on_failure) if step.device.type == "cuda" and allowed else step

@@ -10,7 +10,7 @@ from torch import Tensor
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import Adapts
 from mamlctl.engine.algorithms.equal_heads import equal_rows
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
 from mamlctl.engine.evaluation.prediction import zero_head
@@ -45,12 +45,13 @@ def build(
     Raises:
         SettingsError: the images are too small for the network, or a pattern of --freeze matches nothing.
     """
-    entry = ALGORITHMS[config.algo]
+    entry = algorithm_of(config)
     regression = len(example_shape) == 1
     outputs = targets if regression else config.ways
     if entry.training_head == "classes" and classes is not None and not regression:
         outputs = classes
-    net = make_net(config, example_shape, outputs, parts)
+    shape = tuple(example_shape) * 2 if entry.sees_goal else tuple(example_shape)
+    net = make_net(config, shape, outputs, parts)
     dtype = tensor_dtype(config.precision)
     seed = config.seed if config.init_seed is None else config.init_seed
     slow = net.init(torch.Generator().manual_seed(seed), dtype)
@@ -97,7 +98,7 @@ def evaluation_net(config: TrainConfig, net: Net) -> Net:
 
 def evaluation_plan(config: TrainConfig, tasks: int) -> EvaluationPlan:
     """Return the evaluation plan of these settings for a number of tasks."""
-    predict = ALGORITHMS[config.algo].predict(config)
+    predict = algorithm_of(config).predict(config)
     return EvaluationPlan(tasks, config.evaluation_inner_steps, Statistics(config.bn), predict)
 
 

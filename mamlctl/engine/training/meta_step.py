@@ -17,7 +17,7 @@ from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.body_start import body_start
 from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, compiled, compiled_steps
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.selection import tasks_per_pass
 from mamlctl.engine.inner_loop import RATE, RUNNING, MetaState
 from mamlctl.engine.nets.base import Net
@@ -41,7 +41,7 @@ class MetaStep:
             state: the tensors to train, in place; the learnable ones are set to require gradients.
         """
         self.config, self.net, self.state = config, net, state
-        entry = ALGORITHMS[config.algo]
+        entry = algorithm_of(config)
         self.outer = entry.outer(config)
         self.body_start = partial(body_start, engine=config.engine)
         self.learnable = {name: tensor.requires_grad_() for name, tensor in state.learnable().items()}

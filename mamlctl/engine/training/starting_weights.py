@@ -12,7 +12,7 @@ from torch import Tensor
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.files import read_object, write_json
 from mamlctl.core.formatting import plural
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.inner_loop import MOMENT, RATE, RUNNING, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training.tensor_names import COUNTER, TensorNames, listed, names_of
@@ -85,7 +85,7 @@ def start_from(
     tensors, prefixes = _by_names_in_files(weights, names)
     skipped = names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip else set()
     # The head of zeros is part of some algorithms, and others have no head.
-    if config.body_epochs or ALGORITHMS[config.algo].head_start == "zeros" or _has_no_head(names, own):
+    if config.body_epochs or algorithm_of(config).head_start == "zeros" or _has_no_head(names, own):
         skipped |= set(names.head)
     targets = {name: own[stored] for name, stored in names.stored.items() if name not in skipped}
     # Batch norm's tensors are compared row by row; a file has a single one.
@@ -199,6 +199,6 @@ def _size(shape: Sequence[int]) -> str:
 def _check_equal_rows(config: TrainConfig, head: Sequence[Tensor], source: str) -> None:
     """Raise SettingsError if an algorithm with equal rows in the head would start with others."""
     equal = all(torch.equal(part, part[:1].expand_as(part)) for part in head)
-    if ALGORITHMS[config.algo].head_start == "equal rows" and not equal:
+    if algorithm_of(config).head_start == "equal rows" and not equal:
         fact = f"--algo {config.algo} starts all classes from one row, but {source} has different rows"
         raise SettingsError([(fact, "add --init-skip head")])

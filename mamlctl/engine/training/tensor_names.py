@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import nearest
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.inner_loop import RUNNING, MetaState
 from mamlctl.engine.nets.base import HEAD, Net
 from mamlctl.engine.nets.module_net import ModuleNet
@@ -90,7 +90,7 @@ def frozen_names(config: TrainConfig, net: Net, state: MetaState) -> frozenset[s
     present = TensorNames({name: stored for name, stored in names.stored.items() if stored in own}, {})
     frozen = frozenset(present.stored[name] for name in present.selected(config.freeze, "--freeze"))
     learnt = (state.slow | state.norm).keys() - frozen
-    if config.body_epochs or ALGORITHMS[config.algo].head_start == "zeros":
+    if config.body_epochs or algorithm_of(config).head_start == "zeros":
         learnt -= set(HEAD)
     if not learnt:
         epochs = " in --body-epochs" if config.body_epochs else ""

@@ -15,7 +15,7 @@ from mamlctl.core.results import KEPT, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
@@ -83,7 +83,7 @@ class Trainer:
         no_graph = "meta-steps run without a CUDA graph, because the capture failed"
         self.runner = runner_of(self.meta_step, lambda why: on_event(Notice(f"{no_graph}: {why}")))
         self.plan = evaluation_plan(config, config.val_tasks)
-        self.unrolls = ALGORITHMS[config.algo].unrolls
+        self.unrolls = algorithm_of(config).unrolls
         self.derivatives = select_derivatives(
             evaluation_net(config, net), state.example_tensor, config.engine
         )

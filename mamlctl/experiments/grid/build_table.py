@@ -17,7 +17,7 @@ from mamlctl.core.files import read_text
 from mamlctl.core.literals import BatchNormMode, Model
 from mamlctl.core.statistics import Difference, difference, holm, mean_ci95, over_seeds
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import is_regression
+from mamlctl.data.sets.registry import has_classes
 from mamlctl.experiments.grid.command_lines import train_arguments
 from mamlctl.experiments.grid.grid import CELLS, GridCell, common_settings
 from mamlctl.experiments.grid.plans import as_unimproved, improved_label
@@ -224,7 +224,7 @@ def _table_row(
     config = fill_defaults(runs.spec.config)
     evaluations = list(runs.evaluations.values())
     evaluated = evaluate.over(config)
-    bn: BatchNormMode = "none" if is_regression(config) else evaluated.bn
+    bn: BatchNormMode = evaluated.bn if has_classes(config) else "none"
     if evaluations:
         bn = evaluations[0].protocol["bn"]
     settings = identity_settings(runs.spec.config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mamlctl.core.problems import flag
 from mamlctl.data.rules import per_step_settings
-from mamlctl.data.sets.registry import is_image_folder, is_regression
+from mamlctl.data.sets.registry import has_classes, is_image_folder
 from mamlctl.experiments.grid.grid import Grid, GridCell
 from mamlctl.experiments.settings import resolve_settings
 from mamlctl.run_folder import CONFIG
@@ -22,7 +22,7 @@ from mamlctl.settings.schema import TrainConfig
 def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     """The shortest arguments of `mamlctl train` that result in these settings."""
     leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
-    if is_regression(config):
+    if not has_classes(config):
         del leading["ways"]
     if is_image_folder(config.dataset):  # always named, so that files added later do not change the classes
         leading["classes"] = config.classes

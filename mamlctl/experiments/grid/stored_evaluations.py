@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import CellStatus, Metric, Model, Models
+from mamlctl.core.literals import HIGHER_IS_BETTER, CellStatus, Metric, Model, Models
 from mamlctl.core.metrics_rows import rows_of, steps_done
 from mamlctl.data.rules import metric_of, per_step_settings
-from mamlctl.data.sets.registry import is_regression
+from mamlctl.data.sets.registry import has_classes
 from mamlctl.experiments.grid.evaluation_files import per_step_tasks, read_scores, read_summary
 from mamlctl.report.table import Cell
 from mamlctl.run_folder import (
@@ -66,7 +66,7 @@ def find_evaluation(run: RunFolder, settings: EvalConfig) -> StoredEvaluation | 
         name: value for name, value in protocol_settings(settings, evaluated).items() if name not in left_out
     }
     sizes = {"ways": evaluated.ways, "shots": evaluated.shots}
-    if is_regression(run.config) and settings.ways is None:
+    if not has_classes(run.config) and settings.ways is None:
         sizes["ways"] = 1
     answers = list[tuple[int, Path, dict[str, Any]]]()
     for path in sorted((run.path / EVALUATIONS).glob(f"{settings.split}-*/{SUMMARY}")):
@@ -155,9 +155,13 @@ def read_cell(run: RunFolder | None, *, seed: int, place: str, command: str, fai
 
 
 def _steps_to_99(validation: Sequence[tuple[int, float]], metric: Metric) -> int | None:
-    """The first step with a score of at least 99 % of the last one (mse: at most 1/0.99 of it)."""
+    """The first step with a score of at least 99 % of the last one (mse: at most 1/0.99 of it).
+
+    Returns are negative, and compare by their absolute values, as errors do.
+    """
     for step, score in validation:
         last = validation[-1][1]
-        if score <= last / NEAR if metric == "mse" else score >= last * NEAR:
+        near = last / NEAR if metric == "mse" or last < 0 else last * NEAR
+        if score >= near if metric in HIGHER_IS_BETTER else score <= near:
             return step
     return None

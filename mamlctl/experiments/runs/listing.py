@@ -8,11 +8,11 @@ from typing import Any
 
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.files import is_locked
-from mamlctl.core.literals import ListedStatus
+from mamlctl.core.literals import HIGHER_IS_BETTER, ListedStatus
 from mamlctl.core.metrics_rows import rows_of, steps_done
 from mamlctl.core.results import ListedRun, ListedTable, RunList
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import is_regression
+from mamlctl.data.sets.registry import has_classes
 from mamlctl.experiments.grid.grid import CELLS, is_grid
 from mamlctl.experiments.grid.plans import label_of
 from mamlctl.experiments.runs.search import changed_at, newest_first
@@ -49,7 +49,7 @@ def _listed_run(path: Path) -> ListedRun:
         reason = error.message if isinstance(error, MamlctlError) else str(error)
         return ListedRun(str(path), "damaged", changed, reason=reason)
     config = run.config
-    on_curves = is_regression(config)
+    on_curves = not has_classes(config)
     return ListedRun(
         run=str(path),
         status=status,
@@ -85,7 +85,7 @@ def _listed_status(path: Path, state: RunState) -> ListedStatus:
 def _best_validation(run: RunFolder) -> dict[str, Any]:
     """The row of the best validation; empty before the first one."""
     metric = metric_of(run.config)
-    key, sign = f"val_{metric}", 1 if metric == "accuracy" else -1
+    key, sign = f"val_{metric}", 1 if metric in HIGHER_IS_BETTER else -1
     # Few of the lines are validations, and reading the others as JSON would take most of the time.
     rows = rows_of(run.metrics(containing='"val_tasks"'), "validation")
     scored = [row for row in rows if row.get(key) is not None]

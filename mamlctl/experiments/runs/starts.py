@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
-from mamlctl.data.sets.registry import is_regression, is_table
+from mamlctl.data.sets.registry import has_classes, is_table
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.training import checkpoints
@@ -90,10 +90,10 @@ def _of_run(config: TrainConfig, place: Path, source: str, on_event: OnEvent) ->
 
 
 def _caveat(config: TrainConfig, source: str) -> str:
-    """What is unknown about weights that were trained on other data; "" for families of curves."""
-    if is_regression(config) and not is_table(config.dataset):
+    """What is unknown about weights that were trained on other data; "" for endless tasks."""
+    if not has_classes(config) and not is_table(config.dataset):
         return ""
-    what = "tasks" if is_regression(config) else "classes"
+    what = "classes" if has_classes(config) else "tasks"
     return f"the start, {source}, may have been trained on the test {what}"
 
 

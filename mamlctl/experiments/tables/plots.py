@@ -11,7 +11,7 @@ import torch
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.tasks.table_tasks import Standardisation, table_stream
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.experiments.trained_model import TrainedModel
 from mamlctl.report.figures import fit_figures
 from mamlctl.report.figures.fit_figures import Agreement, Fit
@@ -71,7 +71,7 @@ def _fits(model: TrainedModel, columns: Standardisation, task: int) -> list[Fit]
     stream = table_stream(model.stream)
     assert stream is not None
     name = stream.names[int(stream.tasks_of(task, 1)[0])]
-    start = ALGORITHMS[model.config.algo].start_of(model.config)
+    start = algorithm_of(model.config).start_of(model.config)
     episodes = model.stream.episodes(task, 1)
     return fits_of(lambda sets: model.outputs(sets, model.inner_steps), episodes, columns, f"{name}: {start}")
 

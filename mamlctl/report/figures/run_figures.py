@@ -228,7 +228,7 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
         for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
             _metric_line(top, steps, losses[taken], color=shade, label=str(taken))
         _use_log_axis(top, *losses)
-        top.set_title("Query loss in training")
+        top.set_title("Query loss in training" if metric != "return" else "Minus the mean return in training")
         for ax in middle:
             for accuracies in trained:
                 _metric_line(ax, steps, accuracies, color=style.CALM, label="training tasks")
@@ -237,7 +237,9 @@ def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
             ax.fill_between(
                 val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
             )
-            ax.set_title("Query accuracy after adaptation" if metric == "accuracy" else "Validation mse")
+            ax.set_title(
+                "Query accuracy after adaptation" if metric == "accuracy" else f"Validation {metric}"
+            )
             if metric == "accuracy":
                 ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
             else:

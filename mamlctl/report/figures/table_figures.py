@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.formatting import minus_signs
+from mamlctl.core.literals import HIGHER_IS_BETTER, METRIC_NAMES
 from mamlctl.report.figures import rate_figures, style
 from mamlctl.report.figures.style import drawing, plain
 from mamlctl.report.table import Cell, Row, Score, Table
@@ -74,7 +75,7 @@ def _parts(
     table: Table, name: str, title: str, rows: Sequence[Row], most: int, draw: Draw
 ) -> Iterator[Picture]:
     count = math.ceil(len(rows) / most)
-    caption = CAPTIONS[name].format(score="accuracy" if table.metric == "accuracy" else "error")
+    caption = CAPTIONS[name].format(score="error" if table.metric == "mse" else table.metric)
     for part in range(count):
         number, note = (f"-{part + 1}", f" ({part + 1} of {count})") if count > 1 else ("", "")
         figure = draw(table, rows[part * most : (part + 1) * most], title + note)
@@ -238,7 +239,8 @@ def differences(table: Table, rows: Sequence[Row], title: str) -> Figure:
                 )
         names = ["\n".join(textwrap.wrap(plain(row.label), 48)) or "?" for row in rows]
         axes[0].set_yticks(range(len(rows)), names, color=style.INK)
-        unit = "points" if table.metric == "accuracy" else "mean squared error, lower is better"
+        lower = "" if table.metric in HIGHER_IS_BETTER else ", lower is better"
+        unit = "points" if table.metric == "accuracy" else f"{METRIC_NAMES[table.metric]}{lower}"
         for ax in axes:
             ax.set_xlabel(unit)
         figure.legend(handles=_forest_legend(), loc="outside lower left", ncols=4, fontsize=style.SMALL)

@@ -1,0 +1,1 @@
+"""Reinforcement learning: trajectories, advantages, policy gradients and trust regions."""
