@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from mamlctl.cli.common_options import started_models
 from mamlctl.cli.help import show_everything
 from mamlctl.core.errors import ExitCode
 from mamlctl.core.files import expanded
@@ -154,8 +155,10 @@ def _parameter(name: str, default: object, annotation: object) -> inspect.Parame
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _completion(name: str, choices: Sequence[object]) -> Callable[[], list[Any]] | None:
+def _completion(name: str, choices: Sequence[object]) -> Callable[..., list[Any]] | None:
     """A function that returns what a shell completes as the value of a setting, or None."""
+    if name == "init":
+        return started_models
     if name in LIST_OF_SETTING:
         return lambda: list(LISTS[LIST_OF_SETTING[name]]().items())
     return (lambda: [str(choice) for choice in choices]) if choices else None

@@ -211,14 +211,20 @@ def test_values_that_cannot_be_used_are_named(spoil, words, tmp_path):
 @pytest.mark.parametrize(
     ("wrap", "unwrapped"),
     [
-        (lambda state: {"state_dict": state, "epoch": 3}, ("the entry 'state_dict'",)),
-        (lambda state: {"model": {"state_dict": state}}, ("the entry 'model'", "the entry 'state_dict'")),
-        (lambda state: {f"module.{name}": part for name, part in state.items()}, ("the prefix 'module.'",)),
+        (lambda state: {"state_dict": state, "epoch": 3}, ("in the entry 'state_dict'",)),
+        (
+            lambda state: {"model": {"state_dict": state}},
+            ("in the entry 'model'", "in the entry 'state_dict'"),
+        ),
+        (
+            lambda state: {f"module.{name}": part for name, part in state.items()},
+            ("without the prefix 'module.'",),
+        ),
         (
             lambda state: {"params": {f"module.net.{name}": part for name, part in state.items()}},
-            ("the entry 'params'", "the prefix 'module.'", "the prefix 'net.'"),
+            ("in the entry 'params'", "without the prefix 'module.'", "without the prefix 'net.'"),
         ),
-        (lambda state: {"format": 1, "classes": ["a"], "weights": state}, ("the entry 'weights'",)),
+        (lambda state: {"format": 1, "classes": ["a"], "weights": state}, ("in the entry 'weights'",)),
     ],
 )
 def test_wrappers_are_taken_off_and_named(wrap, unwrapped, tmp_path):
@@ -237,6 +243,30 @@ class Evil:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+class Wrapped(nn.Module):
+    """A backbone under a name, and a head."""
+
+    def __init__(self, shape, outputs):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(shape[0], 4, 3, 4), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, outputs)
+
+    def forward(self, x):
+        return self.head(self.backbone(x).mean((2, 3)))
+
+
+def test_the_file_of_a_backbone_fits_a_module_that_contains_it(tmp_path):
+    own = drawn(Wrapped(IMAGE, 3)).backbone.state_dict()
+    _, state, _, start = started(written(tmp_path / "w.pt", own), Wrapped, init_skip="head")
+    assert torch.equal(state.slow["backbone.0.weight"], own["0.weight"])
+    assert torch.equal(state.running["backbone.1.mean"][0], own["1.running_mean"])
+    assert start.unwrapped == ("with the prefix 'backbone.'",)
+    renamed = {f"module.{name}": part for name, part in own.items()}
+    _, state, _, start = started(written(tmp_path / "w.pt", renamed), Wrapped, init_skip="head")
+    assert torch.equal(state.slow["backbone.0.weight"], own["0.weight"])
+    assert start.unwrapped == ("without the prefix 'module.'", "with the prefix 'backbone.'")
 
 
 def test_a_hostile_file_executes_nothing(tmp_path):

@@ -119,12 +119,15 @@ def test_a_run_with_an_own_module_starts_from_its_file_and_from_its_run(train, h
     torch.save({"state_dict": module.state_dict()}, here / "w.pt")
     small = SMALL.replace("--filters 4", "--net net.py:make")
     notices = train("--algo", "maml++", "--init", "w.pt", small=small, out="first")
-    assert "the entry 'state_dict'" in notices
+    assert "in the entry 'state_dict'" in notices
     own, stored = module.state_dict(), tensors("first")
     assert torch.equal(stored["linear.weight"], own["4.weight"])
     assert torch.equal(stored["running.1.mean"], own["1.running_mean"].expand(2, 4))
     assert torch.equal(stored["1.weight"], own["1.weight"].expand(2, 4))
+    # The code in the other run is not used, whatever it is.
+    (here / "first/code/net/net.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     train("--algo", "maml++", "--init", "first", small=small)
+    assert not (here / "ran").exists()
     best = tensors("first", "last.pt")
     assert all(torch.equal(part, best[name]) for name, part in tensors("run").items())
 
@@ -306,3 +309,29 @@ def test_the_lines_of_the_docs_start_from_the_backbone(cli, here, glyphs_root):
     for name in ("mean", "var"):
         rows = first[f"running.layer1.0.bn1.{name}"]
         assert torch.equal(rows, expected[f"layer1.0.bn1.running_{name}"].expand_as(rows))
+
+
+def test_scratch_tests_the_start_itself(train, here):
+    train("--algo", "maml", "--seed", "7", out="other")
+    train(
+        "--algo",
+        "scratch",
+        "--init",
+        "other",
+        small=SMALL.replace("--inner-steps 2", "").replace("--steps-per-epoch 2", ""),
+    )
+    first, last = tensors("other", "last.pt"), tensors("run", "last.pt")
+    for name, part in first.items():
+        if not name.startswith("running."):
+            assert torch.equal(last[name], part[0] if "norm" in name else part), name
+
+
+def test_a_run_on_curves_starts_from_another_one(train, here):
+    small = "--dataset sinusoid --meta-batch-size 2 --epochs 1 --steps-per-epoch 9 --val-tasks 4 --device cpu"
+    train(small=small, out="other")
+    train("--init", "other", "--freeze", "hidden2,head", small=small)
+    first, start, last = tensors("other", "last.pt"), tensors("run"), tensors("run", "last.pt")
+    assert all(torch.equal(part, first[name]) for name, part in start.items())
+    changed = {name for name, part in last.items() if not torch.equal(part, first[name])}
+    assert changed == {"hidden1.weight", "hidden1.bias"}
+    assert json.loads(Path("run", INIT).read_text())["caveat"] == ""

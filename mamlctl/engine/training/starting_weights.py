@@ -32,7 +32,7 @@ class Start:
     source: str  # for people
     file: str
     digest: str  # SHA-256 of the file
-    unwrapped: tuple[str, ...]  # what was around the tensors and their names, for people
+    unwrapped: tuple[str, ...]  # how the tensors were found in the file, for people
     read: Mapping[str, Sequence[int]]  # name in files -> shape
     not_read: tuple[str, ...]  # the other tensors of the network
     caveat: str  # what a reader of results has to know about the weights
@@ -43,7 +43,7 @@ class Start:
         count, total = len(self.read), len(self.read) + len(self.not_read)
         text = f"start: {count} of {total} {plural(total, 'tensor')} from {self.source}"
         if self.unwrapped:
-            text += f" ({' and '.join(self.unwrapped)} unwrapped)"
+            text += f" ({', '.join(self.unwrapped)})"
         return text + (f", as drawn: {listed(self.not_read)}" if self.not_read else "")
 
     def store(self, run: Path) -> None:
@@ -127,7 +127,7 @@ def start_from(
 
 
 def _by_names_in_files(weights: Weights, names: TensorNames) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors by their names in files, and the prefixes that all of these had.
+    """The tensors by their names in files, and the prefixes that were removed or added.
 
     The inner rates of a checkpoint and the moments of its inner optimiser are no weights, and are left out.
     """
@@ -136,15 +136,22 @@ def _by_names_in_files(weights: Weights, names: TensorNames) -> tuple[dict[str, 
         own = {name: stored[of] for name, of in names.stored.items() if of in stored}
         known = {*names.stored.values()}
         return own | {name: part for name, part in stored.items() if name not in known}, []
-    tensors = {n: part for n, part in weights.tensors.items() if n.rpartition(".")[2] != COUNTER}
-    stripped, prefixes = tensors, list[str]()
-    while not stripped.keys() & names.stored.keys():
-        parts = {name.partition(".")[::2] for name in stripped}
+    found = {n: part for n, part in weights.tensors.items() if n.rpartition(".")[2] != COUNTER}
+    words = list[str]()
+    # A module that contains a backbone has a prefix that the backbone's file lacks.
+    own_parts = {name.partition(".")[0] for name in names.stored.keys() - {*names.head}}
+    own_prefix = f"{own_parts.pop()}." if len(own_parts) == 1 else ""
+    tensors = found
+    while not tensors.keys() & names.stored.keys():
+        longer = {own_prefix + name: part for name, part in tensors.items()}
+        if longer.keys() & names.stored.keys():
+            return longer, [*words, f"with the prefix '{own_prefix}'"]
+        parts = {name.partition(".")[::2] for name in tensors}
         if len({first for first, _ in parts}) != 1 or "" in {rest for _, rest in parts}:
-            return tensors, []  # the names have nothing in common
-        prefixes.append(f"the prefix '{next(iter(parts))[0]}.'")
-        stripped = {name.partition(".")[2]: part for name, part in stripped.items()}
-    return stripped, prefixes
+            return found, []  # the names have nothing in common
+        words.append(f"without the prefix '{next(iter(parts))[0]}.'")
+        tensors = {name.partition(".")[2]: part for name, part in tensors.items()}
+    return tensors, words
 
 
 def _has_no_head(names: TensorNames, own: Mapping[str, Tensor]) -> bool:

@@ -33,7 +33,7 @@ class Weights:
     file: Path
     digest: str  # SHA-256 of the file
     tensors: Mapping[str, Tensor]  # by their names in the file
-    unwrapped: tuple[str, ...] = ()  # what was around them, for people
+    unwrapped: tuple[str, ...] = ()  # where they were, for people
     of_checkpoint: bool = False  # with the names and rows of mamlctl's checkpoints
 
 
@@ -113,13 +113,13 @@ def _unwrapped(file: Path, digest: str, content: Any) -> Weights:
         and isinstance(content["content"], Mapping)
     ):
         stored = content["content"].get("stored")
-        return Weights(file, digest, _named_tensors(file, stored), ("a checkpoint of mamlctl",), True)
+        return Weights(file, digest, _named_tensors(file, stored), ("in a checkpoint of mamlctl",), True)
     for _ in range(DEEPEST):
         entries = content if isinstance(content, Mapping) else {}
         wrapper = next((name for name in WRAPPERS if isinstance(entries.get(name), Mapping)), None)
         if wrapper is None:
             break
-        words.append(f"the entry '{wrapper}'")
+        words.append(f"in the entry '{wrapper}'")
         content = content[wrapper]
     return Weights(file, digest, _named_tensors(file, content), tuple(words))
 
