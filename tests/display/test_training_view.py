@@ -108,6 +108,18 @@ def test_the_level_of_chance_is_that_of_the_larger_problem_while_only_the_body_i
         assert shown in "\n".join(frame(state_after(run, a_report(epoch=epoch)), 80, 40))
 
 
+def test_the_name_of_another_loss_is_shown_and_its_level_of_chance_is_unknown():
+    accuracies = {"query_losses": (-0.5, 0.25, 7.0), "query_accuracies": (0.1, 0.2, 0.3)}
+    classes = replace(RUN, loss="loss.py:smooth")
+    text = "\n".join(frame(state_after(classes, a_report(inner_steps=2, **accuracies)), 120, 39))
+    assert "loss.py:smooth · ┊ chance: 5.0 %" in text and "2.9957" not in text and "-0.5000" in text
+    values = replace(RUN, metric="mse", guesses=0)
+    report = a_report(query_accuracies=(), query_accuracy=None)
+    assert "mean squared error" in "\n".join(frame(state_after(values, report), 120, 20))
+    other = "\n".join(frame(state_after(replace(values, loss="Huber loss"), report), 120, 20))
+    assert "Huber loss" in other and "mean squared error" not in other
+
+
 def test_a_tall_terminal_has_a_chart_of_the_loss_history_and_a_small_one_sparklines():
     state = state_after(RUN, *(a_report(step) for step in range(1, 60)), VALIDATION)
     for width, height, tall in ((80, 23, False), (120, 39, True), (80, 39, True), (120, 29, False)):

@@ -28,6 +28,7 @@ from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, HeadNet, object
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.nets.factory import Parts
 from mamlctl.engine.nets.losses import BUILT_IN, objective_with
+from mamlctl.engine.training.cuda_graphs import Captured, runner_of
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -237,6 +238,17 @@ def test_code_in_c_is_for_the_squared_error_only():
         equal_to(result.grads, expected.grads, 0.0)
     other = unrolled(squared, state, episodes, request)
     assert float(result.meta_loss) != pytest.approx(float(other.meta_loss), rel=1e-3)
+
+
+def test_meta_steps_with_the_users_loss_are_not_recorded_as_cuda_graphs():
+    for loss, parts, kind in (
+        (None, Parts(), Captured),
+        (OWN, Parts(loss=own(cross_entropy)), MetaStep),
+    ):
+        config = small_config(loss=loss)
+        step = MetaStep(config, *build(config, IMAGE, CPU, parts=parts))
+        step.device = torch.device("cuda")
+        assert type(runner_of(step)) is kind
 
 
 def test_an_evaluation_measures_the_loss_beside_the_score():

@@ -13,6 +13,7 @@ from torch import Tensor
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import algorithm_of
+from mamlctl.engine.nets.losses import OwnLoss
 from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -141,4 +142,6 @@ def runner_of(step: MetaStep, on_failure: Callable[[str], None] = lambda why: No
     allowed = config.cuda_graph is not False and algorithm_of(config).captured
     # A loop over tasks draws random numbers on the CPU, or was chosen because vmap does not work.
     allowed &= not isinstance(step.net, ModuleNet) or step.net.plan.one_pass
+    # The user's loss may do what a graph cannot record, such as copies from the host.
+    allowed &= not isinstance(step.net.objective.loss, OwnLoss)
     return Captured(step, on_failure=on_failure) if step.device.type == "cuda" and allowed else step
