@@ -7,12 +7,15 @@ from torch import nn
 from mamlctl.engine.derivatives.autograd import Autograd
 from mamlctl.engine.evaluation.adapted_model import AdaptedModel
 from mamlctl.engine.evaluation.plain_module import plain_module
+from mamlctl.engine.nets import factory
 from mamlctl.engine.nets.base import CLASSIFICATION, REGRESSION, body_of
 from mamlctl.engine.nets.batch_norm import NormPass, Statistics
 from mamlctl.engine.nets.conv4 import Conv4
 from mamlctl.engine.nets.mlp import Mlp
 from mamlctl.engine.nets.module_net import ModuleNet, ModulePlan
+from mamlctl.engine.nets.plain_layers import plain_layers
 from mamlctl.engine.nets.resnet12 import ResNet12
+from mamlctl.settings.schema import TrainConfig
 
 
 class OwnNet(nn.Module):
@@ -59,6 +62,14 @@ def drawn(net, adapted_norm, generator):
             f"{name}.var": normal((1, channels)).float().square().double(),
         }
     return (weights | norm, {}, statistics) if adapted_norm else (weights, norm, statistics)
+
+
+def test_every_built_in_network_has_layers_of_torch():
+    config = TrainConfig(net="conv4", hidden="8", filters=4)
+    for make in factory.NETS.values():
+        net = make(config, (1, 16, 16), 3, CLASSIFICATION)
+        assert type(net) in map(type, NETS.values())
+        assert plain_layers(net)(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("adapted_norm", [False, True])

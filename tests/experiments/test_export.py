@@ -242,6 +242,28 @@ def test_a_table_is_exported_without_a_query(tmp_path, cli):
     assert (np.abs(predicted - expected).max(0) < 1e-5 * np.array(about["deviation"][2:])).all()
 
 
+def test_a_module_with_batch_norm_on_a_table_is_exported_with_fixed_statistics(table, cli, tmp_path):
+    """Its run predicts all rows of a query table together, which a file for any number of rows cannot."""
+    text = NET.replace(
+        "nn.Conv2d(shape[0], 4, 3, 4, 1), nn.BatchNorm2d(4)", "nn.Linear(1, 196), nn.BatchNorm1d(196)"
+    )
+    (tmp_path / "net.py").write_text(text)
+    make_run(
+        tmp_path / "run",
+        **SMALL | {"shots": 4, "queries": 6, "algo": "maml", "report_every": 1},
+        dataset=str(table / "tasks.csv"),
+        net=f"{tmp_path}/net.py:Net",
+    )
+    words = ("eval", tmp_path / "run", "--support", table / "a.csv", "--query", table / "b.csv", "--json")
+    code, out, err = cli(*words, "--export", tmp_path / "t.pt2", "--device", "cpu")
+    assert code == ExitCode.OK and "exported with the support set's statistics" in err
+    assert json.loads(out)["exported"]["difference"] < 1e-5
+    rows = np.array([[0.5], [4.25], [9.0]])
+    together, about = run_file(tmp_path / "t.pt2", rows)
+    alone = np.concatenate([run_file(tmp_path / "t.pt2", row[None])[0] for row in rows])
+    assert np.allclose(together, alone, rtol=1e-6) and about["bn"] == "support"
+
+
 def test_files_are_reproducible_and_name_no_folder(runs, images, cli, tmp_path):
     needs_onnx()
     run = shutil.copytree(runs("maml++"), tmp_path / "run")
