@@ -87,7 +87,12 @@ class _Curve:
 
 @functools.lru_cache(maxsize=1)  # most frames have the chart of the frame before
 def loss_chart(
-    points: tuple[LossPoint, ...], chance: float | None, total_steps: int, width: int, height: int
+    points: tuple[LossPoint, ...],
+    chance: float | None,
+    total_steps: int,
+    width: int,
+    height: int,
+    title: str = "Loss history",
 ) -> tuple[Text, ...]:
     """Draw the loss after each inner step as a curve, with the losses on the left and meta-steps below.
 
@@ -97,6 +102,7 @@ def loss_chart(
         total_steps: meta-steps of the whole run.
         width: of the chart, in columns.
         height: of the chart, in lines: a title, at least one row of curves, and the meta-steps.
+        title: of the chart.
     """
     rows, count = height - 2, len(points[-1].query_losses)
     steps = formatting.evenly_spaced(count, CURVES)
@@ -123,7 +129,7 @@ def loss_chart(
         row_cells = cells[scale.row(chance)]
         row_cells[:columns] = [("┈", DIM) if cell[0] == " " else cell for cell in row_cells[:columns]]
     _name(cells, curves)
-    lines = [widgets.rule("Loss history", note, width)]
+    lines = [widgets.rule(title, note, width)]
     for row, row_cells in enumerate(cells):
         line = Text.assemble((f" {labels.get(row, ''):>{axis}} {'┤' if row in labels else '│'}", DIM))
         for style, group in itertools.groupby(row_cells, key=itemgetter(1)):

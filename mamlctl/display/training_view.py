@@ -86,7 +86,8 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
         chance = run.chance_loss(report.epoch)
         lines = min(max(room // 2 if report.rates else room - GAPS, CHART[0]), CHART[1])
         total = run.epochs * run.steps_per_epoch
-        history = [line.copy() for line in loss_chart(state.losses, chance, total, width, lines)]
+        heading = "Minus the returns so far" if run.metric == "return" else "Loss history"
+        history = [line.copy() for line in loss_chart(state.losses, chance, total, width, lines, heading)]
         room -= len(history)
     rates = _rate_lines(report, run.inner_lr, width, room - (GAPS if is_tall else 0))
     title = _chart_title(run, report, width)

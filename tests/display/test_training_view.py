@@ -258,3 +258,20 @@ def test_a_resumed_run_starts_where_it_stopped_and_shows_the_best_score_so_far()
     assert " 21/50 " in text
     assert "121/500" in text
     assert "best 95.55 ± 0.49 % epoch 2" in text
+
+
+def test_a_run_of_policies_shows_returns_instead_of_losses():
+    run = replace(RUN, dataset="navigation", algo="maml", improvements=(), ways=1, metric="return", guesses=0)
+    report = a_report(inner_steps=1, query_losses=(21.5, 3.25), query_accuracies=(), query_accuracy=None)
+    done = replace(VALIDATION, metric="return", val_score=-3.5, best_val_score=-3.5)
+    lines = "\n".join(frame(state_after(run, report, done), 100, 60))
+    for text in (
+        "Per-step returns",
+        "mean return",
+        "-21.5000",
+        "-3.2500",
+        "Minus the returns so far",
+        "-3.500",
+    ):
+        assert text in lines, text
+    assert "query loss" not in lines and "squared" not in lines

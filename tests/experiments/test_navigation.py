@@ -148,7 +148,7 @@ def test_a_figure_shows_the_paths_before_and_after_adaptation(runs):
 @pytest.mark.parametrize("algo", OTHERS)
 def test_other_algorithms_are_refused_with_their_reason(algo):
     (fact,) = refused(algo=algo)
-    assert fact == f"--algo {algo} {ALGORITHMS[algo].on_rewards}, but navigation has rewards"
+    assert fact == f"--algo {algo} learns no policies: it {ALGORITHMS[algo].on_rewards[0]}"
 
 
 @pytest.mark.parametrize(

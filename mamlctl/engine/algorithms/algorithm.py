@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mamlctl.core.literals import Adapts, Classifier
+from mamlctl.core.problems import Problem
 from mamlctl.settings.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ class Algorithm:
     adapts_norm: bool = False  # whether the inner loop adapts batch norm's weights and biases
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
-    # How it learns policies, for data sets with rewards; or why it does not.
-    on_rewards: Algorithm | str = "needs examples"
+    # How it learns policies, for data sets with rewards; or why it does not, and the hint of the error.
+    on_rewards: Algorithm | Problem = ("needs examples", "use maml")
     needs_rewards: bool = False  # whether it is only for data sets with rewards
     sees_goal: bool = False  # whether a state of its policies contains the goal
     predictor: Callable[[TrainConfig], Predict] | None = None  # of policies; None: see `classifier`

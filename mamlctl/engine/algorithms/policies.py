@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mamlctl.core.problems import Problem
 from mamlctl.data.worlds import WORLDS
 from mamlctl.engine.algorithms.algorithm import Algorithm, adam_optimizer, refusals
 from mamlctl.settings.schema import TrainConfig, improvements_without_meaning
@@ -154,9 +155,18 @@ ORACLE = _record(
     unsupported=NO_LOOP | refusals("nothing is adapted", "inner_lr", "adapts"),
 )
 
-# Why the other algorithms learn no policies.
-CLASSES = "needs classes"
-ADAPTS_BODY = "has no form of its own here: use --algo maml --adapts body"
-ADAPTS_HEAD = "has no form of its own here: use --algo maml --adapts head"
-NO_MINIMUM = "needs a minimum of the support loss, which is another one after each trajectory"
-NO_GRADIENT = "needs the gradients of successive meta-steps, which steps inside a trust region are not"
+# Why the other algorithms learn no policies, and the hint of the error.
+CLASSES: Problem = ("needs classes", "use maml")
+ADAPTS_HEAD: Problem = (
+    "adapts its head on stored features, and every trajectory has new states",
+    "use --algo maml --adapts head",
+)
+ADAPTS_BODY: Problem = ("is --algo maml with another --adapts there", "use --algo maml --adapts body")
+NO_MINIMUM: Problem = (
+    "needs a minimum of the support loss, and new trajectories have another one",
+    "use maml",
+)
+NO_GRADIENT: Problem = (
+    "compares the gradients of successive meta-steps, and steps inside a trust region are none",
+    "use maml",
+)

@@ -28,9 +28,8 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         hint = nearest(config.algo, ALGORITHMS, otherwise=f"use one of {', '.join(ALGORITHMS)}")
         return [(f"unknown algorithm '{config.algo}'", hint)]
     entry, problems = algorithm_of(config), list[Problem]()
-    if isinstance(why := ALGORITHMS[config.algo].on_rewards, str) and has_rewards(config):
-        fact = f"{algo} {why}, but {config.dataset} {kind_of(config).predicate}"
-        return [(fact, "use maml")]
+    if has_rewards(config) and not isinstance(refusal := ALGORITHMS[config.algo].on_rewards, Algorithm):
+        return [(f"{algo} learns no policies: it {refusal[0]}", refusal[1])]
     if entry.needs_rewards and not has_rewards(config):
         fact = f"{algo} needs rewards, but {config.dataset} {kind_of(config).predicate}"
         return [(fact, "use --dataset navigation, or another --algo")]
