@@ -266,6 +266,14 @@ def test_another_layer_can_be_the_head():
             checked(ModuleNet(ModulePlan(Base), SHAPE, 3, head=name))
 
 
+def test_the_head_may_be_called_with_a_named_input():
+    class Named(Base):
+        def forward(self, x):
+            return self.fc(input=self.body(x.flatten(1)).tanh())
+
+    assert checked(module_net(Named, SHAPE, 3))[0].one_pass
+
+
 def test_a_network_of_curves_has_one_output():
     def make(shape, outputs):
         return nn.Sequential(nn.Linear(shape[0], 8), nn.Tanh(), nn.Linear(8, outputs))

@@ -90,7 +90,7 @@ class Template:
             raise unusable(f"its head '{self.head}' shares its weights with another layer")
         self.buffers = dict(module.named_buffers())
         self._features: Tensor | None = None
-        module.get_submodule(self.head).register_forward_pre_hook(self._keep_features)
+        module.get_submodule(self.head).register_forward_pre_hook(self._keep_features, with_kwargs=True)
 
     def _replace_norms(self, module: nn.Module) -> None:
         by_parameter = {id(weight): self.internal(path) for path, weight in module.named_parameters()}
@@ -111,8 +111,10 @@ class Template:
             parent, _, last = path.rpartition(".")
             setattr(module.get_submodule(parent), last, norm)
 
-    def _keep_features(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        (self._features,) = inputs
+    def _keep_features(
+        self, layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
+    ) -> None:
+        self._features = inputs[0] if inputs else named["input"]
 
     def internal(self, path: str) -> str:
         """The name of a layer or parameter in mamlctl: the head is called "linear" in all networks."""
