@@ -99,6 +99,8 @@ def _read_csv(path: Path, file: TextIOWrapper, choose: Choose) -> Cells:
     try:
         reader = csv.reader(file)
         names = [name.strip() for name in next(reader, [])]
+        if not any(names):
+            raise DataError(f"{path} has no columns: its first line is empty", hint=HINT)
         _check_names(f"{path}, line 1", names)
         columns = choose(names)
         at = [names.index(name) for name in columns.numbers]
