@@ -27,6 +27,7 @@ from mamlctl.experiments.grid.grid_folder import open_grid
 from mamlctl.experiments.grid.plans import grid_rows
 from mamlctl.experiments.plot import draw
 from mamlctl.experiments.settings import resolve_settings
+from mamlctl.experiments.tables import stored
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.tables.predict import PredictionFiles, predict_table
 from mamlctl.experiments.tables.stored import store_facts, stored_facts
@@ -167,6 +168,30 @@ def test_other_statistics_than_the_stored_ones_are_refused(run):
     (run / "table.json").unlink()
     resumed(run)
     assert stored_facts(open_run(run)) == facts
+
+
+FORGED = [
+    {"inputs": 3},
+    {"mean": None},
+    {"mean": ["x", "y"]},
+    {"mean": [0.0]},
+    {"deviation": [0.0, 1.0]},
+    {"tasks": 5},
+    {"tasks": {"train": [1], "val": [], "test": []}},
+    {"targets": [["y"]]},
+    {"targets": []},
+]
+
+
+@pytest.mark.parametrize("changes", FORGED, ids=str)
+def test_a_forged_file_of_statistics_is_refused(changes, kept_run, tmp_path):
+    shutil.copytree(kept_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    document = json.loads((tmp_path / "run" / "table.json").read_text()) | changes
+    document.pop("digest")
+    document["digest"] = stored._digest(document)
+    (tmp_path / "run" / "table.json").write_text(json.dumps(document))
+    with pytest.raises(MamlctlError, match="is missing or damaged"):
+        stored_facts(open_run(tmp_path / "run"))
 
 
 def test_a_moved_table_is_found_by_its_content(table, tmp_path):

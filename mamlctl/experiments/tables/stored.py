@@ -47,12 +47,30 @@ def stored_facts(run: RunFolder) -> TableFacts:
     """What `store_facts` wrote. Raises MamlctlError if it is missing or damaged."""
     stored = read_object(run.path / FACTS)
     digest = stored.pop("digest", None)
-    if digest != _digest(stored):
+    if digest != _digest(stored) or not _is_valid(stored):
         fact = f"{run.path / FACTS} is missing or damaged, so the statistics of the run's table are unknown"
         raise MamlctlError(fact, hint="restore the file, or train a new run")
     columns = {name: tuple(stored[name]) for name in ("inputs", "targets", "mean", "deviation")}
     tasks = {split: tuple(stored["tasks"][split]) for split in SPLITS}
     return TableFacts(Standardisation(**columns), tasks)
+
+
+def _is_valid(stored: Mapping[str, Any]) -> bool:
+    """Whether the file has all names and numbers; its digest protects it from damage only."""
+    tasks, names = stored.get("tasks"), [stored.get(key) for key in ("inputs", "targets")]
+    groups = [*names, *(tasks.get(split) for split in SPLITS)] if isinstance(tasks, dict) else [None]
+    if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
+        return False
+    numbers = [stored.get(key) for key in ("mean", "deviation")]
+    width = len(stored["inputs"]) + len(stored["targets"])
+    are_numbers = all(
+        isinstance(group, list) and len(group) == width and all(map(_is_finite, group)) for group in numbers
+    )
+    return bool(stored["inputs"] and stored["targets"]) and are_numbers and min(stored["deviation"]) > 0
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _document(facts: TableFacts) -> dict[str, Any]:
