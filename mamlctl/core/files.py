@@ -244,9 +244,10 @@ def read_at(file: IO[bytes], size: int, start: int) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing, damaged or not an object."""
+    """The object in a JSON file; empty if the file is missing, damaged, not an object or not ordinary."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        # A named pipe would be waited for.
+        document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -1,6 +1,7 @@
 """The user's code: found without running it, imported apart from other modules, stored, and trusted."""
 
 import json
+import os
 import py_compile
 import shutil
 import sys
@@ -12,6 +13,7 @@ import pytest
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.user_code import stored as stored_code
 from mamlctl.core.user_code.importing import import_code
+from mamlctl.core.user_code.kinds import code_digests, code_folder
 from mamlctl.core.user_code.references import absolute, is_reference, locate, module_file
 from mamlctl.core.user_code.stored import (
     DESCRIPTION,
@@ -307,6 +309,7 @@ FORGED = {
     "no description": lambda folder: (folder / DESCRIPTION).unlink(),
     "a description of another form": lambda folder: rewrite(folder, files=[1], entry=3),
     "a list": lambda folder: (folder / DESCRIPTION).write_text("[1]"),
+    "a named pipe": lambda folder: ((folder / DESCRIPTION).unlink(), os.mkfifo(folder / DESCRIPTION)),
 }
 TRUSTED = []
 
@@ -321,6 +324,14 @@ def test_forged_code_is_not_run(how, here):
     with pytest.raises(SettingsError):
         load_code(here / "run" / "code")[0](1, 2)
     assert not list(here.rglob("ran")) and not {"helper", "parts", "late"} & (set(sys.modules) - before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_the_digests_of_a_hostile_run_are_read_without_waiting(here):
+    folder = code_folder(here / "run", "net")
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / DESCRIPTION)
+    assert code_digests(here / "run") == {}
 
 
 def forged_consistently(folder, text=EVIL):
