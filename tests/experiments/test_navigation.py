@@ -1,5 +1,6 @@
 """Runs on 2-D navigation: every algorithm, resuming, tests, tables, figures, and refused settings."""
 
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -197,3 +198,15 @@ def test_a_run_can_be_tested_with_the_other_reward(runs):
         for name in (None, "navigation-distance")
     )
     assert squared.per_step[0] != plain.per_step[0]
+
+
+def test_eval_fails_under_a_return_and_prints_it_as_json(cli, runs):
+    words = ("eval", runs / "maml", "--tasks", 5, "--device", "cpu", "--json")
+    code, out, err = cli(*words, "--fail-under", -0.001)
+    (row,) = json.loads(out)["results"]
+    assert code == 1
+    assert f"has {row['return']:.3f}, but the limit is --fail-under -0.001" in err
+    assert cli(*words, "--fail-under", -1e6)[0] == 0
+    code, _, err = cli(*words, "--fail-over", 5)
+    assert code == 2
+    assert "--fail-over has no effect on navigation, whose score is a mean return" in err
