@@ -244,6 +244,9 @@ def test_every_preset_loads_and_matches_its_name(name):
     if name == "demo":
         assert config.dataset == "glyphs"
         return
+    if config.dataset == "navigation":
+        assert (name, config.total_steps) == (f"navigation-{config.shots}s-{config.algo}", 100)
+        return
     folder, _, row = name.rpartition("/")
     curves = config.dataset == "sinusoid"
     ways = "" if curves else f"{config.ways}w"
