@@ -12,6 +12,7 @@ METRIC_NAMES: Mapping[Metric, str] = {
     "mse": "mean squared error",
     "return": "mean return",
 }
+TaskType = Literal["classification", "regression"]  # of the user's own tasks
 BatchNorm = Literal["transductive", "running", "support"]
 # Batch norm in results: the setting, or "none" if the network has no batch norm.
 BatchNormMode = Literal[BatchNorm, "none"]

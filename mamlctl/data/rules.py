@@ -10,7 +10,7 @@ from typing import Any
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.literals import LOSSES, Metric
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.references import is_reference, names_tasks
 from mamlctl.data.sets.facts import DataSet
 from mamlctl.data.sets.folder_layout import class_level, fraction_problem, has_lists, mixed_folder_problem
 from mamlctl.data.sets.registry import (
@@ -72,6 +72,9 @@ OF_ITS_DATA = (*OF_CLASSES, *OF_PIXELS, *OF_COLUMNS, *OF_REWARDS)
 # Settings that the user's tables have too.
 OF_OWN_DATA = ("split_seed", "split_fractions", "strict")
 
+# Settings that the user's own tasks do not have, since their code decides.
+OF_OTHER_DATA = ("train_shots", "split_seed", *OF_ITS_DATA)
+
 # Settings that only images have, and the reason that an error for regression gives.
 OF_IMAGES: Mapping[str, str] = {
     **dict.fromkeys(("ways", "split_seed", "body_epochs", *OF_CLASSES), "has no classes"),
@@ -92,6 +95,9 @@ def without_meaning(config: DataSettings) -> dict[str, str]:
         settings["loss"] = "has rewards instead of a loss"
     else:
         settings |= dict.fromkeys(OF_REWARDS, "has no rewards")
+    if names_tasks(config.dataset):
+        return settings | dict.fromkeys(OF_OTHER_DATA, "makes its own tasks")
+    settings["task_type"] = "is not code of your own"
     if is_table(config.dataset):
         return {name: why for name, why in settings.items() if name not in OF_OWN_DATA}
     return settings | dict.fromkeys(OF_COLUMNS, "has no columns")
@@ -103,6 +109,8 @@ def data_set_defaults(config: DataSettings) -> Mapping[str, Any]:
         return REGRESSION_DEFAULTS
     if has_rewards(config):
         return POLICY_DEFAULTS
+    if names_tasks(config.dataset):
+        return {}
     folder = Path(absolute_data_set(config.dataset))
     return {"classes": class_level(folder)} if is_image_folder(config.dataset) and folder.is_dir() else {}
 
@@ -110,7 +118,7 @@ def data_set_defaults(config: DataSettings) -> Mapping[str, Any]:
 def data_set_forced(config: TrainConfig) -> dict[str, Any]:
     """The settings that can have only one value with this data set, and that value."""
     forced: dict[str, Any] = {name: FIELDS[name].default for name in without_meaning(config)}
-    if not has_classes(config):
+    if not has_classes(config) or names_tasks(config.dataset):
         return forced
     try:
         data_set = find_data_set(config.dataset)
@@ -150,7 +158,8 @@ def data_set_problems(
     if has_rewards(config) and config.net != "mlp":
         fact = f"--net {config.net} is not a policy, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp"))
-    if is_regression(config) and config.net != "mlp" and not is_reference(config.net):
+    of_code = names_tasks(config.dataset)  # whose networks are checked where the shapes are known
+    if is_regression(config) and not of_code and config.net != "mlp" and not is_reference(config.net):
         fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp, or net.py:make with your own function"))
     fitting = [loss for loss, metric in LOSSES.items() if metric == metric_of(config)]
@@ -163,7 +172,7 @@ def data_set_problems(
 
 def choice_problems(config: TrainConfig) -> list[Problem]:
     """Choices that the data set does not offer, or the unknown data set, as (fact, hint) pairs."""
-    if not has_classes(config):
+    if not has_classes(config) or names_tasks(config.dataset):
         problem = fraction_problem(config.split_fractions) if config.split_fractions else None
         return [problem] if problem else []
     try:

@@ -10,6 +10,7 @@ import torch
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.rules import data_set_defaults
 from mamlctl.data.sets.folder_layout import mixed_folder_problem
 from mamlctl.data.sets.registry import (
@@ -97,6 +98,9 @@ def _problems_of_other_data(trained: TrainConfig, settings: EvalConfig) -> list[
     if settings.dataset is None:
         return []
     other = replace(trained, dataset=settings.dataset)
+    if names_tasks(settings.dataset) and names_tasks(trained.dataset):
+        fact = f"{settings.dataset} is other code than that of the run, which its folder contains"
+        return [(fact, "leave out --dataset, or train a new run")]
     kind, trained_on = kind_of(other), kind_of(trained)
     if kind != trained_on:
         fact = f"{settings.dataset} {kind.predicate}, but the run was trained on {trained_on.noun}"
@@ -136,14 +140,21 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         unused["per_step_tasks"] = f"{trained.dataset}, which is always scored after every step, on all tasks"
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
         unused["ways"] = f"{trained.dataset}, whose tasks have no classes"
-        if settings.disjoint:
-            problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
         if settings.label_permutations != 1:
             fact = f"--label-permutations reorders classes, but {trained.dataset} {predicate}"
             problems.append((fact, "leave it out"))
     if has_rewards(trained) and settings.models == "ensemble":
         fact = "--models is ensemble, but the mean of the returns of policies is not that of a policy"
         problems.append((fact, "use --models best"))
+    if settings.disjoint and (regression or names_tasks(trained.dataset)):
+        problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
+    if names_tasks(trained.dataset):
+        sizes = {name: getattr(trained, name) for name in ("ways", "shots", "queries") if name not in unused}
+        problems += [
+            (f"{flag(name)} is {other}, but it is {size} in the tasks of {trained.dataset}", "leave it out")
+            for name, size in sizes.items()
+            if (other := getattr(settings, name)) not in (None, size)
+        ]
     if entry.learns_rates(trained):
         unused["inner_lr"] = f"--algo {trained.algo}: the rates were learnt"
     if settings.adapts is not None and settings.adapts not in entry.may_adapt:

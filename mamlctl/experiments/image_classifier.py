@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import BatchNormMode
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.reading.image_files import FILTERS
 from mamlctl.data.sets.folder_layout import contain_only_folders
 from mamlctl.data.sets.registry import has_classes, kind_of
@@ -104,6 +105,9 @@ def adapt_classifier(
     if not has_classes(run.config):
         trained = f"{run.config.dataset}, which {kind_of(run.config).predicate}"
         fact = f"--support contains images, but the run was trained on {trained}"
+        raise SettingsError([(fact, "use a run that was trained on images")])
+    if names_tasks(run.config.dataset):
+        fact = f"--support contains images, but the run was trained on the tasks of {run.config.dataset}"
         raise SettingsError([(fact, "use a run that was trained on images")])
     if settings.bn is None and run.config.bn == Statistics.OWN.value:
         # Papers report transductive accuracy, but the prediction for one image should not depend on others.

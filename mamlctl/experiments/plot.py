@@ -15,7 +15,8 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import StopReason
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.data.rules import metric_of
-from mamlctl.data.sets.registry import has_rewards, is_regression, is_table
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.sets.registry import has_rewards, is_regression
 from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
 from mamlctl.data.worlds import WORLDS
@@ -76,8 +77,8 @@ def draw(
         world = WORLDS[model.config.dataset]
         figures = {"navigation": path_figures.paths(_path_rows([model, *opened]), world.half_side, name)}
     elif is_regression(model.config):
-        others, table = list(beside), is_table(model.config.dataset)
-        if not others and not table and algorithm_of(model.config).start != "pre-trained":
+        others, curves = list(beside), model.config.dataset in FAMILIES
+        if not others and curves and algorithm_of(model.config).start != "pre-trained":
             others = [folder / "pretrained"]
             if reason := _pretrain(model, others[0], offline, on_event):
                 return [], reason
@@ -85,17 +86,18 @@ def draw(
         dataset = model.config.dataset
         for other in opened:
             if other.source.digest != model.source.digest:
-                what = "tasks" if table else "curves"
+                what = "curves" if curves else "tasks"
                 fact = f"{other.run.path} has {what} of {other.config.dataset}, but this run of {dataset}"
                 raise SettingsError([(fact, "use runs of the same data set")])
-        if table:
-            figures = {"regression": table_figure([model, *opened], name)}
-        else:
+        if curves:
             figures = {"regression": run_figures.regression(_panels([model, *opened]), name)}
+        else:
+            figures = {"regression": table_figure([model, *opened], name)}
     elif beside:
         raise SettingsError([("--beside is for regression, but this run has images", "leave it out")])
     else:
-        figures = {"tasks": run_figures.tasks(_task_pictures(model), name)}
+        is_shown = len(model.source.example_shape) == 3 and model.source.example_shape[0] in (1, 3)
+        figures = {"tasks": run_figures.tasks(_task_pictures(model), name)} if is_shown else {}
     metrics = model.run.metrics()
     if reports := rows_of(metrics, "report"):
         validations = rows_of(metrics, "validation")
@@ -217,19 +219,25 @@ def _task_pictures(model: TrainedModel) -> list[run_figures.TaskPicture]:
     episodes = model.stream.episodes(0, TASKS)
     predicted_TE = model.outputs(episodes, model.inner_steps, per_step=False)[-1].argmax(-1).cpu()
     config = model.config
-    # One query of each class in turn, so that the first queries cover all classes.
-    order = torch.arange(predicted_TE.shape[1]).view(config.ways, -1).T.flatten()
 
     def shown(x: torch.Tensor) -> NDArray[np.float64]:
         # Ink is drawn dark, whatever its value in the network's input.
         return (1 - x if config.ink == 1 and x.shape[-3] == 1 else x).double().cpu().numpy()
 
-    return [
-        run_figures.TaskPicture(
-            shown(episodes.support_x_TECHW[task].unflatten(0, (config.ways, -1))),  # type: ignore[no-untyped-call]
-            shown(episodes.query_x_TECHW[task])[order],
-            episodes.query_y_TE[task].cpu()[order].numpy(),
-            predicted_TE[task][order].numpy(),
+    pictures = []
+    for task in range(TASKS):
+        by_class = episodes.support_y_TE[task].argsort(stable=True)
+        support_NKCHW = episodes.support_x_TECHW[task][by_class].unflatten(0, (config.ways, -1))  # type: ignore[no-untyped-call]
+        truth_E = episodes.query_y_TE[task].cpu()
+        order = _in_turn(truth_E)
+        query, predicted = shown(episodes.query_x_TECHW[task])[order], predicted_TE[task][order].numpy()
+        pictures.append(
+            run_figures.TaskPicture(shown(support_NKCHW), query, truth_E[order].numpy(), predicted)
         )
-        for task in range(TASKS)
-    ]
+    return pictures
+
+
+def _in_turn(labels_E: torch.Tensor) -> torch.Tensor:
+    """The places of one example of each class in turn, so that the first ones cover all classes."""
+    earlier_E = torch.tensor([int((labels_E[:place] == label).sum()) for place, label in enumerate(labels_E)])
+    return (earlier_E * (int(labels_E.max()) + 1) + labels_E).argsort(stable=True)

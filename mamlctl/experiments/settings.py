@@ -11,7 +11,7 @@ from mamlctl.core.files import expanded
 from mamlctl.core.literals import DEFAULT_LOSSES
 from mamlctl.core.problems import flag
 from mamlctl.core.user_code.kinds import named_code
-from mamlctl.core.user_code.references import absolute, locate
+from mamlctl.core.user_code.references import absolute, locate, names_tasks
 from mamlctl.data.rules import (
     MAX_KL,
     OF_ITS_DATA,
@@ -46,19 +46,27 @@ def resolve_settings(layers: Sequence[Layer], *, checked: bool = True) -> Resolv
     """
     # The layers choose the data set and the algorithm, whose defaults then go below them.
     named, _ = merge(TrainConfig, layers)
-    chosen = named.config
+    chosen, tasks = named.config, None
+    if checked and names_tasks(chosen.dataset):
+        from mamlctl.data.user_tasks.code import open_tasks  # imports numpy
+
+        tasks = open_tasks(chosen.dataset)  # the user's own tasks decide their sizes
+        chosen = replace(chosen, **tasks.form.settings)
     if named.sources["algo"] == "default":
         chosen = replace(chosen, algo=data_set_defaults(chosen).get("algo", chosen.algo))
-    resolved, problems = merge(TrainConfig, with_defaults(layers, chosen))
+    of_tasks = {} if tasks is None else tasks.form.defaults | tasks.form.settings
+    resolved, problems = merge(TrainConfig, with_defaults(layers, chosen, of_tasks))
 
     # Values that the algorithm or the data set fixes override presets and files; flags are kept and checked.
     forced = algorithm_forced(resolved.config) | data_set_forced(resolved.config)
+    forced |= {} if tasks is None else tasks.form.settings
     resolved = drop_ineffective(resolved, forced)
 
     config = resolved.config
     if checked:
         problems += check(config) + algorithm_problems(config)
         problems += data_set_problems(config, resolved.sources, COMMAND_LINE)
+        problems += [] if tasks is None else tasks.problems(config, resolved.sources, COMMAND_LINE)
     if problems:
         raise SettingsError(problems)
     # Absolute, so that the run finds its data from wherever it is resumed, and child processes their code.
@@ -82,7 +90,9 @@ def absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return places
 
 
-def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:
+def with_defaults(
+    layers: Sequence[Layer], chosen: TrainConfig, of_tasks: Mapping[str, Any] | None = None
+) -> list[Layer]:
     """The layers with the defaults of the data set and the algorithm.
 
     The algorithm's defaults go directly below the layer that names the algorithm, so they override a preset
@@ -91,6 +101,7 @@ def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:
     Args:
         layers: the sources of settings and their values, weakest first.
         chosen: settings with the data set and the algorithm that the layers choose.
+        of_tasks: the settings that the user's own tasks imply.
     """
     dataset, algo = chosen.dataset, chosen.algo
     layers = [(source, _drop_foreign(values, OF_ITS_DATA, "dataset", dataset)) for source, values in layers]
@@ -99,7 +110,7 @@ def with_defaults(layers: Sequence[Layer], chosen: TrainConfig) -> list[Layer]:
         (source, _drop_foreign(values, settings_of_algorithm(str(values.get("algo"))), "algo", algo))
         for source, values in layers[:naming]
     ]
-    of_data_set = (f"data set {dataset}", data_set_defaults(chosen))
+    of_data_set = (f"data set {dataset}", {**data_set_defaults(chosen), **(of_tasks or {})})
     of_algorithm = (f"algorithm {algo}", algorithm_defaults(chosen))
     return [of_data_set, *weaker, of_algorithm, *layers[naming:]]
 
@@ -120,13 +131,13 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     if problems := choice_problems(config):
         raise SettingsError(problems)
     loss = {} if has_rewards(config) else {"loss": DEFAULT_LOSSES[metric_of(config)]}
-    if not has_classes(config):
-        # These tasks have outputs instead of ways, and none of these choices.
+    if not has_classes(config) or names_tasks(config.dataset):
+        # These tasks have none of these choices, and most have outputs instead of ways.
         choices: dict[str, Any] = dict.fromkeys(("split_scheme", "resize", "rotations"), "none")
         if config.outer == "trpo":
             choices["max_kl"] = MAX_KL
         choices |= {"inputs": "x*", "targets": "y*"} if is_table(config.dataset) else {}
-        return fill_schedules(replace(config, ways=1), choices | loss)
+        return fill_schedules(config if has_classes(config) else replace(config, ways=1), choices | loss)
     defaults = find_data_set(config.dataset).defaults
     if config.channels == 1:
         defaults["normalize"] = "none"

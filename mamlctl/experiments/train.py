@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +19,11 @@ from mamlctl.core.files import append_text, check_out, write_json
 from mamlctl.core.formatting import plural
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import TrainResult
+from mamlctl.core.user_code.references import folder_name
 from mamlctl.data.tasks.episodes import Placement, Tasks
-from mamlctl.data.tasks.streams import TaskSource, open_streams
+from mamlctl.data.tasks.streams import Stored, TaskSource, open_streams
 from mamlctl.data.tasks.table_tasks import different_tasks
+from mamlctl.data.user_tasks.stream import CHANGED as CHANGED_TASKS
 from mamlctl.engine.algorithms.rules import slower_because_of_loss
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
@@ -111,7 +113,7 @@ def _default_path(config: TrainConfig) -> Path:
     """A new folder in the folder of runs, named after the run's main settings and the time of its start."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     ways = f"{config.ways}w" if config.ways > 1 else ""  # curves have none
-    name = f"{Path(config.dataset).name}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
+    name = f"{folder_name(config.dataset)}-{ways}{config.shots}s-{config.algo}-s{config.seed}-{now}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in map(runs_folder().joinpath, names) if not path.exists())
 
@@ -157,7 +159,8 @@ def resume(
         code, split = code_of_run(run), stored_split(run)
         for notice in code.notices:
             on_event(Notice(notice))
-        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, code, split)
+        stored = code.tasks or split
+        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, code, stored)
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"
@@ -165,6 +168,9 @@ def resume(
             hint = "resume with the same images, --data-root and version of Pillow as before"
             if source.table is not None:
                 hint = "resume with the rows and columns with which it started, or train a new run"
+            if source.user_tasks is not None:
+                fact = f"the tasks of {run.path} are not those with which it started"
+                hint = CHANGED_TASKS
             raise DataError(fact, hint=hint)
         append_text(run.path / COMMANDS, command + "\n")
         if not run.environment():  # the run was killed before it wrote these files
@@ -191,12 +197,12 @@ def _prepare(
     stop: StopRequests,
     on_event: OnEvent,
     code: RunCode | None = None,
-    stored: Mapping[str, Sequence[str]] | None = None,
+    stored: Stored | None = None,
 ) -> _Prepared:
     """Open the device and the data, and build the network.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
-    `code` is that of a resumed run, and `stored` the split with which it started.
+    `code` is that of a resumed run, and `stored` what it has of the user's own data.
     """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
@@ -266,6 +272,8 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
             raise
         except MamlctlError as error:
             end = RunState("failed", reason=error.message)
+            if isinstance(error, SettingsError):  # from the user's code, before it has changed the weights
+                trainer.save_checked()
             raise
         except KeyboardInterrupt:
             end = RunState("interrupted", reason="exited without saving")

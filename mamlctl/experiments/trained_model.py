@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from mamlctl.core.errors import DataError, MamlctlError, SettingsError
+from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import HIGHER_IS_BETTER, BatchNormMode
 from mamlctl.core.results import KEPT
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.rules import metric_of
 from mamlctl.data.sets.registry import find_data_set, has_classes
 from mamlctl.data.tasks.disjoint import DisjointTasks
@@ -39,8 +40,7 @@ from mamlctl.engine.training.trainer import epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults
-from mamlctl.experiments.tables.stored import check_facts
-from mamlctl.experiments.training_images import check_folder, overlap_notes, stored_split
+from mamlctl.experiments.training_images import check_folder, check_own_data, overlap_notes, stored_split
 from mamlctl.run_folder import RunFolder, open_run
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -111,7 +111,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         Placement(device, tensor_dtype(config.precision)),
         offline=offline,
         on_event=on_event,
-        stored=stored_split(run) if keeps else None,
+        stored=code.tasks or (stored_split(run) if keeps else None),
         disjoint=settings.disjoint,
     )
     stream = streams[settings.split]
@@ -121,11 +121,7 @@ def load_trained_model(path: Path, settings: EvalConfig, *, offline: bool, on_ev
         moved = f"{config.dataset} has the {'rows' if source.table else 'images'} of {run.config.dataset}"
         on_event(Notice(f"{moved}: using the split of the run"))
         config = replace(config, dataset=run.config.dataset)  # so that the protocol is that of the same test
-    if source.table is not None:
-        if not same:
-            fact = f"{config.dataset} has changed since {run.path} was trained on it"
-            raise DataError(fact, hint="restore the table, or use its new tasks with --support and --query")
-        check_facts(run, source.table)
+    check_own_data(run, settings, source, same=same)
     notes += _conversion_notes(run.config, config) + _task_notes(stream, settings)
     if keeps and not same:
         notes += ("the data are not those of the training: images or classes have changed",)
@@ -169,7 +165,7 @@ def _conversion_notes(trained: TrainConfig, config: TrainConfig) -> tuple[str, .
     if config.dataset == trained.dataset:
         return ()
     note = f"trained on {trained.dataset}, tested on {config.dataset}"
-    if not has_classes(config):
+    if not has_classes(config) or names_tasks(config.dataset):
         return (note,)
     data_set = find_data_set(config.dataset)
     channels, side, _ = data_set.image_shape_CHW

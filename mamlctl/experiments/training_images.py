@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mamlctl.core.errors import DataError, MamlctlError
+from mamlctl.core.errors import DataError, MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import replacing
 from mamlctl.data.sets.folder_layout import class_files
 from mamlctl.data.sets.registry import absolute_data_set, is_image_folder, is_table
 from mamlctl.data.tasks.streams import TaskSource
-from mamlctl.experiments.tables.stored import FACTS, is_same_table, stored_facts
+from mamlctl.data.user_tasks.stream import CHANGED as CHANGED_TASKS
+from mamlctl.experiments.tables.stored import FACTS, check_facts, is_same_table, stored_facts
 from mamlctl.run_folder import CLASSES, RunFolder
 from mamlctl.settings.evaluation import EvalConfig
 
@@ -63,6 +64,33 @@ def check_folder(run: RunFolder, command: str) -> None:
     if is_image_folder(folder) and not Path(folder).is_dir():
         hint = f"if its images have moved to DIR, run {command} --dataset DIR"
         raise DataError(f"{folder}, on which {run.path} was trained, is not a folder", hint=hint)
+
+
+def check_own_data(run: RunFolder, settings: EvalConfig, source: TaskSource, *, same: bool) -> None:
+    """Compare a table or the user's own tasks with those on which a run was trained.
+
+    Args:
+        run: the run.
+        settings: the settings of the evaluation.
+        source: the data of the evaluation.
+        same: whether they have the digest of the run.
+
+    Raises:
+        DataError: they differ.
+        SettingsError: a setting has no effect on the tasks.
+        MamlctlError: what the run stores about its table is damaged.
+    """
+    if (tasks := source.user_tasks) is not None:
+        if not same:
+            raise DataError(f"the tasks of {run.path} have changed since it was trained", hint=CHANGED_TASKS)
+        if settings.eval_seed is not None and not tasks.takes_seed:
+            fact = f"--eval-seed has no effect: the method task of {tasks.name} takes no seed"
+            raise SettingsError([(fact, "leave it out")])
+    if source.table is not None:
+        if not same:
+            fact = f"{run.config.dataset} has changed since {run.path} was trained on it"
+            raise DataError(fact, hint="restore the table, or use its new tasks with --support and --query")
+        check_facts(run, source.table)
 
 
 def stored_split(run: RunFolder) -> Mapping[str, Sequence[str]] | None:

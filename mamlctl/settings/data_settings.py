@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mamlctl.core.literals import Augment, ClassLevel, Normalize, Rotations
+from mamlctl.core.literals import Augment, ClassLevel, Normalize, Rotations, TaskType
 from mamlctl.settings.fields import EPISODE, setting
 
 
@@ -18,7 +18,7 @@ class DataSettings:
     dataset: str = setting(
         "omniglot",
         EPISODE,
-        "Data set: a name, a folder with one subfolder of images per class, or a table (.csv, .npz).",
+        "Data set: a name, a folder of images, a table (.csv, .npz), or tasks.py:Tasks for your own code.",
         common=True,
     )
     ways: int = setting(5, EPISODE, "Classes per task.", common=True, least=2)
@@ -48,6 +48,9 @@ class DataSettings:
     )
     targets: str | None = setting(
         None, EPISODE, "Columns of a table to predict: names or patterns, joined by commas (default: y*)."
+    )
+    task_type: TaskType | None = setting(
+        None, EPISODE, "Kind of your own tasks; their targets decide it, and another value is refused."
     )
     rotations: Rotations | None = setting(
         None,

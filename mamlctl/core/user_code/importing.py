@@ -206,7 +206,7 @@ def import_code(located: Located, contents: Mapping[str, bytes] | None = None) -
             with modules.importing():
                 module = import_module(ENTRY if reference.is_file else reference.place)
     function = getattr(module, reference.name, None)
-    if not callable(function):
+    if not callable(function) and not hasattr(function, "task"):  # an object with the user's tasks
         kind = "has no" if function is None else f"has a {type(function).__name__} called"
         fact = f"{located.file} {kind} '{reference.name}', which should be a function"
         raise SettingsError([(fact, "name a function or a class of that file")])

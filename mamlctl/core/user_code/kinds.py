@@ -12,7 +12,7 @@ from typing import Any
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import read_object
 from mamlctl.core.user_code.importing import UserCode
-from mamlctl.core.user_code.references import is_reference
+from mamlctl.core.user_code.references import is_reference, names_tasks
 from mamlctl.core.user_code.stored import (
     DESCRIPTION,
     StoredCode,
@@ -26,13 +26,17 @@ from mamlctl.core.user_code.stored import (
 
 CODE = "code"  # in a run folder
 # The setting that may name code -> the subfolder of code/ with its copy.
-KINDS: Mapping[str, str] = {"net": "net", "loss": "loss"}
+KINDS: Mapping[str, str] = {"net": "net", "loss": "loss", "dataset": "tasks"}
 
 
 def named_code(settings: Mapping[str, Any]) -> dict[str, str]:
     """The settings that name code -> the references."""
-    values = {name: settings.get(name) for name in KINDS}
-    return {name: value for name, value in values.items() if isinstance(value, str) and is_reference(value)}
+    values = {name: value for name in KINDS if isinstance(value := settings.get(name), str)}
+    return {
+        name: value
+        for name, value in values.items()
+        if (names_tasks(value) if name == "dataset" else is_reference(value))
+    }
 
 
 def code_folder(run: Path, setting: str) -> Path:

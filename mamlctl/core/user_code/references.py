@@ -43,6 +43,18 @@ def is_reference(text: str) -> bool:
     return ":" in text
 
 
+def names_tasks(dataset: str) -> bool:
+    """Whether --dataset names code that makes tasks: file.py:Tasks or package.module:Tasks."""
+    reference = Reference.parse(dataset)
+    is_module = all(part.isidentifier() for part in reference.place.split("."))
+    return reference.name.isidentifier() and (reference.is_file or is_module)
+
+
+def folder_name(dataset: str) -> str:
+    """A data set in the name of a folder: 'omniglot', or 'tasks.py-Tasks' for '/home/me/tasks.py:Tasks'."""
+    return Path(dataset).name.replace(":", "-") if names_tasks(dataset) else Path(dataset).name
+
+
 @dataclass(frozen=True)
 class Located:
     """The source file of a reference."""

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 import platformdirs
 
 from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import append_text, read_object, replacing, write_json
 from mamlctl.core.user_code.importing import UserCode, import_code
 from mamlctl.core.user_code.references import SUFFIX, Located, Reference, module_file
@@ -192,10 +193,14 @@ def load_codes(folders: Sequence[Path]) -> list[tuple[UserCode, StoredCode]]:
     """
     folders = [folder.absolute() for folder in folders]
     codes = trusted_codes(folders)
-    return [(_imported(folder, code), code) for folder, code in zip(folders, codes, strict=True)]
+    return [(import_stored(folder, code), code) for folder, code in zip(folders, codes, strict=True)]
 
 
-def _imported(folder: Path, code: StoredCode) -> UserCode:
+def import_stored(folder: Path, code: StoredCode) -> UserCode:
+    """Import code that was read from a folder, whether or not it is trusted.
+
+    Raises SettingsError if it fails.
+    """
     reference = Reference(code.entry, code.name)
     if code.installed:
         file = module_file(code.entry)
@@ -220,6 +225,14 @@ def trusted_digests() -> set[str]:
     except OSError as error:
         raise _unusable_list("read", error) from error
     return {line.split()[0] for line in lines if line.strip() and not line.startswith("#")}
+
+
+def trust_by_use(code: StoredCode, on_event: OnEvent) -> None:
+    """Add code that the user trains with to the user's list; a notice says if that is not possible."""
+    try:
+        trust(code)
+    except MamlctlError as error:
+        on_event(Notice(f"{error.message}: eval and --resume will need --trust-code"))
 
 
 def trust(code: StoredCode) -> None:

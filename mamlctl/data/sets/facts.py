@@ -32,6 +32,8 @@ IMAGES = DataKind("images", "has images", "accuracy")
 CURVES = DataKind("curves", "has curves", "mse")
 TABLE = DataKind("a table", "is a table", "mse")
 REWARDS = DataKind("rewards", "has rewards", "return")
+OWN_CLASSES = DataKind("the tasks of its code", "makes its own tasks", "accuracy")
+OWN_VALUES = DataKind("the tasks of its code", "makes its own tasks", "mse")
 
 # (data root, sources, on_event): verify the sources and pack them into the data root.
 Prepare = Callable[[Path, Sequence[Path], OnEvent], None]

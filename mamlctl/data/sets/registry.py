@@ -15,12 +15,15 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import expanded
 from mamlctl.core.literals import RESIZES, ClassLevel
 from mamlctl.core.problems import nearest
+from mamlctl.core.user_code.references import absolute, names_tasks
 from mamlctl.data.sets import folder_layout
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.sets.facts import (
     CURVES,
     IMAGES,
     MINI,
+    OWN_CLASSES,
+    OWN_VALUES,
     REWARDS,
     SIDE,
     TABLE,
@@ -140,11 +143,13 @@ def kind_of(config: DataSettings) -> DataKind:
         return CURVES
     if config.dataset in WORLDS:
         return REWARDS
+    if names_tasks(config.dataset):
+        return OWN_VALUES if config.task_type == "regression" else OWN_CLASSES
     return TABLE if is_table(config.dataset) else IMAGES
 
 
 def has_classes(config: DataSettings) -> bool:
-    """Whether the tasks of a data set have classes of images."""
+    """Whether the tasks of a data set have classes."""
     return kind_of(config).metric == "accuracy"
 
 
@@ -166,7 +171,7 @@ def is_table(name: str) -> bool:
 def is_image_folder(name: str) -> bool:
     """Whether `name` is the path of a folder of images."""
     is_path = os.sep in name or "/" in name or name.startswith((".", "~")) or Path(name).is_dir()
-    return is_path and name not in NAMES and not is_table(name)
+    return is_path and name not in NAMES and not is_table(name) and not names_tasks(name)
 
 
 def is_own_data(name: str) -> bool:
@@ -175,7 +180,9 @@ def is_own_data(name: str) -> bool:
 
 
 def absolute_data_set(name: str) -> str:
-    """Return the name of a data set, with the path of the user's own data made absolute."""
+    """Return the name of a data set, with the path of the user's own data or code made absolute."""
+    if names_tasks(name):
+        return absolute(name)
     return os.path.abspath(expanded(name)) if is_own_data(name) else name  # noqa: PTH100 - without following links
 
 
@@ -197,7 +204,9 @@ def find_data_set(
         raise SettingsError(
             [(f"{name} is a table: there is nothing to fetch", f"run mamlctl train --dataset {name}")]
         )
-    if name in FAMILIES or name in WORLDS:
+    if name.endswith(".py"):
+        raise SettingsError([(f"--dataset is {name}, without a class", f"write {name}:Tasks, with its name")])
+    if name in FAMILIES or name in WORLDS or names_tasks(name):
         fact = f"{name} is generated during training: there is nothing to fetch"
         raise SettingsError([(fact, f"run mamlctl train --dataset {name}")])
     if is_image_folder(name):

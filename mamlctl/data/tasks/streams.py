@@ -15,6 +15,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.formatting import plural
 from mamlctl.core.literals import SPLITS, Split
 from mamlctl.core.problems import Problem
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.reading.image_digests import image_digests
 from mamlctl.data.reading.packs import PackedImages, data_root
 from mamlctl.data.sets import image_folder
@@ -28,8 +29,13 @@ from mamlctl.data.tasks.image_tasks import ImageSettings, TaskStream, episode_pr
 from mamlctl.data.tasks.navigation import NavigationStream
 from mamlctl.data.tasks.open_table import leave_out, open_table, table_streams
 from mamlctl.data.tasks.table_tasks import TableFacts
+from mamlctl.data.user_tasks.code import UserTasks
+from mamlctl.data.user_tasks.stream import open_user_tasks
 from mamlctl.data.worlds import WORLDS
 from mamlctl.settings.schema import TrainConfig
+
+# What a run has of the user's own data: the classes or tasks of each split, or the code of its tasks.
+Stored = Mapping[str, Sequence[str]] | UserTasks
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,8 @@ class TaskSource:
     # Digests of the images of a split that was opened; None for regression.
     image_digests: Callable[[Split], NDArray[np.uint64]] | None = None
     table: TableFacts | None = None  # of a table
-    outputs: int = 1  # the numbers of an action
-
-    @property
-    def targets(self) -> int:
-        """The number of values to predict in regression, or of those of an action."""
-        return self.outputs if self.table is None else len(self.table.standardisation.targets)
+    targets: int = 1  # values to predict in regression, or the numbers of an action
+    user_tasks: UserTasks | None = None  # the user's own ones
 
 
 def open_streams(
@@ -60,7 +62,7 @@ def open_streams(
     *,
     offline: bool,
     on_event: OnEvent,
-    stored: Mapping[str, Sequence[str]] | None = None,
+    stored: Stored | None = None,
     disjoint: bool = False,
 ) -> tuple[dict[str, Tasks], TaskSource]:
     """Open a stream of tasks for each split, and fetch the data set first if it is not in the data root.
@@ -71,7 +73,7 @@ def open_streams(
         place: the device and type of the examples.
         offline: whether fetching is forbidden.
         on_event: receives notices and progress.
-        stored: for the user's own data: the classes or tasks of each split when the run started.
+        stored: for the user's own data: what an existing run has.
         disjoint: whether test tasks share no image, as far as a split allows.
 
     Returns:
@@ -83,10 +85,17 @@ def open_streams(
     """
     settings = {split: _stream_settings(config, split, place) for split in splits}
     streams: dict[str, Tasks]
-    if is_table(config.dataset):
+    tasks, stored = (stored, None) if isinstance(stored, UserTasks) else (None, stored)
+    if names_tasks(config.dataset):
+        tasks, own_streams = open_user_tasks(config, tasks, settings, on_event)
+        streams, shape = dict(own_streams), tasks.form.example_shape
+        source = TaskSource(tasks.digest, shape, {}, {}, targets=tasks.form.targets, user_tasks=tasks)
+    elif is_table(config.dataset):
         table, facts = open_table(config, stored, on_event)
         streams = dict(table_streams(config, table, facts, settings, on_event))
-        source = TaskSource(table.digest, (len(table.columns.inputs),), {}, {}, table=facts)
+        columns = table.columns
+        shape, targets = (len(columns.inputs),), len(columns.targets)
+        source = TaskSource(table.digest, shape, {}, {}, table=facts, targets=targets)
     elif config.dataset in FAMILIES:
         family = FAMILIES[config.dataset]
         streams = {split: CurveStream(family, settings[split]) for split in splits}
@@ -94,7 +103,7 @@ def open_streams(
     elif config.dataset in WORLDS:
         world = WORLDS[config.dataset]
         streams = {split: NavigationStream(world, settings[split]) for split in splits}
-        source = TaskSource(world.digest, (world.dimensions,), {}, {}, outputs=world.dimensions)
+        source = TaskSource(world.digest, (world.dimensions,), {}, {}, targets=world.dimensions)
     else:
         packed = _open_pack(config, offline=offline, on_event=on_event)
         needed = max(part.shots + part.queries for part in settings.values())

@@ -7,6 +7,7 @@ few per cent. Here one call of a C function computes the meta-gradient of all ta
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,7 +70,7 @@ class _Shape(NamedTuple):
 def _prepared(shape: _Shape) -> tuple[Settings, Tensor, Tensor]:
     """The settings for C, its working memory, and the tensor of losses [T, I + I + 1], which it fills."""
     net, steps = shape.net, len(shape.weights)
-    widths = (net.input_shape[0], *net.hidden, net.outputs)
+    widths = (math.prod(net.input_shape), *net.hidden, net.outputs)
     settings = Settings(
         *(shape.tasks, len(widths) - 1, shape.support, shape.query, steps),
         *(shape.threads, shape.first_order, shape.learns_rates, shape.rate_rows, shape.rate_per_weight),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mamlctl.core.problems import Problem, flag, nearest
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.rules import REGRESSION_DEFAULTS
 from mamlctl.data.sets.registry import has_rewards, is_regression, kind_of
 from mamlctl.engine.algorithms.algorithm import Algorithm
@@ -36,6 +37,9 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     if entry.on_curves is None and is_regression(config):
         fact = f"{algo} needs classes, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, f"use {REGRESSION_DEFAULTS['algo']}"))
+    if entry.training_head == "classes" and names_tasks(config.dataset) and not is_regression(config):
+        fact = f"{algo} needs classes that tasks share, but {config.dataset} {kind_of(config).predicate}"
+        problems.append((fact, "use another --algo"))
     for name, value in entry.forced.items():
         if getattr(config, name) != value:
             fact = f"{flag(name)} is {getattr(config, name)}, but {algo} requires {value}"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamlctl.core.literals import Activation, BatchNorm, BatchNormMode, Metric
+from mamlctl.core.literals import Activation, BatchNorm, BatchNormMode, Metric, TaskType
 from mamlctl.engine.nets.batch_norm import NormPass, Params
 
 LEAK = 0.01  # negative slope of the leaky ReLU in the published MAML++ code
@@ -75,9 +75,13 @@ CLASSIFICATION = Objective("accuracy", cross_entropy, accuracy)
 REGRESSION = Objective("mse", squared_error, squared_error)
 
 
-def objective_of(example_shape: Sequence[int]) -> Objective:
-    """Classification of images C, H, W, or regression from points of D values, with the default loss."""
-    return REGRESSION if len(example_shape) == 1 else CLASSIFICATION
+def objective_of(example_shape: Sequence[int], task_type: TaskType | None = None) -> Objective:
+    """The objective with the default loss, by the kind of the user's tasks or by the shape of examples.
+
+    Other data are images C, H, W to classify, or points of D values with targets.
+    """
+    is_regression = len(example_shape) == 1 if task_type is None else task_type == "regression"
+    return REGRESSION if is_regression else CLASSIFICATION
 
 
 class Net(Protocol):

@@ -75,7 +75,7 @@ def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, parts: Par
     if has_rewards(config):
         widths = tuple(map(int, (config.hidden or HIDDEN["return"]).split("-")))
         return GaussianPolicy(Mlp(tuple(shape), outputs, widths, REGRESSION, config.activation or "relu"))
-    objective = objective_with(shape, config.loss, parts.loss)
+    objective = objective_with(shape, config.loss, parts.loss, config.task_type)
     if config.net in NETS:
         return NETS[config.net](config, shape, outputs, objective)
     assert parts.module is not None, f"--net {config.net} needs the plan of its module"

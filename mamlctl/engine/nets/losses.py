@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.literals import TaskType
 from mamlctl.core.user_code.importing import UserCode
 from mamlctl.core.user_code.references import is_reference
 from mamlctl.engine.nets.base import Loss, Objective, cross_entropy, objective_of, squared_error
@@ -78,15 +79,18 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
 
 
-def objective_with(shape: Sequence[int], loss: str | None, own: OwnLoss | None) -> Objective:
+def objective_with(
+    shape: Sequence[int], loss: str | None, own: OwnLoss | None, task_type: TaskType | None = None
+) -> Objective:
     """The objective of a network; with the default loss it is CLASSIFICATION or REGRESSION itself.
 
     Args:
         shape: C, H, W of images, or D of points.
         loss: the --loss setting.
         own: the user's loss, if the setting names one.
+        task_type: of the user's own tasks.
     """
-    usual = objective_of(shape)
+    usual = objective_of(shape, task_type)
     if loss is None:
         return usual
     if is_reference(loss):

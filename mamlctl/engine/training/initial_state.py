@@ -15,7 +15,7 @@ from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan
 from mamlctl.engine.evaluation.prediction import zero_head
 from mamlctl.engine.inner_loop import MetaState
-from mamlctl.engine.nets.base import HEAD, Net, body_of, with_outputs
+from mamlctl.engine.nets.base import HEAD, Net, body_of, objective_of, with_outputs
 from mamlctl.engine.nets.batch_norm import Statistics, init_params, init_running
 from mamlctl.engine.nets.factory import BUILT_IN, Parts, make_net
 from mamlctl.engine.nets.module_net import ModuleNet
@@ -46,7 +46,7 @@ def build(
         SettingsError: the images are too small for the network, or a pattern of --freeze matches nothing.
     """
     entry = algorithm_of(config)
-    regression = len(example_shape) == 1
+    regression = not objective_of(example_shape, config.task_type).has_classes
     outputs = targets if regression else config.ways
     if entry.training_head == "classes" and classes is not None and not regression:
         outputs = classes

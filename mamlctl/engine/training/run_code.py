@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mamlctl.core.errors import MamlctlError, SettingsError
+from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import read_object, write_json
 from mamlctl.core.formatting import plural
-from mamlctl.core.literals import BUILT_IN_NETS
+from mamlctl.core.literals import BUILT_IN_NETS, TaskType
 from mamlctl.core.user_code.importing import UserCode, import_code
 from mamlctl.core.user_code.kinds import load_run_code, named_code, write_run_code
 from mamlctl.core.user_code.references import is_reference, locate
-from mamlctl.core.user_code.stored import StoredCode, as_stored, trust
+from mamlctl.core.user_code.stored import StoredCode, as_stored, trust_by_use
 from mamlctl.data.tasks.episodes import Keyed, Tasks
 from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.data.user_tasks.code import UserTasks
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import needs_second_derivatives
 from mamlctl.engine.devices import tensor_dtype
@@ -66,6 +67,7 @@ class RunCode:
 
     module: RunModule | None = None  # of --net
     loss: RunLoss | None = None  # of --loss
+    tasks: UserTasks | None = None  # of --dataset
 
     @property
     def parts(self) -> Parts:
@@ -78,6 +80,7 @@ class RunCode:
         """The user's code, by the setting that names it."""
         used = {"net": self.module, "loss": self.loss}
         codes = {name: None if part is None else part.code for name, part in used.items()}
+        codes["dataset"] = None if self.tasks is None else self.tasks.stored
         return {name: code for name, code in codes.items() if code is not None}
 
     @property
@@ -113,20 +116,14 @@ def new_code(
     known = {} if known is None else known
     before = len(known)
     like = torch.empty((), dtype=tensor_dtype(config.precision)) if like is None else like
-    code = RunCode(_new_module(config, source, known), _new_loss(config, source, like, known))
+    loss = _new_loss(config, source, like, known)
+    code = RunCode(_new_module(config, source, known), loss, source.user_tasks)
     if len(known) > before:
         for notice in code.notices:
             on_event(Notice(notice))
         for stored in code.stored.values():
-            _trust_new(stored, on_event)
+            trust_by_use(stored, on_event)
     return code
-
-
-def _trust_new(code: StoredCode, on_event: OnEvent) -> None:
-    try:
-        trust(code)
-    except MamlctlError as error:
-        on_event(Notice(f"{error.message}: eval and --resume will need --trust-code"))
 
 
 def _new_module(config: TrainConfig, source: TaskSource, known: Checked) -> RunModule | None:
@@ -134,7 +131,8 @@ def _new_module(config: TrainConfig, source: TaskSource, known: Checked) -> RunM
     if config.net in BUILT_IN_NETS:
         return None
     shape = tuple(source.example_shape)
-    key = config.net, config.head, shape, source.targets if len(shape) == 1 else config.ways
+    has_classes = objective_of(shape, config.task_type).has_classes
+    key = config.net, config.head, shape, config.ways if has_classes else source.targets, config.task_type
     if key not in known:
         known[key] = _checked_module(*key)
     module = known[key]
@@ -146,7 +144,8 @@ def _new_loss(config: TrainConfig, source: TaskSource, like: Tensor, known: Chec
     """The loss of --loss; None for a built-in one. Raises SettingsError if it cannot be used."""
     if config.loss is None or not is_reference(config.loss):
         return None
-    entry, has_classes = ALGORITHMS[config.algo], len(source.example_shape) > 1
+    entry = ALGORITHMS[config.algo]
+    has_classes = objective_of(source.example_shape, config.task_type).has_classes
     outputs = {config.ways if has_classes else source.targets}
     if entry.training_head == "classes" and has_classes:
         outputs.add(source.classes["train"])
@@ -164,14 +163,16 @@ def _new_loss(config: TrainConfig, source: TaskSource, like: Tensor, known: Chec
     return checked_loss
 
 
-def _checked_module(net: str, head: str | None, shape: tuple[int, ...], outputs: int) -> RunModule:
-    """Import and check a module."""
+def _checked_module(
+    net: str, head: str | None, shape: tuple[int, ...], outputs: int, task_type: TaskType | None
+) -> RunModule:
+    """Import and check a module; the arguments are those of `ModuleNet` and the kind of the user's tasks."""
     if is_reference(net):
         code = import_code(locate(net, "--net"))
         plan = ModulePlan(code)
     else:
         code, plan = None, torchvision_plan(net)
-    unchecked = ModuleNet(plan, shape, outputs, objective_of(shape), head)
+    unchecked = ModuleNet(plan, shape, outputs, objective_of(shape, task_type), head)
     plan, why = checked(unchecked)
     module, size = unchecked.template.module, len(unchecked.template.paths)
     name = f"{type(module).__name__} with {size} {plural(size, 'tensor')}, head '{unchecked.template.head}'"
@@ -196,7 +197,8 @@ def code_of_run(run: RunFolder) -> RunCode:
     if "loss" in loaded:
         imported, stored = loaded["loss"]
         loss = RunLoss(OwnLoss(imported), stored)
-    return RunCode(_module_of_run(run, loaded.get("net")), loss)
+    tasks = UserTasks(*loaded["dataset"]) if "dataset" in loaded else None
+    return RunCode(_module_of_run(run, loaded.get("net")), loss, tasks)
 
 
 def _module_of_run(run: RunFolder, loaded: tuple[UserCode, StoredCode] | None) -> RunModule | None:

@@ -93,9 +93,7 @@ class Trainer:
         self._latest: MetaStepResult | None = None
         self._saved_epoch = False  # whether `last.pt` contains the end of the latest epoch
         self._moved = False  # whether this process has finished any meta-step or validation
-        self._reported_at = time.perf_counter()
-        self._tasks_since = 0
-        self._saved_at = time.monotonic()
+        self._reported_at, self._saved_at, self._tasks_since = time.perf_counter(), time.monotonic(), 0
         self._at_once = 2  # meta-steps of the next `take_many`
         self._checkpoint_every_s = parse_seconds(config.checkpoint_every)
 
@@ -127,8 +125,7 @@ class Trainer:
             if position.step >= config.total_steps:
                 return ""
             if reason := self._stop():
-                self._check(position.step)  # on CUDA, losses have not been checked since the last report
-                self.save()
+                self.save_checked()
                 return reason
             if not self._take_many():
                 self._step()
@@ -319,6 +316,11 @@ class Trainer:
         """Write `last.pt`, and keep the one before it."""
         checkpoints.save_last(self.run.checkpoints, self._content(), owner=self.run.owner)
         self._saved_at = time.monotonic()
+
+    def save_checked(self) -> None:
+        """Save between meta-steps. Raises DivergedError if the latest loss is not finite."""
+        self._check(self.position.step)  # on CUDA, losses have not been checked since the last report
+        self.save()
 
     def resume(self) -> None:
         """Continue from `last.pt`, or from the checkpoint before it if that one is damaged or missing.

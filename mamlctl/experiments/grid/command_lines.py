@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from mamlctl.core.problems import flag
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.rules import per_step_settings
 from mamlctl.data.sets.registry import has_classes, is_image_folder
 from mamlctl.experiments.grid.grid import Grid, GridCell
@@ -24,6 +25,8 @@ def train_arguments(config: TrainConfig) -> tuple[str, ...]:
     leading = {"algo": config.algo, "dataset": config.dataset, "ways": config.ways, "shots": config.shots}
     if not has_classes(config):
         del leading["ways"]
+    if names_tasks(config.dataset):
+        leading["task_type"] = config.task_type
     if is_image_folder(config.dataset):  # always named, so that files added later do not change the classes
         leading["classes"] = config.classes
     if config.net != TrainConfig.net:

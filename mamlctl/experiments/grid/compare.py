@@ -13,6 +13,7 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.metrics_rows import steps_done
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.user_code.kinds import check_trusted, code_digests, named_code
+from mamlctl.core.user_code.references import names_tasks
 from mamlctl.data.rules import per_step_settings
 from mamlctl.engine.training.starting_weights import stored_start
 from mamlctl.experiments.evaluate import evaluate_run
@@ -128,23 +129,25 @@ def _incomparable(runs: Sequence[_Run], evaluate: EvalConfig) -> list[Problem]:
     repeated = {path for path in paths if paths.count(path) > 1}
     problems = [(f"{path} is named twice", "name each run once") for path in sorted(repeated)]
     for run in others:
+        same_data = run.trained_on(first.dataset_digest, first.older_digests)
+        own_tasks = names_tasks(first.config.dataset) and names_tasks(run.config.dataset)
         for name in OF_TASKS:
             shared = name in SHARED_BY_EVALUATION
             if name == "strict" or (shared and getattr(evaluate, name) is not None):
                 continue
             ours, theirs = (getattr(fill_defaults(folder.config), name) for folder in (first, run))
-            if ours != theirs:
+            is_copy = name == "dataset" and own_tasks and same_data  # of the same code
+            if ours != theirs and not is_copy:
                 way = f"compare them separately, or add {flag(name)}" if shared else "compare them separately"
                 has = f"no {flag(name)}" if theirs is None else f"{flag(name)} {theirs}"
                 other = "none" if ours is None else ours
                 problems.append((f"{run.path} has {has}, but {first.path} has {other}", way))
                 if name == "dataset":
                     break  # most other differences follow from it
-        same_data = run.trained_on(first.dataset_digest, first.older_digests)
         if first.config.dataset == run.config.dataset and not same_data:
             theirs, ours = run.dataset_digest, first.dataset_digest
             fact = f"{run.path} was trained on data {theirs:.12}, but {first.path} on {ours:.12}"
-            way = "train both on the same images"
+            way = f"train both on the same {'tasks' if own_tasks else 'images'}"
             if same_training_images(run, first):
                 fact = f"{run.path} was trained on the images of {first.path}, but in another order"
                 way = "train both with the same --data-root: a seed draws other tasks from another order"

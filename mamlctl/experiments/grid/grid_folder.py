@@ -17,6 +17,7 @@ from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.files import contents, one_writer, write_text
 from mamlctl.core.formatting import plural
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.user_code.references import folder_name
 from mamlctl.experiments.grid.grid import (
     CELLS,
     FORMAT,
@@ -176,7 +177,7 @@ def _default_folder(plan: str, rows: Sequence[GridRow]) -> Path:
     content = [[row.label, digested_settings(identity_settings(row.config))] for row in rows]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:6]
     ways = f"{first.ways}w" if first.ways > 1 else ""
-    return runs_folder() / f"{Path(first.dataset).name}-{ways}{first.shots}s-{plan}-{digest}"
+    return runs_folder() / f"{folder_name(first.dataset)}-{ways}{first.shots}s-{plan}-{digest}"
 
 
 def _with_older_engine(row: GridRow) -> GridRow:

@@ -1,7 +1,8 @@
-"""Figures of runs on a table: curves for a single input, and predicted against true values otherwise."""
+"""Figures of runs on a table or own tasks: curves of one input, or predicted against true values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from mamlctl.data.tasks.episodes import Episodes
-from mamlctl.data.tasks.table_tasks import Standardisation, table_stream
+from mamlctl.data.tasks.streams import TaskSource
+from mamlctl.data.tasks.table_tasks import Standardisation, different_tasks, table_stream
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.experiments.trained_model import TrainedModel
 from mamlctl.report.figures import fit_figures
@@ -31,31 +33,37 @@ MARGIN = 0.05  # of a curve's range on both sides
 
 
 def table_figure(models: Sequence[TrainedModel], title: str) -> Figure:
-    """Draw the first test tasks of a table as several runs predict them.
+    """Draw the first test tasks of a table, or of the user's own ones, as several runs predict them.
 
     Args:
-        models: runs on the same table; the tasks and the columns are those of the first one.
+        models: runs on the same tasks; the tasks and the columns are those of the first one.
         title: of the figure.
     """
-    source = models[0].source.table
-    assert source is not None
-    columns = source.standardisation
+    columns = _columns(models[0].source)
     targets = columns.targets[:TARGETS]
     if len(columns.inputs) > 1:
         rows = [_agreements(model, columns) for model in models]
         return fit_figures.agreements(rows, targets, title)
-    stream = table_stream(models[0].stream)
-    assert stream is not None
-    shown = min(TASKS, len(stream.names))
+    shown = different_tasks(models[0].stream, TASKS)
     rows_of_fits = [[fit for model in models for fit in _fits(model, columns, task)] for task in range(shown)]
     return fit_figures.fits(rows_of_fits, (columns.inputs[0], targets * len(models)), title)
 
 
+def _columns(source: TaskSource) -> Standardisation:
+    """The columns of a table; values that are not standardised for the user's own tasks."""
+    if source.table is not None:
+        return source.table.standardisation
+    sizes = {"x": math.prod(source.example_shape), "y": source.targets}
+    x, y = (
+        tuple(f"{name}{number}" for number in range(1, size + 1)) if size > 1 else (name,)
+        for name, size in sizes.items()
+    )
+    return Standardisation(x, y, (0.0,) * len(x + y), (1.0,) * len(x + y))
+
+
 def _agreements(model: TrainedModel, columns: Standardisation) -> list[Agreement]:
     """One panel per target, with one draw from each task."""
-    stream = table_stream(model.stream)
-    assert stream is not None
-    episodes = model.stream.episodes(0, min(MOST_TASKS, len(stream.names)))
+    episodes = model.stream.episodes(0, different_tasks(model.stream, MOST_TASKS))
     outputs_ITEN = model.outputs(episodes, model.inner_steps)
     truth_MN = in_units(columns, episodes.query_y_TE)
     before_MN, after_MN = (in_units(columns, outputs_ITEN[step]) for step in (0, -1))
@@ -68,9 +76,8 @@ def _agreements(model: TrainedModel, columns: Standardisation) -> list[Agreement
 
 def _fits(model: TrainedModel, columns: Standardisation, task: int) -> list[Fit]:
     """One panel per target of a task."""
-    stream = table_stream(model.stream)
-    assert stream is not None
-    name = stream.names[int(stream.tasks_of(task, 1)[0])]
+    table = table_stream(model.stream)
+    name = f"task {task}" if table is None else table.names[int(table.tasks_of(task, 1)[0])]
     start = algorithm_of(model.config).start_of(model.config)
     episodes = model.stream.episodes(task, 1)
     return fits_of(lambda sets: model.outputs(sets, model.inner_steps), episodes, columns, f"{name}: {start}")

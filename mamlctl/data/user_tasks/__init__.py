@@ -1,0 +1,1 @@
+"""Tasks that the user's own code makes (`--dataset tasks.py:Tasks`)."""
