@@ -158,12 +158,7 @@ def _as_pt2(path: Path, program: ExportedProgram, item: Exportable, text: str) -
 
 def _as_onnx(path: Path, program: ExportedProgram, item: Exportable, text: str) -> tuple[bytes, Run]:
     """The bytes of an .onnx file, and what onnxruntime predicts with them."""
-    import onnxruntime
-
     names: dict[str, Any] = {"input_names": item.names[:1], "output_names": item.names[1:]}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL
-    options.intra_op_num_threads = torch.get_num_threads()
     hint = f"use another operation, or export to {path.with_suffix(PT2).name}"
     with _failing(path, "the network cannot be converted to ONNX", hint):
         exported = _converted(program, item.code, dynamic_shapes=({0: "batch"},), **names)
@@ -173,6 +168,11 @@ def _as_onnx(path: Path, program: ExportedProgram, item: Exportable, text: str) 
         entry = proto.metadata_props.add()
         entry.key, entry.value = ENTRY, text
         data = proto.SerializeToString()
+        import onnxruntime  # optional, like the packages that torch imports here
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = FATAL
+        options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Tensor) -> Floats:
