@@ -86,7 +86,11 @@ def gradients(config, epochs, parts=None, image=IMAGE):
     return [step.measure(episodes, epoch, measure_all=True) for epoch in epochs]
 
 
-LOOPS = [name for name, entry in ALGORITHMS.items() if "loss" not in entry.unsupported and name != "scratch"]
+LOOPS = [
+    name
+    for name, entry in ALGORITHMS.items()
+    if not ("loss" in entry.unsupported or entry.needs_rewards or name == "scratch")
+]
 
 
 @pytest.mark.parametrize("engine", ["adjoint", "plain"])

@@ -148,7 +148,7 @@ def _new_loss(config: TrainConfig, source: TaskSource, like: Tensor, known: Chec
     has_classes = objective_of(source.example_shape, config.task_type).has_classes
     outputs = {config.ways if has_classes else source.targets}
     if entry.training_head == "classes" and has_classes:
-        outputs.add(source.classes["train"])
+        outputs.add(source.classes.get("train", config.ways))
     if config.body_epochs:
         outputs.add(config.ways * config.meta_batch_size)
     second_order = needs_second_derivatives(config)
