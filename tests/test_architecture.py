@@ -24,7 +24,7 @@ FLOORS = [
     ["__main__"],
 ]
 ENGINE = [
-    ["devices", "optimizers"],
+    ["devices", "distributed", "optimizers"],
     ["nets"],
     ["kernels", "inner_loop"],
     ["derivatives", "reinforcement"],

@@ -28,6 +28,9 @@ FOREIGN |= {"--engines", "--growth", "--official", "--quick", "--transductive", 
 FOREIGN |= {"--only", "--trials"}  # of the attack
 FOREIGN |= {"--logdir"}  # of TensorBoard
 FOREIGN |= {"--help"}
+FOREIGN |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}  # of torchrun
+FOREIGN |= {"--max-restarts", "--local-addr"}
+FOREIGN |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}  # of SLURM
 FLAGS = {
     flag
     for options in (typer.main.get_command(app).params, *map(options_of, COMMANDS))

@@ -26,10 +26,12 @@ from typer.exceptions import TyperException
 
 import mamlctl
 from mamlctl.cli.help import show_help
-from mamlctl.core.errors import ExitCode, MamlctlError, SettingsError, is_out_of_memory
+from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError, is_out_of_memory
+from mamlctl.core.lifeline import world
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import HANG_UP, exit_at_once_on
 from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
+from mamlctl.experiments.processes.launch import LAUNCHED
 from mamlctl.settings.rules import NOUNS
 
 Function = Callable[..., ExitCode]
@@ -44,6 +46,7 @@ class CommandEntry:
     summary: str  # one sentence
     more: str = ""  # a paragraph after it
     examples: tuple[str, ...] = ()
+    shares: bool = False  # whether several processes can share its work
 
     @property
     def text(self) -> str:
@@ -67,6 +70,7 @@ COMMANDS = {
         "train",
         "Train with MAML++ or a relative; the improvements of MAML++ are flags, all on for maml++.",
         examples=("mamlctl train --algo maml++ --dataset omniglot --ways 20 --shots 1",),
+        shares=True,
     ),
     "eval": CommandEntry(
         "evaluate",
@@ -76,6 +80,7 @@ COMMANDS = {
             "mamlctl eval runs/demo --split test --tasks 600",
             "mamlctl eval omniglot-5w1s --support mine/learn --query mine/ask",
         ),
+        shares=True,
     ),
     "fetch": CommandEntry(
         "fetch",
@@ -90,6 +95,7 @@ COMMANDS = {
             "mamlctl compare runs/a runs/b",
             "mamlctl compare --dataset omniglot --algos maml,fomaml,maml++,reptile,protonet --seeds 3",
         ),
+        shares=True,
     ),
     "ablate": CommandEntry(
         "ablate",
@@ -118,6 +124,9 @@ class _Command(TyperCommand):
         if ctx.args:
             hint = f"leave it out, or see mamlctl {ctx.info_name} --help"
             raise SettingsError([(f"unexpected argument '{' '.join(ctx.args)}'", hint)])
+        if world()[1] > 1 and not COMMANDS[str(ctx.info_name)].shares:
+            fact = f"mamlctl {ctx.info_name} is one process, but torchrun has started {world()[1]}"
+            raise SettingsError([(fact, "run it without torchrun")])
         return super().invoke(ctx)
 
 
@@ -210,7 +219,8 @@ def main(on_error: Callable[[MamlctlError], None] | None = None) -> None:
     share_the_processor()
     code, error = _run()
     if error is not None:
-        show_error(stderr_console(), error)
+        if not (isinstance(error, RankLostError) and LAUNCHED in os.environ):  # the parent reports it
+            show_error(stderr_console(), error)
         if on_error is not None:
             on_error(error)
     sys.exit(code)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import glob
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.cli.child_process import end_with_parent
+from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.events import Waiting
+from mamlctl.core.lifeline import world
 from mamlctl.core.literals import HIGHER_IS_BETTER
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import raise_on_signals
 from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
+from mamlctl.experiments.interrupts import parse_duration
+from mamlctl.experiments.processes.launch import LAUNCHED, accept_requests, launch
 from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.fields import HARDWARE, NETWORK, OUTPUT
 from mamlctl.settings.merge import Layer
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 # The modules of the live view and of limits are imported on use: help and completion need neither.
 
 Result = TypeVar("Result")
+RANK_TIMEOUT = "10m"  # longer than the compilation of kernels
 
 
 def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
@@ -53,7 +59,59 @@ def option(panel: str | None, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-TimeLimit = Annotated[str | None, option(OUTPUT, "Save and stop after this long, e.g. 90s, 9m or 1h30m.")]
+TimeLimit = Annotated[str | None, option(OUTPUT, "Save and stop after this long, e.g. 9m or 1h30m.")]
+Nproc = Annotated[
+    int | None,
+    option(HARDWARE, "Processes that share the tasks, e.g. 4."),
+]
+RankTimeout = Annotated[str | None, option(HARDWARE, "Longest wait for another of them (default: 10m).")]
+
+
+def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | None:
+    """Start the processes of --nproc, or do the share of one of them: the exit code afterwards.
+
+    Args:
+        nproc: the option --nproc.
+        rank_timeout: the option --rank-timeout.
+
+    Returns:
+        None if this process is to run the command: rank 0, or the only one.
+
+    Raises:
+        SettingsError: an option is wrong, or has no effect.
+    """
+    rank, count = world()
+    timeout_s = parse_duration(rank_timeout or RANK_TIMEOUT, "--rank-timeout")
+    if count > 1:
+        if nproc is not None and LAUNCHED not in os.environ:
+            fact = f"--nproc has no effect in one of {count} processes that another program has started"
+            raise SettingsError([(fact, "leave it out")])
+        accept_requests()
+        if LAUNCHED in os.environ:
+            end_with_parent()
+        if rank == 0:
+            return None
+        from mamlctl.experiments.processes.shares import do_share
+        from mamlctl.experiments.processes.together import follow
+
+        begin_work()
+        return follow(timeout_s, do_share)
+    if nproc is not None and nproc < 1:
+        raise SettingsError([(f"--nproc is {nproc}, which is not a number of processes", "use 1 or more")])
+    if nproc is None or nproc == 1:
+        if rank_timeout is not None:
+            raise SettingsError([("--rank-timeout has no effect on one process", "add --nproc 2")])
+        return None
+    return ExitCode(launch(nproc, sys.argv[1:], rank_timeout or RANK_TIMEOUT))
+
+
+def together(rank_timeout: str | None) -> AbstractContextManager[object]:
+    """The block in which rank 0 of several processes works; `rank_timeout` is the option --rank-timeout."""
+    if world()[1] == 1:
+        return nullcontext()
+    from mamlctl.experiments.processes.together import sharing  # imports torch
+
+    return sharing(parse_duration(rank_timeout or RANK_TIMEOUT))
 
 
 def started_models(incomplete: str) -> list[str]:

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import begin_work, option, started_models, unused
+from mamlctl.cli.common_options import (
+    Nproc,
+    RankTimeout,
+    begin_work,
+    option,
+    share_of_process,
+    started_models,
+    together,
+    unused,
+)
 from mamlctl.cli.grid_actions import grid_command, planned_grid, run_grid
 from mamlctl.cli.grid_options import DRY, PLAN, TEST_OPTIONS, GridOptions, table_settings
 from mamlctl.cli.options import with_options
@@ -64,18 +73,26 @@ def compare(
         bool,
         option(None, f"List the runs and tables under runs/, or under {RUNS}, then exit.", "--list"),
     ] = False,
+    nproc: Nproc = None,
+    rank_timeout: RankTimeout = None,
 ) -> ExitCode:
     """The command `mamlctl compare`."""
     options.check()
     if list_:
         given: dict[str, object] = {str(path): True for path in runs or []}
-        given |= {"--algos": algos} | {flag(name): True for name in settings | evaluation}
+        given |= {"--algos": algos, "--nproc": nproc, "--rank-timeout": rank_timeout} | {
+            flag(name): True for name in settings | evaluation
+        }
         return _list_runs(given | options.changed(), options)
     settings = options.with_sets(settings)
     if runs:
         _refuse_training(settings, options, algos)
+        if (code := share_of_process(nproc, rank_timeout)) is not None:
+            return code
         values = {**variable_values(EvalConfig), **evaluation, **settings}
-        return _compare_runs([*map(local_run, runs)], table_settings(values), options)
+        return _compare_runs([*map(local_run, runs)], table_settings(values), options, rank_timeout)
+    if problems := unused({"--nproc": nproc, "--rank-timeout": rank_timeout}, "without run folders"):
+        raise SettingsError(problems)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])
     if "algo" in settings:
@@ -101,7 +118,9 @@ def _refuse_training(settings: Mapping[str, Any], options: GridOptions, algos: s
         raise SettingsError(problems)
 
 
-def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) -> ExitCode:
+def _compare_runs(
+    runs: list[Path], evaluate: EvalConfig, options: GridOptions, rank_timeout: str | None
+) -> ExitCode:
     out = options.out
     if out is not None:
         check_out(out)
@@ -112,7 +131,8 @@ def _compare_runs(runs: list[Path], evaluate: EvalConfig, options: GridOptions) 
     limit = options.limit(first.config)
     cells = [cell.folder for grid in grids.values() for cell in grid.cells]
     options.trust_code_of([*(run for run in runs if run not in grids), *cells])
-    with options.display(f"comparing {len(runs)} {plural(len(runs), 'run')}") as display:
+    work = f"comparing {len(runs)} {plural(len(runs), 'run')}"
+    with options.display(work) as display, together(rank_timeout):
         from mamlctl.experiments.grid.compare import compare  # imports torch
         from mamlctl.report.report_folder import write_files
 

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from mamlctl.cli.common_options import GuardOptions, begin_work, option, started_models, unused
+from mamlctl.cli.common_options import (
+    GuardOptions,
+    Nproc,
+    RankTimeout,
+    begin_work,
+    option,
+    share_of_process,
+    started_models,
+    together,
+    unused,
+)
 from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
@@ -130,12 +140,19 @@ def evaluate(
             autocompletion=started_models,
         ),
     ] = None,
+    nproc: Nproc = None,
+    rank_timeout: RankTimeout = None,
 ) -> ExitCode:
     """The command `mamlctl eval`."""
     if run is None:
         raise SettingsError([("the argument 'run' is missing", hint_for_missing_run())])
-    if problems := options.problems(settings):
+    problems = options.problems(settings)
+    if options.support is not None:
+        problems += unused({"--nproc": nproc}, "with --support, since your own data are the only task")
+    if problems:
         raise SettingsError(problems)
+    if (code := share_of_process(nproc, rank_timeout)) is not None:
+        return code
     config = EvalConfig(**{**variable_values(EvalConfig), **settings})
     run = local_run(run)
     options = replace(options, beside=[*map(local_run, options.beside or [])])
@@ -144,7 +161,7 @@ def evaluate(
     options.trust_code_of([run, *(options.beside or ())])
     support = options.support
     if support is None:
-        return _test(run, config, limit, options)
+        return _test(run, config, limit, options, rank_timeout)
     if is_table(trained.config.dataset):
         _predict(run, support, config, options)
     else:
@@ -152,11 +169,13 @@ def evaluate(
     return ExitCode.OK
 
 
-def _test(run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateOptions) -> ExitCode:
+def _test(
+    run: Path, config: EvalConfig, limit: Limit | None, options: EvaluateOptions, rank_timeout: str | None
+) -> ExitCode:
     """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
     reason: StopReason = ""
     config = replace(config, per_step=config.per_step or options.plot)
-    with options.display(f"testing {run} on {config.tasks} tasks") as display:
+    with options.display(f"testing {run} on {config.tasks} tasks") as display, together(rank_timeout):
         from mamlctl.experiments.evaluate import evaluate_run  # imports torch
 
         begin_work()

@@ -11,7 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from mamlctl.cli.common_options import SettingsOptions, TimeLimit, begin_work, option, unused
+from mamlctl.cli.common_options import (
+    Nproc,
+    RankTimeout,
+    SettingsOptions,
+    TimeLimit,
+    begin_work,
+    option,
+    share_of_process,
+    together,
+    unused,
+)
 from mamlctl.cli.options import LISTS, with_options
 from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
@@ -24,8 +34,10 @@ from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
 from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
+from mamlctl.experiments.processes.launch import restarts
 from mamlctl.experiments.runs.search import latest_unfinished_run, means_latest
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
+from mamlctl.run_folder import CONFIG
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved, merge
 from mamlctl.settings.presets import to_yaml
@@ -67,34 +79,30 @@ def train(
         str | None,
         option(OUTPUT, "Also write scalars, settings and pictures for this program: tensorboard."),
     ] = None,
+    nproc: Nproc = None,
+    rank_timeout: RankTimeout = None,
 ) -> ExitCode:
     """The command `mamlctl train`."""
     if list_ is not None:
         given: dict[str, object] = {flag(name): True for name in settings}
-        given |= options.changed() | {
-            "--out": out,
-            "--resume": resume,
-            "--time-limit": time_limit,
-            "--print-config": print_config,
-            "--log": log,
-        }
+        given |= options.changed() | {"--out": out, "--resume": resume, "--time-limit": time_limit}
+        given |= {"--print-config": print_config, "--log": log}
+        given |= {"--nproc": nproc, "--rank-timeout": rank_timeout}
         return _print_list(list_, given, options)
+    if not print_config and (code := share_of_process(nproc, rank_timeout)) is not None:
+        return code
     latest = resume is not None and means_latest(resume)
-    resume = latest_unfinished_run() if latest else resume
+    again = _restarted(out, resume)
+    resume = latest_unfinished_run() if latest else again or resume
     if resume is None:
-        options.check_code_in_file(settings | options.set_values())
-        if options.trust_code and not options.code_in_file:
-            fact = "--trust-code has no effect: no settings file names code, and that of options is trusted"
-            raise SettingsError([(fact, "leave it out")])
-        layers = [*options.base_layers, ("--set", options.set_values()), ("flag", settings)]
-        resolved = resolve_settings(layers)
+        resolved = _new_settings(options, settings)
         if print_config:
             return _print_config(resolved)
         config = resolved.config
         task = formatting.task(config.dataset, fill_defaults(config).ways, config.shots)
         work = f"training {config.algo} on {task}"
     else:
-        unread = options.by_flag("preset", "config") | {"--print-config": print_config}
+        unread = {} if again else options.by_flag("preset", "config") | {"--print-config": print_config}
         changes = _overrides(resume, _resume_settings(options, settings), out, unread)
         options.trust_code_of([resume])
         work = f"resuming {resume}"
@@ -102,7 +110,7 @@ def train(
     if log is not None:
         check_log(log)
     command = shlex.join(["mamlctl", *sys.argv[1:]])
-    with options.display(work) as display, _logged(log, display) as listener:
+    with options.display(work) as display, _logged(log, display) as listener, together(rank_timeout):
         from mamlctl.experiments import train as training  # imports torch
 
         begin_work()
@@ -115,6 +123,27 @@ def train(
         result = run(offline=options.offline, time_limit_s=time_limit_s, command=command, on_event=listener)
     options.write(result, {"format": 1, "result": named(result)}, show_train_result)
     return STOP_EXIT_CODES[result.reason]
+
+
+def _restarted(out: Path | None, resume: Path | None) -> Path | None:
+    """The run to resume after torchrun has restarted a command that began a new run.
+
+    Raises SettingsError if torchrun may restart the command, and a restarted one would not find the run.
+    """
+    done, most = restarts()
+    if most and out is None and resume is None:
+        fact = f"torchrun may restart this command {most} times, but each start would begin a new run"
+        raise SettingsError([(fact, "add --out, so that a restarted command finds its run")])
+    return out if done and out is not None and (out / CONFIG).is_file() else None
+
+
+def _new_settings(options: SettingsOptions, flags: Mapping[str, Any]) -> Resolved[TrainConfig]:
+    """The settings of a new run. Raises SettingsError if they are wrong, or name code that is not trusted."""
+    options.check_code_in_file({**flags, **options.set_values()})
+    if options.trust_code and not options.code_in_file:
+        fact = "--trust-code has no effect: no settings file names code, and that of options is trusted"
+        raise SettingsError([(fact, "leave it out")])
+    return resolve_settings([*options.base_layers, ("--set", options.set_values()), ("flag", flags)])
 
 
 def _logged(log: str | None, display: OnEvent) -> AbstractContextManager[OnEvent]:

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     DATA = 3  # missing or damaged data
     DIVERGED = 4  # training diverged
     LOCKED = 5  # another process is using the folder
+    RANK_LOST = 6  # another process of the same run died or does not answer; the run can be resumed
     HUNG_UP = 129  # the terminal closed (SIGHUP)
     INTERRUPTED = 130  # Ctrl-C (SIGINT)
     TERMINATED = 143  # SIGTERM
@@ -82,6 +83,15 @@ class LockedError(MamlctlError):
     """Another process is writing to the folder."""
 
     exit_code = ExitCode.LOCKED
+
+
+class RankLostError(MamlctlError):
+    """Another process of the same run died or does not answer."""
+
+    exit_code = ExitCode.RANK_LOST
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, hint="start the command again; a training run continues with --resume")
 
 
 class SettingsError(MamlctlError):

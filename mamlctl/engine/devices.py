@@ -83,7 +83,9 @@ def open_device(name: str, precision: Precision) -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
+        # The current device is 0, or that of this process if several share the work.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
         tf32 = precision_of(precision, device) == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return device

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mamlctl.core import formatting
+from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent, Progress
 from mamlctl.core.literals import Model
 from mamlctl.core.results import EvalResult, EvalRow, LossMeans, TableScores, TargetError, named
@@ -18,9 +19,11 @@ from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.label_permutations import LabelPermutations
 from mamlctl.data.tasks.table_tasks import different_tasks
 from mamlctl.engine.devices import device_words
+from mamlctl.engine.distributed import current
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, ModelScores, Scores, evaluate
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
 from mamlctl.experiments.grid.evaluation_files import write_evaluation
+from mamlctl.experiments.processes.together import EvaluationJob, send
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.run_folder import EVALUATIONS, OF_RUN, open_run, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig
@@ -39,12 +42,12 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
         SettingsError, DataError, MamlctlError: as `load_trained_model` does.
     """
     started = time.monotonic()
-    settings = per_step_settings(settings, open_run(path).config)
-    model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    if problems := current().device_problems(settings.device):
+        raise SettingsError(problems)
+    send(EvaluationJob(path.absolute(), settings, offline))
+    model, settings = prepared(path, settings, offline=offline, on_event=on_event)
     if reason := compiled_at_every_start():
         on_event(Notice(reason))
-    # Each file has one spelling, so that it is not evaluated twice.
-    settings = replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.
     protocol = {name: getattr(model.config, name) for name in OF_RUN}
     protocol |= protocol_settings(settings, model.config)
@@ -64,7 +67,7 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     folder = model.run.path / EVALUATIONS / f"{settings.split}-{digest}"
     # Created before the evaluation, so that no work is lost if the folder cannot be written.
     folder.mkdir(parents=True, exist_ok=True)
-    scores = _scores(model, settings, on_event)
+    scores = scores_of(model, settings, on_event)
     rows, by_model = _eval_rows(model, settings, scores)
     table = _table_scores(model, by_model)
     seconds = time.monotonic() - started
@@ -104,6 +107,16 @@ def _loss_means(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> Los
     return LossMeans(formatting.loss_name(str(model.config.loss)), means) if means else None
 
 
+def prepared(
+    path: Path, settings: EvalConfig, *, offline: bool, on_event: OnEvent
+) -> tuple[TrainedModel, EvalConfig]:
+    """Open a run, and complete the settings of its evaluation; arguments as in `evaluate_run`."""
+    settings = per_step_settings(settings, open_run(path).config)
+    model = load_trained_model(path, settings, offline=offline, on_event=on_event)
+    # Each file has one spelling, so that it is not evaluated twice.
+    return model, replace(settings, checkpoint=model.run.checkpoint_name(settings.checkpoint))
+
+
 def _table_scores(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> TableScores | None:
     """The errors of each target in its own unit, for a run on a table."""
     facts = model.source.table
@@ -118,8 +131,14 @@ def _table_scores(model: TrainedModel, by_model: Mapping[str, ModelScores]) -> T
     return TableScores(tasks, errors)
 
 
-def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
-    """The scores of every task, averaged over the orders of its labels."""
+def scores_of(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Scores:
+    """Score every task, and average over the orders of its labels; all ranks share the tasks.
+
+    Args:
+        model: the run.
+        settings: of the evaluation.
+        on_event: receives progress.
+    """
     orders = settings.label_permutations
     scores = evaluate(
         model.derivatives,
@@ -133,6 +152,7 @@ def _scores(model: TrainedModel, settings: EvalConfig, on_event: OnEvent) -> Sco
             curve_tasks=settings.curve_tasks * orders,
         ),
         on_progress=lambda done: on_event(Progress("testing", done // orders, settings.tasks)),
+        ranks=current(),
     )
     if orders == 1:
         return scores

@@ -27,6 +27,7 @@ from mamlctl.data.user_tasks.stream import CHANGED as CHANGED_TASKS
 from mamlctl.engine.algorithms.rules import slower_because_of_loss
 from mamlctl.engine.derivatives.selection import slower_than_it_could_be
 from mamlctl.engine.devices import device_problems, device_words, open_device, tensor_dtype
+from mamlctl.engine.distributed import current
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net, bn_mode
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
@@ -35,6 +36,7 @@ from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, sto
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
+from mamlctl.experiments.processes.together import TrainingJob, check_sharing, send
 from mamlctl.experiments.runs.starts import apply_start, start_again
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import store_facts
@@ -56,7 +58,7 @@ from mamlctl.settings.variables import runs_folder
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What training needs besides its run folder."""
 
     config: TrainConfig  # with all derived values
@@ -97,7 +99,9 @@ def train(
     """
     check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
-    prepared = _prepare(config, config.cuda_graph, offline, stop, on_event, code)
+    check_sharing(config, on_event)
+    send(TrainingJob(config, config.cuda_graph, offline))
+    prepared = prepare(config, config.cuda_graph, offline, stop, on_event, code)
     started = apply_start(prepared.config, prepared.net, prepared.state, on_event)
     path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
@@ -159,8 +163,11 @@ def resume(
         code, split = code_of_run(run), stored_split(run)
         for notice in code.notices:
             on_event(Notice(notice))
+        check_sharing(config, on_event)
+        cuda_graph, code_of = overrides.get("cuda_graph"), run.path.absolute() if code.stored else None
+        send(TrainingJob(config, cuda_graph, offline, code_of, split))
         stored = code.tasks or split
-        prepared = _prepare(config, overrides.get("cuda_graph"), offline, stop, on_event, code, stored)
+        prepared = prepare(config, cuda_graph, offline, stop, on_event, code, stored)
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"
@@ -190,7 +197,7 @@ def _store_data_facts(run: RunFolder, source: TaskSource) -> None:
     store_facts(run, source.table)
 
 
-def _prepare(
+def prepare(
     config: TrainConfig,
     cuda_graph: bool | None,
     offline: bool,
@@ -198,11 +205,12 @@ def _prepare(
     on_event: OnEvent,
     code: RunCode | None = None,
     stored: Stored | None = None,
-) -> _Prepared:
-    """Open the device and the data, and build the network.
+) -> Prepared:
+    """Open the device and the data, and build the network; arguments as in `train` and `TrainingJob`.
 
     `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
-    `code` is that of a resumed run, and `stored` what it has of the user's own data.
+    `code` is that of a resumed run, and `stored` what it has of the user's own data. Raises SettingsError if
+    this machine does not have the device.
     """
     completed = fill_defaults(config)
     if problems := device_problems(completed.device, completed.precision, cuda_graph):
@@ -225,10 +233,10 @@ def _prepare(
         completed, source.example_shape, device, classes=classes, targets=source.targets, parts=code.parts
     )
     streams["train"] = training_tasks(streams["train"], code, completed.seed)
-    return _Prepared(completed, device, streams, source, net, state, code, stop, on_event)
+    return Prepared(completed, device, streams, source, net, state, code, stop, on_event)
 
 
-def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
+def _run(run: RunFolder, prepared: Prepared, *, resume: bool) -> TrainResult:
     config, source, stop, on_event = prepared.config, prepared.source, prepared.stop, prepared.on_event
     net, state = prepared.net, prepared.state
     with stop:
@@ -256,6 +264,7 @@ def _run(run: RunFolder, prepared: _Prepared, *, resume: bool) -> TrainResult:
                 on_event(Notice(lost))
             if trainer.position.validated == config.epochs:
                 on_event(Notice(f"{run.path} is already finished"))
+        trainer.share(current())
         for what, groups in (("classes", source.names), ("tasks", source.table and source.table.tasks)):
             if groups:
                 counts = " / ".join(f"{len(names)} {split}" for split, names in groups.items())
@@ -330,7 +339,7 @@ def _run_started(run: RunFolder, trainer: Trainer) -> RunStarted:
         parameters=sum(tensor.numel() for tensor in trainer.meta_step.learnable.values()),
         metric=net.objective.metric,
         guesses=net.outputs if net.objective.has_classes else 0,
-        device=device_words(trainer.device),
+        device=f"{current().count} x " * (current().count > 1) + device_words(trainer.device),
         bn=bn_mode(net, config.bn),
         val_tasks=different_tasks(trainer.streams["val"], config.val_tasks),
         body_epochs=config.body_epochs,

@@ -34,9 +34,9 @@ from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.checkpoints import BEST, LAST, PREVIOUS
 from mamlctl.engine.training.initial_state import adapted_names, build
+from mamlctl.engine.training.progress import epoch_file
 from mamlctl.engine.training.run_code import RunCode, code_of_run
 from mamlctl.engine.training.starting_weights import stored_start
-from mamlctl.engine.training.trainer import epoch_file
 from mamlctl.experiments.environment import kernels_announced
 from mamlctl.experiments.evaluation_settings import evaluation_setup
 from mamlctl.experiments.settings import fill_defaults

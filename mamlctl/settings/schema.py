@@ -119,7 +119,7 @@ class TrainConfig(PolicySettings):
     )
 
     meta_lr: float = setting(
-        0.001, OUTER, "Meta learning rate (outer step size).", common=True, above=0, below=LARGEST
+        0.001, OUTER, "Meta learning rate (outer step).", common=True, above=0, below=LARGEST
     )
     meta_lr_final: float | None = setting(
         None, OUTER, "Meta learning rate at the end of a linear schedule (default: no schedule).", least=0

@@ -51,6 +51,7 @@ class MetaStepResult:
     query_scores: dict[int, Tensor]  # the same for the objective's metric
     norm_passes: list[NormPass]  # training passes; their statistics update the running ones
     moments: Params = field(default_factory=dict)  # the new MetaState.moments of the inner Adam
+    votes: Tensor | None = None  # requests to stop of all ranks; None with a single process
 
     @classmethod
     def of(

@@ -73,6 +73,29 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def sharing_problems(config: TrainConfig, processes: int) -> list[Problem]:
+    """Find out why several processes cannot share the tasks of a meta-batch.
+
+    Args:
+        config: the settings.
+        processes: their number.
+
+    Returns:
+        The problems, as pairs of fact and hint; empty if there are none.
+    """
+    if processes == 1:
+        return []
+    why, hint = "a meta-batch is one batch with shared batch-norm statistics", "use one process"
+    entry = algorithm_of(config)
+    if entry.whole_batches:
+        why = entry.unsupported.get("task_chunk", why)
+        return [(f"{processes} processes cannot share the tasks of --algo {config.algo}: {why}", hint)]
+    if config.body_epochs:
+        fact = f"{processes} processes cannot share the tasks of --body-epochs: {why}"
+        return [(fact, f"{hint}, or leave it out")]
+    return []
+
+
 def _compiled_problem(config: TrainConfig, entry: Algorithm) -> Problem | None:
     """Why --engine compiled cannot be used; None if it can, or if the engine is another one."""
     compiled = is_regression(config) and "engine" in (entry.on_curves or {})

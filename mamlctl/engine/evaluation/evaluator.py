@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from mamlctl.data.tasks.episodes import Episodes, Tasks
 from mamlctl.data.tasks.table_tasks import TableStream, table_stream
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import tasks_per_pass
+from mamlctl.engine.distributed import ALONE, Ranks
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import Predict, PredictRequest, adapted
 from mamlctl.engine.inner_loop import MetaState
@@ -68,6 +70,7 @@ def evaluate(
     *,
     on_progress: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Adapt every model to the tasks of a stream and score its predictions. No state changes.
 
@@ -78,7 +81,8 @@ def evaluate(
         stream: the tasks.
         plan: number of tasks, inner steps, batch-norm statistics and predictor.
         on_progress: called with the number of finished tasks after each chunk of tasks.
-        should_stop: called before each chunk.
+        should_stop: called before each chunk; with several ranks, before each round of chunks.
+        ranks: the processes that share the tasks.
 
     Returns:
         The scores of each model and of the ensemble.
@@ -89,59 +93,177 @@ def evaluate(
         MamlctlError: the memory is too small for one task.
     """
     states = [state.frozen() for state in states]
-    parts: list[list[torch.Tensor]] = [[] for _ in (*states, "ensemble")]
-    errors: list[list[torch.Tensor]] = [[] for _ in parts]  # of the targets of a table
-    losses: list[list[torch.Tensor]] = [[] for _ in parts]  # if the loss is not the default
-    table = table_stream(stream)
     along = stream.shots if plan.statistics is Statistics.SUPPORT else 0
     examples = stream.ways * max(stream.shots, stream.queries + along)
-    chunk = min(plan.tasks, tasks_per_pass(derivatives.net, examples, stream.device))
-    first = 0
-    all_finite: list[tuple[int, torch.Tensor]] = []  # the first task of each chunk, and the result
-    while first < plan.tasks:
-        if should_stop():
-            raise Stopped
-        per_step = first < plan.curve_tasks
-        end = min(plan.curve_tasks, plan.tasks) if per_step else plan.tasks
-        episodes = stream.episodes(first, min(chunk, end - first))
-        sets = TaskSets(derivatives, episodes)
-        try:
-            per_model = [
-                plan.predict(PredictRequest(sets, state, plan.inner_steps, plan.statistics, per_step))
-                for state in states
-            ]
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if chunk == 1:
-                message = f"{stream.device} does not have enough memory for one task of {examples} examples"
-                elsewhere = "" if stream.device.type == "cpu" else ", or --device cpu"
-                raise MamlctlError(message, hint=f"use fewer ways or queries{elsewhere}") from error
-            chunk = (chunk + 1) // 2
-            continue
-        # argmax returns a class for NaNs too, so an accuracy would not show them.
-        all_finite.append((first, torch.stack([outputs.isfinite().all() for outputs in per_model]).all()))
-        # Reading the result waits for a CUDA device, so that is done once, at the end.
-        if stream.device.type == "cpu" or first + len(episodes.query_y_TE) >= plan.tasks:
-            _check(all_finite, first + len(episodes.query_y_TE))
-            all_finite.clear()
-        outputs = (*per_model, torch.stack(per_model).mean(0))
-        for scores, of_targets, loss_T, outputs_ITEN in zip(parts, errors, losses, outputs, strict=True):
-            scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
-            loss_T += _own_loss_T(derivatives, outputs_ITEN, episodes)
-            if table is not None:
-                of_targets.append((outputs_ITEN[-1].double() - episodes.query_y_TE).square().mean(1))
-        first += len(episodes.query_y_TE)
-        on_progress(first)
-    joined = [_joined(*of_model, plan.curve_tasks) for of_model in zip(parts, losses, strict=True)]
-    if table is not None:
-        pairs = zip(joined, errors, strict=True)
-        joined = [_by_task(table, scores, torch.cat(part).cpu().numpy()) for scores, part in pairs]
-    *single, ensemble = joined
+    chunk = tasks_per_pass(derivatives.net, examples, stream.device)
+    work = _Work(derivatives, states, stream, plan, examples)
+    if ranks.count == 1:
+        scores = work.scores(range(plan.tasks), min(plan.tasks, chunk), on_progress, should_stop)
+    else:
+        scores = _shared(work, min(chunk, -(-plan.tasks // ranks.count)), ranks, on_progress, should_stop)
+    if (table := table_stream(stream)) is not None:
+        scores = [_by_task(table, part) for part in scores]
+    *single, ensemble = scores
     return Scores(single, ensemble)
 
 
-def _by_task(table: TableStream, scores: ModelScores, errors_TN: NDArray[np.float64]) -> ModelScores:
+@dataclass(frozen=True)
+class _Work:
+    """Models and the tasks to score them on."""
+
+    derivatives: Derivatives
+    states: Sequence[MetaState]  # frozen
+    stream: Tasks
+    plan: EvaluationPlan
+    examples: int  # per task, in the larger pass
+
+    def scores(
+        self,
+        tasks: range,
+        chunk: int,
+        on_progress: Callable[[int], None] = lambda done: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[ModelScores]:
+        """The scores of each model and of the ensemble on some tasks; from a table, those of each draw.
+
+        Args:
+            tasks: their numbers.
+            chunk: tasks per pass; fewer if the memory is too small.
+            on_progress, should_stop: as in `evaluate`.
+
+        Raises:
+            Stopped, DivergedError, MamlctlError: as `evaluate` does.
+        """
+        plan, stream, derivatives = self.plan, self.stream, self.derivatives
+        curve_end = min(max(plan.curve_tasks, tasks.start), tasks.stop)
+        parts: list[list[torch.Tensor]] = [[] for _ in (*self.states, "ensemble")]
+        errors: list[list[torch.Tensor]] = [[] for _ in parts]  # of the targets of a table
+        losses: list[list[torch.Tensor]] = [[] for _ in parts]  # if the loss is not the default
+        table = table_stream(stream)
+        first = tasks.start
+        all_finite: list[tuple[int, torch.Tensor]] = []  # the first task of each chunk, and the result
+        while first < tasks.stop:
+            if should_stop():
+                raise Stopped
+            per_step = first < curve_end
+            end = curve_end if per_step else tasks.stop
+            episodes = stream.episodes(first, min(chunk, end - first))
+            sets = TaskSets(derivatives, episodes)
+            try:
+                per_model = [
+                    plan.predict(PredictRequest(sets, state, plan.inner_steps, plan.statistics, per_step))
+                    for state in self.states
+                ]
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if chunk == 1:
+                    device, examples = stream.device, self.examples
+                    message = f"{device} does not have enough memory for one task of {examples} examples"
+                    elsewhere = "" if device.type == "cpu" else ", or --device cpu"
+                    raise MamlctlError(message, hint=f"use fewer ways or queries{elsewhere}") from error
+                chunk = (chunk + 1) // 2
+                continue
+            # argmax returns a class for NaNs too, so an accuracy would not show them.
+            finite = torch.stack([outputs.isfinite().all() for outputs in per_model]).all()
+            all_finite.append((first, finite))
+            # Reading the result waits for a CUDA device, so that is done once, at the end.
+            if stream.device.type == "cpu" or first + len(episodes.query_y_TE) >= tasks.stop:
+                _check(all_finite, first + len(episodes.query_y_TE))
+                all_finite.clear()
+            outputs = (*per_model, torch.stack(per_model).mean(0))
+            for scores, of_targets, loss_T, outputs_ITEN in zip(parts, errors, losses, outputs, strict=True):
+                scores.append(_scores_TI(derivatives, outputs_ITEN, episodes))
+                loss_T += _own_loss_T(derivatives, outputs_ITEN, episodes)
+                if table is not None:
+                    of_targets.append((outputs_ITEN[-1].double() - episodes.query_y_TE).square().mean(1))
+            first += len(episodes.query_y_TE)
+            on_progress(first)
+        curve_tasks = curve_end - tasks.start
+        joined = [_joined(*of_model, curve_tasks) for of_model in zip(parts, losses, strict=True)]
+        if table is not None:
+            pairs = zip(joined, errors, strict=True)
+            joined = [replace(part, targets_TN=torch.cat(of).cpu().numpy()) for part, of in pairs]
+        return joined
+
+
+def _shared(
+    work: _Work,
+    chunk: int,
+    ranks: Ranks,
+    on_progress: Callable[[int], None],
+    should_stop: Callable[[], bool],
+) -> list[ModelScores]:
+    """Do the same as `_Work.scores` for all tasks, in rounds of one chunk per rank; all ranks get the result.
+
+    The chunks are those of a single process with as many tasks per pass, so the scores are equal to the bit.
+
+    Args:
+        work: the models and the tasks.
+        chunk: tasks per pass.
+        ranks: the processes.
+        on_progress, should_stop: as in `evaluate`.
+    """
+    plan = work.plan
+    bounds = (0, min(plan.curve_tasks, plan.tasks), plan.tasks)
+    chunks = [
+        range(first, min(first + chunk, end))
+        for start, end in itertools.pairwise(bounds)
+        for first in range(start, end, chunk)
+    ]
+    own: list[tuple[range, list[ModelScores]]] = []
+    for number in range(0, len(chunks), ranks.count):
+        if should_stop():
+            raise Stopped
+        together = chunks[number : number + ranks.count]
+        failed = torch.zeros(ranks.count)
+        for tasks in together[ranks.rank : ranks.rank + 1]:
+            try:
+                own.append((tasks, work.scores(tasks, chunk)))
+            except DivergedError:
+                failed[ranks.rank] = 1
+        if bool(ranks.total(failed).any()):
+            raise _not_finite(together[int(failed.argmax())])
+        on_progress(together[-1].stop)
+    return _gathered(own, len(work.states) + 1, plan, ranks)
+
+
+def _gathered(
+    own: Sequence[tuple[range, list[ModelScores]]], models: int, plan: EvaluationPlan, ranks: Ranks
+) -> list[ModelScores]:
+    """Put the scores of all ranks together.
+
+    Args:
+        own: the chunks of this rank, with the scores of each model and of the ensemble.
+        models: how many that are.
+        plan: the plan of the evaluation.
+        ranks: the processes.
+    """
+    # A rank without a chunk does not know how many scores a task has.
+    sizes = torch.zeros(ranks.count, 3)
+    for _, (part, *_rest) in own:
+        targets = 0 if part.targets_TN is None else part.targets_TN.shape[1]
+        found = torch.tensor([part.curve_TI.shape[1], targets, part.loss_T is not None])
+        sizes[ranks.rank] = sizes[ranks.rank].maximum(found)
+    steps, targets, has_loss = (int(size) for size in ranks.total(sizes).amax(0))
+    shapes = {"last_T": (plan.tasks,), "curve_TI": (min(plan.curve_tasks, plan.tasks), steps)}
+    shapes |= {"targets_TN": (plan.tasks, targets)} if targets else {}
+    shapes |= {"loss_T": (plan.tasks,)} if has_loss else {}
+    whole = {name: torch.zeros(models, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for tasks, scores in own:
+        for name, tensor in whole.items():
+            for model, part in enumerate(scores):
+                if len(values := getattr(part, name)):  # the curve has only the first tasks
+                    tensor[model, tasks.start : tasks.stop] = torch.from_numpy(values)
+    for tensor in whole.values():
+        ranks.total(tensor)  # every number but one of each sum is 0
+    return [
+        ModelScores(**{name: tensor[model].numpy() for name, tensor in whole.items()})
+        for model in range(models)
+    ]
+
+
+def _by_task(table: TableStream, scores: ModelScores) -> ModelScores:
     """The scores of each task of a table, averaged over its draws, in the units of the table."""
 
     def mean_of_draws(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -149,12 +271,13 @@ def _by_task(table: TableStream, scores: ModelScores, errors_TN: NDArray[np.floa
         columns = [np.bincount(place_T, column) / draws for column in values.reshape(len(values), -1).T]
         return np.stack(columns, axis=1).reshape(len(draws), *values.shape[1:])
 
+    assert scores.targets_TN is not None
     unit = table.standardisation.score_unit
     curve_TI = scores.curve_TI
     return ModelScores(
         mean_of_draws(scores.last_T) * unit,
         mean_of_draws(curve_TI) * unit if len(curve_TI) else curve_TI,
-        mean_of_draws(errors_TN) * table.standardisation.variances,
+        mean_of_draws(scores.targets_TN) * table.standardisation.variances,
         None if scores.loss_T is None else mean_of_draws(scores.loss_T),
     )
 
@@ -164,10 +287,14 @@ def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int) -> None:
     ends = [*(first for first, _ in all_finite[1:]), end]
     for (first, finite), after in zip(all_finite, ends, strict=True):
         if not bool(finite):
-            raise DivergedError(
-                f"predictions in tasks {first} to {after - 1} are not finite",
-                hint="start a new run with a lower --meta-lr or --inner-lr",
-            )
+            raise _not_finite(range(first, after))
+
+
+def _not_finite(tasks: range) -> DivergedError:
+    return DivergedError(
+        f"predictions in tasks {tasks.start} to {tasks.stop - 1} are not finite",
+        hint="start a new run with a lower --meta-lr or --inner-lr",
+    )
 
 
 def _joined(parts: Sequence[torch.Tensor], losses: Sequence[torch.Tensor], curve_tasks: int) -> ModelScores:

@@ -133,6 +133,30 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
             torch._foreach_lerp_(rows_KRC, means_KRC.unbind(), MOMENTUM)
 
 
+def mean_passes(running: Params, passes: list[NormPass]) -> list[NormPass]:
+    """Reduce training passes to one for each row, with the mean over the tasks and passes that used it.
+
+    `accumulate` computes the same from both, up to rounding.
+
+    Args:
+        running: the running statistics, _RC.
+        passes: the training passes of a meta-step.
+    """
+    rows = min((len(tensor) for tensor in running.values()), default=0)
+    used: dict[int, list[NormPass]] = {}
+    for norm_pass in passes if rows else ():
+        used.setdefault(min(norm_pass.step, rows - 1), []).append(norm_pass)
+    reduced = []
+    for row in sorted(used):
+        means = {}
+        for layer in used[row][0].seen:
+            pairs = [norm_pass.seen[layer] for norm_pass in used[row]]
+            mean, var = (torch.cat(parts).mean(0, keepdim=True) for parts in zip(*pairs, strict=True))
+            means[layer] = mean, var
+        reduced.append(NormPass({}, {}, row, seen=means))
+    return reduced
+
+
 def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:
     """Group names by the shape of their tensors."""
     names: dict[torch.Size, list[str]] = {}

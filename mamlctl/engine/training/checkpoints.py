@@ -249,6 +249,13 @@ def _tensors(item: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(part, f"{name}.{key}" if name else key)
 
 
+def on_cpu(item: Any) -> Any:
+    """Return nested dicts with their tensors copied to the CPU, without gradients."""
+    if isinstance(item, Tensor):
+        return item.detach().cpu()
+    return {key: on_cpu(part) for key, part in item.items()} if isinstance(item, Mapping) else item
+
+
 def restore(own: Mapping[str, object], stored: Mapping[str, object], path: Path) -> None:
     """Copy the tensors of a checkpoint, in place and across devices.
 

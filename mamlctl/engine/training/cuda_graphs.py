@@ -31,7 +31,8 @@ Record = Callable[[Callable[[], MetaStepResult | None]], Graph]  # records the l
 def record(work: Callable[[], MetaStepResult | None]) -> Graph:
     """Record the kernels that a function launches, without running them."""
     graph = torch.cuda.CUDAGraph()
-    recording: AbstractContextManager[None] = torch.cuda.graph(graph)
+    # With several ranks, a thread of NCCL also calls CUDA, which the default mode takes for an error.
+    recording: AbstractContextManager[None] = torch.cuda.graph(graph, capture_error_mode="thread_local")
     with recording:
         work()
     return graph

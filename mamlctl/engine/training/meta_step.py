@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, comp
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.selection import tasks_per_pass
+from mamlctl.engine.distributed import ALONE, Ranks, StopVote
 from mamlctl.engine.inner_loop import RATE, RUNNING, MetaState
 from mamlctl.engine.nets.base import Net
-from mamlctl.engine.nets.batch_norm import accumulate
+from mamlctl.engine.nets.batch_norm import NormPass, accumulate, mean_passes
 from mamlctl.engine.nets.mlp import Mlp
 from mamlctl.engine.training.schedules import cosine_meta_lr, first_order_at, linear_meta_lr, msl_weights_at
 from mamlctl.settings.schema import TrainConfig
@@ -55,6 +56,8 @@ class MetaStep:
         if entry.whole_batches:
             self.chunk = config.meta_batch_size
         self.whole = entry.whole_batches
+        self.ranks: Ranks = ALONE
+        self.vote: StopVote | None = None  # part of the exchange among several ranks
 
     def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
         """Evaluate the schedules.
@@ -93,7 +96,8 @@ class MetaStep:
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
         while True:
             try:
-                return self.measure_as(episodes, request)
+                measured = self._of_own_tasks(episodes, request)
+                break
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -111,15 +115,25 @@ class MetaStep:
                 self.chunk = (self.chunk + 1) // 2
             # Outside the handler, whose traceback keeps the tensors of the failed pass alive.
             torch.cuda.empty_cache()
+        return self._of_all_tasks(measured)
 
     def measure_as(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         """Compute the same for given values of the schedules, without a retry if memory runs out."""
+        return self._of_all_tasks(self._of_own_tasks(episodes, request))
+
+    def _of_own_tasks(self, episodes: Episodes, request: MetaStepRequest) -> MetaStepResult:
         tasks = len(episodes.query_y_TE)
         outer = self.body_start if request.body_only else self.outer
         chunk = tasks if self.chunk is None or request.body_only else self.chunk
         split = [episodes] if chunk >= tasks else episodes.split(chunk)
         parts = [self._of_learnable(outer(self.net, self.state, part, request)) for part in split]
-        measured = joined(parts, [len(part.query_y_TE) for part in split])
+        return joined(parts, [len(part.query_y_TE) for part in split])
+
+    def _of_all_tasks(self, measured: MetaStepResult) -> MetaStepResult:
+        """Average over the tasks of all ranks, then clip."""
+        if self.vote is not None:
+            weight = self.ranks.share(self.config.meta_batch_size).weight
+            measured = exchanged(measured, self.state.running, self.vote, weight)
         self._clip(measured.grads)
         return measured
 
@@ -138,6 +152,8 @@ class MetaStep:
     def takes_many(self) -> bool:
         """Whether `take_many` can take the next meta-steps; never before the first one of this process."""
         config = self.config
+        if self.ranks.count > 1:  # they meet in each meta-step
+            return False
         in_c = self.outer is compiled and isinstance(self.optimizer, CompiledAdam)
         whole = self.chunk is not None and self.chunk >= config.meta_batch_size
         clipped = config.clip_value is not None or config.clip_norm is not None
@@ -215,6 +231,37 @@ def joined(parts: Sequence[MetaStepResult], tasks: Sequence[int]) -> MetaStepRes
         means([part.query_scores for part in parts]),
         [norm_pass for part in parts for norm_pass in part.norm_passes],
         means([part.moments for part in parts]),
+    )
+
+
+def exchanged(
+    measured: MetaStepResult, running: Mapping[str, Tensor], vote: StopVote, weight: float
+) -> MetaStepResult:
+    """Average over the ranks everything that a meta-step moves or measures, in one exchange.
+
+    Args:
+        measured: the result for the tasks of this rank.
+        running: the running batch-norm statistics, which the passes update.
+        vote: the request to stop, which is part of the exchange.
+        weight: the weight of this rank.
+    """
+    passes = mean_passes(dict(running), measured.norm_passes)
+    single = {"meta": measured.meta_loss, "support": measured.support_losses_I}
+    parts: list[Mapping[Any, Tensor]] = [measured.grads, measured.moments, single]
+    parts += [measured.query_losses, measured.query_scores]
+    for norm in passes:
+        parts += [{layer: mean for layer, (mean, _) in norm.seen.items()}]
+        parts += [{layer: var for layer, (_, var) in norm.seen.items()}]
+    flat = [tensor for part in parts for tensor in part.values()]
+    means, votes = vote.ranks.mean(flat, weight, vote.counts)
+    values = iter(means)
+    grads, moments, single, losses, scores, *seen = [{name: next(values) for name in part} for part in parts]
+    norm_passes = [
+        NormPass({}, {}, norm.step, seen={layer: (mean[layer], var[layer]) for layer in mean})
+        for norm, mean, var in zip(passes, seen[::2], seen[1::2], strict=True)
+    ]
+    return MetaStepResult(
+        grads, single["meta"], single["support"], losses, scores, norm_passes, moments, votes
     )
 
 

@@ -1,13 +1,18 @@
-"""The progress of a run: its position, and the sums since its last report."""
+"""The progress of a run: its position, the sums since its last report, and what is written of both."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mamlctl.core.literals import RowKind
 from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
+from mamlctl.engine.training import checkpoints
 
 
 @dataclass
@@ -48,3 +53,67 @@ class Position:
     validated: int = 0  # validated epochs
     # The best epochs, best first: epoch, validation score, half width of its 95 % interval.
     top: list[list[float]] = field(default_factory=list)
+
+
+class RunFiles(Protocol):
+    """The part of a run folder that training uses."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+
+    @property
+    def owner(self) -> str:
+        """The digest of the run's settings, which its checkpoints contain."""
+
+    def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+
+    def rewind_metrics(self, step: int, validated_epochs: int) -> str:
+        """Drop the rows that were written after a checkpoint; return which lines were damaged, or ""."""
+
+
+class Saver:
+    """Writes the checkpoints and metrics of a run; without a run folder, it writes nothing."""
+
+    def __init__(self, run: RunFiles | None) -> None:
+        """`run` is None in a process that leaves writing to another one."""
+        self.run = run
+
+    def append(self, kind: RowKind, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        if self.run is not None:
+            self.run.append_metrics(kind, row)
+
+    def save_last(self, content: Mapping[str, Any]) -> None:
+        """Write `last.pt`, and keep the one before it."""
+        if self.run is not None:
+            checkpoints.save_last(self.run.checkpoints, content, owner=self.run.owner)
+
+    def save_best(self, epoch: int, content: Mapping[str, Any], top: list[list[float]]) -> None:
+        """Write the checkpoint of an epoch if it is one of the best.
+
+        Args:
+            epoch: counted from 1.
+            content: of the checkpoint.
+            top: the best epochs, best first; each entry begins with the epoch.
+        """
+        if self.run is None:
+            return
+        if any(entry[0] == epoch for entry in top):
+            checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
+        if top[0][0] == epoch:
+            checkpoints.save(self.run.checkpoints / checkpoints.BEST, content, owner=self.run.owner)
+
+    def remove_others(self, top: list[list[float]]) -> None:
+        """Remove the checkpoints of epochs that are no longer among the best."""
+        if self.run is None:
+            return
+        kept = {epoch_file(self.run, int(entry[0])) for entry in top}
+        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
+            path.unlink()
+
+
+def epoch_file(run: RunFiles, epoch: int) -> Path:
+    """Return the path of the checkpoint of an epoch, counted from 1."""
+    return run.checkpoints / f"epoch-{epoch:04d}.pt"

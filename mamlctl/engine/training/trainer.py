@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.core.events import MetaStepDone, Notice, OnEvent, Progress, TrainReport, ValidationDone
 from mamlctl.core.formatting import parse_seconds
-from mamlctl.core.literals import RowKind, StopReason
+from mamlctl.core.literals import StopReason
 from mamlctl.core.results import KEPT, named
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.data.tasks.episodes import Tasks
@@ -18,6 +18,7 @@ from mamlctl.engine.algorithms.meta_gradient import MetaStepResult
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes
+from mamlctl.engine.distributed import ALONE, Ranks, StopVote
 from mamlctl.engine.evaluation.evaluator import Stopped, evaluate
 from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.base import Net, bn_mode
@@ -25,29 +26,11 @@ from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
-from mamlctl.engine.training.progress import Period, Position
+from mamlctl.engine.training.progress import Period, Position, RunFiles, Saver
 from mamlctl.settings.schema import TrainConfig
 
 MOST_TASKS = 2**12  # that are drawn for one call of `take_many`
 LONGEST_S = 0.05  # of such a call, in which training cannot stop
-
-
-class RunFiles(Protocol):
-    """The part of a run folder that training uses."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-
-    @property
-    def owner(self) -> str:
-        """The digest of the run's settings, which its checkpoints contain."""
-
-    def append_metrics(self, kind: RowKind, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
-
-    def rewind_metrics(self, step: int, validated_epochs: int) -> str:
-        """Drop the rows that were written after a checkpoint; return which lines were damaged, or ""."""
 
 
 class Trainer:
@@ -59,7 +42,7 @@ class Trainer:
         net: Net,
         state: MetaState,
         streams: Mapping[str, Tasks],
-        run: RunFiles,
+        run: RunFiles | None,
         *,
         on_event: OnEvent,
         stop_reason: Callable[[], StopReason],
@@ -71,14 +54,15 @@ class Trainer:
             net: the network.
             state: the tensors to train, in place, on the device of the run.
             streams: the tasks of the splits "train" and "val".
-            run: the run folder.
+            run: the run folder; None in a process that writes nothing.
             on_event: called with every event.
             stop_reason: returns why to stop, or ""; called before each meta-step and each chunk of validation
                 tasks.
         """
         self.config, self.net, self.state, self.streams, self.run = config, net, state, streams, run
-        self.on_event, self.stop_reason = on_event, stop_reason
+        self.on_event, self.stop_reason, self.saver = on_event, stop_reason, Saver(run)
         self.meta_step = MetaStep(config, net, state)
+        self.ranks, self.vote = ALONE, StopVote(ALONE, lambda: self.stop_reason(), state.example_tensor)
         self.device = self.meta_step.device
         no_graph = "meta-steps run without a CUDA graph, because the capture failed"
         self.runner = runner_of(self.meta_step, lambda why: on_event(Notice(f"{no_graph}: {why}")))
@@ -100,7 +84,18 @@ class Trainer:
     @property
     def last(self) -> Path:
         """The checkpoint that a resume starts from."""
-        return self.run.checkpoints / checkpoints.LAST
+        return (self.run.checkpoints if self.run else Path()) / checkpoints.LAST
+
+    def share(self, ranks: Ranks) -> None:
+        """Share the tasks with other processes, which continue from the state of rank 0."""
+        if ranks.count == 1:
+            return
+        self.ranks, self.vote = ranks, StopVote(ranks, self.stop_reason, self.state.example_tensor)
+        self.meta_step.ranks, self.meta_step.vote = self.ranks, self.vote
+        content = ranks.from_first(checkpoints.on_cpu(self._content()))
+        self.position = Position(**content["position"])
+        if ranks.rank:
+            checkpoints.restore(self._content(), content, Path("of rank 0"))
 
     def train(self) -> StopReason:
         """Train to the end, or until `stop_reason` returns a reason.
@@ -121,19 +116,29 @@ class Trainer:
                     self._validate()
                 except Stopped:
                     self.save()
-                    return self._stop()
+                    self._announce(reason := self._stop())
+                    return reason
             if position.step >= config.total_steps:
                 return ""
             if reason := self._stop():
                 self.save_checked()
+                self._announce(reason)
                 return reason
             if not self._take_many():
                 self._step()
             self._moved = True
 
+    def _announce(self, reason: StopReason) -> None:
+        """Say why training stops if another process was asked to."""
+        if self.ranks.count > 1 and not self.stop_reason():
+            self.on_event(Notice(f"{reason} on another rank: saved"))
+
     def _stop(self) -> StopReason:
-        """Return why to stop, or "". A time limit allows one step or validation: a resume must advance."""
-        reason = self.stop_reason()
+        """Return why to stop, or ""."""
+        return self._allowed(self.vote.reason())
+
+    def _allowed(self, reason: StopReason) -> StopReason:
+        """Drop a time limit before the first step or validation of this process: a resume must advance."""
         return "" if reason == "time limit" and not self._moved else reason
 
     def _step(self) -> None:
@@ -143,9 +148,10 @@ class Trainer:
             self.meta_step.optimizer.restart()  # its moments are those of the body's gradient
         step = position.step + 1
         reports = step == 1 or step % config.report_every == 0 or step % config.steps_per_epoch == 0
-        episodes = self.streams["train"].episodes(
-            position.step * config.meta_batch_size, config.meta_batch_size
-        )
+        share = self.ranks.share(config.meta_batch_size)
+        first = position.step * config.meta_batch_size + share.first
+        episodes = self.streams["train"].episodes(first, share.tasks)
+        self.vote.cast()
         measured = self.runner.measure(episodes, epoch, measure_all=reports)
         self._latest = measured
         # On a CPU the check is free, so a bad step never changes the weights. On CUDA it synchronises, so it
@@ -154,6 +160,8 @@ class Trainer:
             self._check(step)
         self.runner.apply(measured, epoch, position.step / config.total_steps)
         self._finish_step(measured, epoch)
+        if measured.votes is not None:
+            self.vote.hear(measured.votes)
         if reports:
             self._report(epoch)
         self._save_if_due(measured)
@@ -242,7 +250,7 @@ class Trainer:
         self.period = Period.empty(self.config.inner_steps, self.device)
         self._reported_at, self._tasks_since = now, 0
         row = {key: value for key, value in vars(report).items() if key != "rates" or value}
-        self.run.append_metrics("report", row)
+        self.saver.append("report", row)
         self.on_event(report)
 
     def _validate(self) -> None:
@@ -254,7 +262,8 @@ class Trainer:
             self.streams["val"],
             self.plan,
             on_progress=self._validated_some,
-            should_stop=lambda: bool(self._stop()),
+            should_stop=lambda: bool(self._allowed(self.vote.agree())),
+            ranks=self.ranks,
         ).single[0]
         position.validated += 1
         self._moved = True
@@ -273,12 +282,10 @@ class Trainer:
             best_val_ci95=best_ci95,
             best_epoch=int(best_epoch),
         )
-        self.run.append_metrics("validation", named(done))
+        self.saver.append("validation", named(done))
         self.save()
         # Not earlier: until `last.pt` lists the new best epochs, a reader may still open the old files.
-        kept = {epoch_file(self.run, int(entry[0])) for entry in position.top}
-        for path in set(self.run.checkpoints.glob("epoch-*.pt")) - kept:
-            path.unlink()
+        self.saver.remove_others(position.top)
         self.on_event(done)
         # Exclude the time of validation from the tasks per second of training.
         self._reported_at, self._tasks_since = time.perf_counter(), 0
@@ -298,10 +305,7 @@ class Trainer:
         top.sort(key=lambda entry: (sign * entry[1], entry[0]))  # of equal scores, the earlier epoch first
         del top[KEPT:]
         content = {"stored": self.state.stored(), "epoch": epoch, "val_score": score, "val_ci95": ci95}
-        if any(entry[0] == epoch for entry in top):
-            checkpoints.save(epoch_file(self.run, epoch), content, owner=self.run.owner)
-        if top[0][0] == epoch:
-            checkpoints.save(self.run.checkpoints / checkpoints.BEST, content, owner=self.run.owner)
+        self.saver.save_best(epoch, content, top)
 
     def _content(self) -> dict[str, Mapping[str, Any]]:
         """Everything that `resume` needs."""
@@ -314,7 +318,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write `last.pt`, and keep the one before it."""
-        checkpoints.save_last(self.run.checkpoints, self._content(), owner=self.run.owner)
+        self.saver.save_last(self._content())
         self._saved_at = time.monotonic()
 
     def save_checked(self) -> None:
@@ -328,6 +332,7 @@ class Trainer:
         Raises:
             MamlctlError: both are missing, damaged, or do not fit the settings.
         """
+        assert self.run is not None
         path, content, damage = checkpoints.load_last(self.run.checkpoints, owner=self.run.owner)
         self.position = Position(**content["position"])
         step, total = self.position.step, self.config.total_steps
@@ -339,8 +344,3 @@ class Trainer:
             self.on_event(Notice(f"{damage}: resuming from {path.name}, which is from meta-step {step}"))
         if damaged := self.run.rewind_metrics(step, self.position.validated):
             self.on_event(Notice(damaged))
-
-
-def epoch_file(run: RunFiles, epoch: int) -> Path:
-    """Return the path of the checkpoint of an epoch, counted from 1."""
-    return run.checkpoints / f"epoch-{epoch:04d}.pt"

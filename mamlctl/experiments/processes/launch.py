@@ -1,0 +1,198 @@
+"""Start the processes of a run on this machine (`--nproc`), and report the one that ended the others.
+
+The processes get the environment that `torchrun` gives, so both ways of starting them are the same to a run.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+
+from mamlctl.core.errors import ExitCode, MamlctlError
+from mamlctl.core.process import HANG_UP
+from mamlctl.experiments.executors.local import threads_each
+
+POLL_S = 0.05
+LEAVE_S = 7.0  # for the other processes after one has ended; they do so by themselves within 5 s
+SOON_S = 1.0  # the same if rank 0 has printed an error, after which nothing is left to do
+TAIL_LINES = 20  # of the output of each process that an error shows
+LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
+STACK = getattr(signal, "SIGUSR1", None)  # makes a process write its Python stack to stderr
+
+
+@dataclass
+class _Rank:
+    """A process, with the end of what it has written to stderr."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
+    reader: threading.Thread | None = None  # of its stderr; rank 0 writes to that of this process
+
+    def read(self) -> None:
+        """Keep the last lines of the process until it closes its stderr."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.tail.append(line.decode(errors="replace").rstrip())
+
+    @property
+    def ending(self) -> str:
+        """How the process ended."""
+        code = self.process.returncode
+        if code >= 0:
+            return f"ended with exit code {code}"
+        with suppress(ValueError):
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by signal {-code}"
+
+
+def launch(count: int, arguments: Sequence[str], timeout: str) -> int:
+    """Run `mamlctl` with the same arguments in several processes, until all have ended.
+
+    Args:
+        count: the number of processes.
+        arguments: the command line after `mamlctl`.
+        timeout: --rank-timeout, for messages.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        MamlctlError: a process died, or does not answer.
+    """
+    environment = _environment(count)
+    command = [sys.executable, "-m", "mamlctl", *arguments]
+    ranks: list[_Rank] = []
+    with ExitStack() as stack:
+        for number in (*HANG_UP, signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before = signal.signal(number, _forward_to(ranks))
+                stack.callback(signal.signal, number, before)
+        for number in range(count):
+            ranks.append(_start(number, command, environment))
+        return _wait(ranks, timeout)
+
+
+def accept_requests() -> None:
+    """Let this process write its Python stack to stderr when `launch` asks where it hangs."""
+    if STACK is not None:
+        faulthandler.register(STACK)
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """How often torchrun has restarted this process after a failure, and how often it may."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    done, most = (int(environment.get(name) or 0) for name in names)
+    return done, most
+
+
+def _environment(count: int) -> dict[str, str]:
+    """What torchrun sets, for all ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LAUNCHED: "1",
+    }
+    # By default gloo uses the address of the host's name, which may be that of a network that is down.
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    defaults = {"OMP_NUM_THREADS": str(threads_each(count))}
+    if loopback:
+        defaults["GLOO_SOCKET_IFNAME"] = loopback
+    return {**defaults, **os.environ, **common}
+
+
+def _start(number: int, command: Sequence[str], environment: Mapping[str, str]) -> _Rank:
+    own = {**environment, "RANK": str(number), "LOCAL_RANK": str(number)}
+    # In groups of their own, so that Ctrl-C reaches only this process, which passes it on once.
+    group = 0 if os.name == "posix" else None
+    if number == 0:
+        return _Rank(number, subprocess.Popen(command, env=own, process_group=group))
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=own, stdin=nothing, stdout=nothing, stderr=pipe, process_group=group
+    )
+    rank = _Rank(number, process)
+    rank.reader = threading.Thread(target=rank.read, daemon=True)
+    rank.reader.start()
+    return rank
+
+
+def _forward_to(ranks: Sequence[_Rank]) -> Callable[[int, FrameType | None], None]:
+    def forward(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            rank.process.send_signal(number)
+
+    return forward
+
+
+def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
+    """Wait for all processes; end them if one has ended and they do not follow."""
+    ended: list[_Rank] = []  # in order
+    hung: list[_Rank] = []
+    deadline = float("inf")
+    while len(ended) < len(ranks):
+        for rank in ranks:
+            if rank not in ended and rank.process.poll() is not None:
+                ended.append(rank)
+                own_error = rank.number == 0 and rank.process.returncode not in (0, ExitCode.RANK_LOST)
+                grace = SOON_S if own_error and rank.process.returncode > 0 else LEAVE_S
+                deadline = min(deadline, time.monotonic() + grace)
+        if time.monotonic() > deadline and not hung:
+            hung = [rank for rank in ranks if rank not in ended]
+            _end(hung)
+        time.sleep(POLL_S)
+    for rank in ranks:
+        if rank.reader is not None:
+            rank.reader.join(SOON_S)
+    codes = {rank.process.returncode for rank in ranks if rank not in hung}
+    code: int = ranks[0].process.returncode
+    if codes == {code} and code >= 0 and code != ExitCode.RANK_LOST:
+        return code
+    # Those that end because of another one have the exit code RANK_LOST.
+    guilty = [rank for rank in ended if rank.process.returncode != ExitCode.RANK_LOST and rank not in hung]
+    if ranks[0] in guilty and code > 0:
+        return code  # it has printed its error
+    if guilty:
+        raise _error(guilty[0], guilty[0].ending, len(ranks))
+    if hung:
+        raise _error(hung[0], f"has not answered for {timeout}", len(ranks))
+    raise _error(ended[0], "lost its connection to another rank", len(ranks))
+
+
+def _end(ranks: Sequence[_Rank]) -> None:
+    """End processes that hang, after they have written where."""
+    for rank in ranks:
+        if STACK is not None:
+            rank.process.send_signal(STACK)
+    time.sleep(SOON_S if STACK is not None else 0)
+    for rank in ranks:
+        rank.process.kill()
+
+
+def _error(rank: _Rank, what: str, count: int) -> MamlctlError:
+    lines = "".join(f"\n  {line}" for line in rank.tail)
+    last = f"; its last lines:{lines}" if lines else "; it has written nothing"
+    if rank.number == 0:
+        last = "; its last lines are above"
+    error = MamlctlError(
+        f"rank {rank.number} of {count} {what}{last}",
+        hint="the run continues from its last checkpoint with mamlctl train --resume RUN",
+    )
+    error.exit_code = ExitCode.RANK_LOST
+    return error

@@ -1,0 +1,229 @@
+"""Commands with several processes: --nproc and torchrun, signals, deaths and hangs of single processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.rank_cases import free_port
+from helpers.trainer_cases import comparable
+
+from mamlctl.core.errors import ExitCode
+from mamlctl.run_folder import open_run
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in Linux's /proc"),
+]
+
+RUN = ["train", "--dataset", "sinusoid", "--engine", "adjoint", "--device", "cpu", "--val-tasks", "20"]
+RUN += ["--epochs", "2", "--steps-per-epoch", "150", "--report-every", "10", "--checkpoint-every", "1s"]
+LEAVE_S = 10  # within which all processes end after one has died
+SLOW = 10  # a busy machine is that much slower; tests check durations only against it
+
+
+class Command:
+    """A command with several processes, in a new session; its output goes to files."""
+
+    def __init__(self, folder, *words, torchrun=()):
+        self.out, self.err = folder / "out.txt", folder / "err.txt"
+        mamlctl = ["-m", "mamlctl", *map(str, words)]
+        start = ["-m", "torch.distributed.run", *torchrun, *mamlctl] if torchrun else mamlctl
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *start], stdout=out, stderr=err, env=environment, cwd=folder
+            )
+
+    def rank(self, number):
+        """The process id of a rank."""
+        mine = {str(self.process.pid)}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                facts = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent in mine and b"RANK=%d" % number in facts:
+                return int(entry.name)
+        raise AssertionError(f"there is no rank {number}")
+
+    def wait_for(self, text, file=None):
+        """Wait until the display has printed a text."""
+        deadline = time.monotonic() + 60 * SLOW
+        while text not in (file or self.err).read_text():
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < deadline, self.err.read_text()
+            time.sleep(0.02)
+
+    def end(self):
+        """The exit code, what the command printed, and the seconds until it ended."""
+        start = time.monotonic()
+        code = self.process.wait(60 * SLOW)
+        return code, self.out.read_text(), self.err.read_text(), time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run of two processes that nothing has disturbed."""
+    code, out, err, _ = Command(folder, *RUN, "--out", "whole", "--nproc", 2).end()
+    assert code == 0, err
+    assert "finished  whole" in out
+    return open_run(folder / "whole")
+
+
+def test_a_run_of_two_processes_is_that_of_one_up_to_rounding(cli, whole, tmp_path):
+    assert cli(*RUN, "--out", tmp_path / "one")[0] == 0
+    one, two = (
+        torch.load(path / "checkpoints" / "best.pt", weights_only=True)["content"]["stored"]
+        for path in (tmp_path / "one", whole.path)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4) for name in one)
+    assert "2 x cpu" in (whole.path.parent / "err.txt").read_text()
+
+
+def test_a_signal_and_a_death_lose_nothing(folder, whole):
+    command = Command(folder, *RUN, "--out", "disturbed", "--nproc", 2)
+    command.wait_for("step 20/")
+    os.kill(command.rank(1), signal.SIGTERM)
+    code, out, err, _ = command.end()
+    assert code == ExitCode.TERMINATED
+    assert "interrupted (SIGTERM)  disturbed" in out
+    assert "SIGTERM on another rank: saved" in err
+    state = json.loads((folder / "disturbed" / "status.json").read_text())
+    assert (state["status"], state["reason"]) == ("interrupted", "SIGTERM")
+
+    command = Command(folder, "train", "--resume", "disturbed", "--nproc", 2)
+    command.wait_for("epoch 1/2  val")
+    command.wait_for("step 170/")
+    os.kill(command.rank(1), signal.SIGKILL)
+    code, out, err, seconds = command.end()
+    assert code == ExitCode.RANK_LOST
+    assert "error: rank 1 of 2 was killed by SIGKILL; it has written nothing\nhint:" in err
+    assert "Traceback" not in err
+    assert seconds < LEAVE_S
+
+    command = Command(folder, "train", "--resume", "disturbed", "--nproc", 2)
+    assert command.end()[0] == 0
+    assert comparable(open_run(folder / "disturbed")) == comparable(whole)
+
+
+def test_the_death_of_rank_0_ends_the_others(folder):
+    command = Command(folder, *RUN, "--out", "headless", "--nproc", 3)
+    command.wait_for("step 10/")
+    others = [command.rank(number) for number in (1, 2)]
+    os.kill(command.rank(0), signal.SIGKILL)
+    code, _, err, seconds = command.end()
+    assert code == ExitCode.RANK_LOST
+    assert "error: rank 0 of 3 was killed by SIGKILL; its last lines are above" in err
+    assert seconds < LEAVE_S
+    assert not any(Path(f"/proc/{pid}").exists() for pid in others)
+
+
+def test_a_rank_that_hangs_is_named_after_the_timeout(folder):
+    command = Command(folder, *RUN, "--out", "hung", "--nproc", 2, "--rank-timeout", "4s")
+    command.wait_for("step 10/")
+    os.kill(command.rank(1), signal.SIGSTOP)
+    code, _, err, seconds = command.end()
+    assert code == ExitCode.RANK_LOST
+    assert "error: rank 1 of 2 has not answered for 4s" in err
+    assert 4 < seconds + 1 < 4 + 2 * LEAVE_S
+    assert json.loads((folder / "hung" / "status.json").read_text())["status"] == "failed"
+
+
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(folder, whole):
+    options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
+    command = Command(folder, *RUN, "--out", "restarted", torchrun=options)
+    command.wait_for("step 20/")
+    os.kill(command.rank(1), signal.SIGKILL)
+    code, out, err, _ = command.end()
+    assert code == 0, err
+    assert "finished  restarted" in out
+    assert comparable(open_run(folder / "restarted")) == comparable(whole)
+
+
+def test_the_launcher_takes_its_processes_with_it(folder):
+    command = Command(folder, *RUN, "--out", "orphan", "--nproc", 2)
+    command.wait_for("step 10/")
+    ranks = [command.rank(number) for number in (0, 1)]
+    command.process.kill()
+    command.process.wait()
+    deadline = time.monotonic() + LEAVE_S * SLOW
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    state = json.loads((folder / "orphan" / "status.json").read_text())
+    assert (state["status"], state["reason"]) == ("interrupted", "SIGTERM")
+
+
+def test_a_test_by_two_processes_has_the_scores_of_one(cli, folder, whole, tmp_path):
+    words = ["eval", whole.path, "--tasks", 50, "--models", "best"]
+    assert cli(*words)[0] == 0
+    (summary,) = whole.path.glob("eval/*/summary.json")
+    scores = (summary.with_name("tasks.csv")).read_text()
+    summary.with_name("tasks.csv").unlink()
+    code, _, err, _ = Command(folder, *words, "--nproc", 2, "--json").end()
+    assert code == 0, err
+    assert len(json.loads((folder / "out.txt").read_text())["results"]) == 1
+    one, two = (
+        [float(line.split(",")[-1]) for line in text.splitlines()[1:]]
+        for text in (scores, summary.with_name("tasks.csv").read_text())
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+USAGE = [
+    (["train", "--nproc", "0"], "--nproc is 0, which is not a number of processes"),
+    (["train", "--rank-timeout", "9m"], "--rank-timeout has no effect on one process"),
+    (["train", "--nproc", "2", "--rank-timeout", "soon"], "--rank-timeout 'soon' is not a duration"),
+    (["train", "--list", "nets", "--nproc", "2"], "--nproc has no effect with --list"),
+    (["compare", "--algos", "maml", "--nproc", "2"], "--nproc has no effect without run folders"),
+    (
+        ["eval", "run", "--support", ".", "--query", ".", "--nproc", "2"],
+        "--nproc has no effect with --support",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "fact"), USAGE)
+def test_wrong_options_are_refused(cli, words, fact):
+    code, _, err = cli(*words)
+    assert code == ExitCode.USAGE
+    assert err.startswith(f"error: {fact}")
+    assert "\nhint:  " in err
+
+
+def test_an_error_before_training_is_printed_once(folder):
+    words = ["train", "--algo", "transfer", "--dataset", "line", "--out", "refused", "--nproc", 2]
+    code, _, err, _ = Command(folder, *words).end()
+    assert code == ExitCode.USAGE
+    assert err.count("error: ") == 1
+    assert "2 processes cannot share the tasks of --algo transfer: a meta-batch is one batch" in err
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("command", ["fetch", "ablate"])
+def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch, command):
+    facts = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = cli(command, *(["glyphs"] if command == "fetch" else []))
+    assert code == ExitCode.USAGE
+    assert err.startswith(f"error: mamlctl {command} is one process, but torchrun has started 2\nhint:")
+
+
+def test_torchrun_with_restarts_needs_a_folder(cli, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    code, _, err = cli("train", "--dataset", "line")
+    assert code == ExitCode.USAGE
+    assert "torchrun may restart this command 3 times, but each start would begin a new run" in err

@@ -1,0 +1,249 @@
+"""Several processes that share the tasks of a run get the results of one process."""
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+from helpers.data_cases import stream_settings
+from helpers.derivative_cases import needs_c
+from helpers.engine_cases import SMALL, build_uneven
+from helpers.rank_cases import in_ranks
+from helpers.trainer_cases import TIMES, config_of, make_run, trainer_of
+
+from mamlctl.core.errors import DivergedError
+from mamlctl.data.sets.curves import FAMILIES
+from mamlctl.data.tasks.curve_tasks import CurveStream
+from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.rules import sharing_problems
+from mamlctl.engine.distributed import REASONS, Ranks
+from mamlctl.engine.nets.batch_norm import NormPass, accumulate, init_running, mean_passes
+from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.trainer import Trainer
+from mamlctl.run_folder import open_run
+from mamlctl.settings.schema import IMPROVEMENTS
+
+pytestmark = pytest.mark.process
+
+COUNTS = (2, 4)
+SAME = 1e-12  # largest difference of a number, relative to the largest one of its tensor
+# Tensors whose gradient is 0 in exact arithmetic. Adam divides its rounding error of 1e-17 by about 1e-8.
+NOISE = {"protonet": ("norm4.bias",), "unicorn-maml": ("linear.weight", "linear.bias")}
+AMPLIFIED = 1e-10  # largest absolute difference of these
+
+# Settings per case. 5 tasks are shared unevenly, and with 3 tasks one of four ranks has none.
+CASES = {algo: {"algo": algo} for algo, entry in ALGORITHMS.items() if not entry.whole_batches}
+CASES |= {f"maml {name}": {"algo": "maml", name: True} for name in IMPROVEMENTS}
+CASES |= {
+    "maml++ 3 tasks": {"algo": "maml++", "meta_batch_size": 3},
+    "maml++ first order": {"algo": "maml++", "first_order": True},
+    "maml++ double backward": {"algo": "maml++", "engine": "plain"},
+    "maml++ clipped": {"algo": "maml++", "clip_value": 0.02, "clip_norm": 0.1},
+    "maml++ one task per pass": {"algo": "maml++", "task_chunk": "1"},
+    "maml++ running statistics": {"algo": "maml++", "bn": "running"},
+}
+
+
+def settings_of(case):
+    return {"epochs": 2, "steps_per_epoch": 2, "val_tasks": 7, "meta_batch_size": 5} | CASES[case]
+
+
+def result_of(trainer):
+    """The tensors of the state and of the optimiser, and the position, at the end of a training."""
+    trainer.train()
+    return checkpoints.on_cpu(trainer._content())
+
+
+def single(case, folder):
+    """The result of one process, and its metrics."""
+    run = make_run(folder / case.replace(" ", "-"), config_of(**settings_of(case)))
+    trainer = trainer_of(run, run.config)
+    return result_of(trainer), run.metrics()
+
+
+def shared(case, folder, ranks):
+    config = config_of(**settings_of(case))
+    run = None if ranks.rank else make_run(folder / case.replace(" ", "-"), config)
+    trainer = trainer_of(run, config)
+    if ranks.rank:  # `share` must replace it
+        for tensor in trainer.state.stored().values():
+            tensor.detach().add_(1)
+    trainer.share(ranks)
+    return result_of(trainer), None if run is None else run.metrics()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return functools.cache(lambda case: single(case, folder))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The results of all cases by number of ranks: of each rank, in one group of processes."""
+
+    @functools.cache
+    def results(count):
+        folder = tmp_path_factory.mktemp(f"ranks-{count}")
+        return in_ranks(count, lambda ranks: {case: shared(case, folder, ranks) for case in CASES}, folder)
+
+    return results
+
+
+def difference(one, two):
+    """The largest difference of two nested results, relative to the largest number of each tensor."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        return max((difference(one[key], two[key]) for key in one), default=0.0)
+    one, two = (torch.as_tensor(item, dtype=torch.float64) for item in (one, two))
+    assert one.shape == two.shape
+    return float((one - two).abs().max() / one.abs().max().clamp(min=1e-3)) if one.numel() else 0.0
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_get_the_result_of_one_process(alone, together, case, count):
+    expected, metrics = copy.deepcopy(alone(case))
+    (first, metrics_of_first), *others = (results[case] for results in together(count))
+    pairs = [(expected["stored"].pop(name), first["stored"][name]) for name in NOISE.get(case, ())]
+    assert all(float((one - two).abs().max()) < AMPLIFIED for one, two in pairs)
+    of_others = {name: first["stored"][name] for name in expected["stored"]}
+    assert difference(expected, first | {"stored": of_others}) < SAME
+    for other, none in others:
+        assert checkpoints._digest(other) == checkpoints._digest(first), "all ranks have the same bits"
+        assert none is None
+    for one, two in itertools.zip_longest(metrics, metrics_of_first):
+        numbers = [
+            {key: value for key, value in row.items() if key not in TIMES | {"kind", "metric", "bn"}}
+            for row in (one, two)
+        ]
+        assert numbers[0].keys() == numbers[1].keys()
+        for key, value in numbers[0].items():
+            if isinstance(value, float | list):
+                assert difference(value, numbers[1][key]) < SAME
+            elif not isinstance(value, dict):
+                assert value == numbers[1][key]
+
+
+@pytest.mark.parametrize(("tasks", "count"), [(8, 1), (8, 2), (5, 4), (3, 4), (1, 4), (7, 3)])
+def test_each_task_has_one_rank_and_the_weights_sum_to_one(tasks, count):
+    shares = [Ranks(rank, count).share(tasks) for rank in range(count)]
+    taken = [range(share.first, share.first + share.tasks) for share in shares if share.weight]
+    assert [task for part in taken for task in part] == [*range(tasks)]
+    assert sum(share.weight for share in shares) == pytest.approx(1, abs=1e-15)
+    assert all(share.tasks >= 1 and share.first + share.tasks <= tasks for share in shares)
+    sizes = [len(part) for part in taken]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(share.weight == share.tasks / tasks for share in shares if share.weight)
+
+
+def test_the_means_of_passes_update_the_running_statistics_as_the_passes_do():
+    generator = torch.Generator().manual_seed(0)
+    like = torch.empty(0, dtype=torch.float64)
+    layers = {"norm1": 3, "norm2": 2}
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def seen(tasks):
+        return {
+            layer: (normal(tasks, channels), normal(tasks, channels)) for layer, channels in layers.items()
+        }
+
+    # Step 4 is beyond the last row; steps have different numbers of passes.
+    passes = [NormPass({}, {}, step, seen=seen(tasks=3)) for step in (0, 0, 1, 2, 4)]
+    one, two = (init_running(layers, rows=3, like=like) for _ in range(2))
+    accumulate(one, passes)
+    accumulate(two, mean_passes(two, passes))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-14, atol=1e-15) for name in one)
+    assert mean_passes({}, passes) == []
+
+
+def curve_result(ranks, config):
+    net, state = build_uneven(config, image=(1,))
+    streams = {
+        split: CurveStream(
+            FAMILIES["sinusoid"], stream_settings(split=split, shots=5, queries=5, dtype=torch.float64)
+        )
+        for split in ("train", "val")
+    }
+    trainer = Trainer(config, net, state, streams, None, on_event=lambda event: None, stop_reason=lambda: "")
+    trainer.share(ranks)
+    return result_of(trainer)
+
+
+@needs_c
+@pytest.mark.parametrize("algo", ["maml", "alpha-maml"])
+def test_compiled_curves_are_shared_too(tmp_path, algo):
+    curves = {"net": "mlp", "ways": 1, "engine": "compiled", "inner_lr": 0.02, "hidden": "9-9"}
+    steps = {"epochs": 2, "steps_per_epoch": 6, "report_every": 6, "val_tasks": 5}
+    config = config_of(**SMALL | curves | steps | {"algo": algo, "meta_batch_size": 5})
+    expected = curve_result(Ranks(), config)
+    for found in in_ranks(2, lambda ranks: curve_result(ranks, config), tmp_path):
+        assert difference(expected, found) < SAME
+
+
+def test_a_request_to_stop_on_any_rank_stops_all_at_the_same_step(tmp_path):
+    def work(ranks):
+        config = config_of(epochs=2, steps_per_epoch=5)
+        run = None if ranks.rank else make_run(tmp_path / "run", config)
+        trainer = trainer_of(run, config)
+        asked = ranks.rank == 1
+        trainer.stop_reason = lambda: "SIGTERM" if asked and trainer.position.step >= 2 else ""
+        trainer.share(ranks)
+        return trainer.train(), trainer.position.step, checkpoints._digest(trainer._content())
+
+    results = in_ranks(3, work, tmp_path)
+    assert len(set(results)) == 1
+    assert results[0][:2] == ("SIGTERM", 3)
+    run = open_run(tmp_path / "run")
+    assert checkpoints.load(run.checkpoints / "last.pt", owner=run.owner)["position"]["step"] == 3
+
+
+def test_a_request_to_stop_ends_the_validation_of_all_ranks(tmp_path):
+    def work(ranks):
+        config = config_of(epochs=2, steps_per_epoch=2, val_tasks=12)
+        run = None if ranks.rank else make_run(tmp_path / "run", config)
+        trainer = trainer_of(run, config)
+        trainer.stop_reason = lambda: "SIGTERM" if ranks.rank and trainer.position.step == 2 else ""
+        trainer.share(ranks)
+        return trainer.train(), trainer.position.step, trainer.position.validated
+
+    assert in_ranks(2, work, tmp_path) == [("SIGTERM", 2, 0)] * 2
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):
+    def work(ranks):
+        config = config_of(epochs=1, steps_per_epoch=5)
+        trainer = trainer_of(None if ranks.rank else make_run(tmp_path / "run", config), config)
+        trainer.share(ranks)
+        measure = trainer.meta_step._of_own_tasks
+
+        def broken(episodes, request):
+            measured = measure(episodes, request)
+            if ranks.rank == 1 and trainer.position.step == 3:
+                measured.grads["linear.bias"][0] = torch.nan
+            return measured
+
+        trainer.meta_step._of_own_tasks = broken
+        with pytest.raises(DivergedError, match=r"meta-step 4: the meta-gradient of linear\.bias"):
+            trainer.train()
+        return trainer.position.step
+
+    assert in_ranks(2, work, tmp_path) == [3, 3]
+
+
+def test_algorithms_with_shared_statistics_refuse_several_processes():
+    for algo, entry in ALGORITHMS.items():
+        problems = sharing_problems(config_of(algo=algo), 2)
+        assert bool(problems) == entry.whole_batches
+        assert not sharing_problems(config_of(algo=algo), 1)
+    assert (
+        "one batch with shared batch-norm statistics" in sharing_problems(config_of(algo="transfer"), 2)[0][0]
+    )
+    assert "--body-epochs" in sharing_problems(config_of(algo="maml", body_epochs=1), 2)[0][0]
+
+
+def test_every_reason_has_its_place_in_the_vote():
+    assert REASONS == ("time limit", "SIGINT", "SIGTERM", "SIGHUP")
