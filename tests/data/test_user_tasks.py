@@ -127,6 +127,8 @@ POINTS = np.zeros((4, 3), np.float32)
             (POINTS, LABELS, POINTS, LABELS * 1.0),
             "query_y of it has the dtype float64, but others are integers",
         ),
+        ((POINTS, LABELS * 14 + 3, POINTS, LABELS), "support_y of it has the labels 3, 17"),
+        ((POINTS, LABELS - 1, POINTS, LABELS), "support_y of it has the labels -1, 0"),
         ((POINTS, LABELS * 0, POINTS, LABELS), "support_y of it has integers of one class"),
         ((POINTS[:, 0], LABELS, POINTS, LABELS), "support_x of it has the shape (4,)"),
         ((POINTS, np.zeros((4, 1, 1)), POINTS, LABELS), "support_y of it has the shape (4, 1, 1)"),

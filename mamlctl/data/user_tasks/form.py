@@ -44,7 +44,12 @@ class TaskForm:
                 fact = f"support_y of {where} has the shape {y.shape}"
                 raise SettingsError([(fact, "return one target per example, or (examples, targets)")])
             return cls(*sizes, 1, y.shape[1:])
-        ways = int(y.max(initial=0)) + 1
+        labels = np.unique(y).tolist()
+        ways = len(labels)
+        if labels != list(range(ways)):
+            some = f"{', '.join(map(str, labels[:5]))}{', ...' if ways > 5 else ''}"
+            fact = f"support_y of {where} has the labels {some}"
+            raise SettingsError([(fact, "number the classes of each task 0, 1, ..., whatever they are")])
         if ways < 2:
             fact = f"support_y of {where} has integers of one class"
             raise SettingsError(
