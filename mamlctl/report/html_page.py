@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mamlctl.report.verdict import verdict
 from mamlctl.settings.schema import FIELDS
 
 TEMPLATES = Path(__file__).parent / "templates"
+SHORT = 16  # characters of a name that fits the first column of any table
 
 
 def write_report(table: Table, folder: Path, sort: str | None = None, *, files: Sequence[str] = ()) -> Path:
@@ -86,7 +88,16 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2")
+
+
+def _breakable(text: object) -> Markup:
+    """A name that may be broken after the signs in it, such as steps_per_epoch=500 on a narrow screen."""
+    if isinstance(text, Markup):
+        return text
+    name = formatting.strip_controls(str(text))
+    return Markup("<wbr>").join(re.split(r"(?<=[=_,])(?=\S)", name) if len(name) > SHORT else [name])
 
 
 def _without_controls(value: object) -> object:

@@ -26,7 +26,7 @@ from mamlctl.report.verdict import verdict
 
 pytestmark = pytest.mark.render
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 SMALL = [name for name in TABLES if name != "64 rows"]
 RELATIVE = re.compile(
     r"(\.\./)*[\w%+.~-]+(/[\w%+.~-]+)*"
@@ -317,6 +317,33 @@ def test_wide_content_scrolls_in_its_box_with_a_hint_and_a_fixed_first_column(re
     scrolling = [box["scrolls"] for box in boxes if box["first"] is None]  # of figures
     assert scrolling == [width == 390] * len(scrolling) and scrolling
     assert boxes[0]["scrolls"] == (width < 1400)
+
+
+# The parts of names in the first columns that are on two lines; a name may be broken after these signs.
+BROKEN = r"""
+[...document.querySelectorAll("tbody th")].flatMap(head => {
+  const walker = document.createTreeWalker(head, NodeFilter.SHOW_TEXT);
+  const broken = [];
+  while (walker.nextNode()) {
+    for (const part of walker.currentNode.data.matchAll(/[^\s=_,-]+/g)) {
+      const range = document.createRange();
+      range.setStart(walker.currentNode, part.index);
+      range.setEnd(walker.currentNode, part.index + part[0].length);
+      if (range.getClientRects().length > 1) broken.push(part[0]);
+    }
+  }
+  return broken;
+})
+"""
+
+
+def test_names_are_not_broken_inside_a_word_on_a_narrow_screen(chromium, tmp_path):
+    table = TABLES["one-on"]()
+    label = "maml++, steps_per_epoch=1000, inner_optimizer=adam"
+    rows = tuple(replace(row, label=label) if row is table.rows[-1] else row for row in table.rows)
+    chromium.open(write_report(replace(table, rows=rows), tmp_path), 390)
+    assert chromium.run("document.body.innerText").count("inner_optimizer") > 0
+    assert chromium.run(BROKEN) == []
 
 
 @pytest.mark.parametrize("dark", [False, True])
