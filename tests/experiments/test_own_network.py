@@ -15,6 +15,7 @@ from PIL import Image
 from mamlctl.cli.app import main
 from mamlctl.core.user_code.stored import StoredCode, read_code, trust_file, write_code
 from mamlctl.data.sets import glyphs
+from mamlctl.engine.training import run_code
 from mamlctl.run_folder import open_run
 
 NET = """
@@ -274,6 +275,18 @@ def test_the_code_in_the_docs_works(here, cli, glyphs_root, monkeypatch):
         scores = names["module"](1 - torch.from_numpy(x).unsqueeze(1) / 255)
     expected = [list(image["probabilities"].values()) for image in json.loads(out)["predictions"]]
     assert np.allclose(scores.softmax(1), expected, atol=2e-5)
+
+
+def test_the_notice_names_a_momentum_of_batch_norm_that_is_not_used(here):
+    (here / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(shape, outputs):\n"
+        "    norm = nn.BatchNorm1d(8, momentum=0.3)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), norm, nn.Linear(8, outputs))\n"
+    )
+    module = run_code._checked_module(f"{here}/net.py:make", None, (1, 4, 4), 3, None)
+    words = "Sequential with 4 tensors, head '3', batch norm with momentum 0.1, not 0.3"
+    assert module.notice == f"{words}: all tasks in one pass"
 
 
 def test_a_network_of_curves(here, cli):

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.user_code.importing import errors_of_user_code
 from mamlctl.engine.nets.base import HEAD
-from mamlctl.engine.nets.batch_norm import NormPass, Params
+from mamlctl.engine.nets.batch_norm import MOMENTUM, NormPass, Params
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # layer -> mean_1C, var_1C, as in NormPass.seen
 Guard = Callable[[], AbstractContextManager[None]]  # makes the block in which the user's code runs
@@ -78,6 +78,7 @@ class Template:
         _check_layers(module)
         self.head = _head_of(module, head)
         self.norms: dict[str, Norm] = {}  # by name in mamlctl
+        self.other_momenta: set[float | None] = set()  # of batch norm, in place of which ours has MOMENTUM
         self.running: Params = {}  # running statistics with which the module starts
         self.norm_start: Params = {}  # batch-norm weights with which it starts
         # Paths of the module's own state dictionary -> the name in mamlctl, or the value of a buffer.
@@ -104,6 +105,7 @@ class Template:
             norm = replaced.setdefault(part, Norm(self.internal(path), part))
             name = norm.name
             self.norms[name] = norm
+            self.other_momenta |= {part.momentum} - {MOMENTUM}
             self.norm_start |= {f"{name}.weight": part.weight.detach(), f"{name}.bias": part.bias.detach()}
             if part.running_mean is not None and part.running_var is not None:
                 self.running |= {f"{name}.mean": part.running_mean, f"{name}.var": part.running_var}

@@ -25,6 +25,7 @@ from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import needs_second_derivatives
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.nets.base import objective_of
+from mamlctl.engine.nets.batch_norm import MOMENTUM
 from mamlctl.engine.nets.factory import Parts, torchvision_plan
 from mamlctl.engine.nets.loss_check import check_loss
 from mamlctl.engine.nets.losses import OwnLoss
@@ -174,8 +175,11 @@ def _checked_module(
         code, plan = None, torchvision_plan(net)
     unchecked = ModuleNet(plan, shape, outputs, objective_of(shape, task_type), head)
     plan, why = checked(unchecked)
-    module, size = unchecked.template.module, len(unchecked.template.paths)
-    name = f"{type(module).__name__} with {size} {plural(size, 'tensor')}, head '{unchecked.template.head}'"
+    template = unchecked.template
+    size = len(template.paths)
+    name = f"{type(template.module).__name__} with {size} {plural(size, 'tensor')}, head '{template.head}'"
+    if others := sorted(map(str, template.other_momenta)):
+        name += f", batch norm with momentum {MOMENTUM}, not {', '.join(others)}"
     return RunModule(plan, why, None if code is None else as_stored(code), name)
 
 
