@@ -35,7 +35,7 @@ from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
 
 TASKS = 3  # per figure
-PATHS = 4  # trajectories per task and number of inner steps
+PATHS = 2  # trajectories per task and number of inner steps
 POINTS = 200  # of a drawn curve
 STEPS = (0, 1, 5, 10)  # inner steps after which curves are drawn, as in the figure of the MAML paper
 
