@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from benchmarks import cases, curves
+from benchmarks import cases, curves, scaling
 from benchmarks.__main__ import main_work
 from benchmarks.cases import CASES, Case, case_of, engine_problem, train_config
 from benchmarks.curves import curve_config, curves_table, jax_loss, measure_curves
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamlctl.data.tasks.episodes import Placement
 from mamlctl.data.tasks.streams import open_streams
+from mamlctl.engine.distributed import Ranks
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -81,6 +82,16 @@ def test_training_on_curves_is_measured_and_shown(monkeypatch):
     console.print(curves_table(rows))
     text = console.file.getvalue()
     assert "unknown skipped: " in text and "compiled" in text
+
+
+def test_the_ranks_are_measured_and_shown(monkeypatch):
+    monkeypatch.setattr(scaling, "STEPS", 1)
+    found = scaling.timed(Ranks())
+    assert found["seconds"] > 0
+    rows = [scaling.ScalingRow(1, [0.2, 0.3, 0.2]), scaling.ScalingRow(2, [0.1, 0.125, 0.125], [0.001] * 3)]
+    table = drawn(scaling.scaling_table(rows))
+    assert "1.60" in table
+    assert "1.00 ms" in table
 
 
 def test_the_cases_list_every_peer():

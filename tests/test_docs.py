@@ -30,7 +30,14 @@ FOREIGN |= {"--logdir"}  # of TensorBoard
 FOREIGN |= {"--help"}
 FOREIGN |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}  # of torchrun
 FOREIGN |= {"--max-restarts", "--local-addr"}
-FOREIGN |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"}  # of SLURM
+FOREIGN |= {
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--cpus-per-task",
+    "--nodes",
+    "--time",
+    "--signal",
+}  # of SLURM
 FLAGS = {
     flag
     for options in (typer.main.get_command(app).params, *map(options_of, COMMANDS))

@@ -32,6 +32,7 @@ from benchmarks.cases import (
 from benchmarks.curves import CurveRow, curves_table, measure_curves
 from benchmarks.report import document, growth_table, main_table, matrix_rates, peers_table
 from benchmarks.rounds import Machine, Plan, Row, measure
+from benchmarks.scaling import ScalingRow, measure_scaling, scaling_table
 from mamlctl import __version__
 
 Work = tuple[str, Case, list[str]]  # part, case, learners
@@ -112,6 +113,7 @@ def save(
     machine: Machine,
     plan: Plan,
     on_curves: Sequence[CurveRow] = (),
+    of_ranks: Sequence[ScalingRow] = (),
 ) -> None:
     """Write the whole run as a single JSON document; arguments are what was measured, and how."""
     products = {
@@ -123,6 +125,7 @@ def save(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "curves": [asdict(row) for row in on_curves],
+        "ranks": [asdict(row) for row in of_ranks],
         "settings": asdict(plan) | {"official": str(plan.official) if plan.official else None},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +148,7 @@ def bench(
         Path | None, typer.Option(help="A checkout of HowToTrainYourMAMLPytorch to time as well.")
     ] = None,
     curves: Annotated[bool, typer.Option(help="Also time training on curves, and JAX.")] = True,
+    scaling: Annotated[bool, typer.Option(help="Also time one and two processes that share tasks.")] = True,
     estimate: Annotated[bool, typer.Option(help="Also estimate meta-steps on GPUs.")] = True,
     quick: Annotated[bool, typer.Option(help="Only run the smallest cases, with 3 repeats.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for bench.json.")] = Path("runs/bench"),
@@ -180,7 +184,10 @@ def bench(
     on_curves = measure_curves(plan.repeats) if curves and device == "cpu" and not growth else []
     if on_curves:
         stdout_console().print(curves_table(on_curves))
-    save(out / "bench.json", rows, rates, machine, plan, on_curves)
+    of_ranks = measure_scaling(plan.repeats) if scaling and device == "cpu" and not growth else []
+    if of_ranks:
+        stdout_console().print(scaling_table(of_ranks))
+    save(out / "bench.json", rows, rates, machine, plan, on_curves, of_ranks)
     if estimate:
         show_estimates(log)
     log.print(f"wrote {out / 'bench.json'}", highlight=False)

@@ -3,9 +3,12 @@
 import copy
 import functools
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from helpers.algorithm_cases import CPU
 from helpers.data_cases import stream_settings
 from helpers.derivative_cases import needs_c
 from helpers.engine_cases import SMALL, build_uneven
@@ -18,8 +21,10 @@ from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.engine.distributed import REASONS, Ranks
+from mamlctl.engine.evaluation import evaluator
 from mamlctl.engine.nets.batch_norm import NormPass, accumulate, init_running, mean_passes
 from mamlctl.engine.training import checkpoints
+from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.run_folder import open_run
 from mamlctl.settings.schema import IMPROVEMENTS
@@ -232,6 +237,48 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):
         return trainer.position.step
 
     assert in_ranks(2, work, tmp_path) == [3, 3]
+
+
+def scores(ranks, config, tasks, curve_tasks):
+    """The scores of the validation tasks, in passes of 3 tasks."""
+    trainer = trainer_of(None, config)
+    plan = replace(trainer.plan, tasks=tasks, curve_tasks=curve_tasks)
+    states = [trainer.state, build(config, (1, 16, 16), CPU, classes=8)[1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "tasks_per_pass", lambda net, examples, device: 3)
+        found = evaluator.evaluate(trainer.derivatives, states, trainer.streams["val"], plan, ranks=ranks)
+    return [(part.last_T, part.curve_TI) for part in (*found.single, found.ensemble)]
+
+
+@pytest.mark.parametrize(("tasks", "curve_tasks"), [(20, 0), (20, 7), (13, 13), (4, 0)])
+def test_ranks_get_the_scores_of_one_process_to_the_bit(tmp_path, tasks, curve_tasks):
+    config = config_of(inner_steps=2)
+    expected = scores(Ranks(), config, tasks, curve_tasks)
+    chunked = tasks >= 3 * 3  # else three ranks use smaller passes than one
+    for found in in_ranks(3, lambda ranks: scores(ranks, config, tasks, curve_tasks), tmp_path):
+        for parts in zip(expected, found, strict=True):
+            for one, two in zip(*parts, strict=True):
+                assert one.shape == two.shape
+                assert np.array_equal(one, two) if chunked else np.allclose(one, two, atol=1e-6)
+
+
+def test_predictions_that_are_not_finite_end_all_ranks(tmp_path):
+    def work(ranks):
+        config = config_of(epochs=1, steps_per_epoch=1)
+        trainer = trainer_of(None if ranks.rank else make_run(tmp_path / "run", config), config)
+        trainer.share(ranks)
+        predict = trainer.plan.predict
+        broken = ranks.rank == 1
+
+        def nan(request):
+            return predict(request) * (torch.nan if broken else 1)
+
+        trainer.plan = replace(trainer.plan, predict=nan)
+        with pytest.raises(DivergedError, match="predictions in tasks 5 to 9 are not finite"):
+            trainer.train()
+        return True
+
+    assert in_ranks(2, work, tmp_path) == [True, True]
 
 
 def test_algorithms_with_shared_statistics_refuse_several_processes():
