@@ -161,7 +161,9 @@ class Lifeline:
                 self._ask(now)
             if now - self._asked_at > (ANSWER_S if self.rank == 0 else 2 * ANSWER_S):
                 self._judge()
-            if self.lost is not None and not self._leaving and now - self._lost_at > LEAVE_S:
+            # A process that hangs is named to itself too.
+            grace_s = 0.0 if self.lost is not None and self.lost.rank == self.rank else LEAVE_S
+            if self.lost is not None and not self._leaving and now - self._lost_at > grace_s:
                 self._on_stuck(self.lost)
 
     def _accept(self) -> None:

@@ -142,6 +142,42 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(folder):
     assert json.loads((folder / "hung" / "status.json").read_text())["status"] == "failed"
 
 
+HANGING_NET = """
+import os, time
+from pathlib import Path
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.body, self.head = nn.Linear(width, 8), nn.Linear(8, outputs)
+
+    def forward(self, x):
+        if os.environ["RANK"] == "1" and Path("hang").exists():
+            time.sleep(1000)
+        return self.head(self.body(x).relu())
+
+
+def make(shape, outputs):
+    return Net(*shape, outputs)
+"""
+
+
+def test_the_error_says_where_a_rank_hangs(folder):
+    (folder / "net.py").write_text(HANGING_NET)
+    words = [*RUN, "--net", "net.py:make", "--steps-per-epoch", "9999", "--out", "where"]
+    command = Command(folder, *words, "--nproc", 2, "--rank-timeout", "3s")
+    command.wait_for("step 10/")
+    (folder / "hang").touch()
+    code, _, err, seconds = command.end()
+    assert code == ExitCode.RANK_LOST
+    assert "error: rank 1 of 2 ended with exit code 1; its last lines:\n  error: rank 1 (process " in err
+    assert "net.py" in err
+    assert "      time.sleep(1000)\nhint:" in err
+    assert seconds < 3 + 2 * LEAVE_S
+
+
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(folder, whole):
     options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", str(free_port())]
     command = Command(folder, *RUN, "--out", "restarted", torchrun=options)
@@ -180,6 +216,13 @@ def test_a_test_by_two_processes_has_the_scores_of_one(cli, folder, whole, tmp_p
         for text in (scores, summary.with_name("tasks.csv").read_text())
     )
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_a_comparison_by_two_processes_tests_all_runs(folder, whole):
+    code, out, err, _ = Command(folder, "compare", "whole", "--tasks", 30, "--nproc", 2, "--json").end()
+    assert code == 0, err
+    assert "testing whole" in err
+    assert json.loads(out)
 
 
 USAGE = [

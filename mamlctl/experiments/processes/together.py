@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +17,15 @@ from pathlib import Path
 from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError
 from mamlctl.core.events import Event, Notice, OnEvent
 from mamlctl.core.formatting import plural
-from mamlctl.core.lifeline import Lost
+from mamlctl.core.lifeline import Lost, world
 from mamlctl.core.process import SHOW_CURSOR
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.engine.distributed import current, open_ranks
 from mamlctl.experiments.processes.launch import LAUNCHED
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
+
+FRAMES = 6  # of the calls in which a process hangs, two lines each
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,16 @@ def follow(timeout_s: float, do: Callable[[TrainingJob | EvaluationJob], ExitCod
 
 
 def on_stuck(lost: Lost) -> None:
-    """End this process, because its main thread waits for a process that is lost."""
+    """End this process, because its main thread hangs, or waits for a process that is lost."""
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
-    if LAUNCHED not in os.environ:
+    hangs = lost.rank == world()[0]
+    if hangs or LAUNCHED not in os.environ:
         os.write(2, f"error: {lost.text}\n".encode())
-    os._exit(ExitCode.RANK_LOST)
+    if hangs:
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        os.write(2, "".join(traceback.format_stack(frame)[-FRAMES:]).encode(errors="replace"))
+    os._exit(ExitCode.FAILED if hangs else ExitCode.RANK_LOST)
 
 
 def ignore(event: Event) -> None:
