@@ -125,6 +125,15 @@ class EvaluateOptions(GuardOptions):
                 problems.append(("--support has no effect alone", hint))
         if self.export is not None:
             problems += export_problems(self.export)
+        return problems + self._repeated_files()
+
+    def _repeated_files(self) -> list[Problem]:
+        """Files that two options would write, as (fact, hint) pairs."""
+        options: dict[Path, str] = {}
+        problems = list[Problem]()
+        for name, path in (("csv", self.csv), ("save_adapted", self.save_adapted), ("export", self.export)):
+            if path is not None and (first := options.setdefault(path.resolve(), flag(name))) != flag(name):
+                problems.append((f"{first} and {flag(name)} both write {path}", "name different files"))
         return problems
 
 

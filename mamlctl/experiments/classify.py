@@ -75,17 +75,17 @@ def classify_images(
     if repeated:
         on_event(Notice(f"query files that are given twice and count once: {repeated}"))
     predictions = _classify_all(model, queries, on_event)
-    pictures = _draw(model, predictions) if request.plot else ()
-    if request.csv is not None:
-        _write_csv(request.csv, predictions.images)
-    if request.save_adapted is not None:
-        save_adapted(request.save_adapted, model, on_event)
-    exported = None
+    exported = None  # first, since nothing is written if it fails
     if request.export is not None:
         from mamlctl.experiments.export.models import export_classifier  # imports torch.export
 
         queries_CHW = [picture.image_CHW for picture in predictions.shown]
         exported = export_classifier(request.export, model, queries_CHW, on_event)
+    pictures = _draw(model, predictions) if request.plot else ()
+    if request.csv is not None:
+        _write_csv(request.csv, predictions.images)
+    if request.save_adapted is not None:
+        save_adapted(request.save_adapted, model, on_event)
     return ClassifyResult(
         run=str(path),
         algo=model.config.algo,

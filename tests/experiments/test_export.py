@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,7 +186,8 @@ def test_an_own_module_is_exported_without_its_file(suffix, cli, images, glyphs_
     if suffix == "onnx":
         needs_onnx()
     run = train_own(cli, tmp_path, glyphs_root)
-    assert_predicts_as_eval(cli, run, images, tmp_path / f"mine.{suffix}")
+    about, _ = assert_predicts_as_eval(cli, run, images, tmp_path / f"mine.{suffix}")
+    assert about["net"] == "net.py:Net"
 
 
 @pytest.mark.parametrize("line", list(UNSUPPORTED))
@@ -205,6 +207,7 @@ def test_other_predictions_than_those_of_eval_leave_no_file(runs, images, cli, t
     monkeypatch.setattr(models, "ImagePredictor", lambda *args, **more: original(*args, **more | {"ink": 0}))
     (tmp_path / "out").mkdir()
     command = ("eval", runs("maml++"), "--support", images / "learn", "--export", tmp_path / "out" / "a.pt2")
+    command += ("--save-adapted", tmp_path / "out" / "a.pt")
     assert is_refused(cli(*command), "its predictions differ from those of eval by ")
     assert [*(tmp_path / "out").iterdir()] == []
 
@@ -282,6 +285,11 @@ def test_files_are_reproducible_and_name_no_folder(runs, images, cli, tmp_path):
         ("folder.onnx", "is a folder"),
         ("missing/mine.pt2", "which is not a folder"),
         ("taken.onnx/mine.pt2", "which is not a folder"),
+        pytest.param(
+            "/proc/mine.pt2",
+            "cannot be written",
+            marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux"),
+        ),
     ],
 )
 def test_paths_that_cannot_be_written_are_refused_before_the_work(name, words, cli, tmp_path):
@@ -291,6 +299,12 @@ def test_paths_that_cannot_be_written_are_refused_before_the_work(name, words, c
     command = ("eval", tmp_path / "no-run", "--support", tmp_path, "--export", tmp_path / name)
     assert is_refused(cli(*command), words)
     assert (tmp_path / "taken.onnx").read_text() == "kept" and sorted(tmp_path.iterdir()) == before
+
+
+def test_two_options_that_write_the_same_file_are_refused(cli, tmp_path):
+    command = ("eval", tmp_path / "no-run", "--support", tmp_path, "--export", tmp_path / "mine.pt2")
+    answer = cli(*command, "--save-adapted", tmp_path / "mine.pt2")
+    assert is_refused(answer, "--save-adapted and --export both write")
 
 
 def test_missing_packages_are_refused_before_the_work(cli, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def _about(run: RunFolder, config: TrainConfig, name: str, bn: BatchNormMode) ->
         "run_digest": run.owner,
         "model": name,
         "algo": config.algo,
-        "net": config.net,
+        "net": Path(config.net).name,  # of the user's file: without its folder
         "inner_steps": config.evaluation_inner_steps,
         "bn": bn,
     }

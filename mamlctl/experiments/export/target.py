@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 from mamlctl.core.problems import Problem
@@ -22,6 +23,10 @@ def export_problems(path: Path) -> list[Problem]:
         return [(f"{named} exists already", "choose another name, or remove the file")]
     if not path.absolute().parent.is_dir():
         return [(f"{named} is in {path.parent}, which is not a folder", "create it, or choose another place")]
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()  # has no name, so no other process sees it
+    except OSError as error:
+        return [(f"{named} cannot be written: {error.strerror}", "choose a folder that can be written")]
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix == ONNX and missing:
         verb = "are" if len(missing) > 1 else "is"

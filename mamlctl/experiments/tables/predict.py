@@ -75,6 +75,12 @@ def predict_table(
         query_x, query_y = read_examples(files.query, columns)
     support = model.task((support_x, support_y))
     predicted = model.predictions(support, query_x)
+    exported = None  # first, since nothing is written if it fails
+    if files.export is not None:
+        from mamlctl.experiments.export.models import export_table  # imports torch.export
+
+        rows = np.concatenate([query_x, support_x])
+        exported = export_table(files.export, model, support, rows, on_event)
     pictures: tuple[str, ...] = ()
     if files.plot and files.query is not None:
         unknown_y = np.full((len(query_x), len(columns.targets)), np.nan)
@@ -83,12 +89,6 @@ def predict_table(
         title = f"{config.algo}, {run.path.name}"
         figure = fit_figures.fits([row], (columns.inputs[0], columns.targets), title)
         pictures = tuple(map(str, save(figure, run.path / "plots" / "own-task")))
-    exported = None
-    if files.export is not None:
-        from mamlctl.experiments.export.models import export_table  # imports torch.export
-
-        rows = np.concatenate([query_x, support_x])
-        exported = export_table(files.export, model, support, rows, on_event)
     if files.csv is not None:
         _write_csv(files.csv, columns, query_x, predicted, query_y)
     return TablePrediction(
