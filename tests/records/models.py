@@ -19,8 +19,8 @@ from records.experiments import FAST_5, FAST_20, Experiment, experiments
 from records.runs import RUNS, RecordedRun
 
 FOLDER = Path(__file__).parents[2] / "mamlctl" / "models"
-# Name -> experiment and seed: of the seeds that were trained since commit 368ff2d, which keeps running
-# statistics of all inner steps, the one with the best validation accuracy.
+# Name -> experiment and seed: the one with the best validation accuracy of those that had been trained since
+# commit 368ff2d, which keeps running statistics of all inner steps, when the model was made.
 MODELS = {"omniglot-5w1s": (FAST_5, 1), "omniglot-20w1s": (FAST_20, 2)}
 KEPT = (CLASSES, STATUS, DIGESTS)
 RECEIPT = "receipt.json"
