@@ -273,6 +273,13 @@ def test_tables_that_are_too_small_or_divided_twice_are_refused(table, tmp_path)
     assert stored_facts(open_run(path)).tasks == {"train": ("t0",), "val": ("t1",), "test": ("t2",)}
 
 
+def test_a_table_without_tasks_for_tests_is_noticed_at_the_start(tmp_path):
+    events = []
+    trained(tmp_path / "run", periodic_csv(tmp_path / "few.csv", tasks=2), on_event=events.append)
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert any("few.csv has no task in 'test'" in text for text in notices)
+
+
 @pytest.mark.parametrize(
     ("settings", "fact"),
     [

@@ -46,6 +46,9 @@ def open_table(
         rows = max(config.shots, config.train_shots or 0) + config.queries
         usable = _large_enough(config, table, table.tasks, rows, on_event)
         tasks = divided(table, usable, config.split_fractions or FRACTIONS, config.split_seed)
+        if not tasks["test"]:  # training needs none, and finding this out after it would be late
+            name = Path(config.dataset).name
+            on_event(Notice(f"{name} has no task in 'test': eval will need --split val or another --dataset"))
     else:
         known = set(table.tasks)
         if gone := [name for names in stored.values() for name in names if name not in known]:
