@@ -30,9 +30,11 @@ from mamlctl.engine.evaluation.adapted_model import (
     plain_weights,
     resize_head,
 )
+from mamlctl.engine.evaluation.plain_module import norms_without_statistics
 from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
+from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.engine.training.checkpoints import save_tensors
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.run_code import code_of_run
@@ -193,6 +195,13 @@ def save_adapted(path: Path, model: ImageClassifier, on_event: OnEvent) -> None:
     """
     if model.bn == Statistics.OWN.value:
         on_event(Notice("saved with the support set's statistics: --bn transductive has none to save"))
+    net = model.adapted.derivatives.net
+    layers = norms_without_statistics(net.original(0)) if isinstance(net, ModuleNet) else {}
+    if layers:
+        fact = (
+            f"saved without the statistics of {', '.join(layers)}, since track_running_stats is False there"
+        )
+        on_event(Notice(f"{fact}: these layers will use those of each batch, unlike a file of --export"))
     config = model.config
     names = ("algo", "net", "filters", "hidden", "pooling", "readout", "activation")
     content = {

@@ -190,6 +190,17 @@ def test_an_own_module_is_exported_without_its_file(suffix, cli, images, glyphs_
     assert about["net"] == "net.py:Net"
 
 
+def test_layers_without_a_place_for_statistics_are_named_when_weights_are_saved(
+    cli, images, glyphs_root, tmp_path
+):
+    run = train_own(cli, tmp_path, glyphs_root, NET.replace("2d(4)", "2d(4, track_running_stats=False)"))
+    _, err = assert_predicts_as_eval(
+        cli, run, images, tmp_path / "mine.pt2", "--save-adapted", tmp_path / "mine.pt"
+    )
+    assert "saved without the statistics of body.1, since track_running_stats is False" in err
+    assert not any("running" in name for name in torch.load(tmp_path / "mine.pt")["weights"])
+
+
 @pytest.mark.parametrize("line", list(UNSUPPORTED))
 def test_an_unsupported_operation_is_named_and_leaves_no_file(line, cli, images, glyphs_root, tmp_path):
     needs_onnx()

@@ -57,12 +57,20 @@ def plain_module(model: AdaptedModel) -> nn.Module:
     return module
 
 
+def norms_without_statistics(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of batch norm, by path, that keep no running statistics: they would use those of a batch."""
+    norm = nn.modules.batchnorm._BatchNorm
+    layers = dict(module.named_modules())
+    return {
+        path: part for path, part in layers.items() if isinstance(part, norm) and part.running_mean is None
+    }
+
+
 def _fix_statistics(module: nn.Module, model: AdaptedModel, net: ModuleNet) -> None:
-    """Give the layers without running statistics, which would use those of each batch, the fixed ones."""
+    """Give the layers without running statistics the fixed ones."""
     fixed = model.fixed or model.support
-    for path, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            name = net.template.internal(path)
-            layer.running_mean, layer.running_var = (
-                fixed[f"{name}.{kind}"][0].float().cpu() for kind in ("mean", "var")
-            )
+    for path, layer in norms_without_statistics(module).items():
+        name = net.template.internal(path)
+        layer.running_mean, layer.running_var = (
+            fixed[f"{name}.{kind}"][0].float().cpu() for kind in ("mean", "var")
+        )
