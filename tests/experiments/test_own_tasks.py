@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,10 @@ BAD = {
         code_that(f"{DRAWN}y = y * 10.0 ** (100 if number > 20 else 0)\n{GOOD}"),
         ("support_y of task('train', 23) of tasks.py:Tasks has numbers that are not finite",),
     ),
+    "a masked array": (
+        code_that(f"{DRAWN}y = np.ma.masked_less(y, 0)\n{GOOD}"),
+        ("support_y of task('train', 0) of tasks.py:Tasks is a masked array", "fill in the numbers"),
+    ),
     "three arrays": (
         code_that(f"{DRAWN}return x, y, x"),
         ("task('train', 0) of tasks.py:Tasks returned 3 values", "support_x, support_y, query_x, query_y"),
@@ -245,6 +250,23 @@ def test_code_that_does_not_make_such_tasks_is_refused_at_the_start(how, here, c
     (here / "factor.txt").write_text("2")
     assert is_refused(cli("train", "--dataset", "tasks.py:Tasks", *SHORT, "--out", "run"), *words)
     assert not (here / "run").exists()
+
+
+def test_code_that_changes_settings_of_torch_is_refused_at_the_start(here, cli):
+    (here / "tasks.py").write_text(
+        code_that(f"torch.set_default_dtype(torch.float64)\n{DRAWN}{GOOD}", "import torch")
+    )
+    try:
+        code, _, err = cli("train", "--dataset", "tasks.py:Tasks", *SHORT, "--out", "run")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert code == 2 and "tasks.py:Tasks changes torch's default dtype" in err and not Path("run").exists()
+
+
+def test_targets_that_look_like_labels_are_noticed(here, cli):
+    (here / "tasks.py").write_text(code_that(f"{DRAWN}y = np.longdouble(y > 0)\n{GOOD}"))
+    code, _, err = cli("train", "--dataset", "tasks.py:Tasks", *SHORT[:-1], "--out", "run")
+    assert code == 0 and "are whole numbers of type float64, so this is regression" in " ".join(err.split())
 
 
 def test_given_sizes_that_differ_are_refused_with_both_numbers(here, cli):

@@ -154,6 +154,8 @@ def _array(value: Any, what: str) -> NDArray[Any]:
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
     kinds = "iuf" if "_y of" in what else "iufb"
+    if isinstance(value, np.ma.MaskedArray):
+        raise SettingsError([(f"{what} is a masked array", "fill in the numbers that are masked")])
     if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
         kind = (
             f"the dtype {value.dtype}"
@@ -163,4 +165,6 @@ def _array(value: Any, what: str) -> NDArray[Any]:
         raise SettingsError(
             [(f"{what} has {kind}", "return numbers in an array of numpy or a tensor of torch")]
         )
+    if value.dtype.kind == "f" and value.dtype.itemsize > np.dtype(np.float64).itemsize:
+        return value.astype(np.float64)  # a long double has bytes without a meaning
     return value

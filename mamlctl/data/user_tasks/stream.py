@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mamlctl.core.errors import DataError, SettingsError
-from mamlctl.core.events import OnEvent, Waiting
+from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import Split
 from mamlctl.core.user_code.stored import trust_by_use
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
@@ -101,5 +101,17 @@ def open_user_tasks(
         last = {"train": config.total_steps * config.meta_batch_size - 1, "val": config.val_tasks - 1}
         for split, stream in streams.items():
             stream.episodes(last.get(split, 0), 1)
+        if torch.get_default_dtype() != torch.float32 or not torch.is_grad_enabled():
+            fact = f"{tasks.name} changes torch's default dtype, or turns derivatives off"
+            raise SettingsError([(fact, "pass dtype to the calls, and use with torch.no_grad(): there")])
+        _notice_whole_targets(tasks, on_event)
         trust_by_use(tasks.stored, on_event)
     return tasks, streams
+
+
+def _notice_whole_targets(tasks: UserTasks, on_event: OnEvent) -> None:
+    """Say that floating-point targets are no classes, if they look like labels."""
+    targets = [y for _, *sets in tasks.samples.values() for y in sets[::2]]
+    if tasks.form.ways == 1 and all((y == np.rint(y)).all() for y in targets):
+        fact = f"targets of {tasks.name} are whole numbers of type {targets[0].dtype}, so this is regression"
+        on_event(Notice(f"{fact}: return integers if they are labels"))
