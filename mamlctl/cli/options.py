@@ -24,7 +24,7 @@ from mamlctl.data.worlds import WORLDS
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.presets import preset_summaries
-from mamlctl.settings.rules import NETS, VALUE_TYPES
+from mamlctl.settings.rules import LOSS_SUMMARIES, NETS, VALUE_TYPES
 
 
 def _choices_by_data_set(choices_of: Callable[[DataSet], Sequence[str]]) -> str:
@@ -42,10 +42,11 @@ LISTS: Mapping[str, Callable[[], Mapping[str, str]]] = {
     "algorithms": lambda: {name: entry.summary for name, entry in ALGORITHMS.items()},
     "datasets": _data_set_summaries,
     "nets": lambda: NETS,
+    "losses": lambda: LOSS_SUMMARIES,
 }
 
 # Setting -> the list of its names, which a shell completes.
-LIST_OF_SETTING = {"algo": "algorithms", "dataset": "datasets", "net": "nets"}
+LIST_OF_SETTING = {"algo": "algorithms", "dataset": "datasets", "net": "nets", "loss": "losses"}
 
 # The choices of settings whose values are defined in tables above the schema.
 FROM_TABLES = {

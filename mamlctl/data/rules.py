@@ -163,7 +163,7 @@ def data_set_problems(
         fact = f"--net {config.net} needs images, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, "use --net mlp, or net.py:make with your own function"))
     fitting = [loss for loss, metric in LOSSES.items() if metric == metric_of(config)]
-    if config.loss in LOSSES and config.loss not in fitting:
+    if config.loss in LOSSES and fitting and config.loss not in fitting:
         needed = "classes" if is_regression(config) else "values to predict"
         fact = f"--loss {config.loss} needs {needed}, but {config.dataset} {kind_of(config).predicate}"
         problems.append((fact, f"use {', '.join(fitting)} or loss.py:fn with your own function"))

@@ -27,6 +27,14 @@ NETS: Mapping[str, str] = {
     "resnet12": "four residual blocks of three 3x3 convolutions each, with batch norm, then a linear head",
 } | dict.fromkeys(TORCHVISION_NETS, "a classifier of torchvision, with random weights")
 
+# The built-in losses of --loss.
+LOSS_SUMMARIES: Mapping[str, str] = {
+    "cross_entropy": "minus the logarithm of the correct class's probability; the default for images",
+    "mse": "mean squared error; the default for curves and tables",
+    "mae": "mean absolute error, for curves and tables",
+    "huber": "quadratic up to an error of 1 and linear beyond, for curves and tables",
+}
+
 # Setting -> the networks that use it.
 OF_NETS = {
     "filters": ("conv4", "resnet12"),
@@ -113,7 +121,7 @@ def ineffective(config: TrainConfig) -> dict[str, tuple[Any, Problem]]:
         settings["max_kl"] = None, (fact, "leave it out, or use --outer trpo")
     if config.ca:
         fact = "--meta-lr-final and --ca both schedule the meta learning rate"
-        settings["meta_lr_final"] = None, (fact, "remove one")
+        settings["meta_lr_final"] = None, (fact, "use --no-ca, or leave out --meta-lr-final")
     return settings
 
 
@@ -157,7 +165,10 @@ def check(config: TrainConfig) -> list[Problem]:
         )
     if config.da and config.first_order:
         problems.append(
-            ("--da has no effect with --first-order: training never becomes second order", "remove one")
+            (
+                "--da has no effect with --first-order: training never becomes second order",
+                "use --no-da or --no-first-order",
+            )
         )
     if config.clip_value is not None and config.clip_norm is not None:
         problems.append(("--clip-value and --clip-norm are both given", "remove one"))
@@ -180,7 +191,10 @@ def check(config: TrainConfig) -> list[Problem]:
         problems.append((fact, f"use --body-epochs {config.epochs - 1} or fewer"))
     if config.da_epochs is not None and config.da_epochs > config.epochs:
         problems.append(
-            (f"--da-epochs {config.da_epochs} is more than --epochs {config.epochs}", "use --first-order")
+            (
+                f"--da-epochs {config.da_epochs} is more than --epochs {config.epochs}",
+                f"use --da-epochs {config.epochs}, or --no-da and --first-order",
+            )
         )
     return problems
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.shared import ROOT
 
 from mamlctl.cli.app import COMMANDS
-from mamlctl.core.literals import TORCHVISION_NETS, BatchNorm
+from mamlctl.core.literals import LOSSES, TORCHVISION_NETS, BatchNorm
 from mamlctl.data.sets.registry import NAMES
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.experiments.grid.plans import PLANS
@@ -37,6 +37,8 @@ VALUES = {
     "ablate --algo al": ["alpha-maml"],
     "train --net ": ["conv4", "mlp", "resnet12", *TORCHVISION_NETS],
     "train --net res": ["resnet12", "resnet18", "resnet34", "resnet50"],
+    "train --loss ": [*LOSSES],
+    "train --loss m": ["mse", "mae"],
     "train --dataset ": NAMES,
     "compare --dataset mini": ["mini-imagenet"],
     "eval runs/a --dataset omni": ["omniglot"],
@@ -44,7 +46,7 @@ VALUES = {
     "train --ink ": ["0", "1"],
     "train --preset ": preset_names(),
     "train --preset paper/sin": ["paper/sinusoid-10s-maml"],
-    "train --list ": ["presets", "algorithms", "datasets", "nets"],
+    "train --list ": ["presets", "algorithms", "datasets", "nets", "losses"],
     "ablate --plan ": [*PLANS],
     "ablate --plan one": ["one-on", "one-off"],
     "ablate --executor ": ["local", "ray"],

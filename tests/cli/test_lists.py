@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mamlctl.cli.options import LISTS
 from mamlctl.core.files import one_writer
-from mamlctl.core.literals import BUILT_IN_NETS, TORCHVISION_NETS
+from mamlctl.core.literals import BUILT_IN_NETS, LOSSES, TORCHVISION_NETS
 from mamlctl.core.results import TrainResult
 from mamlctl.data.sets.registry import NAMES
 from mamlctl.display.datasets import show_names
@@ -89,6 +89,7 @@ def test_each_list_has_every_name_and_a_meaning(cli, name):
         "algorithms": ALGORITHMS,
         "datasets": NAMES,
         "nets": (*BUILT_IN_NETS, *TORCHVISION_NETS),
+        "losses": LOSSES,
     }
     code, out, err = cli("train", "--list", name)
     assert (code, err) == (0, "")

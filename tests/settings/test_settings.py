@@ -328,6 +328,21 @@ REFUSED = [
 ]
 
 
+def test_hints_for_what_an_algorithm_switches_on_name_flags_that_switch_it_off():
+    """MAML++ has --da and --ca, which the user need not have written."""
+    for given, flags in (
+        ({"first_order": True}, "--no-da or --no-first-order"),
+        ({"meta_lr_final": 1e-4}, "--no-ca, or leave out --meta-lr-final"),
+        ({"da_epochs": 200}, "--da-epochs 100, or --no-da and --first-order"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            resolved(("flag", {"algo": "maml++", **given}))
+        assert caught.value.hint == f"use {flags}"
+    with pytest.raises(SettingsError) as caught:
+        resolved(("flag", {"dataset": "navigation", "loss": "huber"}))
+    assert caught.value.message.startswith("--loss has no meaning") and caught.value.hint == "leave it out"
+
+
 @pytest.mark.parametrize(("given", "fact"), REFUSED, ids=lambda value: str(value)[:40])
 def test_meaningless_settings_are_refused_with_a_reason(given, fact):
     assert any(problem.startswith(fact) for problem in problems_of(("flag", given)))
