@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from mamlctl.core.errors import MamlctlError, SettingsError
-from mamlctl.core.files import expanded
+from mamlctl.core.files import exists, expanded
 from mamlctl.core.problems import nearest
 from mamlctl.settings.variables import runs_folder
 
@@ -61,11 +61,12 @@ def weights_place(text: str) -> Path:
     Raises SettingsError if there is none.
     """
     path = expanded(text)
-    if text.strip() and path.exists():
+    if text.strip() and exists(path):
         return path.absolute()
     if text in model_names():
         return FOLDER / text
-    names = [*model_names(), *(file.name for file in path.parent.glob("*"))]
+    beside = path.parent.glob("*") if exists(path.parent) else ()
+    names = [*model_names(), *(file.name for file in beside if file.name != path.name)]
     hint = nearest(path.name, names, otherwise="check the path")
     raise SettingsError([(f"--init: there is no file, run folder or model '{text}'", hint)])
 

@@ -30,6 +30,16 @@ UNLOCKED = ".new"  # the end of a temporary file's name until the process that m
 REMNANTS = (".*.*.????????", f".*.*.????????{UNLOCKED}", "*/.*.pt.*")
 
 
+def exists(path: Path) -> bool:
+    """Whether a path exists; one with a name that is too long for the file system does not."""
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
 @contextmanager
 def naming(path: Path | str) -> Iterator[None]:
     """Name the file in an error of the block: Python names none if a write fails, as on a full disk."""

@@ -54,6 +54,11 @@ def plural(count: int, noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
+def with_article(noun: str) -> str:
+    """A noun with its article: 'list' -> 'a list', 'int' -> 'an int'."""
+    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
+
+
 def percent(accuracy: float, digits: int = 1) -> str:
     """0.9312 -> '93.1 %'."""
     return f"{100 * accuracy:.{digits}f} %"

@@ -138,12 +138,16 @@ def test_references_are_checked_without_running_the_file(here):
     assert locate("one/net.py:x", "--net").entry == "net.py"
     assert absolute("one/net.py:make") == f"{here}/one/net.py:make" and absolute("a.b:c") == "a.b:c"
     assert is_reference("a:b") and not is_reference("conv4")
+    (here / "one/a-longer-name.py").mkdir()
     problems = {
         "one/net.py:mak": "did you mean 'make'?",
         "one/nett.py:make": "did you mean 'net.py'?",
         "one/net.py:": "write one/net.py:make",
         "nowhere.at.all:make": "nowhere/at/all.py",
         "no such:make": "write net.py:make",
+        f"{'x' * 300}.py:make": "check the path",
+        f"{'x' * 300}/net.py:make": "check the path",
+        "one/a-longer-name.py:make": "check the path",
         "math:sin": "math.py",
     }
     for reference, hint in problems.items():
@@ -154,6 +158,10 @@ def test_references_are_checked_without_running_the_file(here):
     with pytest.raises(SettingsError, match=r"net.py, line 1: SyntaxError"):
         locate("one/net.py:make", "--net")
     assert not ran.exists()
+    for option, example in {"--loss": "loss.py:fn", "--dataset": "tasks.py:Tasks"}.items():
+        with pytest.raises(SettingsError) as raised:
+            locate("no such:f", option)
+        assert raised.value.hint == f"write {example}, with the path of your file"
 
 
 def test_errors_of_the_code_name_file_line_and_exception(here):
@@ -166,7 +174,7 @@ def test_errors_of_the_code_name_file_line_and_exception(here):
     cases = {
         "import helper\nimport missing\n": "line 2: ModuleNotFoundError: No module named 'missing'",
         "import sys\nsys.exit('bye')\n": "line 2: SystemExit: bye",
-        "make = 3\n": "has a int called 'make'",
+        "make = 3\n": "has an int called 'make'",
         "if False:\n    make = 3\n": "has no 'make'",
         "import helper\n": "late.py, line 1, in value: ZeroDivisionError",
     }

@@ -141,7 +141,17 @@ def failing(outputs, targets):
     return [][0]
 
 
+def nothing(outputs, targets):
+    outputs.square()
+
+
+def complex_numbers(outputs, targets):
+    return outputs.square().sum(1).to(torch.complex128)
+
+
 REFUSED = {
+    nothing: "returns None, not a tensor",
+    complex_numbers: "returns complex numbers",
     mean: r"returns the shape \(\) for 6 examples, not \(6,\)",
     of_each_output: r"returns the shape \(6, 3\) for 6 examples",
     a_number: "returns a float, not a tensor",

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from mamlctl.core.errors import MamlctlError, SettingsError, is_out_of_memory
+from mamlctl.core.formatting import with_article
 from mamlctl.core.user_code.references import SUFFIX, Located
 
 # The name of an entry file's module, which no other module has.
@@ -207,7 +208,7 @@ def import_code(located: Located, contents: Mapping[str, bytes] | None = None) -
                 module = import_module(ENTRY if reference.is_file else reference.place)
     function = getattr(module, reference.name, None)
     if not callable(function) and not hasattr(function, "task"):  # an object with the user's tasks
-        kind = "has no" if function is None else f"has a {type(function).__name__} called"
+        kind = "has no" if function is None else f"has {with_article(type(function).__name__)} called"
         fact = f"{located.file} {kind} '{reference.name}', which should be a function"
         raise SettingsError([(fact, "name a function or a class of that file")])
     return UserCode(reference.name, located.entry, function, modules, root)

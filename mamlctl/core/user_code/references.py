@@ -10,10 +10,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from mamlctl.core.errors import SettingsError
-from mamlctl.core.files import expanded
+from mamlctl.core.files import exists, expanded
 from mamlctl.core.problems import nearest
 
 SUFFIX = ".py"
+EXAMPLES = {"--net": "net.py:make", "--loss": "loss.py:fn", "--dataset": "tasks.py:Tasks"}
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,15 @@ def locate(text: str, option: str) -> Located:
     reference = Reference.parse(text)
     if not reference.name.isidentifier():
         fact = f"{option} is '{text}', which names no function"
-        raise SettingsError([(fact, f"write {reference.place or 'net.py'}:make, with your function's name")])
+        example = Reference.parse(EXAMPLES[option])
+        hint = f"write {reference.place or example.place}:{example.name}, with its name in your file"
+        raise SettingsError([(fact, hint)])
     if reference.is_file:
         file = expanded(reference.place).absolute()
         located = Located(reference, file, file.parent)
-        if not file.is_file():
-            names = [path.name for path in file.parent.glob(f"*{SUFFIX}")] if file.parent.is_dir() else []
+        if not (exists(file) and file.is_file()):
+            files = file.parent.glob(f"*{SUFFIX}") if exists(file.parent) else ()
+            names = [path.name for path in files if path.is_file()]
             hint = nearest(file.name, names, otherwise="check the path")
             raise SettingsError([(f"{option}: there is no file {file}", hint)])
     else:
@@ -136,7 +140,7 @@ def _located_module(reference: Reference, option: str) -> Located:
     parts = reference.place.split(".")
     if not all(part.isidentifier() for part in parts):
         fact = f"{option} is '{reference}', which is not a file.py:name or a module:name"
-        raise SettingsError([(fact, "write net.py:make, with the path of your file")])
+        raise SettingsError([(fact, f"write {EXAMPLES[option]}, with the path of your file")])
     here = Path.cwd()
     base = here.joinpath(*parts)
     for file in (base / f"__init__{SUFFIX}", base.with_suffix(SUFFIX)):

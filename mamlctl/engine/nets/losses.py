@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.formatting import with_article
 from mamlctl.core.literals import TaskType
 from mamlctl.core.user_code.importing import UserCode
 from mamlctl.core.user_code.references import is_reference
@@ -63,20 +64,19 @@ class OwnLoss:
         """
         losses = self.code(outputs_XN, targets)
         if not isinstance(losses, Tensor):
-            raise self.unusable(f"returns {_article(type(losses).__name__)}, not a tensor")
+            given = "None" if losses is None else with_article(type(losses).__name__)
+            raise self.unusable(f"returns {given}, not a tensor")
+        if losses.is_complex():
+            raise self.unusable("returns complex numbers", "return real numbers")
         if losses.shape != outputs_XN.shape[:1]:
-            given, wanted = tuple(losses.shape), tuple(outputs_XN.shape[:1])
-            fact = f"returns the shape {given} for {wanted[0]} examples, not {wanted}"
+            shape, wanted = tuple(losses.shape), tuple(outputs_XN.shape[:1])
+            fact = f"returns the shape {shape} for {wanted[0]} examples, not {wanted}"
             raise self.unusable(fact, "return one loss per example, without a mean or sum over examples")
         return losses.to(outputs_XN)
 
     def unusable(self, fact: str, hint: str = "return a tensor with one loss per example") -> SettingsError:
         """The error for a function that cannot be used, with its file and line."""
         return SettingsError([(f"{self.code.place}: {fact}", hint)])
-
-
-def _article(noun: str) -> str:
-    return f"an {noun}" if noun[0].lower() in "aeiou" else f"a {noun}"
 
 
 def objective_with(
