@@ -1,5 +1,6 @@
 """A start from given weights is bitwise those weights, and everything that does not fit is refused."""
 
+import os
 import pickle
 import zipfile
 
@@ -181,6 +182,17 @@ def test_differences_are_counted_and_named(tmp_path):
         "  of another shape     1  conv3.weight (4x4x5x5 in place of 4x4x3x3)",
     ]
     assert "--init-skip" in hint
+    odd = {"\x1b[31mred\nline": torch.ones(1), "long" * 99: torch.ones(1)}
+    lines = refusal(written(tmp_path / "w.pt", drawn(conv4(IMAGE, 3)).state_dict() | odd), conv4)[
+        0
+    ].splitlines()
+    assert lines[2].startswith("  left over            2  ?[31mred?line, long") and len(lines[2]) < 200
+    wide = {name: torch.ones(9, *part.shape) for name, part in drawn(conv4(IMAGE, 3)).state_dict().items()}
+    _, hint = refusal(written(tmp_path / "w.pt", wide), conv4)
+    assert hint == "use the sizes of network and images that these weights have, or --init-skip"
+    with pytest.raises(SettingsError, match="--init-skip: '' matches no tensor"):
+        started(written(tmp_path / "w.pt", drawn(conv4(IMAGE, 3)).state_dict()), conv4, init_skip="")
+    written(tmp_path / "w.pt", state)
     # What --init-skip matches is not looked for in the network, and not missed in the file.
     _, _, _, start = started(
         read_weights(tmp_path / "w.pt"), conv4, init_skip="extra?,conv2,norm1.bias,conv3.weight"
@@ -195,6 +207,11 @@ def test_differences_are_counted_and_named(tmp_path):
             lambda state: state | {"norm.bias": torch.full((4,), float("nan"))},
             "norm.bias (NaN or infinite values)",
         ),
+        (
+            lambda state: state | {"norm.bias": torch.full((4,), 1e300, dtype=torch.float64)},
+            "norm.bias (values beyond",
+        ),
+        (lambda state: state | {"norm.running_var": -torch.ones(4)}, "norm.running_var (negative values)"),
         (lambda state: state | {"fc.bias": torch.ones(3, dtype=torch.int64)}, "fc.bias (int64)"),
         (lambda state: state | {"scale": torch.ones(1)}, "scale (a buffer, which the module of --net makes"),
         (lambda state: state | {"rate.bias": torch.ones(4)}, "again.bias (differs from rate.bias"),
@@ -286,8 +303,10 @@ def test_a_hostile_file_executes_nothing(tmp_path):
         assert fact.startswith(f"--init {tmp_path / name} ") and "\n" not in fact + hint
     assert not made.exists()
     torch.save(conv4(IMAGE, 3), tmp_path / "module.pt")
-    with pytest.raises(SettingsError, match="objects other than tensors are not read, since they could run"):
-        read_weights(tmp_path / "module.pt")
+    torch.save({"blocked by torch": os.system}, tmp_path / "command.pt")
+    for name in ("module.pt", "command.pt"):
+        with pytest.raises(SettingsError, match="objects other than tensors are not read, since they could"):
+            read_weights(tmp_path / name)
 
 
 def test_damaged_and_forged_files_are_refused(tmp_path):
@@ -307,7 +326,9 @@ def test_damaged_and_forged_files_are_refused(tmp_path):
     ):
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
-    names = [*cases, "cut.pt", "text.pt", "empty.pt", "text.safetensors", "bomb.pt", "none.pt"]
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    names = [*cases, "cut.pt", "other.pt", "text.pt", "empty.pt", "text.safetensors", "bomb.pt", "none.pt"]
     for name in names:
         with pytest.raises(SettingsError) as refused:
             read_weights(tmp_path / name)

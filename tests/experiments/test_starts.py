@@ -227,6 +227,7 @@ def test_what_cannot_be_used_is_refused_before_a_run_folder_is_made(train, refus
     assert "did you mean 'omniglot-5w1s'?" in refused(*words, "--init", "omniglot-5w")
     assert "is not a run folder" in refused(*words, "--init", ".")
     assert "there is no file" in refused(*words, "--init=")
+    assert "there is no file, run folder or model" in refused(*words, "--init", "x" * 300 + "/w.pt")
     assert "--init-skip has no effect without --init" in refused(*words, "--init-skip", "head")
     (here / "w.pt").write_text("nothing")
     assert "cannot be read" in refused(*words, "--init", "w.pt")

@@ -21,6 +21,7 @@ from mamlctl.settings.schema import TrainConfig
 
 INIT = "init.json"  # in a run folder
 FORMAT = 1  # of it
+VARIANCE = ".running_var"  # the end of the names of running variances
 # The kinds of differences between a file and a network, in the order of the message.
 MISSING, LEFT_OVER, OTHER_SHAPE, UNUSABLE = "missing", "left over", "of another shape", "not usable"
 
@@ -83,7 +84,9 @@ def start_from(
     """
     names, own = names_of(net, state), state.stored()
     tensors, prefixes = _by_names_in_files(weights, names)
-    skipped = names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip else set()
+    skipped = (
+        names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip is not None else set()
+    )
     # The head of zeros is part of some algorithms, and others have no head.
     if config.body_epochs or algorithm_of(config).head_start == "zeros" or _has_no_head(names, own):
         skipped |= set(names.head)
@@ -113,7 +116,7 @@ def start_from(
         ],
     }
     if not any(wrong.values()):
-        wrong[UNUSABLE] = _unusable({name: tensors[name] for name in common}, names)
+        wrong[UNUSABLE] = _unusable({name: tensors[name] for name in common}, targets, names)
     if any(wrong.values()):
         raise _misfit(config, names, wrong, len(common) - len(wrong[OTHER_SHAPE]), source)
     _check_equal_rows(config, [tensors[name] for name in names.head if name in targets], source)
@@ -158,8 +161,14 @@ def _has_no_head(names: TensorNames, own: Mapping[str, Tensor]) -> bool:
     return not any(names.stored[name] in own for name in names.head)
 
 
-def _unusable(tensors: Mapping[str, Tensor], names: TensorNames) -> list[str]:
-    """The tensors whose values cannot be used, each with the reason; all shapes are those of the network."""
+def _unusable(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], names: TensorNames) -> list[str]:
+    """The tensors whose values cannot be used, each with the reason.
+
+    Args:
+        tensors: those of the file, whose shapes are those of the network.
+        targets: the parameters and running statistics of the network into which they go.
+        names: of the network.
+    """
     reasons = []
     first_of = dict[str, str]()  # name in checkpoints -> the first name in files
     for name, tensor in tensors.items():
@@ -171,12 +180,20 @@ def _unusable(tensors: Mapping[str, Tensor], names: TensorNames) -> list[str]:
             if not torch.equal(tensor, names.buffers[name].to(tensor.dtype)):
                 reasons.append(f"{name} (a buffer, which the module of --net makes with other values)")
         elif not tensor.is_floating_point():
-            reasons.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+            reasons.append(f"{name} ({_dtype(tensor)})")
         elif not bool(tensor.isfinite().all()):
             reasons.append(f"{name} (NaN or infinite values)")
+        elif not bool(tensor.to(targets[name].dtype).isfinite().all()):
+            reasons.append(f"{name} (values beyond {_dtype(targets[name])})")
+        elif name.endswith(VARIANCE) and bool((tensor < 0).any()):
+            reasons.append(f"{name} (negative values)")
         elif not torch.equal(tensor, tensors[shared]):
             reasons.append(f"{name} (differs from {shared}, with which the module shares it)")
     return reasons
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _misfit(
@@ -188,6 +205,8 @@ def _misfit(
     odd = {entry.partition(" ")[0] for found in wrong.values() for entry in found}
     if odd <= {*names.head}:
         hint = "add --init-skip head, to start with a head as drawn"
+    elif not wrong[MISSING] and not wrong[LEFT_OVER] and wrong[OTHER_SHAPE]:
+        hint = "use the sizes of network and images that these weights have, or --init-skip"
     elif matched:
         hint = "use the weights of the same network, or leave tensors out with --init-skip"
     else:

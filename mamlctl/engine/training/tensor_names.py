@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.formatting import elide_middle
 from mamlctl.core.problems import nearest
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.inner_loop import RUNNING, MetaState
@@ -16,6 +17,7 @@ from mamlctl.engine.nets.base import HEAD, Net
 from mamlctl.engine.nets.module_net import ModuleNet
 from mamlctl.settings.schema import TrainConfig
 
+LONGEST = 120  # of a name in messages, with the reason why its tensor does not fit
 COUNTER = "num_batches_tracked"  # of torch's batch-norm layers; mamlctl has no use for it
 
 
@@ -99,7 +101,12 @@ def frozen_names(config: TrainConfig, net: Net, state: MetaState) -> frozenset[s
     return frozen
 
 
+def _shown(name: str) -> str:
+    """A name from a file in one short line."""
+    return elide_middle("".join(sign if sign.isprintable() else "?" for sign in name), LONGEST)
+
+
 def listed(names: Collection[str], most: int = 6) -> str:
     """The first few of the names, and the number of the others."""
-    first = ", ".join([*names][:most])
+    first = ", ".join(_shown(name) for name in [*names][:most])
     return first if len(names) <= most else f"{first} and {len(names) - most} more"

@@ -47,7 +47,7 @@ def read_weights(file: Path) -> Weights:
         SettingsError: it cannot be read, or contains no tensors with names.
     """
     if not file.is_file():
-        raise SettingsError([(f"--init: there is no file {file}", "check the path")])
+        raise SettingsError([(f"--init: {file} is not a file", "check the path")])
     try:
         digest = file_digest(file)
         content = _read_safetensors(file) if file.suffix == SAFETENSORS else _read_torch(file)
@@ -68,7 +68,8 @@ def _read_torch(file: Path) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about earlier formats and damage
         if zipfile.is_zipfile(file):
-            check_archive(file)
+            if not check_archive(file):
+                raise ValueError("it is an archive without tensors")
         elif not _begins_with_pickle(file):
             raise ValueError("it is cut off, or not a file of torch.save")
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -97,7 +98,7 @@ def _unreadable(file: Path, error: BaseException) -> SettingsError:
     """The error for a file that cannot be read: it names other objects, or is damaged."""
     whole = str(error).strip()
     text = (whole.partition("WeightsUnpickler error:")[2] or whole).strip()  # torch adds paragraphs
-    if found := re.match(r"Unsupported global: GLOBAL (\S+)", text):
+    if found := re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", text):
         fact = f"--init {file} contains {found[1][:60]}: objects other than tensors are not read"
         return SettingsError([(f"{fact}, since they could run code", SAVE)])
     reason = (text.splitlines() or [type(error).__name__])[0].partition(". ")[0][:100]
