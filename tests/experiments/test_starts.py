@@ -1,6 +1,7 @@
 """Runs that start from a file, a run or a model (--init), with and without frozen tensors (--freeze)."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from helpers.pages import DOCS, code_blocks
 from safetensors.torch import save_file
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.files import read_object
 from mamlctl.engine.nets.factory import torchvision_net
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.starting_weights import INIT
@@ -277,7 +279,20 @@ def test_runs_from_two_versions_of_a_file_do_not_share_a_row(train, here):
         train("--algo", "maml", "--init", "w.pt", "--seed", number, out=f"run{number}")
     rows = compare._row_specs([compare._Run(open_run(here / f"run{number}"), "") for number in range(3)])
     assert [len(row.runs) for row in rows] == [1, 2]
-    assert all("init_digest=" in row.label for row in rows)
+    assert all(re.fullmatch("maml, init digest=[0-9a-f]{12}", row.label) for row in rows)
+    (here / "new").mkdir()
+    shutil.copy("w.pt", "new/w.pt")
+    train("--algo", "maml", "--init", "new/w.pt", out="run3")
+
+    def labels(*runs):
+        return [
+            row.label for row in compare._row_specs([compare._Run(open_run(Path(run)), "") for run in runs])
+        ]
+
+    digest = read_object(Path("run3", INIT))["digest"][:12]
+    assert labels("run3", "other") == [f"maml, init=w.pt, init digest={digest}", "maml, init=None"]
+    one, two = (f"maml, init={here / name}" for name in ("w.pt", "new/w.pt"))
+    assert labels("run1", "run3") == [one, two]
 
 
 def test_a_grid_over_starts_has_a_row_for_each(train, here, glyphs_root):

@@ -43,7 +43,8 @@ class _Run:
     def identity(self) -> tuple[str, Mapping[str, Any]]:
         """Equal for runs that differ only in their seed."""
         code = {f"{name} code": digest for name, digest in code_digests(self.folder.path).items()}
-        init = {"init_digest": digest} if (digest := stored_start(self.folder.path).get("digest")) else {}
+        digest = stored_start(self.folder.path).get("digest")
+        init = {} if digest is None else {"init digest": digest[:12]}
         return self.label, identity_settings(self.folder.config) | code | init
 
 
@@ -182,4 +183,12 @@ def _distinction(run: _Run, rivals: Sequence[_Run]) -> str:
     """The settings in which runs with the same label differ; the run's folder if they are equal."""
     _, ours = run.identity
     keys = [key for key in ours if any(rival.identity[1].get(key) != ours[key] for rival in rivals)]
-    return ", ".join(f"{key}={ours[key]}" for key in keys) or str(run.folder.path)
+    words = [f"{key}={_shown(ours[key], [rival.identity[1].get(key) for rival in rivals])}" for key in keys]
+    return ", ".join(words) or str(run.folder.path)
+
+
+def _shown(value: object, others: Sequence[object]) -> object:
+    """A setting; of a path only the name, unless another run has a path of the same name."""
+    path = Path(str(value))
+    alike = {str(other) for other in others if Path(str(other)).name == path.name}
+    return path.name if path.is_absolute() and alike <= {str(value)} else value
