@@ -30,7 +30,8 @@ def show_train_result(console: Console, result: TrainResult) -> None:
         say(console, "best   no validation yet")
     else:
         score = formatting.score(result.metric, result.best_val_score, result.best_val_ci95)
-        where = f" after epoch {result.best_epoch} ({result.val_tasks} validation tasks, {result.bn})"
+        tasks = f"{result.val_tasks} validation {formatting.plural(result.val_tasks, 'task')}"
+        where = f" after epoch {result.best_epoch} ({tasks}, {result.bn})"
         say(console, "best   ", (score, "bold green"), where)
     if result.status == "finished" and result.chance is not None and result.includes_chance:
         what = "the interval includes it; check --inner-lr and --meta-lr, or train longer"
