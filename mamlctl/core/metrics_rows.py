@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from mamlctl.core.literals import RowKind
+from mamlctl.core.literals import Metric, RowKind
 
 # The version of metrics.jsonl: new fields may be added, but a field that is renamed, removed or gets another
 # meaning makes a new version. docs/logging.md describes every field.
@@ -17,7 +17,8 @@ COUNTS: dict[str, dict[str, int]] = {
     "report": {"step": 1, "epoch": 0},
     "validation": {"step": 1, "epoch": 1},
 }
-SCORES = {"val_accuracy", "val_mse"}  # a validation has one of them, which is null if it was not finite
+# A validation has one of them, which is null if it was not finite.
+SCORES = {f"val_{metric}" for metric in get_args(Metric)}
 TEXTS = {"kind", "bn"}
 # `val_per_step` is in rows of older versions only.
 LISTS = {"query_losses", "query_accuracies", "msl_weights", "val_per_step"}

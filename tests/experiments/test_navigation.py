@@ -54,6 +54,7 @@ def evaluated(path, settings=TESTED):
 def refused(**settings):
     with pytest.raises(SettingsError) as caught:
         settings_of(**settings)
+    assert all("use  or" not in hint for _, hint in caught.value.problems)
     return [fact for fact, _ in caught.value.problems]
 
 
@@ -77,6 +78,7 @@ def test_every_algorithm_trains_and_reports_returns(runs, algo):
     reports, validations = (rows_of(run.metrics(), kind) for kind in ("report", "validation"))
     steps = run.config.inner_steps
     assert reports and all(len(row["query_losses"]) == steps + 1 for row in reports)
+    assert len(validations) == run.config.epochs
     assert all(row["val_return"] < 0 for row in validations)
     # The loss of a report is minus the mean return; without MSL the meta-loss is the last one.
     if not run.config.msl:
@@ -115,6 +117,9 @@ def test_a_run_that_is_stopped_after_every_step_equals_an_uninterrupted_one(tmp_
         resume(tmp_path / "parts", {}, offline=True, time_limit_s=1e-9, command="test", on_event=ignore)
         parts += 1
     assert parts > 3
+    assert all(
+        len(rows_of(open_run(tmp_path / name).metrics(), "validation")) == 2 for name in ("whole", "parts")
+    )
     whole, stopped = (comparable(open_run(tmp_path / name)) for name in ("whole", "parts"))
     assert whole == stopped
 
