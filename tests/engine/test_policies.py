@@ -299,7 +299,10 @@ def test_conjugate_gradients_solve_a_linear_system():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     matrix, b = root @ root.T + torch.eye(8), torch.randn(8, generator=generator, dtype=torch.float64)
-    assert close(conjugate_gradients(matrix.mv, b, 20), torch.linalg.solve(matrix, b), 1e-6)
+    assert close(conjugate_gradients(matrix.mv, b, 20)[0], torch.linalg.solve(matrix, b), 1e-6)
+    for steps in (1, 3, 20):
+        x, image = conjugate_gradients(matrix.mv, b, steps)
+        assert close(image, matrix @ x)
 
 
 def quadratic(slope):

@@ -25,13 +25,18 @@ Vector = Tensor  # all learnable numbers, one after another
 Measure = Callable[[Vector], tuple[float, float]]  # loss and mean divergence from the old policies
 
 
-def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, steps: int = CG_STEPS) -> Vector:
+def conjugate_gradients(
+    product: Callable[[Vector], Vector], b: Vector, steps: int = CG_STEPS
+) -> tuple[Vector, Vector]:
     """Solve H x = b approximately for a positive definite H (Hestenes & Stiefel 1952).
 
     Args:
         product: computes H v.
         b: the right-hand side.
         steps: the largest number of products.
+
+    Returns:
+        x and H x.
     """
     x, residual = torch.zeros_like(b), b
     direction, size = residual, residual.dot(residual)
@@ -43,7 +48,7 @@ def conjugate_gradients(product: Callable[[Vector], Vector], b: Vector, steps: i
         x, residual = x + along * direction, residual - along * image
         smaller = residual.dot(residual)
         direction, size = residual + (smaller / size) * direction, smaller
-    return x
+    return x, b - residual
 
 
 def trust_region_step(
@@ -66,8 +71,8 @@ def trust_region_step(
     def damped(vector: Vector) -> Vector:
         return product(vector) + DAMPING * vector
 
-    direction = conjugate_gradients(damped, gradient)
-    curvature = float(direction.dot(damped(direction)))
+    direction, image = conjugate_gradients(damped, gradient)
+    curvature = float(direction.dot(image))
     if not curvature > 0:  # no direction lowers the loss
         return old
     longest = math.sqrt(2 * max_kl / curvature) * direction
