@@ -160,9 +160,8 @@ def check(config: TrainConfig) -> list[Problem]:
         fact = f"--train-shots {config.train_shots} is below --shots {config.shots}"
         problems.append((fact, f"use --train-shots {config.shots} or more"))
     if config.msl and config.inner_steps < 2:
-        problems.append(
-            (f"--msl needs 2 inner steps or more, but --inner-steps is {config.inner_steps}", "add --no-msl")
-        )
+        fact = f"--msl needs 2 inner steps or more, but --inner-steps is {config.inner_steps}"
+        problems.append((fact, "use --inner-steps 2 or more, or add --no-msl"))
     if config.da and config.first_order:
         problems.append(
             (
