@@ -27,11 +27,9 @@ from typer.exceptions import TyperException
 import mamlctl
 from mamlctl.cli.help import show_help
 from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError, is_out_of_memory
-from mamlctl.core.lifeline import world
 from mamlctl.core.problems import nearest
-from mamlctl.core.process import HANG_UP, exit_at_once_on
+from mamlctl.core.process import HANG_UP, LAUNCHED, exit_at_once_on, world
 from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
-from mamlctl.experiments.processes.launch import LAUNCHED
 from mamlctl.settings.rules import NOUNS
 
 Function = Callable[..., ExitCode]

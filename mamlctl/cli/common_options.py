@@ -20,15 +20,13 @@ from rich.console import Console
 from mamlctl.cli.child_process import end_with_parent
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.events import Waiting
-from mamlctl.core.lifeline import world
 from mamlctl.core.literals import HIGHER_IS_BETTER
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.process import raise_on_signals
+from mamlctl.core.process import LAUNCHED, raise_on_signals, world
 from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
 from mamlctl.experiments.interrupts import parse_duration
-from mamlctl.experiments.processes.launch import LAUNCHED, accept_requests, launch
 from mamlctl.settings.data_settings import DataSettings
 from mamlctl.settings.fields import HARDWARE, NETWORK, OUTPUT
 from mamlctl.settings.merge import Layer
@@ -86,6 +84,8 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
         if nproc is not None and LAUNCHED not in os.environ:
             fact = f"--nproc has no effect in one of {count} processes that another program has started"
             raise SettingsError([(fact, "leave it out")])
+        from mamlctl.experiments.processes.launch import accept_requests
+
         accept_requests()
         if LAUNCHED in os.environ:
             end_with_parent()
@@ -102,6 +102,8 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
         if rank_timeout is not None:
             raise SettingsError([("--rank-timeout has no effect on one process", "add --nproc 2")])
         return None
+    from mamlctl.experiments.processes.launch import launch
+
     return ExitCode(launch(nproc, sys.argv[1:], rank_timeout or RANK_TIMEOUT))
 
 

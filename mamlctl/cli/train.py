@@ -27,6 +27,7 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import flag, nearest
+from mamlctl.core.process import restarts
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_own_data, is_table
 from mamlctl.display.console import write_text
@@ -34,7 +35,6 @@ from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
 from mamlctl.display.run_results import show_train_result
 from mamlctl.experiments.interrupts import parse_duration
-from mamlctl.experiments.processes.launch import restarts
 from mamlctl.experiments.runs.search import latest_unfinished_run, means_latest
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.run_folder import CONFIG

@@ -257,17 +257,6 @@ class Lifeline:
                 _send(connection, {"lost": asdict(lost)})
 
 
-def world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The rank of this process and the number of processes, which torchrun puts into the environment."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(environment.get(name) for name in names):
-        return 0, 1
-    try:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    except ValueError:
-        return 0, 1
-
-
 def here() -> str:
     """This process, for people."""
     return f"process {os.getpid()} on {socket.gethostname()}"

@@ -1,4 +1,4 @@
-"""The state of a new process: Ctrl-C, closed streams and the size of the terminal."""
+"""The state of a new process: Ctrl-C, closed streams, the size of the terminal, and its rank."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from typing import NoReturn
 HANG_UP: tuple[int, ...] = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are dropped too
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
+LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
 
 
 def prepare_process() -> None:
@@ -91,3 +93,21 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The rank of this process and the number of processes, which torchrun puts into the environment."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(environment.get(name) for name in names):
+        return 0, 1
+    try:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    except ValueError:
+        return 0, 1
+
+
+def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """How often torchrun has restarted this process after a failure, and how often it may."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    done, most = (int(environment.get(name) or 0) for name in names)
+    return done, most

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from mamlctl.core.errors import MamlctlError, RankLostError
-from mamlctl.core.lifeline import Lifeline, Lost, world
+from mamlctl.core.lifeline import Lifeline, Lost
 from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem
+from mamlctl.core.process import world
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

@@ -189,6 +189,53 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(folder, whole):
     assert comparable(open_run(folder / "restarted")) == comparable(whole)
 
 
+def test_two_launchers_share_a_run_and_end_together(folder):
+    """The second machine is another launcher with an address of its own on the loopback network."""
+    rendezvous = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two"]
+    rendezvous += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    places = [folder / "first", folder / "second"]
+    launchers = []
+    for number, place in enumerate(places, 1):
+        place.mkdir()
+        options = [*rendezvous, "--local-addr", f"127.0.0.{number}"]
+        words = [*RUN, "--steps-per-epoch", "9999", "--out", folder / "machines"]
+        launchers.append(Command(place, *words, torchrun=options))
+    deadline = time.monotonic() + 60 * SLOW
+    while not any("step 10/" in launcher.err.read_text() for launcher in launchers):
+        assert all(launcher.process.poll() is None for launcher in launchers)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    writer = next(n for n, launcher in enumerate(launchers) if "step 10/" in launcher.err.read_text())
+    other = launchers[1 - writer]
+    rank = other.rank(1)
+    other.process.kill()  # as a machine that loses its power, together with its rank
+    os.kill(rank, signal.SIGKILL)
+    other.process.wait()
+    code, _, err, seconds = launchers[writer].end()
+    assert code != 0
+    assert "rank 1 (process " in err
+    assert seconds < 2 * LEAVE_S  # that of torchrun included
+    assert json.loads((folder / "machines" / "status.json").read_text())["status"] == "failed"
+
+
+def test_ctrl_z_stops_all_processes_until_they_continue(folder):
+    command = Command(folder, *RUN, "--out", "paused", "--nproc", 2)
+    command.wait_for("step 10/")
+    ids = [command.process.pid, command.rank(0), command.rank(1)]
+
+    def states():
+        return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in ids}
+
+    command.process.send_signal(signal.SIGTSTP)
+    deadline = time.monotonic() + 5 * SLOW
+    while states() != {"T"} and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert states() == {"T"}
+    command.process.send_signal(signal.SIGCONT)
+    code, _, err, _ = command.end()
+    assert code == 0, err
+
+
 def test_the_launcher_takes_its_processes_with_it(folder):
     command = Command(folder, *RUN, "--out", "orphan", "--nproc", 2)
     command.wait_for("step 10/")

@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from mamlctl.core.errors import ExitCode, MamlctlError
-from mamlctl.core.process import HANG_UP
+from mamlctl.core.process import HANG_UP, LAUNCHED
 from mamlctl.experiments.executors.local import threads_each
 
 POLL_S = 0.05
 LEAVE_S = 7.0  # for the other processes after one has ended; they do so by themselves within 5 s
 SOON_S = 1.0  # the same if rank 0 has printed an error, after which nothing is left to do
 TAIL_LINES = 20  # of the output of each process that an error shows
-LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
 STACK = getattr(signal, "SIGUSR1", None)  # makes a process write its Python stack to stderr
 
 
@@ -80,6 +79,8 @@ def launch(count: int, arguments: Sequence[str], timeout: str) -> int:
             if signal.getsignal(number) != signal.SIG_IGN:
                 before = signal.signal(number, _forward_to(ranks))
                 stack.callback(signal.signal, number, before)
+        if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
+            stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, _pause(ranks)))
         for number in range(count):
             ranks.append(_start(number, command, environment))
         return _wait(ranks, timeout)
@@ -89,13 +90,6 @@ def accept_requests() -> None:
     """Let this process write its Python stack to stderr when `launch` asks where it hangs."""
     if STACK is not None:
         faulthandler.register(STACK)
-
-
-def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """How often torchrun has restarted this process after a failure, and how often it may."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
-    done, most = (int(environment.get(name) or 0) for name in names)
-    return done, most
 
 
 def _environment(count: int) -> dict[str, str]:
@@ -139,6 +133,19 @@ def _forward_to(ranks: Sequence[_Rank]) -> Callable[[int, FrameType | None], Non
             rank.process.send_signal(number)
 
     return forward
+
+
+def _pause(ranks: Sequence[_Rank]) -> Callable[[int, FrameType | None], None]:
+    """Let Ctrl-Z stop the ranks with this process, and let them continue with it."""
+
+    def pause(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # returns when this process continues
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGCONT)
+
+    return pause
 
 
 def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
@@ -192,7 +199,7 @@ def _error(rank: _Rank, what: str, count: int) -> MamlctlError:
         last = "; its last lines are above"
     error = MamlctlError(
         f"rank {rank.number} of {count} {what}{last}",
-        hint="the run continues from its last checkpoint with mamlctl train --resume RUN",
+        hint="start the command again; a training run continues with --resume",
     )
     error.exit_code = ExitCode.RANK_LOST
     return error

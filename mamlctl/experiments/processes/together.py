@@ -17,11 +17,10 @@ from pathlib import Path
 from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError
 from mamlctl.core.events import Event, Notice, OnEvent
 from mamlctl.core.formatting import plural
-from mamlctl.core.lifeline import Lost, world
-from mamlctl.core.process import SHOW_CURSOR
+from mamlctl.core.lifeline import Lost
+from mamlctl.core.process import LAUNCHED, SHOW_CURSOR, world
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.engine.distributed import current, open_ranks
-from mamlctl.experiments.processes.launch import LAUNCHED
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
 
