@@ -247,6 +247,8 @@ def open_ranks(timeout_s: float, on_stuck: Callable[[Lost], None]) -> Ranks:
         why = str(error).partition("\n")[0] if lost is None else lost.text
         fact = f"the {count} processes of this run did not meet: {why}"
         hint = "check the other processes, and that rank 0 can be reached; --rank-timeout waits longer"
+        if "EADDRINUSE" in why:
+            hint = "choose another port, e.g. with torchrun --master-port, or start the command again"
         raise MamlctlError(fact, hint=hint) from error
     global _current
     _current = Ranks(rank, count, lifeline)

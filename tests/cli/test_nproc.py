@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -310,6 +311,17 @@ def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch,
     code, _, err = cli(command, *(["glyphs"] if command == "fetch" else []))
     assert code == ExitCode.USAGE
     assert err.startswith(f"error: mamlctl {command} is one process, but torchrun has started 2\nhint:")
+
+
+def test_a_port_in_use_is_named(folder, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        facts = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        facts["MASTER_PORT"] = str(taken.getsockname()[1])
+        for name, value in facts.items():
+            monkeypatch.setenv(name, value)
+        code, _, err, _ = Command(folder, *RUN, "--out", "port", "--rank-timeout", "5s").end()
+    assert code == ExitCode.FAILED
+    assert "address already in use\nhint:  choose another port, e.g. with torchrun --master-port" in err
 
 
 def test_torchrun_with_restarts_needs_a_folder(cli, monkeypatch):
