@@ -376,7 +376,7 @@ def test_a_failed_run_records_its_error(tmp_path, monkeypatch):
     def fail(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(MetaStep, "measure_as", fail)
+    monkeypatch.setattr(MetaStep, "_of_own_tasks", fail)
     with pytest.raises(MamlctlError, match="cpu does not have enough memory for 1 task per pass"):
         trained(tmp_path / "run")
     state = run_state(tmp_path / "run")

@@ -3,8 +3,6 @@
 The process ends when the thread that started it ends, and writes its error to FILE.
 """
 
-import ctypes
-import os
 import signal
 import sys
 import traceback
@@ -12,19 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mamlctl.core.errors import MamlctlError
-from mamlctl.core.process import exit_at_once_on
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM when the parent ends; has no effect except on Linux."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # the parent ended before the call
-        sys.exit(128 + signal.SIGTERM)
+from mamlctl.core.process import end_with_parent, exit_at_once_on
 
 
 def accept_signals() -> None:

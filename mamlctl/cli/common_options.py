@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from mamlctl.cli.child_process import end_with_parent
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.events import Waiting
 from mamlctl.core.literals import HIGHER_IS_BETTER
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.process import LAUNCHED, raise_on_signals, world
+from mamlctl.core.process import LAUNCHED, end_with_parent, raise_on_signals, world
 from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json

@@ -15,6 +15,7 @@ from typing import NoReturn
 HANG_UP: tuple[int, ...] = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are dropped too
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
 
 
@@ -27,6 +28,18 @@ def prepare_process() -> None:
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "").strip("0") == "":
             os.environ.pop(name, None)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM when the parent ends; has no effect except on Linux."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes  # not at the top: few commands need it
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # the parent ended before the call
+        sys.exit(128 + signal.SIGTERM)
 
 
 def exit_at_once_on(*numbers: int) -> None:

@@ -136,6 +136,8 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         for name, setting in fixed.items()
         if setting in entry.forced
     }
+    if settings.disjoint and (regression or names_tasks(trained.dataset)):
+        problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
     if regression:
         unused["per_step_tasks"] = f"{trained.dataset}, which is always scored after every step, on all tasks"
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
@@ -146,8 +148,6 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if has_rewards(trained) and settings.models == "ensemble":
         fact = "--models is ensemble, but the mean of the returns of policies is not that of a policy"
         problems.append((fact, "use --models best"))
-    if settings.disjoint and (regression or names_tasks(trained.dataset)):
-        problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
     if names_tasks(trained.dataset):
         sizes = {name: getattr(trained, name) for name in ("ways", "shots", "queries") if name not in unused}
         problems += [

@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(
     (tmp_path / "link").symlink_to("nowhere")
     other = tmp_path / "other"
     shutil.copytree(trained, other)
-    for name in ("train._prepare", "grid.ablate.check_data", "grid.compare.compare"):
+    for name in ("train.prepare", "grid.ablate.check_data", "grid.compare.compare"):
         monkeypatch.setattr(f"mamlctl.experiments.{name}", None)
     words = [trained, other] if command == "compare" else QUICK_WORDS
     code, stdout, err = cli(command, *words, "--out", tmp_path / out)

@@ -163,12 +163,15 @@ def test_classes_are_weighted_by_their_number_of_images(trained, packed, tmp_pat
 
 
 def open_state(run):
+    from mamlctl.engine.training.run_code import RunCode
     from mamlctl.experiments.trained_model import checkpoint_files, load_states
     from mamlctl.run_folder import open_run
 
     opened = open_run(run)
     files, _ = checkpoint_files(opened, None, ignore)
-    states, *_ = load_states(opened, files, EvalConfig(), (1, 28, 28), torch.device("cpu"), ignore)
+    states, *_ = load_states(
+        opened, files, EvalConfig(), (1, 28, 28), torch.device("cpu"), ignore, code=RunCode()
+    )
     return states[0].frozen()
 
 
