@@ -661,6 +661,7 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path, glyphs_root):
     slow = ["--meta-batch-size", "2000", "--filters", "64"]
     process = start(run, glyphs_root, *slow, until="checkpoints/last.pt")
     before = (run / "checkpoints" / "last.pt").read_bytes()
+    time.sleep(1)  # until the first meta-step has begun: a request before it is answered at once
     process.send_signal(signal.SIGINT)
     # Python merges two signals that arrive during the same torch operation.
     while "Ctrl-C exits at once" not in run.with_suffix(".err").read_text():
