@@ -44,7 +44,7 @@ class Algorithm:
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
     # How it learns policies, for data sets with rewards; or why it does not, and the hint of the error.
-    on_rewards: Algorithm | Problem = ("needs examples", "use maml")
+    on_rewards: Algorithm | Problem = ("needs examples", "use --algo maml")
     needs_rewards: bool = False  # whether it is only for data sets with rewards
     sees_goal: bool = False  # whether a state of its policies contains the goal
     predictor: Callable[[TrainConfig], Predict] | None = None  # of policies; None: see `classifier`

@@ -156,7 +156,7 @@ ORACLE = _record(
 )
 
 # Why the other algorithms learn no policies, and the hint of the error.
-CLASSES: Problem = ("needs classes", "use maml")
+CLASSES: Problem = ("needs classes", "use --algo maml")
 ADAPTS_HEAD: Problem = (
     "adapts its head on stored features, and every trajectory has new states",
     "use --algo maml --adapts head",
@@ -164,9 +164,9 @@ ADAPTS_HEAD: Problem = (
 ADAPTS_BODY: Problem = ("is --algo maml with another --adapts there", "use --algo maml --adapts body")
 NO_MINIMUM: Problem = (
     "needs a minimum of the support loss, and new trajectories have another one",
-    "use maml",
+    "use --algo maml",
 )
 NO_GRADIENT: Problem = (
     "compares the gradients of successive meta-steps, and steps inside a trust region are none",
-    "use maml",
+    "use --algo maml",
 )
