@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import loss_cases
 from helpers.loss_cases import own
+from helpers.own_code import Once
 from torch import nn
 
 from mamlctl.core.errors import SettingsError
@@ -46,20 +47,6 @@ def test_an_int_as_a_constant_and_other_dtypes_are_converted():
     check(scaled)
     outputs, targets = torch.randn(2, 4, 3), torch.zeros(2, 4, dtype=torch.long)
     assert own(scaled)(outputs, targets).dtype == torch.float32
-
-
-class Once(torch.autograd.Function):
-    """The square, without a second derivative."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 def mean(outputs, targets):

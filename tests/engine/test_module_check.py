@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.module_cases import conv4, module_net
+from helpers.own_code import Once
 from torch import nn
 
 from mamlctl.core.errors import SettingsError
@@ -25,20 +26,6 @@ class Base(nn.Module):
 
     def forward(self, x):
         return self.fc(self.body(x.flatten(1)).tanh())
-
-
-class Once(torch.autograd.Function):
-    """The square, without a second derivative."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
 
 
 class OnceLayer(nn.Module):

@@ -2,11 +2,27 @@
 
 import re
 
+import torch
+
 from mamlctl.core.user_code.stored import StoredCode, read_code, write_code
 from mamlctl.engine.training import checkpoints
 from mamlctl.run_folder import open_run
 
 EVIL = "from pathlib import Path\nPath('ran').touch()\n"
+
+
+class Once(torch.autograd.Function):
+    """The square, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
 
 
 def is_refused(answer, words):
