@@ -67,15 +67,18 @@ def single(case, folder):
     return result_of(trainer), run.metrics()
 
 
+def trainer_of_rank(ranks, folder, config):
+    """A trainer of one rank, which does not share yet; only rank 0 has a run folder."""
+    return trainer_of(None if ranks.rank else make_run(folder, config), config)
+
+
 def shared(case, folder, ranks):
-    config = config_of(**settings_of(case))
-    run = None if ranks.rank else make_run(folder / case.replace(" ", "-"), config)
-    trainer = trainer_of(run, config)
+    trainer = trainer_of_rank(ranks, folder / case.replace(" ", "-"), config_of(**settings_of(case)))
     if ranks.rank:  # `share` must replace it
         for tensor in trainer.state.stored().values():
             tensor.detach().add_(1)
     trainer.share(ranks)
-    return result_of(trainer), None if run is None else run.metrics()
+    return result_of(trainer), None if trainer.run is None else trainer.run.metrics()
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +194,7 @@ def test_compiled_curves_are_shared_too(tmp_path, algo):
 
 def test_a_request_to_stop_on_any_rank_stops_all_at_the_same_step(tmp_path):
     def work(ranks):
-        config = config_of(epochs=2, steps_per_epoch=5)
-        run = None if ranks.rank else make_run(tmp_path / "run", config)
-        trainer = trainer_of(run, config)
+        trainer = trainer_of_rank(ranks, tmp_path / "run", config_of(epochs=2, steps_per_epoch=5))
         asked = ranks.rank == 1
         trainer.stop_reason = lambda: "SIGTERM" if asked and trainer.position.step >= 2 else ""
         trainer.share(ranks)
@@ -209,8 +210,7 @@ def test_a_request_to_stop_on_any_rank_stops_all_at_the_same_step(tmp_path):
 def test_a_request_to_stop_ends_the_validation_of_all_ranks(tmp_path):
     def work(ranks):
         config = config_of(epochs=2, steps_per_epoch=2, val_tasks=12)
-        run = None if ranks.rank else make_run(tmp_path / "run", config)
-        trainer = trainer_of(run, config)
+        trainer = trainer_of_rank(ranks, tmp_path / "run", config)
         trainer.stop_reason = lambda: "SIGTERM" if ranks.rank and trainer.position.step == 2 else ""
         trainer.share(ranks)
         return trainer.train(), trainer.position.step, trainer.position.validated
@@ -220,8 +220,7 @@ def test_a_request_to_stop_ends_the_validation_of_all_ranks(tmp_path):
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):
     def work(ranks):
-        config = config_of(epochs=1, steps_per_epoch=5)
-        trainer = trainer_of(None if ranks.rank else make_run(tmp_path / "run", config), config)
+        trainer = trainer_of_rank(ranks, tmp_path / "run", config_of(epochs=1, steps_per_epoch=5))
         trainer.share(ranks)
         measure = trainer.meta_step._of_own_tasks
 
@@ -264,8 +263,7 @@ def test_ranks_get_the_scores_of_one_process_to_the_bit(tmp_path, tasks, curve_t
 
 def test_predictions_that_are_not_finite_end_all_ranks(tmp_path):
     def work(ranks):
-        config = config_of(epochs=1, steps_per_epoch=1)
-        trainer = trainer_of(None if ranks.rank else make_run(tmp_path / "run", config), config)
+        trainer = trainer_of_rank(ranks, tmp_path / "run", config_of(epochs=1, steps_per_epoch=1))
         trainer.share(ranks)
         predict = trainer.plan.predict
         broken = ranks.rank == 1
