@@ -63,6 +63,10 @@ class Algorithm:
         """Whether the inner learning rates are learnt."""
         return config.lslr or self.inner_rates != "tensor"
 
+    def head_of_zeros(self, config: TrainConfig) -> bool:
+        """Whether meta-training starts with a head of zeros, whatever the seed."""
+        return self.head_start == "zeros" or config.body_epochs > 0
+
     def start_of(self, config: TrainConfig) -> str:
         """The origin of a run's weights before they adapt, for people."""
         given = self.start == "random start" and config.init is not None

@@ -58,7 +58,7 @@ def build(
     if net.places == 0:
         size = "x".join(map(str, example_shape[1:]))
         raise SettingsError([(f"images of {size} are too small for --net {config.net}", "use --net mlp")])
-    if config.body_epochs or entry.head_start == "zeros":
+    if entry.head_of_zeros(config):
         slow |= zero_head(slow, outputs)
     elif entry.head_start == "equal rows":
         slow |= equal_rows(slow)

@@ -88,7 +88,7 @@ def start_from(
         names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip is not None else set()
     )
     # The head of zeros is part of some algorithms, and others have no head.
-    if config.body_epochs or algorithm_of(config).head_start == "zeros" or _has_no_head(names, own):
+    if algorithm_of(config).head_of_zeros(config) or _has_no_head(names, own):
         skipped |= set(names.head)
     targets = {name: own[stored] for name, stored in names.stored.items() if name not in skipped}
     # Batch norm's tensors are compared row by row; a file has a single one.

@@ -92,7 +92,7 @@ def frozen_names(config: TrainConfig, net: Net, state: MetaState) -> frozenset[s
     present = TensorNames({name: stored for name, stored in names.stored.items() if stored in own}, {})
     frozen = frozenset(present.stored[name] for name in present.selected(config.freeze, "--freeze"))
     learnt = (state.slow | state.norm).keys() - frozen
-    if config.body_epochs or algorithm_of(config).head_start == "zeros":
+    if algorithm_of(config).head_of_zeros(config):
         learnt -= set(HEAD)
     if not learnt:
         epochs = " in --body-epochs" if config.body_epochs else ""
