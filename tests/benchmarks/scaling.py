@@ -72,7 +72,7 @@ def timed(ranks: Ranks) -> dict[str, float]:
     net, state = build(config, (1, 28, 28), torch.device("cpu"))
     step = MetaStep(config, net, state)
     if ranks.count > 1:
-        step.ranks, step.vote = ranks, StopVote(ranks, lambda: "", state.example_tensor)
+        step.vote = StopVote(ranks, lambda: "", state.example_tensor)
     share = ranks.share(config.meta_batch_size)
     episodes = random_episodes(config, image=(1, 28, 28))
     parts = {

@@ -19,7 +19,7 @@ from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, comp
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest, MetaStepResult
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.selection import tasks_per_pass
-from mamlctl.engine.distributed import ALONE, Ranks, StopVote
+from mamlctl.engine.distributed import StopVote
 from mamlctl.engine.inner_loop import RATE, RUNNING, MetaState
 from mamlctl.engine.nets.base import Net
 from mamlctl.engine.nets.batch_norm import NormPass, accumulate, mean_passes
@@ -56,8 +56,7 @@ class MetaStep:
         if entry.whole_batches:
             self.chunk = config.meta_batch_size
         self.whole = entry.whole_batches
-        self.ranks: Ranks = ALONE
-        self.vote: StopVote | None = None  # part of the exchange among several ranks
+        self.vote: StopVote | None = None  # of several ranks, which exchange it with their results
 
     def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
         """Evaluate the schedules.
@@ -132,7 +131,7 @@ class MetaStep:
     def _of_all_tasks(self, measured: MetaStepResult) -> MetaStepResult:
         """Average over the tasks of all ranks, then clip."""
         if self.vote is not None:
-            weight = self.ranks.share(self.config.meta_batch_size).weight
+            weight = self.vote.ranks.share(self.config.meta_batch_size).weight
             measured = exchanged(measured, self.state.running, self.vote, weight)
         self._clip(measured.grads)
         return measured
@@ -152,7 +151,7 @@ class MetaStep:
     def takes_many(self) -> bool:
         """Whether `take_many` can take the next meta-steps; never before the first one of this process."""
         config = self.config
-        if self.ranks.count > 1:  # they meet in each meta-step
+        if self.vote is not None:  # the ranks meet in each meta-step
             return False
         in_c = self.outer is compiled and isinstance(self.optimizer, CompiledAdam)
         whole = self.chunk is not None and self.chunk >= config.meta_batch_size

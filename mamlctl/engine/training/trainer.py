@@ -91,7 +91,7 @@ class Trainer:
         if ranks.count == 1:
             return
         self.ranks, self.vote = ranks, StopVote(ranks, self.stop_reason, self.state.example_tensor)
-        self.meta_step.ranks, self.meta_step.vote = self.ranks, self.vote
+        self.meta_step.vote = self.vote
         content = ranks.from_first(checkpoints.on_cpu(self._content()))
         self.position = Position(**content["position"])
         if ranks.rank:
