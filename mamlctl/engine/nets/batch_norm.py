@@ -13,7 +13,7 @@ two modes, training and evaluation, do not cover the three choices of `Statistic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -111,11 +111,9 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
         passes: the training passes of a meta-step.
     """
     for (rows, channels), keys in _by_shape(running).items():
-        used: dict[int, list[NormPass]] = {}
-        for norm_pass in passes:
-            used.setdefault(min(norm_pass.step, rows - 1), []).append(norm_pass)
+        used = _by_row(passes, rows)
         runs: list[list[int]] = []
-        for row in sorted(used):
+        for row in used:
             if runs and row == runs[-1][-1] + 1 and len(used[row]) == len(used[runs[-1][0]]):
                 runs[-1].append(row)
             else:
@@ -133,7 +131,7 @@ def accumulate(running: Params, passes: list[NormPass]) -> None:
             torch._foreach_lerp_(rows_KRC, means_KRC.unbind(), MOMENTUM)
 
 
-def mean_passes(running: Params, passes: list[NormPass]) -> list[NormPass]:
+def mean_passes(running: Mapping[str, Tensor], passes: Sequence[NormPass]) -> list[NormPass]:
     """Reduce training passes to one for each row, with the mean over the tasks and passes that used it.
 
     `accumulate` computes the same from both, up to rounding.
@@ -143,18 +141,23 @@ def mean_passes(running: Params, passes: list[NormPass]) -> list[NormPass]:
         passes: the training passes of a meta-step.
     """
     rows = min((len(tensor) for tensor in running.values()), default=0)
-    used: dict[int, list[NormPass]] = {}
-    for norm_pass in passes if rows else ():
-        used.setdefault(min(norm_pass.step, rows - 1), []).append(norm_pass)
     reduced = []
-    for row in sorted(used):
+    for row, using in _by_row(passes if rows else (), rows).items():
         means = {}
-        for layer in used[row][0].seen:
-            pairs = [norm_pass.seen[layer] for norm_pass in used[row]]
+        for layer in using[0].seen:
+            pairs = [norm_pass.seen[layer] for norm_pass in using]
             mean, var = (torch.cat(parts).mean(0, keepdim=True) for parts in zip(*pairs, strict=True))
             means[layer] = mean, var
         reduced.append(NormPass({}, {}, row, seen=means))
     return reduced
+
+
+def _by_row(passes: Sequence[NormPass], rows: int) -> dict[int, list[NormPass]]:
+    """Group passes by the row that they use, in the order of the rows."""
+    used: dict[int, list[NormPass]] = {}
+    for norm_pass in passes:
+        used.setdefault(min(norm_pass.step, rows - 1), []).append(norm_pass)
+    return dict(sorted(used.items()))
 
 
 def _by_shape(tensors: Mapping[str, Tensor]) -> dict[torch.Size, list[str]]:

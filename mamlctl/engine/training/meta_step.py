@@ -244,7 +244,7 @@ def exchanged(
         vote: the request to stop, which is part of the exchange.
         weight: the weight of this rank.
     """
-    passes = mean_passes(dict(running), measured.norm_passes)
+    passes = mean_passes(running, measured.norm_passes)
     single = {"meta": measured.meta_loss, "support": measured.support_losses_I}
     parts: list[Mapping[Any, Tensor]] = [measured.grads, measured.moments, single]
     parts += [measured.query_losses, measured.query_scores]
