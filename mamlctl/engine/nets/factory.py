@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from mamlctl.core.literals import Metric
 from mamlctl.data.sets.registry import has_rewards
 from mamlctl.engine.devices import COMPUTE
 from mamlctl.engine.nets.base import REGRESSION, Net, Objective
@@ -46,8 +47,12 @@ def _conv4(config: TrainConfig, shape: Sequence[int], outputs: int, objective: O
 
 
 def _mlp(config: TrainConfig, shape: Sequence[int], outputs: int, objective: Objective) -> Net:
-    widths = (config.hidden or HIDDEN[objective.metric]).split("-")
-    return Mlp(tuple(shape), outputs, tuple(map(int, widths)), objective, config.activation or "relu")
+    widths = _widths(config, objective.metric)
+    return Mlp(tuple(shape), outputs, widths, objective, config.activation or "relu")
+
+
+def _widths(config: TrainConfig, metric: Metric) -> tuple[int, ...]:
+    return tuple(map(int, (config.hidden or HIDDEN[metric]).split("-")))
 
 
 def _resnet12(config: TrainConfig, shape: Sequence[int], outputs: int, objective: Objective) -> Net:
@@ -73,7 +78,7 @@ def make_net(config: TrainConfig, shape: Sequence[int], outputs: int, parts: Par
         parts: those that the settings name and that are not built in.
     """
     if has_rewards(config):
-        widths = tuple(map(int, (config.hidden or HIDDEN["return"]).split("-")))
+        widths = _widths(config, "return")
         return GaussianPolicy(Mlp(tuple(shape), outputs, widths, REGRESSION, config.activation or "relu"))
     objective = objective_with(shape, config.loss, parts.loss, config.task_type)
     if config.net in NETS:
