@@ -22,6 +22,7 @@ from mamlctl.core.errors import MamlctlError, is_out_of_memory
 from mamlctl.core.files import replacing
 
 FORMAT = 3
+ENTRIES = {"format", "owner", "digest", "content"}  # of a file
 BEST = "best.pt"  # a copy of the best epoch's file
 LAST = "last.pt"  # what training resumes from
 PREVIOUS = "previous.pt"  # the `last.pt` before it
@@ -164,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     # On this device tensors have a shape but no memory, so a forged shape cannot allocate any.
     outline = torch.load(path, map_location="meta", weights_only=True)
-    if not isinstance(outline, dict) or not {"format", "owner", "digest", "content"} <= outline.keys():
+    if not isinstance(outline, dict) or not outline.keys() >= ENTRIES:
         raise damaged(path, "is not a checkpoint of mamlctl")
     if outline["format"] != FORMAT:
         raise damaged(path, f"has format {outline['format']}, but this mamlctl reads format {FORMAT}")

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from mamlctl.core.errors import SettingsError, is_out_of_memory
-from mamlctl.engine.training.checkpoints import UNREADABLE, check_archive
+from mamlctl.engine.training.checkpoints import ENTRIES, UNREADABLE, check_archive
 
 SAFETENSORS = ".safetensors"  # all other files are read as those of torch.save
 # The entries under which training scripts save a state dictionary, the first one first.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights", "params")
 DEEPEST = 4  # wrappers in each other
-CHECKPOINT = {"format", "owner", "digest", "content"}  # the entries of a checkpoint of mamlctl
 SAVE = "save its weights with torch.save(module.state_dict(), 'weights.pt')"
 
 
@@ -108,11 +107,7 @@ def _unreadable(file: Path, error: BaseException) -> SettingsError:
 def _unwrapped(file: Path, digest: str, content: Any) -> Weights:
     """The state dictionary in what a file contains. Raises SettingsError if there is none."""
     words: list[str] = []
-    if (
-        isinstance(content, Mapping)
-        and content.keys() >= CHECKPOINT
-        and isinstance(content["content"], Mapping)
-    ):
+    if isinstance(content, Mapping) and content.keys() >= ENTRIES and isinstance(content["content"], Mapping):
         stored = content["content"].get("stored")
         return Weights(file, digest, _named_tensors(file, stored), ("in a checkpoint of mamlctl",), True)
     for _ in range(DEEPEST):
