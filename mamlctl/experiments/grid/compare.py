@@ -14,7 +14,6 @@ from mamlctl.core.metrics_rows import steps_done
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.user_code.kinds import check_trusted, code_digests, named_code
 from mamlctl.core.user_code.references import names_tasks
-from mamlctl.data.rules import per_step_settings
 from mamlctl.engine.training.starting_weights import stored_start
 from mamlctl.experiments.evaluate import evaluate_run
 from mamlctl.experiments.grid.build_table import RowSpec, RunReference, tabulate
@@ -96,13 +95,11 @@ def compare(
 
 def _is_tested(run: RunFolder, evaluate: EvalConfig) -> bool:
     """Whether a run has been tested, or cannot be tested because it has diverged."""
-    settings = per_step_settings(evaluate, run.config)
-    return run.state().status == "diverged" or find_evaluation(run, settings) is not None
+    return run.state().status == "diverged" or find_evaluation(run, evaluate) is not None
 
 
 def _test(run: RunFolder, evaluate: EvalConfig, offline: bool, on_event: OnEvent) -> None:
     """Test a run. Raises DataError if its images have changed."""
-    evaluate = per_step_settings(evaluate, run.config)
     on_event(Notice(f"testing {run.path}"))
     evaluate_run(run.path, evaluate, offline=offline, on_event=on_event)
     if find_evaluation(run, evaluate) is None:
