@@ -21,7 +21,7 @@ from mamlctl.core.user_code.stored import StoredCode, as_stored, trust_by_use
 from mamlctl.data.tasks.episodes import Keyed, Tasks
 from mamlctl.data.tasks.streams import TaskSource
 from mamlctl.data.user_tasks.code import UserTasks
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.algorithms.rules import needs_second_derivatives
 from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.nets.base import objective_of
@@ -145,10 +145,9 @@ def _new_loss(config: TrainConfig, source: TaskSource, like: Tensor, known: Chec
     """The loss of --loss; None for a built-in one. Raises SettingsError if it cannot be used."""
     if config.loss is None or not is_reference(config.loss):
         return None
-    entry = ALGORITHMS[config.algo]
     has_classes = objective_of(source.example_shape, config.task_type).has_classes
     outputs = {config.ways if has_classes else source.targets}
-    if entry.training_head == "classes" and has_classes:
+    if algorithm_of(config).training_head == "classes" and has_classes:
         outputs.add(source.classes.get("train", config.ways))
     if config.body_epochs:
         outputs.add(config.ways * config.meta_batch_size)

@@ -13,7 +13,7 @@ from mamlctl.data.reading.table_files import Floats
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.table_tasks import Standardisation
-from mamlctl.engine.algorithms.registry import ALGORITHMS
+from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
@@ -70,10 +70,7 @@ class TableModel:
     @torch.no_grad()
     def outputs(self, episodes: Episodes, per_step: bool) -> torch.Tensor:
         """Adapt to tasks and predict their queries -> outputs_ITEN."""
-        predict, sets = (
-            ALGORITHMS[self.config.algo].predict(self.config),
-            TaskSets(self.derivatives, episodes),
-        )
+        predict, sets = algorithm_of(self.config).predict(self.config), TaskSets(self.derivatives, episodes)
         steps, statistics = self.config.evaluation_inner_steps, Statistics(self.config.bn)
         return predict(PredictRequest(sets, self.state, steps, statistics, per_step))
 
@@ -96,14 +93,13 @@ class TableModel:
 
     def adapted(self, support: Episodes) -> AdaptedModel:
         """The network after its inner steps on the support set."""
-        entry = ALGORITHMS[self.config.algo]
         return adapt_to_support_set(
             self.derivatives,
             self.state,
             support,
             inner_steps=self.config.evaluation_inner_steps,
             statistics=Statistics(self.config.bn),
-            classifier=entry.classifier,
+            classifier=algorithm_of(self.config).classifier,
             rule=InnerRule(self.config.proximal, self.config.inner_optimizer),
         )
 
