@@ -52,6 +52,8 @@ def test_a_test_task_is_expected_to_cost_a_training_task_for_each_model(run):
     assert running_time(run, metrics, test).expected_test_s == 1.0 * 50 * 2 * 5
     assert running_time(run, metrics, replace(test, models="best")).expected_test_s == 1.0 * 50 * 2
     assert running_time(run, [], test) is None
+    run.config = replace(run.config, dataset="navigation")
+    assert running_time(run, metrics, test).expected_test_s == 1.0 * 50 * 2, "policies have no ensemble"
 
 
 def test_workers_share_the_cells_but_not_a_single_one():

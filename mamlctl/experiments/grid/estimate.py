@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from mamlctl.core.events import OnEvent, Progress
-from mamlctl.core.results import KEPT, TIMED, Estimate, RowEstimate
+from mamlctl.core.results import TIMED, Estimate, RowEstimate
 from mamlctl.data.rules import per_step_settings
 from mamlctl.data.tasks.episodes import Placement, Tasks
 from mamlctl.data.tasks.streams import open_streams
@@ -31,6 +31,7 @@ from mamlctl.engine.training.schedules import first_order_at, msl_weights_at
 from mamlctl.experiments.executors.local import threads_each
 from mamlctl.experiments.grid.grid import Grid
 from mamlctl.experiments.grid.plans import as_unimproved
+from mamlctl.experiments.grid.time_left import times_tested
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
@@ -118,11 +119,9 @@ def _row_estimate(label: str, config: TrainConfig, evaluate: EvalConfig, cost: C
     epochs = _phases(config)
     steps_s = sum(cost.meta_step_s[phase] * epochs[phase] for phase in epochs) * config.steps_per_epoch
     validation_s = cost.task_s * config.val_tasks * config.epochs
-    evaluate = per_step_settings(evaluate, config)
-    curves = evaluate.curve_tasks
-    models = 1 if evaluate.models == "best" else min(config.epochs, KEPT)
+    curves = per_step_settings(evaluate, config).curve_tasks
     task_s = cost.task_s * (evaluate.tasks - curves) + cost.curve_task_s * curves
-    test_s = task_s * evaluate.label_permutations * models
+    test_s = task_s * times_tested(config, evaluate)
     return RowEstimate(
         label, config.total_steps, steps_s / config.total_steps, steps_s + validation_s, test_s
     )

@@ -11,9 +11,11 @@ from typing import Any
 from mamlctl.core.events import OVER, CellState
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.results import KEPT
+from mamlctl.data.rules import per_step_settings
 from mamlctl.experiments.grid.stored_evaluations import StoredEvaluation
 from mamlctl.run_folder import COMMANDS, CONFIG, STATUS, SUMMARY, RunFolder
 from mamlctl.settings.evaluation import EvalConfig
+from mamlctl.settings.schema import TrainConfig
 
 LONGEST_START_S = 60.0  # a test that started later after its training belongs to another call
 
@@ -39,11 +41,17 @@ def running_time(run: RunFolder, metrics: Sequence[dict[str, Any]], test: EvalCo
     step_s = step_time(run, metrics)
     if step_s is None:
         return None
-    models = 1 if test.models == "best" else min(run.config.epochs, KEPT)
     # A test task is taken to cost what a training task costs; measured, it costs 0.2 to 3 times as much on
     # images: there is no meta-gradient, but there may be more inner steps and queries.
-    tasks = test.tasks * test.label_permutations * models
+    tasks = test.tasks * times_tested(run.config, test)
     return CellTime(step_s, expected_test_s=step_s / run.config.meta_batch_size * tasks)
+
+
+def times_tested(config: TrainConfig, test: EvalConfig) -> int:
+    """How often a test predicts each task: for every order of its labels, by every checkpoint."""
+    test = per_step_settings(test, config)
+    checkpoints = 1 if test.models == "best" else min(config.epochs, KEPT)
+    return test.label_permutations * checkpoints
 
 
 def step_time(run: RunFolder, metrics: Sequence[dict[str, Any]]) -> float | None:
