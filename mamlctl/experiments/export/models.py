@@ -14,6 +14,7 @@ from torch import nn
 
 import mamlctl
 from mamlctl.core.events import Notice, OnEvent, Waiting
+from mamlctl.core.formatting import evenly_spaced
 from mamlctl.core.literals import BatchNormMode
 from mamlctl.core.results import ExportedModel
 from mamlctl.data.reading.table_files import Floats
@@ -61,7 +62,7 @@ def export_classifier(
     settings = {name: prepared[name] for name in ("mean", "deviation")}
     predictor = ImagePredictor(plain_module(model.adapted), ink=prepared["ink"] or 0, **settings)
     x_MCHW = np.stack([*queries, *model.support.x_ECHW])
-    x_MCHW = x_MCHW[np.unique(np.linspace(0, len(x_MCHW) - 1, CHECKED).astype(int))]
+    x_MCHW = x_MCHW[[*evenly_spaced(len(x_MCHW), CHECKED)]]
     scores_MN = model.scores(x_MCHW).double()
     about = _about(model.run, model.config, model.name, model.bn) | prepared
     about["input"] = _tensor("images", "uint8", x_MCHW.shape[1:])
@@ -97,7 +98,7 @@ def export_table(
         on_event(Notice(f"{FROZEN}: in this run each prediction depends on all rows of the query table"))
         bn = Statistics.SUPPORT.value
         model = replace(model, config=replace(model.config, bn=bn))
-    x_MD = x_MD[np.unique(np.linspace(0, len(x_MD) - 1, CHECKED).astype(int))]
+    x_MD = x_MD[[*evenly_spaced(len(x_MD), CHECKED)]]
     expected_MN = model.predictions(support, x_MD)
     first = len(values.inputs)
     mean_N, scale_N = np.array(values.mean[first:]), np.array(values.deviation[first:])
