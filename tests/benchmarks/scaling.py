@@ -17,6 +17,7 @@ import torch
 from helpers.engine_cases import random_episodes
 from rich.table import Table
 
+from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.distributed import Ranks, StopVote, open_ranks
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
@@ -74,13 +75,9 @@ def timed(ranks: Ranks) -> dict[str, float]:
     if ranks.count > 1:
         step.vote = StopVote(ranks, lambda: "", state.example_tensor)
     share = ranks.share(config.meta_batch_size)
-    episodes = random_episodes(config, image=(1, 28, 28))
-    parts = {
-        name: tensor[share.first : share.first + share.tasks] for name, tensor in episodes.present().items()
-    }
-    own = type(episodes)(
-        **{name: part.float() if part.is_floating_point() else part for name, part in parts.items()}
-    )
+    episodes = random_episodes(config, image=(1, 28, 28)).split(share.tasks)[ranks.rank]
+    support_x, support_y, query_x, query_y = episodes.sets
+    own = Episodes(support_x.float(), support_y, query_x.float(), query_y)
 
     def steps() -> None:
         for _ in range(STEPS):
