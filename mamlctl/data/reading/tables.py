@@ -24,7 +24,7 @@ from mamlctl.core.literals import SPLITS
 from mamlctl.core.problems import Problem, flag
 from mamlctl.data.reading.table_files import HINT, SPLIT, TASK, Cells, Columns, Floats, read_cells
 
-SETTLED_NS = 2_000_000_000  # a second change of a file within this time may leave its time as it is
+TIME_RESOLUTION_NS = 2_000_000_000  # of file times, at worst: two changes within it may have the same time
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _stamp(path: Path) -> object:
     """Facts that differ after a change of a file; unique for a file that may have changed just now."""
     with suppress(OSError):
         facts = path.stat()
-        if time.time_ns() - facts.st_mtime_ns > SETTLED_NS:
+        if time.time_ns() - facts.st_mtime_ns > TIME_RESOLUTION_NS:
             return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
     return object()
 
