@@ -18,10 +18,8 @@ class _LimitedBzip2:
     """A decompressor for zipfile that stops after the declared size: 4 KiB of bzip2 may become 4 GiB."""
 
     def __init__(self, size: int) -> None:
-        self._inner, self._left = (
-            bz2.BZ2Decompressor(),
-            size + 1,
-        )  # with one more byte, a wrong size is noticed
+        self._inner = bz2.BZ2Decompressor()
+        self._left = size + 1  # with one more byte, a wrong size is noticed
 
     @property
     def eof(self) -> bool:
