@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mamlctl.core.errors import MamlctlError, SettingsError
 from mamlctl.core.events import Notice, OnEvent
@@ -42,14 +41,15 @@ def apply_start(config: TrainConfig, net: Net, state: MetaState, on_event: OnEve
     source = config.init if is_model(config.init) else str(place)
     if place.is_dir():
         try:
-            weights, caveat = _of_run(config, place, source, on_event)
+            run = open_run(place)
+            weights, caveat = _of_run(config, run, source, on_event)
         except MamlctlError as error:
             raise SettingsError([(f"--init: {error.message}", error.hint)]) from error
+        if not is_model(config.init):
+            other = run.config.net
+            source += f" ({weights.file.name}{f' of --net {other}' if other != config.net else ''})"
     else:
         weights, caveat = read_weights(place), _caveat(config, source)
-    if place.is_dir() and not is_model(config.init):
-        other = open_run(place).config.net
-        source += f" ({weights.file.name}{f' of --net {other}' if other != config.net else ''})"
     started = start_from(weights, config, net, state, source=source, caveat=caveat)
     for text in (started.notice, caveat):
         if text:
@@ -57,18 +57,18 @@ def apply_start(config: TrainConfig, net: Net, state: MetaState, on_event: OnEve
     return started
 
 
-def _of_run(config: TrainConfig, place: Path, source: str, on_event: OnEvent) -> tuple[Weights, str]:
+def _of_run(config: TrainConfig, run: RunFolder, source: str, on_event: OnEvent) -> tuple[Weights, str]:
     """The weights of a run's best checkpoint, without running its code, and their caveat.
 
     Args:
         config: the settings of the run that starts.
-        place: the folder of the other run.
+        run: the other run.
         source: its name for people.
         on_event: receives notices.
 
-    Raises MamlctlError if no checkpoint is whole.
+    Raises:
+        MamlctlError: no checkpoint is whole.
     """
-    run = open_run(place)
     files, _ = checkpoint_files(run, None, on_event)
     errors = list[MamlctlError]()
     for file in dict.fromkeys((*files, *(run.checkpoints / name for name in (BEST, LAST, PREVIOUS)))):
@@ -84,7 +84,7 @@ def _of_run(config: TrainConfig, place: Path, source: str, on_event: OnEvent) ->
             return weights, _caveat(config, source)
         earlier = fill_defaults(run.config)
         same_split = all(getattr(earlier, name) == getattr(config, name) for name in OF_SPLIT)
-        own = stored_start(place).get("caveat", "")
+        own = stored_start(run.path).get("caveat", "")
         return weights, own if same_split else _caveat(config, source)
     raise errors[0]
 
