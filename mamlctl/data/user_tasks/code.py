@@ -58,6 +58,10 @@ class UserTasks:
         """File and class, for messages."""
         return f"{self.code.entry}:{self.code.name}"
 
+    def where(self, split: str, number: int) -> str:
+        """The call of a task and the class, for messages."""
+        return f"{call_words(split, number)} of {self.name}"
+
     def _takes_seed(self) -> bool:
         assert self._method is not None
         try:
@@ -94,7 +98,7 @@ class UserTasks:
                     called = number
                     made = self._method(split, number, **more)
                     called = None
-                    use(number, four_arrays(made, f"{call_words(split, number)} of {self.name}"))
+                    use(number, four_arrays(made, self.where(split, number)))
         except SettingsError as error:
             if called is None:  # `use` raises it, about what the code has returned
                 raise
@@ -105,7 +109,7 @@ class UserTasks:
     def form(self) -> TaskForm:
         """What all tasks have in common, by the first one. Raises SettingsError as `make` and `of` do."""
         forms = list[TaskForm]()
-        where = f"{call_words('train', 0)} of {self.name}"
+        where = self.where("train", 0)
         self.make("train", [0], 0, lambda number, arrays: forms.append(TaskForm.of(arrays, where)))
         return forms[0]
 
@@ -116,7 +120,7 @@ class UserTasks:
         for split in SPLITS:
 
             def keep(number: int, arrays: Arrays, split: str = split) -> None:
-                where = f"{call_words(split, number)} of {self.name}"
+                where = self.where(split, number)
                 self.form.check(arrays, where)
                 self.form.check_values(arrays, where)
                 samples[split, number] = tuple(array.copy() for array in arrays)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.formatting import with_article
 from mamlctl.core.literals import TaskType
 
 Arrays = tuple[NDArray[Any], ...]  # of the four SETS
@@ -144,7 +145,7 @@ class TaskForm:
 def four_arrays(made: object, where: str) -> Arrays:
     """The four arrays of a task. Raises SettingsError for anything else."""
     if not isinstance(made, tuple | list) or len(made) != len(SETS):
-        kind = f"{len(made)} values" if isinstance(made, tuple | list) else f"a {type(made).__name__}"
+        kind = f"{len(made)} values" if isinstance(made, tuple | list) else with_article(type(made).__name__)
         raise SettingsError([(f"{where} returned {kind}", f"return four arrays: {', '.join(SETS)}")])
     return tuple(_array(value, f"{name} of {where}") for name, value in zip(SETS, made, strict=True))
 

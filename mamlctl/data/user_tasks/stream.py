@@ -18,7 +18,7 @@ from mamlctl.core.events import Notice, OnEvent, Waiting
 from mamlctl.core.literals import Split
 from mamlctl.core.user_code.stored import trust_by_use
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
-from mamlctl.data.user_tasks.code import UserTasks, call_words, open_tasks
+from mamlctl.data.user_tasks.code import UserTasks, open_tasks
 from mamlctl.data.user_tasks.form import Arrays
 from mamlctl.data.user_tasks.purity import check_pure
 from mamlctl.settings.schema import TrainConfig
@@ -47,7 +47,7 @@ class UserStream:
             sets.append(np.empty((tasks, examples, *form.target_shape), targets))
 
         def fill(number: int, arrays: Arrays) -> None:
-            form.check(arrays, self._words(number))
+            form.check(arrays, self.tasks.where(self.split, number))
             with np.errstate(over="ignore"):  # reported as numbers that are not finite
                 for filled, array in zip(sets, arrays, strict=True):
                     filled[number - first] = array  # a copy, since the code may use its arrays again
@@ -55,11 +55,9 @@ class UserStream:
         self.tasks.make(self.split, range(first, first + tasks), self.seed, fill)
         if not form.has_valid(sets):
             for place in range(tasks):
-                form.check_values([filled[place] for filled in sets], self._words(first + place))
+                where = self.tasks.where(self.split, first + place)
+                form.check_values([filled[place] for filled in sets], where)
         return Episodes(*(self._on_device(part) for part in sets))
-
-    def _words(self, number: int) -> str:
-        return f"{call_words(self.split, number)} of {self.tasks.name}"
 
     def _on_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
