@@ -49,14 +49,13 @@ def _listed_run(path: Path) -> ListedRun:
         reason = error.message if isinstance(error, MamlctlError) else str(error)
         return ListedRun(str(path), "damaged", changed, reason=reason)
     config = run.config
-    on_curves = not has_classes(config)
     return ListedRun(
         run=str(path),
         status=status,
         changed=changed,
         label=label_of(config),
         dataset=config.dataset,
-        ways=None if on_curves else config.ways,
+        ways=config.ways if has_classes(config) else None,
         shots=config.shots,
         seed=config.seed,
         step=steps_done(state.step, run.last_metrics()),
