@@ -35,11 +35,8 @@ def is_refused(answer, words):
 def stored_tensors(run):
     """The tensors of a run's last checkpoint, and the first moments of its optimiser."""
     content = checkpoints.load(run / "checkpoints" / "last.pt", owner=open_run(run).owner)
-    return (
-        content["stored"] | content["optimizer"]["first"]
-        if "first" in content["optimizer"]
-        else content["stored"]
-    )
+    moments = content["optimizer"].get("first", {})
+    return content["stored"] | {f"first moment of {name}": tensor for name, tensor in moments.items()}
 
 
 def forge_code(run, kind, file):
