@@ -88,7 +88,8 @@ def start_from(
         names.selected(config.init_skip, "--init-skip", tensors) if config.init_skip is not None else set()
     )
     # The head of zeros is part of some algorithms, and others have no head.
-    if algorithm_of(config).head_of_zeros(config) or _has_no_head(names, own):
+    entry = algorithm_of(config)
+    if entry.head_of_zeros(config) or entry.training_head == "none":
         skipped |= set(names.head)
     targets = {name: own[stored] for name, stored in names.stored.items() if name not in skipped}
     # Batch norm's tensors are compared row by row; a file has a single one.
@@ -155,10 +156,6 @@ def _by_names_in_files(weights: Weights, names: TensorNames) -> tuple[dict[str, 
         words.append(f"without the prefix '{next(iter(parts))[0]}.'")
         tensors = {name.partition(".")[2]: part for name, part in tensors.items()}
     return tensors, words
-
-
-def _has_no_head(names: TensorNames, own: Mapping[str, Tensor]) -> bool:
-    return not any(names.stored[name] in own for name in names.head)
 
 
 def _unusable(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], names: TensorNames) -> list[str]:
