@@ -17,6 +17,9 @@ from mamlctl.settings.schema import FIELDS, TrainConfig
 # Settings that have an effect only with the algorithms that list them.
 OWNED = {name for entry in ALGORITHMS.values() for name in entry.exclusive_settings}
 
+# Why the tasks of some meta-batches cannot be divided.
+ONE_BATCH = "a meta-batch is one batch with shared batch-norm statistics"
+
 
 def algorithm_problems(config: TrainConfig) -> list[Problem]:
     """Find settings that contradict the definition of the algorithm, or have no effect with it.
@@ -68,8 +71,7 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     if config.cuda_graph and not entry.captured:
         problems.append((f"--cuda-graph is not available with {algo}", "leave it out"))
     if config.task_chunk != "auto" and entry.whole_batches and "task_chunk" not in entry.unsupported:
-        why = "a meta-batch is one batch with shared batch-norm statistics"
-        problems.append((f"--task-chunk has no effect with {algo}: {why}", "leave it out"))
+        problems.append((f"--task-chunk has no effect with {algo}: {ONE_BATCH}", "leave it out"))
     return problems
 
 
@@ -85,13 +87,12 @@ def sharing_problems(config: TrainConfig, processes: int) -> list[Problem]:
     """
     if processes == 1:
         return []
-    why, hint = "a meta-batch is one batch with shared batch-norm statistics", "use one process"
-    entry = algorithm_of(config)
+    hint, entry = "use one process", algorithm_of(config)
     if entry.whole_batches:
-        why = entry.unsupported.get("task_chunk", why)
+        why = entry.unsupported.get("task_chunk", ONE_BATCH)
         return [(f"{processes} processes cannot share the tasks of --algo {config.algo}: {why}", hint)]
     if config.body_epochs:
-        fact = f"{processes} processes cannot share the tasks of --body-epochs: {why}"
+        fact = f"{processes} processes cannot share the tasks of --body-epochs: {ONE_BATCH}"
         return [(fact, f"{hint}, or leave it out")]
     return []
 
