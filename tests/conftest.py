@@ -122,6 +122,14 @@ def glyphs_root(tmp_path_factory):
 
 
 @pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current folder, and an empty list of trusted code."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def cli(capsys, monkeypatch):
     """A function that runs the command line in this process and returns exit code, stdout and stderr."""
     from mamlctl.cli.app import main

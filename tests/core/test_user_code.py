@@ -26,6 +26,8 @@ from mamlctl.core.user_code.stored import (
     write_code,
 )
 
+pytestmark = pytest.mark.usefixtures("here")
+
 MAIN = """
 from pathlib import Path
 import helper
@@ -38,14 +40,6 @@ def make(first, second):
 def broken(first, second):
     return [][first]
 """
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty list of trusted code, and a current folder."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(folder, name="net", **files):

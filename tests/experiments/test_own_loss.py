@@ -5,8 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from helpers.own_code import is_refused, stored_tensors
+from helpers.own_code import is_refused, same_training, with_data_root
 from helpers.own_tables import periodic_csv
 from helpers.pages import DOCS, code_blocks
 from helpers.shared import ignore
@@ -46,22 +45,14 @@ CURVES = f"--dataset sinusoid --steps-per-epoch 4 {SHORT}".split()
 @pytest.fixture
 def cli(cli, glyphs_root):
     """The same function; the commands that need a data root get one."""
-
-    def call(*words):
-        if words[0] in {"train", "eval", "compare", "ablate"} and "--support" not in words:
-            words = (*words, "--data-root", glyphs_root)
-        return cli(*words)
-
-    return call
+    return with_data_root(cli, glyphs_root)
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A current folder with a file of losses, and an empty list of trusted code."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    write_losses(tmp_path / "code")
-    return tmp_path
+def here(here):
+    """The same folder, with a file of losses."""
+    write_losses(here / "code")
+    return here
 
 
 def write_losses(folder, spread=0.1):
@@ -78,9 +69,7 @@ def test_a_resumed_run_is_bitwise_that_without_an_interruption(here, cli):
     shutil.rmtree(here / "code")
     while open_run(here / "parts").state().status != "finished":
         assert cli("train", "--resume", "parts", "--time-limit", "0.001s", "--quiet")[0] == 0
-    one, other = (stored_tensors(here / name) for name in ("whole", "parts"))
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    assert same_training(here / "whole", here / "parts")
     assert not (here / "whole" / "code" / "net").exists() and not (here / "whole" / "net.json").exists()
 
 
@@ -243,8 +232,7 @@ def test_the_default_loss_by_its_name_is_bitwise_the_default(here, cli):
         assert cli("train", *CURVES, *words, "--out", name)[0] == 0
     for one, other in (("default", "named"), ("curves", "named curves")):
         assert open_run(here / one).config.engine == open_run(here / other).config.engine
-        ours, theirs = stored_tensors(here / one), stored_tensors(here / other)
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        assert same_training(here / one, here / other)
     assert open_run(here / "curves").config.engine == "compiled"
 
 

@@ -7,12 +7,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.own_code import EVIL, forge_code, forge_setting, is_refused, stored_tensors
+from helpers.own_code import (
+    EVIL,
+    assert_another_user_has_to_trust,
+    forge_code,
+    forge_setting,
+    is_refused,
+    same_training,
+    train_as_another_user,
+    with_data_root,
+)
 from helpers.pages import DOCS, code_blocks
 from helpers.shared import ignore
 from PIL import Image
 
-from mamlctl.cli.app import main
 from mamlctl.core.user_code.stored import StoredCode, read_code, trust_file, write_code
 from mamlctl.data.sets import glyphs
 from mamlctl.engine.training import run_code
@@ -66,21 +74,7 @@ def write_net(folder, drop=0.0):
 @pytest.fixture
 def cli(cli, glyphs_root):
     """The same function; the commands that need a data root get one."""
-
-    def call(*words):
-        if words[0] in {"train", "eval"} and "--support" not in words:
-            words = (*words, "--data-root", glyphs_root)
-        return cli(*words)
-
-    return call
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A current folder, and an empty list of trusted code."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return with_data_root(cli, glyphs_root)
 
 
 @pytest.fixture
@@ -107,9 +101,7 @@ def test_a_resumed_run_is_bitwise_that_without_an_interruption(drop, here, cli):
     shutil.rmtree(here / "code")
     while open_run(here / "parts").state().status != "finished":
         assert cli("train", "--resume", "parts", "--time-limit", "0.001s", "--quiet")[0] == 0
-    one, other = (stored_tensors(here / name) for name in ("whole", "parts"))
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+    assert same_training(here / "whole", here / "parts")
     plan = json.loads((here / "parts" / "net.json").read_text())
     assert plan["random"] == (drop > 0) and plan["one_pass"] == (drop == 0)
 
@@ -124,12 +116,7 @@ def test_the_copy_of_the_code_is_used_after_the_original_is_gone(trained, cli, h
     write_net(here / "code")
     (here / "code" / "layers.py").write_text("raise SystemExit('the original was used')\n")
     assert cli("eval", run, "--tasks", "4", "--quiet")[0] == 0
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(here / "of another user"))
-    assert is_refused(cli("eval", run, "--tasks", "4"), "that you do not trust yet: none of it was run")
-    assert is_refused(cli("train", "--resume", run), "do not trust")
-    assert not trust_file().exists()
-    assert cli("eval", run, "--tasks", "4", "--trust-code", "--quiet")[0] == 0
-    assert cli("eval", run, "--tasks", "4", "--quiet")[0] == 0
+    assert_another_user_has_to_trust(cli, monkeypatch, run, "--tasks", "4")
 
 
 def forge_all(run, net, code):
@@ -178,17 +165,11 @@ HOSTILE = {
 def two_runs(tmp_path_factory, glyphs_root):
     """A folder with two runs of an own network and loss, and the list of the user who trained them."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        for name in ("run", "other"):
-            words = ["--net", f"{write_net(folder / 'code')}:make", "--out", str(folder / name)]
-            (folder / "code" / "loss.py").write_text(LOSS)
-            words += ["--loss", f"{folder / 'code' / 'loss.py'}:loss"]
-            words = ["mamlctl", "train", *SMALL.split(), *words, "--data-root", str(glyphs_root)]
-            patch.setattr(sys, "argv", words)
-            with pytest.raises(SystemExit) as left:
-                main()
-            assert not left.value.code
+    for name in ("run", "other"):
+        words = ["--net", f"{write_net(folder / 'code')}:make", "--out", folder / name]
+        (folder / "code" / "loss.py").write_text(LOSS)
+        words += ["--loss", f"{folder / 'code' / 'loss.py'}:loss"]
+        train_as_another_user(folder, *SMALL.split(), *words, "--data-root", glyphs_root)
     shutil.rmtree(folder / "code")
     return folder
 

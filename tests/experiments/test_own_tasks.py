@@ -3,17 +3,21 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.own_code import (
+    assert_another_user_has_to_trust,
+    is_refused,
+    same_training,
+    stored_tensors,
+    train_as_another_user,
+)
 from helpers.pages import DOCS, code_blocks
 
-from mamlctl.cli.app import main
-from mamlctl.core.user_code.stored import StoredCode, read_code, trust_file, write_code
-from mamlctl.engine.training import checkpoints
+from mamlctl.core.user_code.stored import StoredCode, read_code, write_code
 from mamlctl.run_folder import open_run
 
 # The built-in family, written with numpy alone: the same random words, in the same order.
@@ -72,34 +76,13 @@ SHORT = (*SHORT, "--inner-steps", "2", "--device", "cpu", "--quiet")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A current folder with code, and an empty list of trusted code."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "sines.py").write_text(SINUSOID)
-    (tmp_path / "blobs.py").write_text(BLOBS)
-    (tmp_path / "pictures.py").write_text(PICTURES)
-    (tmp_path / "spread.py").write_text(SPREAD)
-    return tmp_path
-
-
-def stored_tensors(run):
-    return checkpoints.load(run / "checkpoints" / "last.pt", owner=open_run(run).owner)["stored"]
-
-
-def same_training(one, other):
-    tensors, others = stored_tensors(one), stored_tensors(other)
-    assert tensors.keys() == others.keys()
-    return all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
-
-
-def is_refused(answer, *words):
-    """Whether a command ended with exit code 2 and an error of two lines that contains the words."""
-    code, out, err = answer
-    lines = [line for line in err.splitlines() if line.startswith(("error: ", "hint:  "))]
-    is_short = code == 2 and not out and len(lines) == 2 and err.splitlines()[-2:] == lines
-    assert is_short and all(word in err for word in words), (code, out, err)
-    return True
+def here(here):
+    """The same folder, with code."""
+    (here / "sines.py").write_text(SINUSOID)
+    (here / "blobs.py").write_text(BLOBS)
+    (here / "pictures.py").write_text(PICTURES)
+    (here / "spread.py").write_text(SPREAD)
+    return here
 
 
 @pytest.mark.parametrize("engine", ["compiled", "plain"])
@@ -295,13 +278,8 @@ def folder_of_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blobs")
     (folder / "blobs.py").write_text(BLOBS)
     (folder / "spread.py").write_text(SPREAD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        words = ["train", "--dataset", f"{folder}/blobs.py:Blobs", *SHORT, "--out", str(folder / "run")]
-        patch.setattr(sys, "argv", ["mamlctl", *words])
-        with pytest.raises(SystemExit) as left:
-            main()
-    assert not left.value.code
+    words = ("--dataset", f"{folder}/blobs.py:Blobs", *SHORT)
+    train_as_another_user(folder, *words, "--out", folder / "run")
     (folder / "blobs.py").unlink()
     (folder / "spread.py").write_text("raise SystemExit('the original was used')\n")
     return folder
@@ -335,12 +313,7 @@ def test_the_copy_of_the_code_is_used_after_the_original_is_gone(trained, cli, h
     code = read_code(trained / "code" / "tasks")
     assert code.files == {"blobs.py": BLOBS.encode(), "spread.py": SPREAD.encode()}
     assert cli("eval", trained, "--tasks", "6", "--quiet", "--plot")[0] == 0
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(here / "of another user"))
-    assert is_refused(cli("eval", trained, "--tasks", "6"), "that you do not trust yet: none of it was run")
-    assert is_refused(cli("train", "--resume", trained), "do not trust")
-    assert not trust_file().exists()
-    assert cli("compare", trained, "--tasks", "6", "--trust-code", "--quiet")[0] == 0
-    assert cli("eval", trained, "--tasks", "6", "--quiet")[0] == 0
+    assert_another_user_has_to_trust(cli, monkeypatch, trained, "--tasks", "6", trusting="compare")
 
 
 def test_a_resumed_run_is_bitwise_that_without_an_interruption(here, cli):

@@ -38,14 +38,6 @@ def make(shape, outputs):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A current folder, and an empty list of trusted code."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def train(cli, here, glyphs_root):
     """A function that trains one meta-step of a run called `out`, and returns its notices."""
 
