@@ -119,6 +119,11 @@ def _long_product(words: NDArray[np.uint64], factor: int) -> tuple[NDArray[np.ui
     return high * factor_high + (middle >> half) + (other >> half), words * np.uint64(factor)
 
 
+def uniform_numbers(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The top 53 bits of each word as a number in [0, 1)."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def k_smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
     """Return the positions of the `count` smallest keys along the last axis: a draw without repeats.
 

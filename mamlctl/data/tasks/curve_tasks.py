@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mamlctl.data.counter_rng import random_word_rows, random_words
+from mamlctl.data.counter_rng import random_word_rows, random_words, uniform_numbers
 from mamlctl.data.sets.curves import Family, Floats
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 
@@ -54,14 +53,14 @@ class CurveStream:
 
     def curve(self, task: int, x: Floats) -> Floats:
         """Return y of one task's true curve at any x (shape kept)."""
-        uniform_P = _uniform(random_words(self.seed, self.split, task, self.family.words))
+        uniform_P = uniform_numbers(random_words(self.seed, self.split, task, self.family.words))
         return self.family.curve(self.family.numbers(uniform_P), x)
 
     def _draw(self, first: int, tasks: int) -> tuple[Floats, Floats]:
         """Return x_TE and y_TE, support points before query points."""
         family, width = self.family, self.family.inputs.words
         own_words, pairs = family.words, max(self.shots, self.queries)
-        uniform = _uniform(random_word_rows(self.seed, self.split, first, tasks, self._words))
+        uniform = uniform_numbers(random_word_rows(self.seed, self.split, first, tasks, self._words))
         # Support and query points alternate, so that the number of one does not move the words of the other.
         pairs_TK2W = uniform[:, own_words:].reshape(tasks, pairs, 2, width)
         points_TEW = np.concatenate(
@@ -71,8 +70,3 @@ class CurveStream:
         numbers_T1 = family.numbers(np.ascontiguousarray(uniform[:, :own_words].T)[..., None])
         x_TE = family.points(numbers_T1, np.ascontiguousarray(points_TEW.transpose(2, 0, 1)))
         return x_TE, family.curve(numbers_T1, x_TE)
-
-
-def _uniform(raw: NDArray[np.uint64]) -> Floats:
-    """The top 53 bits of each word as a number in [0, 1)."""
-    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

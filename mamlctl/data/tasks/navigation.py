@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamlctl.data.counter_rng import random_word_rows, random_words_of_keys
+from mamlctl.data.counter_rng import random_word_rows, random_words_of_keys, uniform_numbers
 from mamlctl.data.tasks.episodes import Episodes, StreamSettings, to_device_no_sync
 from mamlctl.data.worlds import World
 
@@ -33,7 +33,7 @@ class NavigationStream:
     def episodes(self, first: int, tasks: int) -> Episodes:
         """Return tasks `first`, `first` + 1, ...; all trajectories start at the origin."""
         words_TW = random_word_rows(self.seed, self.split, first, tasks, self.world.dimensions + 1)
-        uniform_TD = (words_TW[:, : self.world.dimensions] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        uniform_TD = uniform_numbers(words_TW[:, : self.world.dimensions])
         goal_TD = torch.from_numpy((2 * uniform_TD - 1) * self.world.half_side).to(self._dtype)
         goal_TD = to_device_no_sync(goal_TD, self.device)
         start = goal_TD.new_zeros(tasks, 1, self.world.dimensions)
@@ -57,7 +57,7 @@ def action_noise(keys_T: Tensor, inner_step: int, trajectories: int, horizon: in
     """
     pairs = trajectories * horizon
     words_TW = random_words_of_keys(keys_T.cpu().numpy(), "action noise", inner_step, 2 * pairs)
-    uniform = (words_TW >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform = uniform_numbers(words_TW)
     # Box & Muller 1958: two uniform numbers make two normal ones. log1p(-u), since u may be 0 but is never 1.
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:, 0::2])), 2 * math.pi * uniform[:, 1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
