@@ -20,6 +20,7 @@ from mamlctl.data.sets.registry import has_classes, kind_of
 from mamlctl.data.tasks.image_tasks import IMAGENET_DEVIATION, IMAGENET_MEAN, PixelValues
 from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.user_images import Reader, SupportImages, read_support
+from mamlctl.engine.algorithms.algorithm import inner_rule
 from mamlctl.engine.algorithms.registry import ALGORITHMS, algorithm_of
 from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import tensor_dtype
@@ -31,7 +32,6 @@ from mamlctl.engine.evaluation.adapted_model import (
     resize_head,
 )
 from mamlctl.engine.evaluation.plain_module import norms_without_statistics
-from mamlctl.engine.inner_loop import InnerRule
 from mamlctl.engine.nets.base import bn_mode
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.nets.module_net import ModuleNet
@@ -145,7 +145,7 @@ def adapt_classifier(
         inner_steps=config.evaluation_inner_steps,
         statistics=Statistics(config.bn),
         classifier=entry.classifier,
-        rule=InnerRule(config.proximal, config.inner_optimizer),
+        rule=inner_rule(config),
     )
     name = f"best, epoch {epochs[0]}" if epochs else "last"
     return ImageClassifier(run, config, name, support, read, device, adapted, head)

@@ -21,6 +21,7 @@ from mamlctl.data.tasks.curve_tasks import CurveStream
 from mamlctl.data.tasks.episodes import Episodes, MiniBatches
 from mamlctl.data.worlds import WORLDS
 from mamlctl.engine.algorithms import policies
+from mamlctl.engine.algorithms.algorithm import inner_rule
 from mamlctl.engine.algorithms.policy_search import as_policy, walk
 from mamlctl.engine.algorithms.registry import ALGORITHMS, algorithm_of
 from mamlctl.engine.evaluation.prediction import adapted
@@ -197,7 +198,7 @@ def _path_panels(model: TrainedModel, episodes: Episodes) -> list[path_figures.P
         model.states[0].frozen(),
         episodes,
         steps,
-        policies.inner_rule(model.config),
+        inner_rule(model.config),
     )
     title = f"{algorithm_of(model.config).start_of(model.config)} ({model.config.algo})"
     panels = []

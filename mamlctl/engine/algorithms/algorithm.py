@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mamlctl.engine.algorithms.meta_gradient import Outer
     from mamlctl.engine.evaluation.prediction import Predict
+    from mamlctl.engine.inner_loop import InnerRule
     from mamlctl.engine.optimizers import Optimizer
 
 
@@ -25,6 +26,13 @@ def adam_optimizer(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
 
     kind = adam if config.engine == "compiled" else Adam
     return kind(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
+
+
+def inner_rule(config: TrainConfig) -> InnerRule:
+    """The update rule of a run's inner steps."""
+    from mamlctl.engine.inner_loop import InnerRule
+
+    return InnerRule(config.proximal, config.inner_optimizer)
 
 
 @dataclass(frozen=True)
@@ -79,10 +87,9 @@ class Algorithm:
         from mamlctl.engine.algorithms.pretraining import by_neighbours, fine_tuned
         from mamlctl.engine.algorithms.protonet import by_prototypes
         from mamlctl.engine.evaluation.prediction import adapted
-        from mamlctl.engine.inner_loop import InnerRule
 
         predictions: dict[Classifier, Predict] = {
-            "head": partial(adapted, rule=InnerRule(config.proximal, config.inner_optimizer)),
+            "head": partial(adapted, rule=inner_rule(config)),
             "zeros": fine_tuned,
             "prototypes": by_prototypes,
             "neighbours": by_neighbours,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamlctl.core.problems import Problem
 from mamlctl.data.worlds import WORLDS
-from mamlctl.engine.algorithms.algorithm import Algorithm, adam_optimizer, refusals
+from mamlctl.engine.algorithms.algorithm import Algorithm, adam_optimizer, inner_rule, refusals
 from mamlctl.settings.schema import TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from mamlctl.engine.algorithms.meta_gradient import Outer
     from mamlctl.engine.evaluation.prediction import Predict
-    from mamlctl.engine.inner_loop import InnerRule
     from mamlctl.engine.optimizers import Optimizer
     from mamlctl.engine.reinforcement.policy_gradient import Sampling
 
@@ -27,13 +26,6 @@ def sampling(config: TrainConfig, *, sees_goal: bool = False) -> Sampling:
 
     assert config.discount is not None and config.gae is not None
     return Sampling(WORLDS[config.dataset], config.discount, config.gae, sees_goal)
-
-
-def inner_rule(config: TrainConfig) -> InnerRule:
-    """The update rule of a run's inner steps."""
-    from mamlctl.engine.inner_loop import InnerRule
-
-    return InnerRule(optimizer=config.inner_optimizer)
 
 
 def _search(config: TrainConfig, *, sees_goal: bool = False) -> Outer:

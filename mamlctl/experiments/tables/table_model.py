@@ -13,6 +13,7 @@ from mamlctl.data.reading.table_files import Floats
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.tasks.streams import own_task
 from mamlctl.data.tasks.table_tasks import Standardisation
+from mamlctl.engine.algorithms.algorithm import inner_rule
 from mamlctl.engine.algorithms.registry import algorithm_of
 from mamlctl.engine.derivatives.interface import Derivatives
 from mamlctl.engine.derivatives.selection import select_derivatives
@@ -20,7 +21,7 @@ from mamlctl.engine.devices import tensor_dtype
 from mamlctl.engine.evaluation.adapted_model import AdaptedModel, adapt_to_support_set
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest
-from mamlctl.engine.inner_loop import InnerRule, MetaState
+from mamlctl.engine.inner_loop import MetaState
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.run_code import code_of_run
@@ -100,7 +101,7 @@ class TableModel:
             inner_steps=self.config.evaluation_inner_steps,
             statistics=Statistics(self.config.bn),
             classifier=algorithm_of(self.config).classifier,
-            rule=InnerRule(self.config.proximal, self.config.inner_optimizer),
+            rule=inner_rule(self.config),
         )
 
 
