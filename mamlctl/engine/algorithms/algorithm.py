@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mamlctl.core.literals import Adapts, Classifier
 from mamlctl.core.problems import Problem
-from mamlctl.settings.schema import TrainConfig
+from mamlctl.settings.schema import TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,12 @@ def adam_optimizer(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
 
     kind = adam if config.engine == "compiled" else Adam
     return kind(learnable, config.meta_lr, (config.adam_beta1, config.adam_beta2))
+
+
+def sgd_optimizer(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
+    from mamlctl.engine.optimizers import Sgd
+
+    return Sgd(learnable, config.meta_lr)
 
 
 def inner_rule(config: TrainConfig) -> InnerRule:
@@ -100,3 +106,16 @@ class Algorithm:
 def refusals(why: str, *names: str) -> dict[str, str]:
     """The settings that have no effect for one reason, with that reason."""
     return dict.fromkeys(names, why)
+
+
+# Both for examples and for policies.
+NO_STEPS: Mapping[str, Any] = {"inner_steps": 0, "eval_inner_steps": 0}
+NOTHING_ADAPTED = refusals("nothing is adapted", "inner_lr", "adapts")
+NOTHING_TRAINED = refusals(
+    "nothing is trained",
+    "freeze",
+    *improvements_without_meaning("own meta learning rate"),
+    "meta_lr",
+    "meta_lr_final",
+)
+OWN_RATES = refusals("it learns a rate per weight already", *improvements_without_meaning("own inner rates"))

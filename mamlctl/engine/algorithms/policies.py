@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mamlctl.core.problems import Problem
 from mamlctl.data.worlds import WORLDS
-from mamlctl.engine.algorithms.algorithm import Algorithm, adam_optimizer, inner_rule, refusals
+from mamlctl.engine.algorithms.algorithm import (
+    NO_STEPS,
+    NOTHING_ADAPTED,
+    NOTHING_TRAINED,
+    OWN_RATES,
+    Algorithm,
+    adam_optimizer,
+    inner_rule,
+    refusals,
+    sgd_optimizer,
+)
 from mamlctl.settings.schema import TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:
@@ -62,12 +73,6 @@ def _outer_step(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimiz
     return WholeSteps(learnable) if config.outer == "trpo" else adam_optimizer(learnable, config)
 
 
-def _sgd(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
-    from mamlctl.engine.optimizers import Sgd
-
-    return Sgd(learnable, config.meta_lr)
-
-
 UNUSED = refusals("the derivatives of policies are computed in one way", "engine") | refusals(
     "trajectories of a meta-batch are not divided", "task_chunk"
 )
@@ -77,31 +82,26 @@ OF_ADAM = ("adam_beta1", "adam_beta2")
 NO_LOOP = UNUSED | refusals("there is no inner loop in training", *OF_UNROLLED)
 
 
-def _record(summary: str = "", **changes: Any) -> Algorithm:
-    values: dict[str, Any] = {
-        "outer": _search,
-        "optimizer": _outer_step,
-        "predictor": _returns,
-        "whole_batches": True,
-        "unrolls": True,
-        "unsupported": UNUSED,
-    }
-    return Algorithm(summary, **{**values, **changes})
-
-
-MAML = _record()
-FOMAML = _record(defaults={"first_order": True}, forced={"first_order": True})
-MAML_PLUS_PLUS = _record(
-    improves="maml", defaults={"inner_steps": 3, "msl": True, "da": True, "lslr": True, "ca": True}
+MAML = Algorithm(
+    "",  # its entry in the registry has one
+    _search,
+    optimizer=_outer_step,
+    predictor=_returns,
+    whole_batches=True,
+    unrolls=True,
+    unsupported=UNUSED,
 )
-META_SGD = _record(
-    inner_rates="weight",
-    unsupported=UNUSED
-    | refusals("it learns a rate per weight already", *improvements_without_meaning("own inner rates")),
+FOMAML = replace(MAML, defaults={"first_order": True}, forced={"first_order": True})
+MAML_PLUS_PLUS = replace(
+    MAML,
+    improves="maml",
+    defaults={"inner_steps": 3, "msl": True, "da": True, "lslr": True, "ca": True},
 )
-REPTILE = _record(
+META_SGD = replace(MAML, inner_rates="weight", unsupported=UNUSED | OWN_RATES)
+REPTILE = replace(
+    MAML,
     outer=_reptile,
-    optimizer=_sgd,
+    optimizer=sgd_optimizer,
     unrolls=False,
     defaults={"inner_optimizer": "sgd", "inner_steps": 3, "meta_lr": 1.0, "meta_lr_final": 0.0},
     exclusive_settings=("inner_optimizer",),
@@ -109,32 +109,27 @@ REPTILE = _record(
     | refusals("its outer step is an interpolation", *OF_OUTER, *OF_ADAM)
     | refusals("its meta-gradient does not depend on the query loss", *OF_UNROLLED),
 )
-TRANSFER = _record(
+TRANSFER = replace(
+    MAML,
     unrolls=False,
     start="pre-trained",
     defaults={"inner_steps": 0},
     forced={"inner_steps": 0},
     unsupported=NO_LOOP,
 )
-SCRATCH = _record(
+SCRATCH = replace(
+    MAML,
     outer=_no_training,
     optimizer=adam_optimizer,
     unrolls=False,
     start="random start",
     defaults={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
     forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
-    unsupported=NO_LOOP
-    | refusals(
-        "nothing is trained",
-        "freeze",
-        *OF_OUTER,
-        *improvements_without_meaning("own meta learning rate"),
-        "meta_lr",
-        "meta_lr_final",
-    ),
+    unsupported=NO_LOOP | NOTHING_TRAINED | refusals("nothing is trained", *OF_OUTER),
 )
-ORACLE = _record(
-    "a policy that sees the goal: the bound for algorithms that must find it (Finn et al. 2017)",
+ORACLE = replace(
+    MAML,
+    summary="a policy that sees the goal: the bound for algorithms that must find it (Finn et al. 2017)",
     needs_rewards=True,
     on_curves=None,
     sees_goal=True,
@@ -142,9 +137,9 @@ ORACLE = _record(
     predictor=partial(_returns, sees_goal=True),
     unrolls=False,
     start="pre-trained",
-    defaults={"inner_steps": 0, "eval_inner_steps": 0},
-    forced={"inner_steps": 0, "eval_inner_steps": 0},
-    unsupported=NO_LOOP | refusals("nothing is adapted", "inner_lr", "adapts"),
+    defaults=NO_STEPS,
+    forced=NO_STEPS,
+    unsupported=NO_LOOP | NOTHING_ADAPTED,
 )
 
 # Why the other algorithms learn no policies, and the hint of the error.

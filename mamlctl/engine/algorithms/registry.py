@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from mamlctl.data.sets.registry import has_rewards
 from mamlctl.engine.algorithms import policies
-from mamlctl.engine.algorithms.algorithm import Algorithm, refusals
+from mamlctl.engine.algorithms.algorithm import (
+    NO_STEPS,
+    NOTHING_ADAPTED,
+    NOTHING_TRAINED,
+    OWN_RATES,
+    Algorithm,
+    refusals,
+    sgd_optimizer,
+)
 from mamlctl.settings.schema import IMPROVEMENTS, TrainConfig, improvements_without_meaning
 
 if TYPE_CHECKING:
@@ -79,12 +87,6 @@ def _protonet(config: TrainConfig) -> Outer:
     return partial(protonet, engine=config.engine)
 
 
-def _sgd(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
-    from mamlctl.engine.optimizers import Sgd
-
-    return Sgd(learnable, config.meta_lr)
-
-
 def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Optimizer:
     from mamlctl.engine.algorithms.alpha_maml import Hypergradient
 
@@ -96,7 +98,6 @@ def _hypergradient(learnable: Mapping[str, Tensor], config: TrainConfig) -> Opti
 # Settings that have an effect only if the inner loop is differentiated.
 OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order", "body_epochs")
 NO_LOOP = refusals("there is no inner loop in training", *OF_UNROLLED)
-NO_STEPS = {"inner_steps": 0, "eval_inner_steps": 0}
 FINE_TUNING = {"inner_steps": 0, "eval_inner_steps": 10, "inner_lr": 0.1}
 
 # The meta-gradient of curves is computed in C.
@@ -183,9 +184,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         unrolls=True,
         captured=True,
         inner_rates="weight",
-        unsupported=refusals(
-            "it learns a rate per weight already", *improvements_without_meaning("own inner rates")
-        ),
+        unsupported=OWN_RATES,
     ),
     "alpha-maml": Algorithm(
         "Behl et al. 2019 (arXiv:1905.07435): learns the inner and the meta learning rate by hypergradients",
@@ -219,7 +218,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         "Nichol, Achiam & Schulman 2018 (arXiv:1803.02999): interpolates towards the adapted weights",
         _reptile,
         on_rewards=policies.REPTILE,
-        optimizer=_sgd,
+        optimizer=sgd_optimizer,
         adapts_norm=True,
         defaults={
             "inner_optimizer": "adam",
@@ -262,14 +261,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         on_curves=FINE_TUNING_CURVES,
         defaults=FINE_TUNING | {"epochs": 1, "steps_per_epoch": 1},
         forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
-        unsupported=NO_LOOP
-        | refusals(
-            "nothing is trained",
-            "freeze",
-            *improvements_without_meaning("own meta learning rate"),
-            "meta_lr",
-            "meta_lr_final",
-        ),
+        unsupported=NO_LOOP | NOTHING_TRAINED,
     ),
     "protonet": Algorithm(
         "Snell, Swersky & Zemel 2017 (arXiv:1703.05175): the nearest class mean in a learnt feature space",
@@ -281,7 +273,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=NO_STEPS,
         forced=NO_STEPS,
         unsupported=NO_LOOP
-        | refusals("nothing is adapted", "inner_lr", "adapts")
+        | NOTHING_ADAPTED
         | refusals("it is defined by the cross-entropy of negative distances", "loss"),
     ),
     "nearest": Algorithm(
@@ -295,7 +287,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults=NO_STEPS,
         forced=NO_STEPS,
         unsupported=NO_LOOP
-        | refusals("nothing is adapted", "inner_lr", "adapts")
+        | NOTHING_ADAPTED
         | refusals("it compares features of a classifier, whose loss is the cross-entropy", "loss"),
     ),
     "oracle": replace(policies.ORACLE, on_rewards=policies.ORACLE),
