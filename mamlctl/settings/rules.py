@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from mamlctl.core.formatting import parse_seconds
 from mamlctl.core.literals import BUILT_IN_NETS, LOSSES, TORCHVISION_NETS
 from mamlctl.core.problems import Problem, flag, nearest
-from mamlctl.core.user_code.references import SUFFIX, is_reference
+from mamlctl.core.user_code.references import EXAMPLES, SUFFIX, Reference, is_reference
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import FIELDS, IMPROVEMENTS, TrainConfig
 
@@ -201,10 +201,7 @@ def check(config: TrainConfig) -> list[Problem]:
 def _net_problems(config: TrainConfig) -> list[Problem]:
     """An unknown network, or an arithmetic that only some networks have."""
     if config.net not in NETS and not is_reference(config.net):
-        otherwise = f"use one of {', '.join(NETS)}, or net.py:make with your own function"
-        if config.net.endswith(SUFFIX):
-            return [(f"--net is {config.net}, without a function", f"write {config.net}:make, with its name")]
-        return [(f"unknown network '{config.net}'", nearest(config.net, NETS, otherwise=otherwise))]
+        return [_unknown("network", "--net", config.net, NETS)]
     if config.precision == "bf16" and config.net not in BUILT_IN_NETS:
         fact = f"--precision bf16 is not available with --net {config.net}: only our convolutions support it"
         return [(fact, "use float32, or tf32 on a CUDA device")]
@@ -213,13 +210,19 @@ def _net_problems(config: TrainConfig) -> list[Problem]:
 
 def _loss_problems(config: TrainConfig) -> list[Problem]:
     """An unknown loss."""
-    loss = config.loss
-    if loss is None or loss in LOSSES or is_reference(loss):
+    if config.loss is None or config.loss in LOSSES or is_reference(config.loss):
         return []
-    if loss.endswith(SUFFIX):
-        return [(f"--loss is {loss}, without a function", f"write {loss}:fn, with its name")]
-    otherwise = f"use one of {', '.join(LOSSES)}, or loss.py:fn with your own function"
-    return [(f"unknown loss '{loss}'", nearest(loss, LOSSES, otherwise=otherwise))]
+    return [_unknown("loss", "--loss", config.loss, LOSSES)]
+
+
+def _unknown(what: str, option: str, value: str, known: Iterable[str]) -> Problem:
+    """The problem of a value that is neither a known name nor names the user's function."""
+    example = EXAMPLES[option]
+    if value.endswith(SUFFIX):
+        function = Reference.parse(example).name
+        return f"{option} is {value}, without a function", f"write {value}:{function}, with its name"
+    otherwise = f"use one of {', '.join(known)}, or {example} with your own function"
+    return f"unknown {what} '{value}'", nearest(value, known, otherwise=otherwise)
 
 
 def limit_problems(config: TrainConfig | EvalConfig) -> list[Problem]:
