@@ -19,7 +19,8 @@ from rich.console import Console
 
 from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.events import Waiting
-from mamlctl.core.literals import HIGHER_IS_BETTER
+from mamlctl.core.formatting import with_article
+from mamlctl.core.literals import HIGHER_IS_BETTER, METRIC_NAMES
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import LAUNCHED, end_with_parent, raise_on_signals, world
 from mamlctl.core.user_code.kinds import named_code, trust_runs
@@ -231,17 +232,12 @@ class GuardOptions(CodeOptions):
         """
         from mamlctl.report.guard import Limit
 
-        problems: list[Problem] = []
-        dataset, metric = config.dataset, metric_of(config)
-        if metric == "mse" and self.fail_under is not None:
-            fact = f"--fail-under has no effect on {dataset}, whose score is a mean squared error"
-            problems.append((fact, "use --fail-over"))
-        if metric in HIGHER_IS_BETTER and self.fail_over is not None:
-            what = "an accuracy" if metric == "accuracy" else "a mean return"
-            fact = f"--fail-over has no effect on {dataset}, whose score is {what}"
-            problems.append((fact, "use --fail-under"))
-        percent = metric != "return"
-        if percent and self.fail_under is not None and not 1 <= self.fail_under <= 100:
+        metric = metric_of(config)
+        higher = metric in HIGHER_IS_BETTER
+        used, other = ("fail_under", "fail_over") if higher else ("fail_over", "fail_under")
+        why = f"on {config.dataset}, whose score is {with_article(METRIC_NAMES[metric])}"
+        problems = unused(self.by_flag(other), why, f"use {flag(used)}")
+        if metric != "return" and self.fail_under is not None and not 1 <= self.fail_under <= 100:
             fact = f"--fail-under is {self.fail_under:g}, which is not a percentage from 1 to 100"
             problems.append((fact, "use a percentage, e.g. 95"))
         if self.fail_over is not None and not 0 < self.fail_over < math.inf:
@@ -249,7 +245,7 @@ class GuardOptions(CodeOptions):
             problems.append((fact, "use a mean squared error, e.g. 0.5"))
         if problems:
             raise SettingsError(problems)
-        value = self.fail_under if metric in HIGHER_IS_BETTER else self.fail_over
+        value = self.fail_under if higher else self.fail_over
         return None if value is None else Limit(metric, value)
 
 
