@@ -30,6 +30,11 @@ RUNNING = "running."  # running batch-norm statistics
 MOMENT = "moment."  # state of Reptile's inner Adam
 
 
+def row_of(rows: Tensor, step: int) -> Tensor:
+    """Return the row of an inner step; steps beyond the last row use the last row."""
+    return rows[min(step, len(rows) - 1)]
+
+
 @dataclass
 class MetaState:
     """All tensors that meta-training changes; checkpoints and displays use the same names."""
@@ -73,9 +78,8 @@ class MetaState:
         return NormPass(self.norm, self.running, step, statistics, support_examples, keys_T)
 
     def rate(self, name: str, step: int) -> Tensor:
-        """Return the inner learning rate of an adapted tensor; steps beyond the last row use the last row."""
-        rates = self.rates[name]
-        return rates[min(step, len(rates) - 1)]
+        """Return the inner learning rate of an adapted tensor."""
+        return row_of(self.rates[name], step)
 
     def stepped(self, fast: Mapping[str, Tensor], grads: Mapping[str, Tensor], step: int) -> Params:
         """Take one inner step, w_{k+1} = w_k - a_k g_k.

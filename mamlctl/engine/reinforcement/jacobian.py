@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamlctl.engine.inner_loop import RATE, MetaState
+from mamlctl.engine.inner_loop import RATE, MetaState, row_of
 from mamlctl.engine.nets.batch_norm import Params
 from mamlctl.engine.nets.mlp import GaussianPolicy
 from mamlctl.engine.reinforcement.gaussian import Gaussian
@@ -163,7 +163,7 @@ class AdaptedPolicies:
                 if second:
                     now[name] = now[name] - self.state.rate(name, step) * second[name]
                 if f"{RATE}{name}" in tangent:
-                    row = _row(tangent[f"{RATE}{name}"], step)
+                    row = row_of(tangent[f"{RATE}{name}"], step)
                     now[name] = now[name] - row * slope.grads[name].detach()
             tangents.append(now)
         return tangents
@@ -179,7 +179,7 @@ class AdaptedPolicies:
             for name in self.state.rates:
                 scaled[name] = self.state.rate(name, step) * back[name]
                 if f"{RATE}{name}" in grads:
-                    row = _row(grads[f"{RATE}{name}"], step)
+                    row = row_of(grads[f"{RATE}{name}"], step)
                     row -= (slope.grads[name].detach() * back[name]).sum_to_size((1, *row.shape))[0]
             second = {} if self.first_order else slope.product(scaled)
             own = cotangents.get(step, zeros)
@@ -187,8 +187,3 @@ class AdaptedPolicies:
         for name, part in back.items():
             grads[name] += part.sum(0)
         return {name: grads[name] for name in self.learnable}
-
-
-def _row(rates: Tensor, step: int) -> Tensor:
-    """The entry of an inner step among rates; steps beyond the last row use the last one."""
-    return rates[min(step, len(rates) - 1)]
