@@ -55,10 +55,14 @@ def learner(config):
     return net, state
 
 
+def curves():
+    settings = stream_settings(split="train", shots=5, queries=6, dtype=torch.float64)
+    return CurveStream(FAMILIES["sinusoid"], settings)
+
+
 def tasks_of(config):
     if config.net == "mlp":
-        settings = stream_settings(split="train", shots=5, queries=6, dtype=torch.float64)
-        return CurveStream(FAMILIES["sinusoid"], settings).episodes(0, config.meta_batch_size)
+        return curves().episodes(0, config.meta_batch_size)
     episodes = random_episodes(config)
     if config.algo in ("transfer", "nearest"):
         class_TN = torch.arange(config.ways).expand(config.meta_batch_size, config.ways)
@@ -99,9 +103,7 @@ def test_many_compiled_steps_in_one_call_leave_frozen_tensors_too():
     tensors = []
     for at_once in (False, True):
         net, state = learner(config)
-        stream = CurveStream(
-            FAMILIES["sinusoid"], stream_settings(split="train", shots=5, queries=6, dtype=torch.float64)
-        )
+        stream = curves()
         start = {name: tensor.clone() for name, tensor in state.stored().items()}
         step, size = MetaStep(config, net, state), config.meta_batch_size
         step.apply(step.measure(stream.episodes(0, size), 0, measure_all=True), 0)
