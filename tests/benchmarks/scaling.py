@@ -104,6 +104,7 @@ def main() -> None:
     if ranks.rank == 0:
         sys.stdout.write(json.dumps(found) + "\n")
     ranks.from_first()
+    torch.distributed.destroy_process_group()  # else its threads can abort the interpreter at its end
 
 
 if __name__ == "__main__":
