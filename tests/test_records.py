@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from helpers import preloaded
@@ -19,7 +20,7 @@ from records.receipts import problems, text_of, without_times
 from records.runs import Place, RecordedRun
 
 from mamlctl.core.errors import ExitCode, SettingsError
-from mamlctl.core.statistics import over_seeds
+from mamlctl.core.statistics import mean_ci95, over_seeds
 
 TINY = """
 preset: demo
@@ -32,6 +33,13 @@ settings: {dataset: sinusoid, shots: 5, epochs: 5, steps_per_epoch: 4, val_tasks
 seeds: [3, 4]
 test: {tasks: 5}
 published: ["maml, 1 step"]
+"""
+
+POLICIES = """
+settings: {dataset: navigation, outer: pg, shots: 2, queries: 3, hidden: "4", meta_batch_size: 2, epochs: 1,
+           steps_per_epoch: 1, val_tasks: 2}
+seeds: [0, 1]
+test: {tasks: 4}
 """
 
 
@@ -203,6 +211,32 @@ def test_tables_have_the_scores_of_receipts_or_say_not_run(curves):
     assert line.score("ensemble") == f"{mean:.3f} ± {deviation:.3f} (2 seeds)"
     assert "`tiny` | not run | not run | not run |" in tables.modes(table, lines)
     assert tables.curves(table, [line]).count(" at 20 |") == 2
+
+
+def test_the_table_of_policies_has_returns_whose_intervals_contain_those_of_the_mean_of_seeds(folder):
+    for file in Path("files").glob("*.yaml"):
+        file.unlink()
+    Path("files/policies.yaml").write_text(POLICIES)
+
+    def row():
+        lines = tables.lines(Path("files"), Path("receipts"))
+        assert "policies" not in tables.results(table, lines)
+        assert [line.experiment.modes for line in lines] == [(None,)]
+        return tables.returns(table, lines).splitlines()[-1].strip("| ").split(" | ")
+
+    start = ["`policies`", "`pg`", "1"]
+    assert row() == [*start, "0 of 2", "not run", "-", "-", "-"]
+    worked(read_experiment(Path("files/policies.yaml")))
+    cells = row()
+    assert cells[:4] == [*start, "2"]
+    scores_ST = []
+    for seed in (0, 1):
+        (file,) = Path("runs", f"policies-s{seed}").rglob("tasks.csv")
+        scores_ST.append([float(line.split(",")[1]) for line in file.read_text().splitlines()[1:]])
+    mean, half = mean_ci95([fmean(of_task) for of_task in zip(*scores_ST, strict=True)])
+    shown, bound = map(float, cells[-1].split(" ± "))
+    assert shown == pytest.approx(mean, abs=0.006)
+    assert half <= bound + 0.006
 
 
 def test_the_picture_has_a_line_for_every_seed_with_a_receipt():

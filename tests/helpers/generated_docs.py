@@ -132,7 +132,7 @@ def _from_receipts(part):
 PARTS = {part.__name__: part for part in (settings, options, exit_codes, presets, tree)}
 PARTS |= {
     part.__name__: _from_receipts(part)
-    for part in (tables.headline, tables.results, tables.modes, tables.curves, tables.runs)
+    for part in (tables.headline, tables.results, tables.returns, tables.modes, tables.curves, tables.runs)
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.problems import Problem, nearest
-from mamlctl.data.sets.registry import is_regression
+from mamlctl.data.sets.registry import has_classes
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.report.published import published_row
 from mamlctl.report.table import Published
@@ -28,12 +28,13 @@ CHOSEN = {"settings": ("seed", "init_seed", "train_seed"), "test": ("bn", "check
 # What to run first; experiments that are not named come last. On a CPU the cheap ones are first.
 ABLATION = tuple(f"omniglot-20w1s-maml{on}" for on in ("", "+msl", "+lslr", "+bnwb+bnrs", "+ca", "+da"))
 SINUSOIDS = tuple(f"sinusoid-5s-{algo}" for algo in ("scratch", "maml", "transfer"))
+NAVIGATION = tuple(sorted(path.stem for path in FOLDER.glob("navigation-*.yaml")))
 OMNIGLOT_5, OMNIGLOT_20 = "omniglot-5w1s-maml++", "omniglot-20w1s-maml++"
 FAST_5, FAST_20 = f"{OMNIGLOT_5}-fast", f"{OMNIGLOT_20}-fast"
 MINI_IMAGENET = "mini-imagenet-5w1s-maml++"
 ORDERS = {
-    "cpu": (*SINUSOIDS, FAST_5, FAST_20, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, *ABLATION),
-    "cuda": (OMNIGLOT_20, *ABLATION, MINI_IMAGENET, OMNIGLOT_5, FAST_20, FAST_5, *SINUSOIDS),
+    "cpu": (*SINUSOIDS, *NAVIGATION, FAST_5, FAST_20, MINI_IMAGENET, OMNIGLOT_5, OMNIGLOT_20, *ABLATION),
+    "cuda": (OMNIGLOT_20, *ABLATION, MINI_IMAGENET, OMNIGLOT_5, FAST_20, FAST_5, *SINUSOIDS, *NAVIGATION),
 }
 
 
@@ -51,8 +52,8 @@ class Experiment:
 
     @property
     def modes(self) -> tuple[str | None, ...]:
-        """The batch-norm modes to test; None for the network of curves, which has no batch norm."""
-        return (None,) if is_regression(self.config) else ("transductive", "running", "support")
+        """The batch-norm modes to test; None for curves and policies, whose networks have no batch norm."""
+        return ("transductive", "running", "support") if has_classes(self.config) else (None,)
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mamlctl.core.files import finite, read_object
+from mamlctl.core.literals import Metric
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.experiments.grid.evaluation_files import read_scores, read_summary
 from mamlctl.run_folder import RESUME_OVERRIDES, SUMMARY, TASKS
@@ -57,7 +58,7 @@ def _validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The validation curve: meta-steps, the score, and the half width of its 95 % interval over tasks."""
     if not rows:
         return {"curve": []}
-    metric = "accuracy" if "val_accuracy" in rows[0] else "mse"
+    metric = next(metric for metric in get_args(Metric) if f"val_{metric}" in rows[0])
     return {
         "metric": metric,
         "tasks": rows[0]["val_tasks"],

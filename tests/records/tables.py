@@ -6,10 +6,13 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mamlctl.core import formatting
 from mamlctl.core.statistics import over_seeds
+from mamlctl.data.rules import metric_of
+from mamlctl.data.sets.registry import has_rewards
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.report.column_texts import FROM_MEMORY, RECALLED, letter
 from mamlctl.report.table import Published
@@ -58,23 +61,44 @@ class Line:
             mode: the batch-norm mode; None for the first one of the experiment.
         """
         mode = mode or self.experiment.modes[0] or "none"
-        results = [
+        results = self._results(kind, mode)
+        if not results:
+            return NOT_RUN
+        metric = metric_of(self.experiment.config)
+        if len(results) == 1:
+            mean, half = self._after_steps(metric, results[0])
+        else:
+            mean, half = over_seeds([self._after_steps(metric, result)[0] for result in results])
+        note = f" ({self.seeds()} seeds)" if len(self.experiment.seeds) > 1 else ""
+        return formatting.score(metric, mean, half) + note
+
+    def seeds(self) -> str:
+        """The number of seeds, or how many of them have a receipt: "3" or "2 of 3"."""
+        seeds, done = len(self.experiment.seeds), len(self.receipts)
+        return f"{done} of {seeds}" if done < seeds else f"{seeds}"
+
+    def returns(self) -> list[str]:
+        """The mean return of the best model over the seeds, after 0, 1, ... inner steps.
+
+        The half widths are the means of those of the seeds' 95 % intervals over tasks. That of the mean
+        return is at most as large, since the deviation of a mean is at most the mean deviation.
+        """
+        results = self._results("best", "none")
+        means, halves = (
+            [fmean(numbers) for numbers in zip(*(result[key] for result in results), strict=True)]
+            for key in ("per_step", "per_step_ci95")
+        )
+        return [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(means, halves, strict=True)] or [NOT_RUN]
+
+    def _results(self, kind: str, mode: str) -> list[Mapping[str, Any]]:
+        """The results of a kind of model in a batch-norm mode, one for each receipt."""
+        return [
             result
             for receipt in self.receipts
             for test in receipt["tests"]
             for result in test["results"]
             if (result["kind"], result["bn"]) == (kind, mode)
         ]
-        if not results:
-            return NOT_RUN
-        metric = "accuracy" if "accuracy" in results[0] else "mse"
-        if len(results) == 1:
-            mean, half = self._after_steps(metric, results[0])
-        else:
-            mean, half = over_seeds([self._after_steps(metric, result)[0] for result in results])
-        seeds, done = len(self.experiment.seeds), len(results)
-        note = "" if seeds == 1 else f" ({done} of {seeds} seeds)" if done < seeds else f" ({seeds} seeds)"
-        return formatting.score(metric, mean, half) + note
 
     def _after_steps(self, metric: str, result: Mapping[str, Any]) -> tuple[float, float]:
         """The score after the inner steps of this line, and the half width of its interval over tasks."""
@@ -108,10 +132,10 @@ def _number(published: Published) -> str:
 
 
 def results(table: TableOf, found: Sequence[Line]) -> str:
-    """All results, then a footnote for every published number."""
+    """All results except those of policies, then a footnote for every published number."""
     notes: dict[str, str] = {}  # the text of each footnote -> its letter
     rows = []
-    for line in found:
+    for line in (line for line in found if not has_rewards(line.experiment.config)):
         cells = []
         for published in line.published:
             remark = f"; {published.note}" if published.note else ""
@@ -133,6 +157,19 @@ def modes(table: TableOf, found: Sequence[Line]) -> str:
     names = [str(mode) for mode in images[0].experiment.modes]
     rows = [[f"`{line.experiment.name}`", *(line.score("best", mode) for mode in names)] for line in images]
     return table(("experiment", *names), rows)
+
+
+def returns(table: TableOf, found: Sequence[Line]) -> str:
+    """The mean return of every policy after each inner step of its test."""
+    policies = [line for line in found if has_rewards(line.experiment.config)]
+    most = max(line.steps for line in policies)
+    rows = []
+    for line in policies:
+        config, cells = line.experiment.config, line.returns()
+        name, outer = f"`{line.experiment.name}`", f"`{config.outer}`" if config.outer else "-"
+        rows.append([name, outer, line.meta_steps(), line.seeds(), *cells, *["-"] * (most + 1 - len(cells))])
+    steps = [f"{step} {formatting.plural(step, 'step')}" for step in range(1, most + 1)]
+    return table(("experiment", "outer step", "meta-steps", "seeds", "before", *steps), rows)
 
 
 def curves(table: TableOf, found: Sequence[Line]) -> str:
