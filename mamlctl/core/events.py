@@ -103,7 +103,7 @@ class TrainReport:
     query_accuracy: float | None  # after the last inner step, 0..1; None for curves
     meta_loss: float
     msl_weights: tuple[float, ...]  # weights of the query losses after inner steps 1..I
-    meta_lr: float
+    meta_lr: float | None  # None for steps inside a trust region
     first_order: bool | None  # None if nothing is unrolled
     tasks_per_second: float
     memory_bytes: int  # peak memory of the CUDA device; on a CPU, resident set of the process

@@ -179,7 +179,7 @@ def _run_line(run: events.RunStarted) -> str:
         formatting.one_line(formatting.task(run.dataset, run.ways, run.shots)),
         f"{run.meta_batch_size} tasks per meta-step",
         f"{run.parameters:,} parameters",
-        f"bn {run.bn}",
+        *([] if run.bn == "none" else [f"bn {run.bn}"]),
         run.device,
     ]
     if run.first_step:
@@ -199,7 +199,7 @@ def _report_line(report: events.TrainReport, run: events.RunStarted | None) -> s
         "" if returns or report.support_loss is None else f"support {report.support_loss:.3f}",
         f"{'return' if returns else 'query'} {losses}",
         "" if report.query_accuracy is None else f"acc {formatting.percent(report.query_accuracy)}",
-        f"lr {report.meta_lr:#.3g}",
+        "" if report.meta_lr is None else f"lr {report.meta_lr:#.3g}",
         "" if report.first_order is None else f"order {1 if report.first_order else 2}",
         f"{report.tasks_per_second:.1f} tasks/s",
     ]
@@ -210,4 +210,5 @@ def _validation_line(done: events.ValidationDone, run: events.RunStarted | None)
     epochs = f"/{run.epochs}" if run else ""
     score = formatting.score(done.metric, done.val_score, done.val_ci95, 1)
     best = f"best {formatting.score(done.metric, done.best_val_score, None, 1)} at epoch {done.best_epoch}"
-    return f"epoch {done.epoch}{epochs}  val {score} ({done.val_tasks} tasks, {done.bn})  {best}"
+    bn = "" if done.bn == "none" else f", {done.bn}"
+    return f"epoch {done.epoch}{epochs}  val {score} ({done.val_tasks} tasks{bn})  {best}"

@@ -203,7 +203,8 @@ def _running_lines(grid: GridChanged, width: int, room: int) -> list[Text]:
             score = "–" if cell.score is None else formatting.score(grid.metric, cell.score, None, 1)
             line.append(score.rjust(VALIDATION))
         if recent:
-            line.append(f"  {widgets.spark(cell.loss_history[-recent:])}", DIM)
+            history = [formatting.reported(grid.metric, loss) for loss in cell.loss_history[-recent:]]
+            line.append(f"  {widgets.spark(history)}", DIM)
         lines.append(line)
     if hidden := len(running) - len(shown):
         lines.append(Text(f" … {hidden} more running {formatting.plural(hidden, 'cell')}", DIM))

@@ -1,4 +1,7 @@
-"""The history of the query losses: curves on one logarithmic scale, drawn in braille dots."""
+"""The history of the query losses: curves on one logarithmic scale, drawn in braille dots.
+
+Policies have returns, which are minus the losses, so their scale is upside down: higher is better.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from operator import itemgetter
 from rich.text import Text
 
 from mamlctl.core import formatting
+from mamlctl.core.literals import Metric
 from mamlctl.display import widgets
 from mamlctl.display.live_state import LossPoint
 from mamlctl.display.widgets import DIM
@@ -36,22 +40,25 @@ class Scale:
     low: float
     high: float
     dots: int
+    metric: Metric
 
     @classmethod
-    def around(cls, losses: Sequence[float], dots: int) -> Scale:
+    def around(cls, losses: Sequence[float], dots: int, metric: Metric = "mse") -> Scale:
         """The scale that contains all losses; it ends at readable numbers, so that it seldom changes.
 
         Args:
             losses: positive and finite.
             dots: the height of the axis.
+            metric: of the run; "return" for the scale of negative returns.
         """
         least, most = min(losses, default=1.0), max(losses, default=1.0)
         low = _readable(least / 10, least, ENDS)[-1]
-        return cls(low, next(end for end in _readable(most, 20 * most, ENDS) if end > low), dots)
+        return cls(low, next(end for end in _readable(most, 20 * most, ENDS) if end > low), dots, metric)
 
     def dot(self, loss: float) -> int:
         """The dot of a loss; that of the nearest end if the loss is outside of the scale."""
         share = math.log(self.high / loss) / math.log(self.high / self.low)
+        share = 1 - share if self.metric == "return" else share
         return round(min(max(share, 0.0), 1.0) * (self.dots - 1))
 
     def row(self, loss: float) -> int:
@@ -62,10 +69,13 @@ class Scale:
         """As many readable numbers as fit with a row between them, by row of characters."""
         for numbers in reversed(READABLE):
             ticks = _readable(self.low, self.high, numbers)
-            apart = all(self.row(a) - self.row(b) > 1 for a, b in itertools.pairwise(ticks))
+            apart = all(abs(self.row(a) - self.row(b)) > 1 for a, b in itertools.pairwise(ticks))
             if len(ticks) > 1 and apart:
-                return {self.row(tick): f"{tick:g}" for tick in ticks}
-        return {self.row(end): f"{end:g}" for end in (self.high, self.low)}
+                return {self.row(tick): self._label(tick) for tick in ticks}
+        return {self.row(end): self._label(end) for end in (self.high, self.low)}
+
+    def _label(self, loss: float) -> str:
+        return f"{formatting.reported(self.metric, loss):g}"
 
 
 def _readable(low: float, high: float, numbers: Sequence[float]) -> list[float]:
@@ -92,7 +102,7 @@ def loss_chart(
     total_steps: int,
     width: int,
     height: int,
-    title: str = "Loss history",
+    metric: Metric = "mse",
 ) -> tuple[Text, ...]:
     """Draw the loss after each inner step as a curve, with the losses on the left and meta-steps below.
 
@@ -102,13 +112,13 @@ def loss_chart(
         total_steps: meta-steps of the whole run.
         width: of the chart, in columns.
         height: of the chart, in lines: a title, at least one row of curves, and the meta-steps.
-        title: of the chart.
+        metric: of the run; "return" for a chart of returns, which are minus the losses.
     """
     rows, count = height - 2, len(points[-1].query_losses)
     steps = formatting.evenly_spaced(count, CURVES)
     series = [_series(points, step) for step in steps]
     losses = [loss for one_series in series for _, loss in one_series]
-    scale = Scale.around([*losses, *([] if chance is None else [chance])], 4 * rows)
+    scale = Scale.around([*losses, *([] if chance is None else [chance])], 4 * rows, metric)
     labels = scale.labels()
     axis = max(map(len, labels.values()))
     columns = max(width - axis - 3 - MARGIN, 2)
@@ -129,7 +139,7 @@ def loss_chart(
         row_cells = cells[scale.row(chance)]
         row_cells[:columns] = [("┈", DIM) if cell[0] == " " else cell for cell in row_cells[:columns]]
     _name(cells, curves)
-    lines = [widgets.rule(title, note, width)]
+    lines = [widgets.rule("Return history" if metric == "return" else "Loss history", note, width)]
     for row, row_cells in enumerate(cells):
         line = Text.assemble((f" {labels.get(row, ''):>{axis}} {'┤' if row in labels else '│'}", DIM))
         for style, group in itertools.groupby(row_cells, key=itemgetter(1)):

@@ -86,8 +86,8 @@ def _frame(state: LiveState, width: int, height: int) -> list[Text]:
         chance = run.chance_loss(report.epoch)
         lines = min(max(room // 2 if report.rates else room - GAPS, CHART[0]), CHART[1])
         total = run.epochs * run.steps_per_epoch
-        heading = "Minus the returns so far" if run.metric == "return" else "Loss history"
-        history = [line.copy() for line in loss_chart(state.losses, chance, total, width, lines, heading)]
+        charted = loss_chart(state.losses, chance, total, width, lines, run.metric)
+        history = [line.copy() for line in charted]
         room -= len(history)
     rates = _rate_lines(report, run.inner_lr, width, room - (GAPS if is_tall else 0))
     title = _chart_title(run, report, width)
@@ -177,12 +177,7 @@ def _bar_line(
 def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width: int) -> list[Text]:
     per_step = run.meta_batch_size / report.tasks_per_second if report.tasks_per_second > 0 else math.nan
     rows = [
-        [
-            ("support loss", "–" if report.support_loss is None else formatting.loss(report.support_loss)),
-            ("meta-loss", formatting.loss(report.meta_loss)),
-            ("meta lr", f"{report.meta_lr:.3g}"),
-            ("", ORDERS[report.first_order]),
-        ],
+        _learning_numbers(run, report),
         [
             ("tasks/s", f"{report.tasks_per_second:,.1f}"),
             ("meta-step", formatting.duration(per_step)),
@@ -191,6 +186,17 @@ def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width:
         ],
     ]
     return [_number_line(row, width) for row in rows]
+
+
+def _learning_numbers(run: RunStarted, report: TrainReport) -> list[tuple[str, str]]:
+    rate = ("meta lr", "" if report.meta_lr is None else f"{report.meta_lr:.3g}")
+    order = ("", ORDERS[report.first_order])
+    if run.metric == "return":
+        # With MSL a weighted mean of those after 1, 2, ... inner steps, else that after the last one.
+        score = ("mean return", formatting.loss(formatting.reported(run.metric, report.meta_loss)))
+        return [score, order, rate if report.meta_lr is not None else ("", ""), ("", "")]
+    support = "–" if report.support_loss is None else formatting.loss(report.support_loss)
+    return [("support loss", support), ("meta-loss", formatting.loss(report.meta_loss)), rate, order]
 
 
 def _number_line(row: list[tuple[str, str]], width: int) -> Text:
@@ -243,7 +249,7 @@ def _chart(
 ) -> list[Text]:
     accuracy = f"{'accuracy':<{widths.accuracy + 8}}  " if run.guesses else ""
     returns = run.metric == "return"
-    name, history = ("return", "cost history") if returns else ("query loss", "loss history")
+    name, history = ("return", "return history") if returns else ("query loss", "loss history")
     heads = f" {'step':>4}  {'weight':<6}  {name:<{widths.loss + 10}}  {accuracy}{history[: widths.recent]}"
     return [Text(heads, DIM), *(_chart_row(reports, run, widths, step) for step in steps)]
 
@@ -266,7 +272,8 @@ def _chart_row(reports: Sequence[TrainReport], run: RunStarted, widths: ChartWid
         accuracy = report.query_accuracies[step]
         line.append(f"  {formatting.percent(accuracy):>7} ", "bold" if math.isfinite(accuracy) else BAD)
         line.append_text(widgets.bar(accuracy, widths.accuracy, 1 / guesses, colour))
-    history = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
+    losses = [past.query_losses[step] for past in reports if step < len(past.query_losses)]
+    history = [formatting.reported(run.metric, past) for past in losses]
     return line.append("  ").append(widgets.spark(history[max(len(history) - widths.recent, 0) :]), colour)
 
 
@@ -279,7 +286,8 @@ def _weight(report: TrainReport, step: int) -> list[tuple[str, str]]:
 
 
 def _validation_lines(state: LiveState, run: RunStarted, width: int) -> list[Text]:
-    rule = widgets.rule("Validation", f"{run.val_tasks:,} tasks · bn {run.bn} · 95 % interval", width)
+    bn = "" if run.bn == "none" else f"bn {run.bn} · "
+    rule = widgets.rule("Validation", f"{run.val_tasks:,} tasks · {bn}95 % interval", width)
     if not state.validations:
         return [rule, Text(" none yet; it runs after every epoch", DIM)]
     last = state.validations[-1]

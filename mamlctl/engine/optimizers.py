@@ -22,8 +22,11 @@ class Optimizer(Protocol):
     def set_lr(self, lr: float) -> None:
         """Set the meta learning rate; ignored by an optimiser that learns its own rate."""
 
-    def lr_now(self) -> float:
-        """Return the meta learning rate; synchronises with the device if the rate is a tensor there."""
+    def lr_now(self) -> float | None:
+        """Return the meta learning rate; synchronises with the device if the rate is a tensor there.
+
+        None if the steps have no rate.
+        """
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Descend along the gradients, which have the names and shapes of the learnable tensors."""
@@ -110,7 +113,7 @@ class Sgd:
     def set_lr(self, lr: float) -> None:
         self.lr = lr
 
-    def lr_now(self) -> float:
+    def lr_now(self) -> float | None:
         return self.lr
 
     @torch.no_grad()
@@ -133,3 +136,6 @@ class WholeSteps(Sgd):
 
     def set_lr(self, lr: float) -> None:
         """Ignore the meta learning rate: the trust region decides the size of a step."""
+
+    def lr_now(self) -> None:
+        return None

@@ -30,7 +30,7 @@ from mamlctl.experiments.settings import resolve_settings
 from mamlctl.experiments.tables.plots import table_figure
 from mamlctl.experiments.train import resume, train
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
-from mamlctl.report.figures import path_figures, run_figures
+from mamlctl.report.figures import path_figures, run_figures, training_figure
 from mamlctl.report.figures.style import save
 from mamlctl.run_folder import open_run
 from mamlctl.settings.evaluation import EvalConfig
@@ -102,7 +102,7 @@ def draw(
     metrics = model.run.metrics()
     if reports := rows_of(metrics, "report"):
         validations = rows_of(metrics, "validation")
-        figures["training"] = run_figures.training(reports, validations, metric_of(model.config))
+        figures["training"] = training_figure.training(reports, validations, metric_of(model.config))
     state = model.states[0]
     if state.rates_learnt:
         rates = {tensor: rate.detach().double().cpu().numpy() for tensor, rate in state.rates.items()}

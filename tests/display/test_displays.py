@@ -181,6 +181,24 @@ def test_a_pipe_gets_one_plain_line_per_report(monkeypatch: pytest.MonkeyPatch):
     ]
 
 
+def test_a_plain_line_of_policies_has_returns_and_no_rate_inside_a_trust_region():
+    console, run = pipe(), replace(RUN, metric="return", guesses=0, bn="none")
+    changes = {"query_losses": (21.5, 3.25), "query_accuracies": (), "query_accuracy": None}
+    with open_display(console, quiet=False) as display:
+        done = replace(
+            VALIDATION, metric="return", bn="none", val_score=-3.5, best_val_score=-3.5, val_ci95=0.5
+        )
+        for event in (run, a_report(**changes), a_report(**changes, meta_lr=None), done):
+            display(event)
+    lines = written(console).splitlines()
+    assert "bn" not in lines[0].split()
+    assert lines[1:] == [
+        "step 30/500  epoch 1/10  return -21.500>-3.250  lr 0.00100  order 1  38.1 tasks/s",
+        "step 30/500  epoch 1/10  return -21.500>-3.250  order 1  38.1 tasks/s",
+        "epoch 1/10  val -3.500 ± 0.500 (600 tasks)  best -3.500 at epoch 1",
+    ]
+
+
 def test_plain_progress_is_rare():
     now = [0.0]
     console = pipe()

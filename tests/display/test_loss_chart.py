@@ -134,3 +134,19 @@ def test_a_report_may_have_fewer_inner_steps_than_the_next():
     text = "\n".join(drawn((*body_only, *later), None, 10, 60, 12))
     for name in ("step 0", "step 1", "step 2"):
         assert name in text
+
+
+def test_returns_are_drawn_as_negative_numbers_on_the_losses_scale_upside_down():
+    points = points_of([20.0, 8.0, 3.0, 1.2, 0.7] * 4, [2.0] * 20)
+    as_losses, as_returns = drawn(points, None, 20, 60, 12), drawn(points, None, 20, 60, 12, "return")
+    assert as_returns[0].startswith(" Return history ─") and as_returns[0].endswith(" log scale")
+
+    def labels(lines):
+        return [float(line.split()[0]) for line in lines[1:-1] if "┤" in line]
+
+    assert labels(as_losses)[0] > labels(as_losses)[-1] > 0
+    assert [-label for label in reversed(labels(as_losses))] == labels(as_returns)
+    usual, reversed_ = (Scale.around([0.7, 20.0], 40, metric) for metric in ("mse", "return"))
+    for loss in (20.0, 2.0, 0.7):
+        assert reversed_.dot(loss) == 39 - usual.dot(loss)
+        assert reversed_.dot(loss) in {y for _, y in lit(as_returns)}

@@ -264,14 +264,31 @@ def test_a_run_of_policies_shows_returns_instead_of_losses():
     run = replace(RUN, dataset="navigation", algo="maml", improvements=(), ways=1, metric="return", guesses=0)
     report = a_report(inner_steps=1, query_losses=(21.5, 3.25), query_accuracies=(), query_accuracy=None)
     done = replace(VALIDATION, metric="return", val_score=-3.5, best_val_score=-3.5)
-    lines = "\n".join(frame(state_after(run, report, done), 100, 60))
+    lines, narrow = ("\n".join(frame(state_after(run, report, done), 100, height)) for height in (60, 20))
     for text in (
         "Per-step returns",
         "mean return",
         "-21.5000",
         "-3.2500",
-        "Minus the returns so far",
+        "Return history",
+        "return history",
+        "mean return -0.5230",
+        "meta lr 0.001",
         "-3.500",
     ):
-        assert text in lines, text
-    assert "query loss" not in lines and "squared" not in lines
+        assert text in lines or text in narrow, text
+    assert "loss" not in lines + narrow and "squared" not in lines
+    trpo = frame(state_after(run, replace(report, meta_lr=None), done), 100, 60)
+    assert "meta lr" not in "\n".join(trpo) and len(trpo) == len(lines.splitlines())
+
+
+def test_histories_of_returns_rise_when_returns_rise():
+    run = replace(RUN, dataset="navigation", algo="maml", ways=1, metric="return", guesses=0)
+    losses = [20.0, 10.0, 5.0, 1.0]
+    reports = [
+        a_report(step, inner_steps=1, query_losses=(loss, loss), query_accuracies=(), query_accuracy=None)
+        for step, loss in enumerate(losses, 1)
+    ]
+    narrow = frame(state_after(run, *reports), 80, 20)
+    sparks = [line.split()[-1] for line in narrow if line.split()[:1] in (["0"], ["1"])]
+    assert sparks == ["▁▅▇█"] * 2

@@ -78,6 +78,7 @@ def test_every_algorithm_trains_and_reports_returns(runs, algo):
     reports, validations = (rows_of(run.metrics(), kind) for kind in ("report", "validation"))
     steps = run.config.inner_steps
     assert reports and all(len(row["query_losses"]) == steps + 1 for row in reports)
+    assert all((row["meta_lr"] is None) == (run.config.outer == "trpo") for row in reports)
     assert len(validations) == run.config.epochs
     assert all(row["val_return"] < 0 for row in validations)
     # The loss of a report is minus the mean return; without MSL the meta-loss is the last one.

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
-from mamlctl.report.figures import run_figures, style
+from mamlctl.report.figures import run_figures, style, training_figure
 from mamlctl.report.figures.run_figures import Curve, Panel, TaskPicture
 
 same = np.testing.assert_array_equal
@@ -62,6 +62,16 @@ def validations(count, metric="accuracy"):
     return [{"step": 50 * n, f"val_{metric}": 0.5 + 0.04 * n, "val_ci95": 0.02 / n} for n in rows.tolist()]
 
 
+def of_policies(count, **changes):
+    """Reports of policies, whose losses are minus their returns."""
+    reports = metrics(count, inner_steps=3)
+    losses = [[20.0, 8.0 + 12 / n, 3.0 + 16 / n, 0.8 + 18 / n] for n in range(1, count + 1)]
+    return [
+        row | {"query_losses": of_row, "query_accuracies": []} | changes
+        for row, of_row in zip(reports, losses, strict=True)
+    ]
+
+
 def rates_of(*shapes, mean=0.02):
     """Inner learning rates with a standard deviation of 0.02."""
     rng = np.random.default_rng(1)
@@ -75,9 +85,10 @@ PICTURES = {
     "5-way 5-shot": lambda: run_figures.tasks([task(5, 5, 75, wrong=9, channels=3)], "15 queries per class"),
     "20-way 1-shot": lambda: run_figures.tasks([task(20, 1, 20, wrong=3)], "20-way 1-shot"),
     "20-way, names": lambda: run_figures.tasks([task(20, 1, 300, names=LONG)], "With names"),
-    "accuracy": lambda: run_figures.training(metrics(100), validations(10), "accuracy"),
-    "mse": lambda: run_figures.training(metrics(100, 10), validations(10, "mse"), "mse"),
-    "one report": lambda: run_figures.training(metrics(1), [], "accuracy"),
+    "accuracy": lambda: training_figure.training(metrics(100), validations(10), "accuracy"),
+    "mse": lambda: training_figure.training(metrics(100, 10), validations(10, "mse"), "mse"),
+    "return": lambda: training_figure.training(of_policies(60), validations(8, "return"), "return"),
+    "one report": lambda: training_figure.training(metrics(1), [], "accuracy"),
     "rates by step": lambda: run_figures.rates(rates_of(5, mean=0.1), 0.1, "Learnt rates"),
     "20 steps": lambda: run_figures.rates(rates_of(20), 0.02, "Learnt rates, some negative"),
     "rates by weight": lambda: run_figures.rates(rates_of(*WEIGHTS), 0.02, "Meta-SGD"),
@@ -213,7 +224,7 @@ def test_training_draws_the_reports_with_gaps_for_missing_values():
     reports[11]["meta_lr"] = None
     val = validations(5)
     val[2]["val_accuracy"] = None
-    figure = run_figures.training(reports, val, "accuracy")
+    figure = training_figure.training(reports, val, "accuracy")
     top, middle, bottom = figure.axes
     steps = [report["step"] for report in reports]
     for taken in range(6):
@@ -231,7 +242,7 @@ def test_training_draws_the_reports_with_gaps_for_missing_values():
 
 def test_training_thins_many_inner_steps_and_draws_the_interval_as_a_band():
     val = validations(4, "mse")
-    top, middle, _ = run_figures.training(metrics(10, inner_steps=20), val, "mse").axes
+    top, middle, _ = training_figure.training(metrics(10, inner_steps=20), val, "mse").axes
     assert list(lines_of(top)) == ["0", "4", "8", "12", "16", "20"]
     light = [np.dot(to_rgba(line.get_color())[:3], LIGHT) for line in top.lines]
     assert light == sorted(light, reverse=True)  # later steps are darker
@@ -241,6 +252,32 @@ def test_training_thins_many_inner_steps_and_draws_the_interval_as_a_band():
         heights = points[points[:, 0] == entry["step"], 1]
         ends = entry["val_mse"] - entry["val_ci95"], entry["val_mse"] + entry["val_ci95"]
         assert (heights.min(), heights.max()) == pytest.approx(ends)
+
+
+def test_returns_are_drawn_as_negative_numbers_with_the_best_ones_above():
+    vals = [row | {"val_return": -20.0 / n} for n, row in enumerate(validations(5, "return"), 1)]
+    figure = training_figure.training(of_policies(30), vals, "return")
+    top, middle, bottom = figure.axes
+    assert [ax.get_title("left") for ax in figure.axes] == [
+        "Mean return in training",
+        "Validation return",
+        "Meta learning rate",
+    ]
+    for ax in (top, middle):
+        assert ax.yaxis_inverted() and ax.get_yscale() == "log"
+        places, labels = ax.get_yticks(), [label.get_text() for label in ax.get_yticklabels()]
+        assert [float(label.replace("−", "-")) for label in labels] == pytest.approx(list(-places))
+    same(middle.lines[0].get_ydata(), np.array([20.0 / n for n in range(1, 6)]))
+    assert top.lines[0].get_ydata()[0] > top.lines[-1].get_ydata()[-1] > 0
+    assert bottom.get_xlabel() == "meta-step"
+
+
+def test_steps_inside_a_trust_region_have_no_panel_of_a_learning_rate():
+    figure = training_figure.training(of_policies(5, meta_lr=None), validations(5, "return"), "return")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "meta-step"]
+    positive = [row | {"query_losses": [1.0, -0.5]} for row in of_policies(5, meta_lr=None)]
+    (top,) = training_figure.training(positive, [], "return").axes
+    assert top.get_yscale() == "linear" and top.yaxis_inverted()
 
 
 NOTHING = {"step": 1, "query_losses": [None, None], "meta_lr": None}
@@ -256,7 +293,7 @@ SHORT = [
 
 @pytest.mark.parametrize(("reports", "vals", "panels"), SHORT)
 def test_short_and_empty_runs_are_drawn(reports, vals, panels, tmp_path):
-    figure = run_figures.training(reports, vals, "accuracy")
+    figure = training_figure.training(reports, vals, "accuracy")
     assert len(figure.axes) == panels
     style.save(figure, tmp_path / "short")
     points = [line for ax in figure.axes for line in ax.lines]
@@ -284,7 +321,7 @@ def test_losses_are_on_a_log_axis_and_every_legend_has_a_title(name):
 def test_a_loss_of_zero_keeps_the_axis_linear():
     reports = metrics(5)
     reports[2]["query_losses"][0] = 0.0
-    top, *_ = run_figures.training(reports, [], "accuracy").axes
+    top, *_ = training_figure.training(reports, [], "accuracy").axes
     assert top.get_yscale() == "linear"
 
 
@@ -368,12 +405,12 @@ def test_markup_in_texts_is_not_interpreted(tmp_path):
 
 PROGRAM = """
 import sys
-from mamlctl.report.figures import run_figures, style
+from mamlctl.report.figures import run_figures, style, training_figure
 assert "matplotlib" not in sys.modules and "torch" not in sys.modules
 import matplotlib, pathlib, numpy as np
 before = dict(matplotlib.rcParams.copy())
 style.save(run_figures.rates({"w": np.array([0.1, 0.2])}, 0.1, "Rates"), pathlib.Path(sys.argv[1]))
-run_figures.training([{"step": 1, "query_losses": [1.0], "meta_lr": 1.0}], [], "mse")
+training_figure.training([{"step": 1, "query_losses": [1.0], "meta_lr": 1.0}], [], "mse")
 y = np.zeros(1, int)
 run_figures.tasks([run_figures.TaskPicture(np.zeros((1, 1, 1, 8, 8)), np.zeros((1, 1, 8, 8)), y, y)], "Task")
 x = np.zeros(3)

@@ -138,14 +138,16 @@ class TensorBoardLog:
         import numpy as np
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        from mamlctl.report.figures import run_figures, style
+        from mamlctl.report.figures import run_figures, style, training_figure
 
         assert self._run is not None
         metrics = self._run.metrics()
         reports = rows_of(metrics, "report")
         if not reports:
             return
-        figures = {"training": run_figures.training(reports, rows_of(metrics, "validation"), self._metric)}
+        figures = {
+            "training": training_figure.training(reports, rows_of(metrics, "validation"), self._metric)
+        }
         if rates := reports[-1].get("rates"):
             title = f"{self._run.config.algo}, {self._run.path.name}"
             arrays = {name: np.array(values, dtype=np.float64) for name, values in rates.items()}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mamlctl.core import formatting
-from mamlctl.core.literals import Metric
 from mamlctl.report.figures import rate_figures, style
 from mamlctl.report.figures.style import Numbers, drawing, plain
 
@@ -19,14 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Rows = Sequence[Mapping[str, Any]]
-Key = TypeVar("Key")
-
 Look = tuple[str, str | tuple[float, tuple[float, ...]]]  # colour; dashes by name, or their lengths
 
 EARLY: tuple[Look, ...] = ((style.ORANGE, "--"), (style.GREEN, "-."), (style.PURPLE, (0, (5, 1, 1, 1, 1, 1))))
 BINS = 60  # per histogram
-LOSS_LINES = 6  # more shades would be hard to distinguish
 CROWDED = 12  # inner steps: with more, two digits of a rate do not fit
 
 # Inches.
@@ -201,86 +195,6 @@ def _task(ax: Axes, layout: _PictureLayout, task: int, picture: TaskPicture) -> 
                 ax.text(
                     *below, f"is {truth + 1}", color=style.RED, fontsize=style.SMALL, ha="center", va="top"
                 )
-
-
-def training(reports: Rows, validations: Rows, metric: Metric) -> Figure:
-    """Draw the curves of a run: query losses by inner steps taken, validation scores and meta learning rate.
-
-    Args:
-        reports: the training reports in metrics.jsonl.
-        validations: the validations in metrics.jsonl.
-        metric: of the run; training accuracies are only drawn for "accuracy".
-
-    Returns:
-        A figure with meta-steps on the x axis; null values are gaps.
-    """
-    from matplotlib import colormaps
-
-    steps, lr = (_column(reports, key) for key in ("step", "meta_lr"))
-    losses = _columns(reports, "query_losses")
-    trained = _columns(reports, "query_accuracies")[-1:] if metric == "accuracy" else []
-    val_steps, score, half = (_column(validations, key) for key in ("step", f"val_{metric}", "val_ci95"))
-    heights = [3.0, 2.2, 1.0] if style.finite_values(score, *trained).size else [3.0, 1.0]
-    with drawing(style.WIDTH, 0.6 + 0.85 * sum(heights), "") as figure:
-        top, *middle, bottom = figure.subplots(len(heights), sharex=True, height_ratios=heights)
-        chosen = formatting.evenly_spaced(len(losses), LOSS_LINES)
-        # The yellow end of the scale is left out, because it is hard to see on white.
-        for taken, shade in zip(chosen, colormaps["viridis"](np.linspace(0.88, 0, len(chosen))), strict=True):
-            _metric_line(top, steps, losses[taken], color=shade, label=str(taken))
-        _use_log_axis(top, *losses)
-        top.set_title("Query loss in training" if metric != "return" else "Minus the mean return in training")
-        for ax in middle:
-            for accuracies in trained:
-                _metric_line(ax, steps, accuracies, color=style.CALM, label="training tasks")
-            _metric_line(ax, val_steps, score, color=style.BLUE, label="validation tasks,\n95 % interval")
-            edge = 1.2 if len(score) == 1 else 0  # the band of a single validation has no width
-            ax.fill_between(
-                val_steps, score - half, score + half, color=style.BLUE, alpha=0.2, linewidth=edge
-            )
-            ax.set_title(
-                "Query accuracy after adaptation" if metric == "accuracy" else f"Validation {metric}"
-            )
-            if metric == "accuracy":
-                ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-            else:
-                _use_log_axis(ax, score)
-        _metric_line(bottom, steps, lr, color=style.INK)
-        highest = 1.1 * max(style.finite_values(lr), default=0.0) or 1.0
-        bottom.locator_params(axis="x", integer=True, min_n_ticks=1)
-        bottom.set(ylim=(0, highest), xlabel="meta-step", title="Meta learning rate")
-        for ax, legend in ((top, "inner steps taken"), *((ax, "measured on") for ax in middle), (bottom, "")):
-            ax.grid(True, which="both")
-            if ax.get_legend_handles_labels()[0]:
-                ax.legend(title=legend, alignment="left", loc="upper left", bbox_to_anchor=(1.0, 1.05))
-    return figure
-
-
-def _use_log_axis(ax: Axes, *losses: Numbers) -> None:
-    """Draw positive losses on a log axis; one that also had to show 0 or less stays linear."""
-    finite = style.finite_values(*losses)
-    if finite.size and finite.min() > 0:
-        ax.set_yscale("log", subs=[2, 5])
-        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-
-
-def _column(rows: Sequence[Mapping[Key, Any]], key: Key) -> NDArray[np.float64]:
-    """One number per row; a missing one is NaN, which is drawn as a gap."""
-    return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)
-
-
-def _columns(rows: Rows, key: str) -> list[NDArray[np.float64]]:
-    """Split the lists of all rows into columns, one per number of inner steps taken."""
-    lists = [dict(enumerate(row.get(key) or ())) for row in rows]
-    return [_column(lists, place) for place in range(max(map(len, lists), default=0))]
-
-
-def _metric_line(ax: Axes, x: Numbers, y: Numbers, color: str | Numbers, label: str | None = None) -> None:
-    is_finite = np.isfinite(np.r_[np.nan, y, np.nan])
-    # A value without neighbours is drawn as a point, because no line would show it.
-    alone = np.flatnonzero(is_finite[1:-1] & ~is_finite[:-2] & ~is_finite[2:]).tolist()
-    if is_finite.any():
-        marker = "." if alone else ""
-        ax.plot(x, y, lw=1.0, color=color, label=label, marker=marker, markevery=alone or None)
 
 
 def rates(rates: Mapping[str, Numbers], initial: float, title: str) -> Figure:
