@@ -25,7 +25,7 @@ from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import is_table
+from mamlctl.data.sets.registry import has_rewards, is_table
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
 from mamlctl.experiments.export.target import export_problems
@@ -91,7 +91,10 @@ class EvaluateOptions(GuardOptions):
     plot: Annotated[bool, option(OUTPUT, "Also draw figures in RUN/plots.", "--plot")] = False
     beside: Annotated[
         list[Path] | None,
-        option(OUTPUT, "With --plot, for regression: another run to draw next to this one (repeatable)."),
+        option(
+            OUTPUT,
+            "With --plot, for regression and policies: another run to draw next to this one (repeatable).",
+        ),
     ] = None
 
     def problems(self, settings: Mapping[str, Any]) -> list[Problem]:
@@ -116,7 +119,7 @@ class EvaluateOptions(GuardOptions):
         of_tasks |= self.by_flag("fail_under", "fail_over")
         problems = unused(of_tasks, "with --support, since your own data are the only task")
         if self.beside:
-            problems.append(("--beside is for curves, but --support is one task", "leave it out"))
+            problems.append(("--beside is for test tasks, but --support is one task", "leave it out"))
         if not (self.query or self.files):
             hint = "add --query or leave it out"
             problems += unused(self.by_flag("csv", "plot"), "without --query", hint)
@@ -155,7 +158,7 @@ def evaluate(
     """The command `mamlctl eval`."""
     if run is None:
         raise SettingsError([("the argument 'run' is missing", hint_for_missing_run())])
-    problems = options.problems(settings)
+    problems = _problems_of_policies(run, options) or options.problems(settings)
     if options.support is not None:
         problems += unused({"--nproc": nproc}, "with --support, since your own data are the only task")
     if problems:
@@ -176,6 +179,15 @@ def evaluate(
     else:
         _classify(run, support, config, options)
     return ExitCode.OK
+
+
+def _problems_of_policies(run: Path, options: EvaluateOptions) -> list[Problem]:
+    """The options for the user's own data if the run is a policy, as (fact, hint) pairs."""
+    given = options.by_flag("support", "query", "csv", "save_adapted", "export")
+    if not any(given.values()) or not run.is_dir() or not has_rewards(trained := open_run(run).config):
+        return []
+    why = f"with a run on {trained.dataset}: a policy learns from rewards, not from examples"
+    return unused(given, why, "leave it out; eval tests the policy on new goals")
 
 
 def _test(

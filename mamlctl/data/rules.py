@@ -78,7 +78,7 @@ OF_OTHER_DATA = ("train_shots", "split_seed", *OF_ITS_DATA)
 # Settings that only images have, and the reason that an error for regression gives.
 OF_IMAGES: Mapping[str, str] = {
     **dict.fromkeys(("ways", "split_seed", "body_epochs", *OF_CLASSES), "has no classes"),
-    **dict.fromkeys(OF_PIXELS, "has no images"),
+    **dict.fromkeys(("strict", "augment", *OF_PIXELS), "has no images"),
     **dict.fromkeys(("bn", *improvements_without_meaning("no batch norm")), "is learnt without batch norm"),
 }
 

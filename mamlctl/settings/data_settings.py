@@ -22,8 +22,20 @@ class DataSettings:
         common=True,
     )
     ways: int = setting(5, EPISODE, "Classes per task.", common=True, least=2)
-    shots: int = setting(1, EPISODE, "Support examples per class.", common=True, least=1)
-    queries: int = setting(1, EPISODE, "Query examples per class.", common=True, least=1)
+    shots: int = setting(
+        1,
+        EPISODE,
+        "Support examples per class, or trajectories.",
+        common=True,
+        least=1,
+    )
+    queries: int = setting(
+        1,
+        EPISODE,
+        "Query examples per class, or trajectories.",
+        common=True,
+        least=1,
+    )
     train_shots: int | None = setting(
         None, EPISODE, "Support examples per class in training, if different from --shots.", least=1
     )

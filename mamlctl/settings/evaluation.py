@@ -15,16 +15,24 @@ from mamlctl.settings.schema import FIELDS, TrainConfig
 class EvalConfig:
     """The settings of an evaluation. `None`: as the run was trained."""
 
-    split: Split = setting("test", EPISODE, "Class split to draw test tasks from.", common=True)
+    split: Split = setting("test", EPISODE, "Split to draw test tasks from.", common=True)
     tasks: int = setting(600, EPISODE, "Number of test tasks.", common=True, least=2)
     ways: int | None = setting(
         None, EPISODE, "Classes per task (default: as in training).", common=True, least=2
     )
     shots: int | None = setting(
-        None, EPISODE, "Support examples per class (default: as in training).", common=True, least=1
+        None,
+        EPISODE,
+        "Support examples per class, or trajectories (default: as in training).",
+        common=True,
+        least=1,
     )
     queries: int | None = setting(
-        None, EPISODE, "Query examples per class (default: as in training).", common=True, least=1
+        None,
+        EPISODE,
+        "Query examples per class, or trajectories (default: as in training).",
+        common=True,
+        least=1,
     )
     disjoint: bool = setting(
         False, EPISODE, "Use no image in more than one task, as far as the split allows."
@@ -70,7 +78,8 @@ class EvalConfig:
     per_step: bool = setting(
         False,
         INNER,
-        "Also score the queries after every inner step, which takes longer; implied by --plot and by curves.",
+        "Also score the queries after every inner step, which takes longer; implied by --plot, by curves "
+        "and by policies.",
         before=True,
         common=True,
     )

@@ -65,7 +65,9 @@ class TrainConfig(PolicySettings):
         64, NETWORK, "Filters per convolution; with resnet12, filters of its first block.", least=1
     )
     hidden: str | None = setting(
-        None, NETWORK, "Layer widths of mlp (default: 256-128-64-64 for images, 40-40 for curves)."
+        None,
+        NETWORK,
+        "Layer widths of mlp (default: 256-128-64-64 for images, 40-40 for curves, 100-100 for policies).",
     )
     pooling: Pooling | None = setting(
         None, NETWORK, "How conv4 halves its feature maps: max pooling or stride 2 (default: max)."
@@ -79,9 +81,7 @@ class TrainConfig(PolicySettings):
 
     algo: str = setting("maml++", INNER, "Meta-learning algorithm; see docs/algorithms.md.", common=True)
     adapts: Adapts = setting("all", INNER, "Layers that the inner loop changes.")
-    inner_steps: int = setting(
-        5, INNER, "Inner steps (gradient steps on the support set) in training.", common=True, least=0
-    )
+    inner_steps: int = setting(5, INNER, "Inner steps: gradient steps in training.", common=True, least=0)
     eval_inner_steps: int | None = setting(
         None,
         INNER,
@@ -191,7 +191,7 @@ class TrainConfig(PolicySettings):
         paper_group="batch norm",
     )
     lslr: bool = improvement(
-        "Learnt inner learning rates, one for each layer and inner step.",
+        "Learnt inner rates, one per layer and inner step.",
         unsupported_by=("no unrolled loop", "own inner rates"),
     )
     ca: bool = improvement(

@@ -185,11 +185,54 @@ def test_other_algorithms_are_refused_with_their_reason(algo):
             {"task_chunk": "2"},
             "--task-chunk has no effect with --algo maml: trajectories of a meta-batch are not divided",
         ),
+        (
+            {"algo": "oracle", "train_shots": 30},
+            "--train-shots has no effect with --algo oracle: there is no inner loop in training",
+        ),
+        ({"augment": "flips"}, "--augment has no meaning: navigation has no images"),
+        ({"strict": True}, "--strict has no meaning: navigation has no images"),
+        (
+            {"algo": "scratch", "clip_norm": 1.0},
+            "--clip-norm has no effect with --algo scratch: nothing is trained",
+        ),
         ({"algo": "oracle", "eval_inner_steps": 2}, "--eval-inner-steps is 2, but --algo oracle requires 0"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, fact):
     assert fact in refused(**settings)
+
+
+def test_every_refused_setting_has_one_reason_and_a_hint_that_works():
+    assert refused(engine="compiled") == [f"--engine has no effect with --algo maml: {ONE_WAY}"]
+    for settings in ({"algo": "reptile", "inner_batch": 2}, {"proximal": 0.5}, {"hyper_lr": 0.5}):
+        with pytest.raises(SettingsError) as caught:
+            settings_of(**settings)
+        assert [hint for _, hint in caught.value.problems] == ["leave it out"]
+    with pytest.raises(SettingsError) as caught:
+        settings_of(inner_optimizer="adam")
+    assert [hint for _, hint in caught.value.problems] == ["leave it out, or use --algo reptile"]
+
+
+def test_options_for_examples_of_your_own_are_refused(cli, runs):
+    for words in (
+        ("--support", "mine", "--query", "mine/x.png"),
+        ("--support", "mine", "--export", "policy.onnx"),
+        ("--export", "policy.onnx"),
+        ("--csv", "predicted.csv"),
+        ("--save-adapted", "policy.pt"),
+    ):
+        code, out, err = cli("eval", runs / "maml", *words)
+        assert (code, out) == (2, "")
+        flags = [word for word in words if word.startswith("--")]
+        why = "has no effect with a run on navigation: a policy learns from rewards, not from examples"
+        assert all(f"{flag} {why}" in err for flag in flags), err
+        assert "leave it out; eval tests the policy on new goals" in err
+
+
+def test_a_run_of_policies_is_tested_on_policies_only(runs):
+    fact = "omniglot has images, but the run was trained on navigation tasks"
+    with pytest.raises(SettingsError, match=fact):
+        evaluated(runs / "maml", replace(TESTED, dataset="omniglot"))
 
 
 def test_an_ensemble_of_policies_is_refused(runs):

@@ -31,7 +31,7 @@ class DataKind:
 IMAGES = DataKind("images", "has images", "accuracy")
 CURVES = DataKind("curves", "has curves", "mse")
 TABLE = DataKind("a table", "is a table", "mse")
-REWARDS = DataKind("rewards", "has rewards", "return")
+REWARDS = DataKind("navigation tasks", "has rewards", "return")
 OWN_CLASSES = DataKind("the tasks of its code", "makes its own tasks", "accuracy")
 OWN_VALUES = DataKind("the tasks of its code", "makes its own tasks", "mse")
 

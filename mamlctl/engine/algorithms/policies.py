@@ -79,7 +79,8 @@ UNUSED = refusals("the derivatives of policies are computed in one way", "engine
 OF_UNROLLED = (*improvements_without_meaning("no unrolled loop"), "first_order")
 OF_OUTER = ("outer", "max_kl")
 OF_ADAM = ("adam_beta1", "adam_beta2")
-NO_LOOP = UNUSED | refusals("there is no inner loop in training", *OF_UNROLLED)
+OF_GRADIENTS = (*OF_ADAM, "clip_value", "clip_norm")
+NO_LOOP = UNUSED | refusals("there is no inner loop in training", "train_shots", *OF_UNROLLED)
 
 
 MAML = Algorithm(
@@ -125,7 +126,7 @@ SCRATCH = replace(
     start="random start",
     defaults={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
     forced={"inner_steps": 0, "epochs": 1, "steps_per_epoch": 1},
-    unsupported=NO_LOOP | NOTHING_TRAINED | refusals("nothing is trained", *OF_OUTER),
+    unsupported=NO_LOOP | NOTHING_TRAINED | refusals("nothing is trained", *OF_OUTER, *OF_GRADIENTS),
 )
 ORACLE = replace(
     MAML,

@@ -51,10 +51,11 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
     for name, why in entry.unsupported.items():
         if getattr(config, name) != _unset(entry, name):
             problems.append((f"{flag(name)} has no effect with {algo}: {why}", "leave it out"))
+    learners = _algorithms_for(rewards=has_rewards(config))
     for name in sorted(OWNED - set(entry.exclusive_settings)):
         if getattr(config, name) is not None:
-            owners = [owner for owner, other in ALGORITHMS.items() if name in other.exclusive_settings]
-            hint = f"leave it out, or use --algo {' or '.join(owners)}"
+            owners = [owner for owner, other in learners.items() if name in other.exclusive_settings]
+            hint = f"leave it out, or use --algo {' or '.join(owners)}" if owners else "leave it out"
             problems.append((f"{flag(name)} has no effect with {algo}", hint))
     for name in entry.exclusive_settings:
         if getattr(config, name) is None and entry.defaults.get(name) is not None:
@@ -66,7 +67,7 @@ def algorithm_problems(config: TrainConfig) -> list[Problem]:
         problems.append((fact, f"use {' or '.join(entry.may_adapt)}"))
     if config.inner_steps == 0 and entry.forced.get("inner_steps") != 0:
         problems.append((f"--inner-steps is 0, but {config.algo} adapts in training", "use 1 or more"))
-    if problem := _compiled_problem(config, entry):
+    if "engine" not in entry.unsupported and (problem := _compiled_problem(config, entry)):
         problems.append(problem)
     if config.cuda_graph and not entry.captured:
         problems.append((f"--cuda-graph is not available with {algo}", "leave it out"))
@@ -127,6 +128,12 @@ def needs_second_derivatives(config: TrainConfig) -> bool:
     """Whether the meta-gradient contains second derivatives of the loss."""
     entry = ALGORITHMS[config.algo]
     return entry.implicit or (entry.unrolls and not config.first_order)
+
+
+def _algorithms_for(*, rewards: bool) -> dict[str, Algorithm]:
+    """The algorithms that learn policies, or all that learn from examples, by name."""
+    entries = {name: entry.on_rewards if rewards else entry for name, entry in ALGORITHMS.items()}
+    return {name: entry for name, entry in entries.items() if isinstance(entry, Algorithm)}
 
 
 def _unset(entry: Algorithm, name: str) -> Any:
