@@ -23,7 +23,7 @@ from mamlctl.engine.distributed import current
 from mamlctl.engine.evaluation.evaluator import EvaluationPlan, ModelScores, Scores, evaluate
 from mamlctl.engine.kernels.c_library import compiled_at_every_start
 from mamlctl.experiments.grid.evaluation_files import write_evaluation
-from mamlctl.experiments.processes.together import EvaluationJob, send
+from mamlctl.experiments.processes.together import EvaluationJob, send_after
 from mamlctl.experiments.trained_model import TrainedModel, load_trained_model
 from mamlctl.run_folder import EVALUATIONS, OF_RUN, open_run, protocol_settings
 from mamlctl.settings.evaluation import EvalConfig
@@ -44,8 +44,8 @@ def evaluate_run(path: Path, settings: EvalConfig, *, offline: bool, on_event: O
     started = time.monotonic()
     if problems := current().device_problems(settings.device):
         raise SettingsError(problems)
-    send(EvaluationJob(path.absolute(), settings, offline))
-    model, settings = prepared(path, settings, offline=offline, on_event=on_event)
+    with send_after(EvaluationJob(path.absolute(), settings, offline), on_event) as show:
+        model, settings = prepared(path, settings, offline=offline, on_event=show)
     if reason := compiled_at_every_start():
         on_event(Notice(reason))
     # Everything that decides the tasks and the evaluation; runs with the same protocol can be compared.

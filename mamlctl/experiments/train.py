@@ -36,7 +36,7 @@ from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, sto
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.processes.together import TrainingJob, check_sharing, send
+from mamlctl.experiments.processes.together import TrainingJob, check_sharing, send_after
 from mamlctl.experiments.runs.starts import apply_start, start_again
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import store_facts
@@ -100,8 +100,7 @@ def train(
     check_out(out or runs_folder())  # before data are downloaded
     stop = StopRequests(on_event, time_limit_s=time_limit_s)
     check_sharing(config, on_event)
-    send(TrainingJob(config, config.cuda_graph, offline))
-    prepared = prepare(config, config.cuda_graph, offline, stop, on_event, code)
+    prepared = prepare(TrainingJob(config, config.cuda_graph, offline), stop, on_event, code)
     started = apply_start(prepared.config, prepared.net, prepared.state, on_event)
     path = out or _default_path(prepared.config)
     facts = environment(prepared.config, prepared.source, prepared.device)
@@ -165,9 +164,8 @@ def resume(
             on_event(Notice(notice))
         check_sharing(config, on_event)
         cuda_graph, code_of = overrides.get("cuda_graph"), run.path.absolute() if code.stored else None
-        send(TrainingJob(config, cuda_graph, offline, code_of, split))
-        stored = code.tasks or split
-        prepared = prepare(config, cuda_graph, offline, stop, on_event, code, stored)
+        job = TrainingJob(config, cuda_graph, offline, code_of, split)
+        prepared = prepare(job, stop, on_event, code, code.tasks or split)
         source = prepared.source
         if not run.trained_on(source.digest, source.older_digests):
             now = f"{config.dataset} has digest {source.digest:.12}"
@@ -198,36 +196,37 @@ def _store_data_facts(run: RunFolder, source: TaskSource) -> None:
 
 
 def prepare(
-    config: TrainConfig,
-    cuda_graph: bool | None,
-    offline: bool,
+    job: TrainingJob,
     stop: StopRequests,
     on_event: OnEvent,
     code: RunCode | None = None,
     stored: Stored | None = None,
 ) -> Prepared:
-    """Open the device and the data, and build the network; arguments as in `train` and `TrainingJob`.
+    """Open the device and the data, and build the network; rank 0 sends the job to the others in between.
 
-    `cuda_graph` is the value of this call, since a run that used CUDA graphs may resume on another machine.
-    `code` is that of a resumed run, and `stored` what it has of the user's own data. Raises SettingsError if
-    this machine does not have the device.
+    Args:
+        job: the run.
+        stop: the requests to stop it.
+        on_event: receives progress and notices.
+        code: that of a resumed run.
+        stored: what a resumed run has of the user's own data.
+
+    Raises:
+        SettingsError: this machine does not have the device.
+        DataError: as `open_streams` does.
     """
-    completed = fill_defaults(config)
-    if problems := device_problems(completed.device, completed.precision, cuda_graph):
+    completed = fill_defaults(job.config)
+    if problems := device_problems(completed.device, completed.precision, job.cuda_graph):
         raise SettingsError(problems)
     device = open_device(completed.device, completed.precision)
-    dtype = tensor_dtype(completed.precision)
+    place = Placement(device, tensor_dtype(completed.precision))
     on_event(Waiting.for_data(completed.dataset))
-    streams, source = open_streams(
-        completed,
-        ("train", "val"),
-        Placement(device, dtype),
-        offline=offline,
-        on_event=on_event,
-        stored=stored,
-    )
+    with send_after(job, on_event) as show:
+        streams, source = open_streams(
+            completed, ("train", "val"), place, offline=job.offline, on_event=show, stored=stored
+        )
     if code is None:
-        code = new_code(completed, source, on_event, like=torch.empty((), device=device, dtype=dtype))
+        code = new_code(completed, source, on_event, like=torch.empty((), device=device, dtype=place.dtype))
     classes = source.classes.get("train")
     net, state = build(
         completed, source.example_shape, device, classes=classes, targets=source.targets, parts=code.parts

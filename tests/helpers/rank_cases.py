@@ -18,7 +18,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def in_ranks(count, work, folder):
+def in_ranks(count, work, folder, timeout_s=WAIT_S):
     """Run `work(ranks)` in `count` processes; return what each of them returns."""
     port, children = free_port(), []
     for rank in range(count):
@@ -26,19 +26,19 @@ def in_ranks(count, work, folder):
             warnings.simplefilter("ignore")  # newer versions of Python warn of forks in programs with threads
             pid = os.fork()
         if pid == 0:
-            _become(rank, count, port, work, folder)
+            _become(rank, count, port, work, folder, timeout_s)
         children.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     assert codes == [0] * count
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _become(rank, count, port, work, folder):
+def _become(rank, count, port, work, folder, timeout_s):
     facts = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in facts.items()}, GLOO_SOCKET_IFNAME="lo")
     code = 1
     try:
-        ranks = distributed.open_ranks(WAIT_S, on_stuck=lambda lost: os._exit(3))
+        ranks = distributed.open_ranks(timeout_s, on_stuck=lambda lost: os._exit(3))
         torch.save(work(ranks), folder / f"{rank}.pt")
         ranks.from_first()
         ranks.lifeline.leave(0)

@@ -8,12 +8,12 @@ from mamlctl.engine.training.run_code import code_of_run
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.evaluate import prepared, scores_of
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.processes.together import EvaluationJob, TrainingJob, ignore
+from mamlctl.experiments.processes.together import EvaluationJob, Job, ignore
 from mamlctl.experiments.train import prepare
 from mamlctl.run_folder import open_run
 
 
-def do_share(job: TrainingJob | EvaluationJob) -> ExitCode:
+def do_share(job: Job) -> ExitCode:
     """Do this rank's share of a job, and return the exit code of the process."""
     if isinstance(job, EvaluationJob):
         model, settings = prepared(job.run, job.settings, offline=job.offline, on_event=ignore)
@@ -22,7 +22,7 @@ def do_share(job: TrainingJob | EvaluationJob) -> ExitCode:
     stop = StopRequests(ignore, time_limit_s=None)
     code = None if job.run is None else code_of_run(open_run(job.run))
     stored = (code.tasks if code else None) or job.stored
-    ready = prepare(job.config, job.cuda_graph, job.offline, stop, ignore, code, stored)
+    ready = prepare(job, stop, ignore, code, stored)
     with stop:
         trainer = Trainer(
             ready.config,

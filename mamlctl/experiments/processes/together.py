@@ -1,6 +1,7 @@
 """The work of several processes: rank 0 runs the command, and the others do their share of its work.
 
-Rank 0 alone reads the command line, writes files and prints. Before work that is shared it sends a job.
+Rank 0 alone reads the command line, writes files and prints. Before work that is shared it opens the data,
+which may first have to be downloaded, and then sends a job.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +22,13 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.lifeline import Lost
 from mamlctl.core.process import LAUNCHED, SHOW_CURSOR, world
 from mamlctl.engine.algorithms.rules import sharing_problems
-from mamlctl.engine.distributed import current, open_ranks
+from mamlctl.engine.distributed import Ranks, current, open_ranks
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
 
 FRAMES = 6  # of the calls in which a process hangs, two lines each
+BEAT_S = 0.5  # between two messages to ranks that wait for a job
+BUSY = "busy"  # the message that rank 0 works on something before the next job
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TrainingJob:
     """A run to train."""
 
     config: TrainConfig
-    cuda_graph: bool | None  # as it was given
+    cuda_graph: bool | None  # as it was given now: a run may resume on another machine
     offline: bool
     run: Path | None = None  # with the code of its network; None: the code that the settings name
     stored: Mapping[str, Sequence[str]] | None = None  # the split of a resumed run
@@ -45,6 +49,9 @@ class EvaluationJob:
     run: Path
     settings: EvalConfig
     offline: bool
+
+
+Job = TrainingJob | EvaluationJob
 
 
 def check_sharing(config: TrainConfig, on_event: OnEvent) -> None:
@@ -63,9 +70,43 @@ def check_sharing(config: TrainConfig, on_event: OnEvent) -> None:
         on_event(Notice(f"with {tasks} {plural(tasks, 'task')} per meta-step, {idle}"))
 
 
-def send(job: TrainingJob | EvaluationJob) -> None:
-    """Let the other ranks begin their share of a job; does nothing with a single process."""
-    current().from_first(job)
+@contextmanager
+def send_after(job: Job, on_event: OnEvent) -> Iterator[OnEvent]:
+    """Let the other ranks begin their share of a job after the block, in which rank 0 opens the data.
+
+    A download may last longer than --rank-timeout. So each event in the block restarts their wait. On the
+    other ranks, and with a single process, this does nothing.
+
+    Args:
+        job: the job.
+        on_event: receives progress and notices.
+
+    Yields:
+        The receiver of events for the work in the block.
+    """
+    ranks, told_at = current(), time.monotonic()
+    sends = waiting = ranks.rank == 0 and ranks.count > 1
+
+    def show(event: Event) -> None:
+        nonlocal told_at
+        on_event(event)
+        if waiting and time.monotonic() - told_at > BEAT_S:
+            ranks.from_first(BUSY)
+            told_at = time.monotonic()
+
+    try:
+        yield show
+    finally:
+        waiting = False
+    if sends:
+        ranks.from_first(job)
+
+
+def jobs(ranks: Ranks) -> Iterator[Job]:
+    """What rank 0 sends, on the other ranks, until it has no more jobs."""
+    while (job := ranks.from_first()) is not None:
+        if job != BUSY:
+            yield job
 
 
 @contextmanager
@@ -93,7 +134,7 @@ def _exit_code(error: BaseException | None) -> int:
     return ExitCode.FAILED
 
 
-def follow(timeout_s: float, do: Callable[[TrainingJob | EvaluationJob], ExitCode]) -> ExitCode:
+def follow(timeout_s: float, do: Callable[[Job], ExitCode]) -> ExitCode:
     """Do the share of a rank other than 0, until rank 0 has no more jobs.
 
     Args:
@@ -107,7 +148,7 @@ def follow(timeout_s: float, do: Callable[[TrainingJob | EvaluationJob], ExitCod
     assert ranks.lifeline is not None
     code = ExitCode.OK
     try:
-        while (job := ranks.from_first()) is not None:
+        for job in jobs(ranks):
             code = do(job)
     except RankLostError:
         raise
