@@ -28,7 +28,7 @@ import mamlctl
 from mamlctl.cli.help import show_help
 from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError, is_out_of_memory
 from mamlctl.core.problems import nearest
-from mamlctl.core.process import HANG_UP, LAUNCHED, exit_at_once_on, world
+from mamlctl.core.process import HANG_UP, LAUNCHED, SIDE_BY_SIDE, check_single, exit_at_once_on
 from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
 from mamlctl.settings.rules import NOUNS
 
@@ -122,9 +122,8 @@ class _Command(TyperCommand):
         if ctx.args:
             hint = f"leave it out, or see mamlctl {ctx.info_name} --help"
             raise SettingsError([(f"unexpected argument '{' '.join(ctx.args)}'", hint)])
-        if world()[1] > 1 and not COMMANDS[str(ctx.info_name)].shares:
-            fact = f"mamlctl {ctx.info_name} is one process, but torchrun has started {world()[1]}"
-            raise SettingsError([(fact, "run it without torchrun")])
+        if not COMMANDS[str(ctx.info_name)].shares:
+            check_single(f"mamlctl {ctx.info_name}")
         return super().invoke(ctx)
 
 
@@ -301,6 +300,8 @@ def _usage_error(error: TyperException) -> MamlctlError | None:
     options = _command(words[0]).params if words and words[0] in COMMANDS else ()
     # Typer's classes of errors are private, so their fields distinguish them.
     match vars(error):
+        case {"option_name": "--nproc"} if any("--workers" in option.opts for option in options):
+            return MamlctlError("unknown option '--nproc'", hint=SIDE_BY_SIDE)
         case {"option_name": name, "possibilities": known}:
             hint = nearest(name, known or (), otherwise=f"see {help_command}")
             return MamlctlError(f"unknown option '{name}'", hint=hint)

@@ -79,11 +79,8 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
         SettingsError: an option is wrong, or has no effect.
     """
     rank, count = world()
-    timeout_s = parse_duration(rank_timeout or RANK_TIMEOUT, "--rank-timeout")
+    asked, timeout_s = process_count(nproc, rank_timeout)
     if count > 1:
-        if nproc is not None and LAUNCHED not in os.environ:
-            fact = f"--nproc has no effect in one of {count} processes that another program has started"
-            raise SettingsError([(fact, "leave it out")])
         from mamlctl.experiments.processes.launch import accept_requests
 
         accept_requests()
@@ -96,15 +93,29 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
 
         begin_work()
         return follow(timeout_s, do_share)
-    if nproc is not None and nproc < 1:
-        raise SettingsError([(f"--nproc is {nproc}, which is not a number of processes", "use 1 or more")])
-    if nproc is None or nproc == 1:
-        if rank_timeout is not None:
-            raise SettingsError([("--rank-timeout has no effect on one process", "add --nproc 2")])
+    if asked == 1:
         return None
     from mamlctl.experiments.processes.launch import launch
 
-    return ExitCode(launch(nproc, sys.argv[1:], rank_timeout or RANK_TIMEOUT))
+    return ExitCode(launch(asked, sys.argv[1:], rank_timeout or RANK_TIMEOUT))
+
+
+def process_count(nproc: int | None, rank_timeout: str | None) -> tuple[int, float]:
+    """The number of processes that share the tasks, and the seconds that each may wait for another one.
+
+    Raises SettingsError if an option is wrong, or has no effect.
+    """
+    count = world()[1]
+    timeout_s = parse_duration(rank_timeout or RANK_TIMEOUT, "--rank-timeout")
+    if nproc is not None and count > 1 and LAUNCHED not in os.environ:
+        fact = f"--nproc has no effect in one of {count} processes that another program has started"
+        raise SettingsError([(fact, "leave it out")])
+    if nproc is not None and nproc < 1:
+        raise SettingsError([(f"--nproc is {nproc}, which is not a number of processes", "use 1 or more")])
+    count = max(count, nproc or 1)
+    if count == 1 and rank_timeout is not None:
+        raise SettingsError([("--rank-timeout has no effect on one process", "add --nproc 2")])
+    return count, timeout_s
 
 
 def together(rank_timeout: str | None) -> AbstractContextManager[object]:

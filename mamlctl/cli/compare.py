@@ -26,6 +26,7 @@ from mamlctl.core.errors import ExitCode, SettingsError
 from mamlctl.core.files import check_out
 from mamlctl.core.formatting import plural
 from mamlctl.core.problems import flag
+from mamlctl.core.process import SIDE_BY_SIDE, check_single
 from mamlctl.data.rules import with_figure
 from mamlctl.display.console import say, stderr_console
 from mamlctl.display.run_results import show_runs
@@ -91,7 +92,9 @@ def compare(
             return code
         values = {**variable_values(EvalConfig), **evaluation, **settings}
         return _compare_runs([*map(local_run, runs)], table_settings(values), options, rank_timeout)
-    if problems := unused({"--nproc": nproc, "--rank-timeout": rank_timeout}, "without run folders"):
+    check_single("mamlctl compare without run folders", f"run it without torchrun; {SIDE_BY_SIDE}")
+    problems = unused({"--nproc": nproc}, "without run folders", SIDE_BY_SIDE)
+    if problems := problems + unused({"--rank-timeout": rank_timeout}, "without run folders"):
         raise SettingsError(problems)
     if algos is None:
         raise SettingsError([("there is nothing to compare", "name run folders, or --algos maml,maml++")])

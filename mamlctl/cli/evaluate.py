@@ -24,6 +24,7 @@ from mamlctl.cli.options import with_options
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
+from mamlctl.core.process import check_single
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import has_rewards, is_table
 from mamlctl.display import predictions
@@ -160,7 +161,9 @@ def evaluate(
         raise SettingsError([("the argument 'run' is missing", hint_for_missing_run())])
     problems = _problems_of_policies(run, options) or options.problems(settings)
     if options.support is not None:
-        problems += unused({"--nproc": nproc}, "with --support, since your own data are the only task")
+        check_single("mamlctl eval --support")
+        of_ranks = {"--nproc": nproc, "--rank-timeout": rank_timeout}
+        problems += unused(of_ranks, "with --support, since your own data are the only task")
     if problems:
         raise SettingsError(problems)
     if (code := share_of_process(nproc, rank_timeout)) is not None:

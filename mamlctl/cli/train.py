@@ -18,6 +18,7 @@ from mamlctl.cli.common_options import (
     TimeLimit,
     begin_work,
     option,
+    process_count,
     share_of_process,
     together,
     unused,
@@ -27,13 +28,14 @@ from mamlctl.core import formatting
 from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import flag, nearest
-from mamlctl.core.process import restarts
+from mamlctl.core.process import restarts, world
 from mamlctl.core.results import named
 from mamlctl.data.sets.registry import absolute_data_set, is_own_data, is_table
 from mamlctl.display.console import write_text
 from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
 from mamlctl.display.run_results import show_train_result
+from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.experiments.runs.search import latest_unfinished_run, means_latest
 from mamlctl.experiments.settings import fill_defaults, resolve_settings
@@ -97,7 +99,7 @@ def train(
     if resume is None:
         resolved = _new_settings(options, settings)
         if print_config:
-            return _print_config(resolved)
+            return _print_config(resolved, process_count(nproc, rank_timeout)[0])
         config = resolved.config
         task = formatting.task(config.dataset, fill_defaults(config).ways, config.shots)
         work = f"training {config.algo} on {task}"
@@ -164,8 +166,15 @@ def _print_list(name: str, given: Mapping[str, object], options: SettingsOptions
     return ExitCode.OK
 
 
-def _print_config(resolved: Resolved[TrainConfig]) -> ExitCode:
-    """Print the settings as a file for --config, with the origin of each in a comment."""
+def _print_config(resolved: Resolved[TrainConfig], processes: int) -> ExitCode:
+    """Print the settings as a file for --config, with the origin of each in a comment.
+
+    Raises SettingsError if so many processes cannot share their tasks.
+    """
+    if problems := sharing_problems(resolved.config, processes):
+        raise SettingsError(problems)
+    if world()[0]:
+        return ExitCode.OK
     lines = to_yaml(resolved.config, fill_defaults(resolved.config)).splitlines()
     width = max(len(line.partition("  #")[0]) for line in lines) + 2
     for line in lines:

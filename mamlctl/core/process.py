@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import NoReturn
 
+from mamlctl.core.errors import SettingsError
+
 # The signal of a terminal that closes; empty on Windows, which has no such signal.
 HANG_UP: tuple[int, ...] = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are dropped too
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
+SIDE_BY_SIDE = "use --workers, which trains several runs at once"  # the hint where --nproc has no effect
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
 
@@ -122,5 +125,11 @@ def world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """How often torchrun has restarted this process after a failure, and how often it may."""
     names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+def check_single(what: str, hint: str = "run it without torchrun") -> None:
+    """Raise SettingsError if torchrun has started several processes for `what`, which a single one does."""
+    if (count := world()[1]) > 1:
+        raise SettingsError([(f"{what} is one process, but torchrun has started {count}", hint)])
+
+
     done, most = (int(environment.get(name) or 0) for name in names)
     return done, most

@@ -278,7 +278,17 @@ USAGE = [
     (["train", "--rank-timeout", "9m"], "--rank-timeout has no effect on one process"),
     (["train", "--nproc", "2", "--rank-timeout", "soon"], "--rank-timeout 'soon' is not a duration"),
     (["train", "--list", "nets", "--nproc", "2"], "--nproc has no effect with --list"),
-    (["compare", "--algos", "maml", "--nproc", "2"], "--nproc has no effect without run folders"),
+    (
+        ["compare", "--algos", "maml", "--nproc", "2"],
+        "--nproc has no effect without run folders\nhint:  use --workers",
+    ),
+    (["ablate", "--nproc", "2"], "unknown option '--nproc'\nhint:  use --workers"),
+    (["train", "--print-config", "--nproc", "0"], "--nproc is 0, which is not a number of processes"),
+    (["train", "--print-config", "--rank-timeout", "9m"], "--rank-timeout has no effect on one process"),
+    (
+        ["train", "--print-config", "--nproc", "2", "--algo", "transfer"],
+        "2 processes cannot share the tasks of --algo transfer",
+    ),
     (
         ["eval", "run", "--support", ".", "--query", ".", "--nproc", "2"],
         "--nproc has no effect with --support",
@@ -294,6 +304,13 @@ def test_wrong_options_are_refused(cli, words, fact):
     assert "\nhint:  " in err
 
 
+def test_several_processes_print_their_settings_once(cli, monkeypatch):
+    for rank, lines in (("0", True), ("1", False)):
+        as_started_by_torchrun(monkeypatch, rank)
+        code, out, _ = cli("train", "--print-config")
+        assert (code, bool(out)) == (ExitCode.OK, lines)
+
+
 def test_an_error_before_training_is_printed_once(folder):
     words = ["train", "--algo", "transfer", "--dataset", "line", "--out", "refused", "--nproc", 2]
     code, _, err, _ = Command(folder, *words).end()
@@ -303,14 +320,26 @@ def test_an_error_before_training_is_printed_once(folder):
     assert not (folder / "refused").exists()
 
 
-@pytest.mark.parametrize("command", ["fetch", "ablate"])
-def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch, command):
-    facts = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+def as_started_by_torchrun(monkeypatch, rank="0"):
+    facts = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in facts.items():
         monkeypatch.setenv(name, value)
-    code, _, err = cli(command, *(["glyphs"] if command == "fetch" else []))
+
+
+SINGLE = [
+    (["fetch", "glyphs"], "mamlctl fetch"),
+    (["ablate"], "mamlctl ablate"),
+    (["compare", "--algos", "maml"], "mamlctl compare without run folders"),
+    (["eval", "run", "--support", ".", "--query", "."], "mamlctl eval --support"),
+]
+
+
+@pytest.mark.parametrize(("words", "what"), SINGLE)
+def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch, words, what):
+    as_started_by_torchrun(monkeypatch)
+    code, _, err = cli(*words)
     assert code == ExitCode.USAGE
-    assert err.startswith(f"error: mamlctl {command} is one process, but torchrun has started 2\nhint:")
+    assert err.startswith(f"error: {what} is one process, but torchrun has started 2\nhint:")
 
 
 def test_a_port_in_use_is_named(folder, monkeypatch):
