@@ -85,7 +85,7 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
 
         accept_requests()
         if LAUNCHED in os.environ:
-            end_with_parent()
+            end_with_parent(int(os.environ[LAUNCHED]))
         if rank == 0:
             return None
         from mamlctl.experiments.processes.shares import do_share

@@ -19,7 +19,7 @@ RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are 
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
 SIDE_BY_SIDE = "use --workers, which trains several runs at once"  # the hint where --nproc has no effect
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable of processes that `launch` has started
+LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable with the process id of `launch`, which has started this one
 
 
 def prepare_process() -> None:
@@ -33,13 +33,16 @@ def prepare_process() -> None:
             os.environ.pop(name, None)
 
 
-def end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM when the parent ends; has no effect except on Linux."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to send SIGTERM when the parent ends; has no effect except on Linux.
+
+    `parent` is the process that started this one, which ends at once if that has ended; None: not known.
+    """
     if not sys.platform.startswith("linux"):
         return
     import ctypes  # not at the top: few commands need it
 
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before the call
         sys.exit(128 + signal.SIGTERM)
@@ -122,14 +125,14 @@ def world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
         return 0, 1
 
 
-def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """How often torchrun has restarted this process after a failure, and how often it may."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 def check_single(what: str, hint: str = "run it without torchrun") -> None:
     """Raise SettingsError if torchrun has started several processes for `what`, which a single one does."""
     if (count := world()[1]) > 1:
         raise SettingsError([(f"{what} is one process, but torchrun has started {count}", hint)])
 
 
+def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """How often torchrun has restarted this process after a failure, and how often it may."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
     done, most = (int(environment.get(name) or 0) for name in names)
     return done, most

@@ -15,6 +15,7 @@ from helpers.rank_cases import free_port
 from helpers.trainer_cases import comparable
 
 from mamlctl.core.errors import ExitCode
+from mamlctl.core.process import LAUNCHED
 from mamlctl.run_folder import open_run
 
 pytestmark = [
@@ -340,6 +341,13 @@ def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch,
     code, _, err = cli(*words)
     assert code == ExitCode.USAGE
     assert err.startswith(f"error: {what} is one process, but torchrun has started 2\nhint:")
+
+
+def test_a_process_ends_at_once_if_its_launcher_has_ended(folder, monkeypatch):
+    as_started_by_torchrun(monkeypatch, "1")
+    monkeypatch.setenv(LAUNCHED, str(os.getppid()))  # not this process, which is the parent
+    code, _, err, _ = Command(folder, *RUN).end()
+    assert (code, err) == (ExitCode.TERMINATED, "")
 
 
 def test_a_port_in_use_is_named(folder, monkeypatch):

@@ -101,7 +101,7 @@ def _environment(count: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        LAUNCHED: "1",
+        LAUNCHED: str(os.getpid()),
     }
     # By default gloo uses the address of the host's name, which may be that of a network that is down.
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
