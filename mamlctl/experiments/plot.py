@@ -192,7 +192,7 @@ def _path_rows(models: Sequence[TrainedModel]) -> list[list[path_figures.PathPan
 def _path_panels(model: TrainedModel, episodes: Episodes) -> list[path_figures.PathPanel]:
     """The paths of a run's policy in some tasks, before adaptation, after one step and after all steps."""
     steps = model.inner_steps
-    points = walk(
+    walked = walk(
         policies.sampling(model.config, sees_goal=algorithm_of(model.config).sees_goal),
         as_policy(model.derivatives.net),
         model.states[0].frozen(),
@@ -200,12 +200,13 @@ def _path_panels(model: TrainedModel, episodes: Episodes) -> list[path_figures.P
         steps,
         inner_rule(model.config),
     )
+    measured = [point.experience.measured for point in walked]
     title = f"{algorithm_of(model.config).start_of(model.config)} ({model.config.algo})"
     panels = []
     for task, goal in enumerate(episodes.query_y_TE.tolist()):
         paths, returns = {}, {}
         for taken in sorted({0, min(1, steps), steps}):
-            sampled = points[taken].experience.measured
+            sampled = measured[taken]
             # Without what a state has besides the position, which is the goal that an oracle sees.
             position_EHD = sampled.state_TEHD[task, :PATHS, :, :2].cpu().numpy()
             lengths_E = sampled.alive_TEH[task, :PATHS].sum(-1).int().tolist()

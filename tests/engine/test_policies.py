@@ -6,22 +6,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import policy_reference
 from helpers.data_cases import stream_settings
+from helpers.policy_reference import distributions
 
 from mamlctl.data.counter_rng import random_words, random_words_of_keys
 from mamlctl.data.tasks.navigation import NavigationStream, action_noise
 from mamlctl.data.worlds import WORLDS, World
-from mamlctl.engine.algorithms import policy_search
 from mamlctl.engine.algorithms.meta_gradient import MetaStepRequest
 from mamlctl.engine.algorithms.policy_search import PolicySearch, Trial, flat, reptile_of_policies, walk
 from mamlctl.engine.inner_loop import RATE, MetaState, expanded
 from mamlctl.engine.nets.base import REGRESSION
 from mamlctl.engine.nets.mlp import DEVIATION, GaussianPolicy, Mlp
-from mamlctl.engine.reinforcement import rollouts
+from mamlctl.engine.reinforcement import rollouts, task_policy
 from mamlctl.engine.reinforcement.advantages import RIDGE, advantages, baseline, discounted
-from mamlctl.engine.reinforcement.gaussian import Gaussian
+from mamlctl.engine.reinforcement.gaussian import LEAST_LOG
 from mamlctl.engine.reinforcement.jacobian import AdaptedPolicies
-from mamlctl.engine.reinforcement.policy_gradient import Sampling, adapt
+from mamlctl.engine.reinforcement.policy_gradient import PolicyPoint, Sampling
 from mamlctl.engine.reinforcement.rollouts import rollout
 from mamlctl.engine.reinforcement.trpo import BACKTRACK, DAMPING, conjugate_gradients, trust_region_step
 
@@ -34,8 +35,8 @@ def close(a, b, tolerance=1e-10):
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def a_policy(hidden=(6, 5), inputs=2):
-    return GaussianPolicy(Mlp((inputs,), 2, hidden, REGRESSION))
+def a_policy(hidden=(6, 5), inputs=2, activation="relu"):
+    return GaussianPolicy(Mlp((inputs,), 2, hidden, REGRESSION, activation))
 
 
 def a_state(policy, *, rate=0.3, rows=1, learnt=False, seed=0):
@@ -122,17 +123,38 @@ def test_a_rollout_equals_a_loop_over_trajectories_and_times(squared):
     assert ended
 
 
-def test_densities_and_divergences_equal_those_of_torch():
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 5, 2, generator=generator, dtype=torch.float64) for _ in range(3)]
-    first, second = Gaussian(parts[0], parts[0][:, 0]), Gaussian(parts[1], parts[1][:, 1])
-    theirs = [
-        torch.distributions.Normal(g.mean_TEA, g.log_deviation_TA.exp().unsqueeze(1).expand(-1, 5, -1))
-        for g in (first, second)
-    ]
-    assert close(first.log_likelihood(parts[2]), theirs[0].log_prob(parts[2]).sum(-1))
-    kl = torch.distributions.kl_divergence(*theirs).sum(-1)
-    assert close(first.divergence_to(second), kl)
+@pytest.mark.parametrize("least", [LEAST_LOG, 0.0])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("hidden", [(), (4,), (6, 5), (5, 4, 3)])
+def test_derivatives_of_a_policy_equal_double_backward(monkeypatch, hidden, activation, least):
+    """At other weights than those that drew the actions, with free deviations and with clamped ones."""
+    for module in (task_policy, policy_reference):
+        monkeypatch.setattr(module, "LEAST_LOG", least)
+    policy, world = a_policy(hidden, activation=activation), replace(SHORT, near=0.3)
+    episodes = tasks_of(world)
+    (drawn,) = walk(sampling(world), policy, a_state(policy).frozen(), episodes, 0)
+    experience = drawn.experience
+    assert (experience.trained.alive_TEH == 0).any()  # some trajectories end early
+    generator = torch.Generator().manual_seed(2)
+    random = {name: torch.randn(2, *part.shape, generator=generator) for name, part in drawn.fast.items()}
+    fast = {name: part + 0.2 * random[name][0] for name, part in drawn.fast.items()}
+    tangent = {name: pair[1].double() for name, pair in random.items()}
+    tasks = PolicyPoint(policy, fast, experience).tasks
+
+    leaf = {name: part.clone().requires_grad_() for name, part in fast.items()}
+    loss_T, divergence_T = (
+        of(policy, leaf, experience) for of in (policy_reference.loss, policy_reference.divergence)
+    )
+    grads = torch.autograd.grad(loss_T.sum(), leaf.values(), create_graph=True, materialize_grads=True)
+    along = sum((grad * part).sum() for grad, part in zip(grads, tangent.values(), strict=True))
+    products = torch.autograd.grad(along, leaf.values(), materialize_grads=True)
+    for number, task in enumerate(tasks):
+        assert close(task.loss, loss_T[number]) and close(task.divergence, divergence_T[number])
+        own = {name: part[number] for name, part in tangent.items()}
+        both = task.loss_product(own), task.loss_product(own, once=True)
+        for name, grad, expected in zip(leaf, grads, products, strict=True):
+            assert close(task.gradient[name], grad[number]), name
+            assert all(close(product[name], expected[number], 1e-9) for product in both), name
 
 
 @pytest.mark.parametrize("gae", [1.0, 0.7])
@@ -218,15 +240,15 @@ def test_the_meta_gradient_of_a_gaussian_bandit_is_the_closed_form(monkeypatch):
 
     # Without the likelihood of the sampled actions (a loss of -A log pi) the Jacobian of the inner step is 1.
     naive = slope.mean(0)
-    points = walk(sampling(BANDIT), policy, state.frozen(), episodes, 1)
+    points = list(walk(sampling(BANDIT), policy, state.frozen(), episodes, 1))
     leaf = {name: part.clone().requires_grad_() for name, part in slow.items()}
     first, second = (point.experience for point in points)
     fast = {name: part.expand(3, *part.shape) for name, part in leaf.items()}
-    log_TE = Gaussian.of(policy, fast, first.trained.states).log_likelihood(first.trained.actions)
+    log_TE = distributions(policy, fast, first.trained.states).log_prob(first.trained.actions)
     loss = -(log_TE * first.advantage_TE).mean(1).sum()
     (grad,) = torch.autograd.grad(loss, fast["linear.bias"], create_graph=True)
     fast["linear.bias"] = fast["linear.bias"] - rate * grad
-    outer = second.surrogate(policy, fast)[0].mean()
+    outer = policy_reference.loss(policy, fast, second).mean()
     assert close(torch.autograd.grad(outer, leaf["linear.bias"])[0], naive, 1e-6)
     assert float((naive - exact).abs().min()) > 0.04  # of 0.07
 
@@ -242,23 +264,20 @@ def test_products_along_the_inner_loop_equal_double_backward(first_order, steps,
     policy = a_policy()
     state = a_state(policy, rows=rows, learnt=learnt)
     episodes, weights = tasks_of(SHORT), [0.0, 0.2, 0.3, 0.5][: steps + 1] if steps else [1.0]
-    points = walk(sampling(), policy, state.frozen(), episodes, steps)
-    adapted = AdaptedPolicies(policy, state, points, weights, first_order=first_order)
+    points = list(walk(sampling(), policy, state.frozen(), episodes, steps))
+    adapted = AdaptedPolicies(state, points, weights, first_order=first_order)
 
     leaf = {name: part.clone().requires_grad_() for name, part in state.learnable().items()}
+    slow = {name: leaf.get(name, part) for name, part in state.slow.items()}
     rates = {name: leaf.get(f"{RATE}{name}", rate) for name, rate in state.rates.items()}
-    graph = adapt(
-        policy,
-        replace(state, slow={name: leaf.get(name, part) for name, part in state.slow.items()}, rates=rates),
-        lambda step, fast: points[step].experience,
-        tasks=3,
-        steps=steps,
-        first_order=first_order,
+    experiences = [point.experience for point in points]
+    graph = policy_reference.adapt(
+        policy, replace(state, slow=slow, rates=rates), experiences, tasks=3, first_order=first_order
     )
     loss = divergence = torch.zeros((), dtype=torch.float64)
-    for point, weight in zip(graph, weights, strict=True):
-        loss = loss + weight * point.surrogate_T.mean()
-        divergence = divergence + weight * point.experience.divergence(point.gaussian).mean()
+    for fast, experience, weight in zip(graph, experiences, weights, strict=True):
+        loss = loss + weight * policy_reference.loss(policy, fast, experience).mean()
+        divergence = divergence + weight * policy_reference.divergence(policy, fast, experience).mean()
     inputs = list(leaf.values())
     expected = torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
     assert list(adapted.gradient()) == list(leaf)
@@ -281,9 +300,9 @@ def test_the_gradient_is_that_of_the_trials_of_the_line_search():
     policy = a_policy()
     state = a_state(policy, rows=2, learnt=True)
     episodes, weights = tasks_of(SHORT), [0.0, 0.4, 0.6]
-    points = walk(sampling(), policy, state.frozen(), episodes, 2)
+    points = list(walk(sampling(), policy, state.frozen(), episodes, 2))
     trial = Trial(policy, state.frozen(), [point.experience for point in points], weights)
-    grads = AdaptedPolicies(policy, state, points, weights, first_order=False).gradient()
+    grads = AdaptedPolicies(state, points, weights, first_order=False).gradient()
     for name, part in state.learnable().items():
         for place in range(min(part.numel(), 3)):
             change = torch.zeros(part.numel(), dtype=torch.float64)
@@ -314,6 +333,7 @@ def quadratic(slope):
             torch.zeros(3, dtype=torch.float64),
             slope,
             matrix.mv,
+            0.0,
             lambda w: (
                 float(slope.dot(w) + steepness * w.square().sum()),
                 larger * float(w.dot(matrix.mv(w)) / 2),
@@ -344,7 +364,7 @@ def test_a_meta_step_inside_the_trust_region_lowers_the_loss_of_its_trajectories
     state, episodes = a_state(policy, learnt=learnt), tasks_of(SHORT, 4)
     state.frozen_names = frozenset({frozen})
     result = PolicySearch(sampling(), 0.01)(policy, state, episodes, request(2))
-    points = walk(sampling(), policy, state.frozen(), episodes, 2)
+    points = list(walk(sampling(), policy, state.frozen(), episodes, 2))
     trial = Trial(policy, state.frozen(), [point.experience for point in points], [0.0, 0.0, 1.0])
     new = {name: part - result.grads[name] for name, part in state.learnable().items()}
     loss, divergence = trial(new)
@@ -367,7 +387,7 @@ def test_support_and_query_trajectories_are_the_same_ones():
     """The return after k steps is measured on the first trajectories that also train step k + 1."""
     policy = a_policy()
     few, many = (
-        walk(sampling(), policy, a_state(policy).frozen(), tasks_of(SHORT, queries=count), 1)
+        list(walk(sampling(), policy, a_state(policy).frozen(), tasks_of(SHORT, queries=count), 1))
         for count in (2, 7)
     )
     assert [point.experience.measured.return_TE.shape[1] for point in (*few, *many)] == [2, 2, 7, 7]
@@ -382,9 +402,10 @@ def test_reptile_with_one_step_moves_along_the_policy_gradient():
     result = reptile_of_policies(
         policy, state, episodes, request(1), sampling=sampling(), inner_optimizer="sgd"
     )
-    experience = walk(sampling(), policy, state.frozen(), episodes, 1)[0].experience
+    experience = next(walk(sampling(), policy, state.frozen(), episodes, 1)).experience
     leaf = {name: part.clone().requires_grad_() for name, part in state.slow.items()}
-    loss = experience.surrogate(policy, {name: part.expand(3, *part.shape) for name, part in leaf.items()})[0]
+    fast = {name: part.expand(3, *part.shape) for name, part in leaf.items()}
+    loss = policy_reference.loss(policy, fast, experience)
     for name, grad in zip(leaf, torch.autograd.grad(loss.mean(), list(leaf.values())), strict=True):
         assert close(result.grads[name], state.rates[name] * grad), name
 
@@ -392,9 +413,8 @@ def test_reptile_with_one_step_moves_along_the_policy_gradient():
 def test_an_oracle_sees_the_goal_behind_the_position():
     policy = a_policy(inputs=4)
     episodes = tasks_of(SHORT)
-    seen = policy_search.walk(
-        replace(sampling(), sees_goal=True), policy, a_state(policy).frozen(), episodes, 0
-    )[0].experience.trained
+    walked = walk(replace(sampling(), sees_goal=True), policy, a_state(policy).frozen(), episodes, 0)
+    seen = next(walked).experience.trained
     assert seen.state_TEHD.shape[-1] == 4
     assert torch.equal(
         seen.state_TEHD[..., 2:],

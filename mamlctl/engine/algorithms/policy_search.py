@@ -14,7 +14,7 @@ Every number that a meta-step reports as a loss is minus a mean return.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,9 +46,9 @@ class PolicySearch:
         """Sample trajectories along the inner loop, then differentiate the meta-loss; as in `Outer`."""
         policy, steps = as_policy(net), request.inner_steps
         weights = [0.0, *map(float, request.msl_weights)] if steps else [1.0]
-        points = walk(self.sampling, policy, state.frozen(), episodes, steps)
+        points = list(walk(self.sampling, policy, state.frozen(), episodes, steps))
         sampled = [point.experience for point in points]
-        adapted = AdaptedPolicies(policy, state, points, weights, first_order=request.first_order)
+        adapted = AdaptedPolicies(state, points, weights, first_order=request.first_order)
         grads = adapted.gradient()
         if self.max_kl is not None:
             trial, old = Trial(policy, state.frozen(), sampled, weights), flat(adapted.learnable)
@@ -56,6 +56,7 @@ class PolicySearch:
                 old,
                 flat(grads),
                 lambda vector: flat(adapted.divergence_product(unflat(vector, grads))),
+                measured(points, weights)[0],
                 lambda vector: trial(unflat(vector, grads)),
                 self.max_kl,
             )
@@ -81,23 +82,24 @@ class Trial:
             slow={name: learnable.get(name, part) for name, part in self.state.slow.items()},
             rates=rates,
         )
-        steps, tasks = len(self.sampled) - 1, len(self.sampled[0].advantage_TE)
-        loss = divergence = 0.0
-        with torch.enable_grad():
-            points = adapt(
-                self.policy,
-                state,
-                lambda step, fast: self.sampled[step],
-                tasks=tasks,
-                steps=steps,
-                first_order=True,  # which only leaves out the graph
-            )
-            for point, weight in zip(points, self.weights, strict=True):
-                if weight:
-                    loss += weight * float(point.surrogate_T.detach().mean())
-                    of_tasks_T = point.experience.divergence(point.gaussian.detach())
-                    divergence += weight * float(of_tasks_T.mean())
-        return loss, divergence
+        points = adapt(
+            self.policy,
+            state,
+            lambda step, fast: self.sampled[step],
+            tasks=len(self.sampled[0].advantage_TE),
+            steps=len(self.sampled) - 1,
+        )
+        return measured(points, self.weights)
+
+
+def measured(points: Iterable[PolicyPoint], weights: Sequence[float]) -> tuple[float, float]:
+    """The weighted mean loss of policies, and their divergence from those that sampled their trajectories."""
+    loss = divergence = 0.0
+    for point, weight in zip(points, weights, strict=True):
+        if weight:
+            loss += weight * float(torch.stack([task.loss for task in point.tasks]).mean())
+            divergence += weight * float(torch.stack([task.divergence for task in point.tasks]).mean())
+    return loss, divergence
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -118,7 +120,7 @@ def walk(
     episodes: Episodes,
     steps: int,
     rule: InnerRule | None = None,
-) -> list[PolicyPoint]:
+) -> Iterator[PolicyPoint]:
     """Adapt the policies with new trajectories before each step, without a graph to the slow weights.
 
     Args:
@@ -134,8 +136,7 @@ def walk(
         return sampling.experience(policy, fast, episodes, step, last=step == steps)
 
     tasks = len(episodes.query_y_TE)
-    with torch.enable_grad():
-        return list(adapt(policy, state, collect, tasks=tasks, steps=steps, first_order=True, rule=rule))
+    return adapt(policy, state, collect, tasks=tasks, steps=steps, rule=rule)
 
 
 def result_of(
@@ -175,7 +176,7 @@ def reptile_of_policies(
         inner_optimizer: "adam", whose new moments the result contains, or "sgd".
     """
     rule = InnerRule(optimizer=inner_optimizer)
-    points = walk(sampling, as_policy(net), state.frozen(), episodes, request.inner_steps, rule)
+    points = list(walk(sampling, as_policy(net), state.frozen(), episodes, request.inner_steps, rule))
     grads = {
         name: weight.detach() - points[-1].fast[name].detach().mean(0) for name, weight in state.slow.items()
     }

@@ -18,20 +18,21 @@ variance (Rothfuss et al. 2019, arXiv:1810.06784, section 5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.worlds import World
-from mamlctl.engine.inner_loop import InnerRule, MetaState, start
+from mamlctl.engine.inner_loop import InnerRule, MetaState, expanded
 from mamlctl.engine.nets.batch_norm import Params
 from mamlctl.engine.nets.mlp import GaussianPolicy
 from mamlctl.engine.reinforcement.advantages import advantages
-from mamlctl.engine.reinforcement.gaussian import Gaussian
 from mamlctl.engine.reinforcement.rollouts import Trajectories, rollout
+from mamlctl.engine.reinforcement.task_policy import TaskPolicy
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,6 @@ class Experience:
     measured: Trajectories  # whose returns are reported
     trained: Trajectories  # for the policy gradient
     advantage_TE: Tensor  # of `trained`
-
-    def surrogate(self, policy: GaussianPolicy, fast: Params) -> tuple[Tensor, Gaussian]:
-        """The loss L(w) of each task at the weights `fast`, _T, and the distributions in its states."""
-        gaussian = Gaussian.of(policy, fast, self.trained.states)
-        drawn = self.trained.policy
-        actions_TEA = self.trained.actions
-        log_ratio_TE = gaussian.log_likelihood(actions_TEA) - drawn.log_likelihood(actions_TEA)
-        return -self.trained.mean_over_times(log_ratio_TE.exp() * self.advantage_TE), gaussian
-
-    def divergence(self, gaussian: Gaussian) -> Tensor:
-        """The mean divergence of other distributions in the same states from those of the sampling, _T."""
-        return self.trained.mean_over_times(self.trained.policy.divergence_to(gaussian))
 
 
 @dataclass(frozen=True)
@@ -94,16 +83,27 @@ class Sampling:
 class PolicyPoint:
     """The policies of all tasks after a number of inner steps."""
 
-    steps: int
+    policy: GaussianPolicy
     fast: Params  # every tensor has the leading axis T
     experience: Experience
-    gaussian: Gaussian  # in the states of `experience`
-    surrogate_T: Tensor
+
+    @cached_property
+    def tasks(self) -> list[TaskPolicy]:
+        """The policy of each task, with its loss and derivatives.
+
+        One task after another is faster than all at once: its tensors fit into the processor's cache.
+        """
+        trained, advantage_TE = self.experience.trained, self.experience.advantage_TE
+        return [
+            TaskPolicy(self.policy, weights, trained, advantage_TE, task)
+            for task, weights in enumerate(_unstacked(self.fast))
+        ]
 
 
 Collect = Callable[[int, Params], Experience]  # inner steps taken, fast weights -> experience
 
 
+@torch.no_grad()
 def adapt(
     policy: GaussianPolicy,
     state: MetaState,
@@ -111,7 +111,6 @@ def adapt(
     *,
     tasks: int,
     steps: int,
-    first_order: bool,
     rule: InnerRule | None = None,
 ) -> Iterator[PolicyPoint]:
     """Follow the policy gradient, w_{k+1} = w_k - a_k grad L(w_k); new trajectories before every step.
@@ -122,21 +121,24 @@ def adapt(
         collect: samples trajectories with the weights, or returns those that were sampled before.
         tasks: T.
         steps: inner steps I.
-        first_order: treat the gradients as constants.
         rule: another update rule of an inner step.
 
     Yields:
         The policies before the first step and after each step: I + 1 points.
     """
-    fast = start(state.slow, tasks)
+    fast = expanded(state.slow, tasks)
     update = (rule or InnerRule()).stepper(state, tasks)
     for step in range(steps + 1):
-        experience = collect(step, fast)
-        loss_T, gaussian = experience.surrogate(policy, fast)
-        yield PolicyPoint(step, fast, experience, gaussian, loss_T)
+        point = PolicyPoint(policy, fast, collect(step, fast))
+        yield point
         if step < steps:
-            names = list(state.rates)
-            grads = torch.autograd.grad(
-                loss_T.sum(), [fast[name] for name in names], create_graph=not first_order, retain_graph=True
-            )
-            fast = update(fast, dict(zip(names, grads, strict=True)), step)
+            fast = update(fast, _stacked([task.gradient for task in point.tasks]), step)
+
+
+def _stacked(parts: Sequence[Params]) -> Params:
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def _unstacked(fast: Params) -> list[Params]:
+    unbound = (tensor.unbind() for tensor in fast.values())
+    return [dict(zip(fast, parts, strict=True)) for parts in zip(*unbound, strict=True)]

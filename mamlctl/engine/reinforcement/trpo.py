@@ -55,6 +55,7 @@ def trust_region_step(
     old: Vector,
     gradient: Vector,
     product: Callable[[Vector], Vector],
+    before: float,
     measure: Measure,
     max_kl: float,
 ) -> Vector:
@@ -64,6 +65,7 @@ def trust_region_step(
         old: the learnable numbers w.
         gradient: g.
         product: computes H v.
+        before: the loss at the old values.
         measure: the loss and the divergence at other values.
         max_kl: d.
     """
@@ -76,7 +78,6 @@ def trust_region_step(
     if not curvature > 0:  # no direction lowers the loss
         return old
     longest = math.sqrt(2 * max_kl / curvature) * direction
-    before, _ = measure(old)
     for trial in range(MOST_TRIALS):
         new = old - BACKTRACK**trial * longest
         loss, divergence = measure(new)
