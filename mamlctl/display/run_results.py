@@ -31,7 +31,8 @@ def show_train_result(console: Console, result: TrainResult) -> None:
     else:
         score = formatting.score(result.metric, result.best_val_score, result.best_val_ci95)
         tasks = f"{result.val_tasks} validation {formatting.plural(result.val_tasks, 'task')}"
-        where = f" after epoch {result.best_epoch} ({tasks}, {result.bn})"
+        bn = "" if result.bn == "none" else f", {result.bn}"
+        where = f" after epoch {result.best_epoch} ({tasks}{bn})"
         say(console, "best   ", (score, "bold green"), where)
     if result.status == "finished" and result.chance is not None and result.includes_chance:
         what = "the interval includes it; check --inner-lr and --meta-lr, or train longer"
@@ -70,7 +71,7 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     if result.table is not None and result.table.standardised:
         _show_targets(console, result.table)
         say(console)
-    if first.per_step:
+    if len(first.per_step) > 1:
         _show_per_step(console, result, score_name)
         say(console)
     for row in result.rows:

@@ -249,7 +249,7 @@ def _chart(
 ) -> list[Text]:
     accuracy = f"{'accuracy':<{widths.accuracy + 8}}  " if run.guesses else ""
     returns = run.metric == "return"
-    name, history = ("return", "return history") if returns else ("query loss", "loss history")
+    name, history = ("return", "history") if returns else ("query loss", "loss history")
     heads = f" {'step':>4}  {'weight':<6}  {name:<{widths.loss + 10}}  {accuracy}{history[: widths.recent]}"
     return [Text(heads, DIM), *(_chart_row(reports, run, widths, step) for step in steps)]
 

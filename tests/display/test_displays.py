@@ -329,20 +329,21 @@ def test_an_ensemble_of_one_has_no_row_beside_the_best_model():
 
 def test_scores_per_step_name_their_tasks_and_may_be_absent():
     evaluation = an_evaluation()
-    some, none = (
+    some, none, single = (
         replace(
             evaluation,
             rows=tuple(replace(row, per_step=steps, per_step_tasks=tasks) for row in evaluation.rows),
         )
-        for steps, tasks in ((evaluation.rows[0].per_step, 100), ((), 0))
+        for steps, tasks in ((evaluation.rows[0].per_step, 100), ((), 0), ((0.5,), 600))
     )
     texts = []
-    for each in (evaluation, some, none):
+    for each in (evaluation, some, none, single):
         show_eval_result(console := pipe(), each)
         texts.append(written(console))
     assert "accuracy in % after each inner step\n" in texts[0]
     assert "accuracy in % after each inner step, first 100 tasks\n" in texts[1]
-    assert "after each inner step" not in texts[2] and "\n\n\n" not in texts[2]
+    for text in texts[2:]:
+        assert "after each inner step" not in text and "\n\n\n" not in text
     assert texts[2].splitlines()[-1] == texts[0].splitlines()[-1]
 
 

@@ -271,7 +271,6 @@ def test_a_run_of_policies_shows_returns_instead_of_losses():
         "-21.5000",
         "-3.2500",
         "Return history",
-        "return history",
         "mean return -0.5230",
         "meta lr 0.001",
         "-3.500",
