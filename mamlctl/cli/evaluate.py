@@ -26,7 +26,7 @@ from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import check_single
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import has_rewards, is_table
+from mamlctl.data.sets.registry import has_classes, has_rewards, is_table
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
 from mamlctl.experiments.export.target import export_problems
@@ -172,6 +172,9 @@ def evaluate(
     run = local_run(run)
     options = replace(options, beside=[*map(local_run, options.beside or [])])
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
+    if config.per_step_tasks is not None and not has_classes(trained.config):
+        why = f"with {trained.config.dataset}, which is always scored after every step, on all tasks"
+        raise SettingsError(unused({"--per-step-tasks": True}, why))
     limit = options.limit(replace(trained.config, dataset=config.dataset or trained.config.dataset))
     options.trust_code_of([run, *(options.beside or ())])
     support = options.support

@@ -229,6 +229,12 @@ def test_options_for_examples_of_your_own_are_refused(cli, runs):
         assert "leave it out; eval tests the policy on new goals" in err
 
 
+def test_all_goals_are_scored_after_every_step(cli, runs):
+    code, _, err = cli("eval", runs / "maml", "--tasks", 5, "--per-step-tasks", 2)
+    assert code == 2
+    assert "--per-step-tasks has no effect with navigation, which is always scored after every step" in err
+
+
 def test_a_run_of_policies_is_tested_on_policies_only(runs):
     fact = "omniglot has images, but the run was trained on navigation tasks"
     with pytest.raises(SettingsError, match=fact):
