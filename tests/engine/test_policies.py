@@ -20,10 +20,9 @@ from mamlctl.engine.nets.base import REGRESSION
 from mamlctl.engine.nets.mlp import DEVIATION, GaussianPolicy, Mlp
 from mamlctl.engine.reinforcement import rollouts, task_policy
 from mamlctl.engine.reinforcement.advantages import RIDGE, advantages, baseline, discounted
-from mamlctl.engine.reinforcement.gaussian import LEAST_LOG
 from mamlctl.engine.reinforcement.jacobian import AdaptedPolicies
 from mamlctl.engine.reinforcement.policy_gradient import PolicyPoint, Sampling
-from mamlctl.engine.reinforcement.rollouts import rollout
+from mamlctl.engine.reinforcement.rollouts import LEAST_LOG, rollout
 from mamlctl.engine.reinforcement.trpo import BACKTRACK, DAMPING, conjugate_gradients, trust_region_step
 
 SHORT = replace(WORLDS["navigation"], horizon=7)

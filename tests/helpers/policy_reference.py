@@ -6,7 +6,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from mamlctl.engine.nets.batch_norm import NormPass
 from mamlctl.engine.nets.mlp import DEVIATION
-from mamlctl.engine.reinforcement.gaussian import LEAST_LOG
+from mamlctl.engine.reinforcement.rollouts import LEAST_LOG
 
 
 def distributions(policy, fast, x_TED):
@@ -18,8 +18,7 @@ def distributions(policy, fast, x_TED):
 
 def drawn(trajectories):
     """The distributions from which actions were drawn."""
-    deviation_TA = trajectories.policy.log_deviation_TA.exp()
-    mean_TEA = trajectories.policy.mean_TEA
+    deviation_TA, mean_TEA = trajectories.log_deviation_TA.exp(), trajectories.means
     return Independent(Normal(mean_TEA, deviation_TA.unsqueeze(1).expand_as(mean_TEA)), 1)
 
 

@@ -5,6 +5,7 @@ Shapes: T tasks, E trajectories, H times, D coordinates of a state, A numbers of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.tasks.navigation import action_noise
 from mamlctl.data.worlds import World
-from mamlctl.engine.nets.mlp import GaussianPolicy
-from mamlctl.engine.reinforcement.gaussian import Gaussian
+from mamlctl.engine.nets.batch_norm import NormPass
+from mamlctl.engine.nets.mlp import DEVIATION, GaussianPolicy
+
+LEAST_LOG = math.log(1e-6)  # as in the published code (maml_minimal_gauss_mlp_policy.py)
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Trajectories:
     action_TEHA: Tensor
     reward_TEH: Tensor  # 0 after the end of a trajectory
     alive_TEH: Tensor  # 1 for times before the end of a trajectory, else 0
-    policy: Gaussian  # the distributions from which the actions were drawn; their E is E * H
+    mean_TEHA: Tensor  # of the normal distributions from which the actions were drawn
+    log_deviation_TA: Tensor  # logarithms of their standard deviations
 
     @property
     def states(self) -> Tensor:
@@ -39,6 +43,11 @@ class Trajectories:
         return self.action_TEHA.flatten(1, 2)
 
     @property
+    def means(self) -> Tensor:
+        """The means of the distributions of these actions, _TEA."""
+        return self.mean_TEHA.flatten(1, 2)
+
+    @property
     def return_TE(self) -> Tensor:
         """The sum of the rewards of each trajectory, not discounted."""
         return self.reward_TEH.sum(-1)
@@ -47,13 +56,13 @@ class Trajectories:
         """The first trajectories of every task."""
         if trajectories >= self.reward_TEH.shape[1]:
             return self
-        mean_TEA = self.policy.mean_TEA[:, : trajectories * self.reward_TEH.shape[2]]
         return Trajectories(
             self.state_TEHD[:, :trajectories],
             self.action_TEHA[:, :trajectories],
             self.reward_TEH[:, :trajectories],
             self.alive_TEH[:, :trajectories],
-            Gaussian(mean_TEA, self.policy.log_deviation_TA),
+            self.mean_TEHA[:, :trajectories],
+            self.log_deviation_TA,
         )
 
     def mean_over_times(self, value_TE: Tensor) -> Tensor:
@@ -86,25 +95,27 @@ def rollout(
     """
     goal_TD, keys_T = episodes.query_y_TE, episodes.keys_T
     assert keys_T is not None
-    noise_HTEA = action_noise(keys_T, inner_step, trajectories, world.horizon).to(goal_TD).movedim(2, 0)
+    noise_TEHA = action_noise(keys_T, inner_step, trajectories, world.horizon).to(goal_TD)
+    log_TA = fast[DEVIATION].clamp(min=LEAST_LOG)
+    noise_HTEA = (log_TA.exp()[:, None, None] * noise_TEHA).movedim(2, 0)
+    norm = NormPass({}, {}, 0)  # policies have no batch norm
     goal_T1D = goal_TD.unsqueeze(1)
     position_TED = goal_T1D.new_zeros(len(goal_TD), trajectories, world.dimensions)
     alive_TE = position_TED.new_ones(position_TED.shape[:2])
     steps = []
     for noise_TEA in noise_HTEA:
         state_TED = _with_goal(position_TED, goal_T1D) if sees_goal else position_TED
-        gaussian = Gaussian.of(policy, fast, state_TED)
-        action_TEA = gaussian.sample(noise_TEA)
+        mean_TEA = policy(fast, state_TED, norm)
+        action_TEA = mean_TEA + noise_TEA
         velocity_TED = (world.scale * action_TEA).clamp(-world.limit, world.limit)
         # The robot stays where it was when its trajectory ended, so that no state grows without bound.
         position_TED = position_TED + velocity_TED * alive_TE.unsqueeze(-1)
         squared_TE = (position_TED - goal_T1D).square().sum(-1)
         reward_TE = -(squared_TE if world.squared else squared_TE.sqrt()) * alive_TE
-        steps.append((state_TED, action_TEA, reward_TE, alive_TE, gaussian.mean_TEA))
+        steps.append((state_TED, action_TEA, reward_TE, alive_TE, mean_TEA))
         alive_TE = alive_TE * (squared_TE >= world.near**2)
     state, action, reward, alive, mean = (torch.stack(parts, 2) for parts in zip(*steps, strict=True))
-    drawn = Gaussian(mean.flatten(1, 2), gaussian.log_deviation_TA)
-    return Trajectories(state, action, reward, alive, drawn)
+    return Trajectories(state, action, reward, alive, mean, log_TA)
 
 
 def _with_goal(position_TED: Tensor, goal_T1D: Tensor) -> Tensor:

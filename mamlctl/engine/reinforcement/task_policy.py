@@ -24,9 +24,8 @@ from torch import Tensor
 
 from mamlctl.engine.nets.batch_norm import Params
 from mamlctl.engine.nets.mlp import DEVIATION, GaussianPolicy
-from mamlctl.engine.reinforcement.gaussian import LEAST_LOG
 from mamlctl.engine.reinforcement.layers import Layers, Trilinear
-from mamlctl.engine.reinforcement.rollouts import Trajectories
+from mamlctl.engine.reinforcement.rollouts import LEAST_LOG, Trajectories
 
 
 class TaskPolicy:
@@ -52,12 +51,12 @@ class TaskPolicy:
         alive_E = trained.alive_TEH[task].flatten() > 0
         state_DE, action_AE, drawn_AE = (
             part_EN[alive_E].T.contiguous()
-            for part_EN in (trained.states[task], trained.actions[task], trained.policy.mean_TEA[task])
+            for part_EN in (trained.states[task], trained.actions[task], trained.means[task])
         )
         self.layers = Layers.of(policy.mean, weights, state_DE)
         self.free_A = (weights[DEVIATION] >= LEAST_LOG).to(state_DE.dtype)
         log_A1 = weights[DEVIATION].clamp(min=LEAST_LOG).unsqueeze(1)
-        drawn_log_A1 = trained.policy.log_deviation_TA[task].unsqueeze(1)
+        drawn_log_A1 = trained.log_deviation_TA[task].unsqueeze(1)
         self.precision_A1 = (-log_A1).exp()  # 1 / s
         self.noise_AE = (action_AE - self.layers.mean_AE) * self.precision_A1  # n
         drawn_noise_AE = (action_AE - drawn_AE) * (-drawn_log_A1).exp()
