@@ -202,11 +202,12 @@ def _test(
     """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
     reason: StopReason = ""
     config = replace(config, per_step=config.per_step or options.plot)
-    with options.display(f"testing {run} on {config.tasks} tasks") as display, together(rank_timeout):
-        from mamlctl.experiments.evaluate import evaluate_run  # imports torch
+    with options.display(f"testing {run} on {config.tasks} tasks") as display:
+        with together(rank_timeout):
+            from mamlctl.experiments.evaluate import evaluate_run  # imports torch
 
-        begin_work()
-        result = evaluate_run(run, config, offline=options.offline, on_event=display)
+            begin_work()
+            result = evaluate_run(run, config, offline=options.offline, on_event=display)
         if options.plot:
             from mamlctl.experiments.plot import draw
 

@@ -150,6 +150,12 @@ def current() -> Ranks:
     return _current
 
 
+def leave_ranks() -> None:
+    """Work alone from now on, after the others have received their last job."""
+    global _current
+    _current = ALONE
+
+
 class StopVote:
     """Why to stop: a request on any rank stops all ranks after the same meta-step."""
 

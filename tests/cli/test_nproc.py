@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -265,6 +266,14 @@ def test_a_test_by_two_processes_has_the_scores_of_one(cli, folder, whole, tmp_p
         for text in (scores, summary.with_name("tasks.csv").read_text())
     )
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_rank_0_draws_alone_after_a_test_by_two_processes(folder, whole):
+    """It pre-trains a run for its figure first, with an algorithm whose tasks cannot be shared."""
+    shutil.copytree(whole.path, folder / "drawn")
+    code, out, err, _ = Command(folder, "eval", "drawn", "--tasks", 20, "--plot", "--nproc", 2).end()
+    assert code == 0, err
+    assert "picture  drawn/plots/regression.png" in out
 
 
 def test_a_comparison_by_two_processes_tests_all_runs(folder, whole):

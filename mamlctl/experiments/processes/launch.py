@@ -157,6 +157,8 @@ def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
         for rank in ranks:
             if rank not in ended and rank.process.poll() is not None:
                 ended.append(rank)
+                if rank.number and rank.process.returncode == 0:
+                    continue  # rank 0 has no more work for it, but may still draw or print
                 own_error = rank.number == 0 and rank.process.returncode not in (0, ExitCode.RANK_LOST)
                 grace = SOON_S if own_error and rank.process.returncode > 0 else LEAVE_S
                 deadline = min(deadline, time.monotonic() + grace)
@@ -171,8 +173,9 @@ def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
     code: int = ranks[0].process.returncode
     if codes == {code} and code >= 0 and code != ExitCode.RANK_LOST:
         return code
-    # Those that end because of another one have the exit code RANK_LOST.
+    # Those that end because of another one have the exit code RANK_LOST, those that end in order have 0.
     guilty = [rank for rank in ended if rank.process.returncode != ExitCode.RANK_LOST and rank not in hung]
+    guilty.sort(key=lambda rank: rank.process.returncode == 0)
     if ranks[0] in guilty and code > 0:
         return code  # it has printed its error
     if guilty:

@@ -22,7 +22,7 @@ from mamlctl.core.formatting import plural
 from mamlctl.core.lifeline import Lost
 from mamlctl.core.process import LAUNCHED, SHOW_CURSOR, world
 from mamlctl.engine.algorithms.rules import sharing_problems
-from mamlctl.engine.distributed import Ranks, current, open_ranks
+from mamlctl.engine.distributed import Ranks, current, leave_ranks, open_ranks
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
 
@@ -111,7 +111,7 @@ def jobs(ranks: Ranks) -> Iterator[Job]:
 
 @contextmanager
 def sharing(timeout_s: float) -> Iterator[None]:
-    """The block in which rank 0 runs a command; `timeout_s` is the longest wait for another process."""
+    """The block in which rank 0 shares its work; `timeout_s` is the longest wait for another process."""
     lifeline = open_ranks(timeout_s, on_stuck).lifeline
     assert lifeline is not None
     try:
@@ -119,6 +119,7 @@ def sharing(timeout_s: float) -> Iterator[None]:
         current().from_first(None)  # the last job
     finally:
         lifeline.leave(_exit_code(sys.exception()))
+        leave_ranks()
 
 
 def _exit_code(error: BaseException | None) -> int:
