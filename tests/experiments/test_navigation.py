@@ -10,7 +10,7 @@ import torch
 from helpers.shared import ignore
 from helpers.trainer_cases import comparable
 
-from mamlctl.core.errors import SettingsError
+from mamlctl.core.errors import DivergedError, SettingsError
 from mamlctl.core.metrics_rows import rows_of
 from mamlctl.core.statistics import mean_ci95
 from mamlctl.engine.algorithms.algorithm import Algorithm
@@ -239,6 +239,16 @@ def test_a_run_of_policies_is_tested_on_policies_only(runs):
     fact = "omniglot has images, but the run was trained on navigation tasks"
     with pytest.raises(SettingsError, match=fact):
         evaluated(runs / "maml", replace(TESTED, dataset="omniglot"))
+
+
+@pytest.mark.parametrize(
+    ("outer", "lower"),
+    [("trpo", "--inner-lr or --max-kl;"), ("pg", "--inner-lr or --meta-lr or with --clip-value 10;")],
+)
+def test_divergence_is_told_as_a_return_with_settings_that_have_an_effect(tmp_path, outer, lower):
+    with pytest.raises(DivergedError, match="the return after 1 inner steps is nan") as caught:
+        trained(tmp_path / "run", outer=outer, inner_lr=1e30)
+    assert caught.value.hint.startswith(f"start a new run with a lower {lower}")
 
 
 def test_an_ensemble_of_policies_is_refused(runs):

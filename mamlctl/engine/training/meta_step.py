@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mamlctl.core.errors import MamlctlError, is_out_of_memory
-from mamlctl.core.formatting import plural
+from mamlctl.core.formatting import plural, reported
+from mamlctl.core.literals import Metric
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.algorithms.body_start import body_start
 from mamlctl.engine.algorithms.compiled_mlp import CompiledAdam, available, compiled, compiled_steps
@@ -264,14 +265,26 @@ def exchanged(
     )
 
 
-def first_non_finite(measured: MetaStepResult) -> str | None:
-    """Describe the first loss or gradient that is NaN or infinite, or return None; synchronises."""
+def steadier(config: TrainConfig) -> str:
+    """The settings with which training may not diverge, for a hint."""
+    if config.outer == "trpo":
+        return "with a lower --inner-lr or --max-kl"
+    clip = "" if config.clip_value or config.clip_norm else " or with --clip-value 10"
+    return f"with a lower --inner-lr or --meta-lr{clip}"
+
+
+def first_non_finite(measured: MetaStepResult, metric: Metric = "accuracy") -> str | None:
+    """Describe the first loss or gradient that is NaN or infinite, or return None; synchronises.
+
+    The losses of policies, whose `metric` is "return", are minus their returns.
+    """
+    support, query = ("return", "return") if metric == "return" else ("support loss", "query loss")
     for step, loss in enumerate(measured.support_losses_I.tolist()):
         if not math.isfinite(loss):
-            return f"the support loss after {step} inner steps is {loss}"
+            return f"the {support} after {step} inner steps is {reported(metric, loss)}"
     for steps, loss in measured.query_losses.items():
         if not math.isfinite(value := loss.item()):
-            return f"the query loss after {steps} inner steps is {value}"
+            return f"the {query} after {steps} inner steps is {reported(metric, value)}"
     # A sum is finite only if all its terms are. For small networks a test of each tensor takes too long.
     if math.isfinite(torch.cat([grad.flatten() for grad in measured.grads.values()]).sum().item()):
         return None

@@ -25,7 +25,7 @@ from mamlctl.engine.nets.base import Net, bn_mode
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import evaluation_net, evaluation_plan
-from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
+from mamlctl.engine.training.meta_step import MetaStep, first_non_finite, steadier
 from mamlctl.engine.training.progress import Period, Position, RunFiles, Saver
 from mamlctl.settings.schema import TrainConfig
 
@@ -208,15 +208,10 @@ class Trainer:
             self.save()
 
     def _check(self, step: int) -> None:
-        what = first_non_finite(self._latest) if self._latest else None
+        what = first_non_finite(self._latest, self.metric) if self._latest else None
         if what:
-            clip = "" if self.config.clip_value or self.config.clip_norm else " or with --clip-value 10"
-            raise DivergedError(
-                what,
-                hint=f"start a new run with a lower --inner-lr or --meta-lr{clip}; "
-                f"the last good checkpoint is {self.last}",
-                step=step,
-            )
+            hint = f"start a new run {steadier(self.config)}; the last good checkpoint is {self.last}"
+            raise DivergedError(what, hint=hint, step=step)
 
     def _report(self, epoch: int) -> None:
         means, size = self.period.means(), self.config.inner_steps + 1
