@@ -13,10 +13,10 @@ import pytest
 from helpers import preloaded
 from helpers.generated_docs import table
 from helpers.shared import ignore
-from records import pictures, receipts, tables
+from records import receipts, tables
 from records.__main__ import seconds_until, show_left, without_receipt, work
-from records.experiments import ORDERS, experiments, read_experiment
-from records.receipts import problems, text_of, without_times
+from records.experiments import experiments, read_experiment
+from records.receipts import DIGEST, digest, problems, text_of, without_times
 from records.runs import Place, RecordedRun
 
 from mamlctl.core.errors import ExitCode, SettingsError
@@ -185,14 +185,33 @@ def test_a_receipt_counts_only_for_the_settings_of_its_file(curves):
     (problem,) = problems(first, changed)
     assert problem.startswith("settings: ") and "'shots': 10" in problem
     assert receipts.valid_receipt(changed, 3, Path("receipts")) is None
-    for other, text in (
-        ({**first, "seed": 5}, "the experiment has no seed 5"),
-        ({**first, "training": {**first["training"], "meta_steps": 19}}, "it has 19 of 20 meta-steps"),
-        ({**first, "tests": []}, "it was tested with the batch-norm modes []"),
-        ({**first, "experiment": "other"}, "it is not a receipt of this experiment"),
+    short = {**first["training"], "meta_steps": 19}
+    for part, text in (
+        ({"seed": 5}, "the experiment has no seed 5"),
+        ({"training": short}, "it has 19 of 20 meta-steps"),
+        ({"tests": []}, "it was tested with the batch-norm modes []"),
+        ({"experiment": "other"}, "it is not a receipt of this experiment"),
     ):
-        assert problems(other, curves) == [text]
+        other = {**first, **part}
+        assert problems({**other, DIGEST: digest(other)}, curves) == [text]
     assert without_times(first) != without_times(second)
+
+
+def test_a_receipt_that_was_edited_or_is_of_another_seed_does_not_count(curves):
+    worked(curves)
+    file, other = Path("receipts/curves-s3.json"), Path("receipts/curves-s4.json")
+    text = file.read_text()
+    number = str(json.loads(text)["tests"][0]["results"][0]["mse"])
+    for edited in (text.replace(number, "0.25", 1), text.replace('"format": 1', '"format": 2'), text[:-9]):
+        file.write_text(edited)
+        assert receipts.valid_receipt(curves, 3, Path("receipts")) is None
+    file.write_text(re.sub(r',\n "sha256".*', "", text))
+    (problem,) = problems(json.loads(file.read_text()), curves)
+    assert problem == "its sha256 is not the digest of its content"
+    shutil.copyfile(other, file)
+    assert receipts.valid_receipt(curves, 3, Path("receipts")) is None
+    assert worked(curves) == (("", ExitCode.OK), [])
+    assert file.read_text() == text
 
 
 def test_tables_have_the_scores_of_receipts_or_say_not_run(curves):
@@ -239,26 +258,6 @@ def test_the_table_of_policies_has_returns_whose_intervals_contain_those_of_the_
     assert half <= bound + 0.006
 
 
-def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
-    training = {"validated_s": {"300": 30.0, "600": 90.0}}
-    receipt = {"training": training, "validation": {"curve": [[300, 0.9, 0.01], [600, 0.98, 0.01]]}}
-    names = [name for panel in pictures.PANELS for name in panel]
-    found = [
-        tables.Line(experiment, [receipt] * names.index(experiment.name), None, ())
-        for experiment in experiments()
-        if experiment.name in names
-    ]
-    figure = pictures.accuracy_per_minute(found)
-    assert [len(ax.lines) for ax in figure.axes] == [0 + 1, 2 + 3]
-    minutes, errors = figure.axes[0].lines[0].get_data()
-    assert list(minutes) == [0.5, 1.5]
-    assert list(errors) == pytest.approx([10, 2])
-    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
-        "fast preset",
-        "published schedule",
-    ]
-
-
 def test_files_of_experiments_are_checked(folder):
     file = Path("files/wrong.yaml")
     for text, problem in (
@@ -276,14 +275,3 @@ def test_files_of_experiments_are_checked(folder):
             read_experiment(file)
     with pytest.raises(SettingsError, match="there is no experiment 'curve'"):
         experiments(folder / "files", only="curve")
-
-
-def test_every_receipt_of_the_package_is_of_an_experiment_as_it_is_now():
-    listed = experiments()
-    by_name = {f"{item.name}-s{seed}": item for item in listed for seed in item.seeds}
-    for path in receipts.FOLDER.glob("*.json"):
-        document = json.loads(path.read_text())
-        assert problems(document, by_name[path.stem]) == [], f"remove {path.name} and run `make reproduce`"
-        assert path.stem == f"{document['experiment']}-s{document['seed']}"
-    for order in ORDERS.values():
-        assert set(order) <= {item.name for item in listed}

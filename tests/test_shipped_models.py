@@ -9,7 +9,8 @@ from helpers.shared import ignore
 from PIL import Image
 from records.experiments import experiments
 from records.models import MODELS, RECEIPT
-from records.receipts import problems
+from records.receipts import FOLDER as RECEIPTS
+from records.receipts import problems, receipt_file
 
 from mamlctl import shipped_models
 from mamlctl.core.errors import MamlctlError, SettingsError
@@ -45,7 +46,7 @@ def test_the_models_are_those_of_the_record_and_small():
         run = open_run(FOLDER / name)
         assert run.dataset_digest == receipt["data_digest"]
         assert (run.config.seed, run_state(run.path).status) == (seed, "finished")
-        assert receipt["seed"] == seed
+        assert receipt == json.loads(receipt_file(chosen, seed, RECEIPTS).read_text())
         assert (run.config.ways, run.config.shots) == (chosen.config.ways, chosen.config.shots)
 
 

@@ -43,8 +43,10 @@ def accuracy_per_minute(found: Sequence[Line]) -> Figure:
 def _draw_seeds(ax: Axes, line: Line, colour: str, label: str) -> None:
     for number, receipt in enumerate(line.receipts):
         seconds, curve = receipt["training"]["validated_s"], receipt["validation"]["curve"]
-        minutes = [seconds[str(step)] / 60 for step, _, _ in curve]
-        errors = [100 - 100 * score for _, score, _ in curve]
+        # A process that was killed just after a validation has not stored its time.
+        timed = [(seconds[str(step)] / 60, score) for step, score, _ in curve if str(step) in seconds]
+        minutes = [point for point, _ in timed]
+        errors = [100 - 100 * score for _, score in timed]
         ax.plot(
             minutes, errors, ".-", color=colour, linewidth=1, markersize=3, label=None if number else label
         )
@@ -61,7 +63,8 @@ def _scale(ax: Axes) -> None:
     ax.grid(visible=True)
 
 
-def save(found: Sequence[Line]) -> None:
-    """Write the picture, as SVG."""
-    png, _ = style.save(accuracy_per_minute(found), FILE)
+def save(found: Sequence[Line], stem: Path = FILE) -> Path:
+    """Write the picture, as SVG, and return its path. `stem` is that path without its ending."""
+    png, svg = style.save(accuracy_per_minute(found), stem)
     png.unlink()
+    return svg

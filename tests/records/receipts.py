@@ -19,6 +19,7 @@ from records.runs import RecordedRun
 
 FOLDER = Path(__file__).parents[2] / "mamlctl" / "records"
 FORMAT = 1
+DIGEST = "sha256"  # of the rest of the receipt
 TIMES = ("wall_s", "processor_s", "slices", "validated_s")  # of "training"
 
 Receipt = Mapping[str, Any]
@@ -33,7 +34,7 @@ def receipt(run: RecordedRun) -> dict[str, Any]:
         if name not in RESUME_OVERRIDES and value is not None
     }
     places = [part["environment"] for part in (*run.slices, *run.tests.values())]
-    return {
+    document = {
         "format": FORMAT,
         "experiment": run.experiment.name,
         "seed": run.seed,
@@ -52,6 +53,12 @@ def receipt(run: RecordedRun) -> dict[str, Any]:
         "validation": _validation(rows_of(folder.metrics(), "validation")),
         "tests": [_tested(run.path / test["folder"]) for test in run.tests.values()],
     }
+    return document | {DIGEST: digest(document)}
+
+
+def digest(document: Receipt) -> str:
+    """The SHA-256 of a receipt without its own digest, as it is stored."""
+    return hashlib.sha256(text_of(_without(document, DIGEST)).encode()).hexdigest()
 
 
 def _validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,7 +98,7 @@ def without_times(document: Receipt) -> dict[str, Any]:
     """The part of a receipt that is the same for a run that was interrupted and for one that was not."""
     training = _without(document["training"], *TIMES)
     tests = [_without(test, "seconds") for test in document["tests"]]
-    return {**document, "training": training, "tests": tests}
+    return {**_without(document, DIGEST), "training": training, "tests": tests}
 
 
 def text_of(document: Receipt) -> str:
@@ -111,6 +118,8 @@ def problems(document: Receipt, experiment: Experiment) -> list[str]:
     found = []
     if document.get("format") != FORMAT or document.get("experiment") != experiment.name:
         return ["it is not a receipt of this experiment"]
+    if document.get(DIGEST) != digest(document):
+        return [f"its {DIGEST} is not the digest of its content"]
     if document["seed"] not in experiment.seeds:
         found.append(f"the experiment has no seed {document['seed']}")
     for part, values in stated.items():
@@ -128,4 +137,6 @@ def problems(document: Receipt, experiment: Experiment) -> list[str]:
 def valid_receipt(experiment: Experiment, seed: int, folder: Path = FOLDER) -> Receipt | None:
     """The receipt of a seed; None if there is none, or none for the experiment as it is now."""
     document = read_object(receipt_file(experiment, seed, folder))
-    return document if document and not problems(document, experiment) else None
+    if not document or problems(document, experiment):
+        return None
+    return document if document["seed"] == seed else None
