@@ -154,6 +154,38 @@ def test_a_run_that_was_begun_with_other_settings_is_not_continued(curves, capsy
     assert "hint:  change curves.yaml, or remove that folder" in err
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "a run of seed 4"),
+        ({"seed: 4": "seed: 3", "shots: 5": "shots: 6"}, "begun with other settings"),
+    ],
+)
+def test_a_run_folder_from_elsewhere_is_not_taken_for_the_run(curves, capsys, changes, words):
+    worked(curves)
+    shutil.rmtree("runs/curves-s3")
+    Path("receipts/curves-s3.json").unlink()
+    shutil.copytree("runs/curves-s4", "runs/curves-s3")
+    config = Path("runs/curves-s3/run/config.yaml")
+    for old, new in changes.items():
+        config.write_text(config.read_text().replace(old, new))
+    assert worked(curves) == (("", ExitCode.FAILED), [3])
+    assert words in (err := capsys.readouterr().err) and "or remove that folder" in err
+
+
+def test_a_run_without_its_progress_is_not_continued(curves, capsys):
+    worked(curves)
+    Path("receipts/curves-s3.json").unlink()
+    progress = Path("runs/curves-s3/progress.json")
+    whole = progress.read_text()
+    for damaged in ("", whole[:-9]):
+        progress.write_text(damaged)
+        assert worked(curves) == (("", ExitCode.FAILED), [3])
+        assert "without progress.json" in capsys.readouterr().err
+    progress.write_text(whole)
+    assert worked(curves) == (("", ExitCode.OK), [])
+
+
 @pytest.mark.parametrize("name", ["summary.json", "tasks.csv"])
 def test_a_damaged_test_stops_only_its_own_receipt_until_it_is_removed(curves, capsys, name):
     worked(curves)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mamlctl.core.errors import MamlctlError
-from mamlctl.core.events import Event, OnEvent, ValidationDone
+from mamlctl.core.events import Event, OnEvent, RunStarted, ValidationDone
 from mamlctl.core.files import one_writer, read_object, write_json
 from mamlctl.core.literals import StopReason
+from mamlctl.core.problems import Problem
 from mamlctl.core.results import TrainResult
 from mamlctl.engine.devices import open_device
 from mamlctl.experiments.environment import code_and_machine
@@ -59,7 +60,28 @@ class RecordedRun:
         self.tests: dict[str, dict[str, Any]] = stored.get("tests", {})
         # The meta-steps at each validation (a string in JSON) -> the time of training until then.
         self.validated_s: dict[str, float] = stored.get("validated_s", {})
-        self._has_other_settings = bool(stored) and stored.get("stated") != self.experiment.stated
+        self._problem = self._found_problem(stored)
+
+    def _found_problem(self, stored: Mapping[str, Any]) -> Problem | None:
+        """Why the folder is not one of this experiment and seed, and what to do; None if it is."""
+        remove = "remove that folder"
+        settings = ("begun with other settings", f"change {self.experiment.name}.yaml, or {remove}")
+        if stored and stored.get("stated") != self.experiment.stated:
+            return settings
+        if not (self.path / CONFIG).is_file():
+            return None
+        try:
+            found = vars(self.open().config)
+        except MamlctlError:
+            return None  # training and tests report it
+        if found["seed"] != self.seed:
+            return f"a run of seed {found['seed']}", f"move that run to its own folder, or {remove}"
+        expected = vars(self.experiment.config)
+        if any(found[name] != expected[name] for name in self.experiment.stated["settings"]):
+            return settings
+        if self.step and not self.slices:
+            return f"without {PROGRESS}", f"copy that file from where the run was trained, or {remove}"
+        return None
 
     @property
     def name(self) -> str:
@@ -91,8 +113,8 @@ class RecordedRun:
     @property
     def obstacle(self) -> str:
         """Why the run cannot be continued; "" if it can."""
-        if self._has_other_settings:
-            return "begun with other settings"
+        if self._problem:
+            return self._problem[0]
         state = run_state(self.path)
         return f"diverged at meta-step {state.diverged_at}" if state.status == "diverged" else ""
 
@@ -138,7 +160,7 @@ class RecordedRun:
             MamlctlError: as `train` and `resume` do, or the run cannot be continued.
         """
         if self.obstacle:
-            hint = f"change {self.experiment.name}.yaml, or remove that folder"
+            _, hint = self._problem or ("", f"change {self.experiment.name}.yaml, or remove that folder")
             raise MamlctlError(f"{self.folder}: {self.obstacle}", hint=hint)
         limits = [time_limit_s, self._seconds_left()]
         limit_s = min((limit for limit in limits if limit is not None), default=None)
@@ -152,12 +174,14 @@ class RecordedRun:
 
         def stored_event(event: Event) -> None:
             on_event(event)
-            if not part:
+            if isinstance(event, RunStarted):  # what fails before, as without data, is not a slice
                 config = replace(self.experiment.config, device=place.device)
                 device = open_device(config.device, config.precision)
                 part["environment"] = code_and_machine(config.precision, device)
                 self.slices.append(part)
                 store()
+            elif not part:
+                return
             elif isinstance(event, ValidationDone):
                 so_far_s = self.wall_s - part["wall_s"] + time.monotonic() - began
                 self.validated_s[str(event.step)] = round(so_far_s, 1)
