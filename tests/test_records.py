@@ -15,6 +15,7 @@ from helpers.generated_docs import table
 from helpers.shared import ignore
 from records import receipts, tables
 from records.__main__ import seconds_until, show_left, without_receipt, work
+from records.estimates import timed
 from records.experiments import experiments, read_experiment
 from records.receipts import DIGEST, digest, problems, text_of, without_times
 from records.runs import Place, RecordedRun
@@ -186,6 +187,39 @@ def test_a_run_without_its_progress_is_not_continued(curves, capsys):
     assert worked(curves) == (("", ExitCode.OK), [])
 
 
+def test_a_start_without_data_is_not_a_slice(folder, capsys):
+    experiment = read_experiment(Path("files/tiny.yaml"))
+    experiment = replace(experiment, config=replace(experiment.config, dataset="mini-imagenet"), minutes=60)
+    here = replace(HERE, data_root=str(folder))
+    (left,) = without_receipt([experiment], Path("runs"), Path("receipts"))
+    assert work([left], here, seconds_until(0, None), Path("receipts"), ignore) == ("", ExitCode.DATA)
+    assert not Path("runs/tiny-s0/progress.json").exists()
+    show_left([left], here, Path("runs"), ignore)
+    out, _ = capsys.readouterr()
+    assert "left: 0 runs, about 0:00 on cpu, and 1 without a time" in out
+
+
+@pytest.mark.parametrize("stored", ["5", '{"stated": 1}', '{"step_s": 1.0, "test_s": 1.0}', "["])
+def test_a_damaged_estimate_is_measured_again(curves, stored):
+    times = timed(curves, HERE, Path("runs"), ignore)
+    file = Path("runs/estimates.json")
+    ((key, kept),) = json.loads(file.read_text()).items()
+    assert timed(curves, HERE, Path("runs"), None) == kept and kept["step_s"] == times["step_s"]
+    file.write_text(f'{{"{key}": {stored}}}')
+    assert timed(curves, HERE, Path("runs"), None) == {}
+    assert timed(curves, HERE, Path("runs"), ignore)["step_s"] > 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("where", ["runs", "receipts"])
+def test_a_folder_that_cannot_be_written_is_reported_before_training(folder, glyphs_root, where):
+    Path("occupied").touch()
+    other = {"runs": "runs", "folder": "receipts"} | {where.replace("receipts", "folder"): "occupied/folder"}
+    code, text = done(started(glyphs_root, "--only", "tiny", **other))
+    assert (code, "error: occupied/folder: Not a directory" in text) == (1, True), text
+    assert not list(Path("runs").glob("*-s*"))
+
+
 @pytest.mark.parametrize("name", ["summary.json", "tasks.csv"])
 def test_a_damaged_test_stops_only_its_own_receipt_until_it_is_removed(curves, capsys, name):
     worked(curves)
@@ -300,6 +334,12 @@ def test_files_of_experiments_are_checked(folder):
         ("seeds: [1, 1]", "seeds is"),
         ("seeds: 3", "seeds is"),
         ("minutes: 0", "minutes is"),
+        ("settings: 5", "settings is 5"),
+        ("test: [tasks]", "test is"),
+        ("preset: 5", "preset is 5"),
+        ("published: maml++", r"published is maml\+\+"),
+        ("settings: {device: cuda}", "sets device in 'settings'"),
+        ("test: {data_root: here}", "sets data_root in 'test'"),
         ('published: ["maml++"]\nsettings: {ways: 7}', r"published row 'maml\+\+'"),
     ):
         file.write_text(text)

@@ -26,7 +26,14 @@ from typer.exceptions import TyperException
 
 import mamlctl
 from mamlctl.cli.help import show_help
-from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsError, is_out_of_memory
+from mamlctl.core.errors import (
+    ExitCode,
+    MamlctlError,
+    RankLostError,
+    SettingsError,
+    file_error,
+    is_out_of_memory,
+)
 from mamlctl.core.problems import nearest
 from mamlctl.core.process import HANG_UP, LAUNCHED, SIDE_BY_SIDE, check_single, exit_at_once_on
 from mamlctl.display.console import NamedStream, discard, show_error, stderr_console, write_text
@@ -286,10 +293,7 @@ def _run() -> tuple[int, MamlctlError | None]:
             discard(sys.stdout)
             fact = f"cannot write to {error.filename}: {error.strerror or error}"
             return ExitCode.FAILED, MamlctlError(fact, hint="free disk space, or write to another place")
-        # A file that cannot be read or written is a problem that the user can fix, not a bug.
-        file = f"{error.filename}: " if error.filename else ""
-        hint = "free disk space, or choose a path that can be read and written"
-        return ExitCode.FAILED, MamlctlError(f"{file}{error.strerror or error}", hint=hint)
+        return ExitCode.FAILED, file_error(error)
     return code or ExitCode.OK, None
 
 

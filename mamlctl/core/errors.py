@@ -44,6 +44,13 @@ class MamlctlError(Exception):
         self.hint = hint
 
 
+def file_error(error: OSError) -> MamlctlError:
+    """The error to print for a file that cannot be read or written, a problem that the user can fix."""
+    file = f"{error.filename}: " if error.filename else ""
+    hint = "free disk space, or choose a path that can be read and written"
+    return MamlctlError(f"{file}{error.strerror or error}", hint=hint)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, according to an exception of Python, numpy, torch or the operating system."""
     text = str(error).lower()

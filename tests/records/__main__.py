@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +14,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mamlctl.core.errors import STOP_EXIT_CODES, ExitCode, MamlctlError, SettingsError
+from mamlctl.core.errors import (
+    STOP_EXIT_CODES,
+    ExitCode,
+    LockedError,
+    MamlctlError,
+    SettingsError,
+    file_error,
+)
 from mamlctl.core.events import Event, Notice, OnEvent, TrainReport
-from mamlctl.core.files import write_text
+from mamlctl.core.files import naming, write_text
 from mamlctl.core.formatting import clock, plural
 from mamlctl.core.literals import StopReason
 from mamlctl.display.console import say, say_table, show_error, stderr_console
@@ -107,6 +115,9 @@ def work(
                     return reason, code
             name = receipts.receipt_file(run.experiment, run.seed, folder)
             on_event(Notice(f"wrote {name}; `make docs` puts it into the tables"))
+        except LockedError as error:
+            show_error(stderr_console(), LockedError(error.message, hint="wait for it or stop it"))
+            code = code or error.exit_code
         except MamlctlError as error:
             show_error(stderr_console(), error)
             code = code or error.exit_code
@@ -132,12 +143,20 @@ def show_left(left: Sequence[RecordedRun], place: Place, runs: Path, on_event: O
         seconds = seconds_left(run, times)
         known_s, unknown = known_s + (seconds or 0), unknown + (seconds is None)
         total = run.experiment.config.total_steps
-        words = times.get("problem", "?") if seconds is None else hours(seconds)
+        unknown_words = times.get("problem", "?" if times else "not timed yet")
+        words = unknown_words if seconds is None else hours(seconds)
         rows.append((run.experiment.name, str(run.seed), state_of(run), f"{run.step:,}/{total:,}", words))
     say_table(console, rows, left=3)
     more = f", and {unknown} without a time (make reproduce LIST=1)" if unknown else ""
     count = len(left) - unknown
     say(console, f"left: {count} {plural(count, 'run')}, about {hours(known_s)} on {place.device}{more}")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be made in a folder, which is made if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        tempfile.TemporaryFile(dir=folder).close()  # has no name, so no other process sees it
 
 
 def seconds_until(began: float, limit_s: float | None) -> Callable[[], float | None]:
@@ -186,10 +205,15 @@ def main(
         left = without_receipt(chosen, runs, folder)
         reason: StopReason = ""
         code = ExitCode.OK
-        if not list_:
+        if left and not list_:
+            check_writable(runs)  # before hours of training
+            check_writable(folder)
             reason, code = work(left, place, seconds_until(began, limit_s), folder, on_event)
         # Timing can take minutes, and a stopped process should end soon.
         show_left(without_receipt(chosen, runs, folder), place, runs, on_event if list_ else None)
+    except OSError as error:
+        show_error(log, file_error(error))
+        raise typer.Exit(ExitCode.FAILED) from error
     except MamlctlError as error:
         show_error(log, error)
         raise typer.Exit(error.exit_code) from error

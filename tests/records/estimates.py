@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mamlctl.core.errors import MamlctlError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.files import read_object, write_json
-from mamlctl.engine.devices import device_words, open_device
+from mamlctl.engine.devices import cpu_model, device_words, open_device
 from mamlctl.experiments.grid.estimate import estimate
 from mamlctl.experiments.grid.grid import Grid, GridRow
 from records.experiments import Experiment
@@ -28,15 +30,17 @@ def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent | 
         on_event: receives notices; None: do not measure what is not stored.
 
     Returns:
-        `step_s` (including its share of validation) and `test_s`, or `problem` if it cannot run here.
+        `step_s` (including its share of validation) and `test_s`, or `problem` if it cannot run here; empty
+        if they are not stored and not measured.
     """
     device = device_words(open_device(place.device, experiment.config.precision))
-    key, stored = f"{experiment.name} on {device}", read_object(runs / FILE)
-    known = stored.get(key)
-    if known and known["stated"] == experiment.stated:
-        return known
+    key = f"{experiment.name} on {device}, {cpu_model()}, torch {torch.__version__}"
+    stored = read_object(runs / FILE)
+    match stored.get(key):
+        case {"stated": experiment.stated, "step_s": float(), "test_s": float()} as known:
+            return known
     if on_event is None:
-        return {"problem": "not timed yet"}
+        return {}
     config = replace(experiment.config, device=place.device, data_root=place.data_root)
     row = GridRow(experiment.name, experiment.name, config)
     grid = Grid(runs, "one row", (row,), (0,), experiment.test, command="")
@@ -58,7 +62,7 @@ def seconds_left(run: RecordedRun, times: dict[str, Any]) -> float | None:
         run: the run.
         times: what `timed` returned for its experiment.
     """
-    if run.obstacle:
+    if run.obstacle or "problem" in times:
         return None
     if run.is_trained:
         training_s: float | None = 0.0

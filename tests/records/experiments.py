@@ -22,8 +22,11 @@ from mamlctl.settings.schema import TrainConfig
 
 FOLDER = Path(__file__).parent
 KEYS = ("preset", "settings", "minutes", "seeds", "test", "published")
-# Settings that the tool chooses itself: the seed, and every batch-norm mode.
-CHOSEN = {"settings": ("seed", "init_seed", "train_seed"), "test": ("bn", "checkpoint", "dataset")}
+# Settings that the tool chooses itself: the seed, every batch-norm mode, and where it runs.
+CHOSEN = {
+    "settings": ("seed", "init_seed", "train_seed", "device", "data_root"),
+    "test": ("bn", "checkpoint", "dataset", "device", "data_root"),
+}
 
 # What to run first; experiments that are not named come last. On a CPU the cheap ones are first.
 ABLATION = tuple(f"omniglot-20w1s-maml{on}" for on in ("", "+msl", "+lslr", "+bnwb+bnrs", "+ca", "+da"))
@@ -59,11 +62,13 @@ class Experiment:
 def read_experiment(path: Path) -> Experiment:
     """Read the file of an experiment. Raises SettingsError for a wrong key, setting or value."""
     content = load_file(path)
+    if problems := list(_kind_problems(path, content)):
+        raise SettingsError(problems)
     problems = [
         (f"unknown key '{key}' in {path}", nearest(key, KEYS, otherwise=f"use {', '.join(KEYS)}"))
         for key in content.keys() - set(KEYS)
     ]
-    parts = {key: content.get(key) or {} for key in CHOSEN}
+    parts = {key: content.get(key, {}) for key in CHOSEN}
     problems += [
         (f"{path} sets {name} in '{part}', which is chosen by the tool", "leave it out")
         for part, names in CHOSEN.items()
@@ -87,6 +92,17 @@ def read_experiment(path: Path) -> Experiment:
         stated={"settings": settings, "minutes": minutes, "test": parts["test"]},
         published=tuple(_published(path, config, row) for row in content.get("published", ())),
     )
+
+
+def _kind_problems(path: Path, content: Mapping[str, Any]) -> Iterator[Problem]:
+    for key, kind, hint in (
+        ("preset", str, "write the name of a preset"),
+        ("settings", dict, "write one 'name: value' a line below it"),
+        ("test", dict, "write one 'name: value' a line below it"),
+        ("published", list, 'write a list of rows, e.g. ["maml++"]'),
+    ):
+        if key in content and not isinstance(content[key], kind):
+            yield f"{key} is {content[key]} in {path}", f"{hint}, or leave it out"
 
 
 def _count_problems(path: Path, seeds: Any, minutes: Any) -> Iterator[Problem]:
