@@ -13,19 +13,24 @@ from helpers.data_cases import stream_settings
 from helpers.derivative_cases import needs_c
 from helpers.engine_cases import SMALL, build_uneven
 from helpers.rank_cases import in_ranks
+from helpers.shared import ignore
 from helpers.trainer_cases import TIMES, config_of, make_run, trainer_of
 
 from mamlctl.core.errors import DivergedError
 from mamlctl.data.sets.curves import FAMILIES
 from mamlctl.data.tasks.curve_tasks import CurveStream
+from mamlctl.data.tasks.episodes import Placement
+from mamlctl.data.tasks.streams import open_streams
 from mamlctl.engine.algorithms.registry import ALGORITHMS
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.engine.distributed import REASONS, Ranks
 from mamlctl.engine.evaluation import evaluator
 from mamlctl.engine.nets.batch_norm import NormPass, accumulate, init_running, mean_passes
+from mamlctl.engine.reinforcement import trpo
 from mamlctl.engine.training import checkpoints
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.trainer import Trainer
+from mamlctl.experiments.settings import fill_defaults, resolve_settings
 from mamlctl.run_folder import open_run
 from mamlctl.settings.schema import IMPROVEMENTS
 
@@ -190,6 +195,47 @@ def test_compiled_curves_are_shared_too(tmp_path, algo):
     expected = curve_result(Ranks(), config)
     for found in in_ranks(2, lambda ranks: curve_result(ranks, config), tmp_path):
         assert difference(expected, found) < SAME
+
+
+NAVIGATION = {
+    "maml": {"algo": "maml"},
+    "maml, a step that is too long at first": {"algo": "maml", "max_kl": 10.0, "epochs": 1},
+    "maml, outer pg": {"algo": "maml", "outer": "pg"},
+    "maml++": {"algo": "maml++"},
+    "reptile": {"algo": "reptile"},
+    "transfer": {"algo": "transfer"},
+    "maml, 3 tasks": {"algo": "maml", "meta_batch_size": 3},
+}
+
+
+def policy_result(ranks, case):
+    size = {"shots": 3, "queries": 3, "hidden": "6-5", "precision": "float64", "device": "cpu"}
+    length = {"meta_batch_size": 5, "epochs": 2, "steps_per_epoch": 1, "val_tasks": 5}
+    values = {"dataset": "navigation"} | size | length | NAVIGATION[case]
+    config = fill_defaults(resolve_settings([("flag", values)]).config)
+    place = Placement(torch.device("cpu"), torch.float64)
+    streams, source = open_streams(config, ("train", "val"), place, offline=True, on_event=ignore)
+    net, state = build(config, source.example_shape, place.device, targets=source.targets)
+    trainer = Trainer(config, net, state, streams, None, on_event=ignore, stop_reason=lambda: "")
+    start = {name: tensor.detach().clone() for name, tensor in state.stored().items()}
+    trainer.share(ranks)
+    result = result_of(trainer)
+    assert any(not torch.equal(start[name], tensor) for name, tensor in result["stored"].items())
+    return result
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_policies_of_ranks_are_those_of_one_process(tmp_path, monkeypatch, count):
+    # With so few trajectories the second derivative is nearly singular: rounding errors of 1e-16 change the
+    # step of one process by 1e-5.
+    monkeypatch.setattr(trpo, "DAMPING", 1.0)
+    together = in_ranks(
+        count, lambda ranks: {case: policy_result(ranks, case) for case in NAVIGATION}, tmp_path
+    )
+    for case in NAVIGATION:
+        expected = policy_result(Ranks(), case)
+        assert difference(expected, together[0][case]) < SAME, case
+        assert len({checkpoints._digest(results[case]) for results in together}) == 1, case
 
 
 def test_a_request_to_stop_on_any_rank_stops_all_at_the_same_step(tmp_path):

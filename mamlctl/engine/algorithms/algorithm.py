@@ -56,6 +56,7 @@ class Algorithm:
     classifier: Classifier = "head"
     adapts_norm: bool = False  # whether the inner loop adapts batch norm's weights and biases
     whole_batches: bool = False  # whether a meta-batch is one batch of examples, which must not be divided
+    in_one_pass: bool = False  # whether a process computes its tasks together; several may share a meta-batch
     on_curves: Mapping[str, Any] | None = field(default_factory=dict)  # defaults there; None: needs classes
     # How it learns policies, for data sets with rewards; or why it does not, and the hint of the error.
     on_rewards: Algorithm | Problem = ("needs examples", "use --algo maml")

@@ -13,7 +13,7 @@ to a_k. First order treats the support gradients as constants.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +38,8 @@ class MetaStepRequest:
     first_order: bool
     measure_all: bool  # also measure the query losses that do not enter the meta-loss
     body_only: bool = False  # train only the body; see body_start.py
+    # The mean over the tasks of all processes, from that of this process, for steps that need it at once.
+    mean: Callable[[Tensor], Tensor] = lambda mean_of_own: mean_of_own
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ MAML = Algorithm(
     _search,
     optimizer=_outer_step,
     predictor=_returns,
-    whole_batches=True,
+    in_one_pass=True,
     unrolls=True,
     unsupported=UNUSED,
 )

@@ -52,12 +52,18 @@ class PolicySearch:
         grads = adapted.gradient()
         if self.max_kl is not None:
             trial, old = Trial(policy, state.frozen(), sampled, weights), flat(adapted.learnable)
+
+            def mean_of_pair(own: tuple[float, float]) -> tuple[float, float]:
+                loss, divergence = request.mean(torch.tensor(own, dtype=torch.float64)).tolist()
+                return loss, divergence
+
+            # Means over the tasks of all processes, so that they take the same step.
             new = trust_region_step(
                 old,
-                flat(grads),
-                lambda vector: flat(adapted.divergence_product(unflat(vector, grads))),
-                measured(points, weights)[0],
-                lambda vector: trial(unflat(vector, grads)),
+                request.mean(flat(grads)),
+                lambda vector: request.mean(flat(adapted.divergence_product(unflat(vector, grads)))),
+                mean_of_pair(measured(points, weights))[0],
+                lambda vector: mean_of_pair(trial(unflat(vector, grads))),
                 self.max_kl,
             )
             # An outer step of SGD with rate 1 takes the old values to the new ones.

@@ -54,9 +54,9 @@ class MetaStep:
         chunk = config.task_chunk
         # Tasks per pass; None until the first meta-batch shows the size of its sets.
         self.chunk = None if chunk == "auto" else min(int(chunk), config.meta_batch_size)
-        if entry.whole_batches:
+        self.whole = entry.whole_batches or entry.in_one_pass
+        if self.whole:
             self.chunk = config.meta_batch_size
-        self.whole = entry.whole_batches
         self.vote: StopVote | None = None  # of several ranks, which exchange it with their results
 
     def schedule(self, epoch: int, done: float = 0.0) -> tuple[tuple[float, ...], bool, float]:
@@ -90,7 +90,9 @@ class MetaStep:
         """
         weights, first_order, _ = self.schedule(epoch)
         body_only = self.config.trains_body_only(epoch)
-        request = MetaStepRequest(self.config.inner_steps, weights, first_order, measure_all, body_only)
+        request = MetaStepRequest(
+            self.config.inner_steps, weights, first_order, measure_all, body_only, self._mean
+        )
         if self.chunk is None:
             examples = max(episodes.support_x_TECHW.shape[1], episodes.query_x_TECHW.shape[1])
             self.chunk = min(len(episodes.query_y_TE), tasks_per_pass(self.net, examples, self.device))
@@ -132,10 +134,21 @@ class MetaStep:
     def _of_all_tasks(self, measured: MetaStepResult) -> MetaStepResult:
         """Average over the tasks of all ranks, then clip."""
         if self.vote is not None:
-            weight = self.vote.ranks.share(self.config.meta_batch_size).weight
-            measured = exchanged(measured, self.state.running, self.vote, weight)
+            measured = exchanged(measured, self.state.running, self.vote, self._weight)
         self._clip(measured.grads)
         return measured
+
+    @property
+    def _weight(self) -> float:
+        """The weight of this rank in means over all tasks."""
+        return 1.0 if self.vote is None else self.vote.ranks.share(self.config.meta_batch_size).weight
+
+    def _mean(self, mean_of_own: Tensor) -> Tensor:
+        """The mean over the tasks of all ranks."""
+        if self.vote is None:
+            return mean_of_own
+        (mean,), _ = self.vote.ranks.mean([mean_of_own], self._weight, mean_of_own.new_zeros(0))
+        return mean
 
     def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
         """Update the learnable tensors, the running statistics and the inner Adam's moments.
