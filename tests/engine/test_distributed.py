@@ -43,7 +43,11 @@ NOISE = {"protonet": ("norm4.bias",), "unicorn-maml": ("linear.weight", "linear.
 AMPLIFIED = 1e-10  # largest absolute difference of these
 
 # Settings per case. 5 tasks are shared unevenly, and with 3 tasks one of four ranks has none.
-CASES = {algo: {"algo": algo} for algo, entry in ALGORITHMS.items() if not entry.whole_batches}
+CASES = {
+    algo: {"algo": algo}
+    for algo, entry in ALGORITHMS.items()
+    if not (entry.whole_batches or entry.needs_rewards)
+}
 CASES |= {f"maml {name}": {"algo": "maml", name: True} for name in IMPROVEMENTS}
 CASES |= {
     "maml++ 3 tasks": {"algo": "maml++", "meta_batch_size": 3},
