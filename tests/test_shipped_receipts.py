@@ -8,6 +8,8 @@ from records import pictures, receipts, tables
 from records.experiments import ORDERS, experiments
 from records.receipts import problems
 
+from mamlctl.data.sets.registry import has_rewards
+
 
 def test_every_receipt_of_the_package_is_of_an_experiment_as_it_is_now():
     listed = experiments()
@@ -18,6 +20,23 @@ def test_every_receipt_of_the_package_is_of_an_experiment_as_it_is_now():
         assert path.stem == f"{document['experiment']}-s{document['seed']}"
     for order in ORDERS.values():
         assert set(order) <= {item.name for item in listed}
+
+
+def test_on_navigation_maml_is_above_pre_training_and_scratch_and_below_the_oracle():
+    ends = {}  # of the intervals of the mean return, after each inner step
+    for line in tables.lines():
+        if has_rewards(line.experiment.config):
+            numbers = [map(float, cell.split(" ± ")) for cell in line.returns()]
+            ends[line.experiment.name] = [(mean - half, mean + half) for mean, half in numbers]
+    maml, transfer, scratch, oracle = (
+        ends[f"navigation-20s-{algo}"] for algo in ("maml", "transfer", "scratch", "oracle")
+    )
+    for step in (1, 3):
+        assert maml[step][0] > max(transfer[step][1], scratch[step][1])
+    assert oracle[0][0] > maml[3][1]
+    straight = -2 * sum((0.5 - 0.1 * time) ** 3 / 3 / 0.5 for time in range(1, 5))
+    assert straight == pytest.approx(-2 / 15)
+    assert oracle[0][1] < straight
 
 
 def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
