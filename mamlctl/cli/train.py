@@ -30,7 +30,7 @@ from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import flag, nearest
 from mamlctl.core.process import restarts, world
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import absolute_data_set, is_own_data, is_table
+from mamlctl.data.sets.registry import is_own_data, is_table
 from mamlctl.display.console import write_text
 from mamlctl.display.datasets import show_names
 from mamlctl.display.logs.tensorboard import TensorBoardLog, check_log
@@ -38,7 +38,7 @@ from mamlctl.display.run_results import show_train_result
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.experiments.interrupts import parse_duration
 from mamlctl.experiments.runs.search import latest_unfinished_run, means_latest
-from mamlctl.experiments.settings import fill_defaults, resolve_settings
+from mamlctl.experiments.settings import absolute_places, fill_defaults, resolve_settings
 from mamlctl.run_folder import CONFIG
 from mamlctl.settings.fields import OUTPUT
 from mamlctl.settings.merge import Resolved, merge
@@ -221,9 +221,9 @@ def _overrides(
     stored = asdict(open_run(run).config)
     changeable = RESUME_OVERRIDES
     moved, before = settings.get("dataset", ""), stored["dataset"]
+    settings = {**settings, **absolute_places(settings)}  # as the run has them
     if is_own_data(moved) and is_own_data(before) and is_table(moved) == is_table(before):
         # The data may have moved; `resume` compares their content.
-        settings = {**settings, "dataset": absolute_data_set(settings["dataset"])}
         changeable += ("dataset",)
     problems = [
         (

@@ -61,12 +61,15 @@ def write_losses(folder, spread=0.1):
     (folder / "constants.py").write_text(f"SPREAD = {spread}\n")
 
 
-def test_a_resumed_run_is_bitwise_that_without_an_interruption(here, cli):
+def test_a_resumed_run_is_bitwise_that_without_an_interruption(here, cli, monkeypatch):
     words = ("train", *SMALL, "--loss", "code/loss.py:smooth", "--algo", "maml++")
     code, _, err = cli(*words, "--out", "whole")
     assert code == 0, err
     assert cli(*words, "--out", "parts", "--time-limit", "0.001s")[0] == 0
     shutil.rmtree(here / "code")
+    with monkeypatch.context() as patch:  # the same command again, as torchrun restarts it
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert cli(*words, "--out", "parts", "--time-limit", "0.001s")[0] == 0
     while open_run(here / "parts").state().status != "finished":
         assert cli("train", "--resume", "parts", "--time-limit", "0.001s", "--quiet")[0] == 0
     assert same_training(here / "whole", here / "parts")
