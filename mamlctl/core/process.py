@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from types import FrameType
 from typing import NoReturn
 
@@ -114,15 +113,23 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
-def world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """The rank of this process and the number of processes, which torchrun puts into the environment."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(environment.get(name) for name in names):
+def world() -> tuple[int, int]:
+    """The rank of this process and the number of processes, which torchrun puts into the environment.
+
+    Raises SettingsError if the variables are wrong.
+    """
+    if not all(map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))):
         return 0, 1
+    numbers = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     try:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        rank, count, port = map(int, numbers.values())
     except ValueError:
-        return 0, 1
+        rank, count, port = -1, 0, 0
+    if not (0 <= rank < count and 0 <= port < 2**16):
+        stated = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        fact = f"the variables {stated} do not describe a process of a run"
+        raise SettingsError([(fact, "unset them, or start the processes with --nproc or torchrun")])
+    return rank, count
 
 
 def check_single(what: str, hint: str = "run it without torchrun") -> None:
@@ -131,8 +138,8 @@ def check_single(what: str, hint: str = "run it without torchrun") -> None:
         raise SettingsError([(f"{what} is one process, but torchrun has started {count}", hint)])
 
 
-def restarts(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def restarts() -> tuple[int, int]:
     """How often torchrun has restarted this process after a failure, and how often it may."""
     names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
-    done, most = (int(environment.get(name) or 0) for name in names)
+    done, most = (int(os.environ.get(name) or 0) for name in names)
     return done, most

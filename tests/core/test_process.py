@@ -8,7 +8,8 @@ import sys
 import pytest
 from helpers.shared import ROOT
 
-from mamlctl.core.process import SHOW_CURSOR
+from mamlctl.core.errors import SettingsError
+from mamlctl.core.process import SHOW_CURSOR, world
 
 pytestmark = pytest.mark.process
 
@@ -124,3 +125,15 @@ def test_a_terminal_without_a_size_still_gets_output(columns):
     environment = os.environ | {"COLUMNS": columns, "LINES": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert "Usage: " in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "2"}, {"RANK": "-1"}, {"RANK": "x"}, {"MASTER_PORT": "99999"}])
+def test_wrong_variables_of_a_rank_are_named(monkeypatch, wrong):
+    right = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in right.items():
+        monkeypatch.setenv(name, value)
+    assert world() == (1, 2)
+    ((name, value),) = wrong.items()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name}={value}"):
+        world()
