@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,21 +94,22 @@ class Lifeline:
         Raises:
             OSError: no connection is possible.
         """
-        failure: OSError = OSError("rank 0 has no address")
+        failure = OSError("rank 0 has no address")
         for host in hosts:
             try:
-                connection = socket.create_connection((host, port), timeout=CONNECT_S / len(hosts))
-                hello = {"token": token, "rank": self.rank, "where": here()}
-                connection.sendall(_line(hello))
-                answer = connection.recv(1)  # another program at this address does not know the answer
+                with ExitStack() as stack:
+                    connection = socket.create_connection((host, port), timeout=CONNECT_S / len(hosts))
+                    stack.enter_context(connection)
+                    connection.sendall(_line({"token": token, "rank": self.rank, "where": here()}))
+                    if connection.recv(1) != b"\n":  # which a program that has only the address does not know
+                        raise OSError(f"another program answers at {host}:{port}")
+                    stack.pop_all()
             except OSError as error:
                 failure = error
                 continue
-            if answer == b"\n":
-                self._add(connection, 0)
-                self._start()
-                return
-            failure = OSError(f"another program answers at {host}:{port}")
+            self._add(connection, 0)
+            self._start()
+            return
         raise failure
 
     @contextmanager
@@ -172,10 +173,12 @@ class Lifeline:
             connection, _ = self._listener.accept()
             connection.settimeout(ANSWER_S)
             hello = json.loads(connection.recv(4096))
-            if hello["token"] == self._token:
+            rank = int(hello["rank"])
+            # Processes of another run that has the same port must not take the place of a rank.
+            if hello["token"] == self._token and rank not in self._rank_of.values():
                 connection.sendall(b"\n")
-                self._where[int(hello["rank"])] = str(hello["where"])
-                self._add(connection, int(hello["rank"]))
+                self._where[rank] = str(hello["where"])
+                self._add(connection, rank)
                 _send(connection, {"where": here()})
             else:
                 connection.close()

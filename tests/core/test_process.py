@@ -9,6 +9,7 @@ import pytest
 from helpers.shared import ROOT
 
 from mamlctl.core.errors import SettingsError
+from mamlctl.core.lifeline import Lifeline
 from mamlctl.core.process import SHOW_CURSOR, world
 
 pytestmark = pytest.mark.process
@@ -137,3 +138,13 @@ def test_wrong_variables_of_a_rank_are_named(monkeypatch, wrong):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=f"{name}={value}"):
         world()
+
+
+def test_no_second_process_takes_the_place_of_a_rank():
+    first, second, other = (Lifeline(rank, 2, timeout_s=60, on_stuck=print) for rank in (0, 1, 1))
+    address = {"hosts": ["127.0.0.1"], "port": first.listen("token"), "token": "token"}
+    second.connect(**address)
+    with pytest.raises(OSError, match="another program answers"):
+        other.connect(**address)
+    first.leave(0)
+    second.leave(0)
