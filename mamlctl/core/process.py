@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -30,6 +31,16 @@ def prepare_process() -> None:
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "").strip("0") == "":
             os.environ.pop(name, None)
+
+
+def module_command(module: str) -> list[str]:
+    """The start of the command line that runs a module in a new process.
+
+    Python's -m searches the current folder first, where a file of the user may have the name of a module. So
+    the new process does that only if this one does.
+    """
+    searched = sys.path[:1] in ([""], [str(Path.cwd())])
+    return [sys.executable, *([] if searched else ["-P"]), "-m", module]
 
 
 def end_with_parent(parent: int | None = None) -> None:

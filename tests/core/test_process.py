@@ -10,7 +10,7 @@ from helpers.shared import ROOT
 
 from mamlctl.core.errors import SettingsError
 from mamlctl.core.lifeline import Lifeline
-from mamlctl.core.process import SHOW_CURSOR, world
+from mamlctl.core.process import SHOW_CURSOR, module_command, world
 
 pytestmark = pytest.mark.process
 
@@ -138,6 +138,15 @@ def test_wrong_variables_of_a_rank_are_named(monkeypatch, wrong):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=f"{name}={value}"):
         world()
+
+
+def test_a_new_process_does_not_import_files_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "queue.py").write_text("raise SystemExit('of the user')")
+    command = [*module_command("mamlctl"), "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_second_process_takes_the_place_of_a_rank():

@@ -138,6 +138,7 @@ def ask(connection, words, streams):
 
 def launch(path, words):
     """Act as `python WORDS` towards the parent of this process."""
+    words = words[1:] if words[:1] == ["-P"] else words  # the server has imported mamlctl already
     if words[:1] not in (["-m"], ["-c"]):
         os.execv(sys.executable, [sys.executable, *words])
     if words[1] == "mamlctl.cli.child_process" and sys.platform.startswith("linux"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from mamlctl.core.errors import ExitCode
-from mamlctl.core.process import HANG_UP
+from mamlctl.core.process import HANG_UP, module_command
 from mamlctl.run_folder import CONFIG, run_state
 from mamlctl.settings.variables import without_variables
 
@@ -108,7 +107,7 @@ class ChildProcess:
         os.close(handle)  # Windows lets no other process write a file that is open here
         self._error = Path(name)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mamlctl.cli.child_process", name, *arguments],
+            [*module_command("mamlctl.cli.child_process"), name, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 
 from mamlctl.core.errors import ExitCode, MamlctlError
-from mamlctl.core.process import HANG_UP, LAUNCHED
+from mamlctl.core.process import HANG_UP, LAUNCHED, module_command
 from mamlctl.experiments.executors.local import threads_each
 
 POLL_S = 0.05
@@ -72,7 +72,7 @@ def launch(count: int, arguments: Sequence[str], timeout: str) -> int:
         MamlctlError: a process died, or does not answer.
     """
     environment = _environment(count)
-    command = [sys.executable, "-m", "mamlctl", *arguments]
+    command = [*module_command("mamlctl"), *arguments]
     ranks: list[_Rank] = []
     with ExitStack() as stack:
         for number in (*HANG_UP, signal.SIGINT, signal.SIGTERM):
