@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,19 @@ def test_commands_that_cannot_share_their_work_refuse_torchrun(cli, monkeypatch,
     code, _, err = cli(*words)
     assert code == ExitCode.USAGE
     assert err.startswith(f"error: {what} is one process, but torchrun has started 2\nhint:")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_imports_ends_all_processes_silently(folder, number):
+    command = Command(folder, *RUN, "--out", "early", "--nproc", 2)
+    deadline = time.monotonic() + 5 * SLOW
+    while time.monotonic() < deadline:
+        with suppress(AssertionError):
+            command.rank(1)
+            break
+    command.process.send_signal(number)
+    code, _, err, _ = command.end()
+    assert (code, err) == (128 + number, "")
 
 
 def test_a_process_ends_at_once_if_its_launcher_has_ended(folder, monkeypatch):

@@ -74,16 +74,17 @@ def launch(count: int, arguments: Sequence[str], timeout: str) -> int:
     environment = _environment(count)
     command = [*module_command("mamlctl"), *arguments]
     ranks: list[_Rank] = []
+    asked: list[int] = []
     with ExitStack() as stack:
         for number in (*HANG_UP, signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
-                before = signal.signal(number, _forward_to(ranks))
+                before = signal.signal(number, _forward_to(ranks, asked))
                 stack.callback(signal.signal, number, before)
         if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
             stack.callback(signal.signal, signal.SIGTSTP, signal.signal(signal.SIGTSTP, _pause(ranks)))
         for number in range(count):
             ranks.append(_start(number, command, environment))
-        return _wait(ranks, timeout)
+        return _wait(ranks, timeout, asked)
 
 
 def accept_requests() -> None:
@@ -127,8 +128,11 @@ def _start(number: int, command: Sequence[str], environment: Mapping[str, str]) 
     return rank
 
 
-def _forward_to(ranks: Sequence[_Rank]) -> Callable[[int, FrameType | None], None]:
+def _forward_to(ranks: Sequence[_Rank], asked: list[int]) -> Callable[[int, FrameType | None], None]:
+    """Pass a signal on to the ranks, and note it in `asked`."""
+
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for rank in ranks:
             rank.process.send_signal(number)
 
@@ -148,8 +152,20 @@ def _pause(ranks: Sequence[_Rank]) -> Callable[[int, FrameType | None], None]:
     return pause
 
 
-def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
-    """Wait for all processes; end them if one has ended and they do not follow."""
+def _wait(ranks: Sequence[_Rank], timeout: str, asked: Sequence[int]) -> int:
+    """Wait for all processes; end them if one has ended and they do not follow.
+
+    Args:
+        ranks: the processes.
+        timeout: --rank-timeout, for messages.
+        asked: the signals that were passed on.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        MamlctlError: as `launch` does.
+    """
     ended: list[_Rank] = []  # in order
     hung: list[_Rank] = []
     deadline = float("inf")
@@ -164,7 +180,7 @@ def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
                 deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() > deadline and not hung:
             hung = [rank for rank in ranks if rank not in ended]
-            _end(hung)
+            _end(hung, where=all(rank.process.returncode == ExitCode.RANK_LOST for rank in ended))
         time.sleep(POLL_S)
     for rank in ranks:
         if rank.reader is not None:
@@ -173,6 +189,9 @@ def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
     code: int = ranks[0].process.returncode
     if codes == {code} and code >= 0 and code != ExitCode.RANK_LOST:
         return code
+    # A signal kills a process that has not yet imported what saves a run.
+    if asked and (own := codes - {ExitCode.RANK_LOST}) and own <= {-asked[0], 128 + asked[0]}:
+        return 128 + asked[0]
     # Those that end because of another one have the exit code RANK_LOST, those that end in order have 0.
     guilty = [rank for rank in ended if rank.process.returncode != ExitCode.RANK_LOST and rank not in hung]
     guilty.sort(key=lambda rank: rank.process.returncode == 0)
@@ -185,12 +204,12 @@ def _wait(ranks: Sequence[_Rank], timeout: str) -> int:
     raise _error(ended[0], "lost its connection to another rank", len(ranks))
 
 
-def _end(ranks: Sequence[_Rank]) -> None:
-    """End processes that hang, after they have written where."""
-    for rank in ranks:
-        if STACK is not None:
+def _end(ranks: Sequence[_Rank], *, where: bool) -> None:
+    """End processes that hang; with `where`, after they have written where."""
+    if where and STACK is not None:
+        for rank in ranks:
             rank.process.send_signal(STACK)
-    time.sleep(SOON_S if STACK is not None else 0)
+        time.sleep(SOON_S)
     for rank in ranks:
         rank.process.kill()
 
