@@ -22,7 +22,7 @@ from mamlctl.core.events import Waiting
 from mamlctl.core.formatting import with_article
 from mamlctl.core.literals import HIGHER_IS_BETTER, METRIC_NAMES
 from mamlctl.core.problems import Problem, flag
-from mamlctl.core.process import LAUNCHED, end_with_parent, raise_on_signals, world
+from mamlctl.core.process import LAUNCHED, TORCHRUN, end_with_parent, raise_on_signals, world
 from mamlctl.core.user_code.kinds import named_code, trust_runs
 from mamlctl.data.rules import metric_of
 from mamlctl.display.console import say, stderr_console, write_json
@@ -86,6 +86,8 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
         accept_requests()
         if LAUNCHED in os.environ:
             end_with_parent(int(os.environ[LAUNCHED]))
+        elif TORCHRUN in os.environ:
+            end_with_parent()
         if rank == 0:
             return None
         from mamlctl.experiments.processes.shares import do_share

@@ -19,6 +19,7 @@ RAISE_S = 0.01  # after `_raise_again` has returned, since exceptions in it are 
 SHOW_CURSOR = b"\x1b[?25h"  # the live view hides it
 SIDE_BY_SIDE = "use --workers, which trains several runs at once"  # the hint where --nproc has no effect
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # a variable that torchrun sets
 LAUNCHED = "RANKS_OF_MAMLCTL"  # the variable with the process id of `launch`, which has started this one
 
 

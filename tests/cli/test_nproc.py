@@ -240,8 +240,14 @@ def test_ctrl_z_stops_all_processes_until_they_continue(folder):
     assert code == 0, err
 
 
-def test_the_launcher_takes_its_processes_with_it(folder):
-    command = Command(folder, *RUN, "--out", "orphan", "--nproc", 2)
+@pytest.mark.parametrize("launcher", ["--nproc", "torchrun"])
+def test_the_launcher_takes_its_processes_with_it(folder, launcher):
+    words = [*RUN, "--steps-per-epoch", "9999", "--out", launcher.strip("-")]
+    if launcher == "torchrun":
+        options = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+        command = Command(folder, *words, torchrun=options)
+    else:
+        command = Command(folder, *words, "--nproc", 2)
     command.wait_for("step 10/")
     ranks = [command.rank(number) for number in (0, 1)]
     command.process.kill()
@@ -249,7 +255,7 @@ def test_the_launcher_takes_its_processes_with_it(folder):
     deadline = time.monotonic() + LEAVE_S * SLOW
     while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
         time.sleep(0.05)
-    state = json.loads((folder / "orphan" / "status.json").read_text())
+    state = json.loads((folder / launcher.strip("-") / "status.json").read_text())
     assert (state["status"], state["reason"]) == ("interrupted", "SIGTERM")
 
 
