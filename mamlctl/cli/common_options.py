@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -65,12 +65,13 @@ Nproc = Annotated[
 RankTimeout = Annotated[str | None, option(HARDWARE, "Longest wait for another of them (default: 10m).")]
 
 
-def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | None:
+def share_of_process(nproc: int | None, rank_timeout: str | None, *, trust_code: bool) -> ExitCode | None:
     """Start the processes of --nproc, or do the share of one of them: the exit code afterwards.
 
     Args:
         nproc: the option --nproc.
         rank_timeout: the option --rank-timeout.
+        trust_code: the option --trust-code.
 
     Returns:
         None if this process is to run the command: rank 0, or the only one.
@@ -94,7 +95,7 @@ def share_of_process(nproc: int | None, rank_timeout: str | None) -> ExitCode | 
         from mamlctl.experiments.processes.together import follow
 
         begin_work()
-        return follow(timeout_s, do_share)
+        return follow(timeout_s, partial(do_share, trust_code=trust_code))
     if asked == 1:
         return None
     from mamlctl.experiments.processes.launch import launch

@@ -88,7 +88,7 @@ def compare(
     settings = options.with_sets(settings)
     if runs:
         _refuse_training(settings, options, algos)
-        if (code := share_of_process(nproc, rank_timeout)) is not None:
+        if (code := share_of_process(nproc, rank_timeout, trust_code=options.trust_code)) is not None:
             return code
         values = {**variable_values(EvalConfig), **evaluation, **settings}
         return _compare_runs([*map(local_run, runs)], table_settings(values), options, rank_timeout)

@@ -166,7 +166,7 @@ def evaluate(
         problems += unused(of_ranks, "with --support, since your own data are the only task")
     if problems:
         raise SettingsError(problems)
-    if (code := share_of_process(nproc, rank_timeout)) is not None:
+    if (code := share_of_process(nproc, rank_timeout, trust_code=options.trust_code)) is not None:
         return code
     config = EvalConfig(**{**variable_values(EvalConfig), **settings})
     run = local_run(run)

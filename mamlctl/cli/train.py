@@ -91,8 +91,10 @@ def train(
         given |= {"--print-config": print_config, "--log": log}
         given |= {"--nproc": nproc, "--rank-timeout": rank_timeout}
         return _print_list(list_, given, options)
-    if not print_config and (code := share_of_process(nproc, rank_timeout)) is not None:
-        return code
+    if not print_config:
+        code = share_of_process(nproc, rank_timeout, trust_code=options.trust_code)
+        if code is not None:
+            return code
     latest = resume is not None and means_latest(resume)
     again = _restarted(out, resume)
     resume = latest_unfinished_run() if latest else again or resume
@@ -219,9 +221,9 @@ def _overrides(
 
     refuse_model(run)
     stored = asdict(open_run(run).config)
+    settings = {**settings, **absolute_places(settings)}  # as the run has them
     changeable = RESUME_OVERRIDES
     moved, before = settings.get("dataset", ""), stored["dataset"]
-    settings = {**settings, **absolute_places(settings)}  # as the run has them
     if is_own_data(moved) and is_own_data(before) and is_table(moved) == is_table(before):
         # The data may have moved; `resume` compares their content.
         changeable += ("dataset",)

@@ -36,7 +36,7 @@ from mamlctl.engine.training.run_code import RunCode, code_of_run, new_code, sto
 from mamlctl.engine.training.trainer import Trainer
 from mamlctl.experiments.environment import environment, kernels_announced
 from mamlctl.experiments.interrupts import StopRequests
-from mamlctl.experiments.processes.together import TrainingJob, check_sharing, send_after
+from mamlctl.experiments.processes.together import TrainingJob, check_code_of_ranks, check_sharing, send_after
 from mamlctl.experiments.runs.starts import apply_start, start_again
 from mamlctl.experiments.settings import fill_defaults
 from mamlctl.experiments.tables.stored import store_facts
@@ -212,7 +212,7 @@ def prepare(
         stored: what a resumed run has of the user's own data.
 
     Raises:
-        SettingsError: this machine does not have the device.
+        SettingsError: this machine does not have the device, or has other code than that of rank 0.
         DataError: as `open_streams` does.
     """
     completed = fill_defaults(job.config)
@@ -227,6 +227,7 @@ def prepare(
         )
     if code is None:
         code = new_code(completed, source, on_event, like=torch.empty((), device=device, dtype=place.dtype))
+    check_code_of_ranks(code)
     classes = source.classes.get("train")
     net, state = build(
         completed, source.example_shape, device, classes=classes, targets=source.targets, parts=code.parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mamlctl.core.errors import STOP_EXIT_CODES, DivergedError, ExitCode
+from mamlctl.core.user_code.kinds import trust_runs
 from mamlctl.engine.distributed import current
 from mamlctl.engine.training.run_code import code_of_run
 from mamlctl.engine.training.trainer import Trainer
@@ -13,8 +14,15 @@ from mamlctl.experiments.train import prepare
 from mamlctl.run_folder import open_run
 
 
-def do_share(job: Job) -> ExitCode:
-    """Do this rank's share of a job, and return the exit code of the process."""
+def do_share(job: Job, *, trust_code: bool) -> ExitCode:
+    """Do this rank's share of a job, and return the exit code of the process.
+
+    Args:
+        job: the job.
+        trust_code: the option --trust-code; on another machine, the user has another list of trusted code.
+    """
+    if trust_code and job.run is not None:
+        trust_runs([job.run])
     if isinstance(job, EvaluationJob):
         model, settings = prepared(job.run, job.settings, offline=job.offline, on_event=ignore)
         scores_of(model, settings, ignore)

@@ -20,9 +20,11 @@ from mamlctl.core.errors import ExitCode, MamlctlError, RankLostError, SettingsE
 from mamlctl.core.events import Event, Notice, OnEvent
 from mamlctl.core.formatting import plural
 from mamlctl.core.lifeline import Lost
+from mamlctl.core.problems import flag
 from mamlctl.core.process import LAUNCHED, SHOW_CURSOR, world
 from mamlctl.engine.algorithms.rules import sharing_problems
 from mamlctl.engine.distributed import Ranks, current, leave_ranks, open_ranks
+from mamlctl.engine.training.run_code import RunCode
 from mamlctl.settings.evaluation import EvalConfig
 from mamlctl.settings.schema import TrainConfig
 
@@ -68,6 +70,17 @@ def check_sharing(config: TrainConfig, on_event: OnEvent) -> None:
     if ranks.count > tasks:
         idle = f"{ranks.count - tasks} of {ranks.count} processes have none"
         on_event(Notice(f"with {tasks} {plural(tasks, 'task')} per meta-step, {idle}"))
+
+
+def check_code_of_ranks(code: RunCode) -> None:
+    """Raise SettingsError if the user's code on this rank's machine is not that of rank 0."""
+    stored = code.stored
+    digests = {setting: part.digest for setting, part in stored.items()}
+    of_first = current().from_first(digests) if digests else {}
+    for setting, part in stored.items():
+        if of_first[setting] != part.digest:
+            fact = f"the files of {flag(setting)} ({part}) differ from those of rank 0"
+            raise SettingsError([(fact, "copy them to all machines, or name them in a shared folder")])
 
 
 @contextmanager
