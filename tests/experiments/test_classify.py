@@ -473,7 +473,7 @@ def test_invalid_folders_are_reported_in_two_lines(what, fact, hint, cli, traine
         ("--support {learn} --query {ask} --queries 2", "--queries has no effect with", "leave it out"),
         ("--support {learn} --query {ask} --eval-seed 2", "--eval-seed has no effect", "leave it out"),
         ("--support {learn} --query {ask} --data-root x", "--data-root has no effect", "leave it out"),
-        ("--support {learn} --query {ask} --beside x", "--beside is for curves", "leave it out"),
+        ("--support {learn} --query {ask} --beside x", "--beside is for test tasks", "leave it out"),
     ],
 )
 def test_options_without_effect_are_refused(words, fact, hint, cli, trained, packed, tmp_path):
