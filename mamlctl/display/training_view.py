@@ -189,12 +189,12 @@ def _number_lines(state: LiveState, run: RunStarted, report: TrainReport, width:
 
 
 def _learning_numbers(run: RunStarted, report: TrainReport) -> list[tuple[str, str]]:
-    rate = ("meta lr", "" if report.meta_lr is None else f"{report.meta_lr:.3g}")
+    rate = ("", "") if report.meta_lr is None else ("meta lr", f"{report.meta_lr:.3g}")
     order = ("", ORDERS[report.first_order])
     if run.metric == "return":
         # With MSL a weighted mean of those after 1, 2, ... inner steps, else that after the last one.
         score = ("mean return", formatting.loss(formatting.reported(run.metric, report.meta_loss)))
-        return [score, order, rate if report.meta_lr is not None else ("", ""), ("", "")]
+        return [score, order, rate, ("", "")]
     support = "–" if report.support_loss is None else formatting.loss(report.support_loss)
     return [("support loss", support), ("meta-loss", formatting.loss(report.meta_loss)), rate, order]
 
