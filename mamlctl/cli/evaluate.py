@@ -26,7 +26,8 @@ from mamlctl.core.literals import StopReason
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.process import check_single
 from mamlctl.core.results import named
-from mamlctl.data.sets.registry import has_classes, has_rewards, is_table
+from mamlctl.data.rules import per_step_problems
+from mamlctl.data.sets.registry import has_rewards, is_table
 from mamlctl.display import predictions
 from mamlctl.display.run_results import show_eval_result
 from mamlctl.experiments.export.target import export_problems
@@ -172,14 +173,14 @@ def evaluate(
     run = local_run(run)
     options = replace(options, beside=[*map(local_run, options.beside or [])])
     trained = open_run(run)  # reports a missing or damaged run before torch is imported
-    if config.per_step_tasks is not None and not has_classes(trained.config):
-        why = f"with {trained.config.dataset}, which is always scored after every step, on all tasks"
-        raise SettingsError(unused({"--per-step-tasks": True}, why))
+    of_tasks = replace(config, per_step=config.per_step or options.plot)
+    if problems := per_step_problems(of_tasks, trained.config):
+        raise SettingsError(problems)
     limit = options.limit(replace(trained.config, dataset=config.dataset or trained.config.dataset))
     options.trust_code_of([run, *(options.beside or ())])
     support = options.support
     if support is None:
-        return _test(run, config, limit, options, rank_timeout)
+        return _test(run, of_tasks, limit, options, rank_timeout)
     if is_table(trained.config.dataset):
         _predict(run, support, config, options)
     else:
@@ -201,7 +202,6 @@ def _test(
 ) -> ExitCode:
     """Test the run on tasks of a data set; the exit code says whether drawing figures was stopped."""
     reason: StopReason = ""
-    config = replace(config, per_step=config.per_step or options.plot)
     with options.display(f"testing {run} on {config.tasks} tasks") as display:
         with together(rank_timeout):
             from mamlctl.experiments.evaluate import evaluate_run  # imports torch

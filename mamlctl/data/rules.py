@@ -221,6 +221,18 @@ def per_step_settings(settings: EvalConfig, config: DataSettings) -> EvalConfig:
     return replace(settings, per_step_tasks=None) if is_for_all else settings
 
 
+def per_step_problems(settings: EvalConfig, config: DataSettings) -> list[Problem]:
+    """Why --per-step-tasks has no effect on a test, as (fact, hint) pairs."""
+    if settings.per_step_tasks is None:
+        return []
+    if not has_classes(config):
+        why = f"with {config.dataset}, which is always scored after every step, on all tasks"
+        return [(f"--per-step-tasks has no effect {why}", "leave it out")]
+    return (
+        [] if settings.per_step else [("--per-step-tasks has no effect without --per-step", "add --per-step")]
+    )
+
+
 def with_figure(settings: EvalConfig) -> EvalConfig:
     """The settings of a test that also measures the curve of adaptation in the report of a table."""
     return settings if settings.per_step else replace(settings, per_step=True, per_step_tasks=FIGURE_TASKS)

@@ -11,7 +11,7 @@ from mamlctl.core.errors import SettingsError
 from mamlctl.core.events import Notice, OnEvent
 from mamlctl.core.problems import Problem, flag
 from mamlctl.core.user_code.references import names_tasks
-from mamlctl.data.rules import data_set_defaults
+from mamlctl.data.rules import data_set_defaults, per_step_problems
 from mamlctl.data.sets.folder_layout import mixed_folder_problem
 from mamlctl.data.sets.registry import (
     absolute_data_set,
@@ -127,8 +127,7 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
         needed = "without --dataset" if settings.dataset is None else "with --split train"
         problems.append((f"--allow-overlap has no effect {needed}", "leave it out"))
     regression, predicate = not has_classes(trained), kind_of(trained).predicate
-    if settings.per_step_tasks is not None and not (settings.per_step or regression):
-        problems.append(("--per-step-tasks has no effect without --per-step", "add --per-step"))
+    problems += per_step_problems(settings, trained)
     unused = {name: f"--algo {trained.algo}: {why}" for name, why in entry.unsupported.items()}
     fixed = {"inner_steps": "eval_inner_steps", "adapts": "adapts"}
     unused |= {
@@ -139,7 +138,6 @@ def evaluation_problems(trained: TrainConfig, settings: EvalConfig) -> list[Prob
     if settings.disjoint and (regression or names_tasks(trained.dataset)):
         problems.append((f"--disjoint is for images, but {trained.dataset} {predicate}", "leave it out"))
     if regression:
-        unused["per_step_tasks"] = f"{trained.dataset}, which is always scored after every step, on all tasks"
         unused["bn"] = f"{trained.dataset}, whose network has no batch norm"
         unused["ways"] = f"{trained.dataset}, whose tasks have no classes"
         if settings.label_permutations != 1:

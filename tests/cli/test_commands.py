@@ -208,6 +208,12 @@ def test_eval_json_is_the_documented_object(cli, trained):
     assert json.loads(cli(*words, "--models", "best")[1])["results"] == last_steps[:1]
 
 
+def test_eval_refuses_a_number_of_tasks_to_score_per_step_without_per_step(cli, trained):
+    code, out, err = cli("eval", trained, "--tasks", "9", "--per-step-tasks", "4")
+    assert (code, out) == (2, "")
+    assert "error: --per-step-tasks has no effect without --per-step\nhint:  add --per-step\n" in err
+
+
 def test_eval_depends_only_on_its_settings(cli, trained):
     one, two = (cli("eval", trained, "--tasks", "9", "--json")[1] for _ in range(2))
     assert one == two
