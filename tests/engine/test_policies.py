@@ -355,6 +355,8 @@ def test_a_step_inside_a_trust_region_is_the_closed_form_and_backtracks():
     assert close(step(steepness=1e9), torch.zeros(3, dtype=torch.float64))
     no_slope, _ = quadratic(torch.zeros(3, dtype=torch.float64))
     assert close(no_slope(), torch.zeros(3, dtype=torch.float64))
+    not_finite, _ = quadratic(torch.tensor([1.0, math.nan, 0.5], dtype=torch.float64))
+    assert bool(not_finite().isnan().all())
 
 
 @pytest.mark.parametrize(("learnt", "frozen"), [(False, ""), (True, ""), (True, "hidden1.weight")])

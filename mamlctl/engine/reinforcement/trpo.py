@@ -59,7 +59,7 @@ def trust_region_step(
     measure: Measure,
     max_kl: float,
 ) -> Vector:
-    """Compute the new values of the learnable numbers; the old ones if no trial is accepted.
+    """Compute the new values of the learnable numbers.
 
     Args:
         old: the learnable numbers w.
@@ -68,6 +68,9 @@ def trust_region_step(
         before: the loss at the old values.
         measure: the loss and the divergence at other values.
         max_kl: d.
+
+    Returns:
+        The old values if no trial is accepted. NaNs if g or a product is not finite, so that the run stops.
     """
 
     def damped(vector: Vector) -> Vector:
@@ -75,7 +78,9 @@ def trust_region_step(
 
     direction, image = conjugate_gradients(damped, gradient)
     curvature = float(direction.dot(image))
-    if not curvature > 0:  # no direction lowers the loss
+    if not math.isfinite(curvature):
+        return torch.full_like(old, math.nan)
+    if curvature <= 0:  # no direction lowers the loss
         return old
     longest = math.sqrt(2 * max_kl / curvature) * direction
     for trial in range(MOST_TRIALS):
