@@ -60,12 +60,14 @@ def show_eval_result(console: Console, result: EvalResult) -> None:
     score_name = METRIC_NAMES[first.metric]
     losses = {} if result.loss is None else result.loss.means
     head = [] if result.loss is None else [result.loss.loss]
-    table = [["model", score_name, *head, "tasks", "split", "bn", "inner steps"]]
+    bn = [] if first.bn == "none" else ["bn"]
+    table = [["model", score_name, *head, "tasks", "split", *bn, "inner steps"]]
     for row in result.rows:
         score = formatting.score(row.metric, row.score, row.ci95)
         tasks = row.tasks if result.table is None else result.table.tasks
         loss = [formatting.score("mse", *losses[row.model])] if losses else []
-        table.append([row.model, score, *loss, str(tasks), row.split, row.bn, str(row.inner_steps)])
+        mode = [row.bn] if bn else []
+        table.append([row.model, score, *loss, str(tasks), row.split, *mode, str(row.inner_steps)])
     say_table(console, table, left=2 + len(head))
     say(console)
     if result.table is not None and result.table.standardised:

@@ -134,7 +134,7 @@ def head_parts(table: Table) -> list[str]:
         f"{table.split} split",
         f"{table.tasks:,} tasks (seed {table.eval_seed}{disjoint})",
         f"{table.label_permutations} label permutations" if table.label_permutations > 1 else "",
-        f"bn {bn.pop()}" if len(bn) == 1 else "",
+        f"bn {bn.pop()}" if len(bn) == 1 and bn != {"none"} else "",
         f"{formatting.plural(len(seeds), 'seed')} {' '.join(map(str, seeds))}" if seeds else "",
         f"{len(devices)} kinds of device" if len(devices) > 1 else "".join(devices),
     ]

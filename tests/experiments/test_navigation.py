@@ -229,6 +229,21 @@ def test_options_for_examples_of_your_own_are_refused(cli, runs):
         assert "leave it out; eval tests the policy on new goals" in err
 
 
+def test_a_policy_that_diverges_in_a_test_is_told_as_returns(cli, runs):
+    code, _, err = cli("eval", runs / "maml", "--tasks", 3, "--device", "cpu", "--inner-lr", 1e30)
+    assert code == 4
+    assert "returns in tasks 0 to 2 are not finite" in err
+    assert "lower --inner-lr, --meta-lr or --max-kl" in err
+
+
+def test_a_test_without_batch_norm_prints_no_mode_of_it(cli, runs):
+    words = (runs / "maml", "--tasks", 3, "--device", "cpu")
+    for command in (("eval",), ("compare", runs / "transfer")):
+        code, out, err = cli(*command, *words)
+        assert code == 0
+        assert not {"bn", "none"} & set((out + err).split())
+
+
 def test_all_goals_are_scored_after_every_step(cli, runs):
     code, _, err = cli("eval", runs / "maml", "--tasks", 5, "--per-step-tasks", 2)
     assert code == 2
@@ -246,9 +261,15 @@ def test_a_run_of_policies_is_tested_on_policies_only(runs):
     [("trpo", "--inner-lr or --max-kl;"), ("pg", "--inner-lr or --meta-lr or with --clip-value 10;")],
 )
 def test_divergence_is_told_as_a_return_with_settings_that_have_an_effect(tmp_path, outer, lower):
-    with pytest.raises(DivergedError, match="the return after 1 inner steps is nan") as caught:
+    with pytest.raises(DivergedError, match="the return after 1 inner step is nan") as caught:
         trained(tmp_path / "run", outer=outer, inner_lr=1e30)
     assert caught.value.hint.startswith(f"start a new run with a lower {lower}")
+
+
+@pytest.mark.parametrize("outer", ["trpo", "pg"])
+def test_a_meta_gradient_that_is_not_finite_stops_a_run_whose_returns_are_finite(tmp_path, outer):
+    with pytest.raises(DivergedError, match="the meta-gradient of hidden1"):
+        trained(tmp_path / "run", outer=outer, hidden="8-8", inner_lr=1e5)
 
 
 def test_an_ensemble_of_policies_is_refused(runs):

@@ -169,7 +169,7 @@ class _Work:
             all_finite.append((first, finite))
             # Reading the result waits for a CUDA device, so that is done once, at the end.
             if stream.device.type == "cpu" or first + len(episodes.query_y_TE) >= tasks.stop:
-                _check(all_finite, first + len(episodes.query_y_TE))
+                _check(all_finite, first + len(episodes.query_y_TE), derivatives)
                 all_finite.clear()
             outputs = (*per_model, torch.stack(per_model).mean(0))
             for scores, of_targets, loss_T, outputs_ITEN in zip(parts, errors, losses, outputs, strict=True):
@@ -223,7 +223,7 @@ def _shared(
             except DivergedError:
                 failed[ranks.rank] = 1
         if bool(ranks.total(failed).any()):
-            raise _not_finite(together[int(failed.argmax())])
+            raise _not_finite(together[int(failed.argmax())], work.derivatives)
         on_progress(together[-1].stop)
     return _gathered(own, len(work.states) + 1, plan, ranks)
 
@@ -282,18 +282,27 @@ def _by_task(table: TableStream, scores: ModelScores) -> ModelScores:
     )
 
 
-def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int) -> None:
-    """Raise DivergedError for the first chunk of tasks up to `end` whose predictions are not finite."""
+def _check(all_finite: Sequence[tuple[int, torch.Tensor]], end: int, derivatives: Derivatives) -> None:
+    """Raise DivergedError for the first chunk of tasks whose predictions or returns are not finite.
+
+    Args:
+        all_finite: the first task of each chunk, and whether its numbers are finite.
+        end: the end of the last chunk.
+        derivatives: of the network.
+    """
     ends = [*(first for first, _ in all_finite[1:]), end]
     for (first, finite), after in zip(all_finite, ends, strict=True):
         if not bool(finite):
-            raise _not_finite(range(first, after))
+            raise _not_finite(range(first, after), derivatives)
 
 
-def _not_finite(tasks: range) -> DivergedError:
+def _not_finite(tasks: range, derivatives: Derivatives) -> DivergedError:
+    what, lower = "predictions", "--meta-lr or --inner-lr"
+    if derivatives.net.objective.metric == "return":
+        what, lower = "returns", "--inner-lr, --meta-lr or --max-kl"
     return DivergedError(
-        f"predictions in tasks {tasks.start} to {tasks.stop - 1} are not finite",
-        hint="start a new run with a lower --meta-lr or --inner-lr",
+        f"{what} in tasks {tasks.start} to {tasks.stop - 1} are not finite",
+        hint=f"start a new run with a lower {lower}",
     )
 
 

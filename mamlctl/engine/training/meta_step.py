@@ -294,10 +294,10 @@ def first_non_finite(measured: MetaStepResult, metric: Metric = "accuracy") -> s
     support, query = ("return", "return") if metric == "return" else ("support loss", "query loss")
     for step, loss in enumerate(measured.support_losses_I.tolist()):
         if not math.isfinite(loss):
-            return f"the {support} after {step} inner steps is {reported(metric, loss)}"
+            return f"the {support} after {step} inner {plural(step, 'step')} is {reported(metric, loss)}"
     for steps, loss in measured.query_losses.items():
         if not math.isfinite(value := loss.item()):
-            return f"the {query} after {steps} inner steps is {reported(metric, value)}"
+            return f"the {query} after {steps} inner {plural(steps, 'step')} is {reported(metric, value)}"
     # A sum is finite only if all its terms are. For small networks a test of each tensor takes too long.
     if math.isfinite(torch.cat([grad.flatten() for grad in measured.grads.values()]).sum().item()):
         return None
