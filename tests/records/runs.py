@@ -63,9 +63,10 @@ class RecordedRun:
         self._problem = self._found_problem(stored)
 
     def _found_problem(self, stored: Mapping[str, Any]) -> Problem | None:
-        """Why the folder is not one of this experiment and seed, and what to do; None if it is."""
+        """Why the run cannot be continued, and what to do; None if it can."""
         remove = "remove that folder"
-        settings = ("begun with other settings", f"change {self.experiment.name}.yaml, or {remove}")
+        change = f"change {self.experiment.name}.yaml, or {remove}"
+        settings = ("begun with other settings", change)
         if stored and stored.get("stated") != self.experiment.stated:
             return settings
         if not (self.path / CONFIG).is_file():
@@ -81,7 +82,8 @@ class RecordedRun:
             return settings
         if self.step and not self.slices:
             return f"without {PROGRESS}", f"copy that file from where the run was trained, or {remove}"
-        return None
+        state = run_state(self.path)
+        return (f"diverged at meta-step {state.diverged_at}", change) if state.status == "diverged" else None
 
     @property
     def name(self) -> str:
@@ -113,10 +115,7 @@ class RecordedRun:
     @property
     def obstacle(self) -> str:
         """Why the run cannot be continued; "" if it can."""
-        if self._problem:
-            return self._problem[0]
-        state = run_state(self.path)
-        return f"diverged at meta-step {state.diverged_at}" if state.status == "diverged" else ""
+        return self._problem[0] if self._problem else ""
 
     @property
     def untested(self) -> list[str | None]:
@@ -159,9 +158,9 @@ class RecordedRun:
         Raises:
             MamlctlError: as `train` and `resume` do, or the run cannot be continued.
         """
-        if self.obstacle:
-            _, hint = self._problem or ("", f"change {self.experiment.name}.yaml, or remove that folder")
-            raise MamlctlError(f"{self.folder}: {self.obstacle}", hint=hint)
+        if self._problem:
+            fact, hint = self._problem
+            raise MamlctlError(f"{self.folder}: {fact}", hint=hint)
         limits = [time_limit_s, self._seconds_left()]
         limit_s = min((limit for limit in limits if limit is not None), default=None)
         began, began_processor = time.monotonic(), time.process_time()
