@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mamlctl.core.files import finite, read_object
 from mamlctl.core.literals import Metric
 from mamlctl.core.metrics_rows import rows_of
+from mamlctl.data.rules import metric_of
 from mamlctl.experiments.grid.evaluation_files import read_scores, read_summary
 from mamlctl.run_folder import RESUME_OVERRIDES, SUMMARY, TASKS
 from records.experiments import Experiment
@@ -50,7 +51,7 @@ def receipt(run: RecordedRun) -> dict[str, Any]:
             "slices": len(run.slices),
             "validated_s": run.validated_s,
         },
-        "validation": _validation(rows_of(folder.metrics(), "validation")),
+        "validation": _validation(rows_of(folder.metrics(), "validation"), metric_of(folder.config)),
         "tests": [_tested(run.path / test["folder"]) for test in run.tests.values()],
     }
     return document | {DIGEST: digest(document)}
@@ -61,11 +62,10 @@ def digest(document: Receipt) -> str:
     return hashlib.sha256(text_of(_without(document, DIGEST)).encode()).hexdigest()
 
 
-def _validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _validation(rows: Sequence[Mapping[str, Any]], metric: Metric) -> dict[str, Any]:
     """The validation curve: meta-steps, the score, and the half width of its 95 % interval over tasks."""
     if not rows:
         return {"curve": []}
-    metric = next(metric for metric in get_args(Metric) if f"val_{metric}" in rows[0])
     return {
         "metric": metric,
         "tasks": rows[0]["val_tasks"],
@@ -137,6 +137,5 @@ def problems(document: Receipt, experiment: Experiment) -> list[str]:
 def valid_receipt(experiment: Experiment, seed: int, folder: Path = FOLDER) -> Receipt | None:
     """The receipt of a seed; None if there is none, or none for the experiment as it is now."""
     document = read_object(receipt_file(experiment, seed, folder))
-    if not document or problems(document, experiment):
-        return None
-    return document if document["seed"] == seed else None
+    fits = document and not problems(document, experiment) and document["seed"] == seed
+    return document if fits else None
