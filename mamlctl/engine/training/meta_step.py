@@ -134,20 +134,20 @@ class MetaStep:
     def _of_all_tasks(self, measured: MetaStepResult) -> MetaStepResult:
         """Average over the tasks of all ranks, then clip."""
         if self.vote is not None:
-            measured = exchanged(measured, self.state.running, self.vote, self._weight)
+            measured = exchanged(measured, self.state.running, self.vote, self._weight(self.vote))
         self._clip(measured.grads)
         return measured
 
-    @property
-    def _weight(self) -> float:
+    def _weight(self, vote: StopVote) -> float:
         """The weight of this rank in means over all tasks."""
-        return 1.0 if self.vote is None else self.vote.ranks.share(self.config.meta_batch_size).weight
+        return vote.ranks.share(self.config.meta_batch_size).weight
 
     def _mean(self, mean_of_own: Tensor) -> Tensor:
         """The mean over the tasks of all ranks."""
         if self.vote is None:
             return mean_of_own
-        (mean,), _ = self.vote.ranks.mean([mean_of_own], self._weight, mean_of_own.new_zeros(0))
+        weight = self._weight(self.vote)
+        (mean,), _ = self.vote.ranks.mean([mean_of_own], weight, mean_of_own.new_zeros(0))
         return mean
 
     def apply(self, measured: MetaStepResult, epoch: int, done: float = 0.0) -> None:
@@ -279,7 +279,7 @@ def exchanged(
 
 
 def steadier(config: TrainConfig) -> str:
-    """The settings with which training may not diverge, for a hint."""
+    """How to change the settings of a run that has diverged, for a hint."""
     if config.outer == "trpo":
         return "with a lower --inner-lr or --max-kl"
     clip = "" if config.clip_value or config.clip_norm else " or with --clip-value 10"
