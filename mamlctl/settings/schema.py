@@ -81,9 +81,7 @@ class TrainConfig(PolicySettings):
 
     algo: str = setting("maml++", INNER, "Meta-learning algorithm; see docs/algorithms.md.", common=True)
     adapts: Adapts = setting("all", INNER, "Layers that the inner loop changes.")
-    inner_steps: int = setting(
-        5, INNER, "Inner steps (gradient steps per task) in training.", common=True, least=0
-    )
+    inner_steps: int = setting(5, INNER, "Gradient steps per task in training.", common=True, least=0)
     eval_inner_steps: int | None = setting(
         None,
         INNER,
