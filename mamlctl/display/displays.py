@@ -177,7 +177,7 @@ def _run_line(run: events.RunStarted) -> str:
         f"run {formatting.one_line(run.run)}",
         f"{run.algo}{letters}",
         formatting.one_line(formatting.task(run.dataset, run.ways, run.shots)),
-        f"{run.meta_batch_size} tasks per meta-step",
+        f"{run.meta_batch_size} {formatting.plural(run.meta_batch_size, 'task')} per meta-step",
         f"{run.parameters:,} parameters",
         *([] if run.bn == "none" else [f"bn {run.bn}"]),
         run.device,
