@@ -258,7 +258,7 @@ def test_a_run_of_policies_is_tested_on_policies_only(runs):
 
 @pytest.mark.parametrize(
     ("outer", "lower"),
-    [("trpo", "--inner-lr or --max-kl;"), ("pg", "--inner-lr or --meta-lr or with --clip-value 10;")],
+    [("trpo", "--inner-lr or --max-kl;"), ("pg", "--inner-lr or --meta-lr, or with --clip-value 10;")],
 )
 def test_divergence_is_told_as_a_return_with_settings_that_have_an_effect(tmp_path, outer, lower):
     with pytest.raises(DivergedError, match="the return after 1 inner step is nan") as caught:

@@ -282,7 +282,7 @@ def steadier(config: TrainConfig) -> str:
     """How to change the settings of a run that has diverged, for a hint."""
     if config.outer == "trpo":
         return "with a lower --inner-lr or --max-kl"
-    clip = "" if config.clip_value or config.clip_norm else " or with --clip-value 10"
+    clip = "" if config.clip_value or config.clip_norm else ", or with --clip-value 10"
     return f"with a lower --inner-lr or --meta-lr{clip}"
 
 
