@@ -63,7 +63,7 @@ def draw(
         The files; if the pre-training was stopped, no files and the reason.
 
     Raises:
-        SettingsError: `beside` is given for images, or its runs have other curves.
+        SettingsError: `beside` is given for images, or its runs have other curves or no policies.
         MamlctlError: as `load_trained_model` and `train` do.
     """
     model = load_trained_model(path, settings, offline=offline, on_event=on_event)
@@ -95,7 +95,8 @@ def draw(
         else:
             figures = {"regression": table_figure([model, *opened], name)}
     elif beside:
-        raise SettingsError([("--beside is for regression, but this run has images", "leave it out")])
+        fact = "--beside is for regression and policies, but this run has images"
+        raise SettingsError([(fact, "leave it out")])
     else:
         is_shown = len(model.source.example_shape) == 3 and model.source.example_shape[0] in (1, 3)
         figures = {"tasks": run_figures.tasks(_task_pictures(model), name)} if is_shown else {}
