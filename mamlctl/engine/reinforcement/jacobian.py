@@ -92,7 +92,7 @@ class AdaptedPolicies:
                     now[name] = now[name] - self.state.rate(name, step) * second[name]
                 if f"{RATE}{name}" in tangent:
                     row = row_of(tangent[f"{RATE}{name}"], step)
-                    now[name] = now[name] - row * self._loops[task][step].gradient[name]
+                    now[name] = now[name] - row * at.gradient[name]
             tangents.append(now)
         return tangents
 
@@ -107,7 +107,7 @@ class AdaptedPolicies:
                     scaled[name] = self.state.rate(name, step) * back[name]
                     if f"{RATE}{name}" in grads:
                         row = row_of(grads[f"{RATE}{name}"], step)
-                        row -= (self._loops[task][step].gradient[name] * back[name]).sum_to_size(row.shape)
+                        row -= (loop[step].gradient[name] * back[name]).sum_to_size(row.shape)
                 if not self.first_order:
                     second = loop[step].loss_product(scaled, once=once)
                     back = {name: part - second[name] for name, part in back.items()}
