@@ -24,14 +24,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mamlctl.engine.kernels.triton import ops
+from mamlctl.engine.kernels.triton.convolutions import DEEPEST
 
 ARCHITECTURES = (80, 90)  # A100 and H100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_CHANNELS = (1, 3)  # of the first block
 HEADS = ({"E": 20, "N": 20}, {"E": 50, "N": 5})  # examples and classes, of the largest tiles
+# Convolution forward and back, with the largest tiles of both.
+CONVOLUTIONS = ({"BACK": 0, "BP": 128}, {"BACK": 1, "BP": 64})
+FIXED_TILES = {"TF32": 1, "PARTS": 4, "BO": 64}
 # Tensors in the dtype of the products, and those in float64, uint8 and int32; all others are float32.
-STORED = {"c", "p", "a", "ga", "ga1", "ga2", "gc", "ct", "c2", "p_t", "a_t"}
-FIXED = {"d": "fp64", "partial": "fp64", "mean_q": "fp64", "cov": "fp64", "where": "u8", "tickets": "i32"}
+STORED = {"c", "p", "a", "ga", "ga_t", "gc", "ct", "p_t", "a_t"}
+OF_CONVOLUTIONS = {"x", "w", "x2", "w2", "out", "g", "g2"}  # in the dtype of the products there
+FIXED = {"d": "fp64", "mean_q": "fp64", "cov": "fp64", "where": "u8", "tickets": "i32"}
 FIXED |= {"y": "i64"}
 
 
@@ -41,7 +46,8 @@ class Compiled:
 
     kernel: str
     dtype: str
-    size: int | None  # channels of the image for the first block, a number in HEADS for the head
+    # Channels of the image for the first block, a number in HEADS for the head or in CONVOLUTIONS.
+    size: int | None
     architecture: int
     registers: int
     spills: int
@@ -53,7 +59,9 @@ def variants() -> Iterator[tuple[str, str, int | None, int]]:
     for name, kernel in ops.KERNELS.items():
         names = ops.argument_names(kernel)
         sizes: Sequence[int | None] = (None,)
-        if "C" in names or "N" in names:
+        if "BACK" in names:
+            sizes = range(len(CONVOLUTIONS))
+        elif "C" in names or "HEAD" in name.upper():
             sizes = IMAGE_CHANNELS if "C" in names else range(len(HEADS))
         for dtype, each, architecture in itertools.product(DTYPES, sizes, ARCHITECTURES):
             yield name, dtype, each, architecture
@@ -73,15 +81,24 @@ def compiled(name: str, dtype: str, size: int | None, architecture: int) -> Comp
     present = dict.fromkeys(ops.argument_names(kernel), 1)
     if "C" in present:
         present["C"] = size
-    if "N" in present:
+    if "BP" in present:
+        deepest = DEEPEST // DTYPES[dtype].itemsize
+        constants |= FIXED_TILES | {"BP": deepest, "BI": deepest} | CONVOLUTIONS[size or 0]
+        if "BACK" not in present:  # the gradient of the filters
+            constants |= {"BP": deepest, "BI": 32}
+    elif "N" in present:
         present |= HEADS[size or 0]
     constants |= ops.constants(kernel, present, DTYPES[dtype])
     parameters = list(inspect.signature(kernel.fn).parameters)
-    types = {key: "constexpr" if key in constants else _type(key, dtype) for key in parameters}
+    stored = STORED | (OF_CONVOLUTIONS if "BP" in parameters else set())
+    types = {key: "constexpr" if key in constants else _type(key, dtype, stored) for key in parameters}
+    # As at run time: tensors begin at multiples of 16 bytes, and K and N are multiples of 16 with 64 filters.
+    aligned = [key for key in parameters if types[key].startswith("*") or key in {"K", "N"} & {*ops.INTEGERS}]
     source = ASTSource(
         kernel,
         types,
         {(parameters.index(key),): value for key, value in constants.items() if key in parameters},
+        {(parameters.index(key),): [["tt.divisibility", 16]] for key in aligned if "BP" in parameters},
     )
     target = GPUTarget("cuda", architecture, 32)
     result = triton.compile(source, target=target, options=ops.options(kernel))
@@ -96,13 +113,13 @@ def compiled(name: str, dtype: str, size: int | None, architecture: int) -> Comp
     return Compiled(name, dtype, size, architecture, *used)
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(name: str, dtype: str, stored: set[str]) -> str:
     if name in ops.INTEGERS:
         return "i32"
     if name in ops.REALS:
         return "fp32"
-    stored = "bf16" if dtype == "bfloat16" else "fp32"
-    return "*" + FIXED.get(name, stored if name in STORED else "fp32")
+    of_products = "bf16" if dtype == "bfloat16" else "fp32"
+    return "*" + FIXED.get(name, of_products if name in stored else "fp32")
 
 
 def main() -> None:

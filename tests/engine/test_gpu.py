@@ -1,14 +1,24 @@
 """Results on a CUDA device compared with those on the CPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers.engine_cases import IMAGE, random_episodes, small_config
 from helpers.module_cases import Encoder, Recurrent, conv4, module_net
 
 from mamlctl.data.tasks.episodes import Episodes
+from mamlctl.engine.derivatives.selection import select_derivatives
 from mamlctl.engine.devices import memory_bytes, open_device
+from mamlctl.engine.evaluation.measured_loop import TaskSets
+from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.kernels.convolutions import GROUPED, PRODUCTS
+from mamlctl.engine.kernels.triton.block import TritonBlocks
+from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.nets.factory import Parts
+from mamlctl.engine.training.checkpoints import save
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep, first_non_finite
@@ -83,6 +93,7 @@ def test_replayed_meta_steps_equal_eager_ones(engine, first_order):
         assert torch.allclose(tensor, states[1][name], rtol=1e-9, atol=1e-11), name
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_meta_steps_do_not_synchronise_with_the_device():
     """There is no host synchronisation between reports, neither eager nor replayed."""
     device = open_device("cuda", "float32")
@@ -114,3 +125,54 @@ def test_both_convolution_methods_agree_on_the_device():
     assert torch.allclose(GROUPED.forward(x, weight, 3), PRODUCTS.forward(x, weight, 3), atol=1e-10)
     for one, other in zip(*(way.backward(g, x, weight, 3, True) for way in (GROUPED, PRODUCTS)), strict=True):
         assert torch.allclose(one, other, atol=1e-10)
+
+
+def test_a_checkpoint_of_the_device_opens_on_the_cpu(tmp_path):
+    _, state = build(small_config(), IMAGE, open_device("cuda", "float64"))
+    content = {"stored": state.stored(), "epoch": 1, "val_score": 0.5, "val_ci95": 0.1}
+    save(tmp_path / "best.pt", content, owner="run")
+    code = "from mamlctl.engine.training.checkpoints import load; from pathlib import Path; import sys\n"
+    code += "load(Path(sys.argv[1]), owner='run')"
+    command = [sys.executable, "-c", code, str(tmp_path / "best.pt")]
+    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+
+
+def relative_error(tensor, expected):
+    return float((tensor.double().cpu() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 1e-3), ("tf32", 0.3), ("bf16", 0.8)])
+def test_the_kernels_give_the_meta_gradient_of_float64(precision, most):
+    """With one inner step, because each step amplifies the rounding."""
+    settings = {"algo": "maml++", "da": False, "filters": 16, "ways": 5, "inner_steps": 1}
+    _, expected = on(torch.device("cpu"), small_config(**settings), meta_steps=1)
+    config = small_config(**settings, precision=precision)
+    device = open_device("cuda", precision)
+    net, state = build(config, IMAGE, device)
+    assert isinstance(select_derivatives(net, state.example_tensor).make_block, TritonBlocks)
+    moved = Episodes(*single(random_episodes(config, seed=0), device))
+    measured = MetaStep(config, net, state).measure(moved, 0, measure_all=True)
+    for name, grad in expected.grads.items():
+        assert relative_error(measured.grads[name], grad) < most, name
+
+
+def single(episodes, device):
+    """The sets of some tasks on a device, in float32."""
+    return [
+        part.to(device, torch.float32 if part.is_floating_point() else part.dtype) for part in episodes.sets
+    ]
+
+
+@pytest.mark.parametrize("statistics", list(Statistics))
+def test_predictions_on_the_device_are_those_of_the_cpu(statistics):
+    """In the first inner step all tasks share one set of weights, as an expanded tensor."""
+    outputs = []
+    for device, precision in ((torch.device("cpu"), "float64"), (open_device("cuda", "float32"), "float32")):
+        config = small_config(algo="maml++", filters=16, ways=5, precision=precision)
+        net, state = build(config, IMAGE, device)
+        episodes = random_episodes(config)
+        moved = episodes if precision == "float64" else Episodes(*single(episodes, device))
+        derivatives = select_derivatives(net, state.example_tensor)
+        request = PredictRequest(TaskSets(derivatives, moved), state.frozen(), 3, statistics)
+        outputs.append(adapted(request))
+    assert relative_error(outputs[1], outputs[0]) < 1e-3

@@ -26,7 +26,9 @@ from mamlctl.engine.nets.conv4 import Conv4
 # leaves room on small devices; not measured.
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
 Parts = tuple[MakeBlock, PrepareFirst, MakeHead]  # one implementation of Conv4's parts
-SAME = 0.05  # largest relative difference between two correct blocks; bfloat16 has 8 significant bits
+# Largest relative difference between two correct blocks. In bfloat16, with 8 significant bits, two values of
+# a pooling window are often so close that one block selects the other: 4 % in gradients were measured.
+SAME, SAME_BF16 = 0.05, 0.2
 
 
 def select_derivatives(net: Net, like: Tensor, engine: EngineName = "adjoint") -> Derivatives:
@@ -89,6 +91,7 @@ def agree(
         failure: the exception, besides RuntimeError, from kernels that do not compile or run.
     """
     tasks, filters, examples, side = 8, 64, 20, 14
+    same = SAME_BF16 if compute == torch.bfloat16 else SAME
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -113,7 +116,7 @@ def agree(
                 passes(make, x_t, None if x_t is not None else prepare(x, tasks, None))
                 for make, prepare, _ in (reference, candidate)
             )
-            if any(float((a - b).norm() / a.norm()) > SAME for a, b in zip(one, two, strict=True)):
+            if any(float((a - b).norm() / a.norm()) > same for a, b in zip(one, two, strict=True)):
                 return False
         weight, weight_t = (normal(tasks, 20, 49 * filters) / side**2 for _ in range(2))
         bias, y = normal(tasks, 20), torch.arange(examples, device=like.device).expand(tasks, -1)
@@ -128,7 +131,7 @@ def agree(
             [part.double() for part in (*vars(first).values(), *vars(second).values(), loss)]
             for first, second, loss in passes_of
         ]
-        if any(float((a - b).norm() / a.norm()) > SAME for a, b in zip(*flat, strict=True)):
+        if any(float((a - b).norm() / a.norm()) > same for a, b in zip(*flat, strict=True)):
             return False
     except (RuntimeError, failure):
         return False

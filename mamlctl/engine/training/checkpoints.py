@@ -64,6 +64,7 @@ def save(path: Path, content: Mapping[str, object], *, owner: str) -> None:
         content: dicts, lists, numbers, strings and tensors.
         owner: the digest of the run's settings, which `load` compares.
     """
+    content = on_cpu(content)  # so that a machine without this device can read the file
     digest = _digest(content)
     save_tensors(path, {"format": FORMAT, "owner": owner, "digest": digest, "content": dict(content)})
 
@@ -178,7 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise damaged(path, f"has {size:,} bytes, but its tensors would take {needed:,}")
     if training and not _is_possible(**content["position"]):
         raise damaged(path, "is not a checkpoint of mamlctl: its position in the training is impossible")
-    stored: dict[str, Any] = torch.load(path, weights_only=True)
+    stored: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if stored["digest"] != _digest(stored["content"]):
         raise damaged(path, "has changed since it was written: its digest differs")
     return stored

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamlctl.engine.kernels.block import BlockGradient, BlockSettings, ChannelRow, Planes, Statistics_X
-from mamlctl.engine.kernels.convolutions import conv, conv_backward
 from mamlctl.engine.kernels.head import HeadGradient, TorchHead
 from mamlctl.engine.kernels.triton import ops
+from mamlctl.engine.kernels.triton.convolutions import Pair, convolve, filter_gradient
 from mamlctl.engine.nets.batch_norm import EPS
 
 LARGEST_HEAD = 1024  # examples x classes of a program, in tiles
 MOST_TILES = 1 << 14  # tiles of channels in one launch
-# Programs of the first block that add up gradients: twice the 132 multiprocessors of an H100; not tuned.
-PROGRAMS = 264
+# Programs of a launch: four times the 132 multiprocessors of an H100, or so many that each of them computes
+# at most MOST_GROUPS groups of windows.
+PROGRAMS, MOST_GROUPS = 528, 16
+MOST_PARTS = 64  # partial sums of a tile of channels, if that makes enough programs
 
 
 class TritonTape:
@@ -42,7 +44,7 @@ class TritonTape:
         self.count = float(measured * self.height * self.width)
         self.d = torch.empty(len(ChannelRow), self.channels, dtype=torch.float64, device=x.device)
         # No sums of c are needed if its statistics are given.
-        self.measured_rows = 0 if settings.statistics else measured * ((self.height + 1) // 2)
+        self.measured = 0 if settings.statistics else measured
         if settings.statistics:
             self.d[ChannelRow.MEAN], self.d[ChannelRow.VAR] = settings.statistics
         self.moments = torch.empty(2, self.channels, dtype=self.type, device=x.device)
@@ -56,64 +58,54 @@ class TritonTape:
 
     def _forward(self) -> None:
         self.x, self.weight = self.x.to(self.stored), self.weight.to(self.stored)
-        self.c = conv(self.x, self.weight, self.settings.groups)
-        sizes = self.height, self.width, self.channels
-        self.partial = self._partial(self._windows[0], 2)
+        self.c = convolve(self.x, self.weight, self.settings.groups)
+        tiles = _tiles(self.channels, ops.CHANNELS)
+        windows = self.examples * ((self.height + 1) // 2) * ((self.width + 1) // 2)
+        self.groups = _tiles(windows, ops.GROUP), tiles
+        self.grid = min(self.groups[0], max(PROGRAMS // tiles, MOST_PARTS)), tiles
+        self.sizes = self.examples, self.height, self.width, self.channels
+        self.partial = self._partial(self.grid[0], 2)
         norm = len(self.gamma), self.count, EPS
         memory = self.p, self.where, self.d, self.moments, self.partial, self.tickets
-        ops.pool(*self._windows, self.c, self.gamma, self.beta, *memory, self.measured_rows, *norm, *sizes)
+        numbers = self.measured, *norm, *self.sizes, self.grid[0]
+        ops.pool(*self.grid, self.c, self.gamma, self.beta, *memory, *numbers)
         ops.activate(*self._values, self.p, self.out, self.d, *self._pooled_sizes)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         ga, gc = ga.to(self.stored), torch.empty_like(self.c)
-        ops.backward_sums(*self._rows, ga, self.p, *self._sums)
-        sizes = self.settings.leak, self.height, self.width, self.channels
-        ops.backward_spread(*self._windows, ga, self.p, self.where, self.c, gc, self.d, *sizes)
-        gx, weight = self._conv_backward(gc, self.x, self.weight)
+        ops.backward_sums(*self.grid, ga, self.p, *self._sums)
+        read = ga, self.p, self.where, self.c
+        ops.backward_spread(*self.groups, *read, gc, self.d, self.settings.leak, *self.sizes)
+        gx = convolve(gc, self.weight, self.settings.groups, back=True)
         if keep:
             self.ga, self.gc = ga, gc
-        return BlockGradient(gx, weight, self.d[ChannelRow.G], self.d[ChannelRow.B])
+        return BlockGradient(gx, self._by_weight(gc, self.x), self.d[ChannelRow.G], self.d[ChannelRow.B])
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         assert x_t is not None
         self.x_t, self.weight_t = x_t.to(self.stored), weight_t.to(self.stored)
-        self.c_t = conv(self.x, self.weight_t, self.settings.groups)
-        other = conv(self.x_t, self.weight, self.settings.groups)
+        tasks = self.settings.groups
+        self.c_t = convolve(self.x, self.weight_t, tasks, (self.x_t, self.weight))
         self.p_t, a_t = self._empty(), self._empty()
         written = self.p_t, self.d, self.partial, self.tickets
-        sizes = self.count, self.height, self.width, self.channels
-        ops.tangent_pool(
-            *self._windows, self.c_t, other, self.c, self.where, *written, self.measured_rows, *sizes
-        )
+        numbers = self.measured, self.count, *self.sizes, self.grid[0]
+        ops.tangent_pool(*self.grid, self.c_t, self.c, self.where, *written, *numbers)
         ops.tangent_activate(*self._values, self.p, self.p_t, a_t, self.d, *self._pooled_sizes)
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
         ga_t = ga_t.to(self.stored)
-        ops.tangent_sums(*self._rows, ga_t, other, self.ga, self.p, self.p_t, *self._sums)
-        sizes = self.settings.leak, self.height, self.width, self.channels
-        read = ga_t, other, self.ga, self.p, self.where, self.c
-        ops.tangent_spread(*self._windows, *read, self.c_t, self.d, *sizes)
-        gx_t, weight_t = self._conv_backward(self.c_t, self.x, self.weight)
-        # The other summands of the product rule, both from one call: the input gradient from gc and W_t, the
-        # filter gradient from gc and x_t.
-        gx_2, weight_2 = self._conv_backward(self.gc, self.x_t, self.weight_t)
-        return BlockGradient(gx_t, weight_t + weight_2, self.d[ChannelRow.G_T], self.d[ChannelRow.B_T], gx_2)
-
-    @property
-    def _windows(self) -> tuple[int, int]:
-        """A program per row of pooling windows, including an odd last row."""
-        return self.examples * ((self.height + 1) // 2), _tiles(self.channels, ops.CHANNELS)
-
-    @property
-    def _rows(self) -> tuple[int, int]:
-        """A program per row of pooled values."""
-        return self.examples * (self.height // 2), _tiles(self.channels, ops.CHANNELS)
+        ops.tangent_sums(*self.grid, ga_t, self.ga, self.p, self.p_t, *self._sums)
+        read = ga_t, self.ga, self.p, self.where, self.c
+        ops.tangent_spread(*self.groups, *read, self.c_t, self.d, self.settings.leak, *self.sizes)
+        gx_t = convolve(self.c_t, self.weight, self.settings.groups, (self.gc, self.weight_t), back=True)
+        weight_t = self._by_weight(self.c_t, self.x, (self.gc, self.x_t))
+        return BlockGradient(gx_t, weight_t, self.d[ChannelRow.G_T], self.d[ChannelRow.B_T])
 
     @property
     def _values(self) -> tuple[int, int]:
-        """A program per CHANNELS pooled values."""
-        return _tiles(self.p.numel(), ops.CHANNELS), 1
+        """A program per VALUES pooled values."""
+        return _tiles(self.p.numel(), ops.VALUES), 1
 
     @property
     def _pooled_sizes(self) -> tuple[float, int, int]:
@@ -122,14 +114,15 @@ class TritonTape:
     @property
     def _sums(self) -> tuple[Tensor | float, ...]:
         """The last arguments of the kernels that add up pooled values."""
-        sizes = self._rows[0], self.count, self.settings.leak, self.width // 2, self.channels
-        return self.d, self.partial, self.tickets, *sizes
+        items = self.p.numel() // self.channels
+        numbers = self.count, self.settings.leak, items, self.channels, self.grid[0]
+        return self.d, self.partial, self.tickets, *numbers
 
-    def _conv_backward(self, gc: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-        return conv_backward(gc, x, weight, self.settings.groups, by_input=not self.settings.first)
+    def _by_weight(self, gc: Tensor, x: Tensor, pair: Pair | None = None) -> Tensor:
+        return filter_gradient(gc, x, self.settings.groups, self.tickets, self.type, pair)
 
     def _partial(self, programs: int, sums: int) -> Tensor:
-        return torch.empty(programs, sums, self.channels, dtype=torch.float64, device=self.x.device)
+        return torch.empty(programs, sums, self.channels, dtype=self.type, device=self.x.device)
 
     def _empty(self, dtype: torch.dtype | None = None) -> Tensor:
         """Allocate a pooled tensor."""
@@ -146,46 +139,38 @@ class TritonFirstTape(TritonTape):
         self.inputs = planes.x, self.weight, planes.mean_TD1, planes.covariance_TDD
         tasks, filters = self.settings.groups, self.channels // self.settings.groups
         tiles = tasks * _tiles(filters, ops.FILTERS)
-        self.grid = self.examples * (self.height // 2), tiles
+        groups = _tiles(self.examples * (self.height // 2) * (self.width // 2), ops.WINDOWS)
+        self.grid = min(groups, max(PROGRAMS // tiles, _tiles(groups, MOST_GROUPS))), tiles
         self.sizes = self.settings.leak, self.height, self.width, self.channels, tasks, filters
-        self.parts = max(1, min(self.grid[0], PROGRAMS // tiles))
-        self.image = self.x.shape[1] // tasks
+        self.sizes += self.grid[0], self.examples, self.x.shape[1] // tasks
         norm = self.gamma, self.beta, self.p, self.where, self.out, self.d, self.moments
         numbers = len(self.gamma), self.count, EPS
         given = int(self.settings.statistics is not None)
-        ops.first_forward(*self.grid, *self.inputs, *norm, *numbers, *self.sizes, self.image, given)
+        ops.first_forward(*self.grid, *self.inputs, *norm, *numbers, *self.sizes, given)
 
     def backward(self, ga: Tensor, *, keep: bool) -> BlockGradient:
         self.ga, gw = ga.to(self.stored), torch.empty_like(self.weight)
-        self.partial = self._partial(self.parts, 2 + self.inputs[2].shape[1])
+        self.partial = self._partial(self.grid[0], 2 + self.inputs[2].shape[1])
         images, *others = self.inputs
         written = self.d, self.partial, self.tickets, gw
         read = images, self.ga, *others, self.p, self.where
-        ops.first_backward(*self._reduction, *read, *written, *self._counts)
+        ops.first_backward(*self.grid, *read, *written, self.count, *self.sizes)
         return BlockGradient(None, gw, self.d[ChannelRow.G], self.d[ChannelRow.B])
 
     def tangent(self, x_t: Tensor | None, weight_t: Tensor) -> Tensor:
         self.weight_t, self.p_t, a_t = weight_t, self._empty(), self._empty()
         images, weight, *moments = self.inputs
         tensors = images, weight, weight_t, *moments, self.p, self.where, self.p_t, a_t, self.d
-        ops.first_tangent(*self.grid, *tensors, *self.sizes, self.image)
+        ops.first_tangent(*self.grid, *tensors, *self.sizes)
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
         ga_t, gw = ga_t.to(self.stored), torch.empty_like(self.weight)
         images, weight, *moments = self.inputs
-        read = images, ga_t, other, self.ga, weight, self.weight_t, *moments, self.p, self.p_t, self.where
+        read = images, ga_t, self.ga, weight, self.weight_t, *moments, self.p, self.p_t, self.where
         written = self.d, self.partial, self.tickets, gw
-        ops.first_tangent_backward(*self._reduction, *read, *written, *self._counts)
+        ops.first_tangent_backward(*self.grid, *read, *written, self.count, *self.sizes)
         return BlockGradient(None, gw, self.d[ChannelRow.G_T], self.d[ChannelRow.B_T])
-
-    @property
-    def _reduction(self) -> tuple[int, int]:
-        return self.parts, self.grid[1]
-
-    @property
-    def _counts(self) -> tuple[float, ...]:
-        return self.count, *self.sizes, self.parts, self.examples, self.image
 
 
 class TritonHead(TorchHead):
@@ -193,7 +178,8 @@ class TritonHead(TorchHead):
 
     def __init__(self, a: Tensor, weight_TNF: Tensor, bias_TN: Tensor, y_TE: Tensor) -> None:
         """Compute nothing yet; arguments as in `TorchHead`."""
-        super().__init__(a, weight_TNF, bias_TN, y_TE)
+        # Before the first inner step of a test all tasks share one set of weights, as an expanded tensor.
+        super().__init__(a, weight_TNF.contiguous(), bias_TN.contiguous(), y_TE)
         tasks, self.classes, self.size = weight_TNF.shape
         examples = y_TE.shape[1]
         self.fits = ops.tile(examples) * ops.tile(self.classes) <= LARGEST_HEAD
@@ -251,11 +237,12 @@ def prepare(x: Tensor, tasks: int, measured: int | None) -> Planes:
     examples, channels, height, width = x.shape
     inputs = channels // tasks
     planes = F.pad(x.view(examples, tasks, inputs, height, width), (1, 1, 1, 1)).contiguous()
-    patches = planes[:measured].unfold(3, 3, 1).unfold(4, 3, 1).permute(1, 2, 5, 6, 0, 3, 4)
-    # In float64, because the variances of c are small differences of these moments.
-    patches_TDM = patches.reshape(tasks, 9 * inputs, -1).double()
-    mean_TD1 = patches_TDM.mean(2, keepdim=True)
-    covariance_TDD = patches_TDM @ patches_TDM.transpose(1, 2) / patches_TDM.shape[2]
+    patches = planes[:measured].unfold(3, 3, 1).unfold(4, 3, 1).permute(1, 0, 2, 5, 6, 3, 4)
+    # In float64, because the variances of c are small differences of these moments. A product for each image
+    # is 20 times as fast as one for each task, which would be long and thin.
+    patches_TEDM = patches.reshape(tasks, -1, 9 * inputs, height * width).double()
+    mean_TD1 = patches_TEDM.mean((1, 3)).unsqueeze(2)
+    covariance_TDD = (patches_TEDM @ patches_TEDM.transpose(2, 3)).mean(1) / (height * width)
     return Planes(planes, mean_TD1, covariance_TDD - mean_TD1 @ mean_TD1.transpose(1, 2))
 
 

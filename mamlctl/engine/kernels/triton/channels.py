@@ -37,16 +37,17 @@ def is_last(tickets):
 
 
 @triton.jit
-def join(partial, rows, sums, X, which, x, inside, RS: tl.constexpr, BX: tl.constexpr):
-    """Add up one of `sums` partial sums over `rows` rows; RS rows at a time."""
-    total = tl.zeros((BX,), tl.float64)
+def join(partial, rows, X, x, inside, RS: tl.constexpr, BX: tl.constexpr):
+    """Add up both partial sums over `rows` rows, RS rows at a time, in float64."""
+    one, two = tl.zeros((BX,), tl.float64), tl.zeros((BX,), tl.float64)
     for first in range(0, rows, RS):
         row = first + tl.arange(0, RS)
         present = (row < rows)[:, None] & inside[None, :]
         # .cg reads the second-level cache, which has what other programs wrote.
-        at = partial + (row[:, None] * sums + which) * X + x[None, :]
-        total += tl.sum(tl.load(at, mask=present, other=0.0, cache_modifier=".cg"), 0)
-    return total
+        at = partial + row[:, None] * 2 * X + x[None, :]
+        one += tl.sum(tl.load(at, mask=present, other=0.0, cache_modifier=".cg").to(tl.float64), 0)
+        two += tl.sum(tl.load(at + X, mask=present, other=0.0, cache_modifier=".cg").to(tl.float64), 0)
+    return one, two
 
 
 @triton.jit
@@ -125,12 +126,3 @@ def norm_of(d, X, x, inside, REAL: tl.constexpr):
 def slope_at(p, s, mean, beta, leak, REAL: tl.constexpr):
     """act'(z) with z = s (p - mean) + beta, at pooled values p."""
     return tl.where((p - mean) * s + beta > 0, 1.0, leak).to(REAL)
-
-
-@triton.jit
-def both(one, two, at, inside, TWO: tl.constexpr, REAL: tl.constexpr):
-    """Load ga_t from its summands: one + two if TWO, else one."""
-    value = tl.load(one + at, mask=inside, other=0.0).to(REAL)
-    if TWO:
-        value += tl.load(two + at, mask=inside, other=0.0).to(REAL)
-    return value

@@ -8,12 +8,13 @@ Arguments beyond those of `block_kernels.py`, pointers unless noted otherwise:
     images: the images, padded by zeros, [E, T, C, H + 2, W + 2].
     w, w_t: the filters and their tangent, [X, D] with D = 9 C.
     mean_q, cov: <q> of each task, [T, D], and cov(q), [T, D, D]; float64.
-    partial: 2 + D sums per program and channel: those of `backward_sums`, and h q over the windows.
+    partial: 2 + D sums per program and channel, in REAL: those of `backward_sums`, and h q over the windows.
     gw: the gradient of w, or its tangent.
     T, F, E, C: numbers: tasks, filters of a task (X = T F), examples, channels of the image.
     GIVEN: whether mean and variance are in d already.
     BD: a power of two that is not less than D.
     BW: pooling windows that are computed at a time.
+    RP: programs whose sums are added at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from mamlctl.engine.kernels.triton.channels import (
     VAR,
     B,
     S,
-    both,
     is_last,
     norm_of,
     put_backward,
@@ -65,19 +65,21 @@ def _mean_of(mean_q, task, D, BD: tl.constexpr):
 
 
 @triton.jit
-def _along(cov, w, task, x, inside, D, BD: tl.constexpr, BX: tl.constexpr):
+def _along(cov, w, task, x, inside, D: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr):
     """cov(q) w, [BD, BX]."""
     k = tl.arange(0, BD)
     result = tl.zeros((BD, BX), tl.float64)
-    for other in range(D):
+    for other in tl.static_range(D):
         column = tl.load(cov + (task * D + k) * D + other, mask=k < D, other=0.0)
         result += column[:, None] * tl.load(w + x * D + other, mask=inside, other=0.0).to(tl.float64)[None, :]
     return result
 
 
 @triton.jit
-def _window(e, task, i, j, T, H, W, C):
-    """The place of the first pixel of window (i, j) in the padded images."""
+def _window(item, task, T, H, W, C):
+    """The place of the first pixel of a window, of all examples', in the padded images."""
+    width, height = W // 2, H // 2
+    e, i, j = item // (width * height), item // width % height, item % width
     return ((e * T + task) * C * (H + 2) + 2 * i) * (W + 2) + 2 * j
 
 
@@ -88,50 +90,49 @@ def _tap(k, H, W):
 
 
 @triton.jit
-def _places(j, i, e, x, inside, H, W, X):
-    """Where a row of windows is in the pooled tensors, [BW, BX], and which of these places exist."""
-    at = ((e * (H // 2) + i) * (W // 2) + j)[:, None] * X + x[None, :]
-    return at, (j < W // 2)[:, None] & inside[None, :]
+def _convolved(window, q, w_DX, here, H, W, D, BD: tl.constexpr, REAL: tl.constexpr):
+    """The convolution at place q of windows, [BW, BX]."""
+    k = tl.arange(0, BD)
+    at = (window + q // 2 * (W + 2) + q % 2)[:, None] + _tap(k, H, W)[None, :]
+    patch = tl.load(at, mask=here[:, None] & (k < D)[None, :], other=0.0).to(REAL)
+    return tl.dot(patch, w_DX, input_precision="tf32x3", out_dtype=REAL)
 
 
 @triton.jit
 def first_forward(
     images, w, mean_q, cov, gamma, beta, p, where, a, d, seen, norms, count, eps, leak, H, W, X, T, F,
+    parts, E,
     C: tl.constexpr, GIVEN: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
-    """Write the statistics, p, `where` and a; a program handles one row of windows of one example."""
+    """Write the statistics, p, `where` and a; a program handles every `parts`-th group of BW windows."""
     D: tl.constexpr = 9 * C
-    item = tl.program_id(0)
-    e, i = item // (H // 2), item % (H // 2)
     task, x, inside = _filters(F, BX)
+    w_DX = _by_patch(w, x, inside, D, BD)
     if GIVEN:
         mean, var = row_of(d, MEAN, X, x, inside, tl.float64), row_of(d, VAR, X, x, inside, tl.float64)
     else:
         # Every program computes them, which costs less than a launch.
-        w_DX = _by_patch(w, x, inside, D, BD)
         mean = tl.sum(w_DX * _mean_of(mean_q, task, D, BD), 0)
         # Rounding can make the variance of a constant image negative.
         var = tl.maximum(tl.sum(_along(cov, w, task, x, inside, D, BD, BX) * w_DX, 0), 0.0)
-    if item == 0:
+    if tl.program_id(0) == 0:
         put_statistics(d, seen, gamma, beta, norms, mean, var, count, eps, X, x, inside)
     weight = tl.load(gamma + x % norms, mask=inside, other=1.0).to(tl.float64)
     s, mean = (weight / tl.sqrt(var + eps)).to(REAL)[None, :], mean.to(REAL)[None, :]
     shift = tl.load(beta + x % norms, mask=inside, other=0.0).to(REAL)[None, :]
+    w_DX = w_DX.to(REAL)
     sign = tl.where(weight < 0, -1.0, 1.0).to(REAL)[None, :]
-    for first in range(0, W // 2, BW):
-        j = first + tl.arange(0, BW)
-        at, present = _places(j, i, e, x, inside, H, W, X)
-        window = _window(e, task, i, j, T, H, W, C)
-        v0 = tl.zeros((BW, BX), REAL)
-        v1, v2, v3 = v0, v0, v0
-        for k in range(D):
-            value = tl.load(w + x * D + k, mask=inside, other=0.0).to(REAL)[None, :]
-            pixel, here = images + window + _tap(k, H, W), j < W // 2
-            v0 += tl.load(pixel, mask=here, other=0.0).to(REAL)[:, None] * value
-            v1 += tl.load(pixel + 1, mask=here, other=0.0).to(REAL)[:, None] * value
-            v2 += tl.load(pixel + W + 2, mask=here, other=0.0).to(REAL)[:, None] * value
-            v3 += tl.load(pixel + W + 3, mask=here, other=0.0).to(REAL)[:, None] * value
+    windows = E * (H // 2) * (W // 2)
+    for first in range(tl.program_id(0) * BW, windows, parts * BW):
+        item = first + tl.arange(0, BW)
+        here = item < windows
+        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+        window = images + _window(item, task, T, H, W, C)
+        v0 = _convolved(window, 0, w_DX, here, H, W, D, BD, REAL)
+        v1 = _convolved(window, 1, w_DX, here, H, W, D, BD, REAL)
+        v2 = _convolved(window, 2, w_DX, here, H, W, D, BD, REAL)
+        v3 = _convolved(window, 3, w_DX, here, H, W, D, BD, REAL)
         best, which = v0 * sign, tl.zeros((BW, BX), tl.int32)
         which, best = tl.where(v1 * sign > best, 1, which), tl.maximum(best, v1 * sign)
         which, best = tl.where(v2 * sign > best, 2, which), tl.maximum(best, v2 * sign)
@@ -145,32 +146,32 @@ def first_forward(
 
 @triton.jit
 def first_tangent(
-    images, w, w_t, mean_q, cov, p, where, p_t, a_t, d, leak, H, W, X, T, F,
+    images, w, w_t, mean_q, cov, p, where, p_t, a_t, d, leak, H, W, X, T, F, parts, E,
     C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """mean_t, r_t, s_t, p_t and a_t; a program handles one row of windows of one example."""
+    """mean_t, r_t, s_t, p_t and a_t; a program handles every `parts`-th group of BW windows."""
     D: tl.constexpr = 9 * C
-    item = tl.program_id(0)
-    e, i = item // (H // 2), item % (H // 2)
     task, x, inside = _filters(F, BX)
     along = _by_patch(w_t, x, inside, D, BD)
     mean_t = tl.sum(along * _mean_of(mean_q, task, D, BD), 0)
     var_t = 2.0 * tl.sum(along * _along(cov, w, task, x, inside, D, BD, BX), 0)
-    if item == 0:
+    if tl.program_id(0) == 0:
         put_tangent(d, mean_t, var_t, X, x, inside)
     s, mean, beta = norm_of(d, X, x, inside, REAL)
     s, mean, beta = s[None, :], mean[None, :], beta[None, :]
     _, s_t = scale_tangent(d, var_t, X, x, inside)
     s_t, mean_t = s_t.to(REAL)[None, :], mean_t.to(REAL)[None, :]
-    for first in range(0, W // 2, BW):
-        j = first + tl.arange(0, BW)
-        at, present = _places(j, i, e, x, inside, H, W, X)
-        which = tl.load(where + at, mask=present, other=0).to(tl.int32)
-        window = _window(e, task, i, j, T, H, W, C)[:, None] + which // 2 * (W + 2) + which % 2
+    along = along.to(REAL)
+    windows = E * (H // 2) * (W // 2)
+    for first in range(tl.program_id(0) * BW, windows, parts * BW):
+        item = first + tl.arange(0, BW)
+        here = item < windows
+        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+        which = tl.load(where + at, mask=present, other=4).to(tl.int32)
+        window = images + _window(item, task, T, H, W, C)
         v_t = tl.zeros((BW, BX), REAL)
-        for k in range(D):
-            value = tl.load(w_t + x * D + k, mask=inside, other=0.0).to(REAL)[None, :]
-            v_t += tl.load(images + window + _tap(k, H, W), mask=present, other=0.0).to(REAL) * value
+        for q in tl.static_range(4):
+            v_t = tl.where(which == q, _convolved(window, q, along, here, H, W, D, BD, REAL), v_t)
         kept = v_t.to(p_t.dtype.element_ty)
         v = tl.load(p + at, mask=present, other=0.0).to(REAL)
         z_t = s * (kept.to(REAL) - mean_t) + s_t * (v - mean)
@@ -183,36 +184,39 @@ def first_tangent(
 def _put_sums(partial, one, two, patches, X, x, inside, D, BD: tl.constexpr):
     """Store the sums of this program."""
     k, base = tl.arange(0, BD), tl.program_id(0) * (2 + D)
-    tl.store(partial + base * X + x, one.to(tl.float64), mask=inside)
-    tl.store(partial + (base + 1) * X + x, two.to(tl.float64), mask=inside)
+    tl.store(partial + base * X + x, tl.sum(one, 0), mask=inside)
+    tl.store(partial + (base + 1) * X + x, tl.sum(two, 0), mask=inside)
     present = (k < D)[:, None] & inside[None, :]
-    tl.store(partial + (base + 2 + k)[:, None] * X + x[None, :], patches.to(tl.float64), mask=present)
+    tl.store(partial + (base + 2 + k)[:, None] * X + x[None, :], patches, mask=present)
 
 
 @triton.jit
-def _join(partial, X, x, inside, D, BD: tl.constexpr, BX: tl.constexpr):
-    """Add up the sums of all programs."""
+def _join(partial, X, x, inside, D, BD: tl.constexpr, BX: tl.constexpr, RP: tl.constexpr):
+    """Add up the sums of all programs, those of RP programs at a time, in float64."""
     k = tl.arange(0, BD)
     one, two = tl.zeros((BX,), tl.float64), tl.zeros((BX,), tl.float64)
     patches = tl.zeros((BD, BX), tl.float64)
-    present = (k < D)[:, None] & inside[None, :]
-    for item in range(tl.num_programs(0)):
-        at = partial + item * (2 + D) * X + x
-        one += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-        two += tl.load(at + X, mask=inside, other=0.0, cache_modifier=".cg")
-        more = at[None, :] + (2 + k)[:, None] * X
-        patches += tl.load(more, mask=present, other=0.0, cache_modifier=".cg")
+    for first in range(0, tl.num_programs(0), RP):
+        item = first + tl.arange(0, RP)
+        present = (item < tl.num_programs(0))[:, None] & inside[None, :]
+        at = partial + (item * (2 + D) * X)[:, None] + x[None, :]
+        one += tl.sum(tl.load(at, mask=present, other=0.0, cache_modifier=".cg").to(tl.float64), 0)
+        two += tl.sum(tl.load(at + X, mask=present, other=0.0, cache_modifier=".cg").to(tl.float64), 0)
+        more, here = at[:, None, :] + (2 + k)[None, :, None] * X, present[:, None, :] & (k < D)[None, :, None]
+        patches += tl.sum(tl.load(more, mask=here, other=0.0, cache_modifier=".cg").to(tl.float64), 0)
     return one, two, patches
 
 
 @triton.jit
-def _patches(images, e, task, i, j, which, T, H, W, C: tl.constexpr, BD: tl.constexpr, REAL: tl.constexpr):
-    """The patch at the selected place of one window, for each channel: [BD, BX]."""
+def _add_patches(acc, window, which, h, here, H, W, D, BD: tl.constexpr, REAL: tl.constexpr):
+    """Add the patches at the selected places of windows, times h [BW, BX], to acc [BD, BX]."""
     k = tl.arange(0, BD)
-    window = _window(e, task, i, j, T, H, W, C) + which // 2 * (W + 2) + which % 2
-    at = images + window[None, :] + _tap(k, H, W)[:, None]
-    present = (k < 9 * C)[:, None] & (which < 4)[None, :]
-    return tl.load(at, mask=present, other=0.0).to(REAL)
+    for q in tl.static_range(4):
+        at = (window + q // 2 * (W + 2) + q % 2)[None, :] + _tap(k, H, W)[:, None]
+        patch = tl.load(at, mask=here[None, :] & (k < D)[:, None], other=0.0).to(REAL)
+        selected = tl.where(which == q, h, 0.0)
+        acc = tl.dot(patch, selected, acc, input_precision="tf32x3", out_dtype=REAL)
+    return acc
 
 
 @triton.jit
@@ -225,29 +229,32 @@ def _put_gradient(gw, value, x, inside, D, BD: tl.constexpr):
 @triton.jit
 def first_backward(
     images, ga, w, mean_q, cov, p, where, d, partial, tickets, gw, count, leak, H, W, X, T, F, parts, E,
-    C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr,
+    C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    RP: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of the backward pass, and gw; a program handles every `parts`-th row of windows."""
+    """The numbers of the backward pass, and gw; a program handles every `parts`-th group of BW windows."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
     s, mean, beta = norm_of(d, X, x, inside, REAL)
-    total = tl.zeros((BX,), REAL)
-    product = tl.zeros((BX,), REAL)
+    s, mean, beta = s[None, :], mean[None, :], beta[None, :]
+    total = tl.zeros((BW, BX), REAL)
+    product = tl.zeros((BW, BX), REAL)
     patches = tl.zeros((BD, BX), REAL)
-    for row in range(tl.program_id(0), E * (H // 2), parts):
-        e, i = row // (H // 2), row % (H // 2)
-        for j in range(W // 2):
-            at = (row * (W // 2) + j) * X + x
-            v = tl.load(p + at, mask=inside, other=0.0).to(REAL)
-            gz = tl.load(ga + at, mask=inside, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
-            which = tl.load(where + at, mask=inside, other=4).to(tl.int32)
-            total += gz
-            product += gz * v
-            q = _patches(images, e, task, i, j, which, T, H, W, C, BD, REAL)
-            patches += (s * gz)[None, :] * q
+    windows = E * (H // 2) * (W // 2)
+    for first in range(tl.program_id(0) * BW, windows, parts * BW):
+        item = first + tl.arange(0, BW)
+        here = item < windows
+        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+        which = tl.load(where + at, mask=present, other=4).to(tl.int32)
+        window = images + _window(item, task, T, H, W, C)
+        v = tl.load(p + at, mask=present, other=0.0).to(REAL)
+        gz = tl.load(ga + at, mask=present, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
+        total += gz
+        product += gz * v
+        patches = _add_patches(patches, window, which, s * gz, here, H, W, D, BD, REAL)
     _put_sums(partial, total, product, patches, X, x, inside, D, BD)
     if is_last(tickets):
-        b, product_all, through_pool = _join(partial, X, x, inside, D, BD, BX)
+        b, product_all, through_pool = _join(partial, X, x, inside, D, BD, BX, RP)
         slope = put_backward(d, b, product_all, count, X, x, inside)
         scale = row_of(d, S, X, x, inside, tl.float64)[None, :]
         rest = count * slope[None, :] * _along(cov, w, task, x, inside, D, BD, BX)
@@ -257,34 +264,37 @@ def first_backward(
 
 @triton.jit
 def first_tangent_backward(
-    images, ga1, ga2, ga, w, w_t, mean_q, cov, p, p_t, where, d, partial, tickets, gw, count, leak, H, W, X,
-    T, F, parts, E,
-    C: tl.constexpr, TWO: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr,
+    images, ga_t, ga, w, w_t, mean_q, cov, p, p_t, where, d, partial, tickets, gw, count, leak, H, W, X, T, F,
+    parts, E,
+    C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
+    RP: tl.constexpr,
 ):  # fmt: skip
     """The same for the tangents of `first_backward`; gw is then the tangent of the gradient."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
     s, mean, beta = norm_of(d, X, x, inside, REAL)
-    s_t = row_of(d, S_T, X, x, inside, REAL)
-    total = tl.zeros((BX,), REAL)
-    product = tl.zeros((BX,), REAL)
+    s, mean, beta = s[None, :], mean[None, :], beta[None, :]
+    s_t = row_of(d, S_T, X, x, inside, REAL)[None, :]
+    total = tl.zeros((BW, BX), REAL)
+    product = tl.zeros((BW, BX), REAL)
     patches = tl.zeros((BD, BX), REAL)
-    for row in range(tl.program_id(0), E * (H // 2), parts):
-        e, i = row // (H // 2), row % (H // 2)
-        for j in range(W // 2):
-            at = (row * (W // 2) + j) * X + x
-            v = tl.load(p + at, mask=inside, other=0.0).to(REAL)
-            step = slope_at(v, s, mean, beta, leak, REAL)
-            gz_t = step * both(ga1, ga2, at, inside, TWO, REAL)
-            gz = step * tl.load(ga + at, mask=inside, other=0.0).to(REAL)
-            which = tl.load(where + at, mask=inside, other=4).to(tl.int32)
-            total += gz_t
-            product += gz_t * v + gz * tl.load(p_t + at, mask=inside, other=0.0).to(REAL)
-            q = _patches(images, e, task, i, j, which, T, H, W, C, BD, REAL)
-            patches += (s * gz_t + s_t * gz)[None, :] * q
+    windows = E * (H // 2) * (W // 2)
+    for first in range(tl.program_id(0) * BW, windows, parts * BW):
+        item = first + tl.arange(0, BW)
+        here = item < windows
+        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+        which = tl.load(where + at, mask=present, other=4).to(tl.int32)
+        window = images + _window(item, task, T, H, W, C)
+        v = tl.load(p + at, mask=present, other=0.0).to(REAL)
+        step = slope_at(v, s, mean, beta, leak, REAL)
+        gz_t = step * tl.load(ga_t + at, mask=present, other=0.0).to(REAL)
+        gz = step * tl.load(ga + at, mask=present, other=0.0).to(REAL)
+        total += gz_t
+        product += gz_t * v + gz * tl.load(p_t + at, mask=present, other=0.0).to(REAL)
+        patches = _add_patches(patches, window, which, s * gz_t + s_t * gz, here, H, W, D, BD, REAL)
     _put_sums(partial, total, product, patches, X, x, inside, D, BD)
     if is_last(tickets):
-        b_t, product_t, through_pool = _join(partial, X, x, inside, D, BD, BX)
+        b_t, product_t, through_pool = _join(partial, X, x, inside, D, BD, BX, RP)
         slope_t = count * put_tangent_backward(d, b_t, product_t, count, X, x, inside)
         slope = count * row_of(d, SLOPE, X, x, inside, tl.float64)
         # The tangent of M slope cov(q) w - s b <q>.

@@ -14,27 +14,26 @@ import torch
 import triton.language as tl
 
 from mamlctl.engine.kernels.triton import block_kernels as inner
+from mamlctl.engine.kernels.triton import conv_kernels as products
 from mamlctl.engine.kernels.triton import first_kernels as first
 from mamlctl.engine.kernels.triton import head_kernels as head
 
-# Sizes of the programs; not tuned.
-CHANNELS = 128  # channels per program of an inner block
-FILTERS = 32  # filters per program of the first block
-WINDOWS = 8  # pooling windows of the first block that are computed at a time
+# Sizes of the programs, chosen on an H200.
+CHANNELS, GROUP = 32, 16  # channels and pooling windows of an inner block that are computed at a time
+VALUES = 1024  # pooled values of a program that handles each of them alone
+ROWS = 64  # rows of partial sums that are added at a time
+FILTERS, WINDOWS = 32, 16  # filters and pooling windows of the first block that are computed at a time
 FEATURES = 16  # features that the head reads at a time
-ROWS = 16  # rows of partial sums that are added at a time
-# Registers per thread of the two kernels that add up gradients of filters: ptxas chooses fewer, and spills.
-REGISTERS = 168
-HEAD_WARPS, HEAD_REGISTERS = 8, 224  # the same for the head, whose programs hold all classes
+# Warps of the head, whose programs hold all classes, and registers per thread: ptxas chooses fewer.
+HEAD_WARPS, HEAD_REGISTERS = 8, 224
 
 # Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
-INTEGERS = frozenset(
-    ["rows", "norms", "H", "W", "X", "PW", "total", "T", "F", "parts", "E", "C", "GIVEN", "N", "P"]
-)
+INTEGERS = frozenset(("measured", "norms", "items", "total", "parts", "GIVEN", *"HWXTFECNPMK"))
+CONSTANTS = frozenset(("BACK", "TF32", "PARTS", "BP", "BO", "BI"))  # numbers that are known when it compiles
 REALS = frozenset(("count", "eps", "leak"))
-OPTIONAL = frozenset(("c2", "ga2"))
+OPTIONAL = frozenset(("x2", "w2", "g2"))
 DERIVED = frozenset(
-    ("TWO", "REAL", "BD", "BX", "BW", "RS", "BE", "BN", "BF")
+    ("TWO", "REAL", "BD", "BX", "BW", "BV", "RS", "RP", "BE", "BN", "BF")
 )  # computed here, not arguments of operators
 
 
@@ -60,8 +59,10 @@ def constants(kernel: Any, values: dict[str, Any], dtype: torch.dtype) -> dict[s
         "BN": tile(values.get("N", 1)),
         "BF": FEATURES,
         "BX": FILTERS if is_first else CHANNELS,
-        "BW": WINDOWS,
+        "BW": WINDOWS if is_first else GROUP,
+        "BV": VALUES,
         "RS": ROWS,
+        "RP": 128 // tile(9 * values.get("C", 1)),
     }
     return {name: derived[name] for name in inspect.signature(kernel.fn).parameters if name in DERIVED}
 
@@ -74,9 +75,11 @@ def tile(size: int) -> int:
 def options(kernel: Any) -> dict[str, int]:
     """Return the compiler's options for a kernel."""
     names = inspect.signature(kernel.fn).parameters.keys()
+    if "BP" in names:
+        return {"num_warps": 4, "num_stages": 3}
     if "N" in names:  # the head
         return {"num_warps": HEAD_WARPS, "maxnreg": HEAD_REGISTERS}
-    return {"maxnreg": REGISTERS} if {"gw", "cov"} <= names else {}
+    return {}
 
 
 def _operator(kernel: Any, writes: str) -> Callable[..., None]:
@@ -84,23 +87,35 @@ def _operator(kernel: Any, writes: str) -> Callable[..., None]:
     names, written = argument_names(kernel), writes.split()
 
     def declared(name: str) -> str:
-        kind = "int" if name in INTEGERS else "float" if name in REALS else "Tensor"
+        kind = "int" if name in INTEGERS | CONSTANTS else "float" if name in REALS else "Tensor"
         if name in written:
             kind = f"Tensor(a{written.index(name)}!)"
         return f"{kind}{'?' if name in OPTIONAL else ''} {name}"
 
+    def check(programs: int, tiles: int, *arguments: Any) -> None:
+        for name, value in zip(names, arguments, strict=True):
+            if isinstance(value, torch.Tensor) and not _is_dense(value):
+                raise ValueError(f"{kernel.fn.__name__}: {name} has strides {value.stride()}")
+
     def launch(programs: int, tiles: int, *arguments: Any) -> None:
+        check(programs, tiles, *arguments)
         values = dict(zip(names, arguments, strict=True))
-        dtype = next(values[name].dtype for name in ("p", "p_t", "soft") if name in values)
+        dtype = next(values[name].dtype for name in ("p", "p_t", "soft", "out", "gw") if name in values)
         kernel[(programs, tiles)](**values, **constants(kernel, values, dtype), **options(kernel))
 
     schema = f"(int programs, int tiles, {', '.join(map(declared, names))}) -> ()"
     operator = torch.library.custom_op(
         f"mamlctl::{kernel.fn.__name__}", launch, mutates_args=written, schema=schema
     )
-    operator.register_fake(lambda *arguments: None)
+    operator.register_fake(check)
     KERNELS[kernel.fn.__name__] = kernel
     return operator
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no gaps and no repetitions, which the kernels do not handle."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last or tensor.is_contiguous()
 
 
 KERNELS: dict[str, Any] = {}  # by the name of their operator
@@ -117,5 +132,7 @@ first_forward = _operator(first.first_forward, "p where a d seen")
 first_backward = _operator(first.first_backward, "d partial tickets gw")
 first_tangent = _operator(first.first_tangent, "p_t a_t d")
 first_tangent_backward = _operator(first.first_tangent_backward, "d partial tickets gw")
+convolve = _operator(products.convolve, "out")
+filter_gradient = _operator(products.filter_gradient, "gw sums tickets")
 head_gradient = _operator(head.head_gradient, "logits loss score g soft ga gw gb")
 head_tangent = _operator(head.head_tangent, "ga_t gw gb")
