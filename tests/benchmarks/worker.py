@@ -17,6 +17,7 @@ from benchmarks.peers import PEERS
 from benchmarks.pipes import Answer, Document, serve
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.engine.devices import memory_bytes, open_device
+from mamlctl.engine.training.cuda_graphs import runner_of
 from mamlctl.engine.training.initial_state import build
 from mamlctl.engine.training.meta_step import MetaStep
 
@@ -41,11 +42,11 @@ def random_episodes(case: Case, device: torch.device, dtype: torch.dtype = torch
 def engine_step(case: Case, name: str, device: torch.device) -> Step:
     """Return mamlctl's meta-step, as in training."""
     config = train_config(case, engine_settings(name))
-    step = MetaStep(config, *build(config, case.image, device))
+    runner = runner_of(MetaStep(config, *build(config, case.image, device)))
 
     def meta_step(episodes: Episodes) -> Tensor:
-        measured = step.measure(episodes, 0, measure_all=False)
-        step.apply(measured, 0)
+        measured = runner.measure(episodes, 0, measure_all=False)
+        runner.apply(measured, 0)
         return measured.meta_loss
 
     return meta_step
