@@ -147,6 +147,11 @@ def _products(named: Mapping[str, Any], made: Sequence[Tensor]) -> int:
     return 2 * made[0].numel() * named.get("batch1", named["self"]).shape[-1]
 
 
+def _pairs(named: Mapping[str, Any]) -> int:
+    """How many products of a convolution's kernel are added."""
+    return 1 if named["x2"] is None else 2
+
+
 FLOPS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor]], int]] = {
     "convolution": lambda named, made: 2 * made[0].numel() * named["weight"][0].numel(),
     "convolution_backward": lambda named, made: (
@@ -156,6 +161,8 @@ FLOPS: dict[str, Callable[[Mapping[str, Any], Sequence[Tensor]], int]] = {
     "mm": _products,
     "baddbmm": _products,
     "baddbmm_": _products,
+    "convolve": lambda named, made: 18 * named["K"] * named["out"].numel() * _pairs(named),
+    "filter_gradient": lambda named, made: 2 * named["M"] * named["gw"].numel() * _pairs(named),
     "first_forward": _of_windows(4),
     "first_backward": _of_windows(1),
     "first_tangent": _of_windows(1),

@@ -58,7 +58,8 @@ def test_a_module_has_the_same_gradient_on_both_devices(make):
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_cuda_results_equal_cpu_results(first_order):
-    config = small_config(algo="maml++", da=False, first_order=first_order)
+    # torch's fused Adam has the meta learning rate in float32, in which 0.001 is not exact.
+    config = small_config(algo="maml++", da=False, first_order=first_order, meta_lr=2**-10)
     device = open_device("cuda", "float64")
     (state, measured), (cuda_state, cuda_measured) = (on(torch.device("cpu"), config), on(device, config))
     assert first_non_finite(cuda_measured) is None
