@@ -42,10 +42,12 @@ def test_on_navigation_maml_is_above_pre_training_and_scratch_and_below_the_orac
 def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
     training = {"validated_s": {"300": 30.0, "600": 90.0}}
     points = [[150, 0.8, 0.01], [300, 0.9, 0.01], [600, 0.98, 0.01]]  # the first has no time
-    receipt = {"training": training, "validation": {"curve": points}}
+    on_cpu = {"training": training, "validation": {"curve": points}, "environments": [{"device": "cpu"}]}
+    # A run that began on a GPU and went on elsewhere.
+    moved = on_cpu | {"environments": [{"device": "cuda:0 (NVIDIA H200)"}, {"device": "cpu"}]}
     names = [name for panel in pictures.PANELS for name in panel]
     found = [
-        tables.Line(experiment, [receipt] * names.index(experiment.name), None, ())
+        tables.Line(experiment, [on_cpu, on_cpu, moved][: names.index(experiment.name)], None, ())
         for experiment in experiments()
         if experiment.name in names
     ]
@@ -56,7 +58,7 @@ def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
     assert list(errors) == pytest.approx([10, 2])
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
         "fast preset",
-        "published schedule",
+        "published schedule, on a GPU",
     ]
 
 

@@ -41,6 +41,9 @@ def accuracy_per_minute(found: Sequence[Line]) -> Figure:
 
 
 def _draw_seeds(ax: Axes, line: Line, colour: str, label: str) -> None:
+    places = [place for receipt in line.receipts for place in receipt["environments"]]
+    if any(place["device"].startswith("cuda") for place in places):  # for a part of the training, at least
+        label += ", on a GPU"
     for number, receipt in enumerate(line.receipts):
         seconds, curve = receipt["training"]["validated_s"], receipt["validation"]["curve"]
         # A process that was killed just after a validation has not stored its time.
