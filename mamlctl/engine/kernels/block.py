@@ -115,8 +115,8 @@ class BlockGradient:
     weight: Tensor  # of the filters, in the dtype of batch norm
     gamma_X: Tensor
     beta_X: Tensor
-    # A second summand of `x`, or None. The kernels of the next block add both while they read them, which
-    # saves a pass over memory.
+    # A second summand of `x`, or None. The kernels in C of the next block add both while they read them,
+    # which saves a pass over memory.
     x_2: Tensor | None = None
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Filters of this many channels are channels last on a CUDA device: cuDNN reads them so, and returns their
-# gradients so.
-CUDNN_CHANNELS = 8
+# Filters of this many channels are channels last on a CUDA device: the kernels of the inner blocks and cuDNN
+# read them so, and return their gradients so.
+LAST_CHANNELS = 8
 
 
 class Flat(dict[str, Tensor]):
@@ -65,5 +65,5 @@ def _unflattened(part: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether these are filters _TOCHW for cuDNN."""
-    return tensor.is_cuda and tensor.dim() == 5 and tensor.shape[2] >= CUDNN_CHANNELS
+    """Whether these are filters _TOCHW that a buffer holds channels last."""
+    return tensor.is_cuda and tensor.dim() == 5 and tensor.shape[2] >= LAST_CHANNELS

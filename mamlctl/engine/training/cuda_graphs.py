@@ -52,7 +52,7 @@ class Captured:
 
     Meta-steps are of one kind if they launch the same kernels: the same derivative order, the same query
     losses in the meta-loss and the same measurements. The first meta-step of a kind runs eagerly, because
-    library initialisation and the timing of convolutions are not possible in a capture. The second one is
+    compiling kernels and timing convolutions are not possible in a capture. The second one is
     recorded, later ones are replayed. Values that change from step to step (tasks, MSL weights, learning
     rate) are copied into the tensors that the graphs read.
     """

@@ -15,15 +15,15 @@ from mamlctl.engine.kernels.triton.convolutions import Pair, convolve, filter_gr
 from mamlctl.engine.nets.batch_norm import EPS
 
 LARGEST_HEAD = 1024  # examples x classes of a program, in tiles
-MOST_TILES = 1 << 14  # tiles of channels in one launch
-# Programs of a launch: four times the 132 multiprocessors of an H100, or so many that each of them computes
-# at most MOST_GROUPS groups of windows.
-PROGRAMS, MOST_GROUPS = 528, 16
-MOST_PARTS = 64  # partial sums of a tile of channels, if that makes enough programs
+PROGRAMS = (
+    528  # of a launch at least, if there is work for them: four times the 132 multiprocessors of an H100
+)
+FEWEST_PARTS = 64  # programs of a tile of channels at least; the last one adds up the sums of all
+MOST_GROUPS = 16  # groups of windows that a program of the first block computes
 
 
 class TritonTape:
-    """A block whose operations between two convolutions are Triton kernels; implements `block.BlockTape`."""
+    """A block whose operations are all Triton kernels; implements `block.BlockTape`."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class TritonTape:
         tiles = _tiles(self.channels, ops.CHANNELS)
         windows = self.examples * ((self.height + 1) // 2) * ((self.width + 1) // 2)
         self.groups = _tiles(windows, ops.GROUP), tiles
-        self.grid = min(self.groups[0], max(PROGRAMS // tiles, MOST_PARTS)), tiles
+        self.grid = min(self.groups[0], max(PROGRAMS // tiles, FEWEST_PARTS)), tiles
         self.sizes = self.examples, self.height, self.width, self.channels
         self.partial = self._partial(self.grid[0], 2)
         norm = len(self.gamma), self.count, EPS
@@ -94,6 +94,7 @@ class TritonTape:
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        assert other is None, "the gradient of the input has one summand here"
         ga_t = ga_t.to(self.stored)
         ops.tangent_sums(*self.grid, ga_t, self.ga, self.p, self.p_t, *self._sums)
         read = ga_t, self.ga, self.p, self.where, self.c
@@ -165,6 +166,7 @@ class TritonFirstTape(TritonTape):
         return a_t
 
     def tangent_backward(self, ga_t: Tensor, other: Tensor | None = None) -> BlockGradient:
+        assert other is None, "the gradient of the input has one summand here"
         ga_t, gw = ga_t.to(self.stored), torch.empty_like(self.weight)
         images, weight, *moments = self.inputs
         read = images, ga_t, self.ga, weight, self.weight_t, *moments, self.p, self.p_t, self.where
@@ -217,7 +219,7 @@ class TritonBlocks:
 
     @classmethod
     def on(cls, device: torch.device) -> TritonBlocks:
-        return cls(torch.zeros(MOST_TILES, dtype=torch.int32, device=device))
+        return cls(torch.zeros(ops.MOST_TILES, dtype=torch.int32, device=device))
 
     def __call__(
         self, x: Tensor, weight: Tensor, gamma_X: Tensor, beta_X: Tensor, settings: BlockSettings

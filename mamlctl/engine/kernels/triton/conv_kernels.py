@@ -86,17 +86,18 @@ def _products(
         h, v, there = m // W % H, m % W, m < end
         at = m[:, None] * (T * N) + (task * N + n)[None, :]
         value = tl.load(g + at, mask=there[:, None] & (n < N)[None, :], other=0.0)
-        x1 = _moved(x, m, there, h, v, down, -1, k, task, H, W, T, K)
-        one = tl.dot(x1, value, one, precision, out_dtype=REAL)
-        x2 = _moved(x, m, there, h, v, down, 0, k, task, H, W, T, K)
-        two = tl.dot(x2, value, two, precision, out_dtype=REAL)
-        x3 = _moved(x, m, there, h, v, down, 1, k, task, H, W, T, K)
-        three = tl.dot(x3, value, three, precision, out_dtype=REAL)
+        left = _moved(x, m, there, h, v, down, -1, k, task, H, W, T, K)
+        one = tl.dot(left, value, one, precision, out_dtype=REAL)
+        middle = _moved(x, m, there, h, v, down, 0, k, task, H, W, T, K)
+        two = tl.dot(middle, value, two, precision, out_dtype=REAL)
+        right = _moved(x, m, there, h, v, down, 1, k, task, H, W, T, K)
+        three = tl.dot(right, value, three, precision, out_dtype=REAL)
     return one, two, three
 
 
 @triton.jit
 def _total(sums, at, present, size, PARTS: tl.constexpr):
+    """Add up the partial sums of all programs."""
     total = tl.load(sums + at, mask=present, other=0.0, cache_modifier=".cg")
     for part in range(1, PARTS):
         total += tl.load(sums + part * size + at, mask=present, other=0.0, cache_modifier=".cg")

@@ -20,6 +20,7 @@ from mamlctl.engine.kernels.triton import head_kernels as head
 
 # Sizes of the programs, chosen on an H200.
 CHANNELS, GROUP = 32, 16  # channels and pooling windows of an inner block that are computed at a time
+MOST_TILES = 65535  # CUDA's limit of the second size of a grid: tiles of channels, each with a ticket
 VALUES = 1024  # pooled values of a program that handles each of them alone
 ROWS = 64  # rows of partial sums that are added at a time
 FILTERS, WINDOWS = 32, 16  # filters and pooling windows of the first block that are computed at a time
@@ -29,7 +30,7 @@ HEAD_WARPS, HEAD_REGISTERS = 8, 224
 
 # Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
 INTEGERS = frozenset(("measured", "norms", "items", "total", "parts", "GIVEN", *"HWXTFECNPMK"))
-CONSTANTS = frozenset(("BACK", "TF32", "PARTS", "BP", "BO", "BI"))  # numbers that are known when it compiles
+CONSTANTS = frozenset(("BACK", "TF32", "PARTS", "BP", "BO", "BI"))  # numbers that are compiled into a kernel
 REALS = frozenset(("count", "eps", "leak"))
 OPTIONAL = frozenset(("x2", "w2", "g2"))
 DERIVED = frozenset(
@@ -92,9 +93,14 @@ def _operator(kernel: Any, writes: str) -> Callable[..., None]:
             kind = f"Tensor(a{written.index(name)}!)"
         return f"{kind}{'?' if name in OPTIONAL else ''} {name}"
 
+    # The first block reads its filters as rows of 9 C numbers; other images and filters are channels last.
+    as_rows = {"w", "w_t", "gw"} if "cov" in names else set()
+
     def check(programs: int, tiles: int, *arguments: Any) -> None:
+        if tiles > MOST_TILES:
+            raise RuntimeError(f"{kernel.fn.__name__}: {tiles} tiles are more than {MOST_TILES}")
         for name, value in zip(names, arguments, strict=True):
-            if isinstance(value, torch.Tensor) and not _is_dense(value):
+            if isinstance(value, torch.Tensor) and not _is_dense(value, name not in as_rows):
                 raise ValueError(f"{kernel.fn.__name__}: {name} has strides {value.stride()}")
 
     def launch(programs: int, tiles: int, *arguments: Any) -> None:
@@ -112,10 +118,11 @@ def _operator(kernel: Any, writes: str) -> Callable[..., None]:
     return operator
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has no gaps and no repetitions, which the kernels do not handle."""
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return last or tensor.is_contiguous()
+def _is_dense(tensor: torch.Tensor, channels_last: bool) -> bool:
+    """Whether a tensor has the layout of the kernels: no gaps, no repetitions, and this order."""
+    if tensor.dim() == 4 and channels_last:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.is_contiguous()
 
 
 KERNELS: dict[str, Any] = {}  # by the name of their operator
@@ -124,7 +131,7 @@ pool = _operator(inner.pool, "p where d seen partial tickets")
 activate = _operator(inner.activate, "a")
 backward_sums = _operator(inner.backward_sums, "d partial tickets")
 backward_spread = _operator(inner.backward_spread, "gc")
-tangent_pool = _operator(inner.tangent_pool, "ct p_t d partial tickets")
+tangent_pool = _operator(inner.tangent_pool, "p_t d partial tickets")
 tangent_activate = _operator(inner.tangent_activate, "a_t")
 tangent_sums = _operator(inner.tangent_sums, "d partial tickets")
 tangent_spread = _operator(inner.tangent_spread, "ct")
