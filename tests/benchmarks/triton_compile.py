@@ -31,8 +31,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMAGE_CHANNELS = (1, 3)  # of the first block
 HEADS = ({"E": 20, "N": 20}, {"E": 50, "N": 5})  # examples and classes, of the largest tiles
 # Convolution forward and back, with the largest tiles of both.
-CONVOLUTIONS = ({"BACK": 0, "BP": 128}, {"BACK": 1, "BP": 64})
-FIXED_TILES = {"TF32": 1, "PARTS": 4, "BO": 64}
+CONVOLUTIONS = {
+    "float32": ({"BACK": 0, "BP": 128}, {"BACK": 1, "BP": 32}),
+    "bfloat16": ({"BACK": 0, "BP": 64}, {"BACK": 1, "BP": 64}),
+}
+FIXED_TILES = {"TF32": 1, "PARTS": 8, "BO": 64}
 # Tensors in the dtype of the products, and those in float64, uint8 and int32; all others are float32.
 STORED = {"c", "p", "a", "ga", "ga_t", "gc", "ct", "p_t", "a_t"}
 OF_CONVOLUTIONS = {"x", "w", "x2", "w2", "out", "g", "g2"}  # in the dtype of the products there
@@ -60,7 +63,7 @@ def variants() -> Iterator[tuple[str, str, int | None, int]]:
         names = ops.argument_names(kernel)
         sizes: Sequence[int | None] = (None,)
         if "BACK" in names:
-            sizes = range(len(CONVOLUTIONS))
+            sizes = range(2)
         elif "C" in names or "HEAD" in name.upper():
             sizes = IMAGE_CHANNELS if "C" in names else range(len(HEADS))
         for dtype, each, architecture in itertools.product(DTYPES, sizes, ARCHITECTURES):
@@ -83,7 +86,7 @@ def compiled(name: str, dtype: str, size: int | None, architecture: int) -> Comp
         present["C"] = size
     if "BP" in present:
         deepest = DEEPEST // DTYPES[dtype].itemsize
-        constants |= FIXED_TILES | {"BP": deepest, "BI": deepest} | CONVOLUTIONS[size or 0]
+        constants |= FIXED_TILES | {"BP": deepest, "BI": deepest} | CONVOLUTIONS[dtype][size or 0]
         if "BACK" not in present:  # the gradient of the filters
             constants |= {"BP": deepest, "BI": 32}
     elif "N" in present:
@@ -93,7 +96,7 @@ def compiled(name: str, dtype: str, size: int | None, architecture: int) -> Comp
     stored = STORED | (OF_CONVOLUTIONS if "BP" in parameters else set())
     types = {key: "constexpr" if key in constants else _type(key, dtype, stored) for key in parameters}
     # As at run time: tensors begin at multiples of 16 bytes, and K and N are multiples of 16 with 64 filters.
-    aligned = [key for key in parameters if types[key].startswith("*") or key in {"K", "N"} & {*ops.INTEGERS}]
+    aligned = [key for key in parameters if types[key].startswith("*") or key in {"K", "N"}]
     source = ASTSource(
         kernel,
         types,
