@@ -43,7 +43,7 @@ def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
     training = {"validated_s": {"300": 30.0, "600": 90.0}}
     points = [[150, 0.8, 0.01], [300, 0.9, 0.01], [600, 0.98, 0.01]]  # the first has no time
     on_cpu = {"training": training, "validation": {"curve": points}, "environments": [{"device": "cpu"}]}
-    # A run that began on a GPU and went on elsewhere.
+    # A run that began on a GPU and continued elsewhere.
     moved = on_cpu | {"environments": [{"device": "cuda:0 (NVIDIA H200)"}, {"device": "cpu"}]}
     names = [name for panel in pictures.PANELS for name in panel]
     found = [
@@ -58,7 +58,7 @@ def test_the_picture_has_a_line_for_every_seed_with_a_receipt():
     assert list(errors) == pytest.approx([10, 2])
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [
         "fast preset",
-        "published schedule, on a GPU",
+        "published schedule, partly on a GPU",
     ]
 
 

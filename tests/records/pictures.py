@@ -42,8 +42,9 @@ def accuracy_per_minute(found: Sequence[Line]) -> Figure:
 
 def _draw_seeds(ax: Axes, line: Line, colour: str, label: str) -> None:
     places = [place for receipt in line.receipts for place in receipt["environments"]]
-    if any(place["device"].startswith("cuda") for place in places):  # for a part of the training, at least
-        label += ", on a GPU"
+    on_gpu = [place["device"].startswith("cuda") for place in places]
+    if any(on_gpu):
+        label += ", on a GPU" if all(on_gpu) else ", partly on a GPU"
     for number, receipt in enumerate(line.receipts):
         seconds, curve = receipt["training"]["validated_s"], receipt["validation"]["curve"]
         # A process that was killed just after a validation has not stored its time.
