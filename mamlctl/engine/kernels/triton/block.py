@@ -63,7 +63,7 @@ class TritonTape:
         windows = self.examples * ((self.height + 1) // 2) * ((self.width + 1) // 2)
         self.groups = _tiles(windows, ops.GROUP), tiles
         self.grid = min(self.groups[0], max(PROGRAMS // tiles, FEWEST_PARTS)), tiles
-        self.sizes = self.examples, self.height, self.width, self.channels
+        self.sizes: tuple[float, ...] = (self.examples, self.height, self.width, self.channels)
         self.partial = self._partial(self.grid[0], 2)
         norm = len(self.gamma), self.count, EPS
         memory = self.p, self.where, self.d, self.moments, self.partial, self.tickets
@@ -142,8 +142,8 @@ class TritonFirstTape(TritonTape):
         tiles = tasks * _tiles(filters, ops.FILTERS)
         groups = _tiles(self.examples * (self.height // 2) * (self.width // 2), ops.WINDOWS)
         self.grid = min(groups, max(PROGRAMS // tiles, _tiles(groups, MOST_GROUPS))), tiles
-        self.sizes = self.settings.leak, self.height, self.width, self.channels, tasks, filters
-        self.sizes += self.grid[0], self.examples, self.x.shape[1] // tasks
+        shape = self.height, self.width, self.channels, tasks, filters
+        self.sizes = (self.settings.leak, *shape, self.grid[0], self.examples, self.x.shape[1] // tasks)
         norm = self.gamma, self.beta, self.p, self.where, self.out, self.d, self.moments
         numbers = len(self.gamma), self.count, EPS
         given = int(self.settings.statistics is not None)
