@@ -187,6 +187,20 @@ def test_a_run_without_its_progress_is_not_continued(curves, capsys):
     assert worked(curves) == (("", ExitCode.OK), [])
 
 
+def test_the_speed_on_another_machine_does_not_count(curves, capsys):
+    config = replace(curves.config, epochs=10**6)
+    longer = replace(curves, config=config, seeds=(3,))
+    (run,) = without_receipt([longer], Path("runs"), Path("receipts"))
+    run.train(HERE, 1.0, ignore)
+    for moved, words in ((False, "left: 1 run, about"), (True, "about 0:00 on cpu, and 1 without a time")):
+        if moved:
+            progress = json.loads(Path("runs/curves-s3/progress.json").read_text())
+            progress["slices"][0]["environment"]["device"] = "cuda:0 (NVIDIA H200)"
+            Path("runs/curves-s3/progress.json").write_text(json.dumps(progress))
+        show_left(without_receipt([longer], Path("runs"), Path("receipts")), HERE, Path("runs"), None)
+        assert re.search(words, capsys.readouterr().out)
+
+
 def test_a_start_without_data_is_not_a_slice(folder, capsys):
     experiment = read_experiment(Path("files/tiny.yaml"))
     experiment = replace(experiment, config=replace(experiment.config, dataset="mini-imagenet"), minutes=60)

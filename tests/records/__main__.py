@@ -140,7 +140,7 @@ def show_left(left: Sequence[RecordedRun], place: Place, runs: Path, on_event: O
     rows, known_s, unknown = [HEAD], 0.0, 0
     for run in left:
         times = timed(run.experiment, place, runs, on_event)
-        seconds = seconds_left(run, times)
+        seconds = seconds_left(run, times, place)
         known_s, unknown = known_s + (seconds or 0), unknown + (seconds is None)
         total = run.experiment.config.total_steps
         unknown_words = times.get("problem", "?" if times else "not timed yet")

@@ -33,8 +33,7 @@ def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent | 
         `step_s` (including its share of validation) and `test_s`, or `problem` if it cannot run here; empty
         if they are not stored and not measured.
     """
-    device = device_words(open_device(place.device, experiment.config.precision))
-    key = f"{experiment.name} on {device}, {cpu_model()}, torch {torch.__version__}"
+    key = f"{experiment.name} on {', '.join(machine(experiment, place))}, torch {torch.__version__}"
     stored = read_object(runs / FILE)
     match stored.get(key):
         case {"stated": experiment.stated, "step_s": float(), "test_s": float()} as known:
@@ -55,19 +54,29 @@ def timed(experiment: Experiment, place: Place, runs: Path, on_event: OnEvent | 
     return times
 
 
-def seconds_left(run: RecordedRun, times: dict[str, Any]) -> float | None:
+def machine(experiment: Experiment, place: Place) -> tuple[str, str]:
+    """The device and the processor on which the experiment would run."""
+    return device_words(open_device(place.device, experiment.config.precision)), cpu_model()
+
+
+def seconds_left(run: RecordedRun, times: dict[str, Any], place: Place) -> float | None:
     """The time until the run has a receipt; None if it is unknown.
 
     Args:
         run: the run.
         times: what `timed` returned for its experiment.
+        place: where it would run. If a part of it ran elsewhere, its speed so far does not count.
     """
     if run.obstacle or "problem" in times:
         return None
     if run.is_trained:
         training_s: float | None = 0.0
     else:
-        step_s = run.wall_s / run.step if run.step and run.wall_s else times.get("step_s")
+        step_s = times.get("step_s")
+        here = machine(run.experiment, place)
+        places = [part["environment"] for part in run.slices]
+        if run.step and places and all((part["device"], part["cpu"]) == here for part in places):
+            step_s = run.wall_s / run.step
         steps, minutes = run.experiment.config.total_steps - run.step, run.experiment.minutes
         limits = [None if step_s is None else steps * step_s]
         limits += [None if minutes is None else 60 * minutes - run.wall_s]
