@@ -21,12 +21,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from mamlctl.data.reading.tables import read_table
 from mamlctl.data.tasks.episodes import Episodes
 from mamlctl.data.tasks.table_tasks import TableStream, standardisation_of
-from mamlctl.engine.derivatives.selection import select_derivatives
+from mamlctl.engine.derivatives.selection import select_derivatives, tasks_per_pass
 from mamlctl.engine.evaluation import evaluator
 from mamlctl.engine.evaluation.measured_loop import TaskSets
 from mamlctl.engine.evaluation.prediction import PredictRequest, adapted
 from mamlctl.engine.inner_loop import Measurements
 from mamlctl.engine.kernels import convolutions
+from mamlctl.engine.kernels.triton.ops import MOST_TILES
 from mamlctl.engine.nets.batch_norm import Statistics
 from mamlctl.engine.training.cuda_graphs import Captured
 from mamlctl.engine.training.initial_state import build
@@ -99,6 +100,15 @@ def test_convolutions_by_matrix_products_never_wait_for_the_device(monkeypatch, 
         config = small_config(algo="maml++", da=False, precision=precision, filters=16)
         step, episodes = on_device(config, device)
         step.apply(step.measure(episodes, 0, measure_all=True), 0)
+
+
+@pytest.mark.parametrize("filters", [1, 64, 512])
+def test_the_tasks_of_a_pass_fit_the_grid_of_their_kernels(filters):
+    """The gradient of the filters has the most programs: three for each tile of 64 x 32 channels."""
+    device = torch.device("cuda")
+    net, _ = build(small_config(filters=filters), IMAGE, torch.device("cpu"))
+    tasks = tasks_per_pass(net, 1, device)
+    assert 1 <= tasks * 3 * -(-filters // 64) * -(-filters // 32) <= MOST_TILES
 
 
 def test_a_capture_never_waits_for_the_device():

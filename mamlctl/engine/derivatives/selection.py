@@ -25,7 +25,8 @@ from mamlctl.engine.nets.conv4 import Conv4
 # CPU: measured on 2 cores with 1 MB of second-level cache each. CUDA: half a gigabyte in float32, which
 # leaves room on small devices; not measured.
 LARGEST = {"cpu": 2**22, "cuda": 2**27}
-MOST_TASKS = 2**12  # in a pass on a CUDA device: the size of a grid of programs is limited
+# CUDA limits the second size of a grid of programs, which grows with the tasks and the square of the filters.
+MOST_TASKS, MOST_FILTERS_SQUARED = 2**12, 2**24  # of a pass; the second is a sum over tasks
 Parts = tuple[MakeBlock, PrepareFirst, MakeHead]  # one implementation of Conv4's parts
 # Largest relative difference between two correct blocks. In bfloat16, with 8 significant bits, two values of
 # a pooling window are often so close that one block selects the other: 4 % in gradients of small blocks were
@@ -168,4 +169,8 @@ def tasks_per_pass(net: Net, examples: int, device: torch.device) -> int:
         device: the device.
     """
     most = LARGEST[device.type] // (examples * net.largest)
-    return max(1, min(most, MOST_TASKS) if device.type == "cuda" else most)
+    if device.type == "cuda":
+        most = min(most, MOST_TASKS)
+        if isinstance(net, Conv4):
+            most = min(most, MOST_FILTERS_SQUARED // net.filters**2)
+    return max(1, most)
