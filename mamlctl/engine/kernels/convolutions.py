@@ -4,9 +4,9 @@
 `Convolution`.
 
 Tensors are [E, T * C, H, W], weights [T * O, C, 3, 3]. On a CPU one convolution in T groups, channels last,
-is as fast as matrix products (215 and 181 GFLOP/s on 2 cores). On a CUDA device, where
-the blocks in Triton have their own convolutions, both methods are timed once for each shape: in float64, or
-if those blocks do not work.
+is as fast as matrix products (215 and 181 GFLOP/s on 2 cores). On a CUDA device the
+blocks in Triton have their own convolutions. In float64, or if those blocks do not work, both methods are
+timed once for each shape.
 """
 
 from __future__ import annotations

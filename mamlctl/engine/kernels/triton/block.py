@@ -15,9 +15,8 @@ from mamlctl.engine.kernels.triton.convolutions import Pair, convolve, filter_gr
 from mamlctl.engine.nets.batch_norm import EPS
 
 LARGEST_HEAD = 1024  # examples x classes of a program, in tiles
-PROGRAMS = (
-    528  # of a launch at least, if there is work for them: four times the 132 multiprocessors of an H100
-)
+# Of a launch at least, if there is work for them: four times the 132 multiprocessors of an H100.
+PROGRAMS = 528
 FEWEST_PARTS = 64  # programs of a tile of channels at least; the last one adds up the sums of all
 MOST_GROUPS = 16  # groups of windows that a program of the first block computes
 
@@ -67,7 +66,7 @@ class TritonTape:
         self.partial = self._partial(self.grid[0], 2)
         norm = len(self.gamma), self.count, EPS
         memory = self.p, self.where, self.d, self.moments, self.partial, self.tickets
-        numbers = self.measured, *norm, *self.sizes, self.grid[0]
+        numbers = self.measured, *norm, *self.sizes
         ops.pool(*self.grid, self.c, self.gamma, self.beta, *memory, *numbers)
         ops.activate(*self._values, self.p, self.out, self.d, *self._pooled_sizes)
 
@@ -88,7 +87,7 @@ class TritonTape:
         self.c_t = convolve(self.x, self.weight_t, tasks, (self.x_t, self.weight))
         self.p_t, a_t = self._empty(), self._empty()
         written = self.p_t, self.d, self.partial, self.tickets
-        numbers = self.measured, self.count, *self.sizes, self.grid[0]
+        numbers = self.measured, self.count, *self.sizes
         ops.tangent_pool(*self.grid, self.c_t, self.c, self.where, *written, *numbers)
         ops.tangent_activate(*self._values, self.p, self.p_t, a_t, self.d, *self._pooled_sizes)
         return a_t
@@ -116,7 +115,7 @@ class TritonTape:
     def _sums(self) -> tuple[Tensor | float, ...]:
         """The last arguments of the kernels that add up pooled values."""
         items = self.p.numel() // self.channels
-        numbers = self.count, self.settings.leak, items, self.channels, self.grid[0]
+        numbers = self.count, self.settings.leak, items, self.channels
         return self.d, self.partial, self.tickets, *numbers
 
     def _by_weight(self, gc: Tensor, x: Tensor, pair: Pair | None = None) -> Tensor:
@@ -143,7 +142,7 @@ class TritonFirstTape(TritonTape):
         groups = _tiles(self.examples * (self.height // 2) * (self.width // 2), ops.WINDOWS)
         self.grid = min(groups, max(PROGRAMS // tiles, _tiles(groups, MOST_GROUPS))), tiles
         shape = self.height, self.width, self.channels, tasks, filters
-        self.sizes = (self.settings.leak, *shape, self.grid[0], self.examples, self.x.shape[1] // tasks)
+        self.sizes = (self.settings.leak, *shape, self.examples, self.x.shape[1] // tasks)
         norm = self.gamma, self.beta, self.p, self.where, self.out, self.d, self.moments
         numbers = len(self.gamma), self.count, EPS
         given = int(self.settings.statistics is not None)

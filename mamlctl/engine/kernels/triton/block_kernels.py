@@ -1,7 +1,7 @@
 """The kernels of a block for CUDA devices, in Triton: the arithmetic of c/block.c.
 
-Letters and formulas are those of `block.py`. Unless noted otherwise a program handles every `parts`-th group
-of BW pooling windows, for BX channels. It writes its two sums to `partial`. The last program to finish adds
+Letters and formulas are those of `block.py`. Unless noted otherwise a program handles some groups of BW
+pooling windows, for BX channels. It writes its two sums to `partial`. The last program to finish adds
 them up in float64 in a fixed order, so results are reproducible, and computes the channels' numbers in `d`,
 which saves a launch. With TRITON_INTERPRET=1 the kernels run on a CPU, slowly.
 
@@ -17,7 +17,7 @@ Arguments of the kernels, which are pointers to tensors unless noted otherwise:
         that a mean divides by.
     eps, leak: numbers: added to the variance, and the slope of the activation below 0.
     E, H, W, X: sizes of c, [E, H, W, X].
-    items, total, parts: numbers: the pooled values of a channel, and of all; the rows of `partial`.
+    items, total: numbers: the pooled values of a channel, and of all.
     REAL: the dtype of the arithmetic.
     BX, BW, RS: channels and windows of a group, and rows of `partial` that are added at a time.
     BV: pooled values of a program that handles each of them alone.
@@ -40,6 +40,7 @@ from mamlctl.engine.kernels.triton.channels import (
     is_last,
     join,
     norm_of,
+    norm_rows,
     put_backward,
     put_statistics,
     put_tangent,
@@ -87,13 +88,6 @@ def _values(item, items, x, inside, X):
 
 
 @triton.jit
-def _rows(d, X, x, inside, REAL: tl.constexpr):
-    """s, mean and beta as rows."""
-    s, mean, beta = norm_of(d, X, x, inside, REAL)
-    return s[None, :], mean[None, :], beta[None, :]
-
-
-@triton.jit
 def _put_sums(partial, one, two, X, x, inside):
     """Store the two sums of this program."""
     item = tl.program_id(0)
@@ -103,7 +97,7 @@ def _put_sums(partial, one, two, X, x, inside):
 
 @triton.jit
 def pool(
-    c, gamma, beta, p, where, d, seen, partial, tickets, measured, norms, count, eps, E, H, W, X, parts,
+    c, gamma, beta, p, where, d, seen, partial, tickets, measured, norms, count, eps, E, H, W, X,
     REAL: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """Write p and `where` from c, and its statistics; if `measured` is 0, mean and var are in d already."""
@@ -111,7 +105,7 @@ def pool(
     sign = tl.where(tl.load(gamma + x % norms, mask=inside, other=1.0) < 0, -1.0, 1.0).to(REAL)[None, :]
     total = tl.zeros((BW, BX), REAL)
     square = tl.zeros((BW, BX), REAL)
-    for first in range(tl.program_id(0) * BW, E * ((H + 1) // 2) * ((W + 1) // 2), parts * BW):
+    for first in range(tl.program_id(0) * BW, E * ((H + 1) // 2) * ((W + 1) // 2), tl.num_programs(0) * BW):
         e, i, j, here = _windows(first, E, H, W, BW)
         counts = (e < measured)[:, None]
         best = tl.zeros((BW, BX), REAL)
@@ -135,7 +129,7 @@ def pool(
     if is_last(tickets):
         mean, var = row_of(d, MEAN, X, x, inside, tl.float64), row_of(d, VAR, X, x, inside, tl.float64)
         if measured > 0:
-            mean, var = join(partial, parts, X, x, inside, RS, BX)
+            mean, var = join(partial, X, x, inside, RS, BX)
             mean = mean / count
             var = var / count - mean * mean
             var = tl.where(var < 0, 0.0, var)  # rounding of a constant channel
@@ -154,15 +148,15 @@ def activate(p, a, d, leak, total, X, REAL: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def backward_sums(
-    ga, p, d, partial, tickets, count, leak, items, X, parts,
+    ga, p, d, partial, tickets, count, leak, items, X,
     REAL: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """The sums of gz = act'(z) ga and of gz p, and the numbers of the backward pass."""
     x, inside = _channels(X, BX)
-    s, mean, beta = _rows(d, X, x, inside, REAL)
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     total = tl.zeros((BW, BX), REAL)
     product = tl.zeros((BW, BX), REAL)
-    for first in range(tl.program_id(0) * BW, items, parts * BW):
+    for first in range(tl.program_id(0) * BW, items, tl.num_programs(0) * BW):
         at, present = _values(first + tl.arange(0, BW), items, x, inside, X)
         v = tl.load(p + at, mask=present, other=0.0).to(REAL)
         gz = tl.load(ga + at, mask=present, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
@@ -170,7 +164,7 @@ def backward_sums(
         product += gz * v
     _put_sums(partial, total, product, X, x, inside)
     if is_last(tickets):
-        b, of_p = join(partial, parts, X, x, inside, RS, BX)
+        b, of_p = join(partial, X, x, inside, RS, BX)
         put_backward(d, b, of_p, count, X, x, inside)
 
 
@@ -183,7 +177,7 @@ def backward_spread(
     e, i, j, here = _windows(tl.program_id(0) * BW, E, H, W, BW)
     slope = row_of(d, SLOPE, X, x, inside, REAL)[None, :]
     offset = row_of(d, OFFSET, X, x, inside, REAL)[None, :]
-    s, mean, beta = _rows(d, X, x, inside, REAL)
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     at, pooled = _pooled(e, i, j, here, x, inside, H, W, X)
     v = tl.load(p + at, mask=pooled, other=0.0).to(REAL)
     h = s * tl.load(ga + at, mask=pooled, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
@@ -197,14 +191,14 @@ def backward_spread(
 
 @triton.jit
 def tangent_pool(
-    ct, c, where, p_t, d, partial, tickets, measured, count, E, H, W, X, parts,
+    ct, c, where, p_t, d, partial, tickets, measured, count, E, H, W, X,
     REAL: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """p_t = c_t at the selected places, and mean_t, r_t, s_t from c_t and c c_t."""
     x, inside = _channels(X, BX)
     total = tl.zeros((BW, BX), REAL)
     cross = tl.zeros((BW, BX), REAL)
-    for first in range(tl.program_id(0) * BW, E * ((H + 1) // 2) * ((W + 1) // 2), parts * BW):
+    for first in range(tl.program_id(0) * BW, E * ((H + 1) // 2) * ((W + 1) // 2), tl.num_programs(0) * BW):
         e, i, j, here = _windows(first, E, H, W, BW)
         counts = (e < measured)[:, None]
         at, pooled = _pooled(e, i, j, here, x, inside, H, W, X)
@@ -220,7 +214,7 @@ def tangent_pool(
         tl.store(p_t + at, kept.to(p_t.dtype.element_ty), mask=pooled)
     _put_sums(partial, total, cross, X, x, inside)
     if is_last(tickets):
-        mean_t, mixed = join(partial, parts, X, x, inside, RS, BX)
+        mean_t, mixed = join(partial, X, x, inside, RS, BX)
         mean_t = mean_t / count
         var_t = 2.0 * (mixed / count - row_of(d, MEAN, X, x, inside, tl.float64) * mean_t)
         put_tangent(d, mean_t, var_t, X, x, inside)
@@ -241,15 +235,15 @@ def tangent_activate(p, p_t, a_t, d, leak, total, X, REAL: tl.constexpr, BV: tl.
 
 @triton.jit
 def tangent_sums(
-    ga_t, ga, p, p_t, d, partial, tickets, count, leak, items, X, parts,
+    ga_t, ga, p, p_t, d, partial, tickets, count, leak, items, X,
     REAL: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr, RS: tl.constexpr,
 ):  # fmt: skip
     """The sums of gz_t = act'(z) ga_t and of gz_t p + gz p_t, and the tangents of the backward numbers."""
     x, inside = _channels(X, BX)
-    s, mean, beta = _rows(d, X, x, inside, REAL)
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     total = tl.zeros((BW, BX), REAL)
     product = tl.zeros((BW, BX), REAL)
-    for first in range(tl.program_id(0) * BW, items, parts * BW):
+    for first in range(tl.program_id(0) * BW, items, tl.num_programs(0) * BW):
         at, present = _values(first + tl.arange(0, BW), items, x, inside, X)
         v = tl.load(p + at, mask=present, other=0.0).to(REAL)
         step = slope_at(v, s, mean, beta, leak, REAL)
@@ -259,7 +253,7 @@ def tangent_sums(
         product += gz_t * v + gz * tl.load(p_t + at, mask=present, other=0.0).to(REAL)
     _put_sums(partial, total, product, X, x, inside)
     if is_last(tickets):
-        b_t, product_t = join(partial, parts, X, x, inside, RS, BX)
+        b_t, product_t = join(partial, X, x, inside, RS, BX)
         put_tangent_backward(d, b_t, product_t, count, X, x, inside)
 
 
@@ -270,7 +264,7 @@ def tangent_spread(
     """gc_t = s gz_t + s_t gz at the selected places + slope_t c + slope c_t + offset_t, written over c_t."""
     x, inside = _channels(X, BX)
     e, i, j, here = _windows(tl.program_id(0) * BW, E, H, W, BW)
-    s, mean, beta = _rows(d, X, x, inside, REAL)
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     s_t = row_of(d, S_T, X, x, inside, REAL)[None, :]
     slope = row_of(d, SLOPE, X, x, inside, REAL)[None, :]
     slope_t = row_of(d, SLOPE_T, X, x, inside, REAL)[None, :]

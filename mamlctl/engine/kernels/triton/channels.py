@@ -37,9 +37,10 @@ def is_last(tickets):
 
 
 @triton.jit
-def join(partial, rows, X, x, inside, RS: tl.constexpr, BX: tl.constexpr):
-    """Add up both partial sums over `rows` rows, RS rows at a time, in float64."""
+def join(partial, X, x, inside, RS: tl.constexpr, BX: tl.constexpr):
+    """Add up both partial sums of all programs, those of RS programs at a time, in float64."""
     one, two = tl.zeros((BX,), tl.float64), tl.zeros((BX,), tl.float64)
+    rows = tl.num_programs(0)
     for first in range(0, rows, RS):
         row = first + tl.arange(0, RS)
         present = (row < rows)[:, None] & inside[None, :]
@@ -120,6 +121,13 @@ def norm_of(d, X, x, inside, REAL: tl.constexpr):
     """s, mean and beta."""
     s, mean = row_of(d, S, X, x, inside, REAL), row_of(d, MEAN, X, x, inside, REAL)
     return s, mean, row_of(d, BETA, X, x, inside, REAL)
+
+
+@triton.jit
+def norm_rows(d, X, x, inside, REAL: tl.constexpr):
+    """s, mean and beta as rows."""
+    s, mean, beta = norm_of(d, X, x, inside, REAL)
+    return s[None, :], mean[None, :], beta[None, :]
 
 
 @triton.jit

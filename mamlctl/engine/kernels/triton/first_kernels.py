@@ -30,7 +30,7 @@ from mamlctl.engine.kernels.triton.channels import (
     B,
     S,
     is_last,
-    norm_of,
+    norm_rows,
     put_backward,
     put_statistics,
     put_tangent,
@@ -76,11 +76,17 @@ def _along(cov, w, task, x, inside, D: tl.constexpr, BD: tl.constexpr, BX: tl.co
 
 
 @triton.jit
-def _window(item, task, T, H, W, C):
-    """The place of the first pixel of a window, of all examples', in the padded images."""
-    width, height = W // 2, H // 2
+def _group(first, windows, images, x, inside, task, T, H, W, X, C, BW: tl.constexpr):
+    """BW windows, of all examples', from number `first`.
+
+    Returns their places in the pooled tensors and which of these exist, [BW, BX]; then which windows exist,
+    and where their first pixels are in the padded images, [BW].
+    """
+    item, width, height = first + tl.arange(0, BW), W // 2, H // 2
     e, i, j = item // (width * height), item // width % height, item % width
-    return ((e * T + task) * C * (H + 2) + 2 * i) * (W + 2) + 2 * j
+    window = images + ((e * T + task) * C * (H + 2) + 2 * i) * (W + 2) + 2 * j
+    here = item < windows
+    return item[:, None] * X + x[None, :], here[:, None] & inside[None, :], here, window
 
 
 @triton.jit
@@ -100,12 +106,11 @@ def _convolved(window, q, w_DX, here, H, W, D, BD: tl.constexpr, REAL: tl.conste
 
 @triton.jit
 def first_forward(
-    images, w, mean_q, cov, gamma, beta, p, where, a, d, seen, norms, count, eps, leak, H, W, X, T, F,
-    parts, E,
+    images, w, mean_q, cov, gamma, beta, p, where, a, d, seen, norms, count, eps, leak, H, W, X, T, F, E,
     C: tl.constexpr, GIVEN: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
-    """Write the statistics, p, `where` and a; a program handles every `parts`-th group of BW windows."""
+    """Write the statistics, p, `where` and a; a program handles groups of BW windows."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
     w_DX = _by_patch(w, x, inside, D, BD)
@@ -124,11 +129,8 @@ def first_forward(
     w_DX = w_DX.to(REAL)
     sign = tl.where(weight < 0, -1.0, 1.0).to(REAL)[None, :]
     windows = E * (H // 2) * (W // 2)
-    for first in range(tl.program_id(0) * BW, windows, parts * BW):
-        item = first + tl.arange(0, BW)
-        here = item < windows
-        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
-        window = images + _window(item, task, T, H, W, C)
+    for first in range(tl.program_id(0) * BW, windows, tl.num_programs(0) * BW):
+        at, present, here, window = _group(first, windows, images, x, inside, task, T, H, W, X, C, BW)
         v0 = _convolved(window, 0, w_DX, here, H, W, D, BD, REAL)
         v1 = _convolved(window, 1, w_DX, here, H, W, D, BD, REAL)
         v2 = _convolved(window, 2, w_DX, here, H, W, D, BD, REAL)
@@ -146,10 +148,10 @@ def first_forward(
 
 @triton.jit
 def first_tangent(
-    images, w, w_t, mean_q, cov, p, where, p_t, a_t, d, leak, H, W, X, T, F, parts, E,
+    images, w, w_t, mean_q, cov, p, where, p_t, a_t, d, leak, H, W, X, T, F, E,
     C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """mean_t, r_t, s_t, p_t and a_t; a program handles every `parts`-th group of BW windows."""
+    """mean_t, r_t, s_t, p_t and a_t; a program handles groups of BW windows."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
     along = _by_patch(w_t, x, inside, D, BD)
@@ -157,18 +159,14 @@ def first_tangent(
     var_t = 2.0 * tl.sum(along * _along(cov, w, task, x, inside, D, BD, BX), 0)
     if tl.program_id(0) == 0:
         put_tangent(d, mean_t, var_t, X, x, inside)
-    s, mean, beta = norm_of(d, X, x, inside, REAL)
-    s, mean, beta = s[None, :], mean[None, :], beta[None, :]
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     _, s_t = scale_tangent(d, var_t, X, x, inside)
     s_t, mean_t = s_t.to(REAL)[None, :], mean_t.to(REAL)[None, :]
     along = along.to(REAL)
     windows = E * (H // 2) * (W // 2)
-    for first in range(tl.program_id(0) * BW, windows, parts * BW):
-        item = first + tl.arange(0, BW)
-        here = item < windows
-        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+    for first in range(tl.program_id(0) * BW, windows, tl.num_programs(0) * BW):
+        at, present, here, window = _group(first, windows, images, x, inside, task, T, H, W, X, C, BW)
         which = tl.load(where + at, mask=present, other=4).to(tl.int32)
-        window = images + _window(item, task, T, H, W, C)
         v_t = tl.zeros((BW, BX), REAL)
         for q in tl.static_range(4):
             v_t = tl.where(which == q, _convolved(window, q, along, here, H, W, D, BD, REAL), v_t)
@@ -228,25 +226,21 @@ def _put_gradient(gw, value, x, inside, D, BD: tl.constexpr):
 
 @triton.jit
 def first_backward(
-    images, ga, w, mean_q, cov, p, where, d, partial, tickets, gw, count, leak, H, W, X, T, F, parts, E,
+    images, ga, w, mean_q, cov, p, where, d, partial, tickets, gw, count, leak, H, W, X, T, F, E,
     C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     RP: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of the backward pass, and gw; a program handles every `parts`-th group of BW windows."""
+    """The numbers of the backward pass, and gw; a program handles groups of BW windows."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
-    s, mean, beta = norm_of(d, X, x, inside, REAL)
-    s, mean, beta = s[None, :], mean[None, :], beta[None, :]
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     total = tl.zeros((BW, BX), REAL)
     product = tl.zeros((BW, BX), REAL)
     patches = tl.zeros((BD, BX), REAL)
     windows = E * (H // 2) * (W // 2)
-    for first in range(tl.program_id(0) * BW, windows, parts * BW):
-        item = first + tl.arange(0, BW)
-        here = item < windows
-        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+    for first in range(tl.program_id(0) * BW, windows, tl.num_programs(0) * BW):
+        at, present, here, window = _group(first, windows, images, x, inside, task, T, H, W, X, C, BW)
         which = tl.load(where + at, mask=present, other=4).to(tl.int32)
-        window = images + _window(item, task, T, H, W, C)
         v = tl.load(p + at, mask=present, other=0.0).to(REAL)
         gz = tl.load(ga + at, mask=present, other=0.0).to(REAL) * slope_at(v, s, mean, beta, leak, REAL)
         total += gz
@@ -264,27 +258,23 @@ def first_backward(
 
 @triton.jit
 def first_tangent_backward(
-    images, ga_t, ga, w, w_t, mean_q, cov, p, p_t, where, d, partial, tickets, gw, count, leak, H, W, X, T, F,
-    parts, E,
+    images, ga_t, ga, w, w_t, mean_q, cov, p, p_t, where, d, partial, tickets, gw, count, leak,
+    H, W, X, T, F, E,
     C: tl.constexpr, REAL: tl.constexpr, BD: tl.constexpr, BX: tl.constexpr, BW: tl.constexpr,
     RP: tl.constexpr,
 ):  # fmt: skip
     """The same for the tangents of `first_backward`; gw is then the tangent of the gradient."""
     D: tl.constexpr = 9 * C
     task, x, inside = _filters(F, BX)
-    s, mean, beta = norm_of(d, X, x, inside, REAL)
-    s, mean, beta = s[None, :], mean[None, :], beta[None, :]
+    s, mean, beta = norm_rows(d, X, x, inside, REAL)
     s_t = row_of(d, S_T, X, x, inside, REAL)[None, :]
     total = tl.zeros((BW, BX), REAL)
     product = tl.zeros((BW, BX), REAL)
     patches = tl.zeros((BD, BX), REAL)
     windows = E * (H // 2) * (W // 2)
-    for first in range(tl.program_id(0) * BW, windows, parts * BW):
-        item = first + tl.arange(0, BW)
-        here = item < windows
-        at, present = item[:, None] * X + x[None, :], here[:, None] & inside[None, :]
+    for first in range(tl.program_id(0) * BW, windows, tl.num_programs(0) * BW):
+        at, present, here, window = _group(first, windows, images, x, inside, task, T, H, W, X, C, BW)
         which = tl.load(where + at, mask=present, other=4).to(tl.int32)
-        window = images + _window(item, task, T, H, W, C)
         v = tl.load(p + at, mask=present, other=0.0).to(REAL)
         step = slope_at(v, s, mean, beta, leak, REAL)
         gz_t = step * tl.load(ga_t + at, mask=present, other=0.0).to(REAL)

@@ -29,7 +29,7 @@ FEATURES = 16  # features that the head reads at a time
 HEAD_WARPS, HEAD_REGISTERS = 8, 224
 
 # Arguments of kernels that are numbers, and tensors that may be None. All others are tensors.
-INTEGERS = frozenset(("measured", "norms", "items", "total", "parts", "GIVEN", *"HWXTFECNPMK"))
+INTEGERS = frozenset(("measured", "norms", "items", "total", "GIVEN", *"HWXTFECNPMK"))
 CONSTANTS = frozenset(("BACK", "TF32", "PARTS", "BP", "BO", "BI"))  # numbers that are compiled into a kernel
 REALS = frozenset(("count", "eps", "leak"))
 OPTIONAL = frozenset(("x2", "w2", "g2"))
